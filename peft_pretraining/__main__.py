@@ -1,0 +1,33 @@
+"""`python -m peft_pretraining COMMAND`: what is done with runs and data beside training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from peft_pretraining import generate, report
+from peft_pretraining.data import command as data_command
+
+COMMANDS = {"data": data_command, "generate": generate, "report": report}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m peft_pretraining", description=__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        module.add_arguments(subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False))
+    args = parser.parse_args(argv)
+    try:
+        return COMMANDS[args.command].run(args)
+    except (ValueError, OSError) as error:
+        print(f"peft_pretraining {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""From arguments to the parts of a run: data, tokenizer, model, optimizer; and from a checkpoint back to a model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peft_pretraining import checkpoint
+from peft_pretraining.config import Arguments, ConfigError
+from peft_pretraining.data.loader import EvalSet, TrainLoader
+from peft_pretraining.data.source import Source, open_source
+from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.distributed import World
+from peft_pretraining.methods import METHODS
+from peft_pretraining.model_config import ModelConfig, load_model_config
+from peft_pretraining.modeling import build_model
+from peft_pretraining.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> str:
+    """The dtype's name: as asked, or bfloat16 on a GPU that computes in it, else float32."""
+    if name is not None:
+        return name
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def default_workers(device: torch.device, world: World) -> int:
+    """Tokenising processes per rank: up to 8, and one core left to each trainer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // world.local_size - 1))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokenizer and both splits."""
+
+    source: Source
+    tokenizer: Tokenizer
+    loader: TrainLoader
+    eval_set: EvalSet
+
+
+def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) -> Data:
+    """Open the data and the tokenizer, and check that they fit the model.
+
+    Raises:
+        DataError, TokenizerError: what cannot be opened, and why.
+        ConfigError: the tokenizer produces ids that the model does not have.
+    """
+    source = open_source(args.dataset, "train", text_field=args.text_field)
+    held_out = open_source(args.eval_dataset or args.dataset, "validation", text_field=args.text_field)
+    tokenizer = load_tokenizer(args.tokenizer or source.default_tokenizer)
+    check_vocabulary(plan.model, tokenizer)
+    workers = default_workers(device, world) if args.workers is None else args.workers
+    loader = TrainLoader(
+        source,
+        tokenizer,
+        max_length=args.max_length,
+        packing=args.packing,
+        lanes=plan.data_lanes,
+        seed=args.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=workers,
+        batch_size=args.batch_size,
+        pin_memory=device.type == "cuda",
+    )
+    eval_set = EvalSet(
+        held_out,
+        tokenizer,
+        max_length=args.max_length,
+        packing=args.packing,
+        max_tokens=plan.eval_tokens,
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=args.batch_size,
+    )
+    return Data(source, tokenizer, loader, eval_set)
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a model whose embedding lacks ids that ordinary text produces. Raises ConfigError."""
+    if model.vocab_size < tokenizer.text_vocab_size:
+        raise ConfigError(
+            [
+                f"{model.path}: vocab_size {model.vocab_size} is too small, the tokenizer's text needs ids up to "
+                f"{tokenizer.text_vocab_size - 1}; set vocab_size to at least {tokenizer.text_vocab_size} or choose another --tokenizer"
+            ]
+        )
+
+
+def build_trained_model(args: Arguments, plan: Plan, device: torch.device) -> LlamaForCausalLM:
+    """The model with its method applied, on the device, with the seed's initial values."""
+    return build_model(
+        plan.model,
+        dtype=DTYPES[plan.dtype],
+        device=device,
+        seed=args.seed,
+        reparameterize=lambda model: METHODS[args.peft_model](model, args),
+        activation_checkpointing=args.activation_checkpointing,
+        compile=args.compile,
+    )
+
+
+def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
+    """Model, tokenizer and run.json of a checkpoint (or of the newest in a run's folder), in the run's dtype.
+
+    Raises:
+        CheckpointError: not a checkpoint, or not a sound one.
+    """
+    folder = checkpoint.resolve(path)
+    run = checkpoint.read_json(folder / "run.json")
+    args = Arguments(**run["arguments"])
+    model = build_model(
+        load_model_config(folder / "config.json"),
+        dtype=DTYPES[run["plan"]["dtype"]],
+        device=device,
+        seed=args.seed,
+        reparameterize=lambda model: METHODS[args.peft_model](model, args),
+    )
+    checkpoint.load_tensors(folder, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

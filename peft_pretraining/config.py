@@ -1,0 +1,500 @@
+"""The program's arguments: one dataclass per topic, parsed with plain argparse, checked before anything heavy is loaded.
+
+`Arguments` holds what the user asked for; what follows from it (accumulation, steps, tokens) is `plan.Plan`. No torch in
+here: `--help` and every argument error must answer in about a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+METHODS = ("full", "lowrank", "sltrain")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit")
+SCHEDULERS = ("linear", "cosine", "cosine_restarts")
+DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+SUPPORTS = ("uniform",)
+PARALLEL = ("ddp",)
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+class ConfigError(ValueError):
+    """Arguments that cannot work; `problems` holds one complete sentence for each."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def _arg(default: Any, help: str, **metadata: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """model"""
+
+    model_config: str = _arg("", "JSON file of the model's shape, e.g. configs/llama_60m.json", required=True)
+    dtype: str | None = _arg(
+        None,
+        "parameters and arithmetic: bfloat16 | float32 (default: bfloat16 on a GPU that has it, else float32)",
+        choices=DTYPES,
+    )
+    activation_checkpointing: str | None = _arg(
+        None,
+        "recompute each decoder layer's activations in backward: less memory, about a third more arithmetic",
+        const="layer",
+        choices=("layer",),
+    )
+    compile: bool = _arg(False, "compile every decoder layer with torch.compile")
+    use_hf_model: bool = _arg(False, "published flag, no effect: the model always is transformers' LLaMA")
+
+
+@dataclass
+class MethodArguments:
+    """method"""
+
+    peft_model: str = _arg("full", f"what the attention and MLP linears become: {' | '.join(METHODS)}", choices=METHODS)
+    rank: int = _arg(128, "rank r of the low-rank part B A")
+    sp_ratio: float = _arg(
+        0.01, "sparsity delta: share of each weight's entries that the sparse part trains, in (0, 1)"
+    )
+    lora_alpha: float = _arg(32.0, "alpha: the low-rank part is scaled by alpha / rank")
+    train_scaling: bool = _arg(
+        False, "train the low-rank part's scale as tanh(c), c starting at 1, instead of alpha / rank"
+    )
+    support: str = _arg(
+        "uniform", "where the sparse entries lie: uniform (at random, without replacement)", choices=SUPPORTS
+    )
+    lora_dropout: float = _arg(0.0, "published flag, no effect (the published layer never applied it)")
+    # Flags of methods that other published programs have; they cost a notice here, see `notices`.
+    update_proj_gap: int | None = _arg(None, "GaLore: update steps between projections", method="galore")
+    galore_scale: float | None = _arg(None, "GaLore: scale of the projected update", method="galore")
+    proj_type: str | None = _arg(None, "GaLore: projection type", method="galore")
+    relora: int | None = _arg(None, "ReLoRA: update steps between merges", method="relora")
+    reset_optimizer_on_relora: bool | None = _arg(None, "ReLoRA: reset the optimizer at a merge", method="relora")
+    optimizer_random_pruning: float | None = _arg(None, "ReLoRA: share of moments pruned at random", method="relora")
+    optimizer_magnitude_pruning: float | None = _arg(None, "ReLoRA: share of smallest moments pruned", method="relora")
+
+
+@dataclass
+class DataArguments:
+    """data"""
+
+    dataset: str = _arg(
+        "c4",
+        "c4 (streamed from the hub) | demo (built from installed documentation) | folder, file, glob or URL | hub:NAME",
+    )
+    eval_dataset: str | None = _arg(
+        None, "held-out data, named like --dataset (default: the validation split of --dataset)"
+    )
+    text_field: str = _arg("text", "field of a record that holds the text")
+    tokenizer: str | None = _arg(
+        None,
+        "hub name, tokenizer folder or SentencePiece .model file (default: t5-base; the demo's own for --dataset demo)",
+    )
+    max_length: int = _arg(256, "sequence length, tokens")
+    packing: bool = _arg(
+        False,
+        "concatenate documents with eos, no padding (default, as published: each document cut to max_length and padded)",
+    )
+    data_lanes: int | None = _arg(
+        None,
+        "virtual readers; they fix the data's order for any number of processes and workers (default: c4 64, else 24)",
+    )
+    workers: int | None = _arg(
+        None, "tokenising processes per rank, 0 for none (default: up to 8, leaving a core to the trainer)"
+    )
+
+
+@dataclass
+class OptimizationArguments:
+    """optimization"""
+
+    batch_size: int = _arg(0, "sequences per micro-batch and process", required=True)
+    gradient_accumulation: int | None = _arg(None, "micro-batches per update (default: from total_batch_size)")
+    total_batch_size: int | None = _arg(
+        None, "sequences per update over all processes (default: batch_size x accumulation x processes)"
+    )
+    num_training_steps: int = _arg(10_000, "update steps to train for, exactly")
+    max_train_tokens: int | None = _arg(
+        None,
+        "end with the update that reaches this many tokens (150M, 1.1B, ...); replaces num_training_steps",
+        type="tokens",
+    )
+    optimizer: str = _arg("adam", f"{' | '.join(OPTIMIZERS)}", choices=OPTIMIZERS)
+    lr: float = _arg(1e-4, "peak learning rate")
+    weight_decay: float = _arg(0.0, "weight decay, applied to every parameter as published")
+    beta1: float = _arg(0.0, "momentum of sgd and first moment of adafactor (0: off); the Adam family keeps 0.9")
+    grad_clipping: float | None = _arg(None, "clip the global gradient norm to this value (0 or not given: off)")
+    scheduler: str = _arg("cosine", " | ".join(SCHEDULERS), choices=SCHEDULERS)
+    min_lr_ratio: float = _arg(0.1, "end of the cosine schedules as a share of the peak")
+    warmup_steps: int = _arg(1_000, "update steps of linear warm-up")
+    cycle_length: int | None = _arg(None, "update steps per cycle of the cosine schedules (default: one cycle)")
+    restart_warmup_steps: int | None = _arg(None, "update steps of warm-up after each restart (cosine_restarts)")
+    adjust_step: int = _arg(0, "shift of the restarts, update steps (cosine_restarts)")
+
+
+@dataclass
+class RunArguments:
+    """run, evaluation, record"""
+
+    save_dir: str | None = _arg(
+        None, "the run's folder (default: checkpoints/<config>-<method>-<hash of the arguments>)"
+    )
+    save_every: int = _arg(10_000, "update steps between checkpoints; one more is written at the end")
+    keep_checkpoints: int | None = _arg(None, "newest checkpoints to keep (default: all)")
+    continue_from: str | None = _arg(
+        None, "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to go on from"
+    )
+    resume: str = _arg(
+        "auto",
+        "auto: go on from the newest checkpoint in save_dir; never: start afresh in a numbered folder",
+        choices=("auto", "never"),
+    )
+    eval_every: int = _arg(5_000, "update steps between evaluations; one more follows at the end")
+    eval_tokens: int | None = _arg(
+        None, "tokens to evaluate on (default: 10M for c4, else the whole held-out split)", type="tokens"
+    )
+    eval_at_start: bool = _arg(False, "evaluate before the first update too")
+    log_every: int = _arg(1, "update steps between lines of metrics.jsonl")
+    name: str | None = _arg(None, "the run's name in wandb (default: the run folder's name)")
+    tags: str | None = _arg(None, "comma-separated tags in wandb")
+    wandb: str = _arg(
+        "auto", "auto: online with a key, else offline | online | offline | disabled", choices=WANDB_MODES
+    )
+
+
+@dataclass
+class SystemArguments:
+    """system"""
+
+    seed: int = _arg(42, "seed of initial values, support and data order")
+    device: str = _arg("auto", "auto | cpu | cuda | cuda:N")
+    single_gpu: bool = _arg(False, "one process, no process group, whatever torchrun set")
+    parallel: str = _arg("ddp", "how several processes share the work: ddp", choices=PARALLEL)
+    dry_run: bool = _arg(False, "print the plan and stop: no data, no network")
+    config: str | None = _arg(None, "YAML or JSON file of these names; the command line wins over it")
+
+
+@dataclass
+class Arguments(SystemArguments, RunArguments, OptimizationArguments, DataArguments, MethodArguments, ModelArguments):
+    """Everything the user can say, flat; `given` names what was said rather than defaulted."""
+
+    given: frozenset[str] = frozenset()
+
+
+GROUPS = (ModelArguments, MethodArguments, DataArguments, OptimizationArguments, RunArguments, SystemArguments)
+
+# Arguments that say which run this is; the default save_dir is keyed by them, so that the same script finds its run.
+RUN_DEFINING = (
+    *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
+    *("dataset", "text_field", "tokenizer", "max_length", "packing", "data_lanes", "seed"),
+    *("num_training_steps", "max_train_tokens"),
+    *("optimizer", "lr", "weight_decay", "beta1", "grad_clipping", "scheduler", "min_lr_ratio"),
+    *("warmup_steps", "cycle_length", "restart_warmup_steps", "adjust_step"),
+)
+
+
+def parse_tokens(text: str) -> int:
+    """Number of tokens from `150M`, `1.1B`, `2k` or plain digits (powers of 1000). Raises ValueError."""
+    units = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+    number, unit = (text[:-1], units.get(text[-1:].lower())) if text[-1:].lower() in units else (text, 1)
+    value = float(number) * (unit or 1)
+    if not math.isfinite(value) or value != int(value):
+        raise ValueError(f"{text!r} is not a whole number of tokens")
+    return int(value)
+
+
+def _parse_bool(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return words[text.lower()]
+
+
+def _tokens_argument(text: str) -> int:
+    try:
+        return parse_tokens(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 150M, 1.1B or 20000") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports an error as one line instead of the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([message])
+
+
+def _parser_for(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """argparse keywords for one dataclass field."""
+    annotation = str(field.type)
+    metadata = field.metadata
+    if metadata.get("const"):
+        return {"nargs": "?", "const": metadata["const"]}
+    if annotation.startswith("bool"):
+        return {"nargs": "?", "const": True, "type": _parse_bool, "metavar": "true|false"}
+    if metadata.get("type") == "tokens":
+        return {"type": _tokens_argument, "metavar": "TOKENS"}
+    for name, kind in (("int", int), ("float", float)):
+        if annotation.startswith(name):
+            return {"type": kind, "metavar": name.upper()}
+    return {"metavar": "NAME" if metadata.get("choices") else "TEXT"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, grouped by topic; defaults stay None here, which tells what was given from what was not."""
+    parser = _Parser(
+        prog="torchrun_main.py",
+        description="Pretrain a LLaMA from a JSON config: full-rank, low-rank, or sparse plus low-rank (SLTrain).",
+        epilog="Every flag can also stand in a YAML or JSON file (--config FILE). Start: bash scripts/quickstart.sh",
+        allow_abbrev=False,
+    )
+    for group_class in GROUPS:
+        group = parser.add_argument_group(str(group_class.__doc__))
+        for field in dataclasses.fields(group_class):
+            shown = field.default not in (None, False, "") and not field.metadata.get("required")
+            default = f" (default: {field.default})" if shown else ""
+            note = " (required)" if field.metadata.get("required") else default
+            text = (field.metadata["help"] + note).replace("%", "%%")
+            group.add_argument(f"--{field.name}", default=None, help=text, **_parser_for(field))
+    return parser
+
+
+def _read_config_file(path: str) -> dict[str, Any]:
+    """Values of a --config file, checked for unknown names. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config {path}: cannot be read ({error})"]) from None
+    try:
+        if path.endswith((".yaml", ".yml")):
+            import yaml
+
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError([f"--config {path}: not valid JSON ({error})"]) from None
+    except Exception as error:  # yaml.YAMLError, named without importing yaml above
+        raise ConfigError([f"--config {path}: not valid YAML ({' '.join(str(error).split())})"]) from None
+    if not isinstance(values, dict):
+        raise ConfigError([f"--config {path}: must hold names and values, not a {type(values).__name__}"])
+    return values
+
+
+def _file_to_argv(path: str, values: dict[str, Any]) -> list[str]:
+    """A config file's values as the command line that says the same, so that both are parsed by one rule."""
+    names = {field.name for field in dataclasses.fields(Arguments)} - {"given", "config"}
+    problems, argv = [], []
+    for key, value in values.items():
+        if key not in names:
+            problems.append(f"--config {path}: unknown name {key!r}{_suggestion(str(key), names)}")
+        elif isinstance(value, (dict, list)):
+            problems.append(f"--config {path}: {key} must be a single value, not {value!r}")
+        elif value is not None:
+            argv.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+    if problems:
+        raise ConfigError(problems)
+    return argv
+
+
+def _suggestion(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_args(argv: Sequence[str]) -> Arguments:
+    """Arguments from a command line, with values normalised and every problem of a single value reported.
+
+    Raises:
+        ConfigError: an unknown flag, a value of the wrong kind or out of range, a name that is none of the choices.
+    """
+    parser = build_parser()
+    parsed, unknown = parser.parse_known_args(list(argv))
+    if parsed.config is not None:
+        from_file = _file_to_argv(parsed.config, _read_config_file(parsed.config))
+        parsed, unknown = parser.parse_known_args(from_file + list(argv))
+    flags = {f"--{field.name}" for field in dataclasses.fields(Arguments)}
+    if unknown:
+        first = unknown[0].split("=")[0]
+        raise ConfigError([f"unknown argument {' '.join(unknown)}{_suggestion(first, flags)}; --help lists every flag"])
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    problems = [
+        f"--{field.name} is required: {field.metadata['help']}"
+        for field in dataclasses.fields(Arguments)
+        if field.metadata.get("required") and field.name not in given
+    ]
+    problems += _normalise_choices(given)
+    if problems:
+        raise ConfigError(problems)
+    args = Arguments(**given, given=frozenset(given))
+    problems = value_problems(args)
+    if problems:
+        raise ConfigError(problems)
+    if args.grad_clipping == 0:
+        args.grad_clipping = None
+    return args
+
+
+# Published optimizer names that need what this version does not have, and the nearest that works.
+_UNAVAILABLE = {
+    "adam8bit_per_layer": "adam8bit",
+    "galore_adamw": "adamw",
+    "galore_adafactor": "adafactor",
+    "galore_adamw8bit": "adam8bit",
+    "galore_adamw8bit_per_layer": "adam8bit",
+    "galore": "sltrain",
+    "relora": "lowrank",
+}
+
+
+def _normalise_choices(given: dict[str, Any]) -> list[str]:
+    """Lower-case the names that are chosen from a list, in place; problems for those that are none of them."""
+    problems = []
+    for field in dataclasses.fields(Arguments):
+        choices = field.metadata.get("choices")
+        if choices is None or field.name not in given:
+            continue
+        value = str(given[field.name]).lower()
+        if value in choices:
+            given[field.name] = choices[value] if isinstance(choices, dict) else value
+        elif value in _UNAVAILABLE:
+            problems.append(
+                f"--{field.name} {given[field.name]}: not in this version; "
+                f"nearest is --{field.name} {_UNAVAILABLE[value]}"
+            )
+        else:
+            hint = _suggestion(value, set(choices))
+            problems.append(f"--{field.name} {given[field.name]}: must be one of {', '.join(choices)}{hint}")
+    return problems
+
+
+def value_problems(args: Arguments) -> list[str]:
+    """Problems of single values and of pairs that need neither the model nor the number of processes."""
+    problems = _range_problems(args)
+    if args.peft_model == "sltrain" and not 0 < args.sp_ratio < 1:
+        problems.append(
+            f"--sp_ratio {args.sp_ratio}: must lie strictly between 0 and 1 (e.g. 0.03); "
+            "for no sparse part use --peft_model lowrank"
+        )
+    if not 0 <= args.beta1 < 1:
+        problems.append(f"--beta1 {args.beta1}: must be at least 0 and below 1")
+    if not 0 <= args.min_lr_ratio <= 1:
+        problems.append(f"--min_lr_ratio {args.min_lr_ratio}: must lie between 0 and 1")
+    if not Path(args.model_config).is_file():
+        problems.append(
+            f"--model_config {args.model_config}: no such file (configs/ holds llama_9m.json to llama_13b.json)"
+        )
+    if args.single_gpu and "parallel" in args.given:
+        problems.append(
+            f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two"
+        )
+    if args.continue_from is not None and not Path(args.continue_from).is_dir():
+        problems.append(f"--continue_from {args.continue_from}: no such folder")
+    device, _, index = args.device.partition(":")
+    if device not in ("auto", "cpu", "cuda") or (index and not (device == "cuda" and index.isdigit())):
+        problems.append(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
+    return problems
+
+
+def _range_problems(args: Arguments) -> list[str]:
+    at_least_one = ("rank", "max_length", "batch_size", "num_training_steps", "save_every", "eval_every", "log_every")
+    optional_at_least_one = (
+        "gradient_accumulation",
+        "total_batch_size",
+        "max_train_tokens",
+        "eval_tokens",
+        "data_lanes",
+        "cycle_length",
+        "keep_checkpoints",
+    )
+    not_negative = (
+        "warmup_steps",
+        "weight_decay",
+        "grad_clipping",
+        "workers",
+        "seed",
+        "restart_warmup_steps",
+        "adjust_step",
+    )
+    problems = []
+    for name in (
+        at_least_one + optional_at_least_one + not_negative + ("lr", "lora_alpha", "sp_ratio", "min_lr_ratio", "beta1")
+    ):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            problems.append(f"--{name} {value}: must be a finite number")
+        elif name in at_least_one + optional_at_least_one and value < 1:
+            problems.append(f"--{name} {value}: must be at least 1")
+        elif name in not_negative and value < 0:
+            problems.append(f"--{name} {value}: must not be negative")
+        elif name in ("lr", "lora_alpha") and value <= 0:
+            problems.append(f"--{name} {value}: must be above 0")
+    if args.seed >= 2**63:
+        problems.append(f"--seed {args.seed}: must be below 2^63")
+    if args.max_length == 1:
+        problems.append("--max_length 1: a sequence of one token has nothing to predict; use at least 2")
+    return problems
+
+
+def notices(args: Arguments) -> list[str]:
+    """One line for each flag that was given and has no effect in this run."""
+    lines = []
+    if args.use_hf_model:
+        lines.append("--use_hf_model has no effect: the model always is transformers' LLaMA")
+    if args.lora_dropout:
+        lines.append(f"--lora_dropout {args.lora_dropout} has no effect: the published layer never applied it")
+    for field in dataclasses.fields(MethodArguments):
+        method = field.metadata.get("method")
+        if method and field.name in args.given:
+            lines.append(f"--{field.name} has no effect with --peft_model {args.peft_model}: it belongs to {method}")
+    unused = {
+        "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
+        "lowrank": ("sp_ratio", "support"),
+        "sltrain": (),
+    }
+    lines += [
+        f"--{name} has no effect with --peft_model {args.peft_model}"
+        for name in unused[args.peft_model]
+        if name in args.given
+    ]
+    if args.train_scaling and args.peft_model != "full" and "lora_alpha" in args.given:
+        lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
+    if "beta1" in args.given and args.optimizer not in ("sgd", "adafactor"):
+        lines.append(f"--beta1 {args.beta1} has no effect with --optimizer {args.optimizer}: the Adam family keeps 0.9")
+    restarts = ("restart_warmup_steps",) if args.scheduler != "cosine_restarts" else ()
+    cycles = ("cycle_length", "min_lr_ratio") if args.scheduler == "linear" else ()
+    lines += [
+        f"--{name} has no effect with --scheduler {args.scheduler}"
+        for name in (*restarts, *cycles)
+        if name in args.given
+    ]
+    if args.max_train_tokens is not None and "num_training_steps" in args.given:
+        lines.append(
+            f"--max_train_tokens {args.max_train_tokens} replaces --num_training_steps {args.num_training_steps}"
+        )
+    return lines
+
+
+def default_save_dir(args: Arguments, total_batch_size: int) -> Path:
+    """checkpoints/<config>-<method>-<8 hex digits of the run-defining arguments>, the same for any number of processes."""
+    defining = {name: getattr(args, name) for name in RUN_DEFINING} | {"total_batch_size": total_batch_size}
+    digest = hashlib.blake2b(json.dumps(defining, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return Path("checkpoints") / f"{Path(args.model_config).stem}-{args.peft_model}-{digest}"
+
+
+def as_dict(args: Arguments) -> dict[str, Any]:
+    """Every argument by name, JSON-able, for run.json and the dashboard."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.name != "given"}

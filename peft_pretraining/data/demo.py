@@ -1,0 +1,353 @@
+"""The embedded default data set: English technical prose that every installation already carries, in C4's file format.
+
+Sources are the docstrings of the standard library and of torch, transformers, numpy and sympy as installed (read from
+their source with `ast`; nothing is imported or run) and the topic pages of `pydoc`. Code samples are dropped, repeated
+paragraphs are kept once, and a hash of the text separates training from validation. A SentencePiece tokenizer is
+trained on the training part. The result depends on the installed versions only, so it is built once per set of versions.
+"""
+
+import ast
+import concurrent.futures
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from peft_pretraining.data.errors import DataError
+
+PACKAGES = ("torch", "transformers", "numpy", "sympy")
+TRAIN_SHARDS = 4
+VALIDATION_ONE_IN = 50  # about 300 documents: a steadier perplexity than one in a hundred would give
+MIN_CHARACTERS = 200
+FORMAT_VERSION = 1  # part of the folder's name: raise it whenever the text or the tokenizer would come out differently
+_SKIPPED_PATHS = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|dist-packages|__pycache__)/|(^|/)test_")
+_STOP_WORDS = frozenset("a an and are as be by can for from if in is it not of on or that the this to will with".split())
+
+
+def default_cache_dir() -> Path:
+    """$SPARSE_LORA_CACHE, or ~/.cache/sltrain."""
+    configured = os.environ.get("SPARSE_LORA_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "sltrain"
+
+
+def demo_folder(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> Path:
+    """Where `build_demo` puts its result for the installed versions, whether it is there yet or not."""
+    versions = [f"format {FORMAT_VERSION}", f"python {platform.python_version()}", f"vocabulary {vocab_size}"]
+    for package in (*PACKAGES, "sentencepiece"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    key = hashlib.blake2b("\n".join(versions).encode(), digest_size=6).hexdigest()
+    return (Path(cache_dir) if cache_dir else default_cache_dir()) / f"demo-{key}"
+
+
+def demo_tokenizer_path(folder: str | Path) -> Path:
+    """The SentencePiece model inside a folder made by `build_demo`; `load_tokenizer` takes it."""
+    return Path(folder) / "demo.model"
+
+
+def build_demo(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> Path:
+    """Build the demo shards and tokenizer if they are not there yet, and return their folder.
+
+    The folder holds `demo-train.0000i-of-00004.json.gz`, `demo-validation.00000-of-00001.json.gz`, `demo.model`
+    (SentencePiece BPE, pad 0, eos 1, unk 2, no bos, byte fallback, `vocab_size` pieces) and `demo.json` with counts.
+    It appears whole or not at all: it is made beside its place and renamed, and of several processes one builds while
+    the others wait. Raises DataError where the cache folder cannot be written.
+    """
+    folder = demo_folder(cache_dir, vocab_size)
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _build_into_place(folder, vocab_size)
+    except OSError as error:
+        raise DataError(
+            f"cannot build the demo data in {folder.parent}: {error.strerror or error}; "
+            "set SPARSE_LORA_CACHE to a folder that can be written"
+        ) from error
+    return folder
+
+
+def _build_into_place(folder: Path, vocab_size: int) -> None:
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        documents = collect_documents()
+        train = [d for d in documents if not _is_validation(d[1])]
+        validation = [d for d in documents if _is_validation(d[1])]
+        for index in range(TRAIN_SHARDS):
+            _write_shard(building / f"demo-train.{index:05d}-of-{TRAIN_SHARDS:05d}.json.gz", train[index::TRAIN_SHARDS])
+        _write_shard(building / "demo-validation.00000-of-00001.json.gz", validation)
+        _train_tokenizer([text for _, text in train], demo_tokenizer_path(building), vocab_size)
+        counts = {
+            "train_documents": len(train),
+            "train_bytes": sum(len(text.encode()) for _, text in train),
+            "validation_documents": len(validation),
+            "validation_bytes": sum(len(text.encode()) for _, text in validation),
+            "vocab_size": vocab_size,
+        }
+        (building / "demo.json").write_text(json.dumps(counts, indent=2) + "\n")
+        building.chmod(0o755)  # mkdtemp makes it private; a shared cache is read by others
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process, on a file system without locks, was faster
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, so that only one process does the work; without locks (some network disks) all may."""
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+def _is_validation(text: str) -> bool:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % VALIDATION_ONE_IN == 0
+
+
+def _write_shard(path: Path, documents: list[tuple[str, str]]) -> None:
+    lines = (
+        json.dumps({"text": text, "timestamp": "1970-01-01T00:00:00Z", "url": origin}, ensure_ascii=False)
+        for origin, text in documents
+    )
+    # mtime=0 and no file name in the header: the same text gives the same bytes.
+    with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as file:
+        file.write("".join(line + "\n" for line in lines).encode())
+
+
+def _train_tokenizer(texts: list[str], path: Path, vocab_size: int) -> None:
+    import sentencepiece
+
+    # Pieces never cross a line, and a line break is a piece of its own: nothing of the text is lost in encoding.
+    lines = (line for text in texts for line in text.split("\n") if line)
+    with path.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,
+            user_defined_symbols=["\n"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            # Short lines only vote as often as they occur; fixed so that the result depends on the text alone.
+            shuffle_input_sentence=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+
+
+# --- Collecting documents ---
+
+
+def collect_documents() -> list[tuple[str, str]]:
+    """All demo documents as (origin, text), without repeats, in the order of a hash of their text.
+
+    Text is dropped where it is short, is mostly not prose, or equals another document up to case, digits and
+    punctuation. A paragraph that several documents share stays in the first of them.
+    """
+    roots = {"python": Path(sysconfig.get_path("stdlib"))}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            roots[package] = Path(spec.origin).parent
+    files = [(name, str(path), str(root)) for name, root in roots.items() for path in _source_files(root)]
+    documents = _topic_pages()
+    for found in _map_in_processes(files):
+        documents.extend(found)
+    return _distinct(documents)
+
+
+def _source_files(root: Path) -> list[Path]:
+    files = root.rglob("*.py")
+    return sorted(path for path in files if not _SKIPPED_PATHS.search(path.relative_to(root).as_posix()))
+
+
+def _map_in_processes(files: list[tuple[str, str, str]]) -> Iterable[list[tuple[str, str]]]:
+    """`_documents_of_file` over all files, in their order, on all cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores == 1 or multiprocessing.current_process().daemon:  # a data loading worker may not start processes
+        return map(_documents_of_file, files)
+    # Forked children need not import the caller's main module again; they only parse files.
+    method = "fork" if sys.platform.startswith("linux") else "spawn"
+    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context(method)) as pool:
+        return list(pool.map(_documents_of_file, files, chunksize=64))
+
+
+def _topic_pages() -> list[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it apart
+        return []
+    return [(f"python:topics/{name}", text) for name, page in sorted(topics.items()) if (text := prose(page))]
+
+
+def _documents_of_file(file: tuple[str, str, str]) -> list[tuple[str, str]]:
+    """The prose of one source file: its docstrings, and the strings it passes to functions such as `add_docstr`."""
+    package, path, root = file
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return []
+    module = Path(path).relative_to(root).with_suffix("").as_posix()
+    documents = []
+    for node in ast.walk(tree):
+        for docstring in _docstrings(node):
+            if len(docstring) >= MIN_CHARACTERS and (text := prose(docstring)):
+                documents.append((f"{package}:{module}#{getattr(node, 'lineno', 1)}", text))
+    return documents
+
+
+def _docstrings(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        docstring = ast.get_docstring(node)
+        return [docstring] if docstring else []
+    if isinstance(node, ast.Call):
+        function = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if "doc" in function:
+            strings = [inner for argument in node.args for inner in ast.walk(argument) if isinstance(inner, ast.Constant)]
+            return [inspect.cleandoc(inner.value) for inner in strings if isinstance(inner.value, str)]
+    return []
+
+
+def _distinct(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    seen_paragraphs: set[bytes] = set()
+    kept: dict[bytes, tuple[str, str]] = {}
+    for origin, text in documents:
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            key = _text_key(paragraph)
+            if len(paragraph) < 60 or key not in seen_paragraphs:  # short ones are headings and list items
+                paragraphs.append(paragraph)
+            seen_paragraphs.add(key)
+        text = "\n\n".join(_without_empty_headings(paragraphs))
+        if _is_prose(text):
+            kept.setdefault(_text_key(text), (origin, text))
+    # Neighbouring docstrings speak of the same thing; hash order mixes them, and is the same on every machine.
+    return sorted(kept.values(), key=lambda document: hashlib.blake2b(document[1].encode(), digest_size=16).digest())
+
+
+def _text_key(text: str) -> bytes:
+    words = re.sub(r"[\W\d_]+", " ", text).lower()
+    return hashlib.blake2b(words.encode(), digest_size=16).digest()
+
+
+# --- Turning a docstring into prose ---
+
+_MARKUP = (
+    (re.compile(r":[a-zA-Z:+-]+:`!?~?\.?([^`<>]+?)(?:\s*<[^<>`]*>)?`"), r"\1"),  # :func:`torch.div` -> torch.div
+    (re.compile(r"`([^`<>]+?)\s*<[^<>`]*>`__?"), r"\1"),  # `text <link>`_ -> text
+    (re.compile(r"\[`+~?([^`\]]+)`+\](?:\([^)\s]*\))?"), r"\1"),  # [`Trainer`] -> Trainer
+    (re.compile(r"\[([^\]\[]+)\]\(https?://[^)\s]*\)"), r"\1"),
+    (re.compile(r"``([^`]+)``"), r"\1"),
+    (re.compile(r"`([^`\n]+)`_?"), r"\1"),
+    (re.compile(r"\*\*([^*\n]+)\*\*"), r"\1"),
+    (re.compile(r"(?<![\w*])\*([^*\s][^*\n]*?)\*(?![\w*])"), r"\1"),
+)
+_FENCED_CODE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1[^\n]*$", re.DOTALL | re.MULTILINE)
+_UNDERLINE = re.compile(r"[=\-~^*#\"+]{3,}")
+_CODE_DIRECTIVE = re.compile(r"\.\. (code|code-block|sourcecode|math|plot|doctest|testcode|image|figure|ipython)::")
+
+
+def prose(docstring: str) -> str:
+    """A docstring (already dedented) without code samples, formulas set apart and inline markup; "" if little is left."""
+    text = _FENCED_CODE.sub("", docstring.expandtabs().replace("\r\n", "\n"))
+    paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", text) if paragraph.strip()]
+    paragraphs = _without_empty_headings(_without_code(paragraphs))
+    cleaned = "\n\n".join(_plain(paragraph) for paragraph in paragraphs)
+    return cleaned if _is_prose(cleaned) else ""
+
+
+def _indentation(paragraph: str) -> int:
+    return len(paragraph) - len(paragraph.lstrip(" "))
+
+
+def _without_code(paragraphs: list[str]) -> list[str]:
+    kept = []
+    code_below: int | None = None  # paragraphs indented deeper than this belong to a literal block
+    for paragraph in paragraphs:
+        paragraph = paragraph.strip("\n").rstrip()
+        indentation, first_line = _indentation(paragraph), paragraph.strip().split("\n")[0]
+        if code_below is not None and indentation > code_below:
+            continue
+        code_below = None
+        if _CODE_DIRECTIVE.match(first_line):
+            code_below = indentation
+        elif any(line.lstrip().startswith((">>>", "... ", "In [")) for line in paragraph.split("\n")):
+            continue  # a session at the prompt, with its output
+        else:
+            if paragraph.endswith("::") and not first_line.startswith(".. "):
+                last_line = paragraph.split("\n")[-1]
+                code_below = _indentation(last_line)
+                paragraph = paragraph[:-1]
+            kept.append(paragraph)
+    return kept
+
+
+def _is_heading(paragraph: str) -> bool:
+    lines = paragraph.strip().split("\n")
+    if len(lines) == 2 and _UNDERLINE.fullmatch(lines[1].strip()):
+        return True
+    return len(lines) == 1 and len(lines[0]) < 40 and lines[0].endswith(":")
+
+
+def _without_empty_headings(paragraphs: list[str]) -> list[str]:
+    """Drop headings such as "Examples" whose content was a code sample."""
+    kept: list[str] = []
+    for paragraph in reversed(paragraphs):
+        if _is_heading(paragraph) and (not kept or _is_heading(kept[-1])):
+            continue
+        kept.append(paragraph)
+    return kept[::-1]
+
+
+def _plain(paragraph: str) -> str:
+    for pattern, replacement in _MARKUP:
+        paragraph = pattern.sub(replacement, paragraph)
+    lines = [line.rstrip() for line in paragraph.split("\n")]
+    return textwrap.dedent("\n".join(lines)) if len(lines) > 1 else lines[0]
+
+
+def _is_prose(text: str) -> bool:
+    """English sentences rather than tables, formulas or lists of names."""
+    if len(text) < MIN_CHARACTERS:
+        return False
+    words = re.findall(r"[^\s]+", text)
+    alphabetic = sum(character.isalpha() for character in text)
+    visible = sum(map(len, words))
+    common = sum(word.lower().strip(".,;:()") in _STOP_WORDS for word in words)
+    return alphabetic >= 0.75 * visible and common >= 0.15 * len(words)

@@ -1,0 +1,145 @@
+"""The processes of a run: who they are, how they meet, what they sum. The only reader of torchrun's rank variables.
+
+torch is imported inside the functions: `World.from_environment` answers before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DeviceError(ValueError):
+    """A device that was asked for and is not there."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all: `rank` of `size`, `local_rank` of `local_size` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints, records and writes."""
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment() -> World:
+        """The world that torchrun describes, or one process where it did not start us."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return World()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, size, local_rank, local_size = (
+            int(os.environ.get(name, default)) for name, default in zip(names, "0101")
+        )
+        return World(rank, size, local_rank, local_size)
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """The torch device for `--device NAME`: auto takes this rank's GPU if there is one. Raises DeviceError."""
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not available:
+        raise DeviceError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    number = int(index) if index else world.local_rank
+    if number >= available:
+        raise DeviceError(
+            f"--device {name}: process {world.local_rank} of this machine needs GPU {number}, but there are {available}; "
+            f"start at most {available} processes (torchrun --nproc_per_node {available})"
+        )
+    if index and world.local_size > 1:
+        raise DeviceError(f"--device {name}: {world.local_size} processes cannot share one GPU; use --device cuda")
+    return torch.device("cuda", number)
+
+
+@contextlib.contextmanager
+def process_group(world: World, device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
+    """Join the other processes for the duration of the block; nothing to do for a single one."""
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world.size == 1:
+        yield
+        return
+    # Both backends under one group: NCCL moves gradients, gloo the small objects of checkpoints and data states.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """Sum a tensor over all processes, in place; returns it."""
+    if world.size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Every process's `value` (small, picklable), in rank order, on every process."""
+    if world.size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any, world: World) -> Any:
+    """Rank 0's `value` on every process."""
+    if world.size == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier(world: World) -> None:
+    """Wait until every process is here."""
+    gather_objects(None, world)
+
+
+def parallelize(module: torch.nn.Module, world: World, device: torch.device) -> torch.nn.Module:
+    """Wrap a module in DistributedDataParallel where there is more than one process (gradients are averaged)."""
+    if world.size == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+
+    device_ids = [device.index] if device.type == "cuda" else None
+    # Supports and rotary tables never change: broadcasting buffers at every forward would only cost time.
+    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gradient_sync(module: torch.nn.Module, enabled: bool) -> contextlib.AbstractContextManager[Any]:
+    """Context of one micro-batch: the all-reduce happens only where `enabled`, i.e. on the update's last micro-batch."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(module, DistributedDataParallel) and not enabled:
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,123 @@
+"""Cross-entropy summed over tokens, without ever holding the logits of a whole micro-batch.
+
+Shape letters: B sequences, T positions, N rows, C rows of one chunk, D model width, V vocabulary.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_pretraining.memory import loss_chunk_rows
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+IGNORE_INDEX = -100
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """Sum over rows of -log softmax(hidden @ weight.T)[label], a float32 scalar.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), the output head; any floating dtype, the same as hidden's.
+        labels: (N,) int64, -100 for rows that do not count (they cost nothing).
+        chunk_rows: rows whose logits exist at one time; default: memory.loss_chunk_rows of the device.
+
+    The gradients of hidden and weight are computed chunk by chunk in the forward pass, while the logits are there: one
+    matrix product less than computing the logits again in backward. The weight's gradient is summed over chunks in
+    float32, whatever its dtype. Once differentiable.
+    """
+    chunk_rows = chunk_rows or loss_chunk_rows(hidden.device.type)
+    if not torch.compiler.is_compiling():
+        # A data-dependent shape; inside a compiled region the rows stay and are masked.
+        (counted,) = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
+        hidden, labels = hidden[counted], labels[counted]
+    with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_rows, with_gradients)
+    return total
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_gradients: bool
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunks = list(zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True))
+        grads_hidden: list[Tensor] = []
+        grad_weight = None
+        for h_CD, labels_C in chunks:
+            log_p_CV = F.log_softmax(F.linear(h_CD, weight).float(), dim=-1)
+            total += _token_losses(log_p_CV, labels_C).sum()
+            if not with_gradients:
+                continue
+            grad_CV = _logit_gradients(log_p_CV, labels_C).to(h_CD.dtype)
+            grads_hidden.append(grad_CV @ weight)
+            product = grad_CV.T @ h_CD
+            if grad_weight is None:
+                # In bfloat16 an addend below 1/256 of the sum would be lost, and a late chunk is that small.
+                grad_weight = product if len(chunks) == 1 else product.float()
+            else:
+                grad_weight += product
+        if with_gradients:
+            ctx.dtypes = hidden.dtype, weight.dtype
+            ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            _scaled(grad_hidden, grad_total, hidden_dtype),
+            _scaled(grad_weight, grad_total, weight_dtype),
+            *[None] * 3,
+        )
+
+
+def _token_losses(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
+    picked = log_p_CV.gather(1, labels_C.clamp(min=0)[:, None])[:, 0]
+    return torch.where(labels_C == IGNORE_INDEX, 0.0, -picked)
+
+
+def _logit_gradients(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """softmax - onehot(label), 0 in rows that do not count; overwrites the log probabilities."""
+    counted_C1 = (labels_C != IGNORE_INDEX)[:, None]
+    grad_CV = log_p_CV.exp_()
+    grad_CV.scatter_add_(1, labels_C.clamp(min=0)[:, None], torch.full_like(counted_C1, -1.0, dtype=grad_CV.dtype))
+    return grad_CV.mul_(counted_C1)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, block_rows: int = 4096) -> Tensor:
+    """gradient * scale, multiplied in float32 block by block: a scale rounded to bfloat16 would bias every gradient."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    for source, target in zip(gradient.split(block_rows), out.split(block_rows), strict=True):
+        target.copy_(source.float() * scale)
+    return out
+
+
+class TokenLoss(nn.Module):
+    """A causal language model together with its loss: what data parallelism wraps and the training step calls."""
+
+    def __init__(self, model: "LlamaForCausalLM", chunk_rows: int | None = None) -> None:
+        """model: its linears may be of any kind; chunk_rows: as in chunked_cross_entropy."""
+        super().__init__()
+        self.model = model
+        self.chunk_rows = chunk_rows
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the losses of all valid targets, a float32 scalar.
+
+        input_ids, labels: (B, T), labels as in transformers: not shifted, -100 where nothing is to be predicted. No
+        attention mask: padding stands on the right and attention is causal, so no real token sees it.
+        """
+        hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        # Shift the labels, not the hidden states: those stay contiguous. The last position predicts nothing.
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self.chunk_rows
+        )

@@ -1,0 +1,249 @@
+"""How many parameters a model has under each method, and how many bytes training takes: arithmetic only, no torch.
+
+`parameter_counts` is exact. `static_bytes` is what the tensors of a run take, exact for parameters, support, gradients and
+the libraries' optimizer states. `activation_bytes` is an estimate. `paper_estimate` follows the convention of the paper
+(arXiv 2406.02214, appendix F), which counts less; it exists to be compared with the paper's table.
+
+Letters: L layers, h hidden size, i intermediate size, r rank.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft_pretraining.model_config import ModelConfig
+
+METHODS = ("full", "lowrank", "sltrain", "relora", "galore")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit")
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+# bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
+BNB_MIN_ELEMENTS = 4096
+BNB_BLOCK_ELEMENTS = 256
+BNB_CODEBOOK_ENTRIES = 256
+
+
+def loss_chunk_rows(device_type: str) -> int:
+    """Rows whose logits the loss holds at one time. On a CPU 256 rows stay near its caches; a GPU needs more work per kernel
+    and per update of the head's float32 gradient sum."""
+    return 256 if device_type == "cpu" else 1024
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """`count` parameters of one shape.
+
+    kind: "dense" | "low_rank" | "sparse". trained: False for the frozen weights of ReLoRA. projected: a matrix whose moments
+    GaLore keeps in a subspace. support_entries: for a "sparse" group, entries of the matrix that its values are spread over.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+    trained: bool = True
+    projected: bool = False
+    support_entries: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements of all `count` tensors."""
+        return math.prod(self.shape) * self.count
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Elements, by what they are. total = dense + low_rank + sparse.
+
+    dense: embedding, head, norms, biases and the linears that stay whole. low_rank: A, B and trained scales. sparse: values of
+    S. moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
+    rank, sparsity, train_scaling: the settings that were counted.
+    """
+
+    total: int
+    dense: int
+    low_rank: int
+    sparse: int
+    moments: int
+    projections: int
+    rank: int
+    sparsity: float
+    train_scaling: bool
+
+
+def linear_shapes(cfg: ModelConfig) -> list[tuple[int, int]]:
+    """(out, in) of the seven linears of one decoder layer: q, k, v, o, gate, up, down."""
+    h, i = cfg.hidden_size, cfg.intermediate_size
+    kv = cfg.num_key_value_heads * cfg.head_dim
+    return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
+
+
+def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
+    """What no method changes: embedding, output head, norms, biases."""
+    h, layers = cfg.hidden_size, cfg.num_hidden_layers
+    yield TensorGroup("dense", (cfg.vocab_size, h), 1 if cfg.tie_word_embeddings else 2)
+    yield TensorGroup("dense", (h,), 2 * layers + 1)
+    for position, (out_features, _) in enumerate(linear_shapes(cfg)):
+        if cfg.attention_bias if position < 4 else cfg.mlp_bias:
+            yield TensorGroup("dense", (out_features,), layers)
+
+
+def tensor_groups(
+    cfg: ModelConfig, *, method: str, rank: int, sparsity: float, train_scaling: bool = False
+) -> list[TensorGroup]:
+    """Every parameter of the model under `method`, grouped by shape.
+
+    rank and sparsity (share of entries in S) are used by the methods that have them. Every linear of attention and MLP is
+    factored; embedding, head and norms stay dense. Raises ValueError on an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
+    layers = cfg.num_hidden_layers
+    groups = list(_base_groups(cfg))
+    for out_features, in_features in linear_shapes(cfg):
+        if method in ("full", "galore", "relora"):
+            frozen = method == "relora"
+            shape = (out_features, in_features)
+            groups.append(TensorGroup("dense", shape, layers, trained=not frozen, projected=method == "galore"))
+        if method in ("lowrank", "sltrain", "relora"):
+            groups.append(TensorGroup("low_rank", (rank, in_features), layers))
+            groups.append(TensorGroup("low_rank", (out_features, rank), layers))
+            if train_scaling:
+                groups.append(TensorGroup("low_rank", (1,), layers))
+        if method == "sltrain":
+            entries = out_features * in_features
+            groups.append(TensorGroup("sparse", (int(sparsity * entries),), layers, support_entries=entries))
+    return groups
+
+
+def parameter_counts(
+    cfg: ModelConfig, *, method: str, rank: int, sparsity: float, train_scaling: bool = False
+) -> Counts:
+    """Exact numbers of elements; see Counts and tensor_groups.
+
+    The paper's moments: every trained element, except that ReLoRA's are counted on the factors only, and GaLore's are r x
+    max(out, in) for each projected matrix, beside a projection of r x min(out, in).
+    """
+    groups = tensor_groups(cfg, method=method, rank=rank, sparsity=sparsity, train_scaling=train_scaling)
+    by_kind = {kind: sum(g.elements for g in groups if g.kind == kind) for kind in ("dense", "low_rank", "sparse")}
+    total = sum(by_kind.values())
+    projected = [g for g in groups if g.projected]
+    moments = by_kind["low_rank"] if method == "relora" else total
+    moments += sum(g.count * rank * max(g.shape) - g.elements for g in projected)
+    return Counts(
+        total=total,
+        **by_kind,
+        moments=moments,
+        projections=sum(g.count * rank * min(g.shape) for g in projected),
+        rank=rank,
+        sparsity=sparsity,
+        train_scaling=train_scaling,
+    )
+
+
+def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
+    """The memory the paper's table gives, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
+
+    bfloat16 parameters and two bfloat16 moments, 8 bytes of index per nonzero, no gradients, no activations. As printed, each
+    part is rounded to two digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
+    parameters = round((2 * counts.total + 8 * counts.sparse) / 1e9, 2)
+    optimizer = round((4 * counts.moments + 2 * counts.projections) / 1e9, 2)
+    return {"parameters_G": parameters, "optimizer_G": optimizer, "total_G": round(parameters + optimizer, 2)}
+
+
+def static_bytes(
+    cfg: ModelConfig, counts: Counts, *, method: str, dtype: str, optimizer: str, beta1: float = 0.0
+) -> dict[str, int]:
+    """Bytes of the tensors that live through a whole run: parameters, support, gradients, optimizer.
+
+    Args:
+        counts: what parameter_counts gave for `cfg` and `method`.
+        method: full | lowrank | sltrain (ValueError for the others, whose states are not laid out here).
+        dtype: bfloat16 | float32 | float64, of parameters and gradients.
+        optimizer: adam | adamw | sgd | adafactor | adam8bit, as the libraries lay out their states.
+        beta1: sgd's momentum and adafactor's first moment; 0 is off.
+
+    The support takes 4 bytes per nonzero, 8 where a matrix has more than 2^31 entries. Gradients are counted whole: every
+    trained parameter has one between backward and the update.
+    """
+    if method not in ("full", "lowrank", "sltrain"):
+        raise ValueError(f"method {method!r}: bytes are known for full, lowrank and sltrain")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype!r}: not one of {', '.join(DTYPE_BYTES)}")
+    groups = tensor_groups(
+        cfg, method=method, rank=counts.rank, sparsity=counts.sparsity, train_scaling=counts.train_scaling
+    )
+    width = DTYPE_BYTES[dtype]
+    trained = [g for g in groups if g.trained]
+    return {
+        "parameters": width * counts.total,
+        "support": sum(g.elements * (8 if g.support_entries > 2**31 else 4) for g in groups if g.kind == "sparse"),
+        "gradients": width * sum(g.elements for g in trained),
+        "optimizer": sum(g.count * _state_bytes(g.shape, width, optimizer, beta1) for g in trained)
+        + (2 * 4 * BNB_CODEBOOK_ENTRIES if optimizer == "adam8bit" else 0),  # two code books, shared by all parameters
+    }
+
+
+def _state_bytes(shape: tuple[int, ...], width: int, optimizer: str, beta1: float) -> int:
+    """Bytes of one parameter's optimizer state; `width`: bytes per element of the parameter."""
+    elements = math.prod(shape)
+    if optimizer in ("adam", "adamw"):  # torch, fused: two moments in the parameter's dtype, a float32 step count
+        return 2 * width * elements + 4
+    if optimizer == "sgd":  # torch: a momentum buffer in the parameter's dtype
+        return width * elements if beta1 else 0
+    if optimizer == "adafactor":  # transformers: float32 at least; row and column sums for matrices
+        state_width = max(4, width)
+        second = shape[0] + shape[1] if len(shape) == 2 else elements
+        return state_width * (second + (elements if beta1 else 0))
+    if (
+        optimizer == "adam8bit"
+    ):  # bitsandbytes: two one-byte moments with a float32 scale per block; small tensors float32
+        if elements < BNB_MIN_ELEMENTS:
+            return 2 * 4 * elements
+        return 2 * elements + 2 * 4 * math.ceil(elements / BNB_BLOCK_ELEMENTS)
+    raise ValueError(f"optimizer {optimizer!r}: not one of {', '.join(OPTIMIZERS)}")
+
+
+def activation_bytes(
+    cfg: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: str,
+    checkpointing: str | None = None,
+    chunk_rows: int | None = None,
+) -> dict[str, int]:
+    """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes; uncompiled model.
+
+    Per token and decoder layer, b = dtype_bytes: each of the two norms keeps its input in float32 (4h), the normalised value
+    and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
+    the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
+    too, keep nothing but their input, which is one of these. With checkpointing ("layer" or "selective") a layer keeps its
+    input, "selective" also attention's inputs' result, and one layer at a time is recomputed.
+    loss: see loss_bytes.
+    """
+    tokens = batch_size * seq_len
+    h, b, layers = cfg.hidden_size, DTYPE_BYTES[dtype], cfg.num_hidden_layers
+    kv = cfg.num_key_value_heads * cfg.head_dim
+    norm = 4 * h + 2 * b * h
+    layer = 2 * norm + b * (2 * h + 2 * kv) + 4 * cfg.num_attention_heads + 4 * b * cfg.intermediate_size
+    if checkpointing is None:
+        kept = layers * layer
+    else:
+        kept_per_layer = b * h + (b * h + 4 * cfg.num_attention_heads if checkpointing == "selective" else 0)
+        kept = layers * kept_per_layer + layer
+    return {
+        "activations": tokens * (kept + norm),  # + the final norm
+        "loss": loss_bytes(cfg, tokens, dtype, chunk_rows or loss_chunk_rows("cuda")),
+    }
+
+
+def loss_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int) -> int:
+    """Largest scratch of loss.chunked_cross_entropy: one chunk's logits and their log-softmax in float32, the gradient of
+    the hidden rows, and the head's gradient (float32 sum + one chunk's product where there are several chunks)."""
+    rows, dtype_bytes = min(num_rows, chunk_rows), DTYPE_BYTES[dtype]
+    head = cfg.vocab_size * cfg.hidden_size
+    head_bytes = head * (4 + dtype_bytes) if num_rows > chunk_rows else head * dtype_bytes
+    return 8 * rows * cfg.vocab_size + dtype_bytes * num_rows * cfg.hidden_size + head_bytes

@@ -1,0 +1,44 @@
+"""Training methods: what each does to the freshly built model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from peft_pretraining.config import Arguments
+from sparse_lora import SLTrainConfig, reparameterize
+
+
+def _full(model: nn.Module, args: Arguments) -> list[str]:
+    """Every weight dense and trained: nothing to change."""
+    return []
+
+
+def _lowrank(model: nn.Module, args: Arguments) -> list[str]:
+    """Attention and MLP linears become (alpha/r) B A, both factors trained, no sparse part."""
+    return reparameterize(model, _layer_config(args, sparsity=0.0))
+
+
+def _sltrain(model: nn.Module, args: Arguments) -> list[str]:
+    """Attention and MLP linears become (alpha/r) B A + S (arXiv 2406.02214)."""
+    return reparameterize(model, _layer_config(args, sparsity=args.sp_ratio))
+
+
+def _layer_config(args: Arguments, sparsity: float) -> SLTrainConfig:
+    return SLTrainConfig(
+        rank=args.rank,
+        sparsity=sparsity,
+        alpha=args.lora_alpha,
+        support=args.support,
+        trainable_scaling=args.train_scaling,
+        seed=args.seed,
+    )
+
+
+# name -> function that changes the model in place and returns the names of the replaced linears
+METHODS: dict[str, Callable[[nn.Module, Arguments], list[str]]] = {
+    "full": _full,
+    "lowrank": _lowrank,
+    "sltrain": _sltrain,
+}

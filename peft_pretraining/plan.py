@@ -1,0 +1,238 @@
+"""The plan: every integer that follows from the arguments, checked before anything is loaded, and printed by --dry_run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining import memory, schedule
+from peft_pretraining.config import Arguments, ConfigError, default_save_dir
+from peft_pretraining.data.source import default_lanes
+from peft_pretraining.distributed import World
+from peft_pretraining.model_config import ModelConfig, ModelConfigError, load_model_config
+
+# Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
+_STALLING_SCALE, _STALLING_LR = 0.5, 0.003
+_C4_EVAL_TOKENS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will do. Sequences and update steps are counted over all processes, bytes per process."""
+
+    model: ModelConfig
+    parameters: dict[str, int]  # total, dense, low_rank, sparse
+    full_rank_parameters: int
+    bytes: dict[str, int]  # parameters, support, gradients, optimizer, activations, loss
+    dtype: str
+    world_size: int
+    batch_size: int
+    gradient_accumulation: int
+    total_batch_size: int
+    tokens_per_update: int  # positions: total_batch_size x max_length; padding counts
+    num_training_steps: int  # with max_train_tokens: the fewest updates that can reach it
+    max_train_tokens: int | None
+    data_lanes: int
+    eval_tokens: int | None
+    save_dir: Path
+    warnings: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the memory classes, bytes per process."""
+        return sum(self.bytes.values())
+
+
+def make_plan(args: Arguments, world: World, dtype: str | None = None) -> Plan:
+    """Derive the plan; `dtype` is what --dtype resolves to where it was not given.
+
+    Raises:
+        ConfigError: all problems at once, each with the values, the reason and the flag to change.
+    """
+    dtype = args.dtype or dtype or "float32"
+    problems: list[str] = []
+    accumulation, total_batch_size = _batch_arithmetic(args, world, problems)
+    num_training_steps = args.num_training_steps
+    if args.max_train_tokens is not None:
+        num_training_steps = math.ceil(args.max_train_tokens / (total_batch_size * args.max_length))
+    problems += schedule.validate(**_schedule_arguments(args, num_training_steps))
+    data_lanes = args.data_lanes or default_lanes(args.dataset)
+    if data_lanes % world.size:
+        fitting = [lanes for lanes in range(data_lanes, data_lanes + world.size) if lanes % world.size == 0]
+        problems.append(
+            f"--data_lanes {data_lanes}: must be a multiple of the {world.size} processes, which share the readers evenly; "
+            f"use --data_lanes {fitting[0]}"
+        )
+    try:
+        model = load_model_config(args.model_config)
+    except ModelConfigError as error:
+        raise ConfigError([*problems, str(error)]) from None
+    problems += _model_problems(args, model)
+    if problems:
+        raise ConfigError(problems)
+    counts = memory.parameter_counts(model, **_method_arguments(args))
+    sizes = memory.static_bytes(model, counts, method=args.peft_model, dtype=dtype, optimizer=args.optimizer)
+    sizes |= memory.activation_bytes(
+        model,
+        batch_size=args.batch_size,
+        seq_len=args.max_length,
+        dtype=dtype,
+        checkpointing=args.activation_checkpointing,
+    )
+    return Plan(
+        model=model,
+        parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
+        full_rank_parameters=memory.parameter_counts(model, method="full", rank=1, sparsity=0.0).total,
+        bytes=sizes,
+        dtype=dtype,
+        world_size=world.size,
+        batch_size=args.batch_size,
+        gradient_accumulation=accumulation,
+        total_batch_size=total_batch_size,
+        tokens_per_update=total_batch_size * args.max_length,
+        num_training_steps=num_training_steps,
+        max_train_tokens=args.max_train_tokens,
+        data_lanes=data_lanes,
+        eval_tokens=args.eval_tokens or (_C4_EVAL_TOKENS if args.dataset == "c4" else None),
+        save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
+        warnings=tuple(_warnings(args, world)),
+    )
+
+
+def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: int) -> float:
+    """The rate of the update that follows `update_step` finished ones.
+
+    With max_train_tokens the schedule runs on tokens instead, in units of full updates: padding makes the number of
+    updates unknown beforehand, and the schedule still has to end where the run does.
+    """
+    position: float = update_step
+    if plan.max_train_tokens is not None:
+        position = min(tokens_seen / plan.tokens_per_update, plan.num_training_steps - 1)
+    return schedule.lr_at(
+        position, scheduler=args.scheduler, lr=args.lr, **_schedule_arguments(args, plan.num_training_steps)
+    )
+
+
+def is_finished(plan: Plan, update_step: int, tokens_seen: int) -> bool:
+    """Exactly num_training_steps updates, or the first update that reaches max_train_tokens."""
+    if plan.max_train_tokens is not None:
+        return tokens_seen >= plan.max_train_tokens
+    return update_step >= plan.num_training_steps
+
+
+def _batch_arithmetic(args: Arguments, world: World, problems: list[str]) -> tuple[int, int]:
+    """(gradient_accumulation, total_batch_size); problems are appended, with stand-in values returned."""
+    per_pass = args.batch_size * world.size
+    total = args.total_batch_size
+    if total is None:
+        accumulation = args.gradient_accumulation or 1
+        return accumulation, accumulation * per_pass
+    arithmetic = f"--batch_size {args.batch_size} x {world.size} processes"
+    if args.gradient_accumulation is not None:
+        if args.gradient_accumulation * per_pass != total:
+            problems.append(
+                f"--total_batch_size {total}: {arithmetic} x --gradient_accumulation {args.gradient_accumulation} is "
+                f"{args.gradient_accumulation * per_pass}; leave --gradient_accumulation out, or make them agree"
+            )
+        return args.gradient_accumulation, total
+    if total % per_pass:
+        if total % world.size:
+            way_out = f"a multiple of the {world.size} processes, such as --total_batch_size {-(-total // per_pass) * per_pass}"
+        else:
+            share = total // world.size
+            fitting = max(size for size in range(1, min(args.batch_size, share) + 1) if share % size == 0)
+            way_out = f"--batch_size {fitting}, or --total_batch_size {-(-total // per_pass) * per_pass}"
+        problems.append(f"--total_batch_size {total}: not a multiple of {arithmetic} = {per_pass}; use {way_out}")
+        return 1, total
+    return total // per_pass, total
+
+
+def _schedule_arguments(args: Arguments, num_training_steps: int) -> dict[str, Any]:
+    return {
+        "num_training_steps": num_training_steps,
+        "warmup_steps": args.warmup_steps,
+        "min_lr_ratio": args.min_lr_ratio,
+        "cycle_length": args.cycle_length,
+        "restart_warmup_steps": args.restart_warmup_steps,
+        "adjust_step": args.adjust_step,
+    }
+
+
+def _method_arguments(args: Arguments) -> dict[str, Any]:
+    return {
+        "method": args.peft_model,
+        "rank": args.rank,
+        "sparsity": args.sp_ratio if args.peft_model == "sltrain" else 0.0,
+        "train_scaling": args.train_scaling,
+    }
+
+
+def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
+    problems = []
+    if args.max_length > model.max_position_embeddings:
+        problems.append(
+            f"--max_length {args.max_length}: {args.model_config} allows {model.max_position_embeddings} positions "
+            "(max_sequence_length); lower --max_length or raise it there"
+        )
+    smallest = model.hidden_size * min(model.hidden_size, model.intermediate_size)
+    if args.peft_model == "sltrain" and int(args.sp_ratio * smallest) == 0:
+        problems.append(
+            f"--sp_ratio {args.sp_ratio}: leaves no entry in a weight of {smallest:,} entries; use more than {1 / smallest:.1g}"
+        )
+    return problems
+
+
+def _warnings(args: Arguments, world: World) -> list[str]:
+    lines = []
+    scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
+    if args.peft_model != "full" and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
+        what = (
+            "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
+        )
+        lines.append(
+            f"{what} = {scale:.2g} with --lr {args.lr:g}: above {_STALLING_SCALE} at lr {_STALLING_LR} and more, runs were "
+            "seen to stall at a high loss; lower --lora_alpha or --lr"
+        )
+    if args.data_lanes is None and args.dataset != "c4" and args.workers is not None and args.workers * world.size > 24:
+        lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
+    return lines
+
+
+def format_plan(plan: Plan, args: Arguments, source: str, device: str, device_bytes: int | None) -> str:
+    """The plan as --dry_run prints it. `source` describes the data; `device_bytes` is what the device has, if known."""
+    counts, gib = plan.parameters, 2**30
+    share = f" ({counts['total'] / plan.full_rank_parameters:.0%} of full-rank {plan.full_rank_parameters:,})"
+    length = (
+        f"until {plan.max_train_tokens:,} tokens of text, at least {plan.num_training_steps:,} updates"
+        if plan.max_train_tokens is not None
+        else f"{plan.num_training_steps:,} updates"
+    )
+    positions = plan.num_training_steps * plan.tokens_per_update
+    rows = [
+        ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
+        ("parameters", f"{counts['total']:,}{share if args.peft_model != 'full' else ''}"),
+        ("", f"dense {counts['dense']:,} + low-rank {counts['low_rank']:,} + sparse {counts['sparse']:,}"),
+        ("length", f"{length}, {positions:,} positions of {args.max_length}-token sequences"),
+        (
+            "batch",
+            f"{plan.total_batch_size} sequences = {plan.batch_size} x {plan.gradient_accumulation} micro-batches "
+            f"x {plan.world_size} process{'es' if plan.world_size > 1 else ''}; {plan.tokens_per_update:,} positions per update",
+        ),
+        ("optimizer", f"{args.optimizer}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates"),
+        ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
+        ("run folder", str(plan.save_dir)),
+        ("memory", " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.bytes.items() if size) + " GiB"),
+        ("", _fit_text(plan.total_bytes, device, device_bytes)),
+    ]
+    lines = [f"{name:<12}{text}" for name, text in rows]
+    return "\n".join(lines + [f"warning: {text}" for text in plan.warnings])
+
+
+def _fit_text(total: int, device: str, device_bytes: int | None) -> str:
+    estimate = f"about {total / 2**30:.2f} GiB per process, without the libraries' own"
+    if device_bytes is None:
+        return estimate
+    verdict = "fits" if total <= device_bytes else "does NOT fit"
+    return f"{estimate}; {verdict} in the {device_bytes / 2**30:.1f} GiB of {device}"

@@ -1,0 +1,109 @@
+"""What a checkpoint of a run holds, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_pretraining import checkpoint
+from peft_pretraining.data.loader import TrainLoader, merge_states
+from peft_pretraining.distributed import World, gather_objects
+from peft_pretraining.optim import load_optimizer_state, optimizer_state
+from peft_pretraining.train import TrainState
+
+_MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Everything of a run that has a state."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: TrainLoader
+    state: TrainState
+
+
+def save_run(
+    run_folder: Path, parts: RunParts, world: World, *, run_document: Mapping[str, Any], keep: int | None
+) -> Path:
+    """Write the checkpoint of the run as it stands; every process calls it. Raises OSError."""
+    names = {parameter: name for name, parameter in parts.model.named_parameters()}
+    optimizer_tensors, optimizer_scalars = optimizer_state(parts.optimizer, names)
+    tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
+    tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer_tensors.items()}
+    tensors |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
+    data = merge_states(gather_objects(parts.loader.state_dict(), world))
+    documents = {
+        "state.json": {
+            "train": asdict(parts.state),
+            "optimizer": optimizer_scalars,
+            "data": data,
+            "processes": world.size,
+        },
+        "config.json": parts.model.config.to_dict(),  # type: ignore[union-attr, operator]
+        "run.json": dict(run_document),
+    }
+    return checkpoint.save_checkpoint(
+        run_folder,
+        parts.state.update_step,
+        tensors,
+        documents,
+        world,
+        folders={"tokenizer": run_folder / "tokenizer"},
+        keep=keep,
+    )
+
+
+def restore_data(path: Path, loader: TrainLoader) -> None:
+    """Put the data where the checkpoint `path` left it; before the first batch is asked for. Raises CheckpointError."""
+    loader.load_state_dict(checkpoint.read_json(path / "state.json")["data"])
+
+
+def restore_run(path: Path, parts: RunParts, world: World) -> None:
+    """Bring freshly built parts to where the checkpoint `path` was taken; the data has `restore_data`.
+
+    Random states are those of the same rank; a rank that the checkpoint did not have keeps its fresh ones.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or belongs to another model.
+    """
+    document = checkpoint.read_json(path / "state.json")
+    index = checkpoint.tensor_index(path)
+    checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()})
+    wanted = {
+        name: torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in index.items()
+        if name.startswith((_OPTIMIZER, f"{_RANDOM}{world.rank}/"))
+    }
+    checkpoint.load_tensors(path, wanted)
+    names = {parameter: name for name, parameter in parts.model.named_parameters()}
+    optimizer_tensors = {k.removeprefix(_OPTIMIZER): t for k, t in wanted.items() if k.startswith(_OPTIMIZER)}
+    load_optimizer_state(parts.optimizer, names, optimizer_tensors, document["optimizer"])
+    _set_random_states({k.rsplit("/", 1)[1]: t for k, t in wanted.items() if k.startswith(_RANDOM)})
+    parts.state.update_step = document["train"]["update_step"]
+    parts.state.tokens_seen = document["train"]["tokens_seen"]
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """Generators of this process that a library might draw from; the data's and the initial values' are keyed by seed."""
+    _, words, _ = random.getstate()
+    states = {"torch": torch.get_rng_state(), "python": torch.tensor(words, dtype=torch.int64)}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, torch.Tensor]) -> None:
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "python" in states:
+        random.setstate((3, tuple(states["python"].tolist()), None))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

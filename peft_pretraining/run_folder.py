@@ -1,0 +1,165 @@
+"""A run's folder: which one it is, which checkpoint it goes on from, and run.json, the record of how it was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_pretraining import checkpoint
+from peft_pretraining.config import Arguments, ConfigError, as_dict
+from peft_pretraining.data.source import Source, open_source
+from peft_pretraining.distributed import World, broadcast_object
+from peft_pretraining.plan import Plan, format_plan
+
+_PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "sentencepiece", "wandb", "numpy")
+# A checkpoint made with other values of these belongs to another run and is not continued.
+_MUST_AGREE = (
+    *("peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "seed", "optimizer"),
+    *("dataset", "text_field", "tokenizer", "max_length", "packing"),
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and the checkpoint it starts from (None: from the seed's initial values)."""
+
+    path: Path
+    checkpoint: Path | None
+    wandb_id: str
+
+
+def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
+    """Choose and create the folder; the same answer on every process.
+
+    Raises:
+        CheckpointError: --continue_from names no checkpoint.
+        ConfigError: the checkpoint was made with other arguments.
+        OSError: the folder cannot be written.
+    """
+    choice: RunFolder | Exception | None = None
+    if world.is_main:
+        try:
+            choice = _choose(args, plan)
+        except (checkpoint.CheckpointError, ConfigError, OSError) as error:
+            choice = error
+    choice = broadcast_object(choice, world)
+    if isinstance(choice, Exception):
+        raise choice
+    assert isinstance(choice, RunFolder)
+    return choice
+
+
+def _choose(args: Arguments, plan: Plan) -> RunFolder:
+    path = plan.save_dir
+    newest = None
+    if args.resume == "never":
+        path = _fresh(path)
+    if args.continue_from is not None:
+        newest = checkpoint.resolve(Path(args.continue_from))
+    elif args.resume == "auto" and (found := checkpoint.list_checkpoints(path)):
+        newest = found[-1]
+    wandb_id = secrets.token_hex(4)
+    if newest is not None:
+        before = checkpoint.read_json(newest / "run.json")
+        _check_same_run(newest, before, args, plan)
+        if path == newest.parent:
+            wandb_id = before["wandb_id"]
+    path.mkdir(parents=True, exist_ok=True)
+    return RunFolder(path, newest, wandb_id)
+
+
+def _fresh(path: Path) -> Path:
+    """`path` where nothing is there yet, else path-2, path-3, ..."""
+    number, candidate = 1, path
+    while candidate.exists() and any(candidate.iterdir()):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan) -> None:
+    """Refuse to go on with another model, method, data or batch size. Raises ConfigError with both values."""
+    then, now = before["arguments"], as_dict(args)
+    problems = [
+        f"--{name} {now[name]}: {path} was made with {then[name]}; use that, or start afresh (another --save_dir)"
+        for name in _MUST_AGREE
+        if then[name] != now[name]
+    ]
+    for name in ("data_lanes", "total_batch_size", "dtype"):
+        if before["plan"][name] != getattr(plan, name):
+            problems.append(
+                f"--{name} {getattr(plan, name)}: {path} was made with {before['plan'][name]}; use that, or start afresh"
+            )
+    shape = {key: value for key, value in asdict(plan.model).items() if key not in ("name", "path")}
+    problems += [
+        f"{args.model_config}: {key} is {value}, {path} was made with {before['plan']['model'][key]}"
+        for key, value in shape.items()
+        if before["plan"]["model"].get(key) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source) -> dict[str, Any]:
+    """What run.json holds: everything needed to know how the run was made, and nothing secret."""
+    return {
+        "arguments": as_dict(args),
+        "plan": plan_document(plan),
+        "wandb_id": folder.wandb_id,
+        "continued_from": None if folder.checkpoint is None else str(folder.checkpoint),
+        "dataset": {"description": source.describe(), "fingerprint": source.fingerprint},
+        "versions": versions(),
+        "git_commit": _git_commit(),
+        "world": {"processes": world.size, "threads": torch.get_num_threads()},
+        "machine": {
+            "platform": platform.platform(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-able values."""
+    return {**asdict(plan), "save_dir": str(plan.save_dir)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that matter, as installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def describe(plan: Plan, args: Arguments, device: torch.device) -> str:
+    """The plan in words, with what the device has."""
+    if device.type == "cuda":
+        name, size = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        name, size = "this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return format_plan(
+        plan, args, open_source(args.dataset, "train", text_field=args.text_field).describe(), name, size
+    )

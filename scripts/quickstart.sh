@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Train a small LLaMA whose linears are low-rank plus sparse, on English text that is already on this machine.
+# Any machine; no GPU, no network beyond the package index. About three minutes of training on a 2-core laptop.
+#   bash scripts/quickstart.sh [torchrun_main.py arguments, which win over scripts/quickstart.yaml]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$root"
+
+echo "== data: the documentation of the installed packages, in C4's format"
+"$python" -m peft_pretraining data demo
+
+run=runs/quickstart
+number=1
+while [ -e "$run" ]; do
+    number=$((number + 1))
+    run="runs/quickstart-$number"
+done
+echo "== training into $run"
+"$python" torchrun_main.py --config scripts/quickstart.yaml --save_dir "$run" "$@"
+
+echo "== result"
+"$python" -m peft_pretraining report "$run"
+
+echo "== a sample"
+"$python" -m peft_pretraining generate --checkpoint "$run" --prompt "Return the" --max_new_tokens 60

@@ -1,0 +1,23 @@
+"""The SLTrain layer: a linear whose weight is low-rank plus sparse (arXiv 2406.02214). Imports torch only.
+
+linear.py          SparseLowRankLinear, a drop-in for nn.Linear
+functional.py      sparse_lowrank_linear (memory-saving autograd) and dense_reference (plain autograd)
+support.py         Support: which entries the sparse part has, and how they are stored; generator_for
+reparameterize.py  SLTrainConfig, reparameterize(model, config), merge(model)
+"""
+
+from .functional import dense_reference, sparse_lowrank_linear
+from .linear import SparseLowRankLinear
+from .reparameterize import SLTrainConfig, merge, reparameterize
+from .support import Support, generator_for
+
+__all__ = [
+    "SLTrainConfig",
+    "SparseLowRankLinear",
+    "Support",
+    "dense_reference",
+    "generator_for",
+    "merge",
+    "reparameterize",
+    "sparse_lowrank_linear",
+]

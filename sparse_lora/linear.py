@@ -1,0 +1,163 @@
+"""SparseLowRankLinear: nn.Linear with the weight scaling * B A + S."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .functional import build_weight, sparse_lowrank_linear, without_autocast
+from .support import SUPPORT_KINDS, Support, generator_for
+
+
+class SparseLowRankLinear(nn.Module):
+    """y = x W^T + bias with W = (alpha / rank) B A + S, S having a fixed random support (arXiv 2406.02214, section 3).
+
+    Parameters (names as published): `lora_A` (rank, in), `lora_B` (out, rank), `sparse_value` (nnz,), optional
+    `scaling` (1,) and `bias` (out,); `support` holds the nnz = int(sparsity * out * in) positions of the values.
+
+    Initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, values ~
+    U(-1/sqrt(in), 1/sqrt(in)), bias ~ U(-1/sqrt(out), 1/sqrt(out)), as published. With `sparsity=0` the layer is
+    low-rank only; B = 0 in every layer would then make every gradient zero, so B ~ N(0, 1 / (scaling^2 rank)), which
+    gives the entries of scaling * B A the variance 1 / (3 in) that nn.Linear's own initialisation gives its weight.
+
+    Args:
+        in_features, out_features: shape of the weight, (out_features, in_features).
+        rank: of B A, at least 1; it may exceed min(in_features, out_features).
+        sparsity: share of the weight's entries that S has (delta in the paper), 0 .. 1; 0 leaves S out.
+        alpha: the low-rank part is scaled by alpha / rank.
+        bias: whether there is one.
+        support: how the positions are drawn; "uniform": without replacement over the whole matrix.
+        trainable_scaling: scale by tanh(c) with c a trained scalar, initially 1, instead of alpha / rank.
+        seed: of the initial values and the support; None draws one from torch's default generator.
+        device, dtype: of the parameters, as in nn.Linear. On "meta" nothing is drawn: call `reset_parameters` after
+            `to_empty`.
+
+    Raises:
+        ValueError: a value is out of its range, or the sparsity leaves S without a single entry.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        sparsity: float,
+        *,
+        alpha: float = 32.0,
+        bias: bool = False,
+        support: str = "uniform",
+        trainable_scaling: bool = False,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        problems = hyperparameter_problems(rank, sparsity, alpha, support)
+        if in_features < 1 or out_features < 1:
+            problems.append(f"a weight of {out_features} x {in_features} has no entries: both sizes must be at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.sparsity, self.alpha = sparsity, alpha
+        nnz = int(sparsity * out_features * in_features)
+        if sparsity > 0 and nnz == 0:
+            raise ValueError(
+                f"sparsity {sparsity} of a {out_features} x {in_features} weight leaves no entry: "
+                f"use at least {1 / (out_features * in_features):.2g}, or 0 for a low-rank weight"
+            )
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        has_sparse = nnz > 0
+        self.sparse_value = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype)) if has_sparse else None
+        self.scaling = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if trainable_scaling else None
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.support = Support(out_features, in_features, nnz, device) if has_sparse else None
+        if not self.lora_A.is_meta:
+            if seed is None:
+                seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+            self.reset_parameters(seed, "")
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, name: str) -> None:
+        """Draws the support and all initial values anew, in place, on whatever device the layer is.
+
+        The numbers depend on (seed, name) and the layer's shape only: each tensor comes from the CPU generator of its
+        own qualified name, in float32, and is then cast, so that float32 and bfloat16 start from the same numbers.
+
+        Args:
+            seed: of the run.
+            name: the layer's qualified name in its model, such as "model.layers.0.mlp.up_proj"; "" outside one.
+        """
+        for parameter_name, values in self.initial_values(seed, name):
+            self.get_parameter(parameter_name).copy_(values)
+        if self.support is not None:
+            self.support.draw_(generator_for(seed, _join(name, "support")))
+
+    def initial_values(self, seed: int, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yields (parameter name, float32 CPU tensor) one parameter at a time; arguments as of `reset_parameters`."""
+        in_bound = 1 / math.sqrt(self.in_features)
+        for parameter_name, parameter in self.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            generator = generator_for(seed, _join(name, parameter_name))
+            if parameter_name == "scaling":
+                values.fill_(1.0)
+            elif parameter_name == "bias":
+                bound = 1 / math.sqrt(self.out_features)
+                values.uniform_(-bound, bound, generator=generator)
+            elif parameter_name != "lora_B":
+                values.uniform_(-in_bound, in_bound, generator=generator)
+            elif self.sparse_value is not None:
+                values.zero_()
+            else:
+                values.normal_(0.0, 1 / (self._initial_scaling() * math.sqrt(self.rank)), generator=generator)
+            yield parameter_name, values
+
+    def _initial_scaling(self) -> float:
+        return self.alpha / self.rank if self.scaling is None else math.tanh(1.0)
+
+    def effective_scaling(self) -> float | Tensor:
+        """The factor of B A: alpha / rank, or tanh(scaling), (1,), where it is trained."""
+        return self.alpha / self.rank if self.scaling is None else torch.tanh(self.scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return sparse_lowrank_linear(
+            x, self.lora_A, self.lora_B, self.sparse_value, self.support, self.effective_scaling(), self.bias
+        )
+
+    def dense_weight(self) -> Tensor:
+        """The weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
+        code = None if self.support is None else self.support.code
+        scaled_B = (self.lora_B * self.effective_scaling()).to(self.lora_B.dtype)
+        with without_autocast(scaled_B):
+            return build_weight(self.lora_A, scaled_B, self.sparse_value, code)
+
+    def extra_repr(self) -> str:
+        scaling = f"alpha={self.alpha}" if self.scaling is None else "trainable_scaling=True"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"sparsity={self.sparsity}, {scaling}, bias={self.bias is not None}"
+        )
+
+
+def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: str) -> list[str]:
+    """One message for each value that a layer cannot have."""
+    problems = []
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        problems.append(f"rank is {rank!r}, but it must be a whole number of at least 1")
+    if not _is_number(sparsity) or not 0 <= sparsity <= 1:
+        problems.append(f"sparsity is {sparsity!r}, but it is a share of the weight's entries: choose 0 .. 1")
+    if not _is_number(alpha) or not 0 < alpha < math.inf:
+        problems.append(f"alpha is {alpha!r}, but it must be a positive number")
+    if support not in SUPPORT_KINDS:
+        problems.append(f"support is {support!r}, but it must be one of: {', '.join(SUPPORT_KINDS)}")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

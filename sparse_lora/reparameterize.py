@@ -1,0 +1,145 @@
+"""Replace a model's linears by low-rank plus sparse ones, and back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .linear import SparseLowRankLinear, hyperparameter_problems
+
+# What the method leaves dense (arXiv 2406.02214, section 5.1): no linear with one of these in its name is replaced.
+KEPT_DENSE = ("lm_head", "embed", "norm")
+
+DEFAULT_TARGETS = ("attn", "mlp")
+
+
+@dataclass(frozen=True)
+class SLTrainConfig:
+    """How `reparameterize` replaces linears; the values are explained at SparseLowRankLinear.
+
+    target_modules: a linear is replaced when its qualified name contains one of these strings, as that of
+    model.layers.0.self_attn.q_proj contains "attn".
+
+    Raises:
+        ValueError: a value is out of its range (all problems in one message).
+    """
+
+    rank: int = 128
+    sparsity: float = 0.03
+    alpha: float = 32.0
+    support: str = "uniform"
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
+    trainable_scaling: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = hyperparameter_problems(self.rank, self.sparsity, self.alpha, self.support)
+        targets = self.target_modules
+        if isinstance(targets, str) or not targets or not all(isinstance(t, str) and t for t in targets):
+            problems.append(f"target_modules is {targets!r}, but it must be names, such as {DEFAULT_TARGETS}")
+        else:
+            object.__setattr__(self, "target_modules", tuple(targets))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            problems.append(f"seed is {self.seed!r}, but it must be a whole number")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
+    """Replaces, in place, the model's targeted nn.Linear modules by SparseLowRankLinear with newly drawn weights.
+
+    Device, dtype, training mode and the presence of a bias are kept; the old weights and biases are dropped. Every new
+    tensor is drawn with (config.seed, its qualified name); a model on the meta device stays there, undrawn. Embedding,
+    lm_head, norms, weights tied to an embedding, and subclasses of nn.Linear are left alone.
+
+    Returns:
+        Qualified names of the replaced modules, in the model's order.
+
+    Raises:
+        ValueError: no linear matches, or one of the targets (unless they are the default ones) matches none.
+    """
+    eligible = _eligible_linears(model)
+    replaced = [name for name in eligible if any(target in name for target in config.target_modules)]
+    unmatched = [t for t in config.target_modules if not any(t in name for name in eligible)]
+    # A model without one of the two default blocks is no mistake; a target that somebody wrote is meant.
+    if not replaced or (unmatched and config.target_modules != DEFAULT_TARGETS):
+        names = ", ".join(list(eligible)[:5]) or "none"
+        raise ValueError(
+            f"target_modules {', '.join(map(repr, unmatched))} match no linear of the model that can be replaced "
+            f"({', '.join(KEPT_DENSE)} are left dense): choose parts of names such as: {names}"
+        )
+    replacements = {id(eligible[name]): _sparse_lowrank_like(eligible[name], name, config) for name in replaced}
+    _replace(model, replacements)
+    return replaced
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Replaces, in place, every SparseLowRankLinear by an nn.Linear with its dense_weight() and bias.
+
+    Returns:
+        Qualified names of the replaced modules; empty when the model has none.
+
+    Raises:
+        ValueError: the model is itself such a layer, which cannot be replaced in place.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)}
+    if "" in layers:
+        raise ValueError("the model is itself a SparseLowRankLinear: wrap it in a module, or use its dense_weight()")
+    _replace(model, {id(layer): _linear_like(layer) for layer in layers.values()})
+    return list(layers)
+
+
+def _eligible_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linears that may be replaced, by name.
+
+    A subclass of nn.Linear is something else (nn.MultiheadAttention reads its weight without calling it, quantised ones
+    store it differently), and a weight shared with an embedding stays dense.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and type(module) is nn.Linear
+        and id(module.weight) not in embeddings
+        and not any(kept in name for kept in KEPT_DENSE)
+    }
+
+
+def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) -> SparseLowRankLinear:
+    with torch.device("meta"):
+        layer = SparseLowRankLinear(
+            linear.in_features,
+            linear.out_features,
+            config.rank,
+            config.sparsity,
+            alpha=config.alpha,
+            bias=linear.bias is not None,
+            support=config.support,
+            trainable_scaling=config.trainable_scaling,
+            dtype=linear.weight.dtype,
+        )
+    if not linear.weight.is_meta:
+        layer.to_empty(device=linear.weight.device)
+        layer.reset_parameters(config.seed, name)
+    return layer.train(linear.training)
+
+
+@torch.no_grad()
+def _linear_like(layer: SparseLowRankLinear) -> nn.Linear:
+    weight = layer.dense_weight()
+    with torch.device("meta"):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Puts replacements[id(module)] wherever the module hangs in the model, under several names if it is shared."""
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if id(child) in replacements:
+                setattr(parent, child_name, replacements[id(child)])

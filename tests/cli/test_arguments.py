@@ -1,0 +1,197 @@
+"""Every argument that cannot work is refused with exit code 2 and one clear message naming flag and value."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.config import ConfigError, as_dict, build_parser, notices, parse_args, parse_tokens
+from peft_pretraining.distributed import World
+from peft_pretraining.plan import is_finished, learning_rate, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs" / "llama_60m.json")
+BASE = ["--model_config", CONFIG, "--batch_size", "8"]
+
+# (extra arguments, what the message must contain)
+BAD = [
+    (["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
+    (["--batch_size", "abc"], ["--batch_size", "abc"]),
+    (["--batch_size", "-4"], ["--batch_size -4"]),
+    (["--model_config", "nowhere.json"], ["--model_config nowhere.json", "no such file"]),
+    (["--lr", "nan"], ["--lr nan", "finite"]),
+    (["--lr", "-0.1"], ["--lr -0.1", "above 0"]),
+    (["--lr", "fast"], ["--lr", "fast"]),
+    (["--rank", "0"], ["--rank 0", "at least 1"]),
+    (["--rank", "12.5"], ["--rank", "12.5"]),
+    (["--sp_ratio", "0", "--peft_model", "sltrain"], ["--sp_ratio 0", "lowrank"]),
+    (["--sp_ratio", "1.0", "--peft_model", "sltrain"], ["--sp_ratio 1.0", "between 0 and 1"]),
+    (["--sp_ratio", "0.000001", "--peft_model", "sltrain"], ["--sp_ratio 1e-06", "no entry"]),
+    (["--lora_alpha", "0", "--peft_model", "sltrain"], ["--lora_alpha 0", "above 0"]),
+    (["--peft_model", "lora"], ["--peft_model lora", "sltrain"]),
+    (["--peft_model", "relora"], ["--peft_model relora", "not in this version"]),
+    (["--optimizer", "adamx"], ["--optimizer adamx", "adamw"]),
+    (["--optimizer", "galore_adamw"], ["--optimizer galore_adamw", "not in this version"]),
+    (["--scheduler", "step"], ["--scheduler step", "cosine"]),
+    (["--scheduler", "cosine_restarts", "--restart_warmup_steps", "10"], ["cosine_restarts", "--cycle_length"]),
+    (["--cycle_length", "3000"], ["--cycle_length 3000", "--num_training_steps 10000"]),
+    (["--adjust_step", "5"], ["--adjust_step 5", "cosine_restarts"]),
+    (["--min_lr_ratio", "2"], ["--min_lr_ratio 2", "between 0 and 1"]),
+    (["--warmup_steps", "-1"], ["--warmup_steps -1", "negative"]),
+    (["--warmup_steps", "20000"], ["--warmup_steps 20000", "--num_training_steps 10000"]),
+    (["--num_training_steps", "0"], ["--num_training_steps 0"]),
+    (["--max_train_tokens", "lots"], ["--max_train_tokens", "lots", "1.1B"]),
+    (["--max_train_tokens", "0"], ["--max_train_tokens 0"]),
+    (["--max_length", "1"], ["--max_length 1"]),
+    (["--max_length", "5000"], ["--max_length 5000", "1024"]),
+    (["--total_batch_size", "100"], ["--total_batch_size 100", "--batch_size 5"]),
+    (["--total_batch_size", "64", "--gradient_accumulation", "3"], ["--total_batch_size 64", "--gradient_accumulation 3"]),
+    (["--gradient_accumulation", "0"], ["--gradient_accumulation 0"]),
+    (["--grad_clipping", "-1"], ["--grad_clipping -1"]),
+    (["--beta1", "1.5"], ["--beta1 1.5"]),
+    (["--dtype", "float16"], ["--dtype float16", "bfloat16"]),
+    (["--device", "tpu"], ["--device tpu", "cuda"]),
+    (["--workers", "-2"], ["--workers -2"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--data_lanes", "0"], ["--data_lanes 0"]),
+    (["--eval_every", "0"], ["--eval_every 0"]),
+    (["--continue_from", "no/such/folder"], ["--continue_from no/such/folder", "no such folder"]),
+    (["--packing", "maybe"], ["--packing", "maybe"]),
+    (["--learning_rate", "1"], ["--learning_rate"]),
+    (["--num_trainig_steps", "5"], ["--num_trainig_steps", "did you mean --num_training_steps"]),
+    (["--config", "missing.yaml"], ["--config missing.yaml"]),
+    (["--activation_checkpointing", "sometimes"], ["--activation_checkpointing sometimes"]),
+    (["--wandb", "loud"], ["--wandb loud"]),
+    (["--single_gpu", "--parallel", "ddp"], ["--single_gpu", "--parallel"]),
+    (["stray"], ["stray"]),
+]
+
+
+@pytest.mark.parametrize(("extra", "words"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_bad_argument_is_refused_by_name_and_value(extra, words):
+    with pytest.raises(ConfigError) as refused:
+        make_plan(parse_args(BASE + extra), World())
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("extra", [BAD[0][0], BAD[3][0], BAD[19][0]], ids=" ".join)
+def test_program_exits_with_2_one_line_and_no_traceback(extra):
+    ended = subprocess.run(
+        [sys.executable, "torchrun_main.py", *BASE, *extra], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert ended.stderr.startswith("torchrun_main.py: error: --")
+
+
+@pytest.mark.parametrize("missing", ["--model_config", "--batch_size"])
+def test_required_flags_are_named(missing):
+    argv = [word for pair in zip(BASE[::2], BASE[1::2]) if pair[0] != missing for word in pair]
+    with pytest.raises(ConfigError, match=f"{missing} is required"):
+        parse_args(argv)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ConfigError) as refused:
+        parse_args([*BASE, "--lr", "-1", "--rank", "0", "--device", "tpu"])
+    assert len(refused.value.problems) == 3
+
+
+def test_help_and_errors_load_no_heavy_package():
+    """--help, a wrong argument and a refused plan must answer at once: none of the slow packages may be imported."""
+    code = (
+        "import sys, torchrun_main\n"
+        "for argv in (['--help'], ['--lr', 'x'], sys.argv[1:]):\n"
+        "    try:\n        torchrun_main.main(argv)\n    except SystemExit:\n        pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'wandb', 'bitsandbytes', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    argv = [*BASE, "--total_batch_size", "100"]
+    ended = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_config_file_and_command_line_say_the_same_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"model_config": CONFIG, "batch_size": 4, "lr": 0.5, "packing": True, "grad_clipping": 0}))
+    args = parse_args(["--config", str(path), "--lr", "0.25"])
+    assert (args.batch_size, args.lr, args.packing, args.grad_clipping) == (4, 0.25, True, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"batch_sizes": 4}', ["batch_sizes", "did you mean batch_size"]),
+        ('{"lr": [1]}', ["lr", "single value"]),
+        ("[1]", ["names and values"]),
+        ("{", ["not valid JSON"]),
+    ],
+)
+def test_config_file_problems_name_the_file(tmp_path, content, words):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        parse_args(["--config", str(path), *BASE])
+    for word in [str(path), *words]:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000)])
+def test_token_counts_are_read(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+def test_flags_without_effect_say_so():
+    given = ["--lora_dropout", "0.1", "--use_hf_model", "--update_proj_gap", "200", "--rank", "4", "--beta1", "0.5"]
+    lines = "\n".join(notices(parse_args(BASE + given)))
+    for flag in ("--lora_dropout", "--use_hf_model", "--update_proj_gap", "--rank", "--beta1"):
+        assert flag in lines
+    assert notices(parse_args(BASE)) == []
+
+
+def test_every_argument_has_help_and_reaches_run_json():
+    parser = build_parser()
+    flags = {action.dest for action in parser._actions} - {"help"}
+    assert flags == set(as_dict(parse_args(BASE)))
+    assert all(action.help for action in parser._actions)
+
+
+def test_batch_arithmetic_over_processes():
+    plan = make_plan(parse_args([*BASE, "--total_batch_size", "512"]), World(size=4))
+    assert (plan.gradient_accumulation, plan.total_batch_size) == (16, 512)
+    plan = make_plan(parse_args([*BASE, "--gradient_accumulation", "3"]), World(size=2))
+    assert plan.total_batch_size == 48
+
+
+def test_lanes_must_be_shared_evenly():
+    with pytest.raises(ConfigError, match="--data_lanes 64: must be a multiple of the 3 processes.*--data_lanes 66"):
+        make_plan(parse_args([*BASE, "--dataset", "c4"]), World(size=3))
+
+
+def test_default_folder_is_the_same_for_any_number_of_processes_but_not_for_another_run():
+    argv = [*BASE, "--total_batch_size", "64"]
+    folder = make_plan(parse_args(argv), World()).save_dir
+    assert folder == make_plan(parse_args(argv), World(size=4)).save_dir
+    assert folder == make_plan(parse_args([*argv, "--log_every", "10"]), World()).save_dir
+    assert folder != make_plan(parse_args([*argv, "--lr", "0.5"]), World()).save_dir
+
+
+def test_max_train_tokens_ends_with_the_update_that_reaches_it():
+    """Counted in tokens: padding moves the end, never the amount of text."""
+    args = parse_args([*BASE, "--max_train_tokens", "20k", "--max_length", "256", "--warmup_steps", "0"])
+    plan = make_plan(args, World())
+    assert plan.num_training_steps == 10  # ceil(20000 / (8 * 256))
+    assert not is_finished(plan, 100, 19_999)
+    assert is_finished(plan, 8, 20_000)
+    rates = [learning_rate(args, plan, 0, tokens) for tokens in range(0, 20_000, 500)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_stalling_scale_is_warned_of():
+    argv = [*BASE, "--peft_model", "sltrain", "--rank", "16", "--lora_alpha", "32", "--lr", "0.003"]
+    assert any("stall" in line for line in make_plan(parse_args(argv), World()).warnings)
+    assert not make_plan(parse_args([*argv, "--lora_alpha", "4"]), World()).warnings

@@ -1,0 +1,80 @@
+"""Every launch script starts: it passes --dry_run without network, and keeps the published hyperparameters."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.config import parse_args
+from peft_pretraining.distributed import World
+from peft_pretraining.plan import make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "scripts" / "llm_pretrain").glob("*.sh"))
+
+# The command lines of the published repository's scripts and README, as published.
+COMMON = "--peft_model sltrain --weight_decay 0 --dtype bfloat16 --eval_every 1000 --total_batch_size 512 "
+PUBLISHED = {
+    "60m": (1, "--lr 0.003 --optimizer adamw --rank 128 --sp_ratio 0.03 --batch_size 256 --num_training_steps 11000 "
+            "--warmup_steps 1100 --lora_alpha 32"),
+    "130m": (1, "--lr 0.003 --optimizer adamw --rank 256 --sp_ratio 0.03 --batch_size 256 --num_training_steps 22000 "
+             "--warmup_steps 2200 --lora_alpha 16"),
+    "350m": (4, "--lr 0.003 --optimizer adamw --rank 256 --sp_ratio 0.03 --batch_size 128 --num_training_steps 65000 "
+             "--warmup_steps 6500 --lora_alpha 16"),
+    "1b": (8, "--lr 0.003 --optimizer adamw --rank 512 --sp_ratio 0.03 --batch_size 32 --num_training_steps 140000 "
+           "--warmup_steps 10000 --lora_alpha 8 --save_every 3000"),
+    "7b": (8, "--lr 0.003 --optimizer adam8bit --rank 1024 --sp_ratio 0.05 --batch_size 8 --num_training_steps 150000 "
+           "--warmup_steps 15000 --grad_clipping 1.0 --save_every 500 --lora_alpha 8"),
+}  # fmt: skip
+
+
+def recipe_flags(path: Path) -> list[str]:
+    """The arguments that a script gives to torchrun_main.py."""
+    command = path.read_text(encoding="utf-8").split("torchrun_main.py", 1)[1]
+    return [word for word in shlex.split(command.replace("\\\n", " ")) if word != "$@"]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_command_line_is_accepted_with_its_meaning(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    processes, flags = PUBLISHED[size]
+    args = parse_args(f"--model_config configs/llama_{size}.json {COMMON} {flags}".split())
+    plan = make_plan(args, World(size=processes))
+    assert plan.total_batch_size == 512
+    assert plan.gradient_accumulation * args.batch_size * processes == 512
+    assert plan.num_training_steps == args.num_training_steps
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_passes_dry_run(path):
+    environment = {**os.environ, "SLTRAIN_PYTHON": sys.executable, "NPROC": "1", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        ["bash", str(path), "--dry_run"], cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    size = re.sub(r"^[a-z]+?(?=\d)", "", path.stem)
+    assert f"llama_{size}" in ended.stdout
+    assert "parameters" in ended.stdout
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
+    """All but the 7B learning rate, where script and paper differ and the paper's is taken."""
+    monkeypatch.chdir(ROOT)
+    published = vars(parse_args(f"--model_config configs/llama_{size}.json {COMMON} {PUBLISHED[size][1]}".split()))
+    ours = vars(parse_args(recipe_flags(ROOT / "scripts" / "llm_pretrain" / f"sltrain{size}.sh")))
+    different = {name for name in published if published[name] != ours[name]} - {"given"}
+    assert different == ({"lr"} if size == "7b" else set())
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_full_rank_twin_differs_in_the_method_only(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "scripts" / "llm_pretrain"
+    sltrain, full = (vars(parse_args(recipe_flags(folder / f"{kind}{size}.sh"))) for kind in ("sltrain", "full"))
+    different = {name for name in full if full[name] != sltrain[name]} - {"given"}
+    assert different <= {"peft_model", "rank", "sp_ratio", "lora_alpha", "grad_clipping"}

@@ -1,0 +1,195 @@
+"""One update of the trainer against a hand-written dense model, whatever the accumulation."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peft_pretraining.distributed import World
+from peft_pretraining.loss import TokenLoss
+from peft_pretraining.model_config import ModelConfig
+from peft_pretraining.modeling import build_model
+from peft_pretraining.optim import build_optimizer
+from peft_pretraining.train import clip_gradients, train_step
+from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
+
+CPU = torch.device("cpu")
+RANK, ALPHA, SPARSITY = 4, 6.0, 0.1
+
+
+@dataclass
+class MicroBatch:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.labels != -100).sum())
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels[:, 1:] != -100).sum())
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+        attention_bias=False,
+        mlp_bias=False,
+        name="tiny",
+        path="tiny.json",
+    )
+
+
+def sltrain_model(config, seed=3):
+    settings = SLTrainConfig(rank=RANK, sparsity=SPARSITY, alpha=ALPHA, seed=seed)
+    return build_model(
+        config, dtype=torch.float32, device="cpu", seed=seed, reparameterize=lambda model: reparameterize(model, settings)
+    )
+
+
+def sequences(count: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels with very unequal lengths, padded on the right."""
+    generator = torch.Generator().manual_seed(11)
+    ids = torch.randint(2, vocab, (count, length), generator=generator)
+    labels = ids.clone()
+    for row in range(count):
+        keep = 3 + (row * 7) % (length - 3)
+        labels[row, keep:] = -100
+        ids[row, keep:] = 0
+    return ids, labels
+
+
+class DenseReference:
+    """LLaMA written out with dense weights s B A + S, in plain tensor operations; leaves are the factors and values."""
+
+    def __init__(self, model, config):
+        self.config = config
+        self.leaves = {name: p.detach().double().clone().requires_grad_() for name, p in model.named_parameters()}
+        self.positions = {
+            name: module.support.flat_indices()
+            for name, module in model.named_modules()
+            if isinstance(module, SparseLowRankLinear)
+        }
+
+    def linear(self, name, x):
+        A, B = self.leaves[f"{name}.lora_A"], self.leaves[f"{name}.lora_B"]
+        sparse = torch.zeros(B.shape[0] * A.shape[1], dtype=torch.float64)
+        sparse = sparse.scatter(0, self.positions[name], self.leaves[f"{name}.sparse_value"])
+        return x @ (ALPHA / RANK * B @ A + sparse.view(B.shape[0], A.shape[1])).T
+
+    def norm(self, name, x):
+        return self.leaves[f"{name}.weight"] * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+
+    def rotate(self, x):
+        half = x.shape[-1] // 2
+        frequency = 1.0 / self.config.rope_theta ** (torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * frequency
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+
+    def attention(self, name, x):
+        heads = self.config.num_attention_heads
+
+        def split(y):
+            return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        q, k, v = (split(self.linear(f"{name}.{kind}_proj", x)) for kind in "qkv")
+        q, k = self.rotate(q), self.rotate(k)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        causal = torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        y = scores.masked_fill(~causal, -math.inf).softmax(-1) @ v
+        return self.linear(f"{name}.o_proj", y.transpose(1, 2).flatten(-2))
+
+    def mlp(self, name, x):
+        gate, up = self.linear(f"{name}.gate_proj", x), self.linear(f"{name}.up_proj", x)
+        return self.linear(f"{name}.down_proj", F.silu(gate) * up)
+
+    def mean_loss(self, ids, labels):
+        x = self.leaves["model.embed_tokens.weight"][ids]
+        for index in range(self.config.num_hidden_layers):
+            layer = f"model.layers.{index}"
+            x = x + self.attention(f"{layer}.self_attn", self.norm(f"{layer}.input_layernorm", x))
+            x = x + self.mlp(f"{layer}.mlp", self.norm(f"{layer}.post_attention_layernorm", x))
+        logits = self.norm("model.norm", x) @ self.leaves["lm_head.weight"].T
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("clipping", [None, 0.05])
+def test_update_equals_dense_reference(config, accumulation, clipping):
+    """Loss, true gradient norm and every parameter after one SGD and momentum-free update, to float32 rounding."""
+    model = sltrain_model(config)
+    with torch.no_grad():  # B = 0 at the start would hide errors in A's gradient
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    reference = DenseReference(model, config)
+    ids, labels = sequences(8, 20, config.vocab_size)
+    loss = reference.mean_loss(ids, labels)
+    gradients = dict(zip(reference.leaves, torch.autograd.grad(loss, list(reference.leaves.values()))))
+    norm = torch.sqrt(sum(gradient.pow(2).sum() for gradient in gradients.values()))
+    scale = 1.0 if clipping is None else min(1.0, clipping / float(norm))
+    assert clipping is None or scale < 1.0
+
+    optimizer = build_optimizer("sgd", model.parameters(), lr=0.0, weight_decay=0.0)
+    size = len(ids) // accumulation
+    batches = [MicroBatch(ids[i : i + size], labels[i : i + size]) for i in range(0, len(ids), size)]
+    result = train_step(
+        TokenLoss(model), optimizer, batches, lr=0.5, grad_clipping=clipping, world=World(), device=CPU
+    )
+
+    assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert float(result.gradnorm) == pytest.approx(float(norm), rel=1e-5)
+    assert int(result.num_tokens) == int((labels != -100).sum())
+    for name, parameter in model.named_parameters():
+        expected = reference.leaves[name] - 0.5 * scale * gradients[name]
+        torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_gradients_are_freed_after_the_update(config):
+    model = sltrain_model(config)
+    ids, labels = sequences(2, 8, config.vocab_size)
+    optimizer = build_optimizer("adamw", model.parameters(), lr=1e-3, weight_decay=0.0)
+    train_step(
+        TokenLoss(model), optimizer, [MicroBatch(ids, labels)], lr=1e-3, grad_clipping=None, world=World(), device=CPU
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradient_norm_is_summed_in_float32():
+    """In bfloat16 the squares of 10,000 equal entries would add up to a few percent less."""
+    parameter = torch.nn.Parameter(torch.zeros(10_000, dtype=torch.bfloat16))
+    parameter.grad = torch.full_like(parameter, 0.125)
+    assert float(clip_gradients([parameter], None)) == pytest.approx(12.5, rel=1e-6)
+
+
+def test_update_without_any_target_changes_nothing_and_stays_finite(config):
+    """A micro-batch of one-token documents has nothing to predict; 0/0 must not reach the parameters."""
+    model = sltrain_model(config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.full((2, 6), 5)
+    labels = torch.full((2, 6), -100)
+    optimizer = build_optimizer("sgd", model.parameters(), lr=1.0, weight_decay=0.0)
+    result = train_step(
+        TokenLoss(model), optimizer, [MicroBatch(ids, labels)], lr=1.0, grad_clipping=None, world=World(), device=CPU
+    )
+    assert float(result.loss) == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

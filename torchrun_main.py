@@ -1,0 +1,235 @@
+#!/usr/bin/env python
+"""Pretrain a LLaMA: arguments -> plan -> build -> restore -> loop. `--help` lists every flag.
+
+torchrun --standalone --nproc_per_node 1 torchrun_main.py --model_config configs/llama_60m.json ...
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from peft_pretraining.config import Arguments, ConfigError, notices, parse_args
+from peft_pretraining.distributed import World
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peft_pretraining.build import Data
+    from peft_pretraining.data.tokenizer import Tokenizer
+    from peft_pretraining.evaluate import EvalResult
+    from peft_pretraining.metrics import Recorder
+    from peft_pretraining.plan import Plan
+    from peft_pretraining.run_folder import RunFolder
+    from peft_pretraining.train import TrainState
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed while running, 2 arguments or data that cannot work, 130 interrupted."""
+    world = World.from_environment()
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        if args.single_gpu and world.size > 1:
+            raise ConfigError([f"--single_gpu: torchrun started {world.size} processes; use --nproc_per_node 1"])
+        if world.is_main:
+            for line in notices(args):
+                print(f"notice: {line}", file=sys.stderr)
+        return dry_run(args, world) if args.dry_run else run(args, world)
+    except ConfigError as error:
+        return fail(world, error.problems, exit_code=2)
+    except KeyboardInterrupt:
+        return fail(world, ["interrupted; the same command goes on from the newest checkpoint"], exit_code=130)
+
+
+def fail(world: World, problems: Sequence[str], exit_code: int) -> int:
+    """Say what is wrong, on rank 0 only, and give the exit code."""
+    if world.is_main:
+        for problem in problems:
+            print(f"torchrun_main.py: error: {problem}", file=sys.stderr)
+    return exit_code
+
+
+def dry_run(args: Arguments, world: World) -> int:
+    """Print the plan and stop; needs no network and no data."""
+    from peft_pretraining.plan import make_plan
+
+    plan = make_plan(args, world)  # problems are found before torch is imported
+    from peft_pretraining.build import resolve_dtype
+    from peft_pretraining.distributed import pick_device
+    from peft_pretraining.run_folder import describe
+
+    device = pick_device(args.device, world)
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device))
+    if world.is_main:
+        print(describe(plan, args, device))
+    return 0
+
+
+def run(args: Arguments, world: World) -> int:
+    """Train; returns the exit code."""
+    from peft_pretraining.plan import make_plan
+
+    make_plan(args, world)  # problems are found before torch is imported
+
+    import torch
+
+    from peft_pretraining.checkpoint import CheckpointError
+    from peft_pretraining.data.source import DataError
+    from peft_pretraining.data.tokenizer import TokenizerError
+    from peft_pretraining.distributed import DeviceError, pick_device, process_group
+
+    try:
+        device = pick_device(args.device, world)
+        torch.manual_seed(args.seed)
+        with process_group(world, device):
+            return train(args, world, device)
+    except (DataError, TokenizerError, DeviceError, CheckpointError) as error:
+        return fail(world, [str(error)], exit_code=2)
+    except (TrainingError, OSError) as error:
+        return fail(world, [str(error)], exit_code=1)
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on."""
+
+
+def train(args: Arguments, world: World, device: torch.device) -> int:
+    """Build, restore, loop: evaluate where due, update, record, save where due."""
+    # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
+    from peft_pretraining.build import build_data, build_trained_model, resolve_dtype
+    from peft_pretraining.distributed import parallelize
+    from peft_pretraining.loss import TokenLoss
+    from peft_pretraining.metrics import Throughput, peak_memory_bytes
+    from peft_pretraining.optim import build_optimizer
+    from peft_pretraining.plan import is_finished, learning_rate, make_plan
+    from peft_pretraining.resume import RunParts, restore_data, restore_run, save_run
+    from peft_pretraining.run_folder import describe, open_run_folder, run_document
+    from peft_pretraining.train import TrainState, train_step
+
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device))
+    folder = open_run_folder(args, plan, world)
+    if world.is_main:
+        print(describe(plan, args, device), file=sys.stderr)
+
+    data = build_data(args, plan, world, device)
+    if folder.checkpoint is not None:
+        restore_data(folder.checkpoint, data.loader)
+    batches = iter(data.loader)  # its workers read and tokenise while the model is built
+    model = build_trained_model(args, plan, device)
+    module = parallelize(TokenLoss(model), world, device)
+    optimizer = build_optimizer(
+        args.optimizer, model.parameters(), lr=args.lr, weight_decay=args.weight_decay, beta1=args.beta1
+    )
+    state = TrainState()
+    parts = RunParts(model, optimizer, data.loader, state)
+    if folder.checkpoint is not None:
+        restore_run(folder.checkpoint, parts, world)
+
+    document = run_document(args, plan, world, folder, data.source)
+    record = open_record(args, plan, world, folder, data.tokenizer, document, state)
+    throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
+    try:
+        while True:
+            finished = is_finished(plan, state.update_step, state.tokens_seen)
+            if evaluation_due(args, state.update_step, finished) and record.last_evaluated_step != state.update_step:
+                with throughput.paused():
+                    record.log_evaluation(state.update_step, run_evaluation(module, data, world))
+            if finished:
+                break
+
+            micro_batches = [next(batches) for _ in range(plan.gradient_accumulation)]
+            lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
+            step = train_step(
+                module, optimizer, micro_batches, lr=lr, grad_clipping=args.grad_clipping, world=world, device=device
+            )
+            num_tokens = int(step.num_tokens)
+            state.update_step += 1
+            state.tokens_seen += num_tokens
+            throughput.add_update(num_tokens)
+            record.advance()
+            if state.update_step % args.log_every == 0:
+                loss = finite_loss(float(step.loss), state.update_step)
+                row = {"update_step": state.update_step, "loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
+                row |= {"gradnorm": float(step.gradnorm), "max_memory": peak_memory_bytes(device)}
+                record.log_update(row | throughput.read())
+
+            finished = is_finished(plan, state.update_step, state.tokens_seen)
+            if finished or state.update_step % args.save_every == 0:
+                with throughput.paused():
+                    save_run(folder.path, parts, world, run_document=document, keep=args.keep_checkpoints)
+    finally:
+        record.close()
+        data.loader.close()
+    if world.is_main:
+        print(f"finished {state.update_step:,} updates, {state.tokens_seen:,} tokens; everything is in {folder.path}")
+    return 0
+
+
+def evaluation_due(args: Arguments, update_step: int, finished: bool) -> bool:
+    """Before the first update with --eval_at_start, every eval_every updates, and at the end."""
+    if update_step == 0:
+        return args.eval_at_start or finished
+    return finished or update_step % args.eval_every == 0
+
+
+def run_evaluation(module: nn.Module, data: Data, world: World) -> EvalResult:
+    """The held-out split's loss over all processes."""
+    from peft_pretraining.distributed import all_reduce_sum_
+    from peft_pretraining.evaluate import evaluate
+
+    # The wrapped module's own forward: evaluation needs no gradient synchronisation, and ranks may differ in batches.
+    inner = getattr(module, "module", module)
+    return evaluate(
+        inner,
+        data.eval_set,
+        world_reduce=lambda sums: all_reduce_sum_(sums, world),
+        bytes_per_id=data.tokenizer.bytes_per_id(),
+    )
+
+
+def finite_loss(loss: float, update_step: int) -> float:
+    """The loss, or TrainingError where it is no number: nothing after it would mean anything."""
+    if math.isfinite(loss):
+        return loss
+    raise TrainingError(
+        f"the loss is {loss} at update {update_step}: training has diverged and stops before saving it; "
+        "go on from an earlier checkpoint with a lower --lr, --grad_clipping 1.0 or --dtype float32"
+    )
+
+
+def open_record(
+    args: Arguments,
+    plan: Plan,
+    world: World,
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+    document: dict[str, Any],
+    state: TrainState,
+) -> Recorder:
+    """Write run.json and the tokenizer beside it, and open metrics.jsonl, wandb and the bar at the run's position."""
+    from peft_pretraining.checkpoint import write_json
+    from peft_pretraining.metrics import Recorder
+
+    if world.is_main:
+        write_json(folder.path / "run.json", document)
+        tokenizer.save(folder.path / "tokenizer")
+    return Recorder(
+        folder.path,
+        enabled=world.is_main,
+        total_updates=plan.num_training_steps,
+        start_step=state.update_step,
+        wandb_settings={
+            "mode": args.wandb,
+            "id": folder.wandb_id,
+            "name": args.name or folder.path.name,
+            "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
+            "config": document,
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
