@@ -56,15 +56,21 @@ def dry_run(args: Arguments, world: World) -> int:
     """Print the plan and stop; needs no network and no data."""
     from peft_pretraining.plan import make_plan
 
-    plan = make_plan(args, world)  # problems are found before torch is imported
+    make_plan(args, world)  # problems are found before torch is imported
+
     from peft_pretraining.build import resolve_dtype
-    from peft_pretraining.distributed import pick_device
+    from peft_pretraining.data.errors import DataError
+    from peft_pretraining.distributed import DeviceError, pick_device
     from peft_pretraining.run_folder import describe
 
-    device = pick_device(args.device, world)
-    plan = make_plan(args, world, resolve_dtype(args.dtype, device))
+    try:
+        device = pick_device(args.device, world)
+        plan = make_plan(args, world, resolve_dtype(args.dtype, device))
+        text = describe(plan, args, device)
+    except (DataError, DeviceError) as error:
+        return fail(world, [str(error)], exit_code=2)
     if world.is_main:
-        print(describe(plan, args, device))
+        print(text)
     return 0
 
 
@@ -77,8 +83,7 @@ def run(args: Arguments, world: World) -> int:
     import torch
 
     from peft_pretraining.checkpoint import CheckpointError
-    from peft_pretraining.data.source import DataError
-    from peft_pretraining.data.tokenizer import TokenizerError
+    from peft_pretraining.data.errors import DataError, TokenizerError
     from peft_pretraining.distributed import DeviceError, pick_device, process_group
 
     try:
@@ -211,12 +216,13 @@ def open_record(
 ) -> Recorder:
     """Write run.json and the tokenizer beside it, and open metrics.jsonl, wandb and the bar at the run's position."""
     from peft_pretraining.checkpoint import write_json
+    from peft_pretraining.distributed import broadcast_object
     from peft_pretraining.metrics import Recorder
 
     if world.is_main:
         write_json(folder.path / "run.json", document)
         tokenizer.save(folder.path / "tokenizer")
-    return Recorder(
+    record = Recorder(
         folder.path,
         enabled=world.is_main,
         total_updates=plan.num_training_steps,
@@ -229,6 +235,9 @@ def open_record(
             "config": document,
         },
     )
+    # Other nodes may not see this folder, and every process must agree on whether an evaluation is due.
+    record.last_evaluated_step = broadcast_object(record.last_evaluated_step, world)
+    return record
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
         ConfigError: the tokenizer produces ids that the model does not have.
     """
     source = open_source(args.dataset, "train", text_field=args.text_field)
-    held_out = open_source(args.eval_dataset or args.dataset, "validation", text_field=args.text_field)
+    held_out = open_source(
+        args.eval_dataset or args.dataset, "validation", text_field=args.text_field, hold_out=args.eval_dataset is None
+    )
     tokenizer = load_tokenizer(args.tokenizer or source.default_tokenizer)
     check_vocabulary(plan.model, tokenizer)
     workers = default_workers(device, world) if args.workers is None else args.workers
@@ -92,8 +94,9 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
     if model.vocab_size < tokenizer.text_vocab_size:
         raise ConfigError(
             [
-                f"{model.path}: vocab_size {model.vocab_size} is too small, the tokenizer's text needs ids up to "
-                f"{tokenizer.text_vocab_size - 1}; set vocab_size to at least {tokenizer.text_vocab_size} or choose another --tokenizer"
+                f"{model.path}: vocab_size {model.vocab_size} is too small, text of tokenizer {tokenizer.name} needs ids "
+                f"up to {tokenizer.text_vocab_size - 1}; set vocab_size to at least {tokenizer.text_vocab_size}, or choose "
+                "another --tokenizer"
             ]
         )
 

@@ -50,9 +50,10 @@ class ModelArguments:
     )
     activation_checkpointing: str | None = _arg(
         None,
-        "recompute each decoder layer's activations in backward: less memory, about a third more arithmetic",
+        "recompute activations in backward: layer (keep each decoder layer's input only; the flag alone) | selective "
+        "(keep attention's output too)",
         const="layer",
-        choices=("layer",),
+        choices=("layer", "selective"),
     )
     compile: bool = _arg(False, "compile every decoder layer with torch.compile")
     use_hf_model: bool = _arg(False, "published flag, no effect: the model always is transformers' LLaMA")

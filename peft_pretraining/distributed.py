@@ -41,7 +41,7 @@ class World:
             return World()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         rank, size, local_rank, local_size = (
-            int(os.environ.get(name, default)) for name, default in zip(names, "0101")
+            int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
         )
         return World(rank, size, local_rank, local_size)
 

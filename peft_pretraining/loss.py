@@ -47,36 +47,45 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunks = list(zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True))
-        grads_hidden: list[Tensor] = []
-        grad_weight = None
-        for h_CD, labels_C in chunks:
-            log_p_CV = F.log_softmax(F.linear(h_CD, weight).float(), dim=-1)
-            total += _token_losses(log_p_CV, labels_C).sum()
-            if not with_gradients:
-                continue
-            grad_CV = _logit_gradients(log_p_CV, labels_C).to(h_CD.dtype)
-            grads_hidden.append(grad_CV @ weight)
-            product = grad_CV.T @ h_CD
+        if not with_gradients:
+            for h_CD, labels_C in chunks:
+                total += _token_losses(_log_probabilities(h_CD, weight), labels_C).sum()
+            return total
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        for (h_CD, labels_C), grad_CD in zip(chunks, grad_hidden.split(chunk_rows), strict=True):
+            loss, product = _chunk_gradients(h_CD, weight, labels_C, grad_CD)
+            total += loss
             if grad_weight is None:
                 # In bfloat16 an addend below 1/256 of the sum would be lost, and a late chunk is that small.
-                grad_weight = product if len(chunks) == 1 else product.float()
+                grad_weight = product if len(chunks) == 1 else product.to(_wide(product))
             else:
                 grad_weight += product
-        if with_gradients:
-            ctx.dtypes = hidden.dtype, weight.dtype
-            ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
+            del product  # or it would live through the next chunk's logits
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            _scaled(grad_hidden, grad_total, hidden_dtype),
-            _scaled(grad_weight, grad_total, weight_dtype),
-            *[None] * 3,
-        )
+        grad_hidden = _scaled(grad_hidden, grad_total, grad_hidden.dtype)
+        return grad_hidden, _scaled(grad_weight, grad_total, ctx.weight_dtype), None, None, None
+
+
+def _chunk_gradients(h_CD: Tensor, weight: Tensor, labels_C: Tensor, grad_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the chunk's losses, its gradient of the head); the gradient of h_CD is written to grad_CD."""
+    log_p_CV = _log_probabilities(h_CD, weight)
+    loss = _token_losses(log_p_CV, labels_C).sum()
+    grad_CV = _logit_gradients(log_p_CV, labels_C).to(h_CD.dtype)
+    grad_CD.copy_(grad_CV @ weight)
+    return loss, grad_CV.T @ h_CD
+
+
+def _log_probabilities(h_CD: Tensor, weight: Tensor) -> Tensor:
+    logits_CV = F.linear(h_CD, weight)
+    logits_CV = logits_CV.to(_wide(logits_CV))
+    return F.log_softmax(logits_CV, dim=-1)
 
 
 def _token_losses(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
@@ -92,12 +101,17 @@ def _logit_gradients(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
     return grad_CV.mul_(counted_C1)
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, block_rows: int = 4096) -> Tensor:
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, block_rows: int = 1024) -> Tensor:
     """gradient * scale, multiplied in float32 block by block: a scale rounded to bfloat16 would bias every gradient."""
     out = torch.empty_like(gradient, dtype=dtype)
     for source, target in zip(gradient.split(block_rows), out.split(block_rows), strict=True):
-        target.copy_(source.float() * scale)
+        target.copy_(source.to(_wide(source), copy=True).mul_(scale))
     return out
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """float32, or the tensor's own dtype where that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class TokenLoss(nn.Module):

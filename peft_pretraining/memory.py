@@ -170,12 +170,10 @@ def static_bytes(
     """
     if method not in ("full", "lowrank", "sltrain"):
         raise ValueError(f"method {method!r}: bytes are known for full, lowrank and sltrain")
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype {dtype!r}: not one of {', '.join(DTYPE_BYTES)}")
     groups = tensor_groups(
         cfg, method=method, rank=counts.rank, sparsity=counts.sparsity, train_scaling=counts.train_scaling
     )
-    width = DTYPE_BYTES[dtype]
+    width = _element_bytes(dtype)
     trained = [g for g in groups if g.trained]
     return {
         "parameters": width * counts.total,
@@ -184,6 +182,12 @@ def static_bytes(
         "optimizer": sum(g.count * _state_bytes(g.shape, width, optimizer, beta1) for g in trained)
         + (2 * 4 * BNB_CODEBOOK_ENTRIES if optimizer == "adam8bit" else 0),  # two code books, shared by all parameters
     }
+
+
+def _element_bytes(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype!r}: not one of {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
 
 
 def _state_bytes(shape: tuple[int, ...], width: int, optimizer: str, beta1: float) -> int:
@@ -217,15 +221,15 @@ def activation_bytes(
 ) -> dict[str, int]:
     """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes; uncompiled model.
 
-    Per token and decoder layer, b = dtype_bytes: each of the two norms keeps its input in float32 (4h), the normalised value
+    Per token and decoder layer, b bytes per element: each of the two norms keeps its input in float32 (4h), the normalised value
     and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
     the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
     too, keep nothing but their input, which is one of these. With checkpointing ("layer" or "selective") a layer keeps its
-    input, "selective" also attention's inputs' result, and one layer at a time is recomputed.
+    input, "selective" also attention's output, and one layer at a time is computed again.
     loss: see loss_bytes.
     """
     tokens = batch_size * seq_len
-    h, b, layers = cfg.hidden_size, DTYPE_BYTES[dtype], cfg.num_hidden_layers
+    h, b, layers = cfg.hidden_size, _element_bytes(dtype), cfg.num_hidden_layers
     kv = cfg.num_key_value_heads * cfg.head_dim
     norm = 4 * h + 2 * b * h
     layer = 2 * norm + b * (2 * h + 2 * kv) + 4 * cfg.num_attention_heads + 4 * b * cfg.intermediate_size
@@ -241,9 +245,17 @@ def activation_bytes(
 
 
 def loss_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int) -> int:
-    """Largest scratch of loss.chunked_cross_entropy: one chunk's logits and their log-softmax in float32, the gradient of
-    the hidden rows, and the head's gradient (float32 sum + one chunk's product where there are several chunks)."""
-    rows, dtype_bytes = min(num_rows, chunk_rows), DTYPE_BYTES[dtype]
+    """Largest scratch of loss.chunked_cross_entropy for num_rows targets, the head's gradient included, bytes.
+
+    Throughout: the counted hidden rows and their gradient. On top the largest of: a chunk's logits and log-softmax in
+    float32; the logits' gradient in both dtypes and the chunk's gradient of the head; that gradient before and after it is
+    scaled. With several chunks the head's gradient is summed in float32.
+    """
+    b, chunk = _element_bytes(dtype), min(num_rows, chunk_rows) * cfg.vocab_size
+    wide = max(4, b)
     head = cfg.vocab_size * cfg.hidden_size
-    head_bytes = head * (4 + dtype_bytes) if num_rows > chunk_rows else head * dtype_bytes
-    return 8 * rows * cfg.vocab_size + dtype_bytes * num_rows * cfg.hidden_size + head_bytes
+    head_sum = wide * head if num_rows > chunk_rows else 0
+    logits = head_sum + 2 * wide * chunk
+    products = head_sum + ((wide + b) * chunk if b < wide else wide * chunk) + b * head
+    scaled = (head_sum or b * head) + b * head
+    return 2 * b * num_rows * cfg.hidden_size + max(logits, products, scaled)

@@ -73,7 +73,9 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None) -> Plan:
     if problems:
         raise ConfigError(problems)
     counts = memory.parameter_counts(model, **_method_arguments(args))
-    sizes = memory.static_bytes(model, counts, method=args.peft_model, dtype=dtype, optimizer=args.optimizer)
+    sizes = memory.static_bytes(
+        model, counts, method=args.peft_model, dtype=dtype, optimizer=args.optimizer, beta1=args.beta1
+    )
     sizes |= memory.activation_bytes(
         model,
         batch_size=args.batch_size,
@@ -110,9 +112,7 @@ def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: in
     position: float = update_step
     if plan.max_train_tokens is not None:
         position = min(tokens_seen / plan.tokens_per_update, plan.num_training_steps - 1)
-    return schedule.lr_at(
-        position, scheduler=args.scheduler, lr=args.lr, **_schedule_arguments(args, plan.num_training_steps)
-    )
+    return schedule.lr_at(position, lr=args.lr, **_schedule_arguments(args, plan.num_training_steps))
 
 
 def is_finished(plan: Plan, update_step: int, tokens_seen: int) -> bool:
@@ -151,6 +151,7 @@ def _batch_arithmetic(args: Arguments, world: World, problems: list[str]) -> tup
 
 def _schedule_arguments(args: Arguments, num_training_steps: int) -> dict[str, Any]:
     return {
+        "scheduler": args.scheduler,
         "num_training_steps": num_training_steps,
         "warmup_steps": args.warmup_steps,
         "min_lr_ratio": args.min_lr_ratio,

@@ -3,6 +3,7 @@
 Shapes: T rows (all leading dimensions of x together), I in_features, O out_features, R rank, N nonzeros of S.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -91,10 +92,7 @@ def multiply_apart(num_rows: int, in_features: int, out_features: int, rank: int
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Turns autocast off on the tensor's device: for products whose dtype is already decided."""
-    device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class _SparseLowRankLinear(torch.autograd.Function):
@@ -124,14 +122,15 @@ class _SparseLowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        compute = _gradients_op if torch.compiler.is_compiling() else _gradients
-        x_A_B_values, scaling = list(ctx.needs_input_grad[:4]), ctx.needs_input_grad[5]
-        needed = [*x_A_B_values, scaling]
-        found = iter(compute(grad_outputs[0], *ctx.saved_tensors, ctx.scaling_number, ctx.dtype, needed))
+        compute: Callable[..., list[Tensor]] = _gradients_op if torch.compiler.is_compiling() else _gradients
+        grad_output = grad_outputs[0]
+        need_x, need_A, need_B, need_values, _, need_scaling, need_bias, *_ = ctx.needs_input_grad
+        needed = [need_x, need_A, need_B, need_values, need_scaling]
+        found = iter(compute(grad_output, *ctx.saved_tensors, ctx.scaling_number, ctx.dtype, needed))
         grad_x, grad_A, grad_B, grad_values, grad_scaling = (next(found) if need else None for need in needed)
         grad_bias = None
-        if ctx.needs_input_grad[6]:
-            grad_bias = grad_outputs[0].flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        if need_bias:
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_A, grad_B, grad_values, None, grad_scaling, grad_bias, None, None
 
 
@@ -186,7 +185,7 @@ def _gradients(
             del grad_x
         # dW = G^T x: only now, when the W of _grad_input is gone, and only where it is used.
         apart = _apart(x_TI, A, B, values)
-        grad_W = g_TO.t() @ x_TI if need_values or not apart and (need_A or need_B or need_scaling) else None
+        grad_W = g_TO.t() @ x_TI if need_values or (not apart and any(needed[1:])) else None
         if need_A:
             Bt_grad_W = (g_TO @ B).t() @ x_TI if apart or grad_W is None else B.t() @ grad_W
             grads.append((Bt_grad_W * factor).to(lora_A.dtype))
@@ -265,8 +264,8 @@ def _gradients_fake(
 def _compute_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on (it leaves float64 alone), else that of x and parameters."""
     device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if autocast and x.dtype != torch.float64:
+    # Meta tensors know no autocast and raise; torch.amp.is_autocast_available would break the graph in torch 2.11.
+    if not x.is_meta and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if x.dtype != lora_A.dtype:
         raise ValueError(

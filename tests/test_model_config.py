@@ -59,7 +59,7 @@ def test_published_files_have_the_published_shapes(size: str) -> None:
     assert shape == SHAPES[size]
     assert cfg.vocab_size == (32100 if size == "100m" else 32000)
     assert (cfg.hidden_act, cfg.rms_norm_eps, cfg.initializer_range) == ("silu", 1e-6, 0.02)
-    assert not (cfg.tie_word_embeddings or cfg.attention_bias or cfg.mlp_bias)
+    assert not any([cfg.tie_word_embeddings, cfg.attention_bias, cfg.mlp_bias])
     assert cfg.name == f"llama_{size}"
 
 

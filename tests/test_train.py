@@ -61,7 +61,11 @@ def config() -> ModelConfig:
 def sltrain_model(config, seed=3):
     settings = SLTrainConfig(rank=RANK, sparsity=SPARSITY, alpha=ALPHA, seed=seed)
     return build_model(
-        config, dtype=torch.float32, device="cpu", seed=seed, reparameterize=lambda model: reparameterize(model, settings)
+        config,
+        dtype=torch.float32,
+        device="cpu",
+        seed=seed,
+        reparameterize=lambda model: reparameterize(model, settings),
     )
 
 
@@ -96,7 +100,9 @@ class DenseReference:
         return x @ (ALPHA / RANK * B @ A + sparse.view(B.shape[0], A.shape[1])).T
 
     def norm(self, name, x):
-        return self.leaves[f"{name}.weight"] * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return (
+            self.leaves[f"{name}.weight"] * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        )
 
     def rotate(self, x):
         half = x.shape[-1] // 2
@@ -144,7 +150,7 @@ def test_update_equals_dense_reference(config, accumulation, clipping):
     reference = DenseReference(model, config)
     ids, labels = sequences(8, 20, config.vocab_size)
     loss = reference.mean_loss(ids, labels)
-    gradients = dict(zip(reference.leaves, torch.autograd.grad(loss, list(reference.leaves.values()))))
+    gradients = dict(zip(reference.leaves, torch.autograd.grad(loss, list(reference.leaves.values())), strict=True))
     norm = torch.sqrt(sum(gradient.pow(2).sum() for gradient in gradients.values()))
     scale = 1.0 if clipping is None else min(1.0, clipping / float(norm))
     assert clipping is None or scale < 1.0
@@ -152,9 +158,7 @@ def test_update_equals_dense_reference(config, accumulation, clipping):
     optimizer = build_optimizer("sgd", model.parameters(), lr=0.0, weight_decay=0.0)
     size = len(ids) // accumulation
     batches = [MicroBatch(ids[i : i + size], labels[i : i + size]) for i in range(0, len(ids), size)]
-    result = train_step(
-        TokenLoss(model), optimizer, batches, lr=0.5, grad_clipping=clipping, world=World(), device=CPU
-    )
+    result = train_step(TokenLoss(model), optimizer, batches, lr=0.5, grad_clipping=clipping, world=World(), device=CPU)
 
     assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-6)
     assert float(result.gradnorm) == pytest.approx(float(norm), rel=1e-5)

@@ -35,8 +35,12 @@ TRAIN_SHARDS = 4
 VALIDATION_ONE_IN = 50  # about 300 documents: a steadier perplexity than one in a hundred would give
 MIN_CHARACTERS = 200
 FORMAT_VERSION = 1  # part of the folder's name: raise it whenever the text or the tokenizer would come out differently
-_SKIPPED_PATHS = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|dist-packages|__pycache__)/|(^|/)test_")
-_STOP_WORDS = frozenset("a an and are as be by can for from if in is it not of on or that the this to will with".split())
+_SKIPPED_PATHS = re.compile(
+    r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|dist-packages|__pycache__)/|(^|/)test_"
+)
+_COMMON_WORDS = re.compile(
+    r"\b(a|an|and|are|as|be|by|can|for|from|if|in|is|it|not|of|on|or|that|the|this|to|will|with)\b", re.IGNORECASE
+)
 
 
 def default_cache_dir() -> Path:
@@ -239,7 +243,9 @@ def _docstrings(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Call):
         function = getattr(node.func, "id", getattr(node.func, "attr", ""))
         if "doc" in function:
-            strings = [inner for argument in node.args for inner in ast.walk(argument) if isinstance(inner, ast.Constant)]
+            strings = [
+                inner for argument in node.args for inner in ast.walk(argument) if isinstance(inner, ast.Constant)
+            ]
             return [inspect.cleandoc(inner.value) for inner in strings if isinstance(inner.value, str)]
     return []
 
@@ -287,8 +293,8 @@ def prose(docstring: str) -> str:
     """A docstring (already dedented) without code samples, formulas set apart and inline markup; "" if little is left."""
     text = _FENCED_CODE.sub("", docstring.expandtabs().replace("\r\n", "\n"))
     paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", text) if paragraph.strip()]
-    paragraphs = _without_empty_headings(_without_code(paragraphs))
-    cleaned = "\n\n".join(_plain(paragraph) for paragraph in paragraphs)
+    paragraphs = [_plain(paragraph) for paragraph in _without_code(paragraphs)]
+    cleaned = "\n\n".join(_without_empty_headings(paragraphs))
     return cleaned if _is_prose(cleaned) else ""
 
 
@@ -319,10 +325,7 @@ def _without_code(paragraphs: list[str]) -> list[str]:
 
 
 def _is_heading(paragraph: str) -> bool:
-    lines = paragraph.strip().split("\n")
-    if len(lines) == 2 and _UNDERLINE.fullmatch(lines[1].strip()):
-        return True
-    return len(lines) == 1 and len(lines[0]) < 40 and lines[0].endswith(":")
+    return len(paragraph) < 40 and "\n" not in paragraph and paragraph.endswith(":")
 
 
 def _without_empty_headings(paragraphs: list[str]) -> list[str]:
@@ -339,15 +342,17 @@ def _plain(paragraph: str) -> str:
     for pattern, replacement in _MARKUP:
         paragraph = pattern.sub(replacement, paragraph)
     lines = [line.rstrip() for line in paragraph.split("\n")]
-    return textwrap.dedent("\n".join(lines)) if len(lines) > 1 else lines[0]
+    if len(lines) == 2 and _UNDERLINE.fullmatch(lines[1].strip()):
+        return lines[0].strip().rstrip(":") + ":"  # an underlined heading
+    lines = [line for line in lines if not _UNDERLINE.fullmatch(line.strip())]
+    return textwrap.dedent("\n".join(lines)) if len(lines) > 1 else "".join(lines)
 
 
 def _is_prose(text: str) -> bool:
     """English sentences rather than tables, formulas or lists of names."""
     if len(text) < MIN_CHARACTERS:
         return False
-    words = re.findall(r"[^\s]+", text)
+    words = text.split()
     alphabetic = sum(character.isalpha() for character in text)
-    visible = sum(map(len, words))
-    common = sum(word.lower().strip(".,;:()") in _STOP_WORDS for word in words)
-    return alphabetic >= 0.75 * visible and common >= 0.15 * len(words)
+    common = len(_COMMON_WORDS.findall(text))
+    return alphabetic >= 0.75 * sum(map(len, words)) and common >= 0.15 * len(words)

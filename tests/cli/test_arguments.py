@@ -47,7 +47,10 @@ BAD = [
     (["--max_length", "1"], ["--max_length 1"]),
     (["--max_length", "5000"], ["--max_length 5000", "1024"]),
     (["--total_batch_size", "100"], ["--total_batch_size 100", "--batch_size 5"]),
-    (["--total_batch_size", "64", "--gradient_accumulation", "3"], ["--total_batch_size 64", "--gradient_accumulation 3"]),
+    (
+        ["--total_batch_size", "64", "--gradient_accumulation", "3"],
+        ["--total_batch_size 64", "--gradient_accumulation 3"],
+    ),
     (["--gradient_accumulation", "0"], ["--gradient_accumulation 0"]),
     (["--grad_clipping", "-1"], ["--grad_clipping -1"]),
     (["--beta1", "1.5"], ["--beta1 1.5"]),
@@ -69,7 +72,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("extra", "words"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    ("extra", "words"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+)
 def test_bad_argument_is_refused_by_name_and_value(extra, words):
     with pytest.raises(ConfigError) as refused:
         make_plan(parse_args(BASE + extra), World())
@@ -90,7 +95,7 @@ def test_program_exits_with_2_one_line_and_no_traceback(extra):
 
 @pytest.mark.parametrize("missing", ["--model_config", "--batch_size"])
 def test_required_flags_are_named(missing):
-    argv = [word for pair in zip(BASE[::2], BASE[1::2]) if pair[0] != missing for word in pair]
+    argv = [word for pair in zip(BASE[::2], BASE[1::2], strict=True) if pair[0] != missing for word in pair]
     with pytest.raises(ConfigError, match=f"{missing} is required"):
         parse_args(argv)
 
@@ -117,7 +122,9 @@ def test_help_and_errors_load_no_heavy_package():
 
 def test_config_file_and_command_line_say_the_same_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"model_config": CONFIG, "batch_size": 4, "lr": 0.5, "packing": True, "grad_clipping": 0}))
+    path.write_text(
+        json.dumps({"model_config": CONFIG, "batch_size": 4, "lr": 0.5, "packing": True, "grad_clipping": 0})
+    )
     args = parse_args(["--config", str(path), "--lr", "0.25"])
     assert (args.batch_size, args.lr, args.packing, args.grad_clipping) == (4, 0.25, True, None)
 
@@ -140,7 +147,9 @@ def test_config_file_problems_name_the_file(tmp_path, content, words):
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000)])
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000)]
+)
 def test_token_counts_are_read(text, tokens):
     assert parse_tokens(text) == tokens
 
@@ -168,7 +177,7 @@ def test_batch_arithmetic_over_processes():
 
 
 def test_lanes_must_be_shared_evenly():
-    with pytest.raises(ConfigError, match="--data_lanes 64: must be a multiple of the 3 processes.*--data_lanes 66"):
+    with pytest.raises(ConfigError, match=r"--data_lanes 64: must be a multiple of the 3 processes.*--data_lanes 66"):
         make_plan(parse_args([*BASE, "--dataset", "c4"]), World(size=3))
 
 

@@ -44,7 +44,7 @@ def test_state_survives_bit_for_bit(name, dtype):
     for seed in range(3, 6):
         step(model, optimizer, seed)
         step(other, resumed, seed)
-    for left, right in zip(model.parameters(), other.parameters()):
+    for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
 
 

@@ -1,0 +1,393 @@
+"""Micro-batches for training, resumable on any number of ranks and workers, and the fixed set for evaluation.
+
+Shapes: B sequences of a micro-batch, T = max_length. Global position p of training belongs to lane p mod R and to rank
+p mod N; see lanes.py for what a lane is.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.lanes import ORDER_VERSION, LaneSequence, LaneState, Order, lane_sequences
+from peft_pretraining.data.packing import Document, packed_sequences, pad_and_label, padded_sequences
+from peft_pretraining.data.records import (
+    MAX_EXAMPLES,
+    BadRecord,
+    SkippedRecords,
+    belongs_to_split,
+    check_source,
+    document_text,
+    read_records,
+)
+from peft_pretraining.data.source import Source
+from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.workers import Workers
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, labels: (B, T) int64, labels as transformers wants them: equal to the ids, -100 where padded.
+
+    num_tokens: ids that are not padding. num_targets: labels that count after the shift by one.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    num_tokens: int
+    num_targets: int
+
+
+def _make_batch(sequences: list[np.ndarray], max_length: int, pad_id: int, pin_memory: bool = False) -> Batch:
+    input_ids, labels = map(torch.from_numpy, pad_and_label(sequences, max_length=max_length, pad_id=pad_id))
+    if pin_memory:
+        input_ids, labels = input_ids.pin_memory(), labels.pin_memory()
+    num_tokens = sum(map(len, sequences))
+    return Batch(input_ids, labels, num_tokens, num_tokens - len(sequences))
+
+
+# --- Training ---
+
+
+@dataclass(frozen=True)
+class _RankLanes:
+    """The lanes of one rank from their states on; `lanes` in the order of their turns, `first` turn of each at state."""
+
+    source: Source
+    tokenizer: Tokenizer
+    order: Order
+    lanes: tuple[int, ...]
+    states: tuple[LaneState, ...]
+
+    def items(self, worker: int, workers: int) -> Iterator[list[LaneSequence]]:
+        """Rounds: the next sequence of each of this worker's lanes."""
+        lanes = [
+            lane_sequences(self.source, self.tokenizer, self.order, lane, state)
+            for lane, state in zip(self.lanes[worker::workers], self.states[worker::workers], strict=True)
+        ]
+        while True:
+            yield [next(lane) for lane in lanes]
+
+
+class TrainLoader:
+    """Endless micro-batches of one rank, in the order that (seed, lanes) give for any number of ranks and workers.
+
+    Iterating goes on from the state, which covers the batches handed out and no prefetched one. Use one iterator at a
+    time.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        packing: bool,
+        lanes: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        batch_size: int = 1,
+        pin_memory: bool = False,
+        on_bad_record: Literal["skip", "fail"] = "skip",
+    ):
+        """Check the numbers and read a first document.
+
+        Args:
+            max_length: ids per sequence, T. batch_size: sequences per micro-batch, B.
+            packing: fill sequences with documents end to end; otherwise one document each, cut and padded.
+            lanes: virtual readers, R; a multiple of world_size.
+            workers: processes that read and tokenise for this rank; 0 does it in this process.
+            pin_memory: batches in page-locked memory, for a GPU.
+            on_bad_record: pass over and count records that are not documents, or raise DataError at the first.
+
+        Raises:
+            ValueError: numbers that do not fit together.
+            DataError: the source cannot be read or holds nothing.
+        """
+        _check_sizes(max_length=max_length, lanes=lanes, world_size=world_size, batch_size=batch_size, workers=workers)
+        self._source, self._tokenizer = source, tokenizer
+        self._order = Order(lanes, seed, max_length, packing, on_bad_record)
+        self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
+        self._lanes = tuple(range(rank, lanes, world_size))
+        self._num_workers = min(workers, len(self._lanes))
+        if self._num_workers < workers and rank == 0:
+            _log.warning(
+                "--workers %d: only %d start, a process has no more of the %d data lanes",
+                *(workers, self._num_workers, lanes),
+            )
+        self._pin_memory = pin_memory
+        self._taken = 0  # sequences that this rank has handed out since the run began
+        self._states = dict.fromkeys(self._lanes, LaneState())
+        self._skipped: Counter[str] = Counter()
+        self._examples_shown = 0
+        self._running: Workers[list[LaneSequence]] | None = None
+        check_source(source)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        turn = self._taken % len(self._lanes)
+        lanes = self._lanes[turn:] + self._lanes[:turn]
+        states = tuple(self._states[lane] for lane in lanes)
+        work = _RankLanes(self._source, self._tokenizer, self._order, lanes, states)
+        self._running = Workers(work, self._num_workers)
+        return self._batches(_in_turn(self._running, lanes, max(1, self._num_workers)))
+
+    def _batches(self, sequences: Iterator[tuple[int, LaneSequence]]) -> Iterator[Batch]:
+        while True:
+            taken = [next(sequences) for _ in range(self._batch_size)]
+            for lane, sequence in taken:
+                self._states[lane] = sequence.state
+                self._note(sequence.skipped)
+            self._taken += len(taken)
+            ids = [sequence.ids for _, sequence in taken]
+            yield _make_batch(ids, self._order.max_length, self._tokenizer.pad_id, self._pin_memory)
+
+    def _note(self, skipped: SkippedRecords | None) -> None:
+        if skipped is None:
+            return
+        self._skipped.update(skipped.counts)
+        for example in skipped.examples[: max(0, MAX_EXAMPLES - self._examples_shown)]:
+            self._examples_shown += 1
+            last = "; further ones are only counted" if self._examples_shown == MAX_EXAMPLES else ""
+            _log.warning("bad record passed over: %s%s", example, last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state after the last batch handed out: `merge_states` of all ranks' is what `load_state_dict` takes.
+
+        position: sequences handed out by all ranks since the run began. lanes: this rank's lanes, five integers each.
+        bad_records: records passed over, by kind. order: what the positions refer to.
+        """
+        return {
+            "position": self._taken * self._world_size,
+            "lanes": {str(lane): list(state) for lane, state in self._states.items()},
+            "bad_records": dict(sorted(self._skipped.items())),
+            "order": self._order_document(),
+        }
+
+    def _order_document(self) -> dict[str, Any]:
+        order = self._order
+        return {
+            "version": ORDER_VERSION,
+            "lanes": order.lanes,
+            "seed": order.seed,
+            "max_length": order.max_length,
+            "packing": order.packing,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state merged over all ranks, of any number of ranks and workers; before iterating.
+
+        Raises ValueError: the state belongs to another order, lacks lanes, or cannot be divided among the ranks.
+        """
+        if state["order"] != self._order_document():
+            raise ValueError(
+                f"the data state is of another order: saved {state['order']}, now {self._order_document()}"
+            )
+        missing = [lane for lane in self._lanes if str(lane) not in state["lanes"]]
+        if missing:
+            raise ValueError(f"the data state lacks lanes {missing[:5]}: merge the states of all ranks first")
+        if state["position"] % self._world_size:
+            raise ValueError(
+                f"the data position {state['position']} is no multiple of the {self._world_size} processes; "
+                "resume on a number of processes that divides the total batch"
+            )
+        self.close()
+        self._taken = state["position"] // self._world_size
+        self._states = {lane: LaneState(*state["lanes"][str(lane)]) for lane in self._lanes}
+        # The counts are of all ranks together; one of them carries them on, so that the next merge counts them once.
+        self._skipped = Counter(state["bad_records"]) if self._rank == 0 else Counter()
+
+    def close(self) -> None:
+        """Stop the workers. The state stays, and iterating again goes on from it."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
+def _in_turn(
+    rounds: Iterator[list[LaneSequence]], lanes: Sequence[int], workers: int
+) -> Iterator[tuple[int, LaneSequence]]:
+    """(lane, its next sequence), lane after lane: one item of each worker makes a round over all lanes."""
+    while True:
+        items = [next(rounds) for _ in range(workers)]
+        for turn, lane in enumerate(lanes):
+            yield lane, items[turn % workers][turn // workers]
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state from those of all ranks, taken after the same number of batches. Raises ValueError if they disagree."""
+    positions = {state["position"] for state in states}
+    if len(positions) != 1:
+        raise ValueError(f"ranks have read to different positions: {sorted(positions)}")
+    if any(state["order"] != states[0]["order"] for state in states):
+        raise ValueError("ranks read in different orders")
+    lanes = {lane: numbers for state in states for lane, numbers in state["lanes"].items()}
+    bad_records: Counter[str] = Counter()
+    for state in states:
+        bad_records.update(state["bad_records"])
+    return {
+        "position": states[0]["position"],
+        "lanes": {lane: list(lanes[lane]) for lane in sorted(lanes, key=int)},
+        "bad_records": dict(sorted(bad_records.items())),
+        "order": dict(states[0]["order"]),
+    }
+
+
+def _check_sizes(*, max_length: int, lanes: int, world_size: int, batch_size: int, workers: int) -> None:
+    if max_length < 2:
+        raise ValueError(f"--max_length {max_length}: must be at least 2, a token and the one it predicts")
+    if lanes < 1 or lanes % world_size:
+        fitting = ", ".join(str(world_size * k) for k in range(max(1, lanes // world_size), lanes // world_size + 3))
+        raise ValueError(f"--data_lanes {lanes}: must be a multiple of the {world_size} processes, such as {fitting}")
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size}: must be at least 1")
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: must be at least 0")
+
+
+# --- Evaluation ---
+
+
+class _EncodedTexts(NamedTuple):
+    """Documents of a chunk: their ids end to end, int32, and how many each has."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    skipped: SkippedRecords | None
+
+
+@dataclass(frozen=True)
+class _SplitDocuments:
+    """All documents of a source in their order, tokenised in chunks that workers take in turn."""
+
+    source: Source
+    tokenizer: Tokenizer
+    chunk: int = 64
+
+    def items(self, worker: int, workers: int) -> Iterator[_EncodedTexts]:
+        skipped = SkippedRecords()
+        for number, texts in enumerate(self._chunks(skipped)):
+            if number % workers == worker:
+                ids = self.tokenizer.encode_batch(texts)
+                flat = np.array([i for document in ids for i in document], dtype=np.int32)
+                # Every worker meets every record; the first one reports the bad ones.
+                yield _EncodedTexts(flat, [len(document) for document in ids], skipped.take() if not worker else None)
+
+    def _chunks(self, skipped: SkippedRecords) -> Iterator[list[str]]:
+        texts: list[str] = []
+        for shard in self.source.shards:
+            for record in read_records(shard, self.source):
+                text = document_text(record, shard, self.source.text_field)
+                if isinstance(text, BadRecord):
+                    skipped.add(text.kind, f"{shard.url}, line {record.line}: {text.kind}: {text.detail}")
+                elif belongs_to_split(text, self.source):
+                    texts.append(text)
+                if len(texts) == self.chunk:
+                    yield texts
+                    texts = []
+        yield texts
+
+
+class EvalSet:
+    """The held-out sequences, the same whatever the batch size and the number of ranks; can be iterated many times.
+
+    Sequences stand in the order of the files, in the layout of training; sequence i belongs to rank i mod N. It ends
+    with the sequence at which the number of targets reaches max_tokens. Tokenised at the first use and kept (2 bytes
+    per token for vocabularies up to 65,536).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        packing: bool,
+        max_tokens: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+        workers: int = 0,
+    ):
+        """max_tokens: targets to stop at, None for the whole split. Otherwise as TrainLoader, errors included."""
+        _check_sizes(
+            max_length=max_length, lanes=world_size, world_size=world_size, batch_size=batch_size, workers=workers
+        )
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"--eval_tokens {max_tokens}: must be at least 1")
+        self._source, self._tokenizer = source, tokenizer
+        self._max_length, self._packing, self._max_tokens = max_length, packing, max_tokens
+        self._rank, self._world_size, self._batch_size, self._workers = rank, world_size, batch_size, workers
+        self._kept: tuple[np.ndarray, np.ndarray] | None = None
+        check_source(source)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of all ranks."""
+        return len(self._tokenised()[1]) - 1
+
+    @property
+    def num_targets(self) -> int:
+        """Predicted tokens of all ranks."""
+        ids, offsets = self._tokenised()
+        return len(ids) - (len(offsets) - 1)
+
+    def __iter__(self) -> Iterator[Batch]:
+        ids, offsets = self._tokenised()
+        own = range(self._rank, len(offsets) - 1, self._world_size)
+        for first in range(0, len(own), self._batch_size):
+            sequences = [ids[offsets[i] : offsets[i + 1]] for i in own[first : first + self._batch_size]]
+            yield _make_batch(sequences, self._max_length, self._tokenizer.pad_id)
+
+    def _tokenised(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all sequences end to end, where each begins and the last one ends)."""
+        if self._kept is None:
+            dtype = np.uint16 if self._tokenizer.text_vocab_size <= 2**16 else np.int32
+            sequences, num_targets = [], 0
+            chunks: Workers[_EncodedTexts] = Workers(_SplitDocuments(self._source, self._tokenizer), self._workers)
+            try:
+                for sequence in self._sequences(chunks):
+                    sequences.append(sequence.astype(dtype))
+                    num_targets += len(sequence) - 1
+                    if self._max_tokens is not None and num_targets >= self._max_tokens:
+                        break
+            finally:
+                chunks.close()
+            if not sequences:
+                raise DataError(
+                    f"dataset {self._source.dataset!r} has no document to evaluate on; give --eval_dataset, or more data"
+                )
+            offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+            self._kept = np.concatenate(sequences), offsets
+        return self._kept
+
+    def _sequences(self, chunks: Iterator[_EncodedTexts]) -> Iterator[np.ndarray]:
+        documents = ((Document(ids), None, None) for ids in self._documents(chunks))
+        eos_id, max_length = self._tokenizer.eos_id, self._max_length
+        if self._packing:
+            made = packed_sequences(documents, eos_id=eos_id, max_length=max_length, inside=lambda here, used: here)
+        else:
+            made = padded_sequences(documents, eos_id=eos_id, max_length=max_length)
+        return (ids for ids, _ in made)
+
+    def _documents(self, chunks: Iterator[_EncodedTexts]) -> Iterator[list[int]]:
+        shown = 0
+        for chunk in chunks:
+            for example in chunk.skipped.examples if chunk.skipped and shown < MAX_EXAMPLES else []:
+                shown += 1
+                _log.warning("bad record passed over in evaluation: %s", example)
+            end = 0
+            for length in chunk.lengths:
+                end += length
+                if length:
+                    yield chunk.ids[end - length : end].tolist()

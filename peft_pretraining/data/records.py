@@ -1,0 +1,408 @@
+"""The records of one file, in order: lines of JSON, blocks of text, rows of parquet, from a disk or over a network.
+
+A network read that breaks is taken up again at the record where it broke. What is wrong with a record is not decided
+while reading: the reader hands on raw records, and `document_text` says of each what it holds or why it is bad.
+"""
+
+import asyncio
+import contextlib
+import gzip
+import http.client
+import io
+import json
+import time
+import zlib
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import IO, Any, NamedTuple
+
+from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.source import RetryPolicy, Shard, Source, is_held_out, is_remote, refuse_if_offline
+
+MAX_EXAMPLES = 3
+_BUFFER_BYTES = 2**18
+# One request of this size at a time: an idle reader holds no connection that the server could drop.
+_NETWORK_BLOCK_BYTES = 2**21
+
+
+class RawRecord(NamedTuple):
+    """number: of the record in its file, from 0. line: where it begins (row for parquet), from 1, for messages.
+
+    content: bytes of a JSON line or a text block; the value of the text column for parquet; a BadRecord where the rest
+    of the file cannot be read.
+    """
+
+    number: int
+    line: int
+    content: Any
+
+
+class BadRecord(NamedTuple):
+    """kind: malformed_json | missing_text | text_not_string | invalid_unicode | unreadable_rest."""
+
+    kind: str
+    detail: str
+
+
+@dataclass
+class SkippedRecords:
+    """What was passed over: counts by kind (bad records, and "empty" documents), and the first few bad ones in words."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, example: str | None = None) -> None:
+        self.counts[kind] += 1
+        if example is not None and len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(example)
+
+    def take(self) -> "SkippedRecords | None":
+        """What has gathered since the last call, None if nothing."""
+        if not self.counts:
+            return None
+        taken = SkippedRecords(self.counts, self.examples)
+        self.counts, self.examples = Counter(), []
+        return taken
+
+
+# --- What a record holds ---
+
+
+def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | BadRecord:
+    """The text of a record, or what is wrong with it."""
+    content = record.content
+    if isinstance(content, BadRecord):
+        return content
+    if shard.format == "json":
+        try:
+            content = json.loads(content)
+        except UnicodeDecodeError as error:
+            return BadRecord("invalid_unicode", str(error))
+        except (ValueError, RecursionError) as error:
+            return BadRecord("malformed_json", _first_line(error))
+        if not isinstance(content, dict):
+            return BadRecord("malformed_json", f"expected an object with a text, found {_kind(content)}")
+        if text_field not in content:
+            present = ", ".join(sorted(map(repr, content))[:20]) or "none"
+            return BadRecord("missing_text", f"no field {text_field!r}; the fields are {present}; see --text_field")
+        content = content[text_field]
+    elif shard.format == "text":
+        try:
+            content = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return BadRecord("invalid_unicode", str(error))
+    if not isinstance(content, str):
+        kind = "missing_text" if content is None else "text_not_string"
+        return BadRecord(kind, f"{text_field!r} is {_kind(content)}, not a text")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as "\ud83d" in JSON
+        return BadRecord("invalid_unicode", str(error))
+    return content
+
+
+def belongs_to_split(text: str, source: Source) -> bool:
+    """Whether a document is on the source's side of the hold-out rule."""
+    return source.keep == "all" or is_held_out(text) == (source.keep == "validation")
+
+
+def _kind(value: object) -> str:
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "a list",
+        type(None): "null",
+        bool: "true or false",
+        str: "a text",
+    }
+    return names.get(type(value), "a number")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def check_source(source: Source) -> None:
+    """Read a first document, so that a wrong address, field or format is reported before anything is built.
+
+    Raises DataError: unreachable, unreadable, empty, or no usable record among the first 100 of the first file that
+    holds any.
+    """
+    for shard in source.shards:
+        problem: str | None = None
+        with contextlib.closing(read_records(shard, source)) as records:
+            for record in records:
+                text = document_text(record, shard, source.text_field)
+                if isinstance(text, str):
+                    return
+                problem = problem or f"{shard.url}, line {record.line}: {text.kind.replace('_', ' ')}: {text.detail}"
+                if record.number >= 99:
+                    break
+        if problem is not None:
+            raise DataError(f"dataset {source.dataset!r}: no usable record at the start of a file; {problem}")
+    raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
+
+
+# --- Reading, and reading on ---
+
+
+def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawRecord]:
+    """Records of a file from number `start` on; blank lines do not count as records.
+
+    Where the rest of a file is damaged (truncated or garbled compression), the last record is a BadRecord that says so.
+    Raises DataError: file missing or not allowed, wrong kind of file, network gone for longer than `source.retry`.
+    """
+    refuse_if_offline(shard.url)
+    position = start
+    attempts = _Attempts(shard, source.retry)
+    while True:
+        line = 0
+        try:
+            for record in _read_once(shard, source, position):
+                yield record
+                position, line = record.number + 1, record.line
+                attempts.succeeded()
+            return
+        except _DamagedFile as error:
+            # A transfer cut short looks like a damaged file: over a network it is believed after a few equal tries.
+            if not is_remote(shard.url) or not attempts.try_again_if_damaged():
+                yield RawRecord(position, line + 1, BadRecord("unreadable_rest", str(error)))
+                return
+        except DataError:
+            raise
+        except Exception as error:  # every file system and HTTP library has its own
+            attempts.wait_or_raise(error)
+
+
+class _DamagedFile(Exception):
+    """The content of a file cannot be decompressed or parsed from some point on."""
+
+
+class _Attempts:
+    """Counts tries without progress, waits between them, and gives up with a DataError."""
+
+    _contact_made = False  # in this process, for any file
+
+    def __init__(self, shard: Shard, policy: RetryPolicy):
+        self.shard, self.policy = shard, policy
+        self.failures = 0
+
+    def succeeded(self) -> None:
+        self.failures = 0
+        _Attempts._contact_made = True
+
+    def try_again_if_damaged(self) -> bool:
+        self.failures += 1
+        if self.failures >= min(3, self.policy.first_tries):
+            return False
+        time.sleep(self.policy.first_wait_s)
+        return True
+
+    def wait_or_raise(self, error: Exception) -> None:
+        """Sleep before the next try; raises DataError where another one is useless or the tries are used up."""
+        url = self.shard.url
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if isinstance(error, ImportError):
+            raise DataError(f"{url} cannot be read: {error}") from error
+        if not is_remote(url):
+            detail = getattr(error, "strerror", None) or reason
+            raise DataError(f"{url} cannot be read: {detail}") from error
+        if not _is_transient(error):
+            raise DataError(f"{url} cannot be read ({reason}); check the address and your access to it") from error
+        self.failures += 1
+        tries = self.policy.later_tries if _Attempts._contact_made else self.policy.first_tries
+        if self.failures >= tries:
+            raise DataError(
+                f"{url}: no answer after {self.failures} tries ({reason}); check the network, "
+                "or use --dataset demo or a local folder"
+            ) from error
+        wait_s = min(self.policy.longest_wait_s, self.policy.first_wait_s * 2 ** (self.failures - 1))
+        time.sleep(max(wait_s, min(_retry_after_s(error), 10 * self.policy.longest_wait_s)))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _http_status(error: BaseException) -> int | None:
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: dropped connections, timeouts, HTTP 408, 429 and 5xx."""
+    for cause in _causes(error):
+        status = _http_status(cause)
+        if status is not None:
+            return status in (408, 429) or status >= 500
+        if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+            return False
+        # asyncio.TimeoutError is another class than TimeoutError before Python 3.11.
+        if isinstance(cause, OSError | TimeoutError | asyncio.TimeoutError | http.client.HTTPException):
+            return True
+        if type(cause).__module__.split(".")[0] in ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "botocore"):
+            return True
+    return False
+
+
+def _retry_after_s(error: BaseException) -> float:
+    """What the server asked for in its Retry-After header (seconds or a date), 0 if nothing."""
+    for cause in _causes(error):
+        headers = getattr(cause, "headers", None) or getattr(getattr(cause, "response", None), "headers", None)
+        value = headers.get("Retry-After") if headers is not None else None
+        if value:
+            try:
+                return max(0.0, float(value))
+            except ValueError:
+                with contextlib.suppress(ValueError, TypeError):
+                    return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+# --- One pass over one file ---
+
+
+def _read_once(shard: Shard, source: Source, start: int) -> Iterator[RawRecord]:
+    split = _json_lines if shard.format == "json" else _text_blocks
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_open_binary(shard.url))
+        if shard.format == "parquet":
+            yield from _parquet_rows(file, shard, source.text_field, start)
+            return
+        lines = stack.enter_context(_decompressed(file, shard))
+        try:
+            for record in split(lines, shard):
+                if record.number >= start:
+                    yield record
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _DamagedFile(_first_line(error)) from error
+
+
+def _open_binary(url: str) -> IO[bytes]:
+    if not is_remote(url):
+        return open(url.removeprefix("file://").removeprefix("local://"), "rb")
+    import fsspec
+
+    opened: IO[bytes] = fsspec.open(url, "rb", block_size=_NETWORK_BLOCK_BYTES).open()
+    return opened
+
+
+@contextlib.contextmanager
+def _decompressed(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
+    if shard.compression is None:
+        yield file
+    elif shard.compression == "gzip":
+        with gzip.GzipFile(fileobj=file, mode="rb") as stream:
+            yield io.BufferedReader(stream, _BUFFER_BYTES)
+    else:
+        yield io.BufferedReader(_ZstdStream(file, shard), _BUFFER_BYTES)
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompresses zstd frames; unlike the library's own stream it tells a truncated file (EOFError) from a whole one."""
+
+    def __init__(self, file: IO[bytes], shard: Shard):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(f"{shard.url}: reading .zst files needs the package zstandard") from error
+        self._error = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._file = file
+        self._inside_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._file.read(_BUFFER_BYTES // 2)
+            if not compressed:
+                if self._inside_frame:
+                    raise EOFError("compressed file ended before the end of its last frame")
+                return 0
+            self._ready = memoryview(self._decompress(compressed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompress(self, compressed: bytes) -> bytes:
+        parts = []
+        try:
+            while compressed:
+                parts.append(self._frame.decompress(compressed))
+                self._inside_frame = not self._frame.eof
+                compressed = b""
+                if self._frame.eof:
+                    compressed = self._frame.unused_data
+                    self._frame = self._new_frame()
+        except self._error as error:
+            raise EOFError(str(error)) from error
+        return b"".join(parts)
+
+
+def _json_lines(lines: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
+    index = 0
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            if index == 0:
+                _refuse_json_array(line, shard)
+            yield RawRecord(index, number, line)
+            index += 1
+
+
+def _refuse_json_array(first_line: bytes, shard: Shard) -> None:
+    start = first_line.removeprefix(b"\xef\xbb\xbf").strip()
+    if start == b"[" or start.startswith((b"[{", b"[ {")):
+        raise DataError(f"{shard.url} holds a JSON array, not one object per line; convert it to .jsonl")
+
+
+def _text_blocks(lines: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
+    """Documents of a text file: blocks of lines between blank ones."""
+    index, first = 0, 1
+    block: list[bytes] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            if not block:
+                first = number
+            block.append(line)
+        elif block:
+            yield RawRecord(index, first, b"".join(block).rstrip())
+            index, block = index + 1, []
+    if block:
+        yield RawRecord(index, first, b"".join(block).rstrip())
+
+
+def _parquet_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) -> Iterator[RawRecord]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise DataError(
+                f"{shard.url}: no column {text_field!r}; the columns are {', '.join(map(repr, names))}; see --text_field"
+            )
+        index = 0
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if index + rows > start:  # whole groups before the start are not even read
+                for value in table.read_row_group(group, columns=[text_field]).column(0).to_pylist():
+                    if index >= start:
+                        yield RawRecord(index, index + 1, value)
+                    index += 1
+            else:
+                index += rows
+    except pyarrow.ArrowInvalid as error:
+        raise _DamagedFile(_first_line(error)) from error

@@ -1,0 +1,295 @@
+"""Tokenizers from the hub, a folder or a SentencePiece model, reduced to what pretraining needs: text in, ordinary ids out.
+
+A document is data, so nothing in it may act as a control symbol: "</s>" in a web page is five characters, not the end of
+the document, and T5's "<extra_id_0>" must not become id 32,099 of a 32,000-row embedding. `Tokenizer` therefore encodes
+with a copy of the tokenizer's backend from which special tokens have been taken out.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_pretraining.data.errors import TokenizerError
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer as Backend
+
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+# What a fingerprint compares besides the vocabulary: spaces, line breaks, digits, rare characters, special-looking text.
+_PROBE = "A  probe:\n\tnaïve 123,456 — 你好 \U0001f600 </s> <extra_id_0> don't `x_1 = f(y)`"
+
+
+class Tokenizer:
+    """A transformers tokenizer whose `encode_batch` treats every text as plain text. Picklable.
+
+    eos_id: ends every document. pad_id: fills the rest of a padded sequence (eos_id where the tokenizer has no padding
+    token; losses ignore padding by position, never by id). text_vocab_size: one more than the largest id that training
+    data can hold (text, eos, padding), the least vocabulary a model needs. vocab_size: all ids, special ones included.
+    """
+
+    def __init__(self, pretrained: Any, name: str):
+        """Wrap a transformers tokenizer. Raises TokenizerError if it has no fast backend or no end-of-text token."""
+        if not getattr(pretrained, "is_fast", False):
+            raise TokenizerError(f"tokenizer {name!r} has no fast version (tokenizer.json); use one that has")
+        if pretrained.eos_token_id is None:
+            raise TokenizerError(f"tokenizer {name!r} has no eos token; pretraining needs one to end documents")
+        self.name = name
+        self.eos_id: int = pretrained.eos_token_id
+        self.pad_id: int = self.eos_id if pretrained.pad_token_id is None else pretrained.pad_token_id
+        self._pretrained = pretrained
+        unk_id = pretrained.unk_token_id
+        control_ids = _control_ids(pretrained)
+        # Unlike the other control symbols, unk also stands for ordinary text, for characters without a piece.
+        self._special_ids: frozenset[int] = frozenset(control_ids - {unk_id})
+        self._unk_id: int | None = unk_id
+        self._backend = _plain_text_backend(pretrained.backend_tokenizer, control_ids)
+        vocab = pretrained.get_vocab()
+        self.vocab_size: int = max(vocab.values()) + 1
+        self.text_vocab_size: int = 1 + max({*vocab.values()} - self._special_ids | {self.eos_id, self.pad_id})
+        self._check_special_text_is_plain()
+        self.fingerprint: str = self._fingerprint(vocab)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without eos or any other special id, whatever the text contains."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special ids, and ids above the vocabulary, stand for nothing."""
+        ordinary = [int(i) for i in ids if int(i) not in self._special_ids and int(i) < self.vocab_size]
+        return str(self._pretrained.backend_tokenizer.decode(ordinary, skip_special_tokens=False))
+
+    def bytes_per_id(self) -> "torch.Tensor":
+        """(vocab_size,) int64: UTF-8 bytes that each id stands for; special ids and unk 0, byte-fallback pieces 1.
+
+        Summed over a text's ids this is the text's length after the tokenizer's own normalisation, plus one byte per
+        document where the tokenizer puts a space before the first word.
+        """
+        import torch
+
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
+        byte_level = "ByteLevel" in json.dumps(json.loads(self._backend.to_str())["decoder"])
+        for piece, index in self._pretrained.get_vocab().items():
+            if index in self._special_ids or index == self._unk_id:
+                continue
+            if byte_level:
+                lengths[index] = len(piece)  # one printable character per byte
+            elif _BYTE_PIECE.fullmatch(piece):
+                lengths[index] = 1
+            else:
+                lengths[index] = len(piece.removeprefix("##").replace("\u2581", " ").encode())
+        return lengths
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_tokenizer` and transformers' AutoTokenizer load, with the same fingerprint."""
+        self._pretrained.save_pretrained(str(folder))
+
+    def _check_special_text_is_plain(self) -> None:
+        special = [token for token, index in self._pretrained.get_vocab().items() if index in self._special_ids]
+        for token, ids in zip(special, self.encode_batch(special), strict=True):
+            if self._special_ids.intersection(ids):
+                raise TokenizerError(
+                    f"tokenizer {self.name!r} turns the text {token!r} of a document into a control symbol; use another"
+                )
+
+    def _fingerprint(self, vocab: dict[str, int]) -> str:
+        # Vocabulary and behaviour, not the file's bytes: these differ between library versions and after saving.
+        content = [sorted(vocab.items()), self.eos_id, self.pad_id, self.encode_batch([_PROBE])]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """A tokenizer by hub name (`t5-base`), tokenizer folder, or SentencePiece `.model` file (or a folder with one).
+
+    Never runs code from the hub. Raises TokenizerError: nothing there, not readable, no network (at once when
+    HF_HUB_OFFLINE is set and the tokenizer was never downloaded), no eos token.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
+            models = sorted(path.glob("*.model"))
+            if len(models) != 1:
+                raise TokenizerError(
+                    f"no tokenizer in {name}: neither tokenizer.json nor one SentencePiece .model file"
+                )
+            return Tokenizer(_from_sentencepiece(models[0]), name)
+        return Tokenizer(_from_folder(path), name)
+    if path.is_file():
+        return Tokenizer(_from_sentencepiece(path), name)
+    if path.suffix in (".model", ".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise TokenizerError(f"tokenizer {name!r} not found: no such file or folder")
+    return Tokenizer(_from_hub(name), name)
+
+
+def _from_folder(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise TokenizerError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+
+
+def _from_hub(name: str) -> Any:
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # connection errors come in many types, wrapped in an OSError or not
+        causes = _causes(error)
+        local_way = "or give --tokenizer a local folder or SentencePiece .model file"
+        if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
+            raise TokenizerError(
+                f"tokenizer {name!r} not found, neither here nor on the hub; check the name, {local_way}"
+            ) from error
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+            raise TokenizerError(
+                f"tokenizer {name!r} is not in the local cache and HF_HUB_OFFLINE is set; "
+                f"download it once with a network, {local_way}"
+            ) from error
+        raise TokenizerError(
+            f"cannot load tokenizer {name!r} from the hub ({_first_line(causes[-1])}); check the network, {local_way}"
+        ) from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- Special tokens out of reach of text ---
+
+
+def _control_ids(pretrained: Any) -> set[int]:
+    """Ids of control symbols, unk included: those the tokenizer names, and every added token marked special."""
+    named = set(pretrained.all_special_ids)
+    return named | {index for index, token in pretrained.added_tokens_decoder.items() if token.special}
+
+
+def _plain_text_backend(backend: "Backend", control_ids: set[int]) -> "Backend":
+    """A copy of a fast tokenizer that knows no special tokens: their names in a text are spelled with ordinary pieces."""
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    state = json.loads(backend.to_str())
+    state.update(truncation=None, padding=None, post_processor=None)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in control_ids]
+    model = state["model"]
+    if model.get("type") == "Unigram":
+        # The Unigram search runs over all its pieces, control symbols included. Text reaches the search with its spaces
+        # replaced or split away, so a piece with a space in it is never found; its id stays taken.
+        for index in control_ids:
+            if index < len(model["vocab"]):
+                model["vocab"][index][0] = f" control {index}"
+        if model.get("byte_fallback"):
+            # It would also find the byte piece <0x0A> in a text that spells it; byte pieces must keep their names.
+            split = {
+                "type": "Split",
+                "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+            steps = [step for step in (state["pre_tokenizer"], split) if step]
+            state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    return BackendTokenizer.from_str(json.dumps(state))
+
+
+# --- SentencePiece models ---
+
+
+def _from_sentencepiece(path: Path) -> Any:
+    """A SentencePiece model as a transformers tokenizer with the same segmentation (BPE and Unigram models)."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as sentencepiece_format
+    except ImportError as error:
+        raise TokenizerError(f"reading {path} needs the packages sentencepiece and protobuf ({error})") from error
+    from transformers import PreTrainedTokenizerFast
+
+    proto: Any = sentencepiece_format.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError, or an unreadable file
+        raise TokenizerError(f"{path} is not a SentencePiece model: {_first_line(error)}") from error
+    if not proto.pieces:
+        raise TokenizerError(f"{path} is not a SentencePiece model: it holds no pieces")
+    if proto.trainer_spec.model_type not in (1, 2):
+        raise TokenizerError(f"{path}: only SentencePiece models of type unigram and bpe are supported")
+    trainer = proto.trainer_spec
+    names = {
+        f"{role}_token": proto.pieces[index].piece
+        for role, index in (
+            ("pad", trainer.pad_id),
+            ("eos", trainer.eos_id),
+            ("unk", trainer.unk_id),
+            ("bos", trainer.bos_id),
+        )
+        if 0 <= index < len(proto.pieces)
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_sentencepiece_backend(proto), clean_up_tokenization_spaces=False, **names
+    )
+
+
+def _sentencepiece_backend(proto: Any) -> "Backend":
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    normal, unknown, control, user_defined, unused = 1, 2, 3, 4, 5  # 6: byte pieces, found by their names
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    kinds = [piece.type for piece in proto.pieces]
+    unk = kinds.index(unknown)
+    model: Any
+    if proto.trainer_spec.model_type == 1:
+        model = models.Unigram(pieces, unk, byte_fallback=proto.trainer_spec.byte_fallback)
+    else:
+        vocab = {piece: index for index, (piece, _) in enumerate(pieces)}
+        mergeable = {piece: score for (piece, score), kind in zip(pieces, kinds, strict=True) if kind == normal}
+        byte_fallback = proto.trainer_spec.byte_fallback
+        model = models.BPE(
+            vocab, _merges(mergeable), unk_token=pieces[unk][0], fuse_unk=True, byte_fallback=byte_fallback
+        )
+    backend = BackendTokenizer(model)
+    spec = proto.normalizer_spec
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend("\u2581")] if spec.add_dummy_prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    if not any("\u2581" in piece.lstrip("\u2581") for piece, _ in pieces):
+        # No piece has a space after a letter, so words can be segmented one by one, which is faster, with one result.
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581*[^\u2581]+"), "isolated")
+    first_space = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    spaces = decoders.Replace("\u2581", " ")
+    backend.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), *first_space])
+    for (piece, _), kind in zip(pieces, kinds, strict=True):
+        if kind in (control, unknown, unused):
+            backend.add_special_tokens([AddedToken(piece, special=True, normalized=False)])
+        elif kind == user_defined and len(piece) > 1:  # one character stands for itself without help
+            backend.add_tokens([AddedToken(piece, special=False, normalized=False)])
+    return backend
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The BPE merges that a SentencePiece vocabulary implies: any two pieces whose concatenation is a piece, best first."""
+    merges = []
+    for order, (piece, score) in enumerate(scores.items()):
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                merges.append((-score, order, cut, (left, right)))
+    return [pair for *_, pair in sorted(merges)]

@@ -1,0 +1,114 @@
+"""Processes that prepare data beside the training process: torch's DataLoader without its collation, errors and signals.
+
+A worker's DataError comes out of the main process as the same DataError, in its place among the items. Workers ignore
+the signals that ask a run to stop, which reach a whole process group: the update under way still needs their data.
+"""
+
+import multiprocessing
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from peft_pretraining.data.errors import DataError
+
+_PREFETCHED_ITEMS = 4  # per worker
+
+ItemT = TypeVar("ItemT", covariant=True)
+T = TypeVar("T")
+
+
+class Work(Protocol[ItemT]):
+    """Picklable; `items` is what one of `workers` processes does."""
+
+    def items(self, worker: int, workers: int) -> Iterator[ItemT]: ...
+
+
+class _Failure(NamedTuple):
+    message: str
+
+
+class _WorkerItems(IterableDataset):
+    def __init__(self, work: Work[Any]):
+        self._work = work
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        assert info is not None  # only ever iterated by a DataLoader with workers
+        try:
+            yield from self._work.items(info.id, info.num_workers)
+        except DataError as error:
+            yield _Failure(str(error))
+
+
+class Workers(Generic[T]):
+    """Iterator over the items of all workers in turn: item 0 of each, then item 1 of each, ...; 0 workers: in process."""
+
+    def __init__(self, work: Work[T], workers: int):
+        self._running: _Running | None = None
+        if workers == 0:
+            self._items = work.items(0, 1)
+            return
+        self._running = _Running(work, workers)
+        self._items = self._running.items()
+        # Also at the interpreter's exit, before multiprocessing waits for its children there.
+        self._finalizer = weakref.finalize(self, self._running.stop)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return next(self._items)
+
+    def close(self) -> None:
+        """Stop the processes; safe to call twice."""
+        if self._running is not None:
+            self._finalizer()
+
+
+class _Running:
+    def __init__(self, work: Work[Any], workers: int):
+        children_before = set(multiprocessing.active_children())
+        loader: DataLoader[Any] = DataLoader(
+            _WorkerItems(work),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=_PREFETCHED_ITEMS,
+            worker_init_fn=_prepare_process,
+            # Its own: a DataLoader draws from the default generator, which belongs to the training run.
+            generator=torch.Generator(),
+        )
+        self._iterator: Iterator[Any] | None = iter(loader)
+        self._processes = [child for child in multiprocessing.active_children() if child not in children_before]
+
+    def items(self) -> Iterator[Any]:
+        while self._iterator is not None:
+            try:
+                item = next(self._iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(f"a data worker died ({error}); if memory ran out, lower --workers") from error
+            if isinstance(item, _Failure):
+                raise DataError(item.message)
+            yield item
+
+    def stop(self) -> None:
+        self._iterator = None  # its destructor asks the workers to end and waits a few seconds
+        for process in self._processes:
+            if process.is_alive():  # in a long read, and SIGTERM is ignored
+                process.kill()
+                process.join()
+
+
+def _prepare_process(worker: int) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here

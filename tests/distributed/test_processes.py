@@ -1,0 +1,147 @@
+"""Training in several processes equals training in one, on the same sequences."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining.checkpoint import list_checkpoints, load_tensors, tensor_index
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "The quick brown fox number {0} jumps over the lazy dog number {1} while the moon of month {2} rises above the hills. "
+
+
+def launch(processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [*command, "torchrun_main.py", *flags]
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def train(folder: Path, processes: int, *flags: str) -> list[dict]:
+    ended = launch(processes, "--save_dir", str(folder), "--wandb", "disabled", *flags)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    path = list_checkpoints(folder)[-1]
+    index = {name: entry for name, entry in tensor_index(path).items() if name.startswith("model/")}
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in index.items()}
+    load_tensors(path, tensors)
+    return tensors
+
+
+def assert_same_course(one: tuple, other: tuple) -> None:
+    """Losses to 1e-5, gradient norms to 1e-4, final parameters to 1e-4 in relative L2."""
+    (rows, left), (other_rows, right) = one, other
+    assert len(rows) == len(other_rows)
+    for row, other_row in zip(rows, other_rows, strict=True):
+        for key, tolerance in (("loss", 1e-5), ("gradnorm", 1e-4), ("final_eval_loss", 1e-5)):
+            if key in row:
+                assert other_row[key] == pytest.approx(row[key], rel=tolerance), (key, row["update_step"])
+        for key in ("update_step", "lr", "tokens_seen", "final_eval_tokens"):
+            assert row.get(key) == other_row.get(key)
+    for name, tensor in left.items():
+        a, b = tensor.double(), right[name].double()
+        assert float((a - b).norm()) <= 1e-4 * float(a.norm()) + 1e-12, name
+
+
+def run_all(tmp_path: Path, settings: dict[str, tuple[int, list[str]]], common: list[str]) -> None:
+    results = {}
+    for name, (processes, flags) in settings.items():
+        rows = train(tmp_path / name, processes, *common, *flags)
+        results[name] = (rows, parameters(tmp_path / name))
+    first, *others = results.values()
+    for other in others:
+        assert_same_course(first, other)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """120 documents of very unequal lengths in 3 shards, and 12 held out."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    documents = [
+        "".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)
+    ]
+    for shard in range(3):
+        lines = [json.dumps({"text": text}) for text in documents[shard:120:3]]
+        (folder / f"words-train.{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "words-validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents[120:]))
+    return folder
+
+
+def tiny_model(tmp_path: Path) -> Path:
+    shape = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 300, "max_sequence_length": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "initializer_range": 0.02,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1,
+    }  # fmt: skip
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(shape))
+    return path
+
+
+def tokenizer_model(tmp_path: Path, corpus: Path) -> Path:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(json.loads(line)["text"] for path in sorted(corpus.glob("*train*")) for line in path.open()),
+        model_prefix=str(tmp_path / "tiny"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return tmp_path / "tiny.model"
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_one_process_equals_two_and_three(tmp_path, corpus, layout):
+    """Micro-batches with very unequal token counts per process: the mean must be over all tokens, not over processes."""
+    common = [
+        *("--model_config", str(tiny_model(tmp_path)), "--tokenizer", str(tokenizer_model(tmp_path, corpus))),
+        *("--dataset", str(corpus), "--max_length", "48", "--total_batch_size", "12", "--data_lanes", "6"),
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
+        *("--lr", "0.001", "--warmup_steps", "2", "--num_training_steps", "8", "--grad_clipping", "0.5"),
+        *("--eval_every", "4", "--dtype", "float32", "--device", "cpu"),
+    ]
+    common += ["--packing"] if layout == "packed" else []
+    settings = {
+        "one": (1, ["--batch_size", "12", "--workers", "0"]),
+        "one-accumulating": (1, ["--batch_size", "3", "--workers", "2"]),
+        "two": (2, ["--batch_size", "6", "--workers", "1"]),
+        "three-accumulating": (3, ["--batch_size", "2", "--workers", "0"]),
+    }
+    run_all(tmp_path, settings, common)
+
+
+@pytest.mark.full
+def test_real_text_in_one_and_two_processes(tmp_path, c4_sample, t5_model):
+    """60 updates of llama_9m on real C4 text with the real T5 tokenizer."""
+    common = [
+        *("--model_config", "configs/llama_9m.json", "--tokenizer", str(t5_model), "--dataset", str(c4_sample)),
+        *("--peft_model", "sltrain", "--rank", "32", "--lora_alpha", "8", "--sp_ratio", "0.03", "--optimizer", "adamw"),
+        *("--lr", "0.001", "--warmup_steps", "6", "--num_training_steps", "60", "--total_batch_size", "16"),
+        *("--dtype", "float32", "--device", "cpu", "--data_lanes", "24"),
+    ]
+    settings = {
+        "one-16": (1, ["--batch_size", "16"]),
+        "one-2x8": (1, ["--batch_size", "8"]),
+        "two-8": (2, ["--batch_size", "8"]),
+        "two-2x4": (2, ["--batch_size", "4"]),
+    }
+    run_all(tmp_path, settings, common)
+    losses = [row["loss"] for row in train(tmp_path / "one-16", 1, *common, "--batch_size", "16") if "loss" in row]
+    assert math.isclose(losses[0], math.log(32000), rel_tol=0.02)
+    assert losses[-1] < losses[0] - 2

@@ -1,0 +1,88 @@
+"""The layer under torch.compile: one graph, eager's results, and no dense weight kept by the compiler."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_lora import SparseLowRankLinear
+from sparse_lora.functional import _gradients_op, _output_op
+from sparse_lora.support import generator_for
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Stack(nn.Module):
+    """Every kind of layer: with bias and trained scaling, plain, low-rank only. No size is a multiple of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = SparseLowRankLinear(26, 43, 4, 0.1, bias=True, trainable_scaling=True, seed=1)
+        self.second = SparseLowRankLinear(43, 26, 4, 0.1, seed=2)
+        self.third = SparseLowRankLinear(26, 26, 4, 0.0, seed=3)
+        for name, parameter in self.named_parameters():
+            if name.endswith("lora_B"):
+                nn.init.normal_(parameter, generator=generator_for(0, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.third(self.second(torch.relu(self.first(x))))
+        return output
+
+
+def output_gradients_and_saved_sizes(
+    model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, autocast: bool
+) -> tuple[list[Tensor], list[int]]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    saved: list[int] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        y = function(x)
+    y.float().square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())], saved
+
+
+# aot_eager_decomp_partition decides what to keep for backward as inductor does, and spares the code generation.
+@pytest.mark.parametrize(
+    ("backend", "autocast"), [("inductor", False), ("aot_eager_decomp_partition", True)], ids=["inductor", "autocast"]
+)
+def test_compiled_equals_eager_and_keeps_no_dense_weight(backend: str, autocast: bool) -> None:
+    """One graph (fullgraph raises on a break), rounding-equal results, also for another number of rows, and nothing as
+    large as the smallest weight (26 x 26) kept for backward but the layers' inputs and outputs, which have rows."""
+    model = Stack()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for num_rows in (3, 61):
+        x = torch.randn(2, num_rows, 26, generator=generator_for(num_rows, "x"))
+        expected, _ = output_gradients_and_saved_sizes(model, model, x, autocast)
+        found, saved = output_gradients_and_saved_sizes(model, compiled, x, autocast)
+        # The compiler may fuse the operations between the layers: bfloat16 activations then skip a rounding.
+        tolerance = 2 * torch.finfo(torch.bfloat16).eps if autocast else 1e-5
+        for eager, other in zip(expected, found, strict=True):
+            assert (eager - other).norm() <= tolerance * eager.norm()
+        assert {26 * 43, 26 * 26}.isdisjoint(saved)
+        assert max(saved) <= max(2 * num_rows * 43, 4 * 43)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1])
+def test_the_compilers_operators_keep_their_contract(sparsity: float) -> None:
+    """torch's own check: no input is changed or returned, and shapes, dtypes and strides are foretold rightly."""
+    layer = SparseLowRankLinear(13, 9, 4, sparsity, bias=True, trainable_scaling=True, seed=0)
+    code = None if layer.support is None else layer.support.code
+    scaling = torch.tanh(layer.scaling.detach())
+    for x in (torch.randn(2, 30, 13), torch.randn(30, 2, 13).transpose(0, 1), torch.randn(13)):
+        tensors = [t if t is None else t.detach() for t in (x, layer.lora_A, layer.lora_B, layer.sparse_value, code)]
+        bias = layer.bias.detach()
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(_output_op, (*tensors, scaling, bias, 1.0, torch.float32), test_utils=checks)
+        needed = [True, True, True, sparsity > 0, True]
+        grad_output = torch.randn(*x.shape[:-1], 9)
+        arguments = (grad_output, *tensors, scaling, 1.0, torch.float32, needed)
+        torch.library.opcheck(_gradients_op, arguments, test_utils=checks)

@@ -1,0 +1,94 @@
+"""What the layer keeps for backward, and how many matrices of the weight's size are ever alive."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_lora import SparseLowRankLinear
+
+IN, OUT, RANK, SPARSITY = 64, 80, 8, 0.1
+DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
+
+
+def make_layer(dtype: torch.dtype = torch.float32, sparsity: float = SPARSITY) -> SparseLowRankLinear:
+    layer = SparseLowRankLinear(IN, OUT, RANK, sparsity, bias=True, trainable_scaling=True, seed=0, dtype=dtype)
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(0))
+    return layer
+
+
+class LiveDenseMatrices(TorchDispatchMode):
+    """Counts the storages of at least the weight's size that are alive after each operation; `most` is the peak."""
+
+    def __init__(self, num_elements: int) -> None:
+        super().__init__()
+        self.num_elements = num_elements
+        self.alive: dict[int, StorageWeakRef] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes() >= self.num_elements * leaf.element_size():
+                reference = StorageWeakRef(leaf.untyped_storage())
+                self.alive[reference.cdata] = reference
+        self.alive = {key: reference for key, reference in self.alive.items() if not reference.expired()}
+        self.most = max(self.most, len(self.alive))
+        return result
+
+
+def test_the_counter_sees_every_matrix_of_plain_autograd() -> None:
+    """The instrument itself: W, dW and what dW passes on to W's parent are alive together in an ordinary backward."""
+    x, weight = torch.randn(4, IN), torch.randn(OUT, IN, requires_grad=True)
+    with LiveDenseMatrices(IN * OUT) as matrices:
+        dense = weight * 2.0
+        nn.functional.linear(x, dense).sum().backward()
+    assert matrices.most == 3
+
+
+# 48 rows build the weight, 2 multiply by the factors; neither x (48 x 64) nor y (48 x 80) is as large as the weight.
+@pytest.mark.parametrize("num_rows", [2, 48])
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
+def test_one_dense_matrix_is_alive_at_a_time(num_rows: int, dtype: torch.dtype, autocast: bool) -> None:
+    """W is gone before dW is built: the contract allows two in backward, one suffices. None is left at the end."""
+    layer = make_layer(dtype)
+    x = torch.randn(num_rows, IN, dtype=dtype, requires_grad=True)
+    with LiveDenseMatrices(IN * OUT) as matrices:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        assert matrices.most == 1
+        y.float().square().sum().backward()
+        assert matrices.most == 1
+        y = y + 1  # a further operation, so that the mode looks again
+    assert not matrices.alive
+
+
+def test_low_rank_only_builds_no_dense_matrix() -> None:
+    layer = make_layer(sparsity=0.0)
+    with LiveDenseMatrices(IN * OUT) as matrices:
+        layer(torch.randn(48, IN, requires_grad=True)).square().sum().backward()
+    assert matrices.most == 0
+
+
+@pytest.mark.parametrize("num_rows", [2, 48])
+@pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
+def test_backward_keeps_the_inputs_and_nothing_else(num_rows: int, dtype: torch.dtype, autocast: bool) -> None:
+    """Saved are x, A, B, the values, the stored support and the effective scaling: the very tensors, not copies."""
+    layer = make_layer(dtype)
+    x = torch.randn(num_rows, IN, dtype=dtype, requires_grad=True)
+    saved: list[Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        layer(x)
+    assert layer.support is not None
+    own = (x, layer.lora_A, layer.lora_B, layer.sparse_value, layer.support.code)
+    pointers = {tensor.data_ptr() for tensor in own if tensor is not None}
+    large = [tensor for tensor in saved if tensor.numel() > 1]
+    assert {tensor.data_ptr() for tensor in large} == pointers
+    assert len(large) == len(own)
+    assert all(tensor.numel() < IN * OUT for tensor in saved)

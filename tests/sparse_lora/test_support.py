@@ -1,0 +1,157 @@
+"""Which positions a support has: how many, how uniformly drawn, how reproducibly, and in how many bytes."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_lora import Support, generator_for
+from sparse_lora import support as support_module
+from sparse_lora.support import sample_positions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 30_000), st.integers(0, 2**40))
+def test_positions_are_sorted_distinct_and_as_many_as_asked(data: st.DataObject, numel: int, seed: int) -> None:
+    nnz = data.draw(st.integers(0, numel))
+    positions = sample_positions(nnz, numel, generator_for(seed, "w"))
+    assert positions.dtype == torch.int64
+    assert positions.numel() == nnz
+    assert (positions.diff() > 0).all()
+    assert ((positions >= 0) & (positions < numel)).all()
+
+
+def test_more_positions_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot choose 5 of 4 positions"):
+        sample_positions(5, 4, generator_for(0, "w"))
+
+
+def chi_square(counts: list[int]) -> float:
+    expected = sum(counts) / len(counts)
+    return sum((count - expected) ** 2 for count in counts) / expected
+
+
+def chi_square_limit(num_classes: int) -> float:
+    """Mean plus six standard deviations of the chi-square distribution."""
+    return num_classes - 1 + 6 * math.sqrt(2 * (num_classes - 1))
+
+
+# permute_up_to = 4096 takes the permutation for these sizes; 6 forces the draws with rejection that real weights take.
+@pytest.mark.parametrize("permute_up_to", [4096, 6])
+@pytest.mark.parametrize(("nnz", "numel"), [(1, 9), (3, 8), (2, 9), (6, 9)])
+def test_every_subset_of_a_tiny_weight_is_equally_likely(
+    monkeypatch: pytest.MonkeyPatch, permute_up_to: int, nnz: int, numel: int
+) -> None:
+    monkeypatch.setattr(support_module, "_PERMUTE_UP_TO", permute_up_to)
+    generator = generator_for(1, "w")
+    subsets = list(itertools.combinations(range(numel), nnz))
+    drawn = Counter(tuple(sample_positions(nnz, numel, generator).tolist()) for _ in range(30 * len(subsets)))
+    assert drawn.keys() <= set(subsets)
+    assert chi_square([drawn[subset] for subset in subsets]) < chi_square_limit(len(subsets))
+
+
+@pytest.mark.parametrize("density", [0.03, 0.4, 0.9])
+def test_positions_of_a_large_weight_are_uniform_and_unrelated(density: float) -> None:
+    """Bins hold equal counts; pairs of neighbours are as frequent as in a uniform subset: k (k - 1) / n on average."""
+    numel, num_bins = 1_000_000, 100
+    nnz = int(density * numel)
+    positions = sample_positions(nnz, numel, generator_for(3, "w"))
+    counts = torch.bincount(positions // (numel // num_bins), minlength=num_bins).tolist()
+    assert chi_square(counts) < chi_square_limit(num_bins)
+    neighbours = int((positions.diff() == 1).sum())
+    expected = nnz * (nnz - 1) / numel
+    assert abs(neighbours - expected) < 6 * math.sqrt(expected)
+
+
+def test_a_sparse_draw_needs_no_scratch_of_the_weights_size() -> None:
+    """No tensor made on the way is larger than a small multiple of the number of positions."""
+
+    class LargestTensor(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    self.num_bytes = max(self.num_bytes, leaf.numel() * leaf.element_size())
+            return result
+
+    numel, nnz = 2_000_000, 20_000
+    with LargestTensor() as largest:
+        sample_positions(nnz, numel, generator_for(0, "w"))
+    # n ln(n / (n - k)) + 4 sqrt(k) draws of 8 bytes: 1 % over k for the logarithm at this density, 3 % for the root.
+    assert nnz * 8 <= largest.num_bytes < 1.1 * nnz * 8
+
+
+def test_a_generator_depends_on_seed_and_name_only() -> None:
+    """Equal for equal (seed, name), different for others; a separator keeps (1, "1x") apart from (11, "x")."""
+    keys = [(seed, name) for seed in (0, 1, 11, -1, 2**70) for name in ("", "x", "1x", "a.b", "b.a")]
+    first = {key: tuple(torch.rand(4, generator=generator_for(*key)).tolist()) for key in keys}
+    again = {key: tuple(torch.rand(4, generator=generator_for(*key)).tolist()) for key in reversed(keys)}
+    assert first == again
+    assert len(set(first.values())) == len(keys)
+
+
+def test_another_process_draws_the_same_numbers() -> None:
+    """Python's string hash differs between processes; the generators must not."""
+    code = (
+        "from sparse_lora import generator_for; from sparse_lora.support import sample_positions;"
+        "print(sample_positions(50, 10_000, generator_for(7, 'layer.support')).tolist())"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == str(sample_positions(50, 10_000, generator_for(7, "layer.support")).tolist())
+
+
+def test_drawing_ignores_the_default_device() -> None:
+    support = Support(30, 40, 100)
+    support.draw_(generator_for(0, "w"))
+    expected = support.flat_indices().clone()
+    with torch.device("meta"):
+        support.draw_(generator_for(0, "w"))
+    assert torch.equal(support.flat_indices(), expected)
+
+
+def test_a_stored_position_takes_four_bytes_and_eight_only_beyond_int32() -> None:
+    """Weights of up to 2^31 entries have positions up to 2^31 - 1, the largest int32."""
+    small = Support(2**16, 2**15, 1000, device="meta")
+    assert small.code.dtype == torch.int32
+    assert (small.nnz, small.nbytes) == (1000, 4000)
+    large = Support(2**16 + 1, 2**15, 1000, device="meta")
+    assert large.code.dtype == torch.int64
+    assert (large.nnz, large.nbytes) == (1000, 8000)
+
+
+def test_positions_survive_a_checkpoint() -> None:
+    support = Support(30, 40, 100)
+    support.draw_(generator_for(0, "w"))
+    other = Support(30, 40, 100)
+    other.load_state_dict(support.state_dict())
+    assert support.flat_indices().dtype == torch.int64
+    assert torch.equal(other.flat_indices(), support.flat_indices())
+
+
+def test_casting_a_model_leaves_the_positions_alone() -> None:
+    support = Support(300, 400, 1000)
+    support.draw_(generator_for(0, "w"))
+    expected = support.flat_indices().clone()
+    assert torch.equal(support.to(torch.bfloat16).flat_indices(), expected)
+
+
+def test_a_support_larger_than_its_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"nnz = 7 does not fit a 2 x 3 weight"):
+        Support(2, 3, 7)

@@ -1,0 +1,136 @@
+"""The record keeps the published keys, repeats no step after a crash, and no dashboard can end a run."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from peft_pretraining.evaluate import EvalResult
+from peft_pretraining.metrics import METRICS_FILE, Recorder, Throughput, read_metrics
+
+ROW = {
+    "loss": 2.5,
+    "lr": 1e-3,
+    "tokens_seen": 100,
+    "throughput_tokens": 10.0,
+    "throughput_examples": 1.0,
+    "throughput_batches": 0.5,
+    "gradnorm": 0.7,
+    "max_memory": 2**20,
+}
+
+
+def recorder(folder, *, start_step=0, mode="disabled", enabled=True):
+    settings = {"mode": mode, "id": "abc", "name": "run", "tags": [], "config": {}}
+    return Recorder(folder, enabled=enabled, total_updates=10, start_step=start_step, wandb_settings=settings)
+
+
+def write_steps(folder, steps):
+    record = recorder(folder)
+    for step in steps:
+        record.log_update({"update_step": step, **ROW})
+        record.advance()
+    record.close()
+
+
+def test_every_logged_update_is_one_json_object(tmp_path):
+    write_steps(tmp_path, [1, 2, 3])
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert rows == [{"update_step": step, **ROW} for step in (1, 2, 3)]
+
+
+def test_lines_past_the_checkpoint_are_taken_back(tmp_path):
+    """A crash at update 5 after a checkpoint at 3: going on from 3 must neither repeat nor miss a step."""
+    write_steps(tmp_path, [1, 2, 3, 4, 5])
+    record = recorder(tmp_path, start_step=3)
+    record.log_update({"update_step": 4, **ROW})
+    record.close()
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"update_step": 3, "lo')
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_finished_evaluation_is_remembered_on_every_process(tmp_path):
+    """Otherwise a resumed run would evaluate again, or one rank alone would."""
+    record = recorder(tmp_path)
+    record.log_evaluation(3, EvalResult(loss=1.0, perplexity=2.718, tokens=10, bits_per_byte=None))
+    record.close()
+    assert recorder(tmp_path, start_step=3).last_evaluated_step == 3
+    assert recorder(tmp_path, start_step=3, enabled=False).last_evaluated_step == 3
+    assert recorder(tmp_path, start_step=2, enabled=False).last_evaluated_step is None
+
+
+class _BrokenRun:
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, _):
+        raise ConnectionError("the dashboard is gone")
+
+    def finish(self, **_):
+        raise ConnectionError("the dashboard is gone")
+
+
+@pytest.fixture
+def broken_wandb(monkeypatch):
+    module = types.ModuleType("wandb")
+    module.init = lambda **_: _BrokenRun()
+    module.Settings = lambda **_: None
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_dashboard_that_fails_costs_a_warning_not_the_run(tmp_path, broken_wandb, capsys):
+    record = recorder(tmp_path, mode="offline")
+    for step in (1, 2, 3):
+        record.log_update({"update_step": step, **ROW})
+    record.close()
+    assert len(read_metrics(tmp_path)) == 3
+    assert capsys.readouterr().err.count("wandb stopped recording") == 1
+
+
+def test_dashboard_that_does_not_start_costs_a_warning(tmp_path, monkeypatch, capsys):
+    module = types.ModuleType("wandb")
+
+    def refuse(**_):
+        raise RuntimeError("no service")
+
+    module.init, module.Settings = refuse, lambda **_: None
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    write_record = recorder(tmp_path, mode="offline")
+    write_record.log_update({"update_step": 1, **ROW})
+    write_record.close()
+    assert "wandb is off (RuntimeError: no service)" in capsys.readouterr().err
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_offline_wandb_receives_the_same_keys(tmp_path, monkeypatch):
+    """The real package, without key or network: a run folder appears and nothing waits."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    record = recorder(tmp_path, mode="auto")
+    record.log_update({"update_step": 1, **ROW})
+    record.close()
+    assert list(tmp_path.glob("wandb/offline-run-*-abc"))
+
+
+def test_throughput_leaves_pauses_out(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr("peft_pretraining.metrics.time.perf_counter", lambda: clock.now)
+    throughput = Throughput(sequences_per_update=8, micro_batches_per_update=2)
+    clock.now = 4.0
+    with throughput.paused():
+        clock.now = 104.0
+    throughput.add_update(1000)
+    throughput.add_update(600)
+    clock.now = 106.0
+    assert throughput.read() == pytest.approx(
+        {"throughput_tokens": 1600 / 6, "throughput_examples": 16 / 6, "throughput_batches": 4 / 6}
+    )
