@@ -47,7 +47,7 @@ def save_run(
             "data": data,
             "processes": world.size,
         },
-        "config.json": parts.model.config.to_dict(),  # type: ignore[union-attr, operator]
+        "config.json": parts.model.config.to_diff_dict(),  # type: ignore[union-attr, operator]
         "run.json": dict(run_document),
     }
     return checkpoint.save_checkpoint(

@@ -1,0 +1,97 @@
+"""Perplexity of a bigram model with backoff, on the very targets that the trainer's evaluation counts.
+
+What any neural model has to beat: `python benchmarks/bigram.py --dataset demo --packing`. Interpolated Kneser-Ney smoothing
+(Kneser & Ney 1995; Chen & Goodman 1999, eq. 24) with the discount n1 / (n1 + 2 n2), backing off to the continuation
+unigram and from there to the uniform distribution over the vocabulary. Fitted on the training split only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peft_pretraining.data.loader import EvalSet
+from peft_pretraining.data.source import open_source
+from peft_pretraining.data.tokenizer import load_tokenizer
+
+
+def token_pairs(sequences: EvalSet) -> tuple[np.ndarray, np.ndarray]:
+    """(previous, target) ids of every counted target, both (targets,) int64."""
+    previous, targets = [], []
+    for batch in sequences:
+        labels = batch.labels[:, 1:]
+        valid = labels != -100
+        previous.append(batch.input_ids[:, :-1][valid].numpy())
+        targets.append(labels[valid].numpy())
+    return np.concatenate(previous), np.concatenate(targets)
+
+
+class KneserNeyBigram:
+    """Interpolated Kneser-Ney over ids 0 .. vocab_size - 1."""
+
+    def __init__(self, previous: np.ndarray, targets: np.ndarray, vocab_size: int):
+        """Count the training pairs, both arrays (n,)."""
+        self.vocab_size = vocab_size
+        self.pairs, self.counts = np.unique(previous * vocab_size + targets, return_counts=True)
+        once, twice = (int((self.counts == n).sum()) for n in (1, 2))
+        self.discount = once / (once + 2 * twice)
+        heads, tails = np.divmod(self.pairs, vocab_size)
+        self.context_total = np.bincount(heads, weights=self.counts, minlength=vocab_size)
+        self.context_types = np.bincount(heads, minlength=vocab_size)
+        continuations = np.bincount(tails, minlength=vocab_size).astype(np.float64)
+        seen = (continuations > 0).sum()
+        total = continuations.sum()
+        # The same discount takes mass from seen words for the whole vocabulary, unseen words included.
+        self.unigram = np.maximum(continuations - self.discount, 0) / total
+        self.unigram += self.discount * seen / total / vocab_size
+
+    def probabilities(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """p(target | previous), (n,) float64."""
+        keys = previous * self.vocab_size + targets
+        at = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
+        counts = np.where(self.pairs[at] == keys, self.counts[at], 0)
+        total = self.context_total[previous]
+        known = np.maximum(total, 1)
+        backoff = np.where(total > 0, self.discount * self.context_types[previous] / known, 1.0)
+        return np.maximum(counts - self.discount, 0) / known + backoff * self.unigram[targets]
+
+
+def main() -> None:
+    """Fit, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="demo", help="as of torchrun_main.py (default: demo)")
+    parser.add_argument("--tokenizer", help="as of torchrun_main.py (default: the data set's)")
+    parser.add_argument("--max_length", type=int, default=256, help="sequence length, tokens (default: 256)")
+    parser.add_argument("--packing", action="store_true", help="packed sequences instead of padded ones")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    train, held_out = (open_source(args.dataset, split) for split in ("train", "validation"))
+    tokenizer = load_tokenizer(args.tokenizer or train.default_tokenizer)
+
+    def pairs(source):
+        layout = {"max_length": args.max_length, "packing": args.packing, "max_tokens": None, "batch_size": 64}
+        return token_pairs(EvalSet(source, tokenizer, **layout, rank=0, world_size=1))
+
+    previous, targets = pairs(train)
+    model = KneserNeyBigram(previous, targets, tokenizer.text_vocab_size)
+    held_previous, held_targets = pairs(held_out)
+    loss = float(-np.log(model.probabilities(held_previous, held_targets)).mean())
+    figures = {
+        "train_targets": len(targets),
+        "held_out_targets": len(held_targets),
+        "discount": model.discount,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
+    print(json.dumps(figures) if args.json else "\n".join(f"{name:<18}{value:,.4f}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main()
