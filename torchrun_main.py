@@ -65,7 +65,7 @@ def dry_run(args: Arguments, world: World) -> int:
 
     try:
         device = pick_device(args.device, world)
-        plan = make_plan(args, world, resolve_dtype(args.dtype, device))
+        plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
         text = describe(plan, args, device)
     except (DataError, DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
@@ -114,7 +114,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     from peft_pretraining.run_folder import describe, open_run_folder, run_document
     from peft_pretraining.train import TrainState, train_step
 
-    plan = make_plan(args, world, resolve_dtype(args.dtype, device))
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
     folder = open_run_folder(args, plan, world)
     if world.is_main:
         print(describe(plan, args, device), file=sys.stderr)

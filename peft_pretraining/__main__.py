@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import peft_pretraining.data.command as data
 from peft_pretraining import generate, report
-from peft_pretraining.data import command as data_command
 
-COMMANDS = {"data": data_command, "generate": generate, "report": report}
+# Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
+COMMANDS: dict[str, Any] = {"data": data, "generate": generate, "report": report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False))
     args = parser.parse_args(argv)
     try:
-        return COMMANDS[args.command].run(args)
+        return int(COMMANDS[args.command].run(args))
     except (ValueError, OSError) as error:
         print(f"peft_pretraining {args.command}: error: {error}", file=sys.stderr)
         return 2

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
     ids = torch.tensor([prompt_ids], device=device)
     with torch.inference_mode():
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=args.max_new_tokens,

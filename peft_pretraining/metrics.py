@@ -214,7 +214,7 @@ def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
         return _start_wandb(run_folder, {**settings, "mode": "offline"})
 
 
-def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: str) -> Any:
+def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -45,8 +45,8 @@ class Plan:
         return sum(self.bytes.values())
 
 
-def make_plan(args: Arguments, world: World, dtype: str | None = None) -> Plan:
-    """Derive the plan; `dtype` is what --dtype resolves to where it was not given.
+def make_plan(args: Arguments, world: World, dtype: str | None = None, device_type: str = "cpu") -> Plan:
+    """Derive the plan; `dtype` is what --dtype resolves to where it was not given, `device_type` cpu or cuda.
 
     Raises:
         ConfigError: all problems at once, each with the values, the reason and the flag to change.
@@ -82,6 +82,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None) -> Plan:
         seq_len=args.max_length,
         dtype=dtype,
         checkpointing=args.activation_checkpointing,
+        chunk_rows=memory.loss_chunk_rows(device_type),
     )
     return Plan(
         model=model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -41,7 +42,7 @@ def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
 
     Raises:
         CheckpointError: --continue_from names no checkpoint.
-        ConfigError: the checkpoint was made with other arguments.
+        ConfigError: the checkpoint was made with other arguments, or the folder holds another run.
         OSError: the folder cannot be written.
     """
     choice: RunFolder | Exception | None = None
@@ -70,8 +71,10 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     if newest is not None:
         before = checkpoint.read_json(newest / "run.json")
         _check_same_run(newest, before, args, plan)
-        if path == newest.parent:
+        if path.resolve() == newest.parent.resolve():
             wandb_id = before["wandb_id"]
+        else:
+            _continue_elsewhere(newest, path)
     path.mkdir(parents=True, exist_ok=True)
     return RunFolder(path, newest, wandb_id)
 
@@ -83,6 +86,20 @@ def _fresh(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def _continue_elsewhere(newest: Path, path: Path) -> None:
+    """Start a new folder with the record of the run that is continued. Raises ConfigError where one is there already."""
+    if (path / "metrics.jsonl").exists() or checkpoint.list_checkpoints(path):
+        raise ConfigError(
+            [
+                f"--continue_from {newest}: {path} already holds another run; leave --continue_from out to go on with that "
+                "one, or name another --save_dir"
+            ]
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    if (newest.parent / "metrics.jsonl").is_file():
+        shutil.copyfile(newest.parent / "metrics.jsonl", path / "metrics.jsonl")
 
 
 def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan) -> None:

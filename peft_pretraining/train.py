@@ -91,7 +91,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # Summed in float32: a bfloat16 sum of squares would keep three digits.
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for gradient in gradients:

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: few threads, and the real C4 sample where a checkout has one beside it."""
 
+import json
 import os
 from pathlib import Path
 
@@ -34,3 +35,53 @@ def c4_sample() -> Path:
 def t5_model() -> Path:
     """The T5 SentencePiece model, 32,000 pieces."""
     return _real_data("t5_spiece.model")
+
+
+TEXT = "Fox {} jumps over dog {} in month {}. "
+    "The quick brown fox number {} jumps over the lazy dog number {} while the moon of month {} rises above the hills. "
+)
+TINY_MODEL = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 320, "max_sequence_length": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "initializer_range": 0.02,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1,
+}  # fmt: skip
+
+
+def _write_corpus(folder: Path) -> list[str]:
+    """120 documents of very unequal lengths in 3 shards, 12 held out; returns the training texts."""
+    documents = [
+        "".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)
+    ]
+    for shard in range(3):
+        lines = [json.dumps({"text": text}) for text in documents[shard:120:3]]
+        (folder / f"words-train.{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    held_out = "\n".join(json.dumps({"text": text}) for text in documents[120:])
+    (folder / "words-validation.jsonl").write_text(held_out + "\n")
+    return documents[:120]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> list[str]:
+    """Flags for a model, a tokenizer and a corpus small enough that an update takes milliseconds."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "corpus").mkdir()
+    texts = _write_corpus(folder / "corpus")
+    (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tiny"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return [
+        *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model")),
+        *("--dataset", str(folder / "corpus")),
+    ]

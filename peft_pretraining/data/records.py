@@ -23,6 +23,7 @@ from peft_pretraining.data.source import RetryPolicy, Shard, Source, is_held_out
 
 MAX_EXAMPLES = 3
 _BUFFER_BYTES = 2**18
+_ZSTD_STEP_BYTES = 2**13  # where a file is damaged, at most this much before the damage is lost
 # One request of this size at a time: an idle reader holds no connection that the server could drop.
 _NETWORK_BLOCK_BYTES = 2**21
 
@@ -325,7 +326,7 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            compressed = self._file.read(_BUFFER_BYTES // 2)
+            compressed = self._file.read(_ZSTD_STEP_BYTES)
             if not compressed:
                 if self._inside_frame:
                     raise EOFError("compressed file ended before the end of its last frame")
@@ -354,15 +355,15 @@ class _ZstdStream(io.RawIOBase):
 def _json_lines(lines: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
     index = 0
     for number, line in enumerate(lines, start=1):
-        if line.strip():
+        if stripped := line.strip():
             if index == 0:
-                _refuse_json_array(line, shard)
-            yield RawRecord(index, number, line)
+                _refuse_json_array(stripped, shard)
+            yield RawRecord(index, number, stripped)
             index += 1
 
 
 def _refuse_json_array(first_line: bytes, shard: Shard) -> None:
-    start = first_line.removeprefix(b"\xef\xbb\xbf").strip()
+    start = first_line.removeprefix(b"\xef\xbb\xbf")
     if start == b"[" or start.startswith((b"[{", b"[ {")):
         raise DataError(f"{shard.url} holds a JSON array, not one object per line; convert it to .jsonl")
 

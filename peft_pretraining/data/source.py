@@ -221,7 +221,8 @@ def _remote_shards(url: str) -> list[Shard]:
     except (ImportError, ValueError) as error:
         raise DataError(f"dataset {url!r}: {error}") from error
     except Exception as error:  # every file system has its own exceptions
-        raise DataError(f"dataset {url!r}: cannot be listed ({type(error).__name__}: {_first_line(error)})") from error
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise DataError(f"dataset {url!r} cannot be listed ({reason}); check the address and the network") from error
     files = {
         name: info for name, info in listing.items() if info.get("type") == "file" and not _is_hidden(name[len(root) :])
     }

@@ -140,8 +140,12 @@ def _from_hub(name: str) -> Any:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from transformers import AutoTokenizer
 
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    unreachable = None if offline else _hub_problem()
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Without this, a hub that cannot be reached costs a minute of retries, even if the tokenizer is in the cache.
+        local_only = offline or unreachable is not None
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # connection errors come in many types, wrapped in an OSError or not
         causes = _causes(error)
         local_way = "or give --tokenizer a local folder or SentencePiece .model file"
@@ -149,14 +153,27 @@ def _from_hub(name: str) -> Any:
             raise TokenizerError(
                 f"tokenizer {name!r} not found, neither here nor on the hub; check the name, {local_way}"
             ) from error
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        if offline:
             raise TokenizerError(
                 f"tokenizer {name!r} is not in the local cache and HF_HUB_OFFLINE is set; "
                 f"download it once with a network, {local_way}"
             ) from error
+        problem = unreachable or _first_line(causes[-1])
         raise TokenizerError(
-            f"cannot load tokenizer {name!r} from the hub ({_first_line(causes[-1])}); check the network, {local_way}"
+            f"cannot load tokenizer {name!r} from the hub ({problem}); check the network, {local_way}"
         ) from error
+
+
+def _hub_problem() -> str | None:
+    """Why the hub cannot be reached, None if it can."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # the HTTP library's, which has changed between versions of huggingface_hub
+        return _first_line(error)
+    return None
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -21,8 +21,8 @@ def optimizer_state(
     """The state of every parameter: tensors under `<parameter>/<key>`, and the rest (step counts) as JSON-able scalars."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: Scalars = {}
-    for parameter, state in optimizer.state.items():
-        name = names[parameter]
+    for parameter, name in names.items():
+        state = optimizer.state.get(parameter, {})
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{name}/{key}"] = value

@@ -13,7 +13,6 @@ import torch
 from peft_pretraining.checkpoint import list_checkpoints, load_tensors, tensor_index
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = "The quick brown fox number {0} jumps over the lazy dog number {1} while the moon of month {2} rises above the hills. "
 
 
 def launch(processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -62,56 +61,12 @@ def run_all(tmp_path: Path, settings: dict[str, tuple[int, list[str]]], common: 
         assert_same_course(first, other)
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """120 documents of very unequal lengths in 3 shards, and 12 held out."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    documents = [
-        "".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)
-    ]
-    for shard in range(3):
-        lines = [json.dumps({"text": text}) for text in documents[shard:120:3]]
-        (folder / f"words-train.{shard}.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "words-validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents[120:]))
-    return folder
-
-
-def tiny_model(tmp_path: Path) -> Path:
-    shape = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "vocab_size": 300, "max_sequence_length": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "initializer_range": 0.02,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1,
-    }  # fmt: skip
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(shape))
-    return path
-
-
-def tokenizer_model(tmp_path: Path, corpus: Path) -> Path:
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(json.loads(line)["text"] for path in sorted(corpus.glob("*train*")) for line in path.open()),
-        model_prefix=str(tmp_path / "tiny"),
-        vocab_size=300,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return tmp_path / "tiny.model"
-
-
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_one_process_equals_two_and_three(tmp_path, corpus, layout):
+def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
     """Micro-batches with very unequal token counts per process: the mean must be over all tokens, not over processes."""
     common = [
-        *("--model_config", str(tiny_model(tmp_path)), "--tokenizer", str(tokenizer_model(tmp_path, corpus))),
-        *("--dataset", str(corpus), "--max_length", "48", "--total_batch_size", "12", "--data_lanes", "6"),
+        *tiny_run,
+        *("--max_length", "48", "--total_batch_size", "12", "--data_lanes", "6"),
         *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
         *("--lr", "0.001", "--warmup_steps", "2", "--num_training_steps", "8", "--grad_clipping", "0.5"),
         *("--eval_every", "4", "--dtype", "float32", "--device", "cpu"),

@@ -1,0 +1,238 @@
+"""The whole program, in process: what a run leaves, how it goes on, and what it refuses while running."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchrun_main
+from peft_pretraining.__main__ import main as command
+from peft_pretraining.checkpoint import list_checkpoints, load_tensors, tensor_index
+
+PUBLISHED_KEYS = {
+    *("update_step", "loss", "lr", "tokens_seen", "throughput_tokens", "throughput_examples", "throughput_batches"),
+    *("gradnorm", "max_memory"),
+}
+EVALUATION_KEYS = {"update_step", "final_eval_loss", "final_eval_perplexity", "final_eval_tokens"}
+TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
+
+
+@pytest.fixture
+def flags(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
+        *("--lr", "0.003", "--warmup_steps", "2", "--num_training_steps", "6", "--batch_size", "4"),
+        *("--total_batch_size", "8", "--max_length", "64", "--eval_every", "3", "--save_every", "3"),
+        *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32", "--workers", "0"),
+    ]
+
+
+def train(folder: Path, *flags: str) -> list[dict]:
+    assert torchrun_main.main([*flags, "--save_dir", str(folder)]) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(checkpoint).items()}
+    load_tensors(checkpoint, tensors)
+    return tensors
+
+
+def test_run_leaves_the_published_record(tmp_path, flags):
+    rows = train(tmp_path / "run", *flags, "--eval_at_start")
+    updates = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "final_eval_loss" in row]
+    assert [row["update_step"] for row in updates] == [1, 2, 3, 4, 5, 6]  # exactly num_training_steps
+    assert all(row.keys() >= PUBLISHED_KEYS for row in updates)
+    assert [row["update_step"] for row in evaluations] == [0, 3, 6]
+    assert all(row.keys() >= EVALUATION_KEYS for row in evaluations)
+    assert evaluations[0]["final_eval_loss"] == pytest.approx(math.log(320), rel=0.02)  # untrained: uniform
+    assert evaluations[-1]["final_eval_loss"] < evaluations[0]["final_eval_loss"]
+    tokens = [row["tokens_seen"] for row in updates]
+    assert tokens == sorted(set(tokens))
+    assert tokens[-1] < 6 * 8 * 64  # padding is not counted
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert document["arguments"]["rank"] == 8
+    assert document["versions"]["torch"] == torch.__version__
+    assert len(document["dataset"]["fingerprint"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout", "workers", "method"),
+    [
+        ("adamw", [], "0", "sltrain"),
+        ("adam8bit", ["--packing"], "1", "sltrain"),
+        ("adafactor", [], "1", "full"),
+        ("sgd", ["--packing"], "0", "lowrank"),
+        ("adam", ["--dtype", "bfloat16", "--train_scaling"], "0", "sltrain"),
+    ],
+)
+def test_run_goes_on_exactly(tmp_path, flags, optimizer, layout, workers, method):
+    """Continued from update 3, a run has the same losses, parameters, optimizer and data state as never stopped."""
+    flags = [*flags, *layout, "--optimizer", optimizer, "--workers", workers, "--peft_model", method]
+    whole = train(tmp_path / "whole", *flags)
+    middle, end = list_checkpoints(tmp_path / "whole")
+    continued = train(tmp_path / "continued", *flags, "--continue_from", str(middle))
+    assert without_times(continued) == without_times(whole)  # the record of the first three updates came along
+    expected, found = tensors_of(end), tensors_of(list_checkpoints(tmp_path / "continued")[-1])
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    states = [json.loads((path / "state.json").read_text()) for path in (end, tmp_path / "continued" / end.name)]
+    assert states[0] == states[1]
+
+
+def test_same_command_goes_on_after_a_crash(tmp_path, flags):
+    """Metrics written after the last checkpoint are taken back: no step is missing or there twice."""
+    whole = train(tmp_path / "run", *flags)
+    shutil.rmtree(tmp_path / "run" / "step_00000006")
+    again = train(tmp_path / "run", *flags)
+    assert without_times(again) == without_times(whole)
+
+
+def test_finished_run_says_so_and_changes_nothing(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    train(tmp_path / "run", *flags)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert "finished 6 updates" in capsys.readouterr().out
+
+
+def test_resume_never_starts_afresh_beside(tmp_path, flags):
+    first = train(tmp_path / "run", *flags)
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), "--resume", "never"]) == 0
+    second = [json.loads(line) for line in (tmp_path / "run-2" / "metrics.jsonl").read_text().splitlines()]
+    assert without_times(second) == without_times(first)  # same seed, same bits
+
+
+def test_continuing_into_a_folder_with_another_run_is_refused(tmp_path, flags, capsys):
+    train(tmp_path / "one", *flags)
+    train(tmp_path / "other", *flags, "--seed", "1")
+    arguments = [*flags, "--continue_from", str(tmp_path / "one"), "--save_dir", str(tmp_path / "other")]
+    assert torchrun_main.main(arguments) == 2
+    assert "already holds another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--rank", "4"], ["--rank 4", "made with 8"]),
+        (["--seed", "1"], ["--seed 1", "made with 42"]),
+        (["--packing"], ["--packing True", "made with False"]),
+        (["--total_batch_size", "16"], ["--total_batch_size 16", "made with 8"]),
+        (["--optimizer", "sgd"], ["--optimizer sgd", "made with adamw"]),
+    ],
+)
+def test_going_on_as_another_run_is_refused(tmp_path, flags, change, words, capsys):
+    train(tmp_path / "run", *flags)
+    capsys.readouterr()
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), *change]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--dataset", "/no/such/folder"], ["/no/such/folder"]),
+        (["--tokenizer", "/no/such/tokenizer.model"], ["/no/such/tokenizer.model"]),
+        (["--text_field", "body"], ["body", "text"]),
+        (["--device", "cuda"], ["--device cuda", "--device cpu"]),
+        (["--data_lanes", "500"], ["--data_lanes"]),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_by_name(tmp_path, flags, change, words, capsys):
+    if change == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("a GPU is there, so --device cuda is no mistake")
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), *change]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+
+
+def test_vocabulary_too_small_for_the_text_is_refused(tmp_path, flags, capsys):
+    config = json.loads(Path(flags[1]).read_text()) | {"vocab_size": 300}
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    arguments = [*flags, "--model_config", str(tmp_path / "small.json"), "--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "small.json" in message
+    assert "vocab_size 300" in message
+    assert "at least 320" in message
+
+
+def test_c4_without_network_is_refused_at_once_in_offline_mode(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert torchrun_main.main([*flags, "--dataset", "c4", "--save_dir", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE" in message
+
+
+def test_divergence_stops_with_a_way_out(tmp_path, flags, capsys):
+    arguments = [
+        *flags,
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "1e30",
+        "--warmup_steps",
+        "0",
+        "--save_dir",
+        str(tmp_path / "run"),
+    ]
+    assert torchrun_main.main(arguments) == 1
+    message = capsys.readouterr().err
+    assert "loss is" in message
+    assert "--lr" in message
+
+
+def test_max_train_tokens_ends_at_the_update_that_reaches_it(tmp_path, flags):
+    rows = [row for row in train(tmp_path / "run", *flags, "--max_train_tokens", "1500") if "loss" in row]
+    assert rows[-1]["tokens_seen"] >= 1500
+    assert all(row["tokens_seen"] < 1500 for row in rows[:-1])
+
+
+def test_max_train_tokens_counts_tokens_not_sequences(tmp_path, flags):
+    """The published program divided by the batch size alone and trained max_length times too long."""
+    rows = [row for row in train(tmp_path / "run", *flags, "--packing", "--max_train_tokens", "2560") if "loss" in row]
+    assert len(rows) == 2560 // (8 * 64)
+
+
+def test_report_and_generate_work_on_a_run(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags, "--eval_at_start")
+    capsys.readouterr()
+    assert command(["report", str(tmp_path / "run")]) == 0
+    table = capsys.readouterr().out
+    assert "final perplexity" in table
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert command(["report", str(tmp_path / "run"), "--json", "--out", str(tmp_path / "out")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["updates"] == 6
+    arguments = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "The quick", "--max_new_tokens", "8"]
+    texts = []
+    for _ in range(2):
+        assert command(arguments) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]  # same seed, same text
+    assert texts[0].startswith("The quick")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "nowhere"], ["nowhere", "run.json"]),
+        (["generate", "--checkpoint", "nowhere"], ["nowhere"]),
+        (["generate", "--checkpoint", "nowhere", "--max_new_tokens", "0"], ["--max_new_tokens 0"]),
+    ],
+)
+def test_commands_refuse_by_name(arguments, words, capsys):
+    assert command(arguments) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)

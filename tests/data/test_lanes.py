@@ -1,0 +1,183 @@
+"""The order of training data: each record once per epoch, the same on every machine, restartable at every sequence."""
+
+import itertools
+from collections import Counter
+
+import pytest
+from corpora import json_lines, texts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_pretraining.data import lanes
+from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.lanes import LaneState, Order, lane_sequences, lane_units
+from peft_pretraining.data.source import Shard, open_source
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(lanes, "WINDOW_RECORDS", 5)
+
+
+def order(num_lanes=4, seed=3, max_length=24, packing=True, **options):
+    return Order(num_lanes, seed, max_length, packing, **options)
+
+
+def first_epoch(source, tokenizer, order, lane):
+    """Documents of a lane's first epoch in the padded layout, and the states after them."""
+    sequences = lane_sequences(source, tokenizer, order, lane, LaneState())
+    return list(itertools.takewhile(lambda sequence: sequence.state.epoch == 0, sequences))
+
+
+@given(
+    sizes=st.lists(st.sampled_from([None, 100, 110, 400]), min_size=1, max_size=20),
+    num_lanes=st.integers(1, 9),
+    epoch=st.integers(0, 3),
+    seed=st.integers(0, 5),
+)
+def test_lanes_share_out_every_record_exactly_once(sizes, num_lanes, epoch, seed):
+    """For any number of files, equal or not: each record of each file has one lane."""
+    shards = tuple(Shard(f"{i}", f"{i}", "json", None, size) for i, size in enumerate(sizes))
+    readers: Counter = Counter()
+    for lane in range(num_lanes):
+        for unit in lane_units(shards, lane, order(num_lanes, seed), epoch):
+            readers.update((unit.shard, record) for record in range(30) if record % unit.parts == unit.residue)
+    assert readers == Counter({(shard, record): 1 for shard in range(len(sizes)) for record in range(30)})
+
+
+def test_lanes_read_whole_files_where_enough_are_about_equal():
+    """C4's 1,024 files over 64 lanes: 16 each, none read twice; so a file is decompressed once per epoch."""
+    shards = open_source("c4", "train").shards
+    units = [lane_units(shards, lane, order(64), epoch=1) for lane in range(64)]
+    assert {len(lane) for lane in units} == {16}
+    assert {unit.parts for lane in units for unit in lane} == {1}
+    assert units != [lane_units(shards, lane, order(64), epoch=2) for lane in range(64)]
+
+
+def test_short_files_do_not_all_favour_the_first_lane():
+    shards = tuple(Shard(f"{i}", f"{i}", "json", None, 100 * (1 + i)) for i in range(8))
+    first_records = Counter(
+        lane for lane in range(4) for unit in lane_units(shards, lane, order(4), 0) if unit.residue == 0
+    )
+    assert set(first_records.values()) == {2}
+
+
+def test_the_permutation_is_a_fixed_function_of_its_key():
+    """Order must not move with versions of libraries: Python promises random.random(), and these few values are its."""
+    import hashlib
+    import random
+
+    digest = hashlib.blake2b(repr((7, 2, "window", 5)).encode(), digest_size=16).digest()
+    generator = random.Random(int.from_bytes(digest, "big"))
+    keys = [generator.random() for _ in range(40)]
+    assert lanes._permutation(40, 7, 2, "window", 5) == sorted(range(40), key=lambda i: keys[i])
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_every_document_comes_once_per_epoch_in_another_order_each_time(write_shards, byte_tokenizer, shards):
+    documents = texts(90)
+    source = open_source(str(write_shards(documents, shards)), "train", hold_out=False)
+    epochs: list[list[str]] = [[], [], []]
+    for lane in range(4):
+        for sequence in lane_sequences(source, byte_tokenizer, order(max_length=999, packing=False), lane, LaneState()):
+            if sequence.state.epoch > 2:
+                break
+            epochs[sequence.state.epoch].append(byte_tokenizer.decode(sequence.ids))
+    assert [sorted(epoch) for epoch in epochs] == [sorted(documents)] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != documents
+
+
+def test_another_seed_gives_another_order(write_shards, byte_tokenizer):
+    source = open_source(str(write_shards(texts(90))), "train", hold_out=False)
+    first, again, other = (
+        [s.ids.tolist() for s in first_epoch(source, byte_tokenizer, order(seed=seed, packing=False), 0)]
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("shards", [1, 6])
+def test_a_lane_goes_on_from_any_of_its_states(write_shards, byte_tokenizer, packing, shards):
+    """From the state after sequence k come sequences k + 1, k + 2, ... with the same states, over three epochs."""
+    source = open_source(str(write_shards(texts(37), shards)), "train", hold_out=False)
+    options = order(num_lanes=3, packing=packing)
+    whole = list(itertools.islice(lane_sequences(source, byte_tokenizer, options, 1, LaneState()), 100))
+    assert whole[-1].state.epoch >= 2
+    for k in range(0, 90, 3):
+        rest = itertools.islice(lane_sequences(source, byte_tokenizer, options, 1, whole[k].state), 10)
+        assert [(s.ids.tolist(), s.state) for s in rest] == [(s.ids.tolist(), s.state) for s in whole[k + 1 : k + 11]]
+
+
+def test_packed_lanes_carry_over_the_end_of_files_and_epochs(write_shards, byte_tokenizer):
+    """All sequences are full, and end to end they are the padded layout's documents, uncut, with eos after each."""
+    source = open_source(str(write_shards(texts(20), 2)), "train", hold_out=False)
+    packed = list(itertools.islice(lane_sequences(source, byte_tokenizer, order(max_length=16), 2, LaneState()), 50))
+    assert {len(sequence.ids) for sequence in packed} == {16}
+    whole = lane_sequences(source, byte_tokenizer, order(max_length=9999, packing=False), 2, LaneState())
+    ids = list(itertools.islice(itertools.chain.from_iterable(s.ids.tolist() for s in whole), 50 * 16))
+    assert [i for sequence in packed for i in sequence.ids.tolist()] == ids
+
+
+def test_bad_and_empty_records_are_counted_once_and_exactly(tmp_path, byte_tokenizer):
+    """Counts of each kind match what is in the files, over all lanes and also when every sequence is a restart."""
+    bad = [b"broken\n", b'{"text": 1}\n', b'{"url": "x"}\n', b'{"text": ""}\n']
+    lines = [line for text in texts(40) for line in (json_lines([text]),)]
+    for number, line in enumerate(bad * 2):
+        lines.insert(5 * number, line)
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    source = open_source(str(tmp_path), "train", hold_out=False)
+    counts: Counter = Counter()
+    for lane in range(4):
+        state = LaneState()
+        while True:
+            sequence = next(lane_sequences(source, byte_tokenizer, order(packing=False), lane, state))
+            # A lane's last bad records are met on the way to its next epoch, so the second epoch is counted too.
+            if sequence.skipped and sequence.state.epoch <= 1:
+                counts.update(sequence.skipped.counts)
+            state = sequence.state
+            if state.epoch == 2:
+                break
+        tail = sequence.skipped.counts if sequence.skipped else {}
+        ended_epoch_1 = next(lane_sequences(source, byte_tokenizer, order(packing=False), lane, LaneState(epoch=2)))
+        own = Counter(ended_epoch_1.skipped.counts if ended_epoch_1.skipped else {})
+        counts.update(Counter(tail) - own)
+    assert counts == {"malformed_json": 4, "text_not_string": 4, "missing_text": 4, "empty": 4}
+
+
+def test_fail_names_file_and_line_of_the_first_bad_record_met(tmp_path, byte_tokenizer):
+    (tmp_path / "x.jsonl").write_bytes(json_lines(texts(2)) + b"broken\n" + json_lines(texts(2, start=2)))
+    source = open_source(str(tmp_path), "train", hold_out=False)
+    with pytest.raises(DataError, match=r"bad record in .*x\.jsonl, line 3: malformed json"):
+        list(itertools.islice(lane_sequences(source, byte_tokenizer, order(1, on_bad_record="fail"), 0, LaneState()), 99))
+
+
+def test_mostly_bad_records_stop_the_run(tmp_path, byte_tokenizer):
+    """One record in ten is passed over for ever; half of all is not the data that was meant."""
+    lines = [json_lines([text]) for text in texts(2000)]
+    tenth, half = list(lines), list(lines)
+    tenth[::10] = [b"broken\n"] * 200
+    half[::2] = [b"broken\n"] * 1000
+    for name, content in (("tenth", tenth), ("half", half)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_bytes(b"".join(content))
+    fine = open_source(str(tmp_path / "tenth"), "train", hold_out=False)
+    assert len(list(itertools.islice(lane_sequences(fine, byte_tokenizer, order(1), 0, LaneState()), 5000))) == 5000
+    source = open_source(str(tmp_path / "half"), "train", hold_out=False)
+    with pytest.raises(DataError, match=r"\d+ of \d+ records are bad, the first one in .*x\.jsonl, line \d+: malformed"):
+        list(itertools.islice(lane_sequences(source, byte_tokenizer, order(1), 0, LaneState()), 5000))
+
+
+def test_a_lane_without_documents_is_an_error_and_not_a_hang(write_shards, byte_tokenizer):
+    source = open_source(str(write_shards(texts(3))), "train", hold_out=False)
+    with pytest.raises(DataError, match=r"too small for --data_lanes 8: lane 5 .*lower --data_lanes"):
+        next(lane_sequences(source, byte_tokenizer, order(8), 5, LaneState()))
+
+
+def test_a_restart_near_the_end_of_an_epoch_is_no_empty_lane(write_shards, byte_tokenizer):
+    """What remains of the epoch may hold no document; the next epoch does."""
+    source = open_source(str(write_shards(texts(3))), "train", hold_out=False)
+    end = first_epoch(source, byte_tokenizer, order(1, packing=False), 0)[-1].state
+    assert next(lane_sequences(source, byte_tokenizer, order(1, packing=False), 0, end)).state.epoch == 1
