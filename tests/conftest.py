@@ -38,8 +38,6 @@ def t5_model() -> Path:
 
 
 TEXT = "Fox {} jumps over dog {} in month {}. "
-    "The quick brown fox number {} jumps over the lazy dog number {} while the moon of month {} rises above the hills. "
-)
 TINY_MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "vocab_size": 320, "max_sequence_length": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "initializer_range": 0.02,

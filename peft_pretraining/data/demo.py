@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "numpy", "sympy")
 TRAIN_SHARDS = 4
 VALIDATION_ONE_IN = 50  # about 300 documents: a steadier perplexity than one in a hundred would give
 MIN_CHARACTERS = 200
-FORMAT_VERSION = 2  # part of the folder's name: raise it whenever the text or the tokenizer would come out differently
+FORMAT_VERSION = 3  # part of the folder's name: raise it whenever the text or the tokenizer would come out differently
 _SKIPPED_PATHS = re.compile(
     r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|dist-packages|__pycache__)/|(^|/)test_"
 )
@@ -279,6 +279,7 @@ _MARKUP = (
     (re.compile(r"\[([^\]\[]+)\]\(https?://[^)\s]*\)"), r"\1"),
     (re.compile(r"``([^`]+)``"), r"\1"),
     (re.compile(r"`([^`\n]+)`_?"), r"\1"),
+    (re.compile(r"^( *)\.\. ([\w-]+)::", re.MULTILINE), r"\1\2:"),  # .. note:: -> note:
     (re.compile(r"\*\*([^*\n]+)\*\*"), r"\1"),
     (re.compile(r"(?<![\w*])\*([^*\s][^*\n]*?)\*(?![\w*])"), r"\1"),
 )
@@ -342,7 +343,7 @@ def _plain(paragraph: str) -> str:
         paragraph = pattern.sub(replacement, paragraph)
     paragraph = _UNDERLINED.sub(r"\1:", paragraph)
     lines = [line.rstrip() for line in paragraph.split("\n") if not _RULE.fullmatch(line.strip())]
-    return textwrap.dedent("\n".join(lines)) if len(lines) > 1 else "".join(lines)
+    return textwrap.dedent("\n".join(lines))
 
 
 def _is_prose(text: str) -> bool:

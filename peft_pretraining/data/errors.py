@@ -1,4 +1,6 @@
-"""The two errors of this package that a user can mend; both carry one complete message and need no traceback."""
+"""The two errors of this package that a user can mend, each with one complete message, and what other errors say."""
+
+from collections.abc import Iterator
 
 
 class DataError(ValueError):
@@ -7,3 +9,19 @@ class DataError(ValueError):
 
 class TokenizerError(ValueError):
     """The tokenizer cannot be found, loaded or used as asked."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, its type's name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what caused it, what caused that, ..."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.data.errors import DataError
-from peft_pretraining.data.lanes import ORDER_VERSION, LaneSequence, LaneState, Order, lane_sequences
+from peft_pretraining.data.lanes import ORDER_VERSION, LaneSequence, LaneState, Order, lane_sequences, lane_units
 from peft_pretraining.data.packing import Document, packed_sequences, pad_and_label, padded_sequences
 from peft_pretraining.data.records import (
     MAX_EXAMPLES,
@@ -124,6 +124,16 @@ class TrainLoader:
             _log.warning(
                 "--workers %d: only %d start, a process has no more of the %d data lanes",
                 *(workers, self._num_workers, lanes),
+            )
+        if (
+            rank == 0
+            and source.is_remote
+            and any(unit.parts > 1 for unit in lane_units(source.shards, 0, self._order, 0))
+        ):
+            _log.warning(
+                "each of the %d data lanes reads all of %s over the network, since these files cannot be dealt out evenly; "
+                "a local copy, or fewer --data_lanes, saves traffic",
+                *(lanes, source.location),
             )
         self._pin_memory = pin_memory
         self._taken = 0  # sequences that this rank has handed out since the run began

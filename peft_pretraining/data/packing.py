@@ -46,7 +46,7 @@ def packed_sequences(
     """
     sequence = np.empty(max_length, dtype=np.int32)
     filled = 0
-    last_position: Position | None = None
+    last_position: Position  # bound before the first id is
     for document, here, after in documents:
         ids = np.array([*document.ids, eos_id], dtype=np.int32)
         used = document.start_token
@@ -58,7 +58,7 @@ def packed_sequences(
             if filled == max_length:
                 yield sequence.copy(), last_position
                 filled = 0
-    if filled and last_position is not None:
+    if filled:
         yield sequence[:filled].copy(), last_position
 
 

@@ -4,28 +4,25 @@ A network read that breaks is taken up again at the record where it broke. What 
 while reading: the reader hands on raw records, and `document_text` says of each what it holds or why it is bad.
 """
 
-import asyncio
 import contextlib
 import gzip
-import http.client
 import io
 import json
-import time
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.errors import DataError, first_line
+from peft_pretraining.data.network import open_network_file
 from peft_pretraining.data.source import RetryPolicy, Shard, Source, is_held_out, is_remote, refuse_if_offline
+
+T = TypeVar("T")
 
 MAX_EXAMPLES = 3
 _BUFFER_BYTES = 2**18
 _ZSTD_STEP_BYTES = 2**13  # where a file is damaged, at most this much before the damage is lost
-# One request of this size at a time: an idle reader holds no connection that the server could drop.
-_NETWORK_BLOCK_BYTES = 2**21
 
 
 class RawRecord(NamedTuple):
@@ -82,7 +79,7 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
         except UnicodeDecodeError as error:
             return BadRecord("invalid_unicode", str(error))
         except (ValueError, RecursionError) as error:
-            return BadRecord("malformed_json", _first_line(error))
+            return BadRecord("malformed_json", first_line(error))
         if not isinstance(content, dict):
             return BadRecord("malformed_json", f"expected an object with a text, found {_kind(content)}")
         if text_field not in content:
@@ -120,11 +117,6 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def check_source(source: Source) -> None:
     """Read a first document, so that a wrong address, field or format is reported before anything is built.
 
@@ -146,7 +138,7 @@ def check_source(source: Source) -> None:
     raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
 
 
-# --- Reading, and reading on ---
+# --- Reading one file ---
 
 
 def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawRecord]:
@@ -156,152 +148,46 @@ def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawR
     Raises DataError: file missing or not allowed, wrong kind of file, network gone for longer than `source.retry`.
     """
     refuse_if_offline(shard.url)
-    position = start
-    attempts = _Attempts(shard, source.retry)
-    while True:
-        line = 0
-        try:
-            for record in _read_once(shard, source, position):
-                yield record
-                position, line = record.number + 1, record.line
-                attempts.succeeded()
-            return
-        except _DamagedFile as error:
-            # A transfer cut short looks like a damaged file: over a network it is believed after a few equal tries.
-            if not is_remote(shard.url) or not attempts.try_again_if_damaged():
-                yield RawRecord(position, line + 1, BadRecord("unreadable_rest", str(error)))
-                return
-        except DataError:
-            raise
-        except Exception as error:  # every file system and HTTP library has its own
-            attempts.wait_or_raise(error)
+    number, line = start - 1, 0
+    try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(_open_binary(shard.url, source.retry))
+            if shard.format == "parquet":
+                records = _parquet_rows(file, shard, source.text_field, start)
+            else:
+                split = _json_lines if shard.format == "json" else _text_blocks
+                records = split(stack.enter_context(_decompressed(file, shard)), shard)
+            for record in records:
+                if record.number >= start:
+                    yield record
+                    number, line = record.number, record.line
+    except (EOFError, gzip.BadGzipFile, zlib.error, _DamagedFile) as error:
+        yield RawRecord(number + 1, line + 1, BadRecord("unreadable_rest", first_line(error)))
+    except OSError as error:
+        raise DataError(f"{shard.url} cannot be read: {error.strerror or first_line(error)}") from error
 
 
 class _DamagedFile(Exception):
     """The content of a file cannot be decompressed or parsed from some point on."""
 
 
-class _Attempts:
-    """Counts tries without progress, waits between them, and gives up with a DataError."""
-
-    _contact_made = False  # in this process, for any file
-
-    def __init__(self, shard: Shard, policy: RetryPolicy):
-        self.shard, self.policy = shard, policy
-        self.failures = 0
-
-    def succeeded(self) -> None:
-        self.failures = 0
-        _Attempts._contact_made = True
-
-    def try_again_if_damaged(self) -> bool:
-        self.failures += 1
-        if self.failures >= min(3, self.policy.first_tries):
-            return False
-        time.sleep(self.policy.first_wait_s)
-        return True
-
-    def wait_or_raise(self, error: Exception) -> None:
-        """Sleep before the next try; raises DataError where another one is useless or the tries are used up."""
-        url = self.shard.url
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        if isinstance(error, ImportError):
-            raise DataError(f"{url} cannot be read: {error}") from error
-        if not is_remote(url):
-            detail = getattr(error, "strerror", None) or reason
-            raise DataError(f"{url} cannot be read: {detail}") from error
-        if not _is_transient(error):
-            raise DataError(f"{url} cannot be read ({reason}); check the address and your access to it") from error
-        self.failures += 1
-        tries = self.policy.later_tries if _Attempts._contact_made else self.policy.first_tries
-        if self.failures >= tries:
-            raise DataError(
-                f"{url}: no answer after {self.failures} tries ({reason}); check the network, "
-                "or use --dataset demo or a local folder"
-            ) from error
-        wait_s = min(self.policy.longest_wait_s, self.policy.first_wait_s * 2 ** (self.failures - 1))
-        time.sleep(max(wait_s, min(_retry_after_s(error), 10 * self.policy.longest_wait_s)))
+def _open_binary(url: str, retry: RetryPolicy) -> IO[bytes]:
+    if is_remote(url):
+        return open_network_file(url, retry)
+    return open(url.removeprefix("file://").removeprefix("local://"), "rb")
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _http_status(error: BaseException) -> int | None:
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: dropped connections, timeouts, HTTP 408, 429 and 5xx."""
-    for cause in _causes(error):
-        status = _http_status(cause)
-        if status is not None:
-            return status in (408, 429) or status >= 500
-        if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-            return False
-        # asyncio.TimeoutError is another class than TimeoutError before Python 3.11.
-        if isinstance(cause, OSError | TimeoutError | asyncio.TimeoutError | http.client.HTTPException):
-            return True
-        if type(cause).__module__.split(".")[0] in ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "botocore"):
-            return True
-    return False
-
-
-def _retry_after_s(error: BaseException) -> float:
-    """What the server asked for in its Retry-After header (seconds or a date), 0 if nothing."""
-    for cause in _causes(error):
-        headers = getattr(cause, "headers", None) or getattr(getattr(cause, "response", None), "headers", None)
-        value = headers.get("Retry-After") if headers is not None else None
-        if value:
-            try:
-                return max(0.0, float(value))
-            except ValueError:
-                with contextlib.suppress(ValueError, TypeError):
-                    return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return 0.0
-
-
-# --- One pass over one file ---
-
-
-def _read_once(shard: Shard, source: Source, start: int) -> Iterator[RawRecord]:
-    split = _json_lines if shard.format == "json" else _text_blocks
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_open_binary(shard.url))
-        if shard.format == "parquet":
-            yield from _parquet_rows(file, shard, source.text_field, start)
-            return
-        lines = stack.enter_context(_decompressed(file, shard))
-        try:
-            for record in split(lines, shard):
-                if record.number >= start:
-                    yield record
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise _DamagedFile(_first_line(error)) from error
-
-
-def _open_binary(url: str) -> IO[bytes]:
-    if not is_remote(url):
-        return open(url.removeprefix("file://").removeprefix("local://"), "rb")
-    import fsspec
-
-    opened: IO[bytes] = fsspec.open(url, "rb", block_size=_NETWORK_BLOCK_BYTES).open()
-    return opened
+# --- Formats ---
 
 
 @contextlib.contextmanager
-def _decompressed(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
+def _decompressed(file: IO[bytes], shard: Shard) -> Iterator[Iterable[bytes]]:
     if shard.compression is None:
         yield file
     elif shard.compression == "gzip":
+        # Not wrapped in another buffer: at damage that would drop the whole lines before it.
         with gzip.GzipFile(fileobj=file, mode="rb") as stream:
-            yield io.BufferedReader(stream, _BUFFER_BYTES)
+            yield stream
     else:
         yield io.BufferedReader(_ZstdStream(file, shard), _BUFFER_BYTES)
 
@@ -352,7 +238,7 @@ class _ZstdStream(io.RawIOBase):
         return b"".join(parts)
 
 
-def _json_lines(lines: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
+def _json_lines(lines: Iterable[bytes], shard: Shard) -> Iterator[RawRecord]:
     index = 0
     for number, line in enumerate(lines, start=1):
         if stripped := line.strip():
@@ -368,7 +254,7 @@ def _refuse_json_array(first_line: bytes, shard: Shard) -> None:
         raise DataError(f"{shard.url} holds a JSON array, not one object per line; convert it to .jsonl")
 
 
-def _text_blocks(lines: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
+def _text_blocks(lines: Iterable[bytes], shard: Shard) -> Iterator[RawRecord]:
     """Documents of a text file: blocks of lines between blank ones."""
     index, first = 0, 1
     block: list[bytes] = []
@@ -406,4 +292,4 @@ def _parquet_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) ->
             else:
                 index += rows
     except pyarrow.ArrowInvalid as error:
-        raise _DamagedFile(_first_line(error)) from error
+        raise _DamagedFile(first_line(error)) from error

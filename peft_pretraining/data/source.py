@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.errors import DataError, first_line
 
 __all__ = ["DataError", "RetryPolicy", "Shard", "Source", "default_lanes", "is_held_out", "open_source"]
 
@@ -221,7 +221,7 @@ def _remote_shards(url: str) -> list[Shard]:
     except (ImportError, ValueError) as error:
         raise DataError(f"dataset {url!r}: {error}") from error
     except Exception as error:  # every file system has its own exceptions
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"dataset {url!r} cannot be listed ({reason}); check the address and the network") from error
     files = {
         name: info for name, info in listing.items() if info.get("type") == "file" and not _is_hidden(name[len(root) :])
@@ -239,10 +239,6 @@ def _remote_shards(url: str) -> list[Shard]:
 
 def _server_mark(info: dict[str, object]) -> str:
     return str(next((info[key] for key in ("blob_id", "ETag", "etag", "md5Hash") if info.get(key)), ""))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def refuse_if_offline(url: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.data.errors import TokenizerError
+from peft_pretraining.data.errors import TokenizerError, causes, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ def _from_folder(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes a parser raise
-        raise TokenizerError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+        raise TokenizerError(f"cannot load a tokenizer from {path}: {first_line(error)}") from error
 
 
 def _from_hub(name: str) -> Any:
@@ -147,9 +147,9 @@ def _from_hub(name: str) -> Any:
         local_only = offline or unreachable is not None
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # connection errors come in many types, wrapped in an OSError or not
-        causes = _causes(error)
+        chain = list(causes(error))
         local_way = "or give --tokenizer a local folder or SentencePiece .model file"
-        if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
+        if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in chain):
             raise TokenizerError(
                 f"tokenizer {name!r} not found, neither here nor on the hub; check the name, {local_way}"
             ) from error
@@ -158,7 +158,7 @@ def _from_hub(name: str) -> Any:
                 f"tokenizer {name!r} is not in the local cache and HF_HUB_OFFLINE is set; "
                 f"download it once with a network, {local_way}"
             ) from error
-        problem = unreachable or _first_line(causes[-1])
+        problem = unreachable or first_line(chain[-1])
         raise TokenizerError(
             f"cannot load tokenizer {name!r} from the hub ({problem}); check the network, {local_way}"
         ) from error
@@ -172,22 +172,8 @@ def _hub_problem() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception as error:  # the HTTP library's, which has changed between versions of huggingface_hub
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # --- Special tokens out of reach of text ---
@@ -241,7 +227,7 @@ def _from_sentencepiece(path: Path) -> Any:
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError, or an unreadable file
-        raise TokenizerError(f"{path} is not a SentencePiece model: {_first_line(error)}") from error
+        raise TokenizerError(f"{path} is not a SentencePiece model: {first_line(error)}") from error
     if not proto.pieces:
         raise TokenizerError(f"{path} is not a SentencePiece model: it holds no pieces")
     if proto.trainer_spec.model_type not in (1, 2):

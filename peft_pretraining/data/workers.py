@@ -4,9 +4,11 @@ A worker's DataError comes out of the main process as the same DataError, in its
 the signals that ask a run to stop, which reach a whole process group: the update under way still needs their data.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -82,7 +84,8 @@ class _Running:
             # Its own: a DataLoader draws from the default generator, which belongs to the training run.
             generator=torch.Generator(),
         )
-        self._iterator: Iterator[Any] | None = iter(loader)
+        with _child_signals_kept():
+            self._iterator: Iterator[Any] | None = iter(loader)
         self._processes = [child for child in multiprocessing.active_children() if child not in children_before]
 
     def items(self) -> Iterator[Any]:
@@ -100,11 +103,23 @@ class _Running:
             yield item
 
     def stop(self) -> None:
-        self._iterator = None  # its destructor asks the workers to end and waits a few seconds
+        # Killed rather than asked: they hold nothing that could be lost, ignore SIGTERM, and may be in a long read.
         for process in self._processes:
-            if process.is_alive():  # in a long read, and SIGTERM is ignored
-                process.kill()
-                process.join()
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._iterator = None
+
+
+@contextlib.contextmanager
+def _child_signals_kept() -> Iterator[None]:
+    """Keep torch from raising a worker's death in the midst of whatever runs then; the next item tells it, in seconds."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
 
 
 def _prepare_process(worker: int) -> None:

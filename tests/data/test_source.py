@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from corpora import json_lines, texts
 
-from peft_pretraining.data.records import belongs_to_split, document_text, read_records
+from peft_pretraining.data.records import belongs_to_split, check_source, document_text, read_records
 from peft_pretraining.data.source import DataError, default_lanes, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,8 @@ def documents(source):
 
 def test_importing_the_source_module_loads_no_heavy_library():
     """A dry run describes its data without paying for torch, numpy or fsspec."""
-    code = "import sys, peft_pretraining.data.source; print([m for m in ('torch', 'numpy', 'fsspec', 'datasets', 'transformers') if m in sys.modules])"
+    heavy = ("torch", "numpy", "fsspec", "datasets", "transformers")
+    code = f"import sys, peft_pretraining.data.source; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 
@@ -61,8 +62,7 @@ def test_c4_is_named_without_a_network(monkeypatch):
 def test_offline_mode_refuses_the_hub_at_once(monkeypatch, variable, dataset):
     monkeypatch.setenv(variable, "1")
     with pytest.raises(DataError, match=f"{variable} is set"):
-        source = open_source(dataset, "train")
-        next(read_records(source.shards[0], source))
+        check_source(open_source(dataset, "train"))
 
 
 def test_a_dry_run_asks_no_network_and_builds_nothing(monkeypatch, tmp_path):
@@ -74,7 +74,15 @@ def test_a_dry_run_asks_no_network_and_builds_nothing(monkeypatch, tmp_path):
 
 
 def test_file_names_tell_the_splits(tmp_path):
-    make(tmp_path, "c4-train.0.json", "c4-train.1.json", "c4-validation.0.json", "README.md", "test.jsonl", ".hidden.json")
+    make(
+        tmp_path,
+        "c4-train.0.json",
+        "c4-train.1.json",
+        "c4-validation.0.json",
+        "README.md",
+        "test.jsonl",
+        ".hidden.json",
+    )
     assert names(tmp_path) == (["c4-train.0.json", "c4-train.1.json"], "all")
     assert names(tmp_path, "validation") == (["c4-validation.0.json"], "all")
 
@@ -83,6 +91,12 @@ def test_folder_names_tell_the_splits_where_file_names_do_not(tmp_path):
     make(tmp_path, "train/0.jsonl", "train/1.jsonl", "validation/0.jsonl")
     assert names(tmp_path) == (["train/0.jsonl", "train/1.jsonl"], "all")
     assert names(tmp_path, "validation") == (["validation/0.jsonl"], "all")
+
+
+def test_a_file_named_both_ways_is_for_validation_only(tmp_path):
+    make(tmp_path, "train.jsonl", "validation-of-training.jsonl")
+    assert names(tmp_path) == (["train.jsonl"], "all")
+    assert names(tmp_path, "validation") == (["validation-of-training.jsonl"], "all")
 
 
 def test_without_train_in_a_name_all_but_validation_is_for_training(tmp_path):

@@ -1,0 +1,194 @@
+"""Files on other machines, read with patience: a read that breaks goes on at the byte where it broke.
+
+Over this layer a decompressor or a parser sees an ordinary file. It knows which failures may pass (dropped connections,
+silence, HTTP 408, 429 and 5xx, with the wait that the server asks for) and which will not.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import io
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import IO, Any, TypeVar
+
+from peft_pretraining.data.errors import DataError, causes, first_line
+from peft_pretraining.data.source import RetryPolicy
+
+T = TypeVar("T")
+
+_BUFFER_BYTES = 2**18
+# One request of this size at a time: an idle reader holds no connection that the server could drop.
+_BLOCK_BYTES = 2**21
+_SILENCE_S = 60.0
+
+
+def open_network_file(url: str, retry: RetryPolicy) -> IO[bytes]:
+    """A seekable file at an fsspec address. Reading raises DataError where trying again is useless or was in vain."""
+    return io.BufferedReader(_NetworkFile(url, retry), _BUFFER_BYTES)
+
+
+class _NetworkFile(io.RawIOBase):
+    """A remote file whose reads, when they break, are tried again from the byte where they broke."""
+
+    def __init__(self, url: str, retry: RetryPolicy):
+        self._url = url
+        self._attempts = _Attempts(url, retry)
+        self._offset = 0
+        self._size: int | None = None
+        self._file: Any = None
+        self._file_offset = 0
+        self._ranges = True  # the server sends parts of files, not whole ones only
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._offset
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: 0}[whence]
+        if whence == io.SEEK_END:
+            base = self._persist(lambda file: int(file.size))
+        self._offset = base + offset
+        return self._offset
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._persist(lambda file: self._read(file, len(buffer)))
+        self._offset += len(content)
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._drop()
+        super().close()
+
+    def _persist(self, action: Callable[[Any], T]) -> T:
+        """The result of an action on the open file, tried until it succeeds. Raises DataError where that is useless."""
+        while True:
+            try:
+                if self._file is None:
+                    self._file, self._file_offset = self._open(), 0
+                result = action(self._file)
+            except Exception as error:  # every file system and HTTP library has its own
+                self._drop()
+                if self._ranges and isinstance(error, ValueError) and "range request" in str(error):
+                    self._ranges = False
+                else:
+                    self._attempts.wait_or_raise(error)
+            else:
+                self._attempts.succeeded()
+                return result
+
+    def _open(self) -> Any:
+        import fsspec
+
+        options = {}
+        if self._url.startswith(("http://", "https://")):
+            import aiohttp
+
+            # Silence is a dropped connection; the total time is not limited, since a file may stay open for days.
+            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=30, sock_read=_SILENCE_S)}
+        file_system, path = fsspec.core.url_to_fs(self._url, **options)
+        file = file_system.open(path, "rb", block_size=_BLOCK_BYTES if self._ranges else 0)
+        # Known where the server tells it; a file opened as a stream after that no longer says.
+        self._size = getattr(file, "size", None) or self._size
+        return file
+
+    def _read(self, file: Any, count: int) -> bytes:
+        if self._ranges and self._file_offset != self._offset:
+            file.seek(self._offset)
+            self._file_offset = self._offset
+        while self._file_offset < self._offset:
+            passed_over = len(file.read(min(_BUFFER_BYTES, self._offset - self._file_offset)))
+            if not passed_over:
+                raise ConnectionError("the transfer ended early")
+            self._file_offset += passed_over
+        content: bytes = file.read(count)
+        if not content and self._size is not None and self._offset < self._size:
+            raise ConnectionError("the transfer ended early")
+        self._file_offset += len(content)
+        return content
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(Exception):  # what is closed is broken already
+                self._file.close()
+        self._file = None
+
+
+class _Attempts:
+    """Counts tries without progress, waits between them, and gives up with a DataError."""
+
+    _contact_made = False  # in this process, with any file
+
+    def __init__(self, url: str, policy: RetryPolicy):
+        self._url, self._policy = url, policy
+        self._failures = 0
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        _Attempts._contact_made = True
+
+    def wait_or_raise(self, error: Exception) -> None:
+        """Sleep before the next try; raises DataError where another one is useless or the tries are used up."""
+        if isinstance(error, ImportError):
+            raise DataError(f"{self._url} cannot be read: {error}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if not _is_transient(error):
+            raise DataError(
+                f"{self._url} cannot be read ({reason}); check the address and your access to it"
+            ) from error
+        self._failures += 1
+        tries = self._policy.later_tries if _Attempts._contact_made else self._policy.first_tries
+        if self._failures >= tries:
+            raise DataError(
+                f"{self._url}: no answer after {self._failures} tries ({reason}); check the network, "
+                "or use --dataset demo or a local folder"
+            ) from error
+        wait_s = min(self._policy.longest_wait_s, self._policy.first_wait_s * 2 ** (self._failures - 1))
+        time.sleep(max(wait_s, min(_retry_after_s(error), 10 * self._policy.longest_wait_s)))
+
+
+def _http_status(error: BaseException) -> int | None:
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: dropped connections, timeouts, HTTP 408, 429 and 5xx."""
+    chain = list(causes(error))
+    for status in map(_http_status, chain):
+        if status is not None:
+            return status in (408, 429) or status >= 500
+    # fsspec reports whatever happens over HTTP as FileNotFoundError, so what caused it is asked first.
+    if any(_is_connection_trouble(cause) for cause in chain):
+        return True
+    permanent = FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
+    return any(isinstance(cause, OSError) and not isinstance(cause, permanent) for cause in chain)
+
+
+def _is_connection_trouble(error: BaseException) -> bool:
+    # asyncio.TimeoutError is another class than TimeoutError before Python 3.11.
+    if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError | http.client.HTTPException):
+        return True
+    return type(error).__module__.split(".")[0] in ("aiohttp", "httpx", "httpcore", "requests", "urllib3", "botocore")
+
+
+def _retry_after_s(error: BaseException) -> float:
+    """What the server asked for in its Retry-After header (seconds or a date), 0 if nothing."""
+    for cause in causes(error):
+        headers = getattr(cause, "headers", None) or getattr(getattr(cause, "response", None), "headers", None)
+        value = headers.get("Retry-After") if headers is not None else None
+        if value:
+            try:
+                return max(0.0, float(value))
+            except ValueError:
+                with contextlib.suppress(ValueError, TypeError):
+                    return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
