@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft_pretraining.metrics import Recorder
     from peft_pretraining.plan import Plan
     from peft_pretraining.run_folder import RunFolder
-    from peft_pretraining.train import TrainState
+    from peft_pretraining.train import StepResult, TrainState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,13 +60,15 @@ def dry_run(args: Arguments, world: World) -> int:
 
     from peft_pretraining.build import resolve_dtype
     from peft_pretraining.data.errors import DataError
+    from peft_pretraining.data.source import open_source
     from peft_pretraining.distributed import DeviceError, pick_device
     from peft_pretraining.run_folder import describe
 
     try:
         device = pick_device(args.device, world)
         plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
-        text = describe(plan, args, device)
+        source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
+        text = describe(plan, args, source, device)
     except (DataError, DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
     if world.is_main:
@@ -116,10 +118,9 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
 
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
     folder = open_run_folder(args, plan, world)
-    if world.is_main:
-        print(describe(plan, args, device), file=sys.stderr)
-
     data = build_data(args, plan, world, device)
+    if world.is_main:
+        print(describe(plan, args, data.source, device), file=sys.stderr)
     if folder.checkpoint is not None:
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
@@ -156,13 +157,14 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
             throughput.add_update(num_tokens)
             record.advance()
             if state.update_step % args.log_every == 0:
-                loss = finite_loss(float(step.loss), state.update_step)
-                row = {"update_step": state.update_step, "loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
-                row |= {"gradnorm": float(step.gradnorm), "max_memory": peak_memory_bytes(device)}
-                record.log_update(row | throughput.read())
+                check_finite(step, state.update_step)
+                row = {"update_step": state.update_step, "loss": float(step.loss), "lr": lr}
+                row |= {"tokens_seen": state.tokens_seen, "gradnorm": float(step.gradnorm)}
+                record.log_update(row | {"max_memory": peak_memory_bytes(device)} | throughput.read())
 
             finished = is_finished(plan, state.update_step, state.tokens_seen)
             if finished or state.update_step % args.save_every == 0:
+                check_finite(step, state.update_step)
                 with throughput.paused():
                     save_run(folder.path, parts, world, run_document=document, keep=args.keep_checkpoints)
     finally:
@@ -195,14 +197,14 @@ def run_evaluation(module: nn.Module, data: Data, world: World) -> EvalResult:
     )
 
 
-def finite_loss(loss: float, update_step: int) -> float:
-    """The loss, or TrainingError where it is no number: nothing after it would mean anything."""
-    if math.isfinite(loss):
-        return loss
-    raise TrainingError(
-        f"the loss is {loss} at update {update_step}: training has diverged and stops before saving it; "
-        "go on from an earlier checkpoint with a lower --lr, --grad_clipping 1.0 or --dtype float32"
-    )
+def check_finite(step: StepResult, update_step: int) -> None:
+    """Raise TrainingError where loss or gradient is no number: nothing after it would mean anything, nor be saved."""
+    for name, value in (("loss", float(step.loss)), ("gradient norm", float(step.gradnorm))):
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} is {value} at update {update_step}: training has diverged and stops before saving it; go on "
+                "from the last checkpoint with a lower --lr, --grad_clipping 1.0 or --dtype float32"
+            )
 
 
 def open_record(

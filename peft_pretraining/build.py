@@ -85,6 +85,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
         rank=world.rank,
         world_size=world.size,
         batch_size=args.batch_size,
+        workers=workers,
     )
     return Data(source, tokenizer, loader, eval_set)
 

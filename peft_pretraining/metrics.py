@@ -174,17 +174,35 @@ def _has_wandb_key() -> bool:
         return True
     import netrc
 
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    hosts = _wandb_hosts()
     for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         path = Path(name).expanduser() if name else None
         if path is None or not path.is_file():
             continue
         try:
-            if netrc.netrc(path).authenticators(host):
-                return True
+            stored = netrc.netrc(path).hosts
         except (netrc.NetrcParseError, OSError):
             continue
+        if hosts & set(stored):
+            return True
     return False
+
+
+def _wandb_hosts() -> set[str]:
+    """Hosts under which the installed wandb finds its key: the server chosen, and the one that earlier versions knew."""
+    url = os.environ.get("WANDB_BASE_URL")
+    if url:
+        return {_host(url)}
+    try:
+        import wandb
+
+        return {_host(wandb.Settings().base_url), "api.wandb.ai"}
+    except Exception:  # not installed, or broken: what follows says so
+        return {"api.wandb.ai"}
+
+
+def _host(url: str) -> str:
+    return url.split("://")[-1].split("/")[0].split(":")[0]
 
 
 def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:

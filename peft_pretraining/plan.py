@@ -178,10 +178,11 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
             f"--max_length {args.max_length}: {args.model_config} allows {model.max_position_embeddings} positions "
             "(max_sequence_length); lower --max_length or raise it there"
         )
-    smallest = model.hidden_size * min(model.hidden_size, model.intermediate_size)
-    if args.peft_model == "sltrain" and int(args.sp_ratio * smallest) == 0:
+    rows, columns = min(memory.linear_shapes(model), key=math.prod)
+    if args.peft_model == "sltrain" and int(args.sp_ratio * rows * columns) == 0:
         problems.append(
-            f"--sp_ratio {args.sp_ratio}: leaves no entry in a weight of {smallest:,} entries; use more than {1 / smallest:.1g}"
+            f"--sp_ratio {args.sp_ratio}: leaves no entry in a weight of {rows} x {columns}; "
+            f"use more than {1 / (rows * columns):.1g}"
         )
     return problems
 

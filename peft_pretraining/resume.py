@@ -63,7 +63,10 @@ def save_run(
 
 def restore_data(path: Path, loader: TrainLoader) -> None:
     """Put the data where the checkpoint `path` left it; before the first batch is asked for. Raises CheckpointError."""
-    loader.load_state_dict(checkpoint.read_json(path / "state.json")["data"])
+    try:
+        loader.load_state_dict(checkpoint.read_json(path / "state.json")["data"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{path}: its data position cannot be taken up: {error}") from None
 
 
 def restore_run(path: Path, parts: RunParts, world: World) -> None:
@@ -85,7 +88,10 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     checkpoint.load_tensors(path, wanted)
     names = {parameter: name for name, parameter in parts.model.named_parameters()}
     optimizer_tensors = {k.removeprefix(_OPTIMIZER): t for k, t in wanted.items() if k.startswith(_OPTIMIZER)}
-    load_optimizer_state(parts.optimizer, names, optimizer_tensors, document["optimizer"])
+    try:
+        load_optimizer_state(parts.optimizer, names, optimizer_tensors, document["optimizer"])
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: {error}") from None
     _set_random_states({k.rsplit("/", 1)[1]: t for k, t in wanted.items() if k.startswith(_RANDOM)})
     parts.state.update_step = document["train"]["update_step"]
     parts.state.tokens_seen = document["train"]["tokens_seen"]

@@ -7,6 +7,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from peft_pretraining import checkpoint
 from peft_pretraining.config import Arguments, ConfigError, as_dict
-from peft_pretraining.data.source import Source, open_source
+from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
 from peft_pretraining.plan import Plan, format_plan
 
@@ -73,6 +74,7 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         _check_same_run(newest, before, args, plan)
         if path.resolve() == newest.parent.resolve():
             wandb_id = before["wandb_id"]
+            _set_aside_later(newest)
         else:
             _continue_elsewhere(newest, path)
     path.mkdir(parents=True, exist_ok=True)
@@ -86,6 +88,16 @@ def _fresh(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def _set_aside_later(chosen: Path) -> None:
+    """Move checkpoints past the chosen one out of the way: they are of a course that the run no longer takes."""
+    later = [path for path in checkpoint.list_checkpoints(chosen.parent) if path.name > chosen.name]
+    for path in later:
+        place = _fresh(path.parent / "set_aside" / path.name)
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+        print(f"notice: going on from {chosen.name}, the later {path.name} is set aside as {place}", file=sys.stderr)
 
 
 def _continue_elsewhere(newest: Path, path: Path) -> None:
@@ -171,12 +183,10 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def describe(plan: Plan, args: Arguments, device: torch.device) -> str:
+def describe(plan: Plan, args: Arguments, source: Source, device: torch.device) -> str:
     """The plan in words, with what the device has."""
     if device.type == "cuda":
         name, size = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     else:
         name, size = "this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return format_plan(
-        plan, args, open_source(args.dataset, "train", text_field=args.text_field).describe(), name, size
-    )
+    return format_plan(plan, args, source.describe(), name, size)

@@ -118,23 +118,32 @@ def _kind(value: object) -> str:
 
 
 def check_source(source: Source) -> None:
-    """Read a first document, so that a wrong address, field or format is reported before anything is built.
+    """Read a first document of the split, so that a wrong address, field or format is reported before anything is built.
 
-    Raises DataError: unreachable, unreadable, empty, or no usable record among the first 100 of the first file that
-    holds any.
+    Raises DataError: unreachable, unreadable, empty, no usable record among the first 100 of the first file that holds
+    any, or documents only of the other split.
     """
+    others = 0
     for shard in source.shards:
         problem: str | None = None
         with contextlib.closing(read_records(shard, source)) as records:
             for record in records:
                 text = document_text(record, shard, source.text_field)
                 if isinstance(text, str):
-                    return
+                    if belongs_to_split(text, source):
+                        return
+                    others += 1
+                    continue
                 problem = problem or f"{shard.url}, line {record.line}: {text.kind.replace('_', ' ')}: {text.detail}"
-                if record.number >= 99:
+                if record.number >= 99 and not others:
                     break
-        if problem is not None:
+        if problem is not None and not others:
             raise DataError(f"dataset {source.dataset!r}: no usable record at the start of a file; {problem}")
+    if others:
+        raise DataError(
+            f"dataset {source.dataset!r}: none of its {others} documents is in the {source.split} split, which is told by a "
+            "hash of the text where no file is named *validation*; give --eval_dataset, or more data"
+        )
     raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
 
 

@@ -215,13 +215,13 @@ def test_report_and_generate_work_on_a_run(tmp_path, flags, capsys):
     assert command(["report", str(tmp_path / "run"), "--json", "--out", str(tmp_path / "out")]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["updates"] == 6
-    arguments = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "The quick", "--max_new_tokens", "8"]
+    arguments = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "Fox 1", "--max_new_tokens", "8"]
     texts = []
     for _ in range(2):
         assert command(arguments) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]  # same seed, same text
-    assert texts[0].startswith("The quick")
+    assert texts[0].startswith("Fox 1")
 
 
 @pytest.mark.parametrize(
