@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,8 +133,11 @@ def parallelize(module: torch.nn.Module, world: World, device: torch.device) -> 
     from torch.nn.parallel import DistributedDataParallel
 
     device_ids = [device.index] if device.type == "cuda" else None
-    # Supports and rotary tables never change: broadcasting buffers at every forward would only cost time.
-    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Supports and rotary tables never change: broadcasting buffers at every forward would only cost time. The argument
+    # has another name from torch 2.13 on.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    no_sync_of_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **no_sync_of_buffers)
 
 
 def gradient_sync(module: torch.nn.Module, enabled: bool) -> contextlib.AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from peft_pretraining.evaluate import EvalResult
-from peft_pretraining.metrics import METRICS_FILE, Recorder, Throughput, read_metrics
+from peft_pretraining.metrics import METRICS_FILE, Recorder, Throughput, _has_wandb_key, read_metrics
 
 ROW = {
     "loss": 2.5,
@@ -119,6 +119,25 @@ def test_offline_wandb_receives_the_same_keys(tmp_path, monkeypatch):
     record.log_update({"update_step": 1, **ROW})
     record.close()
     assert list(tmp_path.glob("wandb/offline-run-*-abc"))
+
+
+@pytest.mark.parametrize("machine", ["api.wandb.ai", "the installed version's"])
+def test_stored_key_is_found(tmp_path, monkeypatch, machine):
+    import wandb
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    if machine != "api.wandb.ai":
+        machine = wandb.Settings().base_url.removeprefix("https://").split("/")[0]
+    path = tmp_path / "netrc"
+    path.write_text(f"machine {machine}\n  login user\n  password {'x' * 40}\n")
+    path.chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not _has_wandb_key()
+    monkeypatch.setenv("NETRC", str(path))
+    assert _has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://dashboard.example.org")
+    assert not _has_wandb_key()
 
 
 def test_throughput_leaves_pauses_out(monkeypatch):

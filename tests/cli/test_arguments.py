@@ -29,6 +29,7 @@ BAD = [
     (["--sp_ratio", "0", "--peft_model", "sltrain"], ["--sp_ratio 0", "lowrank"]),
     (["--sp_ratio", "1.0", "--peft_model", "sltrain"], ["--sp_ratio 1.0", "between 0 and 1"]),
     (["--sp_ratio", "0.000001", "--peft_model", "sltrain"], ["--sp_ratio 1e-06", "no entry"]),
+    (["--sp_ratio", "nan", "--peft_model", "sltrain"], ["--sp_ratio nan", "finite"]),
     (["--lora_alpha", "0", "--peft_model", "sltrain"], ["--lora_alpha 0", "above 0"]),
     (["--peft_model", "lora"], ["--peft_model lora", "sltrain"]),
     (["--peft_model", "relora"], ["--peft_model relora", "not in this version"]),

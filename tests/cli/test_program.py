@@ -113,6 +113,30 @@ def test_resume_never_starts_afresh_beside(tmp_path, flags):
     assert without_times(second) == without_times(first)  # same seed, same bits
 
 
+def test_going_back_sets_later_checkpoints_aside(tmp_path, flags, capsys):
+    """They would otherwise be what the next start goes on from, and keep retention from the new ones."""
+    whole = train(tmp_path / "run", *flags)
+    first = list_checkpoints(tmp_path / "run")[0]
+    arguments = [*flags, "--continue_from", str(first), "--save_every", "2", "--keep_checkpoints", "1"]
+    again = train(tmp_path / "run", *arguments)
+    assert without_times(again) == without_times(whole)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000006"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "set_aside")] == ["step_00000006"]
+    assert "step_00000006 is set aside" in capsys.readouterr().err
+
+
+def test_checkpoint_whose_data_state_does_not_fit_is_refused(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags)
+    path = tmp_path / "run" / "step_00000003" / "state.json"
+    state = json.loads(path.read_text())
+    state["data"]["order"]["version"] += 1
+    path.write_text(json.dumps(state))
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "other"), "--continue_from", str(path.parent)]) == 2
+    message = capsys.readouterr().err
+    assert "step_00000003" in message
+    assert "order" in message
+
+
 def test_continuing_into_a_folder_with_another_run_is_refused(tmp_path, flags, capsys):
     train(tmp_path / "one", *flags)
     train(tmp_path / "other", *flags, "--seed", "1")
@@ -175,22 +199,29 @@ def test_c4_without_network_is_refused_at_once_in_offline_mode(tmp_path, flags, 
     assert "HF_HUB_OFFLINE" in message
 
 
-def test_divergence_stops_with_a_way_out(tmp_path, flags, capsys):
-    arguments = [
-        *flags,
-        "--optimizer",
-        "sgd",
-        "--lr",
-        "1e30",
-        "--warmup_steps",
-        "0",
-        "--save_dir",
-        str(tmp_path / "run"),
-    ]
-    assert torchrun_main.main(arguments) == 1
+@pytest.mark.parametrize("log_every", ["1", "100"])
+def test_divergence_stops_with_a_way_out_and_is_never_saved(tmp_path, flags, capsys, log_every):
+    change = ["--optimizer", "sgd", "--lr", "1e30", "--warmup_steps", "0", "--log_every", log_every]
+    assert torchrun_main.main([*flags, *change, "--save_dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
-    assert "loss is" in message
+    assert "training has diverged" in message
     assert "--lr" in message
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_held_out_split_without_documents_is_refused_before_training(tmp_path, flags, capsys):
+    (tmp_path / "few.txt").write_text("\n\n".join(f"Fox {number} jumps over dog 7." for number in range(3)))
+    arguments = [*flags, "--dataset", str(tmp_path / "few.txt"), "--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main(arguments) == 2
+    assert "--eval_dataset" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_dry_run_of_the_demo_builds_nothing(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setenv("SPARSE_LORA_CACHE", str(tmp_path / "cache"))
+    assert torchrun_main.main([*flags, "--dataset", "demo", "--dry_run"]) == 0
+    assert "demo" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
 
 
 def test_max_train_tokens_ends_at_the_update_that_reaches_it(tmp_path, flags):

@@ -25,6 +25,7 @@ def launch(processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
 def train(folder: Path, processes: int, *flags: str) -> list[dict]:
     ended = launch(processes, "--save_dir", str(folder), "--wandb", "disabled", *flags)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "Warning" not in ended.stderr  # each would come once per process
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
