@@ -1,6 +1,9 @@
 """Perplexity of a bigram model with backoff, on the very targets that the trainer's evaluation counts.
 
-What any neural model has to beat: `python benchmarks/bigram.py --dataset demo --packing`. Interpolated Kneser-Ney smoothing
+What any neural model has to beat: `python benchmarks/bigram.py --dataset demo --packing`, or against a run, on its data,
+tokenizer and layout: `python benchmarks/bigram.py --run runs/quickstart` (exit code 1 if the run is not below).
+
+Interpolated Kneser-Ney smoothing
 (Kneser & Ney 1995; Chen & Goodman 1999, eq. 24) with the discount n1 / (n1 + 2 n2), backing off to the continuation
 unigram and from there to the uniform distribution over the vocabulary. Fitted on the training split only.
 """
@@ -18,8 +21,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.data.loader import EvalSet
-from peft_pretraining.data.source import open_source
+from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.report import load_run
 
 
 def token_pairs(sequences: EvalSet) -> tuple[np.ndarray, np.ndarray]:
@@ -63,35 +67,56 @@ class KneserNeyBigram:
         return np.maximum(counts - self.discount, 0) / known + backoff * self.unigram[targets]
 
 
-def main() -> None:
-    """Fit, score, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="demo", help="as of torchrun_main.py (default: demo)")
-    parser.add_argument("--tokenizer", help="as of torchrun_main.py (default: the data set's)")
-    parser.add_argument("--max_length", type=int, default=256, help="sequence length, tokens (default: 256)")
-    parser.add_argument("--packing", action="store_true", help="packed sequences instead of padded ones")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    train, held_out = (open_source(args.dataset, split) for split in ("train", "validation"))
-    tokenizer = load_tokenizer(args.tokenizer or train.default_tokenizer)
+def score(dataset: str, eval_dataset: str | None, tokenizer_name: str | None, max_length: int, packing: bool) -> dict:
+    """Fit on the training split, score the held-out one."""
+    train = open_source(dataset, "train")
+    held_out = open_source(eval_dataset or dataset, "validation", hold_out=eval_dataset is None)
+    tokenizer = load_tokenizer(tokenizer_name or train.default_tokenizer)
 
-    def pairs(source):
-        layout = {"max_length": args.max_length, "packing": args.packing, "max_tokens": None, "batch_size": 64}
-        return token_pairs(EvalSet(source, tokenizer, **layout, rank=0, world_size=1))
+    def pairs(source: Source) -> tuple[np.ndarray, np.ndarray]:
+        return token_pairs(
+            EvalSet(source, tokenizer, max_length=max_length, packing=packing, max_tokens=None, batch_size=64)
+        )
 
     previous, targets = pairs(train)
     model = KneserNeyBigram(previous, targets, tokenizer.text_vocab_size)
     held_previous, held_targets = pairs(held_out)
     loss = float(-np.log(model.probabilities(held_previous, held_targets)).mean())
-    figures = {
+    return {
         "train_targets": len(targets),
         "held_out_targets": len(held_targets),
         "discount": model.discount,
         "loss": loss,
         "perplexity": math.exp(loss),
     }
+
+
+def main() -> int:
+    """Fit, score, print; the exit code says whether the run named is below."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="demo", help="as of torchrun_main.py (default: demo)")
+    parser.add_argument("--tokenizer", help="as of torchrun_main.py (default: the data set's)")
+    parser.add_argument("--max_length", type=int, default=256, help="sequence length, tokens (default: 256)")
+    parser.add_argument("--packing", action="store_true", help="packed sequences instead of padded ones")
+    parser.add_argument("--run", type=Path, help="a run's folder: compare with it, on its data, tokenizer and layout")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    layout = (args.dataset, None, args.tokenizer, args.max_length, args.packing)
+    if args.run is not None:
+        document, rows = load_run(args.run)
+        names = ("dataset", "eval_dataset", "tokenizer", "max_length", "packing")
+        layout = tuple(document["arguments"][name] for name in names)
+    figures = score(*layout)
+    if args.run is not None:
+        reached = [row for row in rows if "final_eval_perplexity" in row][-1]
+        if reached["final_eval_tokens"] != figures["held_out_targets"]:
+            print(f"the run was evaluated on {reached['final_eval_tokens']} targets, not on the same", file=sys.stderr)
+            return 1
+        figures |= {"run_perplexity": reached["final_eval_perplexity"]}
+        figures |= {"run_to_bigram": reached["final_eval_perplexity"] / figures["perplexity"]}
     print(json.dumps(figures) if args.json else "\n".join(f"{name:<18}{value:,.4f}" for name, value in figures.items()))
+    return int(figures.get("run_to_bigram", 0.0) >= 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
