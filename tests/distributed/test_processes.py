@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from peft_pretraining.checkpoint import list_checkpoints, load_tensors, tensor_index
+from benchmarks.compare_runs import deviations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,37 +28,17 @@ def train(folder: Path, processes: int, *flags: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def parameters(folder: Path) -> dict[str, torch.Tensor]:
-    path = list_checkpoints(folder)[-1]
-    index = {name: entry for name, entry in tensor_index(path).items() if name.startswith("model/")}
-    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in index.items()}
-    load_tensors(path, tensors)
-    return tensors
-
-
-def assert_same_course(one: tuple, other: tuple) -> None:
-    """Losses to 1e-5, gradient norms to 1e-4, final parameters to 1e-4 in relative L2."""
-    (rows, left), (other_rows, right) = one, other
-    assert len(rows) == len(other_rows)
-    for row, other_row in zip(rows, other_rows, strict=True):
-        for key, tolerance in (("loss", 1e-5), ("gradnorm", 1e-4), ("final_eval_loss", 1e-5)):
-            if key in row:
-                assert other_row[key] == pytest.approx(row[key], rel=tolerance), (key, row["update_step"])
-        for key in ("update_step", "lr", "tokens_seen", "final_eval_tokens"):
-            assert row.get(key) == other_row.get(key)
-    for name, tensor in left.items():
-        a, b = tensor.double(), right[name].double()
-        assert float((a - b).norm()) <= 1e-4 * float(a.norm()) + 1e-12, name
-
-
-def run_all(tmp_path: Path, settings: dict[str, tuple[int, list[str]]], common: list[str]) -> None:
-    results = {}
-    for name, (processes, flags) in settings.items():
-        rows = train(tmp_path / name, processes, *common, *flags)
-        results[name] = (rows, parameters(tmp_path / name))
-    first, *others = results.values()
-    for other in others:
-        assert_same_course(first, other)
+def run_all(tmp_path: Path, settings: dict[str, tuple[int, list[str]]], common: list[str]) -> list[dict]:
+    """Train in every setting; all have the course of the first: losses to 1e-5, gradient norms and parameters to 1e-4."""
+    records = [train(tmp_path / name, processes, *common, *flags) for name, (processes, flags) in settings.items()]
+    first, *others = settings
+    for name, record in zip(others, records[1:], strict=True):
+        apart = deviations(tmp_path / first, tmp_path / name)
+        tolerances = {"loss": 1e-5, "gradnorm": 1e-4, "final_eval_loss": 1e-5, "parameters": 1e-4}
+        assert all(apart[key] <= tolerance for key, tolerance in tolerances.items()), (name, apart)
+        for key in ("lr", "tokens_seen", "final_eval_tokens"):
+            assert [row.get(key) for row in record] == [row.get(key) for row in records[0]]
+    return records[0]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -97,7 +76,6 @@ def test_real_text_in_one_and_two_processes(tmp_path, c4_sample, t5_model):
         "two-8": (2, ["--batch_size", "8"]),
         "two-2x4": (2, ["--batch_size", "4"]),
     }
-    run_all(tmp_path, settings, common)
-    losses = [row["loss"] for row in train(tmp_path / "one-16", 1, *common, "--batch_size", "16") if "loss" in row]
+    losses = [row["loss"] for row in run_all(tmp_path, settings, common) if "loss" in row]
     assert math.isclose(losses[0], math.log(32000), rel_tol=0.02)
     assert losses[-1] < losses[0] - 2

@@ -1,0 +1,63 @@
+"""How far runs that should be the same are apart: `python benchmarks/compare_runs.py RUN OTHER...` (torchrun_main.py folders).
+
+For each OTHER against RUN: the largest relative deviation of the logged losses, gradient norms and evaluation losses, and the
+largest relative L2 distance of a parameter in the newest checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peft_pretraining.checkpoint import load_tensors, resolve, tensor_index
+from peft_pretraining.metrics import read_metrics
+
+KEYS = ("loss", "gradnorm", "final_eval_loss")
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of the model in the newest checkpoint of a run."""
+    path = resolve(run)
+    tensors = {
+        name: torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in tensor_index(path).items()
+        if name.startswith("model/") and dtype.is_floating_point
+    }
+    load_tensors(path, tensors)
+    return tensors
+
+
+def deviations(run: Path, other: Path) -> dict[str, float]:
+    """Largest relative deviation of each key and of the parameters. Raises ValueError where the runs logged other steps."""
+    rows, other_rows = read_metrics(run), read_metrics(other)
+    if [(row["update_step"], row.keys()) for row in rows] != [(row["update_step"], row.keys()) for row in other_rows]:
+        raise ValueError(f"{run} and {other} did not log the same updates and evaluations")
+    pairs = list(zip(rows, other_rows, strict=True))
+    found = {key: max((abs(b[key] - a[key]) / abs(a[key]) for a, b in pairs if key in a), default=0.0) for key in KEYS}
+    left, right = parameters(run), parameters(other)
+    if left.keys() != right.keys():
+        raise ValueError(f"{run} and {other} hold other parameters")
+    distances = [
+        float((right[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-12))
+        for name, tensor in left.items()
+    ]
+    return found | {"parameters": max(distances)}
+
+
+def main() -> None:
+    """Print one line per run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the run to compare with")
+    parser.add_argument("others", type=Path, nargs="+", help="runs that should have taken the same course")
+    args = parser.parse_args()
+    for other in args.others:
+        print(other.name, "  ".join(f"{name} {value:.1e}" for name, value in deviations(args.run, other).items()))
+
+
+if __name__ == "__main__":
+    main()
