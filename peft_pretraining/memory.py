@@ -165,7 +165,7 @@ def static_bytes(
         optimizer: adam | adamw | sgd | adafactor | adam8bit, as the libraries lay out their states.
         beta1: sgd's momentum and adafactor's first moment; 0 is off.
 
-    The support takes 4 bytes per nonzero, 8 where a matrix has more than 2^31 entries. Gradients are counted whole: every
+    Gradients are counted whole: every
     trained parameter has one between backward and the update.
     """
     if method not in ("full", "lowrank", "sltrain"):
@@ -177,11 +177,18 @@ def static_bytes(
     trained = [g for g in groups if g.trained]
     return {
         "parameters": width * counts.total,
-        "support": sum(g.elements * (8 if g.support_entries > 2**31 else 4) for g in groups if g.kind == "sparse"),
+        "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in groups if g.kind == "sparse"),
         "gradients": width * sum(g.elements for g in trained),
         "optimizer": sum(g.count * _state_bytes(g.shape, width, optimizer, beta1) for g in trained)
         + (2 * 4 * BNB_CODEBOOK_ENTRIES if optimizer == "adam8bit" else 0),  # two code books, shared by all parameters
     }
+
+
+def support_bytes(nnz: int, entries: int) -> int:
+    """Bytes that one matrix's stored support takes."""
+    from sparse_lora.layout import layout_for  # the package imports torch, which refused arguments must not wait for
+
+    return layout_for(nnz, entries).nbytes
 
 
 def _element_bytes(dtype: str) -> int:
