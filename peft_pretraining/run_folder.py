@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "sentencepiece
 # A checkpoint made with other values of these belongs to another run and is not continued.
 _MUST_AGREE = (
     *("peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "seed", "optimizer"),
-    *("dataset", "text_field", "tokenizer", "max_length", "packing"),
+    *("dataset", "text_field", "tokenizer", "max_length", "packing", "embedding_states", "stochastic_rounding"),
 )
 
 
@@ -116,7 +116,8 @@ def _continue_elsewhere(newest: Path, path: Path) -> None:
 
 def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan) -> None:
     """Refuse to go on with another model, method, data or batch size. Raises ConfigError with both values."""
-    then, now = before["arguments"], as_dict(args)
+    # A run of an earlier version lacks newer arguments: it ran as their defaults do.
+    then, now = {**as_dict(Arguments()), **before["arguments"]}, as_dict(args)
     problems = [
         f"--{name} {now[name]}: {path} was made with {then[name]}; use that, or start afresh (another --save_dir)"
         for name in _MUST_AGREE

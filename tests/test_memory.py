@@ -133,7 +133,7 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     """Parameters, gradients, support and the state that each library really allocates."""
     cfg = tiny()
     model = build(cfg, method, getattr(torch, dtype))
-    steps = build_optimizer(optimizer, model.parameters(), lr=1e-3, weight_decay=0.0, beta1=beta1)
+    steps = build_optimizer(optimizer, dict(model.named_parameters()), lr=1e-3, weight_decay=0.0, beta1=beta1)
     ids = torch.randint(0, 300, (2, 16))
     TokenLoss(model)(ids, ids).backward()
     steps.step()
