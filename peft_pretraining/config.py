@@ -200,6 +200,7 @@ class SystemArguments:
     device: str = _arg("auto", "auto | cpu | cuda | cuda:N")
     single_gpu: bool = _arg(False, "one process, no process group, whatever torchrun set")
     parallel: str = _arg("ddp", "how several processes share the work: ddp", choices=PARALLEL)
+    force: bool = _arg(False, "start even where the plan says that memory will not do")
     dry_run: bool = _arg(False, "print the plan and stop: no data, no network")
     config: str | None = _arg(None, "YAML or JSON file of these names; the command line wins over it")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from peft_pretraining import checkpoint
 from peft_pretraining.config import Arguments, ConfigError, as_dict
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
-from peft_pretraining.plan import Plan, format_plan
+from peft_pretraining.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "sentencepiece", "wandb", "numpy")
 # A checkpoint made with other values of these belongs to another run and is not continued.
@@ -182,12 +181,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
-
-
-def describe(plan: Plan, args: Arguments, source: Source, device: torch.device) -> str:
-    """The plan in words, with what the device has."""
-    if device.type == "cuda":
-        name, size = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    else:
-        name, size = "this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return format_plan(plan, args, source.describe(), name, size)
