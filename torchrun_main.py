@@ -61,14 +61,14 @@ def dry_run(args: Arguments, world: World) -> int:
     from peft_pretraining.build import resolve_dtype
     from peft_pretraining.data.errors import DataError
     from peft_pretraining.data.source import open_source
-    from peft_pretraining.distributed import DeviceError, pick_device
-    from peft_pretraining.run_folder import describe
+    from peft_pretraining.distributed import DeviceError, device_memory, pick_device
+    from peft_pretraining.plan import format_plan
 
     try:
         device = pick_device(args.device, world)
         plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
         source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
-        text = describe(plan, args, source, device)
+        text = format_plan(plan, args, source.describe(), device_memory(device, world))
     except (DataError, DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
     if world.is_main:
@@ -87,13 +87,14 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.checkpoint import CheckpointError
     from peft_pretraining.data.errors import DataError, TokenizerError
     from peft_pretraining.distributed import DeviceError, pick_device, process_group
+    from peft_pretraining.optim import OptimizerUnavailable
 
     try:
         device = pick_device(args.device, world)
         torch.manual_seed(args.seed)
         with process_group(world, device):
             return train(args, world, device)
-    except (DataError, TokenizerError, DeviceError, CheckpointError) as error:
+    except (DataError, TokenizerError, DeviceError, CheckpointError, OptimizerUnavailable) as error:
         return fail(world, [str(error)], exit_code=2)
     except (TrainingError, OSError) as error:
         return fail(world, [str(error)], exit_code=1)
@@ -106,31 +107,31 @@ class TrainingError(RuntimeError):
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Build, restore, loop: evaluate where due, update, record, save where due."""
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
-    from peft_pretraining.build import build_data, build_trained_model, resolve_dtype
-    from peft_pretraining.distributed import parallelize
+    from peft_pretraining.build import build_data, build_trained_model, build_updates, resolve_dtype
+    from peft_pretraining.distributed import device_memory, parallelize
     from peft_pretraining.loss import TokenLoss
     from peft_pretraining.metrics import Throughput, peak_memory_bytes
-    from peft_pretraining.optim import build_optimizer
-    from peft_pretraining.plan import is_finished, learning_rate, make_plan
+    from peft_pretraining.plan import format_plan, is_finished, learning_rate, make_plan, memory_problems
     from peft_pretraining.resume import RunParts, restore_data, restore_run, save_run
-    from peft_pretraining.run_folder import describe, open_run_folder, run_document
+    from peft_pretraining.run_folder import open_run_folder, run_document
     from peft_pretraining.train import TrainState, train_step
 
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
+    there = device_memory(device, world)
+    if not args.force and (problems := memory_problems(plan, args, there)):
+        raise ConfigError([*problems, "--force starts it all the same"])
     folder = open_run_folder(args, plan, world)
     data = build_data(args, plan, world, device)
     if world.is_main:
-        print(describe(plan, args, data.source, device), file=sys.stderr)
+        print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
     if folder.checkpoint is not None:
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
     model = build_trained_model(args, plan, device)
-    module = parallelize(TokenLoss(model), world, device)
-    optimizer = build_optimizer(
-        args.optimizer, model.parameters(), lr=args.lr, weight_decay=args.weight_decay, beta1=args.beta1
-    )
+    updates = build_updates(args, model, world, device)
+    module = TokenLoss(model) if updates.averages_gradients else parallelize(TokenLoss(model), world, device)
     state = TrainState()
-    parts = RunParts(model, optimizer, data.loader, state)
+    parts = RunParts(model, updates, data.loader, state)
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world)
 
@@ -148,9 +149,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
 
             micro_batches = [next(batches) for _ in range(plan.gradient_accumulation)]
             lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
-            step = train_step(
-                module, optimizer, micro_batches, lr=lr, grad_clipping=args.grad_clipping, world=world, device=device
-            )
+            step = train_step(module, updates, micro_batches, lr=lr, world=world, device=device)
             num_tokens = int(step.num_tokens)
             state.update_step += 1
             state.tokens_seen += num_tokens

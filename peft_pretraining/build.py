@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from peft_pretraining import checkpoint
-from peft_pretraining.config import Arguments, ConfigError
+from peft_pretraining.config import Arguments, ConfigError, embedding_bits
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,6 +20,14 @@ from peft_pretraining.distributed import World
 from peft_pretraining.methods import METHODS
 from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.modeling import build_model
+from peft_pretraining.optim import (
+    GrowthLimit,
+    PerLayerUpdate,
+    StochasticRounding,
+    Updates,
+    WholeUpdate,
+    build_optimizer,
+)
 from peft_pretraining.plan import Plan
 
 if TYPE_CHECKING:
@@ -113,6 +123,24 @@ def build_trained_model(args: Arguments, plan: Plan, device: torch.device) -> Ll
         activation_checkpointing=args.activation_checkpointing,
         compile=args.compile,
     )
+
+
+def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device) -> Updates:
+    """The optimizer and when it steps. Raises OptimizerUnavailable."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    build = partial(
+        build_optimizer,
+        args.optimizer,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        beta1=args.beta1,
+        embedding_bits=embedding_bits(args),
+        rounding=StochasticRounding(args.seed) if args.stochastic_rounding else None,
+    )
+    growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
+    if args.per_layer:
+        return PerLayerUpdate(build, parameters, world, growth=growth)
+    return WholeUpdate(build(parameters), parameters, grad_clipping=args.grad_clipping, growth=growth)
 
 
 def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 METHODS = ("full", "lowrank", "sltrain")
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
+LOW_BIT = ("adam8bit", "adamw4bit")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
 SUPPORTS = ("uniform",)
 PARALLEL = ("ddp",)
+EMBEDDING_STATES = ("32bit", "8bit")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -136,6 +138,22 @@ class OptimizationArguments:
     weight_decay: float = _arg(0.0, "weight decay, applied to every parameter as published")
     beta1: float = _arg(0.0, "momentum of sgd and first moment of adafactor (0: off); the Adam family keeps 0.9")
     grad_clipping: float | None = _arg(None, "clip the global gradient norm to this value (0 or not given: off)")
+    grad_norm_growth: float | None = _arg(
+        None, "limit each tensor's gradient norm to this many times its last one, e.g. 1.01; works with per_layer too"
+    )
+    per_layer: bool = _arg(
+        False,
+        "step each parameter in the backward pass and free its gradient at once (published: optimizers *_per_layer)",
+    )
+    embedding_states: str | None = _arg(
+        None,
+        "moments of embedding and output head with adam8bit and adamw4bit: 32bit (default) | 8bit (as the optimizer's others)",
+        choices=EMBEDDING_STATES,
+    )
+    stochastic_rounding: bool = _arg(
+        False,
+        "round new bfloat16 parameters up or down at random, right on average, so that small updates are not lost",
+    )
     scheduler: str = _arg("cosine", " | ".join(SCHEDULERS), choices=SCHEDULERS)
     min_lr_ratio: float = _arg(0.1, "end of the cosine schedules as a share of the peak")
     warmup_steps: int = _arg(1_000, "update steps of linear warm-up")
@@ -182,6 +200,7 @@ class SystemArguments:
     device: str = _arg("auto", "auto | cpu | cuda | cuda:N")
     single_gpu: bool = _arg(False, "one process, no process group, whatever torchrun set")
     parallel: str = _arg("ddp", "how several processes share the work: ddp", choices=PARALLEL)
+    force: bool = _arg(False, "start even where the plan says that memory will not do")
     dry_run: bool = _arg(False, "print the plan and stop: no data, no network")
     config: str | None = _arg(None, "YAML or JSON file of these names; the command line wins over it")
 
@@ -201,6 +220,7 @@ RUN_DEFINING = (
     *("dataset", "text_field", "tokenizer", "max_length", "packing", "data_lanes", "seed"),
     *("num_training_steps", "max_train_tokens"),
     *("optimizer", "lr", "weight_decay", "beta1", "grad_clipping", "scheduler", "min_lr_ratio"),
+    *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding"),
     *("warmup_steps", "cycle_length", "restart_warmup_steps", "adjust_step"),
 )
 
@@ -335,10 +355,11 @@ def parse_args(argv: Sequence[str]) -> Arguments:
         for field in dataclasses.fields(Arguments)
         if field.metadata.get("required") and field.name not in given
     ]
-    problems += _normalise_choices(given)
+    values = _without_per_layer_names(given)
+    problems += _normalise_choices(values)
     if problems:
         raise ConfigError(problems)
-    args = Arguments(**given, given=frozenset(given))
+    args = Arguments(**values, given=frozenset(given))
     problems = value_problems(args)
     if problems:
         raise ConfigError(problems)
@@ -349,7 +370,6 @@ def parse_args(argv: Sequence[str]) -> Arguments:
 
 # Published optimizer names that need what this version does not have, and the nearest that works.
 _UNAVAILABLE = {
-    "adam8bit_per_layer": "adam8bit",
     "galore_adamw": "adamw",
     "galore_adafactor": "adafactor",
     "galore_adamw8bit": "adam8bit",
@@ -357,6 +377,27 @@ _UNAVAILABLE = {
     "galore": "sltrain",
     "relora": "lowrank",
 }
+
+
+def embedding_bits(args: Arguments) -> int | None:
+    """Bits of the moments of embedding and output head where they are chosen apart from the others'."""
+    if args.optimizer not in LOW_BIT:
+        return None
+    return 8 if args.embedding_states == "8bit" else 32
+
+
+def _without_per_layer_names(given: dict[str, Any]) -> dict[str, Any]:
+    """Values with a published name such as adam8bit_per_layer as adam8bit and --per_layer.
+
+    Published scripts pass --grad_clipping to these, where it had no effect; it has none here either, with a notice.
+    """
+    name = str(given.get("optimizer", "")).lower()
+    if not name.endswith("_per_layer") or name in _UNAVAILABLE:
+        return dict(given)
+    values = {**given, "optimizer": name.removesuffix("_per_layer")}
+    if "per_layer" not in given:
+        values |= {"per_layer": True, "grad_clipping": None}
+    return values
 
 
 def _normalise_choices(given: dict[str, Any]) -> list[str]:
@@ -400,6 +441,17 @@ def value_problems(args: Arguments) -> list[str]:
         problems.append(
             f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two"
         )
+    if args.per_layer and args.grad_clipping:
+        problems.append(
+            f"--grad_clipping {args.grad_clipping} with --per_layer: the global norm is not known before the first parameter is "
+            "stepped; use --grad_norm_growth 1.01, which limits each tensor's norm, or drop one of the two"
+        )
+    if args.stochastic_rounding and args.optimizer not in ("adam", "adamw", *LOW_BIT):
+        problems.append(
+            f"--stochastic_rounding with --optimizer {args.optimizer}: works with adam, adamw, adam8bit and adamw4bit"
+        )
+    if args.grad_norm_growth is not None and not 1 <= args.grad_norm_growth < math.inf:
+        problems.append(f"--grad_norm_growth {args.grad_norm_growth}: must be at least 1 and finite, e.g. 1.01")
     if args.continue_from is not None and not Path(args.continue_from).is_dir():
         problems.append(f"--continue_from {args.continue_from}: no such folder")
     device, _, index = args.device.partition(":")
@@ -475,6 +527,22 @@ def notices(args: Arguments) -> list[str]:
         lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
     if "beta1" in args.given and args.optimizer not in ("sgd", "adafactor"):
         lines.append(f"--beta1 {args.beta1} has no effect with --optimizer {args.optimizer}: the Adam family keeps 0.9")
+    if (
+        args.per_layer
+        and "grad_clipping" in args.given
+        and args.grad_clipping is None
+        and "per_layer" not in args.given
+    ):
+        lines.append(
+            "--grad_clipping has no effect with an optimizer named *_per_layer, as published; --grad_norm_growth 1.01 limits "
+            "each tensor's gradient"
+        )
+    if args.embedding_states is not None and args.optimizer not in LOW_BIT:
+        lines.append(
+            f"--embedding_states has no effect with --optimizer {args.optimizer}: its moments are not quantised"
+        )
+    if args.stochastic_rounding and args.dtype == "float32":
+        lines.append("--stochastic_rounding has no effect with --dtype float32: nothing is rounded")
     restarts = ("restart_warmup_steps",) if args.scheduler != "cosine_restarts" else ()
     cycles = ("cycle_length", "min_lr_ratio") if args.scheduler == "linear" else ()
     lines += [

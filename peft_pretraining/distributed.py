@@ -47,6 +47,30 @@ class World:
         return World(rank, size, local_rank, local_size)
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What one process can have: `name` as it stands in a sentence, bytes, cpu or cuda."""
+
+    name: str
+    num_bytes: int
+    device_type: str
+
+
+def device_memory(device: torch.device, world: World) -> DeviceMemory:
+    """The GPU's memory, or this machine's (or its container's) shared by the local processes."""
+    if device.type == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceMemory(properties.name, properties.total_memory, "cuda")
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # no such file, or "max"
+            size = min(size, int(file.read()))
+    share = f" for each of {world.local_size} processes" if world.local_size > 1 else ""
+    return DeviceMemory(f"this machine's memory{share}", size // world.local_size, "cpu")
+
+
 def pick_device(name: str, world: World) -> torch.device:
     """The torch device for `--device NAME`: auto takes this rank's GPU if there is one. Raises DeviceError."""
     import torch

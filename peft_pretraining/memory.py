@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from peft_pretraining.model_config import ModelConfig
 
 METHODS = ("full", "lowrank", "sltrain", "relora", "galore")
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 # bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
 BNB_MIN_ELEMENTS = 4096
 BNB_BLOCK_ELEMENTS = 256
 BNB_CODEBOOK_ENTRIES = 256
+# torchao: bits -> (elements per float32 scale, elements per byte of codes, entries of a moment's code book).
+AO_KINDS = {4: (128, 2, 16), 8: (256, 1, 256)}
+AO_MIN_ELEMENTS = 4096
 
 
 def loss_chunk_rows(device_type: str) -> int:
@@ -35,6 +38,7 @@ class TensorGroup:
 
     kind: "dense" | "low_rank" | "sparse". trained: False for the frozen weights of ReLoRA. projected: a matrix whose moments
     GaLore keeps in a subspace. support_entries: for a "sparse" group, entries of the matrix that its values are spread over.
+    embedding: embedding or output head, whose moments may have a size of their own.
     """
 
     kind: str
@@ -43,6 +47,7 @@ class TensorGroup:
     trained: bool = True
     projected: bool = False
     support_entries: int = 0
+    embedding: bool = False
 
     @property
     def elements(self) -> int:
@@ -80,7 +85,7 @@ def linear_shapes(cfg: ModelConfig) -> list[tuple[int, int]]:
 def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
     """What no method changes: embedding, output head, norms, biases."""
     h, layers = cfg.hidden_size, cfg.num_hidden_layers
-    yield TensorGroup("dense", (cfg.vocab_size, h), 1 if cfg.tie_word_embeddings else 2)
+    yield TensorGroup("dense", (cfg.vocab_size, h), 1 if cfg.tie_word_embeddings else 2, embedding=True)
     yield TensorGroup("dense", (h,), 2 * layers + 1)
     for position, (out_features, _) in enumerate(linear_shapes(cfg)):
         if cfg.attention_bias if position < 4 else cfg.mlp_bias:
@@ -154,7 +159,15 @@ def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
 
 
 def static_bytes(
-    cfg: ModelConfig, counts: Counts, *, method: str, dtype: str, optimizer: str, beta1: float = 0.0
+    cfg: ModelConfig,
+    counts: Counts,
+    *,
+    method: str,
+    dtype: str,
+    optimizer: str,
+    beta1: float = 0.0,
+    embedding_bits: int | None = None,
+    stochastic_rounding: bool = False,
 ) -> dict[str, int]:
     """Bytes of the tensors that live through a whole run: parameters, support, gradients, optimizer.
 
@@ -162,11 +175,12 @@ def static_bytes(
         counts: what parameter_counts gave for `cfg` and `method`.
         method: full | lowrank | sltrain (ValueError for the others, whose states are not laid out here).
         dtype: bfloat16 | float32 | float64, of parameters and gradients.
-        optimizer: adam | adamw | sgd | adafactor | adam8bit, as the libraries lay out their states.
+        optimizer: adam | adamw | sgd | adafactor | adam8bit | adamw4bit, as the libraries lay out their states.
         beta1: sgd's momentum and adafactor's first moment; 0 is off.
+        embedding_bits: of the moments of embedding and head with adam8bit and adamw4bit; None: as the others'.
+        stochastic_rounding: the Adam family's steps then count in Python instead of in tensors.
 
-    The support takes 4 bytes per nonzero, 8 where a matrix has more than 2^31 entries. Gradients are counted whole: every
-    trained parameter has one between backward and the update.
+    Gradients are counted whole: every trained parameter has one between backward and the update.
     """
     if method not in ("full", "lowrank", "sltrain"):
         raise ValueError(f"method {method!r}: bytes are known for full, lowrank and sltrain")
@@ -175,13 +189,27 @@ def static_bytes(
     )
     width = _element_bytes(dtype)
     trained = [g for g in groups if g.trained]
+    states = 0
+    for g in trained:
+        bits = embedding_bits if g.embedding else None
+        states += g.count * _state_bytes(g.shape, width, optimizer, beta1, bits)
+        if stochastic_rounding and optimizer in ("adam", "adamw"):
+            states -= 4 * g.count
+    if optimizer == "adam8bit":
+        states += 2 * 4 * BNB_CODEBOOK_ENTRIES  # two code books, shared by all parameters
     return {
         "parameters": width * counts.total,
-        "support": sum(g.elements * (8 if g.support_entries > 2**31 else 4) for g in groups if g.kind == "sparse"),
+        "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in groups if g.kind == "sparse"),
         "gradients": width * sum(g.elements for g in trained),
-        "optimizer": sum(g.count * _state_bytes(g.shape, width, optimizer, beta1) for g in trained)
-        + (2 * 4 * BNB_CODEBOOK_ENTRIES if optimizer == "adam8bit" else 0),  # two code books, shared by all parameters
+        "optimizer": states,
     }
+
+
+def support_bytes(nnz: int, entries: int) -> int:
+    """Bytes that one matrix's stored support takes."""
+    from sparse_lora.layout import layout_for  # the package imports torch, which refused arguments must not wait for
+
+    return layout_for(nnz, entries).nbytes
 
 
 def _element_bytes(dtype: str) -> int:
@@ -190,7 +218,7 @@ def _element_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def _state_bytes(shape: tuple[int, ...], width: int, optimizer: str, beta1: float) -> int:
+def _state_bytes(shape: tuple[int, ...], width: int, optimizer: str, beta1: float, bits: int | None) -> int:
     """Bytes of one parameter's optimizer state; `width`: bytes per element of the parameter."""
     elements = math.prod(shape)
     if optimizer in ("adam", "adamw"):  # torch, fused: two moments in the parameter's dtype, a float32 step count
@@ -201,13 +229,24 @@ def _state_bytes(shape: tuple[int, ...], width: int, optimizer: str, beta1: floa
         state_width = max(4, width)
         second = shape[0] + shape[1] if len(shape) == 2 else elements
         return state_width * (second + (elements if beta1 else 0))
-    if (
-        optimizer == "adam8bit"
-    ):  # bitsandbytes: two one-byte moments with a float32 scale per block; small tensors float32
-        if elements < BNB_MIN_ELEMENTS:
+    if optimizer == "adam8bit":
+        # bitsandbytes: two one-byte moments with a float32 scale per block; small tensors float32
+        if elements < BNB_MIN_ELEMENTS or bits == 32:
             return 2 * 4 * elements
         return 2 * elements + 2 * 4 * math.ceil(elements / BNB_BLOCK_ELEMENTS)
+    if optimizer == "adamw4bit":
+        return _ao_state_bytes(elements, bits or 4)
     raise ValueError(f"optimizer {optimizer!r}: not one of {', '.join(OPTIMIZERS)}")
+
+
+def _ao_state_bytes(elements: int, bits: int) -> int:
+    """Two moments: codes, scales and a code book for the whole blocks, float32 for the rest and for small tensors."""
+    if bits not in AO_KINDS or elements < AO_MIN_ELEMENTS:
+        return 2 * 4 * elements
+    block, per_byte, entries = AO_KINDS[bits]
+    rest = elements % block
+    quantised = elements - rest
+    return 2 * (quantised // per_byte + 4 * (quantised // block) + 4 * entries + 4 * rest)
 
 
 def activation_bytes(

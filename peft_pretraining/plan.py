@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining import memory, schedule
-from peft_pretraining.config import Arguments, ConfigError, default_save_dir
+from peft_pretraining.account import CLASSES, Setting, account, fitting_flags, savings
+from peft_pretraining.config import Arguments, ConfigError, default_save_dir, embedding_bits
 from peft_pretraining.data.source import default_lanes
-from peft_pretraining.distributed import World
+from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.model_config import ModelConfig, ModelConfigError, load_model_config
 
 # Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
 _STALLING_SCALE, _STALLING_LR = 0.5, 0.003
 _C4_EVAL_TOKENS = 10_000_000
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Plan:
     model: ModelConfig
     parameters: dict[str, int]  # total, dense, low_rank, sparse
     full_rank_parameters: int
-    bytes: dict[str, int]  # parameters, support, gradients, optimizer, activations, loss
+    bytes: dict[str, int]  # by class, total and peak, as `account` has them
     dtype: str
     world_size: int
     batch_size: int
@@ -38,11 +40,6 @@ class Plan:
     eval_tokens: int | None
     save_dir: Path
     warnings: tuple[str, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Sum of the memory classes, bytes per process."""
-        return sum(self.bytes.values())
 
 
 def make_plan(args: Arguments, world: World, dtype: str | None = None, device_type: str = "cpu") -> Plan:
@@ -72,23 +69,13 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     problems += _model_problems(args, model)
     if problems:
         raise ConfigError(problems)
+    setting = memory_setting(args, model, world, dtype, accumulation, device_type)
     counts = memory.parameter_counts(model, **_method_arguments(args))
-    sizes = memory.static_bytes(
-        model, counts, method=args.peft_model, dtype=dtype, optimizer=args.optimizer, beta1=args.beta1
-    )
-    sizes |= memory.activation_bytes(
-        model,
-        batch_size=args.batch_size,
-        seq_len=args.max_length,
-        dtype=dtype,
-        checkpointing=args.activation_checkpointing,
-        chunk_rows=memory.loss_chunk_rows(device_type),
-    )
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
         full_rank_parameters=memory.parameter_counts(model, method="full", rank=1, sparsity=0.0).total,
-        bytes=sizes,
+        bytes=account(setting),
         dtype=dtype,
         world_size=world.size,
         batch_size=args.batch_size,
@@ -101,6 +88,31 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         eval_tokens=args.eval_tokens or (_C4_EVAL_TOKENS if args.dataset == "c4" else None),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
         warnings=tuple(_warnings(args, world)),
+    )
+
+
+def memory_setting(
+    args: Arguments, model: ModelConfig, world: World, dtype: str, accumulation: int, device_type: str
+) -> Setting:
+    """What the memory account needs to know of a run."""
+    return Setting(
+        model=model,
+        peft_model=args.peft_model,
+        rank=args.rank,
+        sp_ratio=args.sp_ratio,
+        train_scaling=args.train_scaling,
+        optimizer=args.optimizer,
+        beta1=args.beta1,
+        embedding_bits=embedding_bits(args),
+        stochastic_rounding=args.stochastic_rounding,
+        per_layer=args.per_layer,
+        dtype=dtype,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        gradient_accumulation=accumulation,
+        world_size=world.size,
+        activation_checkpointing=args.activation_checkpointing,
+        device_type=device_type,
     )
 
 
@@ -203,9 +215,9 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     return lines
 
 
-def format_plan(plan: Plan, args: Arguments, source: str, device: str, device_bytes: int | None) -> str:
-    """The plan as --dry_run prints it. `source` describes the data; `device_bytes` is what the device has, if known."""
-    counts, gib = plan.parameters, 2**30
+def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:
+    """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what there is, if known."""
+    counts = plan.parameters
     share = f" ({counts['total'] / plan.full_rank_parameters:.0%} of full-rank {plan.full_rank_parameters:,})"
     length = (
         f"until {plan.max_train_tokens:,} tokens of text, at least {plan.num_training_steps:,} updates"
@@ -226,16 +238,39 @@ def format_plan(plan: Plan, args: Arguments, source: str, device: str, device_by
         ("optimizer", f"{args.optimizer}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates"),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         ("run folder", str(plan.save_dir)),
-        ("memory", " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.bytes.items() if size) + " GiB"),
-        ("", _fit_text(plan.total_bytes, device, device_bytes)),
+        ("memory", " + ".join(f"{name} {plan.bytes[name] / GIB:.2f}" for name in CLASSES if plan.bytes[name]) + " GiB"),
+        ("", _peak_text(plan, memory_of_device)),
     ]
+    if args.per_layer and plan.gradient_accumulation > 1:
+        kept = f"{plan.bytes['gradients'] / GIB:.2f} GiB of gradients stay between its {plan.gradient_accumulation} micro-batches"
+        rows.append(("per-layer", f"steps in the last micro-batch of an update; {kept}"))
     lines = [f"{name:<12}{text}" for name, text in rows]
-    return "\n".join(lines + [f"warning: {text}" for text in plan.warnings])
+    lines += [f"warning: {text}" for text in plan.warnings]
+    if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
+        lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
+    return "\n".join(lines)
 
 
-def _fit_text(total: int, device: str, device_bytes: int | None) -> str:
-    estimate = f"about {total / 2**30:.2f} GiB per process, without the libraries' own"
-    if device_bytes is None:
-        return estimate
-    verdict = "fits" if total <= device_bytes else "does NOT fit"
-    return f"{estimate}; {verdict} in the {device_bytes / 2**30:.1f} GiB of {device}"
+def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
+    text = f"about {plan.bytes['peak'] / GIB:.2f} GiB at the peak, per process"
+    if device is None:
+        return text
+    verdict = "fits" if plan.bytes["peak"] <= device.num_bytes else "does NOT fit"
+    return f"{text}; {verdict} in the {device.num_bytes / GIB:.1f} GiB of {device.name}"
+
+
+def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[str]:
+    """What does not fit into the device, and the flags that would make it fit; [] where it fits."""
+    if plan.bytes["peak"] <= device.num_bytes:
+        return []
+    world = World(size=plan.world_size)
+    setting = memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device.device_type)
+    wanted = f"{plan.bytes['peak'] / GIB:.1f} GiB at the peak, and {device.name} has {device.num_bytes / GIB:.1f} GiB"
+    single = ", ".join(f"{saving.text} {saving.peak / GIB:.1f}" for saving in savings(setting))
+    together = fitting_flags(setting, device.num_bytes)
+    way_out = (
+        "would fit with " + " ".join(saving.text for saving in together)
+        if together
+        else "no flag makes it fit: take a smaller model, or more processes' memory"
+    )
+    return [f"this run needs about {wanted} per process; {way_out}", f"peak in GiB with one change: {single}"]

@@ -14,10 +14,11 @@ from torch import nn
 from peft_pretraining import checkpoint
 from peft_pretraining.data.loader import TrainLoader, merge_states
 from peft_pretraining.distributed import World, gather_objects
-from peft_pretraining.optim import load_optimizer_state, optimizer_state
+from peft_pretraining.optim import Updates, load_optimizer_state, optimizer_state
 from peft_pretraining.train import TrainState
 
 _MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
+_GROWTH = "growth/previous_norms"  # of --grad_norm_growth, one per parameter in the model's order
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class RunParts:
     """Everything of a run that has a state."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    updates: Updates
     loader: TrainLoader
     state: TrainState
 
@@ -35,9 +36,11 @@ def save_run(
 ) -> Path:
     """Write the checkpoint of the run as it stands; every process calls it. Raises OSError."""
     names = {parameter: name for name, parameter in parts.model.named_parameters()}
-    optimizer_tensors, optimizer_scalars = optimizer_state(parts.optimizer, names)
+    optimizer_tensors, optimizer_scalars = optimizer_state(parts.updates.optimizer, names)
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer_tensors.items()}
+    if parts.updates.growth is not None:
+        tensors[_GROWTH] = parts.updates.growth.previous
     tensors |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
     data = merge_states(gather_objects(parts.loader.state_dict(), world))
     documents = {
@@ -89,9 +92,11 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     names = {parameter: name for name, parameter in parts.model.named_parameters()}
     optimizer_tensors = {k.removeprefix(_OPTIMIZER): t for k, t in wanted.items() if k.startswith(_OPTIMIZER)}
     try:
-        load_optimizer_state(parts.optimizer, names, optimizer_tensors, document["optimizer"])
+        load_optimizer_state(parts.updates.optimizer, names, optimizer_tensors, document["optimizer"])
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{path}: {error}") from None
+    if parts.updates.growth is not None and _GROWTH in index:  # switched on later, it starts without a history
+        checkpoint.load_tensors(path, {_GROWTH: parts.updates.growth.previous})
     _set_random_states({k.rsplit("/", 1)[1]: t for k, t in wanted.items() if k.startswith(_RANDOM)})
     parts.state.update_step = document["train"]["update_step"]
     parts.state.tokens_seen = document["train"]["tokens_seen"]

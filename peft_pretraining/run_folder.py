@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import secrets
 import shutil
@@ -19,13 +18,13 @@ from peft_pretraining import checkpoint
 from peft_pretraining.config import Arguments, ConfigError, as_dict
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
-from peft_pretraining.plan import Plan, format_plan
+from peft_pretraining.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "sentencepiece", "wandb", "numpy")
 # A checkpoint made with other values of these belongs to another run and is not continued.
 _MUST_AGREE = (
     *("peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "seed", "optimizer"),
-    *("dataset", "text_field", "tokenizer", "max_length", "packing"),
+    *("dataset", "text_field", "tokenizer", "max_length", "packing", "embedding_states", "stochastic_rounding"),
 )
 
 
@@ -116,7 +115,8 @@ def _continue_elsewhere(newest: Path, path: Path) -> None:
 
 def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan) -> None:
     """Refuse to go on with another model, method, data or batch size. Raises ConfigError with both values."""
-    then, now = before["arguments"], as_dict(args)
+    # A run of an earlier version lacks newer arguments: it ran as their defaults do.
+    then, now = {**as_dict(Arguments()), **before["arguments"]}, as_dict(args)
     problems = [
         f"--{name} {now[name]}: {path} was made with {then[name]}; use that, or start afresh (another --save_dir)"
         for name in _MUST_AGREE
@@ -181,12 +181,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
-
-
-def describe(plan: Plan, args: Arguments, source: Source, device: torch.device) -> str:
-    """The plan in words, with what the device has."""
-    if device.type == "cuda":
-        name, size = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    else:
-        name, size = "this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return format_plan(plan, args, source.describe(), name, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.distributed import World, all_reduce_sum_, gradient_sync
+from peft_pretraining.optim import Updates
 
 
 class Batch(Protocol):
@@ -40,24 +41,23 @@ class StepResult:
 
 def train_step(
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    updates: Updates,
     micro_batches: Sequence[Batch],
     *,
     lr: float,
-    grad_clipping: float | None,
     world: World,
     device: torch.device,
 ) -> StepResult:
-    """One optimizer step on the gradient of the mean token loss of the whole update.
+    """One update by the gradient of the mean token loss over all of its sequences.
 
     The loss is the sum of token losses over the number of target tokens of all micro-batches and processes, so that
     1 process x 4 micro-batches = 2 x 2 = 4 x 1, however unequal the micro-batches' token counts are.
 
     Args:
         module: maps (input_ids, labels) to the float32 sum of token losses; wrapped by `distributed.parallelize`.
+        updates: steps the parameters, after the last backward pass or inside it.
         micro_batches: this process's share of the update.
         lr: learning rate of this update.
-        grad_clipping: largest global gradient norm, None for no limit.
     """
     counts = torch.tensor(
         [sum(batch.num_targets for batch in micro_batches), sum(batch.num_tokens for batch in micro_batches)],
@@ -65,35 +65,18 @@ def train_step(
         device=device,
     )
     num_targets, num_tokens = all_reduce_sum_(counts, world).unbind()
-    # DDP averages gradients over the processes; times their number it is the sum that the mean over all tokens needs.
+    # Gradients are averaged over the processes; times their number it is the sum that the mean over all tokens needs.
     gradient_scale = world.size / num_targets.clamp(min=1).to(torch.float32)
 
-    optimizer.zero_grad(set_to_none=True)
+    updates.begin(lr)
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     for number, batch in enumerate(micro_batches, start=1):
-        with gradient_sync(module, enabled=number == len(micro_batches)):
+        last = number == len(micro_batches)
+        with gradient_sync(module, enabled=last):
             loss = module(batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True))
+            updates.before_backward(last)
             (loss * gradient_scale).backward()
         loss_sum += loss.detach()
     all_reduce_sum_(loss_sum, world)
-
-    gradnorm = clip_gradients(module.parameters(), grad_clipping)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    gradnorm = updates.finish()
     return StepResult(loss_sum / num_targets.clamp(min=1), gradnorm, num_tokens)
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """The true global L2 norm of all gradients, float32, on the device; scales them down to `max_norm` where given."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # Summed in float32: a bfloat16 sum of squares would keep three digits.
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm is not None:
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale.to(gradient.dtype))
-    return total

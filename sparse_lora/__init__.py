@@ -2,7 +2,8 @@
 
 linear.py          SparseLowRankLinear, a drop-in for nn.Linear
 functional.py      sparse_lowrank_linear (memory-saving autograd) and dense_reference (plain autograd)
-support.py         Support: which entries the sparse part has, and how they are stored; generator_for
+support.py         Support: which entries the sparse part has; generator_for
+layout.py          in how many bytes they are stored
 reparameterize.py  SLTrainConfig, reparameterize(model, config), merge(model)
 """
 

@@ -75,7 +75,7 @@ def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor | None, code: 
     """W = scaled_B A + S, (O, I); S is added in place, which spares a second matrix. All values of one dtype."""
     weight = scaled_B @ lora_A
     if values is not None and code is not None:
-        weight.view(-1).index_add_(0, decode(code), values)
+        weight.view(-1).index_add_(0, decode(code, values.numel(), weight.numel()), values)
     return weight
 
 
@@ -194,7 +194,8 @@ def _gradients(
         if need_B:
             grads.append((grad_W_At * factor).to(lora_B.dtype))
         if need_values and values is not None and code is not None and grad_W is not None:
-            grads.append(grad_W.view(-1).index_select(0, decode(code)).to(values.dtype))
+            positions = decode(code, values.numel(), grad_W.numel())
+            grads.append(grad_W.view(-1).index_select(0, positions).to(values.dtype))
         if need_scaling and scaling is not None:
             # <dW, B A> = <dW A^T, B>, summed in float32 at least.
             product = (grad_W_At * B).sum(dtype=torch.promote_types(dtype, torch.float32))
@@ -220,7 +221,7 @@ def _apart(rows: Tensor, lora_A: Tensor, lora_B: Tensor, values: Tensor | None) 
 def _sparse_as_dense(values: Tensor, code: Tensor, out_features: int, in_features: int) -> Tensor:
     """S as an (O, I) matrix of the values' dtype."""
     flat = torch.zeros(out_features * in_features, dtype=values.dtype, device=values.device)
-    return flat.index_add_(0, decode(code), values).view(out_features, in_features)
+    return flat.index_add_(0, decode(code, values.numel(), flat.numel()), values).view(out_features, in_features)
 
 
 # torch.compile sees the two computations as opaque operators. Traced through, forward and backward would compute the

@@ -1,4 +1,5 @@
-"""Which entries of a weight the sparse part S has: seeded drawing, and storage in a format known to this file only."""
+"""Which entries of a weight the sparse part S has: seeded drawing, and storage in a format known to this file
+and layout.py only."""
 
 import hashlib
 import math
@@ -6,6 +7,8 @@ import operator
 
 import torch
 from torch import Tensor, nn
+
+from .layout import Layout, layout_for
 
 SUPPORT_KINDS = ("uniform",)
 
@@ -71,18 +74,66 @@ def _kept(dropped: Tensor, numel: int) -> Tensor:
     return mask
 
 
-def decode(code: Tensor) -> Tensor:
-    """The sorted row-major positions that a Support's stored tensor stands for: (nnz,), int32 or int64.
+def encode(positions: Tensor, layout: Layout) -> Tensor | None:
+    """Sorted int64 positions on the CPU -> the uint8 tensor (layout.nbytes,) that `decode` reads; None if they do not fit.
 
-    A function of the tensor alone, so that the autograd function can save the stored form and decode it in backward.
+    Fewer than layout.count positions are filled up by repeating the last one.
     """
+    last = positions[-1:] if positions.numel() else positions.new_zeros(1)
+    positions = torch.cat((positions, last.expand(layout.count - positions.numel())))
+    code = torch.zeros(layout.nbytes, dtype=torch.uint8, device="cpu")
+    if layout.escaped is None:
+        _numbers(code, layout).copy_(positions)
+        return code
+    gaps = positions.diff(prepend=positions.new_zeros(1))
+    upper = gaps >> (8 * layout.width)
+    places = upper.nonzero().squeeze(1)
+    if places.numel() > layout.escaped.count or (upper > 255).any():
+        return None
+    coded_places = encode(places, layout.escaped)
+    if coded_places is None:
+        return None
+    # The lowest bytes of a little-endian integer; its sign, for two bytes, is the decoder's business.
+    _numbers(code, layout).copy_(gaps - (upper << (8 * layout.width)))
+    code[layout.upper_bytes_at :][: places.numel()].copy_(upper[places])
+    code[layout.places_at :].copy_(coded_places)
     return code
+
+
+def decode(code: Tensor, nnz: int, numel: int) -> Tensor:
+    """The sorted row-major positions that a Support's stored tensor stands for: (nnz,), int32 or int64, no lasting copy.
+
+    A function of the tensor and of sizes alone, so that the autograd function can save the stored form and decode it in
+    backward.
+    """
+    return _decode(code, layout_for(nnz, numel), torch.int32 if numel <= 2**31 else torch.int64)
+
+
+def _decode(code: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    numbers = _numbers(code, layout)
+    if layout.escaped is None:
+        return numbers
+    gaps = numbers.to(dtype)
+    if layout.width == 2:
+        gaps &= 0xFFFF
+    if layout.escaped.count:
+        upper = code[layout.upper_bytes_at :][: layout.escaped.count].to(dtype)
+        # Places that fill up the list are repeated and have 0 as their upper byte.
+        gaps.index_add_(0, _decode(code[layout.places_at :], layout.escaped, dtype), upper << (8 * layout.width))
+    return gaps.cumsum_(0)
+
+
+def _numbers(code: Tensor, layout: Layout) -> Tensor:
+    """View of the first part of a layout: (count,), integers of its width."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return code[: layout.count * layout.width].view(kinds[layout.width])
 
 
 class Support(nn.Module):
     """The positions of S in a row-major (out_features, in_features) weight, as a buffer that checkpoints carry.
 
-    A new Support holds no valid positions yet, nor does one after `to_empty`: call `draw_`.
+    About one byte per position for 1 % of the entries and more (`layout`). A new Support holds no valid positions yet, nor
+    does one after `to_empty`: call `draw_`.
 
     Args:
         out_features, in_features: shape of the weight.
@@ -90,41 +141,40 @@ class Support(nn.Module):
         device: of the buffer; "meta" allocates nothing.
     """
 
-    indices: Tensor
+    code: Tensor
 
     def __init__(self, out_features: int, in_features: int, nnz: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.numel = out_features * in_features
+        self.nnz, self.numel = nnz, out_features * in_features
         if not 0 <= nnz <= self.numel:
             raise ValueError(
                 f"nnz = {nnz} does not fit a {out_features} x {in_features} weight: choose 0 .. {self.numel}"
             )
-        dtype = torch.int32 if self.numel <= 2**31 else torch.int64
-        self.register_buffer("indices", torch.empty(nnz, dtype=dtype, device=device))
+        # Bytes, not wider integers: gloo does not broadcast int16, and every part is a view of them.
+        self.register_buffer("code", torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device))
 
     @property
-    def nnz(self) -> int:
-        """Number of positions."""
-        return self.indices.numel()
+    def layout(self) -> Layout:
+        """How the positions are stored."""
+        return layout_for(self.nnz, self.numel)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the stored positions take."""
-        return self.indices.numel() * self.indices.element_size()
-
-    @property
-    def code(self) -> Tensor:
-        """The stored form, for `decode`."""
-        return self.indices
+        return self.layout.nbytes
 
     def flat_indices(self) -> Tensor:
         """Sorted int64 positions (nnz,) in the row-major weight."""
-        return decode(self.indices).to(torch.int64)
+        return decode(self.code, self.nnz, self.numel).to(torch.int64)
 
     @torch.no_grad()
     def draw_(self, generator: torch.Generator) -> None:
         """Draws the positions uniformly without replacement from a CPU generator, into the existing storage."""
-        self.indices.copy_(sample_positions(self.nnz, self.numel, generator))
+        code = None
+        # A draw that does not fit its storage is 12 standard deviations off; drawn anew, nobody will ever see it.
+        while code is None:
+            code = encode(sample_positions(self.nnz, self.numel, generator), self.layout)
+        self.code.copy_(code)
 
     def extra_repr(self) -> str:
         return f"nnz={self.nnz}, numel={self.numel}, nbytes={self.nbytes}"

@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Floors of the house: a module may import modules of its own package's floor or of lower ones, never of a higher.
 FLOORS = [
     ["sparse_lora"],
-    ["config", "model_config", "memory", "schedule", "distributed", "loss", "modeling"],
+    ["config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling"],
     ["data", "optim", "methods", "checkpoint", "metrics"],
     ["train", "evaluate", "plan", "resume", "run_folder", "build"],
     ["generate", "report"],
     ["__main__", "torchrun_main"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
-WITHOUT_TORCH = ["config", "model_config", "memory", "schedule", "plan"]
+WITHOUT_TORCH = ["config", "model_config", "memory", "account", "account", "schedule", "plan"]
 
 
 def sources():

@@ -1,6 +1,19 @@
-"""Optimizers by name, all from libraries, and their states by parameter name."""
+"""Optimizers by name, all from libraries; how they update parameters, whole or per layer; their states by parameter name."""
 
-from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.build import OptimizerUnavailable, build_optimizer
+from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
+from peft_pretraining.optim.updates import GrowthLimit, HasState, PerLayerUpdate, Updates, WholeUpdate
 
-__all__ = ["build_optimizer", "load_optimizer_state", "optimizer_state"]
+__all__ = [
+    "GrowthLimit",
+    "HasState",
+    "OptimizerUnavailable",
+    "PerLayerUpdate",
+    "StochasticRounding",
+    "Updates",
+    "WholeUpdate",
+    "build_optimizer",
+    "load_optimizer_state",
+    "optimizer_state",
+]

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_pretraining.optim.updates import HasState
+
 Scalars = dict[str, dict[str, Any]]
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
-) -> tuple[dict[str, torch.Tensor], Scalars]:
+def optimizer_state(optimizer: HasState, names: Mapping[nn.Parameter, str]) -> tuple[dict[str, torch.Tensor], Scalars]:
     """The state of every parameter: tensors under `<parameter>/<key>`, and the rest (step counts) as JSON-able scalars."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: Scalars = {}
@@ -32,7 +32,7 @@ def optimizer_state(
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer,
+    optimizer: HasState,
     names: Mapping[nn.Parameter, str],
     tensors: Mapping[str, torch.Tensor],
     scalars: Scalars,

@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_pretraining.optim import build_optimizer, load_optimizer_state, optimizer_state
 
-NAMES = ["adam", "adamw", "sgd", "adafactor", "adam8bit"]
+NAMES = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 
 
 def make(dtype):
@@ -30,7 +30,7 @@ def step(model, optimizer, seed):
 def test_state_survives_bit_for_bit(name, dtype):
     settings = {"lr": 1e-2, "weight_decay": 0.01, "beta1": 0.9 if name in ("sgd", "adafactor") else 0.0}
     model, names = make(dtype)
-    optimizer = build_optimizer(name, model.parameters(), **settings)
+    optimizer = build_optimizer(name, dict(model.named_parameters()), **settings)
     for seed in range(3):
         step(model, optimizer, seed)
     tensors, scalars = optimizer_state(optimizer, names)
@@ -39,7 +39,7 @@ def test_state_survives_bit_for_bit(name, dtype):
 
     other, other_names = make(dtype)
     other.load_state_dict(model.state_dict())
-    resumed = build_optimizer(name, other.parameters(), **settings)
+    resumed = build_optimizer(name, dict(other.named_parameters()), **settings)
     load_optimizer_state(resumed, other_names, saved, scalars)
     for seed in range(3, 6):
         step(model, optimizer, seed)
@@ -50,11 +50,11 @@ def test_state_survives_bit_for_bit(name, dtype):
 
 def test_state_of_another_model_is_refused():
     model, names = make(torch.float32)
-    optimizer = build_optimizer("adamw", model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = build_optimizer("adamw", dict(model.named_parameters()), lr=1e-3, weight_decay=0.0)
     with pytest.raises(ValueError, match=r"'9\.weight'"):
         load_optimizer_state(optimizer, names, {"9.weight/exp_avg": torch.zeros(3)}, {})
 
 
 def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match="'lion'"):
-        build_optimizer("lion", [nn.Parameter(torch.zeros(1))], lr=1.0, weight_decay=0.0)
+        build_optimizer("lion", {"x": nn.Parameter(torch.zeros(1))}, lr=1.0, weight_decay=0.0)

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_lora import Support, generator_for
 from sparse_lora import support as support_module
-from sparse_lora.support import sample_positions
+from sparse_lora.layout import Layout
+from sparse_lora.support import _decode, encode, sample_positions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,14 +127,64 @@ def test_drawing_ignores_the_default_device() -> None:
     assert torch.equal(support.flat_indices(), expected)
 
 
-def test_a_stored_position_takes_four_bytes_and_eight_only_beyond_int32() -> None:
-    """Weights of up to 2^31 entries have positions up to 2^31 - 1, the largest int32."""
-    small = Support(2**16, 2**15, 1000, device="meta")
-    assert small.code.dtype == torch.int32
-    assert (small.nnz, small.nbytes) == (1000, 4000)
-    large = Support(2**16 + 1, 2**15, 1000, device="meta")
-    assert large.code.dtype == torch.int64
-    assert (large.nnz, large.nbytes) == (1000, 8000)
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.sampled_from([5, 300, 70_000, 300_000, 20_000_000]), st.integers(0, 2**40))
+def test_every_drawn_set_is_read_back_exactly(data: st.DataObject, numel: int, seed: int) -> None:
+    """Densities from one position in millions, stored plain, to all of them; weights below and above one escaped gap."""
+    share = data.draw(st.floats(0, 1)) ** 4
+    nnz = min(int(share * numel), 50_000)
+    support = Support(1, numel, nnz)
+    support.draw_(generator_for(seed, "w"))
+    positions = sample_positions(nnz, numel, generator_for(seed, "w"))
+    assert torch.equal(support.flat_indices(), positions)
+    assert support.code.numel() == support.nbytes
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.integers(0, 3 * 2**24), max_size=40), st.sampled_from([1, 2, 4, 8]))
+def test_any_set_is_stored_exactly_or_refused(numbers: list[int], width: int) -> None:
+    """Sets that no uniform draw gives: gaps of every size, none, or far too many long ones for the room there is."""
+    positions = torch.tensor(sorted(set(numbers)), dtype=torch.int64)
+    inner = Layout(8, 40, 4)
+    layout = Layout(40, 2**26, width, inner if width < 4 else None)
+    code = encode(positions, layout)
+    gaps = positions.diff(prepend=positions.new_zeros(1))
+    fits = width >= 4 or (int((gaps >= 256**width).sum()) <= 8 and bool((gaps < 256 ** (width + 1)).all()))
+    assert (code is not None) == fits
+    if code is not None:
+        decoded = _decode(code, layout, torch.int64)
+        assert torch.equal(decoded[: len(positions)].long(), positions)
+
+
+def test_positions_beyond_int32_are_kept() -> None:
+    support = Support(2**16 + 1, 2**15, 5000)
+    support.draw_(generator_for(0, "w"))
+    positions = sample_positions(5000, support.numel, generator_for(0, "w"))
+    assert positions[-1] > 2**31 - 1
+    assert torch.equal(support.flat_indices(), positions)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sparsity", "limit"),
+    [((4096, 11008), 0.05, 1.001), ((512, 1376), 0.03, 1.01), ((4096, 4096), 0.01, 1.2), ((4096, 4096), 0.001, 2.01)],
+)
+def test_a_position_takes_about_a_byte(shape: tuple[int, int], sparsity: float, limit: float) -> None:
+    """The published code stores 8 bytes for each."""
+    nnz = int(sparsity * shape[0] * shape[1])
+    assert Support(*shape, nnz, device="meta").nbytes <= limit * nnz
+
+
+def test_a_draw_that_does_not_fit_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never happens by itself: the room is 12 standard deviations above the mean."""
+    first = torch.arange(1000) * 300  # every gap of 300 would need a place of its own
+    second = sample_positions(1000, 300_000, generator_for(0, "w"))
+    layout = Layout(1000, 300_000, 1, Layout(600, 1000, 4))
+    draws = iter([first, second])
+    monkeypatch.setattr(support_module, "sample_positions", lambda *_: next(draws))
+    monkeypatch.setattr(support_module, "layout_for", lambda *_: layout)
+    support = Support(300, 1000, 1000)
+    support.draw_(generator_for(0, "w"))
+    assert torch.equal(support.flat_indices(), second)
 
 
 def test_positions_survive_a_checkpoint() -> None:

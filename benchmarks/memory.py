@@ -1,0 +1,107 @@
+"""Memory of a few real updates beside what the account predicts: `python benchmarks/memory.py [--updates 2] FLAGS OF THE TRAINER`.
+
+Builds the model and the optimizer as the trainer does and steps on random tokens, without data, checkpoints or dashboard. Prints
+bytes by class and the process's peak (ru_maxrss; on a GPU torch's max_memory_allocated), as JSON with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peft_pretraining.build import build_trained_model, build_updates, resolve_dtype
+from peft_pretraining.config import ConfigError, parse_args
+from peft_pretraining.distributed import World, device_memory, pick_device
+from peft_pretraining.footprint import measured_bytes
+from peft_pretraining.loss import TokenLoss
+from peft_pretraining.metrics import peak_memory_bytes
+from peft_pretraining.plan import make_plan, memory_problems
+from peft_pretraining.run_folder import versions
+from peft_pretraining.train import train_step
+
+
+@dataclass
+class Tokens:
+    """A micro-batch of random tokens, all of them text."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    num_tokens: int
+    num_targets: int
+
+
+def random_batch(batch_size: int, length: int, vocab_size: int, generator: torch.Generator) -> Tokens:
+    """(batch_size, length) ids."""
+    ids = torch.randint(vocab_size, (batch_size, length), generator=generator)
+    return Tokens(ids, ids.clone(), ids.numel(), batch_size * (length - 1))
+
+
+def measure(argv: list[str], num_updates: int) -> dict:
+    """Predicted and measured bytes of a run with the trainer's arguments `argv`. Raises ConfigError."""
+    args = parse_args(argv)
+    world = World()
+    device = pick_device(args.device, world)
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
+    if not args.force and (problems := memory_problems(plan, args, device_memory(device, world))):
+        raise ConfigError(problems)
+    model = build_trained_model(args, plan, device)
+    updates = build_updates(args, model, world, device)
+    module = TokenLoss(model)
+    generator = torch.Generator().manual_seed(args.seed)
+    seconds = []
+    for _ in range(num_updates):
+        size = (args.batch_size, args.max_length, plan.model.vocab_size)
+        batches = [random_batch(*size, generator) for _ in range(plan.gradient_accumulation)]
+        start = time.perf_counter()
+        train_step(module, updates, batches, lr=args.lr, world=world, device=device)
+        seconds.append(time.perf_counter() - start)
+    peak = peak_memory_bytes(device)
+    predicted = plan.bytes["peak"] - (plan.bytes["runtime"] if device.type == "cuda" else 0)
+    return {
+        "arguments": argv,
+        "predicted": plan.bytes,
+        "measured": measured_bytes(model, updates.optimizer),
+        "peak_predicted": predicted,
+        "peak_measured": peak,
+        "predicted_to_measured": predicted / peak,
+        "seconds_per_update": seconds,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "date": date.today().isoformat(),
+    }
+
+
+def main() -> int:
+    """Exit code 2 where the arguments cannot work or memory will not do."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--updates", type=int, default=2, help="updates to make (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    own, argv = parser.parse_known_args()
+    try:
+        found = measure(argv, own.updates)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if own.json:
+        print(json.dumps(found))
+        return 0
+    for name in ("parameters", "support", "optimizer"):
+        print(f"{name:<12}{found['predicted'][name]:>16,} predicted {found['measured'][name]:>16,} measured")
+    print(f"{'peak':<12}{found['peak_predicted']:>16,} predicted {found['peak_measured']:>16,} measured")
+    print(f"predicted / measured {found['predicted_to_measured']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What a run's tensors really take, by class: the measured side of the memory account."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from peft_pretraining.optim import HasState
+from sparse_lora import Support
+
+
+def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
+    """Bytes of parameters, support, gradients (those alive now) and optimizer states; shared storage counts once."""
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    supports = [buffer for module in model.modules() if isinstance(module, Support) for buffer in module.buffers()]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "parameters": _storage_bytes(parameters),
+        "support": _storage_bytes(supports),
+        "gradients": _storage_bytes(gradients),
+        "optimizer": _storage_bytes(value for value in states if isinstance(value, torch.Tensor)),
+    }
+
+
+def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
+
+
+def comparison(predicted: Mapping[str, int], measured: Mapping[str, int], peak: int) -> dict[str, int]:
+    """Predicted beside measured as keys of the record: memory_<class>_predicted, memory_<class>_measured."""
+    row = {}
+    for name in ("parameters", "support", "optimizer"):
+        row |= {f"memory_{name}_predicted": predicted[name], f"memory_{name}_measured": measured[name]}
+    return row | {"memory_peak_predicted": predicted["peak"], "memory_peak_measured": peak}

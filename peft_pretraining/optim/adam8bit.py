@@ -1,0 +1,74 @@
+"""Adam with 8-bit moments by bitsandbytes, stepped in slices: the same bits, without scratch of the tensor's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import bitsandbytes.functional as kernels
+import torch
+
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_, slices
+
+BLOCK_ELEMENTS = 256
+_CODE_BOOKS: dict[str, torch.Tensor] = {}  # what codes stand for; filled by bitsandbytes, shared by all instances
+
+
+class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
+    """bitsandbytes' Adam8bit; parameter groups may ask for 32-bit moments by `state_bits`: 32.
+
+    On a CPU bitsandbytes holds 24 bytes of temporaries per element of a tensor; its kernels work block by block, so slices of
+    whole blocks give the same bits (tests/optim). On a GPU they hold none, and a tensor is stepped whole unless it is rounded.
+
+    Args:
+        names: of the parameters, which key the rounding's noise.
+        rounding: for bfloat16 parameters; None rounds to nearest.
+    """
+
+    def __init__(
+        self, params: Any, *, names: dict[torch.nn.Parameter, str], rounding: StochasticRounding | None, **settings: Any
+    ):
+        super().__init__(params, **settings)
+        self.name2qmap = _CODE_BOOKS
+        self._names, self._rounding = names, rounding
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """As bitsandbytes', with the group's own number of bits."""
+        config: dict[str, Any] = super().get_config(gindex, pindex, group)
+        config["optim_bits"] = group.get("state_bits", config["optim_bits"])
+        return config
+
+    @torch.no_grad()
+    def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
+        """One step of one parameter; called by bitsandbytes' step()."""
+        assert p.grad is not None
+        state, config = self.state[p], self.get_config(gindex, pindex, group)
+        state["step"] += 1
+        values, grad = p.data.view(-1), p.grad.contiguous().view(-1)
+        rounding = self._rounding if p.dtype == torch.bfloat16 else None
+        noise = None if rounding is None else rounding.generator(self._names[p], state["step"], p.device)
+        size = SLICE_ELEMENTS if p.device.type == "cpu" or rounding is not None else p.numel()
+        for part in slices(p.numel(), size):
+            # The kernels want gradient and parameter in one dtype.
+            target = values[part] if noise is None else values[part].float()
+            _update_slice(state, config, part, target, grad[part].to(target.dtype))
+            if noise is not None:
+                round_stochastically_(values[part], target, noise)
+
+
+def _update_slice(
+    state: dict[str, Any], config: dict[str, Any], part: slice, values: torch.Tensor, grad: torch.Tensor
+) -> None:
+    first, second = (state[name].view(-1)[part] for name in ("state1", "state2"))
+    (beta1, beta2), eps, lr, weight_decay = config["betas"][:2], config["eps"], config["lr"], config["weight_decay"]
+    if first.dtype == torch.float32:
+        kernels.optimizer_update_32bit(
+            "adam", grad, values, first, beta1, eps, state["step"], lr, second, beta2, weight_decay=weight_decay
+        )
+        return
+    blocks = slice(part.start // BLOCK_ELEMENTS, -(-part.stop // BLOCK_ELEMENTS))
+    kernels.optimizer_update_8bit_blockwise(
+        *("adam", grad, values, first, second, beta1, beta2, 0.0, 0.0, eps, state["step"], lr),
+        *(state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks]),
+        weight_decay=weight_decay,
+    )

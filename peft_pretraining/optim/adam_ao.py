@@ -1,0 +1,124 @@
+"""Adam by torchao's arithmetic, stepped in slices: 4- and 8-bit moments, and bfloat16 parameters with stochastic rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.optim.adam import single_param_adam
+from torchao.optim.subclass_4bit import OptimState4bit
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from peft_pretraining.optim.slices import (
+    SLICE_ELEMENTS,
+    SMALLEST_SLICE,
+    StochasticRounding,
+    round_stochastically_,
+    slices,
+)
+
+# bits -> (torchao's quantised moment, elements per float32 scale, elements per byte of codes)
+_KINDS: dict[int, tuple[Any, int, int]] = {4: (OptimState4bit, 128, 2), 8: (OptimState8bit, 256, 1)}
+
+
+class SlicedAdam(torch.optim.Optimizer):
+    """Adam or AdamW whose moments have 4 bits (arXiv 2309.01507), 8, 32, or the parameter's own dtype.
+
+    A tensor with quantised moments keeps those of an incomplete last block in float32, tensors of fewer than 4,096 elements
+    all of them. The state is plain tensors, so that any checkpoint can hold it.
+
+    Args:
+        params: parameters or groups; a group's `state_bits` is 4, 8, 32, or None for the parameter's dtype.
+        names: of the parameters, which key the rounding's noise.
+        decoupled: weight decay as AdamW has it, otherwise added to the gradient.
+        rounding: for bfloat16 parameters; None rounds to nearest.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        names: dict[nn.Parameter, str],
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        state_bits: int | None,
+        rounding: StochasticRounding | None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "state_bits": state_bits}
+        super().__init__(params, defaults)
+        self._names, self._decoupled, self._rounding = names, decoupled, rounding
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, parameter.grad.reshape(-1), group)
+
+    def _step_one(self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        state, bits = self.state[parameter], group["state_bits"]
+        quantised = quantised_elements(parameter.numel(), bits)
+        if not state:
+            state.update(_new_state(parameter, bits, quantised))
+        state["step"] += 1
+        noise = None
+        if self._rounding is not None and parameter.dtype == torch.bfloat16:
+            noise = self._rounding.generator(self._names[parameter], state["step"], parameter.device)
+        hyperparameters = (*group["betas"], group["weight_decay"], group["eps"], self._decoupled, False)
+        for part in _parts(parameter.numel(), quantised):
+            moments = [_moment(state, number, part, quantised, bits) for number in (1, 2)]
+            values = parameter.view(-1)[part]
+            target = values if noise is None else values.float()
+            # torchao's function takes step and rate as tensors and, in the sixth place, AMSGrad's maximum.
+            step, lr = torch.tensor(float(state["step"])), torch.tensor(group["lr"], dtype=torch.float32)
+            single_param_adam(target, grad[part], step, *moments, None, lr, *hyperparameters)
+            if noise is not None:
+                round_stochastically_(values, target, noise)
+
+
+def quantised_elements(num_elements: int, bits: int | None) -> int:
+    """Elements of a tensor whose moments are quantised: its whole blocks, none of a small one."""
+    if bits not in _KINDS or num_elements < SMALLEST_SLICE:
+        return 0
+    return num_elements - num_elements % _KINDS[bits][1]
+
+
+def _parts(num_elements: int, quantised: int) -> Iterator[slice]:
+    """Slices of the quantised elements, then of the others."""
+    yield from slices(quantised, SLICE_ELEMENTS)
+    for part in slices(num_elements - quantised, SLICE_ELEMENTS):
+        yield slice(part.start + quantised, part.stop + quantised)
+
+
+def _new_state(parameter: nn.Parameter, bits: int | None, quantised: int) -> dict[str, Any]:
+    """Zero moments: codes and scales of the whole blocks, plain numbers of the rest."""
+    device = parameter.device
+    state: dict[str, Any] = {"step": 0}
+    for number, signed in ((1, True), (2, False)):
+        if bits is not None and quantised:
+            kind, block, _ = _KINDS[bits]
+            zeros = kind.zeros((quantised,), signed, block, device)
+            state |= {f"codes{number}": zeros.codes, f"scale{number}": zeros.scale, f"qmap{number}": zeros.qmap}
+        dtype = torch.float32 if bits else parameter.dtype
+        state[f"moment{number}"] = torch.zeros(parameter.numel() - quantised, dtype=dtype, device=device)
+    return state
+
+
+def _moment(state: dict[str, Any], number: int, part: slice, quantised: int, bits: int | None) -> torch.Tensor:
+    """The part of a moment that a slice of the parameter belongs to, as a view that can be written."""
+    if part.start >= quantised or bits is None:
+        plain: torch.Tensor = state[f"moment{number}"][part.start - quantised : part.stop - quantised]
+        return plain
+    kind, block, per_byte = _KINDS[bits]
+    codes = state[f"codes{number}"][part.start // per_byte : part.stop // per_byte]
+    scale = state[f"scale{number}"][part.start // block : part.stop // block]
+    if bits == 8:
+        return kind(codes, scale, state[f"qmap{number}"], number == 1, dtype=torch.float32)  # type: ignore[no-any-return]
+    shape = (part.stop - part.start,)
+    return kind(codes, scale, state[f"qmap{number}"], number == 1, shape, dtype=torch.float32)  # type: ignore[no-any-return]

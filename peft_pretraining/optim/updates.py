@@ -1,0 +1,193 @@
+"""The optimizer's share of an update: of all parameters after the backward pass, or of each one inside it (per-layer).
+
+Both are driven alike by `train.train_step`: `begin`, `before_backward` for each micro-batch, `finish`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from peft_pretraining.distributed import World, all_reduce_sum_
+
+
+class HasState(Protocol):
+    """What checkpoints and the learning rate need of an optimizer."""
+
+    state: Any  # parameter -> its state
+    param_groups: list[dict[str, Any]]
+
+
+class Updates(Protocol):
+    """How parameters are updated."""
+
+    growth: GrowthLimit | None
+    averages_gradients: bool  # over processes, so that the module must not
+
+    @property
+    def optimizer(self) -> HasState:
+        """What holds the states and learning rates."""
+
+    def begin(self, lr: float) -> None:
+        """A new update, with this learning rate."""
+
+    def before_backward(self, last: bool) -> None:
+        """The backward pass of a micro-batch follows; `last` of the update or not."""
+
+    def finish(self) -> torch.Tensor:
+        """All parameters are updated and gradients freed on return: the true global L2 gradient norm, float32."""
+
+
+class GrowthLimit:
+    """Limits each tensor's gradient norm to `factor` times what it was in the update before (Fira, arXiv 2410.01623).
+
+    Clipping by the global norm has to see all gradients before the first one is used; this needs one at a time.
+    """
+
+    def __init__(self, factor: float, num_tensors: int, device: torch.device):
+        """The first gradient of a tensor that is not zero is taken as it is."""
+        self.factor = factor
+        self.previous = torch.zeros(num_tensors, dtype=torch.float32, device=device)
+
+    def limit_(self, number: int, gradient: torch.Tensor, norm: torch.Tensor) -> None:
+        """Scale the gradient of tensor `number`, whose L2 norm is `norm`, in place."""
+        previous = self.previous[number]
+        allowed = torch.where(previous > 0, previous * self.factor, norm)
+        scale = torch.where(norm > allowed, allowed / norm, torch.ones_like(norm))
+        gradient.mul_(scale.to(gradient.dtype))
+        self.previous[number] = norm * scale
+
+
+class WholeUpdate:
+    """Every gradient is there before the first parameter is stepped: clipping by the global norm is possible."""
+
+    averages_gradients = False
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        grad_clipping: float | None = None,
+        growth: GrowthLimit | None = None,
+    ):
+        """grad_clipping: largest global gradient norm, None for no limit."""
+        self.optimizer, self.growth = optimizer, growth
+        self._parameters, self._grad_clipping = list(parameters.values()), grad_clipping
+
+    def begin(self, lr: float) -> None:
+        """A new update, with this learning rate."""
+        self.optimizer.zero_grad(set_to_none=True)
+        _set_lr(self.optimizer, lr)
+
+    def before_backward(self, last: bool) -> None:
+        """Nothing to prepare: gradients add up."""
+
+    @torch.no_grad()
+    def finish(self) -> torch.Tensor:
+        """Limit, clip, step, free; the norm is that before limiting and clipping."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        norms = [_norm(gradient) for gradient in gradients if gradient is not None]
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if self.growth is not None:
+            for number, gradient in enumerate(gradients):
+                if gradient is not None:
+                    self.growth.limit_(number, gradient, _norm(gradient))
+        if self._grad_clipping is not None:
+            clip_([gradient for gradient in gradients if gradient is not None], self._grad_clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+
+class PerLayerUpdate:
+    """Each parameter is stepped as soon as its gradient is complete, in the backward pass, and the gradient freed at once.
+
+    In the last micro-batch of an update: with accumulation the gradients of the earlier ones stay until then. With several
+    processes each gradient is averaged over them here, before the step: a hook under DistributedDataParallel would fire before
+    its all-reduce, and the processes would drift apart.
+    """
+
+    averages_gradients = True
+
+    def __init__(
+        self,
+        build: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+        parameters: Mapping[str, nn.Parameter],
+        world: World,
+        *,
+        growth: GrowthLimit | None = None,
+    ):
+        """build: an optimizer for the parameters that it is given, here one at a time."""
+        self.optimizer = _OptimizerSet([build({name: parameter}) for name, parameter in parameters.items()])
+        self.growth, self._world, self._armed = growth, world, False
+        device = next(iter(parameters.values())).device
+        self._norms = torch.zeros(len(parameters), dtype=torch.float32, device=device)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._step, number))
+            for number, parameter in enumerate(parameters.values())
+        ]
+
+    def begin(self, lr: float) -> None:
+        """A new update, with this learning rate."""
+        self._norms.zero_()
+        _set_lr(self.optimizer, lr)
+
+    def before_backward(self, last: bool) -> None:
+        """Step in this backward pass if it is the update's last."""
+        self._armed = last
+
+    @torch.no_grad()
+    def _step(self, number: int, parameter: torch.Tensor) -> None:
+        """The hook: parameter `number` has its whole gradient."""
+        if not self._armed or parameter.grad is None:
+            return
+        if self._world.size > 1:
+            all_reduce_sum_(parameter.grad, self._world).div_(self._world.size)
+        norm = _norm(parameter.grad)
+        self._norms[number] = norm
+        if self.growth is not None:
+            self.growth.limit_(number, parameter.grad, norm)
+        self.optimizer.members[number].step()
+        parameter.grad = None
+
+    def finish(self) -> torch.Tensor:
+        """Nothing is left to step."""
+        self._armed = False
+        total: torch.Tensor = torch.linalg.vector_norm(self._norms)
+        return total
+
+
+class _OptimizerSet:
+    """Optimizers of one parameter each, with one state for checkpoints."""
+
+    def __init__(self, members: list[torch.optim.Optimizer]):
+        self.members = members
+        self.state: Any = defaultdict(dict)
+        for member in members:
+            member.state = self.state
+        self.param_groups = [group for member in members for group in member.param_groups]
+
+
+def _set_lr(optimizer: HasState, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    """L2 norm, summed in float32: a bfloat16 sum of squares would keep three digits."""
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm
+
+
+def clip_(gradients: list[torch.Tensor], max_norm: float) -> None:
+    """Scale all gradients down, in place, so that their global L2 norm is at most `max_norm`."""
+    total = torch.linalg.vector_norm(torch.stack([_norm(gradient) for gradient in gradients]))
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))

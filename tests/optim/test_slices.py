@@ -1,0 +1,97 @@
+"""Steps in slices have the libraries' own bits; stochastic rounding is right on average and the same on every replica."""
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+
+from peft_pretraining.optim import StochasticRounding, adam8bit, adam_ao, build_optimizer
+from peft_pretraining.optim.slices import round_stochastically_, slices
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8192), (20_000, 8192), (30_000, 8192)]
+)
+def test_slices_cover_everything_once(count, size):
+    parts = list(slices(count, size))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    assert all(part.start % size == 0 for part in parts)
+    assert all(
+        part.stop - part.start >= 4096 for part in parts[1:]
+    )  # never a tensor that a library takes for a small one
+
+
+def step_both(ours, theirs, left, right, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        gradient = torch.randn(left.shape, generator=generator).to(dtype)
+        left.grad, right.grad = gradient, gradient.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [100, 5000, 8192 * 2 + 5, 8192 * 3 + 4100])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_adam8bit_in_slices_is_bitsandbytes(monkeypatch, dtype, count, bits):
+    monkeypatch.setattr(adam8bit, "SLICE_ELEMENTS", 8192)
+    torch.manual_seed(0)
+    left = nn.Parameter(torch.randn(count).to(dtype))
+    right = nn.Parameter(left.detach().clone())
+    ours = build_optimizer("adam8bit", {"lm_head.weight": left}, lr=0.01, weight_decay=0.1, embedding_bits=bits)
+    kind = bitsandbytes.optim.Adam8bit if bits == 8 else bitsandbytes.optim.Adam32bit
+    step_both(ours, kind([right], lr=0.01, weight_decay=0.1), left, right, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "bits"), [("AdamW4bit", None), ("AdamW8bit", 8)])
+def test_quantised_adam_in_slices_is_torchao(monkeypatch, dtype, name, bits):
+    """Where torchao quantises at all: it keeps whole moments for tensors of no whole number of blocks."""
+    import torchao.optim
+
+    monkeypatch.setattr(adam_ao, "SLICE_ELEMENTS", 8192)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiled arithmetic has other bits
+    torch.manual_seed(0)
+    left = nn.Parameter(torch.randn(8192 * 2 + 5120).to(dtype))
+    right = nn.Parameter(left.detach().clone())
+    ours = build_optimizer("adamw4bit", {"lm_head.weight": left}, lr=0.01, weight_decay=0.1, embedding_bits=bits)
+    step_both(ours, getattr(torchao.optim, name)([right], lr=0.01, weight_decay=0.1), left, right, dtype)
+
+
+def test_quantised_moments_take_the_bytes_they_should():
+    """Half a byte and a share of a scale per element, for any size: torchao would keep this tensor's moments whole."""
+    parameter = nn.Parameter(torch.randn(100_001))
+    optimizer = build_optimizer("adamw4bit", {"x": parameter}, lr=0.01, weight_decay=0.0)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    size = sum(t.nbytes for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor))
+    assert size < 1.08 * parameter.numel()
+
+
+def test_rounding_is_right_on_average_and_exact_where_it_can_be():
+    source = torch.tensor([1.0, -1.0, 1.0 + 2**-9, -1.0 - 2**-9, 3.1415926, -2.7e-12, 0.0]).repeat(20_000, 1)
+    target = torch.empty_like(source, dtype=torch.bfloat16)
+    round_stochastically_(target, source, torch.Generator().manual_seed(0))
+    assert (target[:, [0, 1, 6]].float() == source[:, [0, 1, 6]]).all()
+    # A bfloat16's spacing is at most 1/128 of the value; the mean of 20,000 has 1/141 of one draw's deviation, at most 1/256.
+    deviation = source[0].abs() / 256 / 141
+    assert ((target.double().mean(0) - source[0]).abs() <= 5 * deviation).all()
+    assert len(target[:, 2].unique()) == 2
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adam8bit", "adamw4bit"])
+def test_small_updates_survive_rounding(name):
+    """Fifty steps of 1e-4 from 1.0: to the nearest, every one is lost."""
+    ends = []
+    for rounding in (None, StochasticRounding(0), StochasticRounding(0), StochasticRounding(1)):
+        parameter = nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
+        optimizer = build_optimizer(name, {"x": parameter}, lr=1e-4, weight_decay=0.0, rounding=rounding)
+        for _ in range(50):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        ends.append(parameter.detach().float())
+    assert (ends[0] == 1).all()
+    assert float(ends[1].mean()) == pytest.approx(0.995, abs=2e-4)
+    assert torch.equal(ends[1], ends[2])  # replicas round alike
+    assert not torch.equal(ends[1], ends[3])

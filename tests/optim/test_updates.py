@@ -1,0 +1,108 @@
+"""Stepping parameters in the backward pass gives the bits of stepping them after it, for every optimizer."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from peft_pretraining.distributed import World
+from peft_pretraining.optim import GrowthLimit, PerLayerUpdate, WholeUpdate, build_optimizer
+
+OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
+
+
+def network(dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    # Tensors above and below the 4,096 elements from which moments are quantised, one of no whole number of blocks.
+    return nn.Sequential(nn.Linear(70, 64), nn.Tanh(), nn.Linear(64, 66), nn.Tanh(), nn.Linear(66, 5)).to(dtype)
+
+
+def build(name: str):
+    return lambda parameters: build_optimizer(name, parameters, lr=0.0, weight_decay=0.01, beta1=0.9)
+
+
+def updates_of(model: nn.Module, name: str, per_layer: bool, growth: float | None = None):
+    parameters = dict(model.named_parameters())
+    limit = None if growth is None else GrowthLimit(growth, len(parameters), torch.device("cpu"))
+    if per_layer:
+        return PerLayerUpdate(build(name), parameters, World(), growth=limit)
+    return WholeUpdate(build(name)(parameters), parameters, growth=limit)
+
+
+def train(model: nn.Module, updates, accumulation: int, num_updates: int = 4) -> list[float]:
+    """Gradient norms of some updates on fixed numbers, the learning rate changing."""
+    generator = torch.Generator().manual_seed(1)
+    norms = []
+    for number in range(num_updates):
+        updates.begin(lr=0.01 * (number + 1))
+        for micro_batch in range(accumulation):
+            x = torch.randn(8, 70, generator=generator).to(next(model.parameters()).dtype)
+            loss = (model(x) * (1 + number)).square().sum()
+            updates.before_backward(micro_batch == accumulation - 1)
+            loss.backward()
+        norms.append(float(updates.finish()))
+    return norms
+
+
+@pytest.mark.parametrize("growth", [None, 1.01])
+@pytest.mark.parametrize(("name", "accumulation"), list(itertools.product(OPTIMIZERS, [1, 2, 4])))
+def test_per_layer_equals_whole_bit_for_bit(name, accumulation, growth):
+    whole, layered = network(), network()
+    norms = train(whole, updates_of(whole, name, False, growth), accumulation)
+    assert norms == train(layered, updates_of(layered, name, True, growth), accumulation)
+    for left, right in zip(whole.parameters(), layered.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_gradients_are_gone_when_the_backward_pass_is():
+    """With one micro-batch no gradient waits for the others: at most one is alive at any time."""
+    model = network()
+    updates = updates_of(model, "adamw", True)
+    alive = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
+        )
+    train(model, updates, accumulation=1, num_updates=2)
+    assert alive == [0] * len(alive)  # our hook came first and freed the gradient
+    assert len(alive) == 2 * len(list(model.parameters()))
+
+
+def test_clipping_scales_the_whole_update_and_logs_the_norm_before():
+    free, clipped = network(), network()
+    parameters = dict(clipped.named_parameters())
+    whole = updates_of(free, "sgd", False)
+    limited = WholeUpdate(build("sgd")(parameters), parameters, grad_clipping=0.5)
+    before = [p.detach().clone() for p in free.parameters()]
+    (norm,) = train(free, whole, 1, num_updates=1)
+    assert train(clipped, limited, 1, num_updates=1) == [norm]
+    assert norm > 0.5
+    for start, left, right in zip(before, free.parameters(), clipped.parameters(), strict=True):
+        decayed = 0.01 * 0.01 * start  # weight decay is no part of the gradient that is clipped
+        torch.testing.assert_close(right - start + decayed, (left - start + decayed) * 0.5 / norm, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_norm_is_summed_in_float32():
+    """In bfloat16 the squares of 10,000 equal entries would add up to a few percent less."""
+    parameter = nn.Parameter(torch.zeros(10_000, dtype=torch.bfloat16))
+    for per_layer in (False, True):
+        model = nn.ParameterList([parameter])
+        updates = updates_of(model, "sgd", per_layer)
+        updates.begin(0.0)
+        updates.before_backward(True)
+        (parameter * 0.125).sum().backward()
+        assert float(updates.finish()) == pytest.approx(12.5, rel=1e-6)
+        parameter.grad = None
+
+
+def test_growth_limit_bounds_each_tensor_by_its_last_norm():
+    """The first norm that is not zero is free; then each is at most 1.5 times what was let through before."""
+    limit = GrowthLimit(1.5, 2, torch.device("cpu"))
+    passed = []
+    for norm in (0.0, 4.0, 100.0, 2.0, 100.0):
+        gradient = torch.tensor([norm, 0.0])
+        limit.limit_(1, gradient, torch.linalg.vector_norm(gradient))
+        passed.append(float(gradient[0]))
+    assert passed == [0.0, 4.0, 6.0, 2.0, 3.0]
+    assert limit.previous.tolist() == [0.0, 3.0]  # the other tensor has its own history
