@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config import Arguments, ConfigError, notices, parse_args
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peft_pretraining.build import Data
-    from peft_pretraining.data.tokenizer import Tokenizer
+    from peft_pretraining.data.loader import Batch
     from peft_pretraining.evaluate import EvalResult
     from peft_pretraining.metrics import Recorder
     from peft_pretraining.plan import Plan
+    from peft_pretraining.resume import RunParts
     from peft_pretraining.run_folder import RunFolder
     from peft_pretraining.train import StepResult, TrainState
 
@@ -39,16 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"notice: {line}", file=sys.stderr)
         return dry_run(args, world) if args.dry_run else run(args, world)
     except ConfigError as error:
-        return fail(world, error.problems, exit_code=2)
+        return fail(world, error.problems, exit_code=2, everywhere_alike=True)
     except KeyboardInterrupt:
-        return fail(world, ["interrupted; the same command goes on from the newest checkpoint"], exit_code=130)
+        return fail(
+            world, ["interrupted; the same command goes on from the newest checkpoint"], 130, everywhere_alike=True
+        )
 
 
-def fail(world: World, problems: Sequence[str], exit_code: int) -> int:
-    """Say what is wrong, on rank 0 only, and give the exit code."""
-    if world.is_main:
+def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike: bool = False) -> int:
+    """Say what is wrong and give the exit code; what every process finds alike is said by rank 0 alone."""
+    if world.is_main or not everywhere_alike:
+        rank = f" [rank {world.rank}]" if world.size > 1 else ""
         for problem in problems:
-            print(f"torchrun_main.py: error: {problem}", file=sys.stderr)
+            print(f"torchrun_main.py: error:{rank} {problem}", file=sys.stderr, flush=True)
     return exit_code
 
 
@@ -86,7 +91,7 @@ def run(args: Arguments, world: World) -> int:
 
     from peft_pretraining.checkpoint import CheckpointError
     from peft_pretraining.data.errors import DataError, TokenizerError
-    from peft_pretraining.distributed import DeviceError, pick_device, process_group
+    from peft_pretraining.distributed import DeviceError, LostProcess, pick_device, process_group
     from peft_pretraining.optim import OptimizerUnavailable
 
     try:
@@ -96,7 +101,7 @@ def run(args: Arguments, world: World) -> int:
             return train(args, world, device)
     except (DataError, TokenizerError, DeviceError, CheckpointError, OptimizerUnavailable) as error:
         return fail(world, [str(error)], exit_code=2)
-    except (TrainingError, OSError) as error:
+    except (TrainingError, LostProcess, OSError) as error:
         return fail(world, [str(error)], exit_code=1)
 
 
@@ -107,36 +112,17 @@ class TrainingError(RuntimeError):
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Build, restore, loop: evaluate where due, update, record, save where due."""
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
-    from peft_pretraining.build import build_data, build_trained_model, build_updates, resolve_dtype
-    from peft_pretraining.distributed import device_memory, parallelize
-    from peft_pretraining.loss import TokenLoss
     from peft_pretraining.metrics import Throughput, peak_memory_bytes
-    from peft_pretraining.plan import format_plan, is_finished, learning_rate, make_plan, memory_problems
-    from peft_pretraining.resume import RunParts, restore_data, restore_run, save_run
-    from peft_pretraining.run_folder import open_run_folder, run_document
-    from peft_pretraining.train import TrainState, train_step
+    from peft_pretraining.plan import is_finished, learning_rate
+    from peft_pretraining.resume import save_run
+    from peft_pretraining.train import train_step
 
-    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
-    there = device_memory(device, world)
-    if not args.force and (problems := memory_problems(plan, args, there)):
-        raise ConfigError([*problems, "--force starts it all the same"])
-    folder = open_run_folder(args, plan, world)
-    data = build_data(args, plan, world, device)
-    if world.is_main:
-        print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
-    if folder.checkpoint is not None:
-        restore_data(folder.checkpoint, data.loader)
-    batches = iter(data.loader)  # its workers read and tokenise while the model is built
-    model = build_trained_model(args, plan, device)
-    updates = build_updates(args, model, world, device)
-    module = TokenLoss(model) if updates.averages_gradients else parallelize(TokenLoss(model), world, device)
-    state = TrainState()
-    parts = RunParts(model, updates, data.loader, state)
-    if folder.checkpoint is not None:
-        restore_run(folder.checkpoint, parts, world)
-
-    document = run_document(args, plan, world, folder, data.source)
-    record = open_record(args, plan, world, folder, data.tokenizer, document, state)
+    assembled = assemble(args, world, device)
+    if assembled is None:
+        return 0
+    plan, data, parts, module = assembled.plan, assembled.data, assembled.parts, assembled.module
+    state = parts.state
+    record = open_record(args, world, assembled)
     throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
     try:
         while True:
@@ -147,9 +133,9 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
             if finished:
                 break
 
-            micro_batches = [next(batches) for _ in range(plan.gradient_accumulation)]
+            micro_batches = [next(assembled.batches) for _ in range(plan.gradient_accumulation)]
             lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
-            step = train_step(module, updates, micro_batches, lr=lr, world=world, device=device)
+            step = train_step(module, parts.updates, micro_batches, lr=lr, world=world, device=device)
             num_tokens = int(step.num_tokens)
             state.update_step += 1
             state.tokens_seen += num_tokens
@@ -159,19 +145,86 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
                 check_finite(step, state.update_step)
                 row = {"update_step": state.update_step, "loss": float(step.loss), "lr": lr}
                 row |= {"tokens_seen": state.tokens_seen, "gradnorm": float(step.gradnorm)}
-                record.log_update(row | {"max_memory": peak_memory_bytes(device)} | throughput.read())
+                row |= {"max_memory": peak_memory_bytes(device)} | throughput.read()
+                record.log_update(row | assembled.memory_row(device))
 
             finished = is_finished(plan, state.update_step, state.tokens_seen)
             if finished or state.update_step % args.save_every == 0:
                 check_finite(step, state.update_step)
                 with throughput.paused():
-                    save_run(folder.path, parts, world, run_document=document, keep=args.keep_checkpoints)
+                    path, document = assembled.folder.path, assembled.document
+                    save_run(path, parts, world, run_document=document, keep=args.keep_checkpoints)
     finally:
-        record.close()
+        record.close(exit_code=int(sys.exc_info()[0] is not None))
         data.loader.close()
+    say_finished(world, state, assembled.folder)
+    return 0
+
+
+@dataclass
+class Assembled:
+    """The parts of a run, built and brought to where it goes on."""
+
+    plan: Plan
+    folder: RunFolder
+    data: Data
+    batches: Iterator[Batch]
+    module: nn.Module  # maps (input_ids, labels) to the sum of token losses
+    parts: RunParts
+    document: dict[str, Any]  # run.json
+    memory_told: bool = False
+
+    def memory_row(self, device: torch.device) -> dict[str, int]:
+        """Once, after the first update: measured beside predicted memory, for the record."""
+        if self.memory_told:
+            return {}
+        from peft_pretraining.footprint import comparison, measured_bytes
+        from peft_pretraining.metrics import peak_memory_bytes
+
+        self.memory_told = True
+        measured = measured_bytes(self.parts.model, self.parts.updates.optimizer)
+        return comparison(self.plan.bytes, measured, peak_memory_bytes(device), device.type)
+
+
+def assemble(args: Arguments, world: World, device: torch.device) -> Assembled | None:
+    """Build everything and restore the checkpoint that the run goes on from; None where it is finished already."""
+    from peft_pretraining.build import build_data, build_trained_model, build_updates, resolve_dtype
+    from peft_pretraining.distributed import device_memory, parallelize
+    from peft_pretraining.loss import TokenLoss
+    from peft_pretraining.plan import format_plan, make_plan, memory_problems
+    from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run
+    from peft_pretraining.run_folder import open_run_folder, run_document
+    from peft_pretraining.train import TrainState
+
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
+    there = device_memory(device, world)
+    if not args.force and (problems := memory_problems(plan, args, there)):
+        raise ConfigError([*problems, "--force starts it all the same"])
+    folder = open_run_folder(args, plan, world)
+    if (state := finished_state(folder.path, folder.checkpoint, plan)) is not None:
+        say_finished(world, state, folder)
+        return None
+    data = build_data(args, plan, world, device)
+    if world.is_main:
+        print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
+
+    if folder.checkpoint is not None:
+        restore_data(folder.checkpoint, data.loader)
+    batches = iter(data.loader)  # its workers read and tokenise while the model is built
+    model = build_trained_model(args, plan, device)
+    updates = build_updates(args, model, world, device)
+    module = TokenLoss(model) if updates.averages_gradients else parallelize(TokenLoss(model), world, device)
+    parts = RunParts(model, updates, data.loader, TrainState())
+    if folder.checkpoint is not None:
+        restore_run(folder.checkpoint, parts, world)
+    document = run_document(args, plan, world, folder, data.source)
+    return Assembled(plan, folder, data, batches, module, parts, document)
+
+
+def say_finished(world: World, state: TrainState, folder: RunFolder) -> None:
+    """The last line of a run, and the only one of a run that was finished before."""
     if world.is_main:
         print(f"finished {state.update_step:,} updates, {state.tokens_seen:,} tokens; everything is in {folder.path}")
-    return 0
 
 
 def evaluation_due(args: Arguments, update_step: int, finished: bool) -> bool:
@@ -206,34 +259,29 @@ def check_finite(step: StepResult, update_step: int) -> None:
             )
 
 
-def open_record(
-    args: Arguments,
-    plan: Plan,
-    world: World,
-    folder: RunFolder,
-    tokenizer: Tokenizer,
-    document: dict[str, Any],
-    state: TrainState,
-) -> Recorder:
+def open_record(args: Arguments, world: World, run: Assembled) -> Recorder:
     """Write run.json and the tokenizer beside it, and open metrics.jsonl, wandb and the bar at the run's position."""
     from peft_pretraining.checkpoint import write_json
     from peft_pretraining.distributed import broadcast_object
     from peft_pretraining.metrics import Recorder
+    from peft_pretraining.run_folder import take_up
 
+    folder = run.folder
     if world.is_main:
-        write_json(folder.path / "run.json", document)
-        tokenizer.save(folder.path / "tokenizer")
+        take_up(folder)
+        write_json(folder.path / "run.json", run.document)
+        run.data.tokenizer.save(folder.path / "tokenizer")
     record = Recorder(
         folder.path,
         enabled=world.is_main,
-        total_updates=plan.num_training_steps,
-        start_step=state.update_step,
+        total_updates=run.plan.num_training_steps,
+        start_step=run.parts.state.update_step,
         wandb_settings={
             "mode": args.wandb,
             "id": folder.wandb_id,
             "name": args.name or folder.path.name,
             "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
-            "config": document,
+            "config": run.document,
         },
     )
     # Other nodes may not see this folder, and every process must agree on whether an evaluation is due.

@@ -1,7 +1,8 @@
-"""Memory of a few real updates beside what the account predicts: `python benchmarks/memory.py [--updates 2] FLAGS OF THE TRAINER`.
+"""Memory of a few real updates beside what the account predicts.
 
-Builds the model and the optimizer as the trainer does and steps on random tokens, without data, checkpoints or dashboard. Prints
-bytes by class and the process's peak (ru_maxrss; on a GPU torch's max_memory_allocated), as JSON with --json.
+`python benchmarks/memory.py [--updates 2] [--json] FLAGS OF THE TRAINER` builds the model and the optimizer as the trainer does
+and steps on random tokens, without data, checkpoints or dashboard. Prints bytes by class and the process's peak (ru_maxrss; on
+a GPU torch's max_memory_allocated).
 """
 
 from __future__ import annotations

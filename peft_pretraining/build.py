@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peft_pretraining import checkpoint
-from peft_pretraining.config import Arguments, ConfigError, embedding_bits
+from peft_pretraining.config import Arguments, ConfigError, as_dict, embedding_bits
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
@@ -140,7 +140,13 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:
         return PerLayerUpdate(build, parameters, world, growth=growth)
-    return WholeUpdate(build(parameters), parameters, grad_clipping=args.grad_clipping, growth=growth)
+    return WholeUpdate(
+        build(parameters),
+        parameters,
+        grad_clipping=args.grad_clipping,
+        growth=growth,
+        free_gradients=world.size == 1,
+    )
 
 
 def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
@@ -151,10 +157,15 @@ def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Toke
     """
     folder = checkpoint.resolve(path)
     run = checkpoint.read_json(folder / "run.json")
-    args = Arguments(**run["arguments"])
+    known = as_dict(Arguments())
+    try:
+        args = Arguments(**{name: value for name, value in run["arguments"].items() if name in known})
+        dtype = DTYPES[run["plan"]["dtype"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
     model = build_model(
         load_model_config(folder / "config.json"),
-        dtype=DTYPES[run["plan"]["dtype"]],
+        dtype=dtype,
         device=device,
         seed=args.seed,
         reparameterize=lambda model: METHODS[args.peft_model](model, args),

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from peft_pretraining.distributed import World, barrier
@@ -88,8 +89,11 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     barrier(world)
     writer = dcp.FileSystemWriter(partial / _TENSORS, sync_files=True)
-    with _no_single_process_warning():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+    try:
+        with _no_single_process_warning():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise OSError(f"{target} could not be saved: {_first_failure(error)}; earlier checkpoints are whole") from None
     if world.is_main:
         for name, value in documents.items():
             write_json(partial / name, value)
@@ -225,8 +229,17 @@ def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             dcp.load({**tensors}, storage_reader=_SafeReader(path / _TENSORS), no_dist=True)
     except CheckpointError:
         raise
+    except CheckpointException as error:
+        raise CheckpointError(f"{path}: its tensors cannot be read ({_first_failure(error)})") from None
     except Exception as error:  # DCP raises whatever its files provoke
         raise CheckpointError(f"{path}: its tensors cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """What went wrong on the first process that failed; torch wraps it up with a stack trace."""
+    for failure, _ in error.failures.values():
+        return f"{type(failure).__name__}: {failure}"
+    return str(error)
 
 
 def _misfits(index: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:

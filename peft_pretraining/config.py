@@ -198,7 +198,9 @@ class SystemArguments:
 
     seed: int = _arg(42, "seed of initial values, support and data order")
     device: str = _arg("auto", "auto | cpu | cuda | cuda:N")
-    single_gpu: bool = _arg(False, "one process, no process group, whatever torchrun set")
+    single_gpu: bool = _arg(
+        False, "published flag: one process without a process group; refused where torchrun started more"
+    )
     parallel: str = _arg("ddp", "how several processes share the work: ddp", choices=PARALLEL)
     force: bool = _arg(False, "start even where the plan says that memory will not do")
     dry_run: bool = _arg(False, "print the plan and stop: no data, no network")
@@ -316,12 +318,15 @@ def _read_config_file(path: str) -> dict[str, Any]:
 def _file_to_argv(path: str, values: dict[str, Any]) -> list[str]:
     """A config file's values as the command line that says the same, so that both are parsed by one rule."""
     names = {field.name for field in dataclasses.fields(Arguments)} - {"given", "config"}
+    bare = {field.name for field in dataclasses.fields(Arguments) if field.metadata.get("const")}
     problems, argv = [], []
     for key, value in values.items():
         if key not in names:
             problems.append(f"--config {path}: unknown name {key!r}{_suggestion(str(key), names)}")
         elif isinstance(value, (dict, list)):
             problems.append(f"--config {path}: {key} must be a single value, not {value!r}")
+        elif isinstance(value, bool) and key in bare:
+            argv += [f"--{key}"] if value else []
         elif value is not None:
             argv.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
     if problems:
@@ -487,7 +492,7 @@ def _range_problems(args: Arguments) -> list[str]:
         value = getattr(args, name)
         if value is None:
             continue
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"--{name} {value}: must be a finite number")
         elif name in at_least_one + optional_at_least_one and value < 1:
             problems.append(f"--{name} {value}: must be at least 1")
@@ -543,6 +548,8 @@ def notices(args: Arguments) -> list[str]:
         )
     if args.stochastic_rounding and args.dtype == "float32":
         lines.append("--stochastic_rounding has no effect with --dtype float32: nothing is rounded")
+    if args.wandb == "disabled":
+        lines += [f"--{name} has no effect with --wandb disabled" for name in ("name", "tags") if name in args.given]
     restarts = ("restart_warmup_steps",) if args.scheduler != "cosine_restarts" else ()
     cycles = ("cycle_length", "min_lr_ratio") if args.scheduler == "linear" else ()
     lines += [

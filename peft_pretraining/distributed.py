@@ -17,8 +17,23 @@ if TYPE_CHECKING:
     import torch
 
 
+# What torch's collectives say when the other end of a connection is gone or silent.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL",
+    "Timed out waiting",
+    "Read error",
+)
+
+
 class DeviceError(ValueError):
     """A device that was asked for and is not there."""
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has ended while this one needed it."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +99,13 @@ def pick_device(name: str, world: World) -> torch.device:
     if not available:
         raise DeviceError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu")
     number = int(index) if index else world.local_rank
-    if number >= available:
+    if not index and world.local_size > available:  # the same answer on every process, not only on those without a GPU
         raise DeviceError(
-            f"--device {name}: process {world.local_rank} of this machine needs GPU {number}, but there are {available}; "
-            f"start at most {available} processes (torchrun --nproc_per_node {available})"
+            f"--device {name}: {world.local_size} processes were started on this machine, which has {available} GPUs; start at "
+            f"most {available} (torchrun --nproc_per_node {available}, NPROC={available} for the scripts)"
         )
+    if number >= available:
+        raise DeviceError(f"--device {name}: there is no GPU {number} here, they are numbered 0 to {available - 1}")
     if index and world.local_size > 1:
         raise DeviceError(f"--device {name}: {world.local_size} processes cannot share one GPU; use --device cuda")
     return torch.device("cuda", number)
@@ -110,8 +127,14 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800.0)
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _LOST):
+            raise LostProcess(
+                f"another process of this run has ended, its own message says why ({str(error).splitlines()[0][:200]})"
+            ) from None
+        raise
+    # Only when all went well: after a failure the others may still wait in a collective, and closing would wait for them.
+    dist.destroy_process_group()
 
 
 def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:

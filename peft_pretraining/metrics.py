@@ -83,6 +83,8 @@ class Recorder:
         if not self.enabled:
             return
         self._write(row)
+        if "memory_peak_measured" in row:
+            self.say(_memory_text(row))
         self._bar.set_postfix_str(
             f"loss {row['loss']:.3f}  ppl {_perplexity_text(row['loss'])}  {row['throughput_tokens']:,.0f} tok/s  "
             f"{row['max_memory'] / 2**30:.2f} GiB{self._last_perplexity}",
@@ -146,6 +148,14 @@ class Recorder:
 
 def _perplexity_text(loss: float) -> str:
     return f"{math.exp(loss):.4g}" if loss < 50 else "inf"
+
+
+def _memory_text(row: Mapping[str, Any]) -> str:
+    pairs = [
+        f"{name} {row[f'memory_{name}_predicted'] / 2**30:.2f} / {row[f'memory_{name}_measured'] / 2**30:.2f}"
+        for name in ("parameters", "support", "optimizer", "peak")
+    ]
+    return f"memory in GiB, predicted / measured: {', '.join(pairs)}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -236,6 +246,9 @@ def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    limits: dict[str, Any] = {"init_timeout": _WANDB_TIMEOUT_S, "login_timeout": _WANDB_TIMEOUT_S}
+    if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):  # without it the end waits for a lost network
+        limits["finish_timeout"] = 3 * _WANDB_TIMEOUT_S
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
         mode=mode,
@@ -245,7 +258,7 @@ def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
         tags=settings["tags"] or None,
         config=dict(settings["config"]),
         resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, login_timeout=_WANDB_TIMEOUT_S),
+        settings=wandb.Settings(**limits),
     )
     # Steps are update steps: replayed ones after a resume are then kept instead of dropped as out of order.
     run.define_metric("update_step")

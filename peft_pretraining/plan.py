@@ -85,7 +85,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         num_training_steps=num_training_steps,
         max_train_tokens=args.max_train_tokens,
         data_lanes=data_lanes,
-        eval_tokens=args.eval_tokens or (_C4_EVAL_TOKENS if args.dataset == "c4" else None),
+        eval_tokens=args.eval_tokens or (_C4_EVAL_TOKENS if (args.eval_dataset or args.dataset) == "c4" else None),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
         warnings=tuple(_warnings(args, world)),
     )

@@ -14,7 +14,9 @@ from torch import nn
 from peft_pretraining import checkpoint
 from peft_pretraining.data.loader import TrainLoader, merge_states
 from peft_pretraining.distributed import World, gather_objects
+from peft_pretraining.metrics import read_metrics
 from peft_pretraining.optim import Updates, load_optimizer_state, optimizer_state
+from peft_pretraining.plan import Plan, is_finished
 from peft_pretraining.train import TrainState
 
 _MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
@@ -64,6 +66,27 @@ def save_run(
     )
 
 
+def finished_state(run_folder: Path, path: Path | None, plan: Plan) -> TrainState | None:
+    """The state of the checkpoint `path` if there is nothing left to do after it, the last evaluation included.
+
+    A run that is finished says so without opening its data, building its model or asking a network.
+    """
+    if path is None or path.parent.resolve() != run_folder.resolve():
+        return None
+    state = _train_state(path)
+    evaluated = any(
+        row.get("update_step") == state.update_step for row in read_metrics(run_folder) if "final_eval_loss" in row
+    )
+    return state if evaluated and is_finished(plan, state.update_step, state.tokens_seen) else None
+
+
+def _train_state(path: Path) -> TrainState:
+    try:
+        return TrainState(**checkpoint.read_json(path / "state.json")["train"])
+    except (KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{path / 'state.json'}: not the state of a run ({error!r})") from None
+
+
 def restore_data(path: Path, loader: TrainLoader) -> None:
     """Put the data where the checkpoint `path` left it; before the first batch is asked for. Raises CheckpointError."""
     try:
@@ -98,8 +121,8 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     if parts.updates.growth is not None and _GROWTH in index:  # switched on later, it starts without a history
         checkpoint.load_tensors(path, {_GROWTH: parts.updates.growth.previous})
     _set_random_states({k.rsplit("/", 1)[1]: t for k, t in wanted.items() if k.startswith(_RANDOM)})
-    parts.state.update_step = document["train"]["update_step"]
-    parts.state.tokens_seen = document["train"]["tokens_seen"]
+    state = _train_state(path)
+    parts.state.update_step, parts.state.tokens_seen = state.update_step, state.tokens_seen
 
 
 def _random_states() -> dict[str, torch.Tensor]:

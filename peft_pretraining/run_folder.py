@@ -18,6 +18,7 @@ from peft_pretraining import checkpoint
 from peft_pretraining.config import Arguments, ConfigError, as_dict
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
+from peft_pretraining.metrics import METRICS_FILE
 from peft_pretraining.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "sentencepiece", "wandb", "numpy")
@@ -72,12 +73,38 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         before = checkpoint.read_json(newest / "run.json")
         _check_same_run(newest, before, args, plan)
         if path.resolve() == newest.parent.resolve():
-            wandb_id = before["wandb_id"]
-            _set_aside_later(newest)
-        else:
-            _continue_elsewhere(newest, path)
+            wandb_id = before.get("wandb_id", wandb_id)
+        elif checkpoint.list_checkpoints(path):
+            raise ConfigError(
+                [
+                    f"--continue_from {newest}: {path} already holds another run; leave --continue_from out to go on with that "
+                    "one, or name another --save_dir"
+                ]
+            )
     path.mkdir(parents=True, exist_ok=True)
     return RunFolder(path, newest, wandb_id)
+
+
+def take_up(folder: RunFolder) -> None:
+    """Make the folder's past that of the run: nothing is touched before all parts of the run are there. On rank 0.
+
+    Going back in its own folder sets later checkpoints aside; going on in another one brings the record along; a run that
+    starts afresh puts a record that it finds (of a run that never saved) out of the way.
+    """
+    record = folder.path / METRICS_FILE
+    if folder.checkpoint is None:
+        if record.exists():
+            number = 1
+            while (old := record.with_name(f"metrics.old-{number}.jsonl")).exists():
+                number += 1
+            record.rename(old)
+            print(
+                f"notice: {folder.path} held a record without a checkpoint; it is kept as {old.name}", file=sys.stderr
+            )
+    elif folder.path.resolve() == folder.checkpoint.parent.resolve():
+        _set_aside_later(folder.checkpoint)
+    elif (folder.checkpoint.parent / METRICS_FILE).is_file():
+        shutil.copyfile(folder.checkpoint.parent / METRICS_FILE, record)
 
 
 def _fresh(path: Path) -> Path:
@@ -99,20 +126,6 @@ def _set_aside_later(chosen: Path) -> None:
         print(f"notice: going on from {chosen.name}, the later {path.name} is set aside as {place}", file=sys.stderr)
 
 
-def _continue_elsewhere(newest: Path, path: Path) -> None:
-    """Start a new folder with the record of the run that is continued. Raises ConfigError where one is there already."""
-    if (path / "metrics.jsonl").exists() or checkpoint.list_checkpoints(path):
-        raise ConfigError(
-            [
-                f"--continue_from {newest}: {path} already holds another run; leave --continue_from out to go on with that "
-                "one, or name another --save_dir"
-            ]
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    if (newest.parent / "metrics.jsonl").is_file():
-        shutil.copyfile(newest.parent / "metrics.jsonl", path / "metrics.jsonl")
-
-
 def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan) -> None:
     """Refuse to go on with another model, method, data or batch size. Raises ConfigError with both values."""
     # A run of an earlier version lacks newer arguments: it ran as their defaults do.
@@ -123,13 +136,13 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
         if then[name] != now[name]
     ]
     for name in ("data_lanes", "total_batch_size", "dtype"):
-        if before["plan"][name] != getattr(plan, name):
+        if (made_with := before["plan"].get(name)) != getattr(plan, name):
             problems.append(
-                f"--{name} {getattr(plan, name)}: {path} was made with {before['plan'][name]}; use that, or start afresh"
+                f"--{name} {getattr(plan, name)}: {path} was made with {made_with}; use that, or start afresh"
             )
     shape = {key: value for key, value in asdict(plan.model).items() if key not in ("name", "path")}
     problems += [
-        f"{args.model_config}: {key} is {value}, {path} was made with {before['plan']['model'][key]}"
+        f"{args.model_config}: {key} is {value}, {path} was made with {before['plan']['model'].get(key)}"
         for key, value in shape.items()
         if before["plan"]["model"].get(key) != value
     ]

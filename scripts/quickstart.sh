@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train a small LLaMA whose linears are low-rank plus sparse, on English text that is already on this machine.
 # Any machine; no GPU, no network beyond the package index. About three minutes of training on a 2-core laptop.
-#   bash scripts/quickstart.sh [torchrun_main.py arguments, which win over scripts/quickstart.yaml]
+#   bash scripts/quickstart.sh [torchrun_main.py arguments, which win over scripts/quickstart.yaml; not --save_dir]
+# Paths among them are relative to the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
@@ -16,7 +17,8 @@ while [ -e "$run" ]; do
     run="runs/quickstart-$number"
 done
 echo "== training into $run"
-"$python" torchrun_main.py --config scripts/quickstart.yaml --save_dir "$run" "$@"
+"$python" torchrun_main.py --config scripts/quickstart.yaml "$@" --save_dir "$run"
+[ -e "$run/metrics.jsonl" ] || exit 0 # a dry run or --help
 
 echo "== result"
 "$python" -m peft_pretraining report "$run"

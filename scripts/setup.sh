@@ -9,13 +9,13 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 find_base_python() {
     local name
-    for name in python3.11 python3.12 python3.13 python3.10 python3; do
-        if command -v "$name" >/dev/null && "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    for name in python3.11 python3.12 python3.13 python3; do
+        if command -v "$name" >/dev/null && "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return
         fi
     done
-    echo "setup: no Python 3.10 or newer with the venv module was found (Debian: apt install python3-venv)" >&2
+    echo "setup: no Python 3.11 or newer with the venv module was found (Debian: apt install python3-venv)" >&2
     return 1
 }
 
@@ -27,12 +27,22 @@ sys.exit(any(util.find_spec(name) is None for name in names))
 PYTHON
 }
 
+# The scripts go to the checkout next: a relative path is meant from where they were started.
+from_here() {
+    case "$1" in
+        /* | "") echo "$1" ;;
+        */*) echo "$PWD/$1" ;;
+        *) command -v "$1" || echo "$PWD/$1" ;;
+    esac
+}
+
 if [ -n "${SLTRAIN_PYTHON:-}" ]; then
-    python="$SLTRAIN_PYTHON"
+    python="$(from_here "$SLTRAIN_PYTHON")"
 elif [ "${1:-}" = "--prefer-active" ] && command -v python >/dev/null && has_requirements python; then
     python="$(command -v python)"
 else
     venv="${SLTRAIN_VENV:-$root/.venv}"
+    case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
     python="$venv/bin/python"
     wanted="$(cat "$root/requirements.txt" "$root/constraints.txt" | cksum | cut -d' ' -f1)"
     if [ ! -x "$python" ]; then

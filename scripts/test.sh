@@ -12,4 +12,4 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest "${marks[@]}" "$@"
+exec "$python" -m pytest ${marks[@]+"${marks[@]}"} "$@"

@@ -51,6 +51,31 @@ def test_half_written_checkpoint_does_not_exist(tmp_path, monkeypatch):
     assert resolve(tmp_path) == old
 
 
+def test_full_disk_is_an_error_that_can_be_caught(tmp_path, monkeypatch):
+    """torch raises something that `except Exception` does not see."""
+    old = save(tmp_path, step=1)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"step_00000002 could not be saved.*No space left"):
+        save(tmp_path, step=2)
+    assert list_checkpoints(tmp_path) == [old]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "garbled"])
+def test_damaged_tensor_files_are_refused(tmp_path, damage):
+    path = save(tmp_path)
+    (file,) = (path / "tensors").glob("*.distcp")
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 3] if damage == "truncated" else b"x" * len(content))
+    with pytest.raises(CheckpointError, match="its tensors cannot be read"):
+        load_tensors(path, {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()})
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path)
     assert list_checkpoints(tmp_path) == [save(tmp_path)]

@@ -75,14 +75,16 @@ class WholeUpdate:
         *,
         grad_clipping: float | None = None,
         growth: GrowthLimit | None = None,
+        free_gradients: bool = True,
     ):
-        """grad_clipping: largest global gradient norm, None for no limit."""
-        self.optimizer, self.growth = optimizer, growth
+        """grad_clipping: largest global gradient norm, None for no limit. free_gradients: False zeroes them instead: those
+        of DistributedDataParallel are views of its buckets, which stay, and new ones would take their size once more."""
+        self.optimizer, self.growth, self._free = optimizer, growth, free_gradients
         self._parameters, self._grad_clipping = list(parameters.values()), grad_clipping
 
     def begin(self, lr: float) -> None:
         """A new update, with this learning rate."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self._free)
         _set_lr(self.optimizer, lr)
 
     def before_backward(self, last: bool) -> None:
@@ -101,7 +103,7 @@ class WholeUpdate:
         if self._grad_clipping is not None:
             clip_([gradient for gradient in gradients if gradient is not None], self._grad_clipping)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self._free)
         return total
 
 

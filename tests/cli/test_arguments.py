@@ -70,6 +70,13 @@ BAD = [
     (["--wandb", "loud"], ["--wandb loud"]),
     (["--single_gpu", "--parallel", "ddp"], ["--single_gpu", "--parallel"]),
     (["stray"], ["stray"]),
+    (["--seed", "9" * 400], ["--seed 999", "2^63"]),
+    (["--per_layer", "--grad_clipping", "1.0"], ["--grad_clipping 1.0", "--per_layer", "--grad_norm_growth"]),
+    (["--grad_norm_growth", "0.5"], ["--grad_norm_growth 0.5", "at least 1"]),
+    (["--optimizer", "sgd", "--stochastic_rounding"], ["--stochastic_rounding", "--optimizer sgd", "adamw"]),
+    (["--embedding_states", "16bit"], ["--embedding_states 16bit", "32bit"]),
+    (["--optimizer", "galore_adamw8bit_per_layer"], ["galore_adamw8bit_per_layer", "not in this version"]),
+    (["--optimizer", "sgdx_per_layer"], ["sgdx"]),
 ]
 
 
@@ -161,6 +168,34 @@ def test_flags_without_effect_say_so():
     for flag in ("--lora_dropout", "--use_hf_model", "--update_proj_gap", "--rank", "--beta1"):
         assert flag in lines
     assert notices(parse_args(BASE)) == []
+
+
+@pytest.mark.parametrize("name", ["adam8bit_per_layer", "AdamW_per_layer", "sgd_per_layer"])
+def test_published_per_layer_names(name):
+    """As published their clipping does nothing; here it says so. The flag of its own means it."""
+    args = parse_args([*BASE, "--optimizer", name, "--grad_clipping", "1.0"])
+    assert (args.optimizer, args.per_layer, args.grad_clipping) == (name.lower().removesuffix("_per_layer"), True, None)
+    assert any("--grad_clipping has no effect" in line for line in notices(args))
+    with pytest.raises(ConfigError, match="--grad_norm_growth"):
+        parse_args([*BASE, "--optimizer", name, "--per_layer", "--grad_clipping", "1.0"])
+
+
+def test_dashboard_names_without_a_dashboard_say_so():
+    lines = notices(parse_args([*BASE, "--wandb", "disabled", "--name", "x", "--tags", "a"]))
+    assert [line.split()[0] for line in lines] == ["--name", "--tags"]
+
+
+def test_bare_flag_with_kinds_reads_alike_from_a_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, kind in (("true", "layer"), ("false", None), ("selective", "selective")):
+        path.write_text(f"activation_checkpointing: {text}\n")
+        assert parse_args([*BASE, "--config", str(path)]).activation_checkpointing == kind
+
+
+def test_evaluation_on_c4_is_bounded_whatever_is_trained_on():
+    plan = make_plan(parse_args([*BASE, "--dataset", "demo", "--eval_dataset", "c4"]), World())
+    assert plan.eval_tokens == 10_000_000
+    assert make_plan(parse_args([*BASE, "--dataset", "c4", "--eval_dataset", "demo"]), World()).eval_tokens is None
 
 
 def test_every_argument_has_help_and_reaches_run_json():

@@ -37,7 +37,10 @@ def train(folder: Path, *flags: str) -> list[dict]:
 
 
 def without_times(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    """What a continued run must repeat: no speeds, and none of the memory that each process measures at its start."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMES and not key.startswith("memory_")} for row in rows
+    ]
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -59,6 +62,10 @@ def test_run_leaves_the_published_record(tmp_path, flags):
     tokens = [row["tokens_seen"] for row in updates]
     assert tokens == sorted(set(tokens))
     assert tokens[-1] < 6 * 8 * 64  # padding is not counted
+    for name in ("parameters", "support", "optimizer"):
+        assert updates[0][f"memory_{name}_measured"] == updates[0][f"memory_{name}_predicted"] > 0
+    assert updates[0]["memory_peak_measured"] > 0
+    assert not any(key.startswith("memory_") for row in updates[1:] for key in row)
     document = json.loads((tmp_path / "run" / "run.json").read_text())
     assert document["arguments"]["rank"] == 8
     assert document["versions"]["torch"] == torch.__version__
@@ -73,6 +80,10 @@ def test_run_leaves_the_published_record(tmp_path, flags):
         ("adafactor", [], "1", "full"),
         ("sgd", ["--packing"], "0", "lowrank"),
         ("adam", ["--dtype", "bfloat16", "--train_scaling"], "0", "sltrain"),
+        ("adamw4bit", ["--dtype", "bfloat16", "--stochastic_rounding"], "0", "sltrain"),
+        ("adam8bit_per_layer", ["--embedding_states", "8bit", "--grad_norm_growth", "1.01"], "0", "sltrain"),
+        pytest.param("adamw", ["--device", "cuda", "--dtype", "bfloat16"], "1", "sltrain", marks=pytest.mark.gpu),
+        pytest.param("adam8bit", ["--device", "cuda", "--dtype", "bfloat16"], "1", "sltrain", marks=pytest.mark.gpu),
     ],
 )
 def test_run_goes_on_exactly(tmp_path, flags, optimizer, layout, workers, method):
@@ -135,6 +146,60 @@ def test_checkpoint_whose_data_state_does_not_fit_is_refused(tmp_path, flags, ca
     message = capsys.readouterr().err
     assert "step_00000003" in message
     assert "order" in message
+
+
+def test_a_continuation_that_failed_to_start_can_be_started_again(tmp_path, flags, capsys):
+    """Nothing is written before all parts are there: neither the record is copied, nor later checkpoints set aside."""
+    whole = train(tmp_path / "one", *flags)
+    first = list_checkpoints(tmp_path / "one")[0]
+    for folder in ("one", "two"):
+        arguments = [*flags, "--continue_from", str(first), "--save_dir", str(tmp_path / folder)]
+        assert torchrun_main.main([*arguments, "--eval_dataset", "/no/such/data"]) == 2
+        assert not (tmp_path / "one" / "set_aside").exists()
+    assert not (tmp_path / "two" / "metrics.jsonl").exists()
+    again = train(tmp_path / "two", *flags, "--continue_from", str(first))
+    assert without_times(again) == without_times(whole)
+
+
+def test_a_record_without_checkpoint_is_kept_apart(tmp_path, flags, capsys):
+    """A run that crashed before it saved; another one in its folder must not take over its first evaluation."""
+    train(tmp_path / "run", *flags, "--eval_at_start")
+    for path in list_checkpoints(tmp_path / "run"):
+        shutil.rmtree(path)
+    rows = train(tmp_path / "run", *flags, "--eval_at_start", "--seed", "7")
+    assert [row["update_step"] for row in rows if "final_eval_loss" in row] == [0, 3, 6]
+    assert without_times(rows) == without_times(train(tmp_path / "other", *flags, "--eval_at_start", "--seed", "7"))
+    assert (tmp_path / "run" / "metrics.old-1.jsonl").exists()
+    assert "metrics.old-1.jsonl" in capsys.readouterr().err
+
+
+def test_record_of_an_earlier_version_is_understood(tmp_path, flags, capsys):
+    """It lacks newer arguments and may have others: what it ran with is what the defaults do."""
+    whole = train(tmp_path / "run", *flags)
+    first = list_checkpoints(tmp_path / "run")[0]
+    document = json.loads((first / "run.json").read_text())
+    del document["arguments"]["stochastic_rounding"]
+    document["arguments"]["of_another_version"] = 1
+    (first / "run.json").write_text(json.dumps(document))
+    assert without_times(train(tmp_path / "two", *flags, "--continue_from", str(first))) == without_times(whole)
+    assert command(["generate", "--checkpoint", str(first), "--max_new_tokens", "2"]) == 0
+
+
+def test_damaged_tensors_are_a_message(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags)
+    last = list_checkpoints(tmp_path / "run")[0]
+    for file in (last / "tensors").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    capsys.readouterr()
+    assert torchrun_main.main([*flags, "--continue_from", str(last), "--save_dir", str(tmp_path / "two")]) == 2
+    assert "its tensors cannot be read" in capsys.readouterr().err
+
+
+def test_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):
+    train(tmp_path / "run", *flags)
+    monkeypatch.setattr("peft_pretraining.build.open_source", lambda *_, **__: pytest.fail("the data was opened"))
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 0
+    assert "finished 6 updates" in capsys.readouterr().out
 
 
 def test_continuing_into_a_folder_with_another_run_is_refused(tmp_path, flags, capsys):
