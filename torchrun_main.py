@@ -190,6 +190,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Assembled |
     """Build everything and restore the checkpoint that the run goes on from; None where it is finished already."""
     from peft_pretraining.build import build_data, build_trained_model, build_updates, resolve_dtype
     from peft_pretraining.distributed import device_memory, parallelize
+    from peft_pretraining.footprint import return_freed_memory_if_tight
     from peft_pretraining.loss import TokenLoss
     from peft_pretraining.plan import format_plan, make_plan, memory_problems
     from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run
@@ -211,6 +212,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Assembled |
     if folder.checkpoint is not None:
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
+    return_freed_memory_if_tight(plan.bytes["peak"], there)
     model = build_trained_model(args, plan, device)
     updates = build_updates(args, model, world, device)
     module = TokenLoss(model) if updates.averages_gradients else parallelize(TokenLoss(model), world, device)

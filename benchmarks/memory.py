@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft_pretraining.build import build_trained_model, build_updates, resolve_dtype
 from peft_pretraining.config import ConfigError, parse_args
 from peft_pretraining.distributed import World, device_memory, pick_device
-from peft_pretraining.footprint import measured_bytes
+from peft_pretraining.footprint import measured_bytes, return_freed_memory_if_tight
 from peft_pretraining.loss import TokenLoss
 from peft_pretraining.metrics import peak_memory_bytes
 from peft_pretraining.plan import make_plan, memory_problems
@@ -53,8 +53,10 @@ def measure(argv: list[str], num_updates: int) -> dict:
     world = World()
     device = pick_device(args.device, world)
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
-    if not args.force and (problems := memory_problems(plan, args, device_memory(device, world))):
+    there = device_memory(device, world)
+    if not args.force and (problems := memory_problems(plan, args, there)):
         raise ConfigError(problems)
+    return_freed_memory_if_tight(plan.bytes["peak"], there)
     model = build_trained_model(args, plan, device)
     updates = build_updates(args, model, world, device)
     module = TokenLoss(model)
