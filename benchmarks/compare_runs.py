@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
 def deviations(run: Path, other: Path) -> dict[str, float]:
     """Largest relative deviation of each key and of the parameters. Raises ValueError where the runs logged other steps."""
     rows, other_rows = read_metrics(run), read_metrics(other)
-    if [(row["update_step"], row.keys()) for row in rows] != [(row["update_step"], row.keys()) for row in other_rows]:
+    if [_what(row) for row in rows] != [_what(row) for row in other_rows]:
         raise ValueError(f"{run} and {other} did not log the same updates and evaluations")
     pairs = list(zip(rows, other_rows, strict=True))
     found = {key: max((abs(b[key] - a[key]) / abs(a[key]) for a, b in pairs if key in a), default=0.0) for key in KEYS}
@@ -47,6 +48,11 @@ def deviations(run: Path, other: Path) -> dict[str, float]:
         for name, tensor in left.items()
     ]
     return found | {"parameters": max(distances)}
+
+
+def _what(row: dict[str, Any]) -> tuple[int, set[str]]:
+    """The step, and what was logged of it."""
+    return row["update_step"], row.keys() & set(KEYS)
 
 
 def main() -> None:

@@ -282,6 +282,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every flag can also stand in a YAML or JSON file (--config FILE). Start: bash scripts/quickstart.sh",
         allow_abbrev=False,
     )
+    add_flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All flags, grouped by topic, their defaults None."""
     for group_class in GROUPS:
         group = parser.add_argument_group(str(group_class.__doc__))
         for field in dataclasses.fields(group_class):
@@ -290,7 +296,6 @@ def build_parser() -> argparse.ArgumentParser:
             note = " (required)" if field.metadata.get("required") else default
             text = (field.metadata["help"] + note).replace("%", "%%")
             group.add_argument(f"--{field.name}", default=None, help=text, **_parser_for(field))
-    return parser
 
 
 def _read_config_file(path: str) -> dict[str, Any]:
@@ -354,7 +359,11 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     if unknown:
         first = unknown[0].split("=")[0]
         raise ConfigError([f"unknown argument {' '.join(unknown)}{_suggestion(first, flags)}; --help lists every flag"])
-    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    return arguments_from({name: value for name, value in vars(parsed).items() if value is not None})
+
+
+def arguments_from(given: dict[str, Any]) -> Arguments:
+    """Arguments from what was said, by name. Raises ConfigError."""
     problems = [
         f"--{field.name} is required: {field.metadata['help']}"
         for field in dataclasses.fields(Arguments)

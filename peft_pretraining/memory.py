@@ -195,7 +195,10 @@ def static_bytes(
         states += g.count * _state_bytes(g.shape, width, optimizer, beta1, bits)
         if stochastic_rounding and optimizer in ("adam", "adamw"):
             states -= 4 * g.count
-    if optimizer == "adam8bit":
+    quantised = (
+        g for g in trained if g.elements >= BNB_MIN_ELEMENTS * g.count and not (g.embedding and embedding_bits == 32)
+    )
+    if optimizer == "adam8bit" and any(quantised):
         states += 2 * 4 * BNB_CODEBOOK_ENTRIES  # two code books, shared by all parameters
     return {
         "parameters": width * counts.total,

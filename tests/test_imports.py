@@ -13,7 +13,7 @@ FLOORS = [
     ["config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling"],
     ["data", "optim", "methods", "checkpoint", "metrics"],
     ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "build"],
-    ["generate", "report"],
+    ["estimate", "generate", "report"],
     ["__main__", "torchrun_main"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

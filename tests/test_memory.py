@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_pretraining.distributed import World
+from peft_pretraining.footprint import measured_bytes
 from peft_pretraining.loss import TokenLoss, chunked_cross_entropy
 from peft_pretraining.memory import (
     activation_bytes,
@@ -23,8 +26,8 @@ from peft_pretraining.memory import (
 )
 from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.modeling import build_model
-from peft_pretraining.optim import build_optimizer
-from sparse_lora import SLTrainConfig, SparseLowRankLinear, Support, reparameterize
+from peft_pretraining.optim import PerLayerUpdate, StochasticRounding, WholeUpdate, build_optimizer
+from sparse_lora import SLTrainConfig, Support, reparameterize
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("60m", "130m", "350m", "1b")
@@ -114,44 +117,58 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "sltrain"])
+@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain"])
+@pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize(
-    ("optimizer", "beta1"),
+    ("optimizer", "settings"),
     [
-        ("adam", 0.0),
-        ("adamw", 0.0),
-        ("sgd", 0.0),
-        ("sgd", 0.9),
-        ("adafactor", 0.0),
-        ("adafactor", 0.9),
-        ("adam8bit", 0.0),
+        ("adam", {}),
+        ("adamw", {}),
+        ("adamw", {"stochastic_rounding": True}),
+        ("sgd", {}),
+        ("sgd", {"beta1": 0.9}),
+        ("adafactor", {}),
+        ("adafactor", {"beta1": 0.9}),
+        ("adam8bit", {}),
+        ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+        ("adamw4bit", {}),
+        ("adamw4bit", {"embedding_bits": 8}),
+        ("adamw4bit", {"embedding_bits": 32, "stochastic_rounding": True}),
     ],
 )
 def test_static_bytes_equal_the_tensors_of_a_training_step(
-    method: str, dtype: str, optimizer: str, beta1: float
+    method: str, dtype: str, optimizer: str, settings: dict[str, Any], per_layer: bool
 ) -> None:
     """Parameters, gradients, support and the state that each library really allocates."""
     cfg = tiny()
     model = build(cfg, method, getattr(torch, dtype))
-    steps = build_optimizer(optimizer, dict(model.named_parameters()), lr=1e-3, weight_decay=0.0, beta1=beta1)
+    choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
+    rounding = StochasticRounding(0) if settings.get("stochastic_rounding") else None
+    make = partial(build_optimizer, optimizer, lr=1e-3, weight_decay=0.0, rounding=rounding, **choice)
+    parameters = dict(model.named_parameters())
+    updates = PerLayerUpdate(make, parameters, World()) if per_layer else WholeUpdate(make(parameters), parameters)
     ids = torch.randint(0, 300, (2, 16))
+    updates.begin(1e-3)
+    updates.before_backward(True)
     TokenLoss(model)(ids, ids).backward()
-    steps.step()
+    before_step = measured_bytes(model, updates.optimizer)
+    updates.finish()
+    measured = measured_bytes(model, updates.optimizer)
     account = static_bytes(
         cfg,
         parameter_counts(cfg, method=method, rank=8, sparsity=0.05),
         method=method,
         dtype=dtype,
         optimizer=optimizer,
-        beta1=beta1,
+        **settings,
     )
-    layers = [m for m in model.modules() if isinstance(m, SparseLowRankLinear)]
-    assert account["parameters"] == sum(p.nbytes for p in model.parameters())
-    assert account["gradients"] == sum(p.grad.nbytes for p in model.parameters())
-    assert account["support"] == sum(layer.support.nbytes for layer in layers)
-    states = storage_bytes(tensors_in(dict(enumerate(steps.state.values()))))
+    assert account["parameters"] == measured["parameters"]
+    assert account["support"] == measured["support"]
+    assert before_step["gradients"] == (0 if per_layer else account["gradients"])
+    assert measured["gradients"] == 0
+    states = measured["optimizer"]
     if optimizer == "adafactor":  # a float32 root mean square per parameter, 4 bytes, kept for its log only
-        states -= 4 * len(steps.state)
+        states -= 4 * len(updates.optimizer.state)
     assert account["optimizer"] == states
 
 

@@ -61,6 +61,37 @@ def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
     run_all(tmp_path, settings, common)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
+def test_per_layer_updates_in_two_processes(tmp_path, tiny_run, optimizer):
+    """Bit for bit what stepping after the backward pass gives, in one process and in two, stopped and resumed in the middle."""
+    common = [
+        *tiny_run,
+        *("--max_length", "48", "--total_batch_size", "8", "--data_lanes", "6", "--batch_size", "2", "--workers", "0"),
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", optimizer),
+        *(
+            "--lr",
+            "0.001",
+            "--warmup_steps",
+            "2",
+            "--num_training_steps",
+            "4",
+            "--save_every",
+            "2",
+            "--eval_every",
+            "4",
+        ),
+        *("--dtype", "float32", "--device", "cpu"),
+    ]
+    for processes in (1, 2):
+        whole, layered, resumed = (tmp_path / f"{kind}-{processes}" for kind in ("whole", "layered", "resumed"))
+        train(whole, processes, *common)
+        train(layered, processes, *common, "--per_layer")
+        train(resumed, processes, *common, "--per_layer", "--continue_from", str(layered / "step_00000002"))
+        exact = {"loss": 0.0, "gradnorm": 0.0, "final_eval_loss": 0.0, "parameters": 0.0}
+        assert deviations(whole, layered) == exact
+        assert deviations(layered, resumed) == exact
+
+
 @pytest.mark.full
 def test_real_text_in_one_and_two_processes(tmp_path, c4_sample, t5_model):
     """60 updates of llama_9m on real C4 text with the real T5 tokenizer."""

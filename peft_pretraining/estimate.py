@@ -1,0 +1,58 @@
+"""`python -m peft_pretraining estimate`: parameters and memory of a run, before it exists."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from peft_pretraining.config import Arguments, add_flags, arguments_from
+from peft_pretraining.distributed import World
+from peft_pretraining.memory import paper_estimate, parameter_counts
+
+HELP = "parameters and memory of a run with these flags, by class and at the peak, and the paper's estimate beside it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every flag of the trainer; those that memory does not depend on are accepted and change nothing."""
+    parser.add_argument("--json", action="store_true", help="print JSON: parameters, bytes, paper")
+    parser.add_argument(
+        "--device_type", default="cpu", choices=("cpu", "cuda"), help="where it would run (default: cpu)"
+    )
+    parser.add_argument("--world", type=int, default=1, help="processes it would run in (default: 1)")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the account. Raises ConfigError."""
+    names = {field.name for field in dataclasses.fields(Arguments)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    if args.world < 1:
+        raise ValueError(f"--world {args.world}: must be at least 1")
+    figures = estimate(arguments_from({"batch_size": 1, **given}), args.device_type, args.world)
+    print(json.dumps(figures) if args.json else format_estimate(figures))
+    return 0
+
+
+def estimate(args: Arguments, device_type: str, world_size: int) -> dict[str, Any]:
+    """{"parameters", "bytes", "paper"}: elements, bytes per process, and units of 10^9 bytes by the paper's convention."""
+    from peft_pretraining.plan import make_plan
+
+    default = "bfloat16" if device_type == "cuda" else "float32"
+    plan = make_plan(args, World(size=world_size), default, device_type)
+    sparsity = args.sp_ratio if args.peft_model == "sltrain" else 0.0
+    counts = parameter_counts(plan.model, method=args.peft_model, rank=args.rank, sparsity=sparsity)
+    return {"parameters": plan.parameters, "bytes": plan.bytes, "paper": paper_estimate(counts, args.peft_model)}
+
+
+def format_estimate(figures: dict[str, Any]) -> str:
+    """A table for a terminal."""
+    lines = [f"{name:<12}{value:>18,} parameters" for name, value in figures["parameters"].items()]
+    lines += [f"{name:<12}{value:>18,} bytes {value / 2**30:>9.2f} GiB" for name, value in figures["bytes"].items()]
+    paper = figures["paper"]
+    lines.append(
+        f"by the paper's convention: parameters {paper['parameters_G']:.2f}G + optimizer {paper['optimizer_G']:.2f}G "
+        f"= {paper['total_G']:.2f}G"
+    )
+    return "\n".join(lines)

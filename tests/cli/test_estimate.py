@@ -1,0 +1,79 @@
+"""`estimate` gives the paper's figures to the digit and the account of the plan."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.__main__ import main as command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def figures(capsys, *flags: str) -> dict:
+    assert command(["estimate", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "parts", "total"),
+    [
+        ("60m", 128, (0.09, 0.17), 0.26),
+        ("130m", 256, (0.21, 0.39), 0.60),
+        ("350m", 256, (0.46, 0.78), 1.24),
+        ("1b", 512, (1.58, 2.58), 4.16),
+    ],
+)
+def test_the_papers_estimate_of_sltrain(capsys, size, rank, parts, total):
+    """Table 2 of arXiv 2406.02214: parameters with their indices, Adam's moments, and the sum of the rounded parts."""
+    found = figures(
+        capsys,
+        *("--model_config", str(ROOT / f"configs/llama_{size}.json"), "--peft_model", "sltrain"),
+        *("--rank", str(rank), "--sp_ratio", "0.03", "--optimizer", "adamw"),
+    )["paper"]
+    assert (found["parameters_G"], found["optimizer_G"]) == parts
+    assert found["total_G"] == total
+
+
+def test_classes_add_up_and_the_peak_is_no_larger(capsys):
+    config = str(ROOT / "configs/llama_1b.json")
+    flags = ["--model_config", config, "--peft_model", "sltrain", "--rank", "512", "--sp_ratio", "0.03"]
+    found = figures(capsys, *flags, "--optimizer", "adam8bit", "--batch_size", "4")
+    assert found["parameters"] == {
+        "total": 645_547_960,
+        "dense": 131_172_352,
+        "low_rank": 645_547_960 - 131_172_352 - 36_237_240,
+        "sparse": 36_237_240,
+    }
+    sizes = found["bytes"]
+    classes = set(sizes) - {"total", "peak"}
+    assert classes == {
+        *("parameters", "support", "gradients", "optimizer", "activations", "loss", "scratch", "runtime"),
+    }
+    assert sizes["total"] == sum(sizes[name] for name in classes)
+    assert sizes["peak"] <= sizes["total"]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "flag", "shrinks"),
+    [
+        (8, ["--activation_checkpointing"], "activations"),
+        (8, ["--dtype", "bfloat16"], "parameters"),
+        (8, ["--optimizer", "adam8bit"], "optimizer"),
+        (8, ["--optimizer", "adamw4bit"], "optimizer"),
+        (1, ["--per_layer"], "gradients"),  # with many sequences the peak is at the loss, before there are gradients
+    ],
+)
+def test_what_saves_memory_shows(capsys, batch_size, flag, shrinks):
+    config = str(ROOT / "configs/llama_350m.json")
+    base = ["--model_config", config, "--batch_size", str(batch_size), "--optimizer", "adamw"]
+    before, after = figures(capsys, *base)["bytes"], figures(capsys, *base, *flag)["bytes"]
+    assert after[shrinks] < before[shrinks]
+    assert after["peak"] < before["peak"]
+
+
+def test_table_and_refusal(capsys):
+    assert command(["estimate", "--model_config", str(ROOT / "configs/llama_60m.json")]) == 0
+    assert "paper's convention" in capsys.readouterr().out
+    assert command(["estimate", "--model_config", "nowhere.json"]) == 2
+    assert "nowhere.json" in capsys.readouterr().err
