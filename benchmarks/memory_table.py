@@ -1,0 +1,83 @@
+"""Predicted and measured memory from 9M to 7B: `python benchmarks/memory_table.py [9m 60m 130m 350m 1b] [--out FILE.json]`.
+
+One process per row, so that each has a peak of its own: SLTrain in bfloat16, 8-bit Adam, per-layer updates, 1 x 256 tokens with
+layer checkpointing (the setting of `memory_7b.py`), and for the sizes up to 1b also full-rank AdamW in float32, 4 x 256 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# size: (rank, delta)
+SIZES = {
+    "9m": (32, 0.03),
+    "60m": (128, 0.03),
+    "130m": (256, 0.03),
+    "350m": (256, 0.03),
+    "1b": (512, 0.03),
+    "7b": (1024, 0.05),
+}
+SLTRAIN = "--peft_model sltrain --lora_alpha 8 --dtype bfloat16 --embedding_states 8bit --activation_checkpointing --batch_size 1"
+FULL = "--peft_model full --dtype float32 --optimizer adamw --batch_size 4"
+
+
+def settings(size: str) -> dict[str, list[str]]:
+    """The trainer's arguments of each row for a size."""
+    config = ["--model_config", str(HERE.parent / "configs" / f"llama_{size}.json")]
+    rank, sparsity = SIZES[size]
+    layer = ["--rank", str(rank), "--sp_ratio", str(sparsity)]
+    rows = {"sltrain, adam8bit_per_layer": [*config, *SLTRAIN.split(), *layer, "--optimizer", "adam8bit_per_layer"]}
+    if size == "7b":
+        rows["sltrain, adamw4bit_per_layer"] = [*config, *SLTRAIN.split(), *layer, "--optimizer", "adamw4bit_per_layer"]
+    else:
+        rows["full, adamw"] = [*config, *FULL.split()]
+    return rows
+
+
+def measure(argv: list[str]) -> dict:
+    """What memory.py prints, of a process of its own. Raises RuntimeError with its message."""
+    command = [sys.executable, str(HERE / "memory.py"), "--json", *argv]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr.strip().splitlines()[-1])
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def run(sizes: list[str], out: Path | None) -> None:
+    """Measure, print a table in Markdown, write JSON."""
+    found = []
+    print(
+        "| model | setting | parameters | support | optimizer | peak predicted | peak measured | predicted / measured |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for size in sizes:
+        for name, argv in settings(size).items():
+            row = measure(argv)
+            found.append({"size": size, "setting": name, **row})
+            gib = [row["measured"][key] / 2**30 for key in ("parameters", "support", "optimizer")]
+            gib += [row["peak_predicted"] / 2**30, row["peak_measured"] / 2**30]
+            ratio = f"{row['predicted_to_measured']:.3f}"
+            print(f"| {size} | {name} |", " | ".join(f"{value:.2f}" for value in gib), f"| {ratio} |", flush=True)
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main() -> None:
+    """GiB throughout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sizes", nargs="*", default=["9m", "60m", "130m", "350m", "1b"], help=", ".join(SIZES))
+    parser.add_argument("--out", type=Path, help="JSON file for everything measured")
+    args = parser.parse_args()
+    if unknown := set(args.sizes) - set(SIZES):
+        parser.error(f"{', '.join(sorted(unknown))}: sizes are {', '.join(SIZES)}")
+    run(args.sizes, args.out)
+
+
+if __name__ == "__main__":
+    main()
