@@ -17,14 +17,14 @@ _M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES = -3, 2**20  # of glibc's malloc.h
 
 
 def return_freed_memory_if_tight(peak: int, available: DeviceMemory) -> None:
-    """Make the C library give large freed blocks back to the system where more than half of a CPU's memory will be needed.
+    """Make the C library give large freed blocks back to the system where more than a third of a CPU's memory will be needed.
 
     glibc raises its threshold for that up to 32 MB as it sees such blocks freed, and keeps smaller ones: activations and dense
-    weights that come and go leave gaps which the next ones do not fit; at 7B that was 2.5 GB which nothing used. It is not for
-    every run, since each new block then costs page faults: updates of small models took 1.2 to 1.6 times as long. Elsewhere
-    than on glibc nothing happens.
+    weights that come and go leave gaps which the next ones do not fit; at 7B that was 2.5 to 5 GB which nothing used. It is not
+    for every run, since each new block then costs page faults: updates of 60M to 1B took 1.2 to 2 times as long. Elsewhere than
+    on glibc nothing happens.
     """
-    if available.device_type == "cpu" and peak > available.num_bytes / 2:
+    if available.device_type == "cpu" and peak > available.num_bytes / 3:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
