@@ -1,7 +1,7 @@
 """Two updates of LLaMA 7B by SLTrain on this machine, with 8-bit and with 4-bit moments.
 
-`python benchmarks/memory_7b.py [--out FILE.json]`: r = 1024, delta = .05, bfloat16, 1 x 256 tokens, layer checkpointing, per-layer
-updates. Prints GiB; takes half an hour and 14 GiB on two cores.
+`python benchmarks/memory_7b.py [--out FILE.json]`: r = 1024, delta = .05, bfloat16, 1 x 256 tokens, layer checkpointing and
+per-layer updates. Prints GiB; takes half an hour and 14 GiB on two cores.
 """
 
 from __future__ import annotations
