@@ -13,7 +13,10 @@ from peft_pretraining.distributed import DeviceMemory
 from peft_pretraining.optim import HasState
 from sparse_lora import Support
 
-_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES = -3, 2**20  # of glibc's malloc.h
+# Of glibc's malloc.h. Blocks from 4 MiB on are the system's as soon as they are freed; what smaller ones leave at the heap's
+# end stays up to 64 MiB, since page faults for each of them would cost more than they save.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BLOCK_BYTES, _KEPT_BYTES = 4 * 2**20, 64 * 2**20
 
 
 def return_freed_memory_if_tight(peak: int, available: DeviceMemory) -> None:
@@ -26,7 +29,9 @@ def return_freed_memory_if_tight(peak: int, available: DeviceMemory) -> None:
     """
     if available.device_type == "cpu" and peak > available.num_bytes / 3:
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+            libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:

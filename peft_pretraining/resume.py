@@ -106,6 +106,7 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     document = checkpoint.read_json(path / "state.json")
     index = checkpoint.tensor_index(path)
     checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()})
+    parts.updates.optimizer.state.clear()  # moments made already would be there twice
     wanted = {
         name: torch.empty(size, dtype=dtype)
         for name, (size, dtype) in index.items()

@@ -38,6 +38,12 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
         config["optim_bits"] = group.get("state_bits", config["optim_bits"])
         return config
 
+    def prepare_states(self) -> None:
+        """Make the moments of every parameter now instead of in its first step."""
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, parameter in enumerate(group["params"]):
+                self.init_state(group, parameter, gindex, pindex)
+
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
         """One step of one parameter; called by bitsandbytes' step()."""

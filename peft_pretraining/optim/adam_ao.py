@@ -61,11 +61,17 @@ class SlicedAdam(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._step_one(parameter, parameter.grad.reshape(-1), group)
 
+    def prepare_states(self) -> None:
+        """Make the moments of every parameter now instead of in its first step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].update(_new_state(parameter, group["state_bits"]))
+
     def _step_one(self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state, bits = self.state[parameter], group["state_bits"]
         quantised = quantised_elements(parameter.numel(), bits)
         if not state:
-            state.update(_new_state(parameter, bits, quantised))
+            state.update(_new_state(parameter, bits))
         state["step"] += 1
         noise = None
         if self._rounding is not None and parameter.dtype == torch.bfloat16:
@@ -96,9 +102,9 @@ def _parts(num_elements: int, quantised: int) -> Iterator[slice]:
         yield slice(part.start + quantised, part.stop + quantised)
 
 
-def _new_state(parameter: nn.Parameter, bits: int | None, quantised: int) -> dict[str, Any]:
+def _new_state(parameter: nn.Parameter, bits: int | None) -> dict[str, Any]:
     """Zero moments: codes and scales of the whole blocks, plain numbers of the rest."""
-    device = parameter.device
+    device, quantised = parameter.device, quantised_elements(parameter.numel(), bits)
     state: dict[str, Any] = {"step": 0}
     for number, signed in ((1, True), (2, False)):
         if bits is not None and quantised:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -21,6 +21,14 @@ class HasState(Protocol):
 
     state: Any  # parameter -> its state
     param_groups: list[dict[str, Any]]
+
+
+@runtime_checkable
+class PreparesStates(Protocol):
+    """An optimizer that can make its states before its first step."""
+
+    def prepare_states(self) -> None:
+        """Make the states of every parameter."""
 
 
 class Updates(Protocol):
@@ -173,6 +181,10 @@ class _OptimizerSet:
         self.state: Any = defaultdict(dict)
         for member in members:
             member.state = self.state
+            # Moments made in the midst of a backward pass would lie scattered among its temporaries, and the gaps between them
+            # fit no later ones: 0.7 GiB of 1b's peak on a CPU. torch's own make theirs in the first step all the same.
+            if isinstance(member, PreparesStates):
+                member.prepare_states()
         self.param_groups = [group for member in members for group in member.param_groups]
 
 

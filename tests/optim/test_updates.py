@@ -55,6 +55,23 @@ def test_per_layer_equals_whole_bit_for_bit(name, accumulation, growth):
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("name", ["adam8bit", "adamw4bit"])
+def test_per_layer_moments_are_made_before_the_first_backward_pass(name):
+    """And are the ones that are stepped: made among a backward pass's temporaries they would fragment memory."""
+    model = network()
+    updates = updates_of(model, name, per_layer=True)
+    states = updates.optimizer.state
+
+    def places() -> dict[tuple[int, str], int]:
+        tensors = {(n, k): v for n, p in enumerate(model.parameters()) for k, v in states[p].items() if torch.is_tensor(v)}
+        return {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor.numel()}
+
+    before = places()
+    assert {number for number, _ in before} == set(range(6))
+    train(model, updates, accumulation=1)
+    assert places() == before
+
+
 def test_gradients_are_gone_when_the_backward_pass_is():
     """With one micro-batch no gradient waits for the others: at most one is alive at any time."""
     model = network()
