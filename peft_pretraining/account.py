@@ -46,6 +46,7 @@ class Setting:
     gradient_accumulation: int = 1
     world_size: int = 1
     activation_checkpointing: str | None = None
+    compile: bool = False
     device_type: str = "cpu"
 
     @property
@@ -79,6 +80,7 @@ def account(setting: Setting) -> dict[str, int]:
         seq_len=setting.max_length,
         dtype=setting.dtype,
         checkpointing=setting.activation_checkpointing,
+        compiled=setting.compile,
         chunk_rows=memory.loss_chunk_rows(setting.device_type),
     )
     groups = memory.tensor_groups(

@@ -259,14 +259,16 @@ def activation_bytes(
     seq_len: int,
     dtype: str,
     checkpointing: str | None = None,
+    compiled: bool = False,
     chunk_rows: int | None = None,
 ) -> dict[str, int]:
-    """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes; uncompiled model.
+    """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes.
 
     Per token and decoder layer, b bytes per element: each of the two norms keeps its input in float32 (4h), the normalised value
     and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
     the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
-    too, keep nothing but their input, which is one of these. With checkpointing ("layer" or "selective") a layer keeps its
+    too, keep nothing but their input, which is one of these. Of a compiled layer torch's partitioner keeps less, computing
+    norms and products again: the input of each norm and its output (4bh), gate, up and their product (3bi). With checkpointing ("layer" or "selective") a layer keeps its
     input, "selective" also attention's output, and one layer at a time is computed again.
     loss: see loss_bytes.
     """
@@ -274,7 +276,11 @@ def activation_bytes(
     h, b, layers = cfg.hidden_size, _element_bytes(dtype), cfg.num_hidden_layers
     kv = cfg.num_key_value_heads * cfg.head_dim
     norm = 4 * h + 2 * b * h
-    layer = 2 * norm + b * (2 * h + 2 * kv) + 4 * cfg.num_attention_heads + 4 * b * cfg.intermediate_size
+    attention = b * (2 * h + 2 * kv) + 4 * cfg.num_attention_heads
+    if compiled:
+        layer = 4 * b * h + attention + 3 * b * cfg.intermediate_size
+    else:
+        layer = 2 * norm + attention + 4 * b * cfg.intermediate_size
     if checkpointing is None:
         kept = layers * layer
     else:

@@ -1,5 +1,6 @@
 """The memory account: exact counts, bytes that equal the tensors' own, and the paper's table by the paper's convention."""
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -181,13 +182,22 @@ def test_the_support_of_any_size_is_counted_as_it_is_stored(sparsity: float, byt
     assert support_bytes(nnz, rows * columns) <= bytes_per_nonzero * nnz
 
 
-@pytest.mark.parametrize("method", ["full", "sltrain"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype", "compiled"),
+    [
+        *itertools.product(["full", "sltrain"], ["float32", "bfloat16"], [False]),
+        ("full", "float32", True),
+        ("sltrain", "bfloat16", True),
+    ],
+)
+def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, compiled: bool) -> None:
     """Within 3 %: left out are 4 bytes per token and norm, the ids, and the rotary tables. Low-rank plus sparse linears save
     no more than dense ones."""
-    cfg = tiny(hidden_size=128, intermediate_size=352)
+    cfg = tiny(hidden_size=128, intermediate_size=352, num_hidden_layers=4)
     model = build(cfg, method, getattr(torch, dtype))
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved: list[Tensor] = []
 
@@ -198,7 +208,7 @@ def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.model(input_ids=torch.zeros(8, 64, dtype=torch.long), use_cache=False)
-    estimate = activation_bytes(cfg, batch_size=8, seq_len=64, dtype=dtype)["activations"]
+    estimate = activation_bytes(cfg, batch_size=8, seq_len=64, dtype=dtype, compiled=compiled)["activations"]
     assert estimate == pytest.approx(storage_bytes(iter(saved)), rel=0.03)
 
 
