@@ -179,6 +179,12 @@ class RunArguments:
         "auto: go on from the newest checkpoint in save_dir; never: start afresh in a numbered folder",
         choices=("auto", "never"),
     )
+    on_nonfinite: str = _arg(
+        "skip",
+        "an update whose loss or gradient is not finite: skip it, 10 in a row end the run | stop: save what is needed to look "
+        "into it, and end",
+        choices=("skip", "stop"),
+    )
     eval_every: int = _arg(5_000, "update steps between evaluations; one more follows at the end")
     eval_tokens: int | None = _arg(
         None, "tokens to evaluate on (default: 10M for c4, else the whole held-out split)", type="tokens"
@@ -202,6 +208,9 @@ class SystemArguments:
         False, "published flag: one process without a process group; refused where torchrun started more"
     )
     parallel: str = _arg("ddp", "how several processes share the work: ddp", choices=PARALLEL)
+    timeout_s: float = _arg(
+        1800.0, "seconds that processes wait for one another before the run ends; more than the longest save takes"
+    )
     force: bool = _arg(False, "start even where the plan says that memory will not do")
     dry_run: bool = _arg(False, "print the plan and stop: no data, no network")
     config: str | None = _arg(None, "YAML or JSON file of these names; the command line wins over it")

@@ -112,7 +112,7 @@ def pick_device(name: str, world: World) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(world: World, device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
+def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
     """Join the other processes for the duration of the block; nothing to do for a single one."""
     import torch
     import torch.distributed as dist
@@ -144,6 +144,18 @@ def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def largest(value: int, world: World) -> int:
+    """The largest of all processes' values, on every process; on the host, so that no GPU is waited for."""
+    if world.size == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:

@@ -30,6 +30,10 @@ class EvalResult:
     bits_per_byte: float | None = None
 
 
+class NothingToEvaluate(ValueError):
+    """An evaluation set without a target token."""
+
+
 @torch.no_grad()
 def evaluate(
     loss_module: nn.Module,
@@ -48,7 +52,7 @@ def evaluate(
         bytes_per_id: (V,), UTF-8 bytes that each id stands for; with it bits per byte are computed.
 
     Raises:
-        ValueError: no target token in all of `batches`.
+        NothingToEvaluate: no target token in all of `batches`.
     """
     device = next(loss_module.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # losses, tokens, bytes
@@ -72,7 +76,7 @@ def evaluate(
         world_reduce(sums)
     loss_sum, tokens, num_bytes = sums.tolist()
     if tokens == 0:
-        raise ValueError("the evaluation set holds no target token; check --eval_dataset and --eval_tokens")
+        raise NothingToEvaluate("the evaluation set holds no target token; check --eval_dataset and --eval_tokens")
     loss = loss_sum / tokens
     return EvalResult(
         loss=loss,

@@ -268,8 +268,9 @@ def activation_bytes(
     and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
     the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
     too, keep nothing but their input, which is one of these. Of a compiled layer torch's partitioner keeps less, computing
-    norms and products again: the input of each norm and its output (4bh), gate, up and their product (3bi). With checkpointing ("layer" or "selective") a layer keeps its
-    input, "selective" also attention's output, and one layer at a time is computed again.
+    norms and products again: the input of each norm and its output (4bh), gate, up and their product (3bi). With
+    checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's output, and one layer at a
+    time is computed again.
     loss: see loss_bytes.
     """
     tokens = batch_size * seq_len

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_pretraining.health import LossSpikes
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,6 +65,7 @@ class Recorder:
         rows = [row for row in read_metrics(run_folder) if row.get("update_step", 0) <= start_step]
         evaluated = [row["update_step"] for row in rows if "final_eval_loss" in row]
         self.last_evaluated_step: int | None = evaluated[-1] if evaluated else None
+        self._spikes = LossSpikes(row["loss"] for row in rows if "loss" in row)
         self._wandb: Any = None
         self._last_perplexity = ""
         if not enabled:
@@ -82,7 +85,7 @@ class Recorder:
         """Record a logged update; the bar shows loss, perplexity, tokens/s and memory."""
         if not self.enabled:
             return
-        self._write(row)
+        self._write({**row, **self._spike(row)})
         if "memory_peak_measured" in row:
             self.say(_memory_text(row))
         self._bar.set_postfix_str(
@@ -90,6 +93,14 @@ class Recorder:
             f"{row['max_memory'] / 2**30:.2f} GiB{self._last_perplexity}",
             refresh=False,
         )
+
+    def _spike(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The record's key of a loss that jumped, and a line about it."""
+        usual = self._spikes.usual(row["loss"]) if math.isfinite(row["loss"]) else None
+        if usual is None:
+            return {}
+        self.say(f"update {row['update_step']}: loss {row['loss']:.3f} jumped from about {usual:.3f}")
+        return {"loss_spike": row["loss"] - usual}
 
     def advance(self) -> None:
         """One more update is finished: move the bar."""
@@ -123,12 +134,17 @@ class Recorder:
 
             tqdm.write(text, file=sys.stderr)
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(row)) + "\n")
+    def _write(self, values: Mapping[str, Any]) -> None:
+        # JSON has no infinity and no NaN.
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._wandb is None:
             return
         try:
-            self._wandb.log(dict(row))
+            self._wandb.log(row)
         except Exception as error:  # whatever the dashboard suffers must not cost the run
             self.say(f"warning: wandb stopped recording ({_one_line(error)}); training and metrics.jsonl go on")
             self._wandb = None

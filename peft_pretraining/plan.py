@@ -260,6 +260,19 @@ def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
     return f"{text}; {verdict} in the {device.num_bytes / GIB:.1f} GiB of {device.name}"
 
 
+def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, said: str) -> str:
+    """What to say where memory ran out all the same; `said`: what the allocator said."""
+    largest = max(CLASSES, key=lambda name: plan.bytes[name])
+    world = World(size=plan.world_size)
+    setting = memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
+    lower = ", ".join(f"{saving.text} ({saving.peak / GIB:.1f} GiB)" for saving in savings(setting))
+    return (
+        f"memory ran out ({said}); by the plan the peak is {plan.bytes['peak'] / GIB:.1f} GiB, most of it {largest} "
+        f"({plan.bytes[largest] / GIB:.1f} GiB); "
+        + (f"to lower the peak: {lower}" if lower else "no flag lowers it: take a smaller model or another device")
+    )
+
+
 def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[str]:
     """What does not fit into the device, and the flags that would make it fit; [] where it fits."""
     if plan.bytes["peak"] <= device.num_bytes:

@@ -54,8 +54,8 @@ def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def summary(document: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run reached, by name; None where the run has no such figure."""
-    updates = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "final_eval_loss" in row]
+    updates = [row for row in rows if row.get("loss") is not None]
+    evaluations = [row for row in rows if row.get("final_eval_loss") is not None]
     rates = sorted(row["throughput_tokens"] for row in updates)
     plan = document["plan"]
     return {
@@ -102,8 +102,8 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    updates = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "final_eval_loss" in row]
+    updates = [row for row in rows if row.get("loss") is not None]
+    evaluations = [row for row in rows if row.get("final_eval_loss") is not None]
     figure, (loss_axis, perplexity_axis) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     figure.suptitle(title)
     steps = [row["update_step"] for row in updates]

@@ -34,9 +34,18 @@ class RunParts:
 
 
 def save_run(
-    run_folder: Path, parts: RunParts, world: World, *, run_document: Mapping[str, Any], keep: int | None
+    run_folder: Path,
+    parts: RunParts,
+    world: World,
+    *,
+    run_document: Mapping[str, Any],
+    keep: int | None,
+    tokenizer: Path | None = None,
 ) -> Path:
-    """Write the checkpoint of the run as it stands; every process calls it. Raises OSError."""
+    """Write the checkpoint of the run as it stands; every process calls it. tokenizer: its folder, if not in run_folder.
+
+    Raises OSError.
+    """
     names = {parameter: name for name, parameter in parts.model.named_parameters()}
     optimizer_tensors, optimizer_scalars = optimizer_state(parts.updates.optimizer, names)
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
@@ -61,7 +70,7 @@ def save_run(
         tensors,
         documents,
         world,
-        folders={"tokenizer": run_folder / "tokenizer"},
+        folders={"tokenizer": tokenizer or run_folder / "tokenizer"},
         keep=keep,
     )
 

@@ -28,6 +28,9 @@ class TrainState:
 
     update_step: int = 0  # finished updates
     tokens_seen: int = 0  # tokens of text that went in, over all processes
+    skipped_updates: int = (
+        0  # of the finished ones, in which a tensor was not stepped because of a number that is not finite
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class StepResult:
     loss: torch.Tensor  # mean over the update's target tokens, float32
     gradnorm: torch.Tensor  # global norm before clipping, float32
     num_tokens: torch.Tensor  # tokens of text, int64
+    skipped: torch.Tensor  # tensors that were not stepped because loss or gradient was not finite, float32
 
 
 def train_step(
@@ -52,6 +56,8 @@ def train_step(
 
     The loss is the sum of token losses over the number of target tokens of all micro-batches and processes, so that
     1 process x 4 micro-batches = 2 x 2 = 4 x 1, however unequal the micro-batches' token counts are.
+
+    Where the loss or a gradient is not finite, nothing is stepped (per layer: only tensors whose gradient is finite).
 
     Args:
         module: maps (input_ids, labels) to the float32 sum of token losses; wrapped by `distributed.parallelize`.
@@ -70,13 +76,18 @@ def train_step(
 
     updates.begin(lr)
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+    abandoned = False
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         with gradient_sync(module, enabled=last):
             loss = module(batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True))
-            updates.before_backward(last)
-            (loss * gradient_scale).backward()
-        loss_sum += loss.detach()
-    all_reduce_sum_(loss_sum, world)
-    gradnorm = updates.finish()
-    return StepResult(loss_sum / num_targets.clamp(min=1), gradnorm, num_tokens)
+            loss_sum += loss.detach()
+            if last:
+                all_reduce_sum_(loss_sum, world)
+                # Stepping begins in this backward pass: what must not be stepped has to be known before it.
+                abandoned = updates.steps_in_backward and not bool(torch.isfinite(loss_sum))
+            if not abandoned:
+                updates.before_backward(last)
+                (loss * gradient_scale).backward()
+    outcome = updates.abandon() if abandoned else updates.finish(loss_sum)
+    return StepResult(loss_sum / num_targets.clamp(min=1), outcome.gradnorm, num_tokens, outcome.skipped)

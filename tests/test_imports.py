@@ -10,9 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Floors of the house: a module may import modules of its own package's floor or of lower ones, never of a higher.
 FLOORS = [
     ["sparse_lora"],
-    ["config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling"],
+    ["config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling", "health", "stop"],
     ["data", "optim", "methods", "checkpoint", "metrics"],
     ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "build"],
+    ["assemble"],
+    ["ending"],
     ["estimate", "generate", "report"],
     ["__main__", "torchrun_main"],
 ]

@@ -217,6 +217,13 @@ class TrainLoader:
         # The counts are of all ranks together; one of them carries them on, so that the next merge counts them once.
         self._skipped = Counter(state["bad_records"]) if self._rank == 0 else Counter()
 
+    def take_back(self, state: Mapping[str, Any]) -> None:
+        """Return to a `state_dict` of this rank: batches handed out since then count as not handed out. Ends iterating."""
+        self.close()
+        self._taken = state["position"] // self._world_size
+        self._states = {lane: LaneState(*state["lanes"][str(lane)]) for lane in self._lanes}
+        self._skipped = Counter(state["bad_records"])
+
     def close(self) -> None:
         """Stop the workers. The state stays, and iterating again goes on from it."""
         if self._running is not None:

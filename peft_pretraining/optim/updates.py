@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ class Updates(Protocol):
 
     growth: GrowthLimit | None
     averages_gradients: bool  # over processes, so that the module must not
+    steps_in_backward: bool  # in the last one of an update
 
     @property
     def optimizer(self) -> HasState:
@@ -47,8 +48,18 @@ class Updates(Protocol):
     def before_backward(self, last: bool) -> None:
         """The backward pass of a micro-batch follows; `last` of the update or not."""
 
-    def finish(self) -> torch.Tensor:
-        """All parameters are updated and gradients freed on return: the true global L2 gradient norm, float32."""
+    def finish(self, loss: torch.Tensor) -> Outcome:
+        """All parameters are updated and gradients freed on return. loss: of the update, the same on every process."""
+
+    def abandon(self) -> Outcome:
+        """Free the gradients of an update that is not made."""
+
+
+class Outcome(NamedTuple):
+    """What became of an update; on the device, so that nothing waits for it."""
+
+    gradnorm: torch.Tensor  # the true global L2 norm, before limits, float32
+    skipped: torch.Tensor  # tensors that were not stepped because a number in them was not finite, float32
 
 
 class GrowthLimit:
@@ -68,13 +79,13 @@ class GrowthLimit:
         allowed = torch.where(previous > 0, previous * self.factor, norm)
         scale = torch.where(norm > allowed, allowed / norm, torch.ones_like(norm))
         gradient.mul_(scale.to(gradient.dtype))
-        self.previous[number] = norm * scale
+        self.previous[number] = torch.where(torch.isfinite(norm), norm * scale, previous)
 
 
 class WholeUpdate:
     """Every gradient is there before the first parameter is stepped: clipping by the global norm is possible."""
 
-    averages_gradients = False
+    averages_gradients = steps_in_backward = False
 
     def __init__(
         self,
@@ -99,20 +110,32 @@ class WholeUpdate:
         """Nothing to prepare: gradients add up."""
 
     @torch.no_grad()
-    def finish(self) -> torch.Tensor:
-        """Limit, clip, step, free; the norm is that before limiting and clipping."""
+    def finish(self, loss: torch.Tensor) -> Outcome:
+        """Limit, clip, step, free; nothing is stepped where the loss or the norm of all gradients is not finite."""
         gradients = [parameter.grad for parameter in self._parameters]
         norms = [_norm(gradient) for gradient in gradients if gradient is not None]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        bad = ~(torch.isfinite(total) & torch.isfinite(loss))
         if self.growth is not None:
-            for number, gradient in enumerate(gradients):
-                if gradient is not None:
-                    self.growth.limit_(number, gradient, _norm(gradient))
+            self._limit_growth(gradients, bad)
         if self._grad_clipping is not None:
             clip_([gradient for gradient in gradients if gradient is not None], self._grad_clipping)
-        self.optimizer.step()
+        step_unless(self.optimizer, bad)
         self.optimizer.zero_grad(set_to_none=self._free)
-        return total
+        return Outcome(total, bad * float(len(norms)))
+
+    def _limit_growth(self, gradients: list[torch.Tensor | None], bad: torch.Tensor) -> None:
+        assert self.growth is not None
+        before = self.growth.previous.clone()
+        for number, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.growth.limit_(number, gradient, _norm(gradient))
+        self.growth.previous.copy_(torch.where(bad, before, self.growth.previous))
+
+    def abandon(self) -> Outcome:
+        """As if there had been no micro-batch."""
+        self.optimizer.zero_grad(set_to_none=self._free)
+        return _nothing_stepped(len(self._parameters), self._parameters[0].device)
 
 
 class PerLayerUpdate:
@@ -123,7 +146,7 @@ class PerLayerUpdate:
     its all-reduce, and the processes would drift apart.
     """
 
-    averages_gradients = True
+    averages_gradients = steps_in_backward = True
 
     def __init__(
         self,
@@ -137,7 +160,9 @@ class PerLayerUpdate:
         self.optimizer = _OptimizerSet([build({name: parameter}) for name, parameter in parameters.items()])
         self.growth, self._world, self._armed = growth, world, False
         device = next(iter(parameters.values())).device
+        self._parameters = list(parameters.values())
         self._norms = torch.zeros(len(parameters), dtype=torch.float32, device=device)
+        self._skipped = torch.zeros((), dtype=torch.float32, device=device)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._step, number))
             for number, parameter in enumerate(parameters.values())
@@ -146,6 +171,7 @@ class PerLayerUpdate:
     def begin(self, lr: float) -> None:
         """A new update, with this learning rate."""
         self._norms.zero_()
+        self._skipped.zero_()
         _set_lr(self.optimizer, lr)
 
     def before_backward(self, last: bool) -> None:
@@ -161,16 +187,25 @@ class PerLayerUpdate:
             all_reduce_sum_(parameter.grad, self._world).div_(self._world.size)
         norm = _norm(parameter.grad)
         self._norms[number] = norm
+        # The averaged gradient is the same on every process, and so is this flag.
+        bad = ~torch.isfinite(norm)
+        self._skipped += bad
         if self.growth is not None:
             self.growth.limit_(number, parameter.grad, norm)
-        self.optimizer.members[number].step()
+        step_unless(self.optimizer.members[number], bad)
         parameter.grad = None
 
-    def finish(self) -> torch.Tensor:
-        """Nothing is left to step."""
+    def finish(self, loss: torch.Tensor) -> Outcome:
+        """Nothing is left to step; tensors whose gradient was not finite were not."""
         self._armed = False
-        total: torch.Tensor = torch.linalg.vector_norm(self._norms)
-        return total
+        return Outcome(torch.linalg.vector_norm(self._norms), self._skipped.clone())
+
+    def abandon(self) -> Outcome:
+        """Gradients of earlier micro-batches go."""
+        self._armed = False
+        for parameter in self._parameters:
+            parameter.grad = None
+        return _nothing_stepped(len(self._parameters), self._skipped.device)
 
 
 class _OptimizerSet:
@@ -186,6 +221,23 @@ class _OptimizerSet:
             if isinstance(member, PreparesStates):
                 member.prepare_states()
         self.param_groups = [group for member in members for group in member.param_groups]
+
+
+def _nothing_stepped(num_tensors: int, device: torch.device) -> Outcome:
+    return Outcome(torch.full((), torch.nan, device=device), torch.full((), float(num_tensors), device=device))
+
+
+def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
+    """Step, unless the flag `bad` (on the device) is set: then states, step counts too, and parameters stay as they are.
+
+    torch's fused optimizers read the flag in their kernels. The others, and SGD's first step, which makes its momentum there,
+    need it in Python: on a GPU that waits for the backward pass.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.state:
+        optimizer.grad_scale, optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bool(bad):
+        optimizer.step()
 
 
 def _set_lr(optimizer: HasState, lr: float) -> None:

@@ -1,8 +1,11 @@
 """The whole program, in process: what a run leaves, how it goes on, and what it refuses while running."""
 
+import itertools
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,99 @@ def test_same_command_goes_on_after_a_crash(tmp_path, flags):
     whole = train(tmp_path / "run", *flags)
     shutil.rmtree(tmp_path / "run" / "step_00000006")
     again = train(tmp_path / "run", *flags)
+    assert without_times(again) == without_times(whole)
+
+
+def ask_to_stop(monkeypatch, after_updates: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in the midst of the update that follows."""
+    import peft_pretraining.train as training
+
+    honest, calls = training.train_step, itertools.count(1)
+
+    def step(*args, **kwargs):
+        if next(calls) == after_updates:
+            os.kill(os.getpid(), number)
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train_step", step)
+
+
+STOPPED = [
+    ("sltrain", "adamw", "padded", "0", "SIGTERM"),
+    ("sltrain", "adam8bit", "packed", "2", "SIGUSR1"),
+    ("sltrain", "adam8bit_per_layer", "padded", "2", "SIGINT"),
+    ("full", "adamw", "packed", "2", "SIGTERM"),
+    ("full", "adam8bit", "padded", "0", "SIGINT"),
+    ("full", "adam8bit_per_layer", "packed", "0", "SIGUSR1"),
+    ("lowrank", "adamw", "packed", "0", "SIGINT"),
+    ("lowrank", "adam8bit", "padded", "2", "SIGUSR1"),
+    ("lowrank", "adam8bit_per_layer", "packed", "0", "SIGTERM"),
+]
+ALL_STOPPED = itertools.product(
+    *(
+        ("sltrain", "full", "lowrank"),
+        ("adamw", "adam8bit", "adam8bit_per_layer"),
+        ("padded", "packed"),
+        ("0", "2"),
+        ("SIGTERM",),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "layout", "workers", "name"),
+    [*STOPPED, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL_STOPPED if case not in STOPPED)],
+)
+def test_stopped_by_a_signal_and_started_again(tmp_path, flags, monkeypatch, method, optimizer, layout, workers, name):
+    """12 updates, and 12 stopped in the fifth: parameters, moments, data and the record are the same to the bit."""
+    flags = [
+        *flags,
+        "--peft_model",
+        method,
+        "--optimizer",
+        optimizer,
+        "--workers",
+        workers,
+        "--num_training_steps",
+        "12",
+    ]
+    flags += ["--save_every", "100", "--eval_every", "4", *(["--packing"] if layout == "packed" else [])]
+    whole = train(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        ask_to_stop(patch, after_updates=5, number=getattr(signal, name))
+        stopped = train(tmp_path / "run", *flags)
+    assert [row["update_step"] for row in stopped if "loss" in row] == [1, 2, 3, 4, 5]
+    marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert marker["signal"] == name
+    assert marker["update_step"] == 5
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000005"]
+
+    assert without_times(train(tmp_path / "run", *flags)) == without_times(whole)
+    assert not (tmp_path / "run" / "stopped.json").exists()
+    expected, found = (tensors_of(list_checkpoints(tmp_path / place)[-1]) for place in ("whole", "run"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    states = [json.loads((tmp_path / place / "step_00000012" / "state.json").read_text()) for place in ("whole", "run")]
+    assert states[0] == states[1]  # the next batch too
+
+
+def test_a_request_to_stop_ends_an_evaluation(tmp_path, flags, monkeypatch):
+    """It is made again by the next start, at the same update."""
+    from peft_pretraining.loss import TokenLoss
+
+    whole = train(tmp_path / "whole", *flags, "--batch_size", "2", "--gradient_accumulation", "4")
+    honest = TokenLoss.forward
+
+    def forward(self, *args):
+        if not self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenLoss, "forward", forward)
+        stopped = train(tmp_path / "run", *flags, "--batch_size", "2", "--gradient_accumulation", "4")
+    assert [row["update_step"] for row in stopped] == [1, 2, 3]
+    again = train(tmp_path / "run", *flags, "--batch_size", "2", "--gradient_accumulation", "4")
     assert without_times(again) == without_times(whole)
 
 
@@ -265,13 +361,66 @@ def test_c4_without_network_is_refused_at_once_in_offline_mode(tmp_path, flags, 
 
 
 @pytest.mark.parametrize("log_every", ["1", "100"])
-def test_divergence_stops_with_a_way_out_and_is_never_saved(tmp_path, flags, capsys, log_every):
+def test_divergence_ends_the_run_and_is_never_saved(tmp_path, flags, capsys, log_every):
+    """Ten skipped updates in a row; the checkpoints due among them are not made."""
     change = ["--optimizer", "sgd", "--lr", "1e30", "--warmup_steps", "0", "--log_every", log_every]
+    change += ["--num_training_steps", "30", "--eval_every", "100"]
     assert torchrun_main.main([*flags, *change, "--save_dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
     assert "training has diverged" in message
     assert "--lr" in message
     assert list_checkpoints(tmp_path / "run") == []
+
+
+def poison_loss(monkeypatch, bad_calls: set[int]) -> None:
+    """Make the training loss of the given micro-batches (counted from 1) infinite, its gradient too."""
+    from peft_pretraining.loss import TokenLoss
+
+    honest, calls = TokenLoss.forward, itertools.count(1)
+
+    def forward(self, *args):
+        loss = honest(self, *args)
+        return loss * math.inf if self.training and next(calls) in bad_calls else loss
+
+    monkeypatch.setattr(TokenLoss, "forward", forward)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "adam8bit_per_layer"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, flags, monkeypatch, optimizer):
+    """Parameters and moments stay as the update before left them; the run goes on with the next data."""
+    flags = [*flags, "--optimizer", optimizer, "--save_every", "1", "--scheduler", "linear"]
+    poison_loss(monkeypatch, bad_calls={7})  # a micro-batch of update 4
+    rows = [row for row in train(tmp_path / "run", *flags) if "loss" in row]
+    assert [row["loss"] is None for row in rows] == [False, False, False, True, False, False]
+    assert [row.get("skipped_updates", 0) for row in rows] == [0, 0, 0, 1, 1, 1]
+    third, fifth, sixth = (tensors_of(tmp_path / "run" / f"step_0000000{number}") for number in (3, 5, 6))
+    assert not (tmp_path / "run" / "step_00000004").exists()
+    assert all(torch.isfinite(tensor).all() for tensor in sixth.values() if tensor.is_floating_point())
+    steps = [int(value["step"]) for value in scalars_of(tmp_path / "run" / "step_00000006")]
+    assert all(step == 5 for step in steps)
+    assert any(not torch.equal(third[name], fifth[name]) for name in third if name.startswith("model/"))
+
+
+def scalars_of(checkpoint: Path) -> list[dict]:
+    """Step counts of the optimizer's states, wherever the optimizer keeps them."""
+    scalars = json.loads((checkpoint / "state.json").read_text())["optimizer"].values()
+    tensors = [{"step": tensor} for name, tensor in tensors_of(checkpoint).items() if name.endswith("/step")]
+    return [*scalars, *tensors]
+
+
+def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags, monkeypatch, capsys):
+    poison_loss(monkeypatch, bad_calls={7})
+    arguments = [*flags, "--on_nonfinite", "stop", "--save_every", "1", "--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main(arguments) == 1
+    message = capsys.readouterr().err
+    assert "update 4: the loss is inf" in message
+    kept = tmp_path / "run" / "nonfinite" / "step_00000003"
+    assert str(kept) in message
+    before, kept_tensors = tensors_of(tmp_path / "run" / "step_00000003"), tensors_of(kept)
+    assert all(torch.equal(before[name], kept_tensors[name]) for name in before if not name.startswith("random/"))
+    update = json.loads((kept / "update.json").read_text())
+    assert update["update_step"] == 4
+    assert torch.tensor(update["input_ids"]).shape == (1, 2, 4, 64)  # process, micro-batch, sequence, token
 
 
 def test_held_out_split_without_documents_is_refused_before_training(tmp_path, flags, capsys):

@@ -1,0 +1,161 @@
+"""The parts of a run put together: plan, folder, data, model, updates and record, restored to where the run goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_pretraining.build import Data, build_data, build_trained_model, build_updates, resolve_dtype
+from peft_pretraining.checkpoint import write_json
+from peft_pretraining.config import Arguments, ConfigError
+from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.loader import Batch
+from peft_pretraining.distributed import World, all_reduce_sum_, broadcast_object, device_memory, largest, parallelize
+from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
+from peft_pretraining.footprint import comparison, measured_bytes, return_freed_memory_if_tight
+from peft_pretraining.loss import TokenLoss
+from peft_pretraining.metrics import Recorder, peak_memory_bytes
+from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
+from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run
+from peft_pretraining.run_folder import RunFolder, open_run_folder, run_document, take_up
+from peft_pretraining.stop import MARKER_FILE, Stopped, StopRequest, StopRun
+from peft_pretraining.train import TrainState
+
+
+@dataclass
+class Run:
+    """The parts of a run, built and brought to where it goes on."""
+
+    plan: Plan
+    device: torch.device
+    folder: RunFolder
+    data: Data
+    batches: Iterator[Batch]
+    module: nn.Module  # maps (input_ids, labels) to the sum of token losses
+    parts: RunParts
+    document: dict[str, Any]  # run.json
+    stop: StopRequest
+    saved_step: int | None  # of the newest checkpoint
+    memory_told: bool = False
+
+    def memory_row(self) -> dict[str, int]:
+        """Once, after the first update: measured beside predicted memory, for the record."""
+        if self.memory_told:
+            return {}
+        self.memory_told = True
+        measured = measured_bytes(self.parts.model, self.parts.updates.optimizer)
+        return comparison(self.plan.bytes, measured, peak_memory_bytes(self.device), self.device.type)
+
+
+def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
+    """Build everything and restore the checkpoint that the run goes on from; None where it is finished already."""
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
+    there = device_memory(device, world)
+    if not args.force and (problems := memory_problems(plan, args, there)):
+        raise ConfigError([*problems, "--force starts it all the same"])
+    folder = open_run_folder(args, plan, world)
+    if (state := finished_state(folder.path, folder.checkpoint, plan)) is not None:
+        say_finished(world, state, folder)
+        return None
+    data = build_data(args, plan, world, device)
+    if world.is_main:
+        print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
+
+    if folder.checkpoint is not None:
+        restore_data(folder.checkpoint, data.loader)
+    batches = iter(data.loader)  # its workers read and tokenise while the model is built
+    return_freed_memory_if_tight(plan.bytes["peak"], there)
+    model = build_trained_model(args, plan, device)
+    updates = build_updates(args, model, world, device)
+    module = TokenLoss(model) if updates.averages_gradients else parallelize(TokenLoss(model), world, device)
+    parts = RunParts(model, updates, data.loader, TrainState())
+    if folder.checkpoint is not None:
+        restore_run(folder.checkpoint, parts, world)
+    document = run_document(args, plan, world, folder, data.source)
+    at_home = folder.checkpoint is not None and folder.checkpoint.parent.resolve() == folder.path.resolve()
+    saved_step = parts.state.update_step if at_home else None
+    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saved_step)
+
+
+def next_micro_batches(run: Run, world: World) -> list[Batch]:
+    """This process's share of the next update. Raises StopRun where any process was asked to stop or has no data."""
+    loader = run.parts.loader
+    position = loader.state_dict()
+    problem: str | None = None
+    micro_batches: list[Batch] = []
+    try:
+        with run.stop.waiting():
+            micro_batches = [next(run.batches) for _ in range(run.plan.gradient_accumulation)]
+    except Stopped:
+        pass
+    except DataError as error:
+        problem = str(error)
+    wanted = largest(2 if problem else int(run.stop.requested), world)
+    if not wanted:
+        return micro_batches
+    loader.take_back(position)
+    if wanted == 2:
+        raise StopRun(problem or "another process of this run has no more data, its own message says why")
+    raise StopRun
+
+
+def run_evaluation(run: Run, world: World) -> EvalResult:
+    """The held-out split's loss over all processes.
+
+    Raises StopRun where any of them is asked to stop meanwhile, and NothingToEvaluate.
+    """
+    # The wrapped module's own forward: evaluation needs no gradient synchronisation, and ranks may differ in batches.
+    inner = getattr(run.module, "module", run.module)
+    problem: NothingToEvaluate | None = None
+    try:
+        result = evaluate(
+            inner,
+            takewhile(lambda _: not run.stop.requested, run.data.eval_set),
+            world_reduce=lambda sums: all_reduce_sum_(sums, world),
+            bytes_per_id=run.data.tokenizer.bytes_per_id(),
+        )
+    except NothingToEvaluate as error:  # all processes alike
+        problem = error
+    if largest(int(run.stop.requested), world):
+        raise StopRun
+    if problem is not None:
+        raise problem
+    return result
+
+
+def open_record(args: Arguments, world: World, run: Run) -> Recorder:
+    """Write run.json and the tokenizer beside it, and open metrics.jsonl, wandb and the bar at the run's position."""
+    folder = run.folder
+    if world.is_main:
+        take_up(folder)
+        (folder.path / MARKER_FILE).unlink(missing_ok=True)
+        write_json(folder.path / "run.json", run.document)
+        run.data.tokenizer.save(folder.path / "tokenizer")
+    record = Recorder(
+        folder.path,
+        enabled=world.is_main,
+        total_updates=run.plan.num_training_steps,
+        start_step=run.parts.state.update_step,
+        wandb_settings={
+            "mode": args.wandb,
+            "id": folder.wandb_id,
+            "name": args.name or folder.path.name,
+            "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
+            "config": run.document,
+        },
+    )
+    # Other nodes may not see this folder, and every process must agree on whether an evaluation is due.
+    record.last_evaluated_step = broadcast_object(record.last_evaluated_step, world)
+    return record
+
+
+def say_finished(world: World, state: TrainState, folder: RunFolder) -> None:
+    """The last line of a run, and the only one of a run that was finished before."""
+    if world.is_main:
+        print(f"finished {state.update_step:,} updates, {state.tokens_seen:,} tokens; everything is in {folder.path}")

@@ -1,0 +1,73 @@
+"""How a run is saved, and how it ends before its time: on request, without data, by numbers that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from peft_pretraining.assemble import Run
+from peft_pretraining.checkpoint import write_json
+from peft_pretraining.config import Arguments
+from peft_pretraining.data.loader import Batch
+from peft_pretraining.distributed import World, gather_objects
+from peft_pretraining.health import WAY_OUT, TrainingError
+from peft_pretraining.plan import make_plan, out_of_memory_problem
+from peft_pretraining.resume import save_run
+from peft_pretraining.stop import MARKER_FILE, StopRun
+from peft_pretraining.train import StepResult
+
+
+def save(run: Run, args: Arguments, world: World) -> None:
+    """Write a checkpoint of the run as it stands, unless there is one. Raises OSError."""
+    step = run.parts.state.update_step
+    if run.saved_step != step:
+        save_run(run.folder.path, run.parts, world, run_document=run.document, keep=args.keep_checkpoints)
+        run.saved_step = step
+
+
+def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str | None:
+    """Save and say how it goes on; the problem in words, or None where the run was asked to stop: a marker tells scripts."""
+    state, folder = run.parts.state, run.folder
+    kept = "nothing was trained yet"
+    if state.update_step:
+        save(run, args, world)
+        kept = f"everything up to update {state.update_step:,} is in {folder.path}; the same command goes on"
+    if stopped.problem is not None:
+        return f"{stopped.problem}; {kept}"
+    if world.is_main:
+        marker = {"signal": run.stop.signal_name, "update_step": state.update_step, "tokens_seen": state.tokens_seen}
+        write_json(folder.path / MARKER_FILE, marker)
+        print(f"stopped on request ({run.stop.signal_name or 'on another process'}): {kept}")
+    return None
+
+
+def keep_for_inspection(run: Run, world: World, micro_batches: Sequence[Batch], step: StepResult) -> NoReturn:
+    """Save the state before the update that was not finite, with its token ids, apart from the run's checkpoints.
+
+    Its data position is behind that update's: going on from there leaves its sequences out. Raises TrainingError.
+    """
+    folder = run.folder.path / "nonfinite"
+    number = run.parts.state.update_step + 1
+    ids = gather_objects([batch.input_ids.tolist() for batch in micro_batches], world)
+    path = save_run(
+        folder, run.parts, world, run_document=run.document, keep=None, tokenizer=run.folder.path / "tokenizer"
+    )
+    if world.is_main:
+        numbers = {"loss": str(float(step.loss)), "gradnorm": str(float(step.gradnorm)), "tensors": int(step.skipped)}
+        write_json(path / "update.json", {"update_step": number, **numbers, "input_ids": ids})
+    raise TrainingError(
+        f"update {number}: the loss is {float(step.loss)}, the gradient norm {float(step.gradnorm)}, {int(step.skipped)} tensors "
+        f"would have been spoilt; the state before it and its tokens (update.json) are in {path}; {WAY_OUT}, or "
+        "--on_nonfinite skip"
+    )
+
+
+def out_of_memory(error: Exception, args: Arguments, world: World, device: torch.device, dtype: str) -> str | None:
+    """What to say where memory ran out: the plan's largest entry and what lowers it; None for any other failure."""
+    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if not (on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+        return None
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return out_of_memory_problem(make_plan(args, world, dtype, device.type), args, device.type, said)

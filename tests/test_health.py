@@ -1,0 +1,43 @@
+"""Skipped updates are counted on the device; a loss that jumps is told from one that falls or trembles."""
+
+import random
+
+import pytest
+import torch
+
+from peft_pretraining.health import MAX_SKIPPED_IN_A_ROW, LossSpikes, SkippedUpdates, TrainingError
+
+
+def counted(pattern: list[int], so_far: int = 0) -> SkippedUpdates:
+    skipped = SkippedUpdates(so_far, torch.device("cpu"))
+    for number in pattern:
+        skipped.add(torch.tensor(float(number)))
+    return skipped
+
+
+def test_updates_are_counted_not_tensors():
+    skipped = counted([0, 3, 0, 14, 1], so_far=2)
+    assert skipped.read(5) == 5
+    assert skipped.last_one
+    assert not counted([1, 0]).last_one
+
+
+def test_too_many_in_a_row_end_the_run_even_if_read_later():
+    row = [1] * (MAX_SKIPPED_IN_A_ROW - 1)
+    assert counted([*row, 0, *row]).read(20) == 2 * len(row)
+    with pytest.raises(TrainingError, match="up to update 99"):
+        counted([*row, 1, 0]).read(99)
+
+
+def test_a_jump_is_told_from_noise_and_from_a_falling_loss():
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    draw = random.Random(seed)
+    falling = [10.0 - 0.05 * step + draw.uniform(-0.02, 0.02) for step in range(100)]
+    spikes = LossSpikes()
+    assert [spikes.usual(loss) for loss in falling] == [None] * 100
+    trembling = LossSpikes(5.0 + draw.uniform(-0.1, 0.1) for _ in range(100))
+    assert trembling.usual(5.15) is None
+    assert trembling.usual(7.0) == pytest.approx(5.0, abs=0.1)
+    assert LossSpikes([5.0] * 19).usual(9.0) is None  # too few to tell
+    assert LossSpikes([5.0, None] * 20).usual(9.0) == 5.0  # skipped updates have no loss
