@@ -423,6 +423,22 @@ def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags,
     assert torch.tensor(update["input_ids"]).shape == (1, 2, 4, 64)  # process, micro-batch, sequence, token
 
 
+def test_memory_that_runs_out_is_explained(tmp_path, flags, monkeypatch, capsys):
+    """The plan's largest entry, and the flags that lower the peak."""
+    import peft_pretraining.train as training
+
+    def step(*args, **kwargs):
+        torch.empty(2**60, dtype=torch.int8)
+
+    monkeypatch.setattr(training, "train_step", step)
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert "memory ran out" in message
+    assert "most of it runtime" in message
+    assert "--activation_checkpointing" in message
+    assert "Traceback" not in message
+
+
 def test_held_out_split_without_documents_is_refused_before_training(tmp_path, flags, capsys):
     (tmp_path / "few.txt").write_text("\n\n".join(f"Fox {number} jumps over dog 7." for number in range(3)))
     arguments = [*flags, "--dataset", str(tmp_path / "few.txt"), "--save_dir", str(tmp_path / "run")]

@@ -125,3 +125,63 @@ def test_growth_limit_bounds_each_tensor_by_its_last_norm():
         passed.append(float(gradient[0]))
     assert passed == [0.0, 4.0, 6.0, 2.0, 3.0]
     assert limit.previous.tolist() == [0.0, 3.0]  # the other tensor has its own history
+
+
+def everything(model: nn.Module, updates) -> list[torch.Tensor]:
+    """Copies of all parameters and state tensors, and step counts."""
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        values += [torch.as_tensor(value).clone() for _, value in sorted(updates.optimizer.state[parameter].items())]
+    return values
+
+
+def backward(model: nn.Module, updates, poisoned: int | None) -> None:
+    """An update's backward pass, with a gradient of parameter `poisoned` that is not finite."""
+    updates.begin(lr=0.01)
+    loss = model(torch.ones(8, 70)).square().sum()
+    if poisoned is not None:
+        list(model.parameters())[poisoned].register_hook(lambda gradient: gradient * torch.nan)
+    updates.before_backward(last=True)
+    loss.backward()
+
+
+@pytest.mark.parametrize("growth", [None, 1.01])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_changes_nothing(name, growth):
+    model = network()
+    updates = updates_of(model, name, False, growth)
+    train(model, updates, accumulation=1, num_updates=2)
+    before, norms = everything(model, updates), None if growth is None else updates.growth.previous.clone()
+    backward(model, updates, poisoned=2)
+    outcome = updates.finish(torch.ones(()))
+    assert int(outcome.skipped) == 6
+    assert all(map(torch.equal, before, everything(model, updates)))
+    assert norms is None or torch.equal(norms, updates.growth.previous)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loss_that_is_not_finite_changes_nothing(name):
+    """Though all gradients are finite; in the first update too, when there are no moments yet."""
+    model = network()
+    updates = updates_of(model, name, False)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    backward(model, updates, poisoned=None)
+    assert int(updates.finish(torch.tensor(torch.inf)).skipped) == 6
+    assert all(map(torch.equal, before, model.parameters()))
+    backward(model, updates, poisoned=None)
+    assert int(updates.finish(torch.ones(())).skipped) == 0
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_per_layer_only_the_tensor_with_a_bad_gradient_is_skipped(name):
+    model = network()
+    updates = updates_of(model, name, True, 1.01)
+    train(model, updates, accumulation=1, num_updates=2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    norms = updates.growth.previous.clone()
+    backward(model, updates, poisoned=2)
+    assert int(updates.finish(torch.ones(())).skipped) == 1
+    assert [torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)] == [n == 2 for n in range(6)]
+    assert torch.isfinite(updates.growth.previous).all()
+    assert updates.growth.previous[2] == norms[2]

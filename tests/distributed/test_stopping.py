@@ -1,0 +1,119 @@
+"""Several processes under torchrun: stopped on request they go on exactly; where one dies, all end and say why."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining.checkpoint import list_checkpoints, load_tensors, tensor_index
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
+
+
+@pytest.fixture
+def flags(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
+        *("--lr", "0.001", "--warmup_steps", "2", "--num_training_steps", "120", "--batch_size", "2"),
+        *("--total_batch_size", "8", "--data_lanes", "6", "--max_length", "48", "--eval_every", "50", "--workers", "1"),
+        *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32", "--save_every", "1000"),
+    ]
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "torchrun_main.py", "--save_dir", str(folder), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def rows_of(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) -> None:
+    while len(rows_of(folder)) < number:
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.01)
+
+
+def processes_below(pid: int) -> dict[int, str]:
+    """Rank processes of torchrun `pid`: their ids with their ranks, from the process table."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if f"PPid:\t{pid}\n" in (entry / "status").read_text():
+                    environment = (entry / "environ").read_text().split("\0")
+                    found.update({int(entry.name): item[5:] for item in environment if item.startswith("RANK=")})
+            except OSError:
+                continue
+    return found
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("memory_")} for row in rows]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = list_checkpoints(folder)[-1]
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(checkpoint).items()}
+    load_tensors(checkpoint, tensors)
+    return tensors
+
+
+def test_two_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
+    whole = start(tmp_path / "whole", *flags)
+    output = whole.communicate()[0]
+    assert whole.returncode == 0, output
+    running = start(tmp_path / "run", *flags)
+    wait_for_updates(running, tmp_path / "run", 5)
+    running.send_signal(signal.SIGUSR1)
+    output = running.communicate()[0]
+    marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert marker["signal"] == "SIGUSR1", output
+    assert 5 <= marker["update_step"] < 120
+    assert not processes_below(running.pid)
+
+    again = start(tmp_path / "run", *flags)
+    output = again.communicate()[0]
+    assert again.returncode == 0, output
+    assert without_times(rows_of(tmp_path / "run")) == without_times(rows_of(tmp_path / "whole"))
+    expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_killed_process_ends_the_others_with_a_message(tmp_path, flags):
+    running = start(tmp_path / "run", *flags, "--num_training_steps", "100000")
+    wait_for_updates(running, tmp_path / "run", 3)
+    ranks = processes_below(running.pid)
+    assert sorted(ranks.values()) == ["0", "1"]
+    os.kill(next(pid for pid, rank in ranks.items() if rank == "1"), signal.SIGKILL)
+    output = running.communicate()[0]
+    assert running.returncode == 1
+    assert "Traceback" not in output.split("torch.distributed.elastic")[0]
+    last = output[output.rindex("Root Cause") :]
+    assert "rank      : 1" in last
+    assert "SIGKILL" in last
+
+
+def test_the_first_failure_is_shown_last(tmp_path, flags):
+    """What a process found wrong stands in torchrun's own summary."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text("no json\n" * 9)
+    failing = start(tmp_path / "run", *flags, "--dataset", str(tmp_path / "broken"))
+    output = failing.communicate()[0]
+    assert failing.returncode == 1
+    assert "malformed json" in output[output.rindex("Root Cause") :]
