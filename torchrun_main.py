@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peft_pretraining.build import Data
-    from peft_pretraining.data.loader import Batch
+    from peft_pretraining.data.loader import Batch, TrainLoader
     from peft_pretraining.evaluate import EvalResult
     from peft_pretraining.metrics import Recorder
     from peft_pretraining.plan import Plan
@@ -124,6 +124,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     state = parts.state
     record = open_record(args, world, assembled)
     throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
+    bad_records = data.loader.num_bad_records  # on rank 0, which logs: of all processes before a restart
     try:
         while True:
             finished = is_finished(plan, state.update_step, state.tokens_seen)
@@ -139,13 +140,14 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
             num_tokens = int(step.num_tokens)
             state.update_step += 1
             state.tokens_seen += num_tokens
+            bad_records += int(step.num_bad_records)
             throughput.add_update(num_tokens)
             record.advance()
             if state.update_step % args.log_every == 0:
                 check_finite(step, state.update_step)
                 row = {"update_step": state.update_step, "loss": float(step.loss), "lr": lr}
                 row |= {"tokens_seen": state.tokens_seen, "gradnorm": float(step.gradnorm)}
-                row |= {"max_memory": peak_memory_bytes(device)} | throughput.read()
+                row |= {"max_memory": peak_memory_bytes(device)} | throughput.read() | {"bad_records": bad_records}
                 record.log_update(row | assembled.memory_row(device))
 
             finished = is_finished(plan, state.update_step, state.tokens_seen)
@@ -154,6 +156,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
                 with throughput.paused():
                     path, document = assembled.folder.path, assembled.document
                     save_run(path, parts, world, run_document=document, keep=args.keep_checkpoints)
+        say_passed_over(record, data.loader, world)
     finally:
         record.close(exit_code=int(sys.exc_info()[0] is not None))
         data.loader.close()
@@ -249,6 +252,17 @@ def run_evaluation(module: nn.Module, data: Data, world: World) -> EvalResult:
         world_reduce=lambda sums: all_reduce_sum_(sums, world),
         bytes_per_id=data.tokenizer.bytes_per_id(),
     )
+
+
+def say_passed_over(record: Recorder, loader: TrainLoader, world: World) -> None:
+    """Records of the data that the run did without, by kind, if there were any; every process calls it."""
+    from peft_pretraining.data.loader import merge_states
+    from peft_pretraining.distributed import gather_objects
+
+    counts = merge_states(gather_objects(loader.state_dict(), world))["bad_records"]
+    if counts:
+        kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items())
+        record.say(f"records passed over since the run began: {kinds}")
 
 
 def check_finite(step: StepResult, update_step: int) -> None:

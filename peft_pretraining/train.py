@@ -20,6 +20,7 @@ class Batch(Protocol):
     labels: torch.Tensor  # (batch, T) int64
     num_tokens: int  # inputs that are text
     num_targets: int  # labels that count, after the shift
+    num_bad_records: int  # passed over on the way to it
 
 
 @dataclass
@@ -37,6 +38,7 @@ class StepResult:
     loss: torch.Tensor  # mean over the update's target tokens, float32
     gradnorm: torch.Tensor  # global norm before clipping, float32
     num_tokens: torch.Tensor  # tokens of text, int64
+    num_bad_records: torch.Tensor  # records of the data passed over, int64
 
 
 def train_step(
@@ -60,11 +62,15 @@ def train_step(
         lr: learning rate of this update.
     """
     counts = torch.tensor(
-        [sum(batch.num_targets for batch in micro_batches), sum(batch.num_tokens for batch in micro_batches)],
+        [
+            sum(batch.num_targets for batch in micro_batches),
+            sum(batch.num_tokens for batch in micro_batches),
+            sum(batch.num_bad_records for batch in micro_batches),
+        ],
         dtype=torch.int64,
         device=device,
     )
-    num_targets, num_tokens = all_reduce_sum_(counts, world).unbind()
+    num_targets, num_tokens, num_bad_records = all_reduce_sum_(counts, world).unbind()
     # Gradients are averaged over the processes; times their number it is the sum that the mean over all tokens needs.
     gradient_scale = world.size / num_targets.clamp(min=1).to(torch.float32)
 
@@ -79,4 +85,4 @@ def train_step(
         loss_sum += loss.detach()
     all_reduce_sum_(loss_sum, world)
     gradnorm = updates.finish()
-    return StepResult(loss_sum / num_targets.clamp(min=1), gradnorm, num_tokens)
+    return StepResult(loss_sum / num_targets.clamp(min=1), gradnorm, num_tokens, num_bad_records)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, TypeVar
 
-from peft_pretraining.data.errors import DataError, causes, first_line
+from peft_pretraining.data.errors import DataError, NetworkGone, causes, first_line
 from peft_pretraining.data.source import RetryPolicy
 
 T = TypeVar("T")
@@ -25,7 +25,10 @@ _SILENCE_S = 60.0
 
 
 def open_network_file(url: str, retry: RetryPolicy) -> IO[bytes]:
-    """A seekable file at an fsspec address. Reading raises DataError where trying again is useless or was in vain."""
+    """A seekable file at an fsspec address.
+
+    Reading raises DataError where trying again is useless, NetworkGone where it was in vain.
+    """
     return io.BufferedReader(_NetworkFile(url, retry), _BUFFER_BYTES)
 
 
@@ -123,7 +126,7 @@ class _NetworkFile(io.RawIOBase):
 
 
 class _Attempts:
-    """Counts tries without progress, waits between them, and gives up with a DataError."""
+    """Counts tries without progress, waits between them, and gives up with NetworkGone."""
 
     _contact_made = False  # in this process, with any file
 
@@ -136,7 +139,7 @@ class _Attempts:
         _Attempts._contact_made = True
 
     def wait_or_raise(self, error: Exception) -> None:
-        """Sleep before the next try; raises DataError where another one is useless or the tries are used up."""
+        """Sleep before the next try. Raises DataError where another one is useless, NetworkGone where the tries are used up."""
         if isinstance(error, ImportError):
             raise DataError(f"{self._url} cannot be read: {error}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -147,7 +150,7 @@ class _Attempts:
         self._failures += 1
         tries = self._policy.later_tries if _Attempts._contact_made else self._policy.first_tries
         if self._failures >= tries:
-            raise DataError(
+            raise NetworkGone(
                 f"{self._url}: no answer after {self._failures} tries ({reason}); check the network, "
                 "or use --dataset demo or a local folder"
             ) from error
