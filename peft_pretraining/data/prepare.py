@@ -151,11 +151,8 @@ def _go_on(
     if job.documents is not None:
         shards = [_of_own_size(shard) for shard in shards]
     manifest = Manifest(job, tokenizer.text_vocab_size, tuple(shards))
-    for split in _SPLITS:
-        if not manifest.total(split):
-            raise DataError(
-                f"dataset {job.dataset!r}: none of the documents is in the {split} split; give more data (or --documents)"
-            )
+    if not manifest.total("train"):
+        raise DataError(f"dataset {job.dataset!r}: no document to train on")
     _write_json(out / MANIFEST, manifest_document(manifest))
     return manifest
 
@@ -309,7 +306,7 @@ class _Writer:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._progress_file = out / f".{stem}.progress.json"
         progress = self._read_progress()
-        self.counts = Counter({name: 0 for name in _COUNTS} | progress["counts"])
+        self.counts = Counter(dict.fromkeys(_COUNTS, 0) | progress["counts"])
         self.bad_records: Counter[str] = Counter(progress["bad_records"])
         self._end = int(progress["ids"])  # ids written
         sizes = self._end * self._dtype.itemsize, self.counts["records"] * INDEX.itemsize
