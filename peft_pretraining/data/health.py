@@ -3,7 +3,7 @@
 from typing import Literal
 
 from peft_pretraining.data.errors import DataError
-from peft_pretraining.data.records import BadRecord, RawRecord
+from peft_pretraining.data.records import BadRecord, RawRecord, place_of
 from peft_pretraining.data.source import Source
 
 OnBadRecord = Literal["skip", "fail"]
@@ -26,7 +26,7 @@ class Health:
 
     def bad_record(self, bad: BadRecord, shard_index: int, record: RawRecord) -> str:
         """Count a bad record and say in words what it is. Raises DataError where it ends the run."""
-        place = f"{self._source.shards[shard_index].url}, line {record.line}: {bad.in_words()}"
+        place = f"{place_of(record, self._source.shards[shard_index])}: {bad.in_words()}"
         if self._on_bad_record == "fail":
             raise DataError(f"bad record in {place}; mend it, or pass over such records with --on_bad_record skip")
         self.bad += 1

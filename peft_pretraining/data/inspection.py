@@ -12,7 +12,7 @@ from peft_pretraining.data.encoding import encode_documents
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.loader import check_tokenizer
 from peft_pretraining.data.prepared import is_prepared, read_manifest, seals, verify
-from peft_pretraining.data.records import MAX_EXAMPLES, BadRecord, RawRecord, document_in_split, read_records
+from peft_pretraining.data.records import MAX_EXAMPLES, BadRecord, RawRecord, document_in_split, place_of, read_records
 from peft_pretraining.data.source import Source, Split, open_source
 from peft_pretraining.data.token_file import TokenRecord
 from peft_pretraining.data.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def _read(source: Source, tokenizer: Tokenizer | None, documents: int | None) ->
                 if isinstance(content, BadRecord):
                     seen.bad_records[content.kind] += 1
                     if len(seen.bad_examples) < MAX_EXAMPLES:
-                        seen.bad_examples.append(shown(f"{shard.url}, line {record.line}: {content.in_words()}", 400))
+                        seen.bad_examples.append(shown(f"{place_of(record, shard)}: {content.in_words()}", 400))
                 elif content is not None:
                     contents.append((record, content))
             _note(seen, contents, tokenizer)

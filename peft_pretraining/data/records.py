@@ -53,6 +53,13 @@ class BadRecord(NamedTuple):
         return f"{self.kind.replace('_', ' ')}: {self.detail}"
 
 
+def place_of(record: RawRecord, shard: Shard) -> str:
+    """Where a record is, for messages."""
+    if shard.format == "tokens":
+        return f"{shard.url}, record {record.line} of {shard.name}"
+    return f"{shard.url}, line {record.line}"
+
+
 @dataclass
 class SkippedRecords:
     """What was passed over: counts by kind (bad records, and "empty" documents), and the first few bad ones in words."""
@@ -164,7 +171,7 @@ def check_source(source: Source) -> None:
                     if text.kind == UNREADABLE_FILE:
                         unreadable = unreadable or f"{shard.url} cannot be read: {text.detail}"
                     else:
-                        problem = problem or f"{shard.url}, line {record.line}: {text.in_words()}"
+                        problem = problem or f"{place_of(record, shard)}: {text.in_words()}"
                 elif text is not None:
                     return
                 else:
