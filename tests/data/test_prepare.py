@@ -173,6 +173,7 @@ def test_prepared_data_as_evaluation_data_is_taken_whole(tmp_path):
 
 def test_a_restart_reads_only_what_comes_next(tmp_path, monkeypatch):
     """However far the position is, no record before it is touched."""
+    monkeypatch.setattr(prepare_module, "_COMMIT_RECORDS", 1000)
     (tmp_path / "x.jsonl").write_bytes(json_lines(texts(4000)))
     prepared(tmp_path / "x.jsonl", tmp_path / "tokens")
     source = open_source(str(tmp_path / "tokens"), "train")
