@@ -154,7 +154,7 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from peft_pretraining.data.inspection import format_inspection, inspect_dataset, verify_prepared
 
-    verified = verify_prepared(Path(args.dataset)) if args.verify else None
+    verified = verify_prepared(args.dataset) if args.verify else None
     figures = inspect_dataset(
         args.dataset,
         _own_tokenizer(args),
@@ -177,7 +177,7 @@ def _tokenizer_for(args: argparse.Namespace) -> Tokenizer:
 
 def _own_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     """The tokenizer that was named or that the data set brings; None where that would be one from the hub."""
-    from peft_pretraining.data.prepared import is_prepared
+    from peft_pretraining.data.source import prepared_folder
 
-    brings_one = args.dataset == "demo" or is_prepared(args.dataset)
+    brings_one = args.dataset == "demo" or prepared_folder(args.dataset) is not None
     return _tokenizer_for(args) if args.tokenizer or brings_one else None

@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import numpy as np
 from peft_pretraining.data.encoding import encode_documents
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.loader import check_tokenizer
-from peft_pretraining.data.prepared import is_prepared, read_manifest, seals, verify
+from peft_pretraining.data.prepared import read_manifest, seals, verify
 from peft_pretraining.data.records import MAX_EXAMPLES, BadRecord, RawRecord, document_in_split, place_of, read_records
-from peft_pretraining.data.source import Source, Split, open_source
+from peft_pretraining.data.source import Source, Split, open_source, prepared_folder
 from peft_pretraining.data.token_file import TokenRecord
 from peft_pretraining.data.tokenizer import Tokenizer
 
@@ -160,10 +159,11 @@ def shown(text: str, characters: int) -> str:
     return escaped + ("…" if len(text) > characters else "")
 
 
-def verify_prepared(folder: Path) -> int:
+def verify_prepared(dataset: str) -> int:
     """Compare every checksum of a prepared data set; how many files that were. Raises DataError naming the first bad file."""
-    if not is_prepared(folder):
-        raise DataError(f"--verify: {folder} is not prepared data; other files carry no checksums of ours")
+    folder = prepared_folder(dataset)
+    if folder is None:
+        raise DataError(f"--verify: {dataset} is not prepared data; other files carry no checksums of ours")
     manifest = read_manifest(folder)
     for seal in seals(manifest):
         verify(folder, seal)

@@ -37,7 +37,7 @@ from peft_pretraining.data.prepared import (
     verify,
 )
 from peft_pretraining.data.records import UNREADABLE_FILE, BadRecord, RawRecord, document_text, read_records
-from peft_pretraining.data.source import Source, is_held_out, open_source
+from peft_pretraining.data.source import Source, is_held_out, open_source, prepared_folder
 from peft_pretraining.data.token_file import BAD_KINDS, INDEX, INDEX_SUFFIX, ids_suffix
 from peft_pretraining.data.tokenizer import Tokenizer
 
@@ -81,7 +81,7 @@ def prepare(
         DataError: the data cannot be read, `out` holds something else or another preparation, or is being written to.
         NetworkGone: as for reading; the same call goes on from there.
     """
-    if is_prepared(dataset):
+    if prepared_folder(dataset) is not None:
         raise DataError(f"dataset {dataset!r} is prepared already")
     train, validation = (open_source(dataset, split, text_field=text_field) for split in _SPLITS)
     fingerprints = train.fingerprint, validation.fingerprint

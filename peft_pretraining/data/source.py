@@ -133,10 +133,11 @@ def default_lanes(dataset: str) -> int:
 
 def original_dataset(dataset: str) -> str:
     """What a prepared data set was made from; any other one is its own original."""
-    if is_remote(dataset) or not is_prepared(dataset):
+    folder = prepared_folder(dataset)
+    if folder is None:
         return dataset
     try:
-        return read_manifest(dataset, check_sizes=False).job.dataset
+        return read_manifest(folder, check_sizes=False).job.dataset
     except DataError:  # is told where the data is opened
         return dataset
 
@@ -145,6 +146,14 @@ def is_held_out(text: str) -> bool:
     """Whether a document of a data set without a validation split belongs to validation: 1 in 100 by a hash of its text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
+
+
+def prepared_folder(dataset: str) -> Path | None:
+    """The folder of a prepared data set, None for every other data set."""
+    if dataset in ("c4", "demo") or dataset.startswith("hub:") or is_remote(dataset):
+        return None
+    folder = _local_path(dataset)
+    return folder if is_prepared(folder) else None
 
 
 def open_source(
@@ -186,8 +195,8 @@ def open_source(
         shards = _remote_shards(location) if resolve else []
     elif is_remote(dataset):
         shards = _remote_shards(dataset) if resolve else []
-    elif is_prepared(dataset):
-        return _prepared_source(dataset, split, text_field, hold_out)
+    elif (prepared := prepared_folder(dataset)) is not None:
+        return _prepared_source(dataset, prepared, split, text_field, hold_out)
     else:
         shards = _local_shards(dataset)
     if not shards:
@@ -211,8 +220,12 @@ def _c4_shards(split: Split) -> tuple[Shard, ...]:
     return tuple(Shard(f"{C4_URL}/{name}", name, "json", "gzip") for name in names)
 
 
+def _local_path(dataset: str) -> Path:
+    return Path(dataset.removeprefix("file://").removeprefix("local://")).expanduser()
+
+
 def _local_shards(dataset: str) -> list[Shard]:
-    path = Path(dataset.removeprefix("file://").removeprefix("local://")).expanduser()
+    path = _local_path(dataset)
     if is_unfinished(path):
         raise DataError(f"dataset {dataset!r}: its preparation has not finished; run `data prepare` again, it goes on")
     if path.is_dir():
@@ -245,8 +258,8 @@ def _with_local_tag(shard: Shard) -> Shard:
     return Shard(shard.url, shard.name, shard.format, shard.compression, size, tag)
 
 
-def _prepared_source(dataset: str, split: Split, text_field: str, hold_out: bool) -> Source:
-    manifest = read_manifest(dataset)
+def _prepared_source(dataset: str, folder: Path, split: Split, text_field: str, hold_out: bool) -> Source:
+    manifest = read_manifest(folder)
     job = manifest.job
     if text_field not in ("text", job.text_field):
         raise DataError(
@@ -257,7 +270,7 @@ def _prepared_source(dataset: str, split: Split, text_field: str, hold_out: bool
         raise DataError(f"dataset {dataset!r}: no document of the {split} split was prepared")
     shards = tuple(
         Shard(
-            os.path.join(dataset, shard.ids.name),
+            str(folder / shard.ids.name),
             shard.name,
             "tokens",
             size_bytes=shard.size_bytes,
@@ -272,8 +285,8 @@ def _prepared_source(dataset: str, split: Split, text_field: str, hold_out: bool
         shards,
         split if told_apart else "all",
         job.text_field,
-        os.path.join(dataset, TOKENIZER_FOLDER),
-        dataset,
+        str(folder / TOKENIZER_FOLDER),
+        str(folder),
         prepared=PreparedWith(
             job.tokenizer, job.tokenizer_fingerprint, manifest.vocab_size, _summary(manifest, chosen, split)
         ),

@@ -209,6 +209,17 @@ def test_the_defaults_that_depend_on_the_data_set_are_those_of_the_original(tmp_
     assert default_lanes(str(tmp_path / "tokens")) == 64
 
 
+def test_the_names_of_data_sets_win_over_folders_called_so(tmp_path, monkeypatch):
+    """A folder ./c4 of prepared data must not change what --dataset c4 means."""
+    prepared(corpus(tmp_path / "text", 1, True), tmp_path / "c4")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_source("c4", "train").shards) == 1024
+    assert default_lanes("c4") == 64
+    assert open_source("./c4", "train").prepared is not None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_source("~/c4", "train").prepared is not None
+
+
 def test_fingerprints_are_those_of_the_content_wherever_it_lies(tmp_path):
     folder = corpus(tmp_path / "text", 2, True)
     prepared(folder, tmp_path / "tokens")
@@ -256,14 +267,14 @@ def test_flipped_bits_are_found_by_checksums_and_impossible_values_at_once(tmp_p
 
     folder = corpus(tmp_path / "text", 2, True)
     prepared(folder, tmp_path / "tokens")
-    assert verify_prepared(tmp_path / "tokens") == 8
+    assert verify_prepared(str(tmp_path / "tokens")) == 8
     for name, byte in (("00001.uint16", 41), ("00000.index", 35)):  # the high bytes of an id and of a record's end
         path = tmp_path / "tokens" / name
         content = bytearray(path.read_bytes())
         content[byte] ^= 0x80
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}: its checksum"):
-            verify_prepared(tmp_path / "tokens")
+            verify_prepared(str(tmp_path / "tokens"))
         with pytest.raises(DataError, match=rf"{name}: its checksum"):
             prepared(folder, tmp_path / "tokens")
         (each,) = make_loaders(open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), 1, 0, True, lanes=1)
@@ -271,7 +282,7 @@ def test_flipped_bits_are_found_by_checksums_and_impossible_values_at_once(tmp_p
             list(itertools.islice(each, 700))
         content[byte] ^= 0x80
         path.write_bytes(content)
-    assert verify_prepared(tmp_path / "tokens") == 8
+    assert verify_prepared(str(tmp_path / "tokens")) == 8
 
 
 @pytest.mark.parametrize(
