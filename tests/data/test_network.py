@@ -223,6 +223,23 @@ def test_a_server_that_falls_silent_counts_as_dropped(server, monkeypatch):
     assert read_all(source) == DOCUMENTS
 
 
+def test_a_server_that_falls_silent_in_the_midst_of_a_file_counts_as_dropped(server, monkeypatch):
+    monkeypatch.setattr(network, "_SILENCE_S", 0.2)
+    source = open_remote(server)
+
+    def stall(number, handler):
+        if number != (2 if server.ranges else 1):
+            return False
+        handler.answer(True, cut=4096)
+        handler.wfile.flush()
+        time.sleep(1.0)
+        return True
+
+    server.fault = stall
+    assert read_all(source) == DOCUMENTS
+    assert server.requests >= 2
+
+
 def test_a_file_cut_short_on_the_server_is_damage_and_not_the_network(server, monkeypatch):
     """After a few equal tries the rest counts as one bad record, and the run goes on."""
     monkeypatch.setattr("test_network.CONTENT", CONTENT[: len(CONTENT) // 2])
