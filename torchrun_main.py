@@ -121,7 +121,7 @@ def run(args: Arguments, world: World) -> int:
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Build, restore, loop, end; the exit code."""
-    from peft_pretraining.assemble import assemble, open_record, say_finished
+    from peft_pretraining.assemble import assemble, open_record, say_finished, say_passed_over
     from peft_pretraining.ending import end_early
     from peft_pretraining.stop import StopRun
 
@@ -133,6 +133,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
         with run.stop.listening():
             try:
                 loop(args, world, run, record)
+                say_passed_over(record, run, world)
             except StopRun as stopped:
                 problem = end_early(run, args, world, stopped)
                 return 0 if problem is None else fail(world, [problem], exit_code=1)
@@ -157,6 +158,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
     throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
     skipped = SkippedUpdates(state.skipped_updates, device)
     save_due = False
+    bad_records = run.data.loader.num_bad_records  # on rank 0, which logs: of all processes before a restart
     while True:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         if evaluation_due(args, state.update_step, finished) and record.last_evaluated_step != state.update_step:
@@ -174,13 +176,14 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
         num_tokens = int(step.num_tokens)
         state.update_step += 1
         state.tokens_seen += num_tokens
+        bad_records += int(step.num_bad_records)
         throughput.add_update(num_tokens)
         record.advance()
         if state.update_step % args.log_every == 0:
             state.skipped_updates = skipped.read(state.update_step)
             row = {"update_step": state.update_step, "loss": float(step.loss), "lr": lr}
             row |= {"tokens_seen": state.tokens_seen, "gradnorm": float(step.gradnorm)}
-            row |= {"max_memory": peak_memory_bytes(device)} | throughput.read()
+            row |= {"max_memory": peak_memory_bytes(device)} | throughput.read() | {"bad_records": bad_records}
             row |= {"skipped_updates": state.skipped_updates} if state.skipped_updates else {}
             record.log_update(row | run.memory_row())
 

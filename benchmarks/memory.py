@@ -48,6 +48,7 @@ class Tokens:
     labels: torch.Tensor
     num_tokens: int
     num_targets: int
+    num_bad_records: int = 0
 
 
 def random_batch(batch_size: int, length: int, vocab_size: int, generator: torch.Generator) -> Tokens:

@@ -15,8 +15,16 @@ from peft_pretraining.build import Data, build_data, build_trained_model, build_
 from peft_pretraining.checkpoint import write_json
 from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.data.errors import DataError
-from peft_pretraining.data.loader import Batch
-from peft_pretraining.distributed import World, all_reduce_sum_, broadcast_object, device_memory, largest, parallelize
+from peft_pretraining.data.loader import Batch, merge_states
+from peft_pretraining.distributed import (
+    World,
+    all_reduce_sum_,
+    broadcast_object,
+    device_memory,
+    gather_objects,
+    largest,
+    parallelize,
+)
 from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.footprint import comparison, measured_bytes, return_freed_memory_if_tight
 from peft_pretraining.loss import TokenLoss
@@ -159,3 +167,11 @@ def say_finished(world: World, state: TrainState, folder: RunFolder) -> None:
     """The last line of a run, and the only one of a run that was finished before."""
     if world.is_main:
         print(f"finished {state.update_step:,} updates, {state.tokens_seen:,} tokens; everything is in {folder.path}")
+
+
+def say_passed_over(record: Recorder, run: Run, world: World) -> None:
+    """Records of the data that the run did without, by kind, if there were any; every process calls it."""
+    counts = merge_states(gather_objects(run.parts.loader.state_dict(), world))["bad_records"]
+    if counts:
+        kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items())
+        record.say(f"records passed over since the run began: {kinds}")

@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_pretraining import checkpoint
 from peft_pretraining.config import Arguments, ConfigError, as_dict, embedding_bits
+from peft_pretraining.data.health import OnBadRecord
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
@@ -70,9 +71,11 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
     held_out = open_source(
         args.eval_dataset or args.dataset, "validation", text_field=args.text_field, hold_out=args.eval_dataset is None
     )
+    # Prepared data brings a copy of its tokenizer: for the run's folder and bits per byte, nothing is encoded with it.
     tokenizer = load_tokenizer(args.tokenizer or source.default_tokenizer)
     check_vocabulary(plan.model, tokenizer)
     workers = default_workers(device, world) if args.workers is None else args.workers
+    on_bad_record: OnBadRecord = "fail" if args.on_bad_record == "fail" else "skip"
     loader = TrainLoader(
         source,
         tokenizer,
@@ -82,9 +85,10 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
         seed=args.seed,
         rank=world.rank,
         world_size=world.size,
-        workers=workers,
+        workers=0 if source.prepared is not None and args.workers is None else workers,
         batch_size=args.batch_size,
         pin_memory=device.type == "cuda",
+        on_bad_record=on_bad_record,
     )
     eval_set = EvalSet(
         held_out,
@@ -96,6 +100,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
         world_size=world.size,
         batch_size=args.batch_size,
         workers=workers,
+        on_bad_record=on_bad_record,
     )
     return Data(source, tokenizer, loader, eval_set)
 

@@ -25,6 +25,7 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 SUPPORTS = ("uniform",)
 PARALLEL = ("ddp",)
 EMBEDDING_STATES = ("32bit", "8bit")
+ON_BAD_RECORD = ("skip", "fail")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -94,7 +95,8 @@ class DataArguments:
 
     dataset: str = _arg(
         "c4",
-        "c4 (streamed from the hub) | demo (built from installed documentation) | folder, file, glob or URL | hub:NAME",
+        "c4 (streamed from the hub) | demo (built from installed documentation) | folder, file, glob or URL | hub:NAME | folder "
+        "made by `python -m peft_pretraining data prepare`",
     )
     eval_dataset: str | None = _arg(
         None, "held-out data, named like --dataset (default: the validation split of --dataset)"
@@ -102,7 +104,7 @@ class DataArguments:
     text_field: str = _arg("text", "field of a record that holds the text")
     tokenizer: str | None = _arg(
         None,
-        "hub name, tokenizer folder or SentencePiece .model file (default: t5-base; the demo's own for --dataset demo)",
+        "hub name, tokenizer folder or SentencePiece .model file (default: t5-base; their own for demo and prepared data)",
     )
     max_length: int = _arg(256, "sequence length, tokens")
     packing: bool = _arg(
@@ -114,7 +116,14 @@ class DataArguments:
         "virtual readers; they fix the data's order for any number of processes and workers (default: c4 64, else 24)",
     )
     workers: int | None = _arg(
-        None, "tokenising processes per rank, 0 for none (default: up to 8, leaving a core to the trainer)"
+        None,
+        "tokenising processes per rank, 0 for none (default: up to 8, leaving a core to the trainer; 0 for prepared data)",
+    )
+    on_bad_record: str = _arg(
+        "skip",
+        "records that hold no text, and files that cannot be read: skip (pass over and count; more than a quarter of all end "
+        "the run) | fail (end the run at the first, with file and line)",
+        choices=ON_BAD_RECORD,
     )
 
 

@@ -88,9 +88,10 @@ class Recorder:
         self._write({**row, **self._spike(row)})
         if "memory_peak_measured" in row:
             self.say(_memory_text(row))
+        bad_records = f"  {row['bad_records']:,} bad records" if row.get("bad_records") else ""
         self._bar.set_postfix_str(
             f"loss {row['loss']:.3f}  ppl {_perplexity_text(row['loss'])}  {row['throughput_tokens']:,.0f} tok/s  "
-            f"{row['max_memory'] / 2**30:.2f} GiB{self._last_perplexity}",
+            f"{row['max_memory'] / 2**30:.2f} GiB{self._last_perplexity}{bad_records}",
             refresh=False,
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 from peft_pretraining import memory, schedule
 from peft_pretraining.account import CLASSES, Setting, account, fitting_flags, savings
 from peft_pretraining.config import Arguments, ConfigError, default_save_dir, embedding_bits
-from peft_pretraining.data.source import default_lanes
+from peft_pretraining.data.source import default_lanes, original_dataset
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.model_config import ModelConfig, ModelConfigError, load_model_config
 
@@ -85,10 +85,14 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         num_training_steps=num_training_steps,
         max_train_tokens=args.max_train_tokens,
         data_lanes=data_lanes,
-        eval_tokens=args.eval_tokens or (_C4_EVAL_TOKENS if (args.eval_dataset or args.dataset) == "c4" else None),
+        eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
         warnings=tuple(_warnings(args, world)),
     )
+
+
+def _default_eval_tokens(args: Arguments) -> int | None:
+    return _C4_EVAL_TOKENS if original_dataset(args.eval_dataset or args.dataset) == "c4" else None
 
 
 def memory_setting(
@@ -211,7 +215,12 @@ def _warnings(args: Arguments, world: World) -> list[str]:
             f"{what} = {scale:.2g} with --lr {args.lr:g}: above {_STALLING_SCALE} at lr {_STALLING_LR} and more, runs were "
             "seen to stall at a high loss; lower --lora_alpha or --lr"
         )
-    if args.data_lanes is None and args.dataset != "c4" and args.workers is not None and args.workers * world.size > 24:
+    if (
+        args.data_lanes is None
+        and default_lanes(args.dataset) == 24
+        and args.workers is not None
+        and args.workers * world.size > 24
+    ):
         lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
     return lines
 

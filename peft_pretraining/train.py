@@ -20,6 +20,7 @@ class Batch(Protocol):
     labels: torch.Tensor  # (batch, T) int64
     num_tokens: int  # inputs that are text
     num_targets: int  # labels that count, after the shift
+    num_bad_records: int  # passed over on the way to it
 
 
 @dataclass
@@ -41,6 +42,7 @@ class StepResult:
     gradnorm: torch.Tensor  # global norm before clipping, float32
     num_tokens: torch.Tensor  # tokens of text, int64
     skipped: torch.Tensor  # tensors that were not stepped because loss or gradient was not finite, float32
+    num_bad_records: torch.Tensor  # records of the data passed over, int64
 
 
 def train_step(
@@ -66,11 +68,15 @@ def train_step(
         lr: learning rate of this update.
     """
     counts = torch.tensor(
-        [sum(batch.num_targets for batch in micro_batches), sum(batch.num_tokens for batch in micro_batches)],
+        [
+            sum(batch.num_targets for batch in micro_batches),
+            sum(batch.num_tokens for batch in micro_batches),
+            sum(batch.num_bad_records for batch in micro_batches),
+        ],
         dtype=torch.int64,
         device=device,
     )
-    num_targets, num_tokens = all_reduce_sum_(counts, world).unbind()
+    num_targets, num_tokens, num_bad_records = all_reduce_sum_(counts, world).unbind()
     # Gradients are averaged over the processes; times their number it is the sum that the mean over all tokens needs.
     gradient_scale = world.size / num_targets.clamp(min=1).to(torch.float32)
 
@@ -90,4 +96,6 @@ def train_step(
                 updates.before_backward(last)
                 (loss * gradient_scale).backward()
     outcome = updates.abandon() if abandoned else updates.finish(loss_sum)
-    return StepResult(loss_sum / num_targets.clamp(min=1), outcome.gradnorm, num_tokens, outcome.skipped)
+    return StepResult(
+        loss_sum / num_targets.clamp(min=1), outcome.gradnorm, num_tokens, outcome.skipped, num_bad_records
+    )

@@ -23,6 +23,7 @@ RANK, ALPHA, SPARSITY = 4, 6.0, 0.1
 class MicroBatch:
     input_ids: torch.Tensor
     labels: torch.Tensor
+    num_bad_records: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -1,10 +1,15 @@
-"""The two errors of this package that a user can mend, each with one complete message, and what other errors say."""
+"""The errors of this package that a user can mend, each with one complete message, and what other errors say."""
 
 from collections.abc import Iterator
 
 
 class DataError(ValueError):
     """The data source, a file or a record cannot be used as asked."""
+
+
+class NetworkGone(DataError):
+    """A server has not answered for longer than the retry policy waits; the data handed out so far is sound, and the run can
+    be saved and go on later from there."""
 
 
 class TokenizerError(ValueError):

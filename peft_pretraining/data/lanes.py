@@ -11,28 +11,28 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.encoding import Ids, encode_documents
+from peft_pretraining.data.health import Health, OnBadRecord
 from peft_pretraining.data.packing import Document, packed_sequences, padded_sequences
 from peft_pretraining.data.records import (
+    UNREADABLE_FILE,
     BadRecord,
     RawRecord,
     SkippedRecords,
-    belongs_to_split,
-    document_text,
+    document_in_split,
     read_records,
 )
 from peft_pretraining.data.source import Shard, Source
+from peft_pretraining.data.token_file import TokenFile
 from peft_pretraining.data.tokenizer import Tokenizer
 
 ORDER_VERSION = 1  # raise it with any change that would give another order; a checkpoint of another order is refused
 WINDOW_RECORDS = 512
 _ENCODE_TOGETHER = 16
-# A lane that has met this many bad records, and more than this share of all, stops the run: the data is not what it seems.
-_MIN_BAD, _MAX_BAD_SHARE = 100, 0.25
 
 
 class LaneState(NamedTuple):
@@ -55,7 +55,7 @@ class Order:
     seed: int
     max_length: int
     packing: bool
-    on_bad_record: Literal["skip", "fail"] = "skip"
+    on_bad_record: OnBadRecord = "skip"
 
 
 class LaneSequence(NamedTuple):
@@ -107,8 +107,8 @@ def lane_sequences(
 ) -> Iterator[LaneSequence]:
     """The endless stream of a lane's sequences from `start` on.
 
-    Raises DataError: unreadable file, bad record under on_bad_record "fail", too many bad ones, or a whole epoch without
-    a document.
+    Raises DataError: bad record or unreadable file under on_bad_record "fail", too many of them, or a whole epoch without a
+    document; NetworkGone.
     """
     reader = _Lane(source, tokenizer, order, lane)
     documents = reader.documents(start)
@@ -131,8 +131,8 @@ class _Lane:
     def __init__(self, source: Source, tokenizer: Tokenizer, order: Order, lane: int):
         self.source, self.tokenizer, self.order, self.lane = source, tokenizer, order, lane
         self.skipped = SkippedRecords()
-        self._health = _Health(source, lane)
-        self._cursor = _Cursor(source)
+        self._health = Health(source, order.on_bad_record)
+        self._cursor = _Cursor(source, self._health)
         self._documents_in_epoch = 0
 
     def documents(self, start: LaneState) -> Iterator[tuple[Document, LaneState, LaneState]]:
@@ -145,8 +145,11 @@ class _Lane:
                 while at.unit < len(units):
                     yield from self._unit_documents(units[at.unit], at)
                     at = LaneState(at.epoch, at.unit + 1)
-                if not self._documents_in_epoch and start == LaneState(start.epoch):
-                    raise self._health.empty_lane(self.order.lanes)  # waiting for a document would never end
+                # Where all files of this epoch cannot be read, the next epoch deals others, and Health bounds their number;
+                # otherwise waiting for a document would never end.
+                unreadable = self._health.unreadable.issuperset(unit.shard for unit in units)
+                if not self._documents_in_epoch and start == LaneState(start.epoch) and not unreadable:
+                    raise self._health.empty_lane(self.lane, self.order.lanes)
                 start = LaneState(start.epoch + 1)
 
     def _unit_documents(self, unit: Unit, at: LaneState) -> Iterator[tuple[Document, LaneState, LaneState]]:
@@ -159,9 +162,9 @@ class _Lane:
                 done = at.documents_done + 1
                 after = at._replace(documents_done=done, tokens_done=0) if done < len(window) else next_window
                 if isinstance(content, BadRecord):
-                    example = self._health.bad_record(content, self.source.shards[unit.shard], record, self.order)
+                    example = self._health.bad_record(content, unit.shard, record)
                     self.skipped.add(content.kind, example)
-                elif content:
+                elif content is not None and len(content):
                     self._documents_in_epoch += 1
                     yield Document(content, at.tokens_done), at, after
                 elif content is not None:
@@ -171,67 +174,41 @@ class _Lane:
 
     def _encoded(
         self, records: list[RawRecord], shard_index: int
-    ) -> Iterator[tuple[RawRecord, list[int] | BadRecord | None]]:
+    ) -> Iterator[tuple[RawRecord, Ids | BadRecord | None]]:
         """Each record with its ids, with what is wrong with it, or with None if it is not of this split."""
         shard = self.source.shards[shard_index]
+        enough = None if self.order.packing else self.order.max_length - 1
         for first in range(0, len(records), _ENCODE_TOGETHER):
             together = records[first : first + _ENCODE_TOGETHER]
-            contents = [document_text(record, shard, self.source.text_field) for record in together]
-            texts = [text for text in contents if isinstance(text, str) and belongs_to_split(text, self.source)]
-            encoded = iter(self.tokenizer.encode_batch(texts))
+            contents = [document_in_split(record, shard, self.source) for record in together]
+            documents = [content for content in contents if isinstance(content, str | np.ndarray)]
+            encoded = encode_documents(self.tokenizer, documents, enough)
             for record, content in zip(together, contents, strict=True):
                 self._health.records += 1
-                if isinstance(content, BadRecord):
-                    yield record, content
-                else:
-                    yield record, next(encoded) if belongs_to_split(content, self.source) else None
-
-
-class _Health:
-    """Notices a lane whose data cannot be right."""
-
-    def __init__(self, source: Source, lane: int):
-        self.source, self.lane = source, lane
-        self.records = self.bad = 0
-        self.first_bad = ""
-
-    def bad_record(self, bad: BadRecord, shard: Shard, record: RawRecord, order: Order) -> str:
-        """Count a bad record and say in words what it is. Raises DataError if it is one too many."""
-        place = f"{shard.url}, line {record.line}: {bad.kind.replace('_', ' ')}: {bad.detail}"
-        if order.on_bad_record == "fail":
-            raise DataError(f"bad record in {place}")
-        self.bad += 1
-        self.first_bad = self.first_bad or place
-        if self.bad >= _MIN_BAD and self.bad > _MAX_BAD_SHARE * self.records:
-            raise DataError(f"{self.bad} of {self.records} records are bad, the first one in {self.first_bad}")
-        return place
-
-    def empty_lane(self, num_lanes: int) -> DataError:
-        """The error for an epoch without a document."""
-        bad = f" ({self.bad} bad records, the first one in {self.first_bad})" if self.bad else ""
-        return DataError(
-            f"dataset {self.source.dataset!r} is too small for --data_lanes {num_lanes}: lane {self.lane} got no "
-            f"document in a whole epoch{bad}; lower --data_lanes"
-        )
+                yield record, next(encoded) if isinstance(content, str | np.ndarray) else content
 
 
 class _Cursor:
     """Reads windows of a file one after the other without opening it again for each."""
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, source: Source, health: Health):
+        self._source, self._health = source, health
         self._unit: Unit | None = None
         self._records: Iterator[RawRecord] = iter(())
         self._next_window = 0
         self._ahead: RawRecord | None = None
+        self._tokens: TokenFile | None = None
 
     def window(self, unit: Unit, start: int, span: int) -> list[RawRecord] | None:
         """The unit's records numbered start to start + span - 1 in their file (maybe none); None at the file's end."""
+        if self._source.prepared is not None:
+            return self._token_window(unit, start, span)
         if unit != self._unit or start != self._next_window:
             self.close()
             self._records = read_records(self._source.shards[unit.shard], self._source, start)
             self._unit = unit
-            self._ahead = next(self._records, None)
+            self._health.file_tried(unit.shard)
+            self._ahead = self._read()
         self._next_window = start + span
         if self._ahead is None:
             return None
@@ -240,13 +217,32 @@ class _Cursor:
         while record is not None and record.number < start + span:
             if record.number % unit.parts == unit.residue:
                 window.append(record)
-            record = next(self._records, None)
+            record = self._read()
         self._ahead = record
         return window
+
+    def _read(self) -> RawRecord | None:
+        record = next(self._records, None)
+        if record is not None and isinstance(record.content, BadRecord) and record.content.kind == UNREADABLE_FILE:
+            assert self._unit is not None
+            # Every lane that reads the file notices, though the record is counted in one of them.
+            self._health.file_unreadable(self._unit.shard, record.content.detail)
+        return record
+
+    def _token_window(self, unit: Unit, start: int, span: int) -> list[RawRecord] | None:
+        """`window` of prepared data, any of which is reached at once."""
+        if self._tokens is None or unit != self._unit:
+            self._tokens, self._unit = TokenFile(self._source.shards[unit.shard].url), unit
+        tokens = self._tokens
+        if start >= len(tokens):
+            return None
+        first = start + (unit.residue - start) % unit.parts
+        numbers = range(first, min(start + span, len(tokens)), unit.parts)
+        return [RawRecord(number, number + 1, tokens[number]) for number in numbers]
 
     def close(self) -> None:
         """Close the file, if one is open."""
         close = getattr(self._records, "close", None)
         if close is not None:
             close()
-        self._records, self._unit, self._ahead = iter(()), None, None
+        self._records, self._unit, self._ahead, self._tokens = iter(()), None, None, None

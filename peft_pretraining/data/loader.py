@@ -8,22 +8,24 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.encoding import encode_documents
+from peft_pretraining.data.errors import DataError, TokenizerError
+from peft_pretraining.data.health import Health, OnBadRecord
 from peft_pretraining.data.lanes import ORDER_VERSION, LaneSequence, LaneState, Order, lane_sequences, lane_units
 from peft_pretraining.data.packing import Document, packed_sequences, pad_and_label, padded_sequences
 from peft_pretraining.data.records import (
     MAX_EXAMPLES,
+    UNREADABLE_FILE,
     BadRecord,
     SkippedRecords,
-    belongs_to_split,
     check_source,
-    document_text,
+    document_in_split,
     read_records,
 )
 from peft_pretraining.data.source import Source
@@ -37,21 +39,36 @@ _log = logging.getLogger(__name__)
 class Batch:
     """input_ids, labels: (B, T) int64, labels as transformers wants them: equal to the ids, -100 where padded.
 
-    num_tokens: ids that are not padding. num_targets: labels that count after the shift by one.
+    num_tokens: ids that are not padding. num_targets: labels that count after the shift by one. num_bad_records: passed over
+    since the batch before.
     """
 
     input_ids: Tensor
     labels: Tensor
     num_tokens: int
     num_targets: int
+    num_bad_records: int = 0
 
 
-def _make_batch(sequences: list[np.ndarray], max_length: int, pad_id: int, pin_memory: bool = False) -> Batch:
+def _make_batch(
+    sequences: list[np.ndarray], max_length: int, pad_id: int, pin_memory: bool = False, num_bad_records: int = 0
+) -> Batch:
     input_ids, labels = map(torch.from_numpy, pad_and_label(sequences, max_length=max_length, pad_id=pad_id))
     if pin_memory:
         input_ids, labels = input_ids.pin_memory(), labels.pin_memory()
     num_tokens = sum(map(len, sequences))
-    return Batch(input_ids, labels, num_tokens, num_tokens - len(sequences))
+    return Batch(input_ids, labels, num_tokens, num_tokens - len(sequences), num_bad_records)
+
+
+def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Refuse prepared data whose ids are another tokenizer's. Raises TokenizerError with both."""
+    made_with = source.prepared
+    if made_with is not None and made_with.fingerprint != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"--tokenizer {tokenizer.name} (fingerprint {tokenizer.fingerprint}) is not the one that {source.dataset} was "
+            f"prepared with: {made_with.name} (fingerprint {made_with.fingerprint}); leave --tokenizer out, or prepare "
+            "the data anew"
+        )
 
 
 # --- Training ---
@@ -98,7 +115,7 @@ class TrainLoader:
         workers: int = 0,
         batch_size: int = 1,
         pin_memory: bool = False,
-        on_bad_record: Literal["skip", "fail"] = "skip",
+        on_bad_record: OnBadRecord = "skip",
     ):
         """Check the numbers and read a first document.
 
@@ -108,11 +125,13 @@ class TrainLoader:
             lanes: virtual readers, R; a multiple of world_size.
             workers: processes that read and tokenise for this rank; 0 does it in this process.
             pin_memory: batches in page-locked memory, for a GPU.
-            on_bad_record: pass over and count records that are not documents, or raise DataError at the first.
+            on_bad_record: pass over and count records that are not documents and files that the disk does not give, or
+                raise DataError at the first.
 
         Raises:
             ValueError: numbers that do not fit together.
             DataError: the source cannot be read or holds nothing.
+            TokenizerError: the source is prepared with another tokenizer.
         """
         _check_sizes(max_length=max_length, lanes=lanes, world_size=world_size, batch_size=batch_size, workers=workers)
         self._source, self._tokenizer = source, tokenizer
@@ -141,6 +160,7 @@ class TrainLoader:
         self._skipped: Counter[str] = Counter()
         self._examples_shown = 0
         self._running: Workers[list[LaneSequence]] | None = None
+        check_tokenizer(source, tokenizer)
         check_source(source)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -155,12 +175,19 @@ class TrainLoader:
     def _batches(self, sequences: Iterator[tuple[int, LaneSequence]]) -> Iterator[Batch]:
         while True:
             taken = [next(sequences) for _ in range(self._batch_size)]
+            bad_before = self.num_bad_records
             for lane, sequence in taken:
                 self._states[lane] = sequence.state
                 self._note(sequence.skipped)
             self._taken += len(taken)
             ids = [sequence.ids for _, sequence in taken]
-            yield _make_batch(ids, self._order.max_length, self._tokenizer.pad_id, self._pin_memory)
+            num_bad = self.num_bad_records - bad_before
+            yield _make_batch(ids, self._order.max_length, self._tokenizer.pad_id, self._pin_memory, num_bad)
+
+    @property
+    def num_bad_records(self) -> int:
+        """Bad records passed over so far; after a restart rank 0 carries on the count of all ranks before it."""
+        return self._skipped.total() - self._skipped["empty"]
 
     def _note(self, skipped: SkippedRecords | None) -> None:
         if skipped is None:
@@ -289,30 +316,40 @@ class _SplitDocuments:
 
     source: Source
     tokenizer: Tokenizer
+    on_bad_record: OnBadRecord
+    enough: int | None  # ids of a document that are needed
     chunk: int = 64
 
     def items(self, worker: int, workers: int) -> Iterator[_EncodedTexts]:
         skipped = SkippedRecords()
-        for number, texts in enumerate(self._chunks(skipped)):
+        for number, documents in enumerate(self._chunks(skipped)):
             if number % workers == worker:
-                ids = self.tokenizer.encode_batch(texts)
-                flat = np.array([i for document in ids for i in document], dtype=np.int32)
+                ids = [
+                    np.asarray(each, dtype=np.int32)
+                    for each in encode_documents(self.tokenizer, documents, self.enough)
+                ]
+                flat = np.concatenate([np.empty(0, np.int32), *ids])
                 # Every worker meets every record; the first one reports the bad ones.
                 yield _EncodedTexts(flat, [len(document) for document in ids], skipped.take() if not worker else None)
 
-    def _chunks(self, skipped: SkippedRecords) -> Iterator[list[str]]:
-        texts: list[str] = []
-        for shard in self.source.shards:
+    def _chunks(self, skipped: SkippedRecords) -> Iterator[list[str | np.ndarray]]:
+        documents: list[str | np.ndarray] = []
+        health = Health(self.source, self.on_bad_record)
+        for index, shard in enumerate(self.source.shards):
+            health.file_tried(index)
             for record in read_records(shard, self.source):
-                text = document_text(record, shard, self.source.text_field)
-                if isinstance(text, BadRecord):
-                    skipped.add(text.kind, f"{shard.url}, line {record.line}: {text.kind}: {text.detail}")
-                elif belongs_to_split(text, self.source):
-                    texts.append(text)
-                if len(texts) == self.chunk:
-                    yield texts
-                    texts = []
-        yield texts
+                health.records += 1
+                content = document_in_split(record, shard, self.source)
+                if isinstance(content, BadRecord):
+                    if content.kind == UNREADABLE_FILE:
+                        health.file_unreadable(index, content.detail)
+                    skipped.add(content.kind, health.bad_record(content, index, record))
+                elif content is not None:
+                    documents.append(content)
+                if len(documents) == self.chunk:
+                    yield documents
+                    documents = []
+        yield documents
 
 
 class EvalSet:
@@ -335,6 +372,7 @@ class EvalSet:
         world_size: int = 1,
         batch_size: int = 1,
         workers: int = 0,
+        on_bad_record: OnBadRecord = "skip",
     ):
         """max_tokens: targets to stop at, None for the whole split. Otherwise as TrainLoader, errors included."""
         _check_sizes(
@@ -345,7 +383,9 @@ class EvalSet:
         self._source, self._tokenizer = source, tokenizer
         self._max_length, self._packing, self._max_tokens = max_length, packing, max_tokens
         self._rank, self._world_size, self._batch_size, self._workers = rank, world_size, batch_size, workers
+        self._on_bad_record = on_bad_record
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
+        check_tokenizer(source, tokenizer)
         check_source(source)
 
     @property
@@ -371,7 +411,11 @@ class EvalSet:
         if self._kept is None:
             dtype = np.uint16 if self._tokenizer.text_vocab_size <= 2**16 else np.int32
             sequences, num_targets = [], 0
-            chunks: Workers[_EncodedTexts] = Workers(_SplitDocuments(self._source, self._tokenizer), self._workers)
+            enough = None if self._packing else self._max_length - 1
+            work = _SplitDocuments(self._source, self._tokenizer, self._on_bad_record, enough)
+            # Prepared data has nothing to do that would be worth a process.
+            workers = 0 if self._source.prepared is not None else self._workers
+            chunks: Workers[_EncodedTexts] = Workers(work, workers)
             try:
                 for sequence in self._sequences(chunks):
                     sequences.append(sequence.astype(dtype))

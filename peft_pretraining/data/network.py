@@ -13,7 +13,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, TypeVar
 
-from peft_pretraining.data.errors import DataError, causes, first_line
+from peft_pretraining.data.errors import DataError, NetworkGone, causes, first_line
 from peft_pretraining.data.source import RetryPolicy
 
 T = TypeVar("T")
@@ -24,16 +24,19 @@ _BLOCK_BYTES = 2**21
 _SILENCE_S = 60.0
 
 
-def open_network_file(url: str, retry: RetryPolicy) -> IO[bytes]:
-    """A seekable file at an fsspec address. Reading raises DataError where trying again is useless or was in vain."""
-    return io.BufferedReader(_NetworkFile(url, retry), _BUFFER_BYTES)
+def open_network_file(url: str, retry: RetryPolicy, block_bytes: int | None = None) -> IO[bytes]:
+    """A seekable file at an fsspec address, asked for in blocks of `block_bytes` (default: 2 MiB).
+
+    Reading raises DataError where trying again is useless, NetworkGone where it was in vain.
+    """
+    return io.BufferedReader(_NetworkFile(url, retry, block_bytes or _BLOCK_BYTES), _BUFFER_BYTES)
 
 
 class _NetworkFile(io.RawIOBase):
     """A remote file whose reads, when they break, are tried again from the byte where they broke."""
 
-    def __init__(self, url: str, retry: RetryPolicy):
-        self._url = url
+    def __init__(self, url: str, retry: RetryPolicy, block_bytes: int):
+        self._url, self._block_bytes = url, block_bytes
         self._attempts = _Attempts(url, retry)
         self._offset = 0
         self._size: int | None = None
@@ -86,16 +89,8 @@ class _NetworkFile(io.RawIOBase):
                 return result
 
     def _open(self) -> Any:
-        import fsspec
-
-        options = {}
-        if self._url.startswith(("http://", "https://")):
-            import aiohttp
-
-            # Silence is a dropped connection; the total time is not limited, since a file may stay open for days.
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=30, sock_read=_SILENCE_S)}
-        file_system, path = fsspec.core.url_to_fs(self._url, **options)
-        file = file_system.open(path, "rb", block_size=_BLOCK_BYTES if self._ranges else 0)
+        file_system, path = _file_system(self._url)
+        file = file_system.open(path, "rb", block_size=self._block_bytes if self._ranges else 0)
         # Known where the server tells it; a file opened as a stream after that no longer says.
         self._size = getattr(file, "size", None) or self._size
         return file
@@ -122,8 +117,33 @@ class _NetworkFile(io.RawIOBase):
         self._file = None
 
 
+def _file_system(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of an address."""
+    import fsspec
+
+    options = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # Silence is a dropped connection; the total time is not limited, since a file may stay open for days.
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=30, sock_read=_SILENCE_S)}
+    file_system, path = fsspec.core.url_to_fs(url, **options)
+    return file_system, path
+
+
+def network_file_info(url: str, retry: RetryPolicy) -> dict[str, Any]:
+    """What the server says of a file: size, and its own marks and checksums. Raises DataError, NetworkGone."""
+    attempts = _Attempts(url, retry)
+    while True:
+        try:
+            file_system, path = _file_system(url)
+            return dict(file_system.info(path))
+        except Exception as error:  # every file system and HTTP library has its own
+            attempts.wait_or_raise(error)
+
+
 class _Attempts:
-    """Counts tries without progress, waits between them, and gives up with a DataError."""
+    """Counts tries without progress, waits between them, and gives up with NetworkGone."""
 
     _contact_made = False  # in this process, with any file
 
@@ -136,7 +156,7 @@ class _Attempts:
         _Attempts._contact_made = True
 
     def wait_or_raise(self, error: Exception) -> None:
-        """Sleep before the next try; raises DataError where another one is useless or the tries are used up."""
+        """Sleep before the next try. Raises DataError where another one is useless, NetworkGone where the tries are used up."""
         if isinstance(error, ImportError):
             raise DataError(f"{self._url} cannot be read: {error}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -147,7 +167,7 @@ class _Attempts:
         self._failures += 1
         tries = self._policy.later_tries if _Attempts._contact_made else self._policy.first_tries
         if self._failures >= tries:
-            raise DataError(
+            raise NetworkGone(
                 f"{self._url}: no answer after {self._failures} tries ({reason}); check the network, "
                 "or use --dataset demo or a local folder"
             ) from error

@@ -4,7 +4,7 @@ Padded (the published protocol): one document per sequence, cut to max_length, i
 after each, one after the other, cut every max_length ids; nothing is thrown away.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ Position = TypeVar("Position")
 class Document(NamedTuple):
     """ids: without eos, at least one. start_token: ids (eos counts as the last) that earlier sequences already hold."""
 
-    ids: list[int]
+    ids: Sequence[int] | np.ndarray
     start_token: int = 0
 
 
@@ -29,7 +29,7 @@ def padded_sequences(
     documents: (document, position at it, position after it). Yields (int32 ids, 2 to max_length of them; position after).
     """
     for document, _, after in documents:
-        yield np.array([*document.ids[: max_length - 1], eos_id], dtype=np.int32), after
+        yield _with_eos(document.ids[: max_length - 1], eos_id), after
 
 
 def packed_sequences(
@@ -48,7 +48,7 @@ def packed_sequences(
     filled = 0
     last_position: Position  # bound before the first id is
     for document, here, after in documents:
-        ids = np.array([*document.ids, eos_id], dtype=np.int32)
+        ids = _with_eos(document.ids, eos_id)
         used = document.start_token
         while used < len(ids):
             count = min(max_length - filled, len(ids) - used)
@@ -60,6 +60,12 @@ def packed_sequences(
                 filled = 0
     if filled:
         yield sequence[:filled].copy(), last_position
+
+
+def _with_eos(ids: Sequence[int] | np.ndarray, eos_id: int) -> np.ndarray:
+    ended = np.empty(len(ids) + 1, dtype=np.int32)
+    ended[:-1], ended[-1] = ids, eos_id
+    return ended
 
 
 def pad_and_label(sequences: list[np.ndarray], *, max_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

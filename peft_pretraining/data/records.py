@@ -1,7 +1,7 @@
-"""The records of one file, in order: lines of JSON, blocks of text, rows of parquet, from a disk or over a network.
+"""The records of one file, in order: lines of JSON, blocks of text, rows of parquet, prepared tokens; from a disk or a network.
 
 A network read that breaks is taken up again at the record where it broke. What is wrong with a record is not decided
-while reading: the reader hands on raw records, and `document_text` says of each what it holds or why it is bad.
+while reading: the reader hands on raw records, and `document_in_split` says of each what it holds or why it is bad.
 """
 
 import contextlib
@@ -10,17 +10,21 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
 
 from peft_pretraining.data.errors import DataError, first_line
 from peft_pretraining.data.network import open_network_file
 from peft_pretraining.data.source import RetryPolicy, Shard, Source, is_held_out, is_remote, refuse_if_offline
+from peft_pretraining.data.token_file import TokenFile, TokenRecord, damaged
 
-T = TypeVar("T")
-
+UNREADABLE_FILE = "unreadable_file"
 MAX_EXAMPLES = 3
+# Longer ones, such as an endless line of a file that is not what its name says, are read past and never held in memory.
+MAX_RECORD_BYTES = 2**28
 _BUFFER_BYTES = 2**18
 _ZSTD_STEP_BYTES = 2**13  # where a file is damaged, at most this much before the damage is lost
 
@@ -28,8 +32,8 @@ _ZSTD_STEP_BYTES = 2**13  # where a file is damaged, at most this much before th
 class RawRecord(NamedTuple):
     """number: of the record in its file, from 0. line: where it begins (row for parquet), from 1, for messages.
 
-    content: bytes of a JSON line or a text block; the value of the text column for parquet; a BadRecord where the rest
-    of the file cannot be read.
+    content: bytes of a JSON line or a text block; the value of the text column for parquet; a TokenRecord of prepared data;
+    a BadRecord where a record is too long or the rest of the file cannot be read.
     """
 
     number: int
@@ -38,10 +42,22 @@ class RawRecord(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """kind: malformed_json | missing_text | text_not_string | invalid_unicode | unreadable_rest."""
+    """kind: malformed_json | missing_text | text_not_string | invalid_unicode | oversized | unreadable_rest (damaged
+    compression) | unreadable_file (the disk or its permissions)."""
 
     kind: str
     detail: str
+
+    def in_words(self) -> str:
+        """For messages."""
+        return f"{self.kind.replace('_', ' ')}: {self.detail}"
+
+
+def place_of(record: RawRecord, shard: Shard) -> str:
+    """Where a record is, for messages."""
+    if shard.format == "tokens":
+        return f"{shard.url}, record {record.line} of {shard.name}"
+    return f"{shard.url}, line {record.line}"
 
 
 @dataclass
@@ -66,6 +82,15 @@ class SkippedRecords:
 
 
 # --- What a record holds ---
+
+
+def document_in_split(record: RawRecord, shard: Shard, source: Source) -> str | np.ndarray | BadRecord | None:
+    """The text of a record (of prepared data: its ids), None if the hold-out rule puts it on the other side, or what is wrong
+    with it. Raises DataError: prepared data is damaged."""
+    if isinstance(record.content, TokenRecord):
+        return _prepared_ids(record.content, record, shard, source)
+    text = document_text(record, shard, source.text_field)
+    return text if isinstance(text, BadRecord) or belongs_to_split(text, source) else None
 
 
 def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | BadRecord:
@@ -101,6 +126,18 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
     return content
 
 
+def _prepared_ids(
+    content: TokenRecord, record: RawRecord, shard: Shard, source: Source
+) -> np.ndarray | BadRecord | None:
+    if content.bad:
+        return BadRecord(content.bad, "it was so when the data was prepared")
+    if source.keep != "all" and content.held_out != (source.keep == "validation"):
+        return None
+    if source.prepared is not None and len(content.ids) and content.ids.max() >= source.prepared.vocab_size:
+        raise damaged(shard.url, record.number)
+    return content.ids
+
+
 def belongs_to_split(text: str, source: Source) -> bool:
     """Whether a document is on the source's side of the hold-out rule."""
     return source.keep == "all" or is_held_out(text) == (source.keep == "validation")
@@ -120,25 +157,31 @@ def _kind(value: object) -> str:
 def check_source(source: Source) -> None:
     """Read a first document of the split, so that a wrong address, field or format is reported before anything is built.
 
-    Raises DataError: unreachable, unreadable, empty, no usable record among the first 100 of the first file that holds
-    any, or documents only of the other split.
+    Raises DataError: unreachable, no file that can be opened, empty, no usable record among the first 100 of the first file
+    that holds any, or documents only of the other split.
     """
     others = 0
+    unreadable: str | None = None
     for shard in source.shards:
         problem: str | None = None
         with contextlib.closing(read_records(shard, source)) as records:
             for record in records:
-                text = document_text(record, shard, source.text_field)
-                if isinstance(text, str):
-                    if belongs_to_split(text, source):
-                        return
+                text = document_in_split(record, shard, source)
+                if isinstance(text, BadRecord):
+                    if text.kind == UNREADABLE_FILE:
+                        unreadable = unreadable or f"{shard.url} cannot be read: {text.detail}"
+                    else:
+                        problem = problem or f"{place_of(record, shard)}: {text.in_words()}"
+                elif text is not None:
+                    return
+                else:
                     others += 1
-                    continue
-                problem = problem or f"{shard.url}, line {record.line}: {text.kind.replace('_', ' ')}: {text.detail}"
                 if record.number >= 99 and not others:
                     break
         if problem is not None and not others:
             raise DataError(f"dataset {source.dataset!r}: no usable record at the start of a file; {problem}")
+    if unreadable is not None:
+        raise DataError(f"dataset {source.dataset!r}: no file with a document; {unreadable}")
     if others:
         raise DataError(
             f"dataset {source.dataset!r}: none of its {others} documents is in the {source.split} split, which is told by a "
@@ -153,9 +196,14 @@ def check_source(source: Source) -> None:
 def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawRecord]:
     """Records of a file from number `start` on; blank lines do not count as records.
 
-    Where the rest of a file is damaged (truncated or garbled compression), the last record is a BadRecord that says so.
-    Raises DataError: file missing or not allowed, wrong kind of file, network gone for longer than `source.retry`.
+    Where the rest of a file is damaged (truncated or garbled compression), or the disk does not give it (missing, not
+    allowed, broken), the last record is a BadRecord that says so. Raises DataError: wrong kind of file, a server that refuses
+    it; NetworkGone: no answer for longer than `source.retry`.
     """
+    if shard.format == "tokens":
+        for index, tokens in enumerate(TokenFile(shard.url).records(start), start=start):
+            yield RawRecord(index, index + 1, tokens)
+        return
     refuse_if_offline(shard.url)
     number, line = start - 1, 0
     try:
@@ -173,7 +221,7 @@ def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawR
     except (EOFError, gzip.BadGzipFile, zlib.error, _DamagedFile) as error:
         yield RawRecord(number + 1, line + 1, BadRecord("unreadable_rest", first_line(error)))
     except OSError as error:
-        raise DataError(f"{shard.url} cannot be read: {error.strerror or first_line(error)}") from error
+        yield RawRecord(number + 1, line + 1, BadRecord(UNREADABLE_FILE, error.strerror or first_line(error)))
 
 
 class _DamagedFile(Exception):
@@ -190,13 +238,13 @@ def _open_binary(url: str, retry: RetryPolicy) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def _decompressed(file: IO[bytes], shard: Shard) -> Iterator[Iterable[bytes]]:
+def _decompressed(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
     if shard.compression is None:
         yield file
     elif shard.compression == "gzip":
         # Not wrapped in another buffer: at damage that would drop the whole lines before it.
         with gzip.GzipFile(fileobj=file, mode="rb") as stream:
-            yield stream
+            yield cast(IO[bytes], stream)
     else:
         yield io.BufferedReader(_ZstdStream(file, shard), _BUFFER_BYTES)
 
@@ -247,10 +295,28 @@ class _ZstdStream(io.RawIOBase):
         return b"".join(parts)
 
 
-def _json_lines(lines: Iterable[bytes], shard: Shard) -> Iterator[RawRecord]:
+def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
+    """The lines of a stream; None for one that is longer than a record may be, which is read past."""
+    while line := stream.readline(MAX_RECORD_BYTES):
+        if len(line) < MAX_RECORD_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(2**20)
+        yield None
+
+
+def _oversized() -> BadRecord:
+    return BadRecord("oversized", f"longer than {MAX_RECORD_BYTES:,} bytes")
+
+
+def _json_lines(stream: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
     index = 0
-    for number, line in enumerate(lines, start=1):
-        if stripped := line.strip():
+    for number, line in enumerate(_lines(stream), start=1):
+        if line is None:
+            yield RawRecord(index, number, _oversized())
+            index += 1
+        elif stripped := line.strip():
             if index == 0:
                 _refuse_json_array(stripped, shard)
             yield RawRecord(index, number, stripped)
@@ -263,20 +329,28 @@ def _refuse_json_array(first_line: bytes, shard: Shard) -> None:
         raise DataError(f"{shard.url} holds a JSON array, not one object per line; convert it to .jsonl")
 
 
-def _text_blocks(lines: Iterable[bytes], shard: Shard) -> Iterator[RawRecord]:
+def _text_blocks(stream: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
     """Documents of a text file: blocks of lines between blank ones."""
     index, first = 0, 1
     block: list[bytes] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            if not block:
-                first = number
-            block.append(line)
-        elif block:
-            yield RawRecord(index, first, b"".join(block).rstrip())
-            index, block = index + 1, []
-    if block:
-        yield RawRecord(index, first, b"".join(block).rstrip())
+    size = 0  # past the limit, the block's lines are counted and no longer kept
+    for number, line in enumerate(_lines(stream), start=1):
+        if line is None or line.strip():
+            first = first if size else number
+            size += MAX_RECORD_BYTES + 1 if line is None else len(line)
+            if line is not None and size <= MAX_RECORD_BYTES:
+                block.append(line)
+            else:
+                block = []
+        elif size:
+            yield RawRecord(index, first, _block_content(block, size))
+            index, block, size = index + 1, [], 0
+    if size:
+        yield RawRecord(index, first, _block_content(block, size))
+
+
+def _block_content(block: list[bytes], size: int) -> bytes | BadRecord:
+    return b"".join(block).rstrip() if size <= MAX_RECORD_BYTES else _oversized()
 
 
 def _parquet_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) -> Iterator[RawRecord]:

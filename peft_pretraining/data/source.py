@@ -17,11 +17,19 @@ from typing import Literal
 
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
 from peft_pretraining.data.errors import DataError, first_line
+from peft_pretraining.data.prepared import (
+    TOKENIZER_FOLDER,
+    Manifest,
+    PreparedShard,
+    is_prepared,
+    is_unfinished,
+    read_manifest,
+)
 
 __all__ = ["DataError", "RetryPolicy", "Shard", "Source", "default_lanes", "is_held_out", "open_source"]
 
 Split = Literal["train", "validation"]
-Format = Literal["json", "text", "parquet"]
+Format = Literal["json", "text", "parquet", "tokens"]
 Compression = Literal["gzip", "zstd"]
 
 C4_URL = "hf://datasets/allenai/c4/en"
@@ -58,11 +66,22 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True)
+class PreparedWith:
+    """The tokenizer that made the tokens of prepared data. vocab_size: all ids lie below. summary: of the data, in words."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    summary: str
+
+
+@dataclass(frozen=True)
 class Source:
     """Files of one split in their order, and the rule that says which of their documents belong to it.
 
-    keep: "all" documents, or the "train" or "validation" side of the hold-out rule (`is_held_out`). fingerprint: equal
-    for equal files, names and rules, wherever they lie. Immutable and picklable.
+    keep: "all" documents, or the "train" or "validation" side of the hold-out rule (`is_held_out`). prepared: where the files
+    hold tokens. fingerprint: equal for equal files, names and rules, wherever they lie; of local files names, sizes, and the
+    first and last 4 kB (a compressed file's checksum is there), of prepared ones their checksums. Immutable and picklable.
     """
 
     dataset: str
@@ -73,12 +92,15 @@ class Source:
     default_tokenizer: str
     location: str
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    prepared: PreparedWith | None = None
 
     @property
     def fingerprint(self) -> str:
         files = [[shard.name, shard.size_bytes, shard.content_tag] for shard in self.shards]
-        content = json.dumps([self.split, self.keep, self.text_field, files])
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        content: list[object] = [self.split, self.keep, self.text_field, files]
+        if self.prepared is not None:
+            content.append(self.prepared.fingerprint)
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     @property
     def is_remote(self) -> bool:
@@ -88,6 +110,8 @@ class Source:
         """One line for the plan: data set, split, files, place, hold-out rule."""
         if not self.shards:
             return f"{self.dataset} ({self.split}): files are listed when the run starts"
+        if self.prepared is not None:
+            return f"{self.dataset} ({self.split}): {self.prepared.summary}"
         sizes = [shard.size_bytes for shard in self.shards]
         known_size = f", {_readable_bytes(sum(s for s in sizes if s is not None))}" if None not in sizes else ""
         files = f"{len(self.shards)} file{'s' if len(self.shards) > 1 else ''}{known_size} in {self.location}"
@@ -100,14 +124,36 @@ class Source:
 
 
 def default_lanes(dataset: str) -> int:
-    """Virtual readers where `--data_lanes` is not given: 64 divide C4's 1,024 files, 24 have many divisors."""
-    return 64 if dataset == "c4" else 24
+    """Virtual readers where `--data_lanes` is not given: 64 divide C4's 1,024 files, 24 have many divisors.
+
+    Prepared data has those of what it was made from, so that its order is the same.
+    """
+    return 64 if original_dataset(dataset) == "c4" else 24
+
+
+def original_dataset(dataset: str) -> str:
+    """What a prepared data set was made from; any other one is its own original."""
+    folder = prepared_folder(dataset)
+    if folder is None:
+        return dataset
+    try:
+        return read_manifest(folder, check_sizes=False).job.dataset
+    except DataError:  # is told where the data is opened
+        return dataset
 
 
 def is_held_out(text: str) -> bool:
     """Whether a document of a data set without a validation split belongs to validation: 1 in 100 by a hash of its text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
+
+
+def prepared_folder(dataset: str) -> Path | None:
+    """The folder of a prepared data set, None for every other data set."""
+    if dataset in ("c4", "demo") or dataset.startswith("hub:") or is_remote(dataset):
+        return None
+    folder = _local_path(dataset)
+    return folder if is_prepared(folder) else None
 
 
 def open_source(
@@ -122,7 +168,8 @@ def open_source(
     """Find the files of a data set.
 
     Args:
-        dataset: "c4" | "demo" | "hub:OWNER/NAME[/folder or pattern]" | local folder, file or glob | any fsspec address.
+        dataset: "c4" | "demo" | "hub:OWNER/NAME[/folder or pattern]" | local folder, file or glob | folder of prepared data | any
+            fsspec address.
         split: files are told apart by `*train*` and `*validation*` in their names (or their folders' names). Without
             validation files, 1 document in 100 of the others is held out.
         text_field: key (column) that holds a document's text in JSON and parquet files.
@@ -132,7 +179,7 @@ def open_source(
         resolve: False: build nothing and ask no network, for a dry run; what cannot be known so is left open.
 
     Raises:
-        DataError: nothing there, nothing matched, unknown extension, no files for the split, no network.
+        DataError: nothing there, nothing matched, unknown extension, no files for the split, no network, damaged manifest.
     """
     if split not in ("train", "validation"):
         raise DataError(f"split {split!r}: must be train or validation")
@@ -148,6 +195,8 @@ def open_source(
         shards = _remote_shards(location) if resolve else []
     elif is_remote(dataset):
         shards = _remote_shards(dataset) if resolve else []
+    elif (prepared := prepared_folder(dataset)) is not None:
+        return _prepared_source(dataset, prepared, split, text_field, hold_out)
     else:
         shards = _local_shards(dataset)
     if not shards:
@@ -171,8 +220,14 @@ def _c4_shards(split: Split) -> tuple[Shard, ...]:
     return tuple(Shard(f"{C4_URL}/{name}", name, "json", "gzip") for name in names)
 
 
+def _local_path(dataset: str) -> Path:
+    return Path(dataset.removeprefix("file://").removeprefix("local://")).expanduser()
+
+
 def _local_shards(dataset: str) -> list[Shard]:
-    path = Path(dataset.removeprefix("file://").removeprefix("local://")).expanduser()
+    path = _local_path(dataset)
+    if is_unfinished(path):
+        raise DataError(f"dataset {dataset!r}: its preparation has not finished; run `data prepare` again, it goes on")
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path).as_posix())]
         shards = _with_known_extension([(str(p), p.relative_to(path).as_posix()) for p in found], dataset)
@@ -201,6 +256,48 @@ def _with_local_tag(shard: Shard) -> Shard:
         file.seek(max(0, size - 4096))  # holds the checksum of a .gz and .zst file and the footer of a .parquet one
         tag = hashlib.blake2b(head + file.read(), digest_size=8).hexdigest()
     return Shard(shard.url, shard.name, shard.format, shard.compression, size, tag)
+
+
+def _prepared_source(dataset: str, folder: Path, split: Split, text_field: str, hold_out: bool) -> Source:
+    manifest = read_manifest(folder)
+    job = manifest.job
+    if text_field not in ("text", job.text_field):
+        raise DataError(
+            f"--text_field {text_field}: {dataset} was prepared from the field {job.text_field!r}; leave the flag out"
+        )
+    chosen = [shard for shard in manifest.shards if shard.split in (split, "both")]
+    if not sum(shard.counts[split] for shard in chosen):
+        raise DataError(f"dataset {dataset!r}: no document of the {split} split was prepared")
+    shards = tuple(
+        Shard(
+            str(folder / shard.ids.name),
+            shard.name,
+            "tokens",
+            size_bytes=shard.size_bytes,
+            content_tag=f"{shard.ids.checksum} {shard.index.checksum}",
+        )
+        for shard in chosen
+    )
+    told_apart = hold_out and any(shard.split == "both" for shard in chosen)
+    return Source(
+        dataset,
+        split,
+        shards,
+        split if told_apart else "all",
+        job.text_field,
+        str(folder / TOKENIZER_FOLDER),
+        str(folder),
+        prepared=PreparedWith(
+            job.tokenizer, job.tokenizer_fingerprint, manifest.vocab_size, _summary(manifest, chosen, split)
+        ),
+    )
+
+
+def _summary(manifest: Manifest, shards: Sequence[PreparedShard], split: Split) -> str:
+    documents, tokens = (sum(shard.counts[name] for shard in shards) for name in (split, f"{split}_tokens"))
+    files = f"{len(shards)} file{'s' if len(shards) > 1 else ''}"
+    job = manifest.job
+    return f"{documents:,} documents, {tokens:,} tokens of {job.tokenizer}, prepared from {job.dataset}, {files}"
 
 
 def _remote_shards(url: str) -> list[Shard]:

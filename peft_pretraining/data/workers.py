@@ -31,6 +31,7 @@ class Work(Protocol[ItemT]):
 
 
 class _Failure(NamedTuple):
+    kind: type[DataError]
     message: str
 
 
@@ -44,7 +45,7 @@ class _WorkerItems(IterableDataset):
         try:
             yield from self._work.items(info.id, info.num_workers)
         except DataError as error:
-            yield _Failure(str(error))
+            yield _Failure(type(error), str(error))
 
 
 class Workers(Generic[T]):
@@ -99,7 +100,7 @@ class _Running:
                     raise
                 raise DataError(f"a data worker died ({error}); if memory ran out, lower --workers") from error
             if isinstance(item, _Failure):
-                raise DataError(item.message)
+                raise item.kind(item.message)
             yield item
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from corpora import json_lines
 
 from peft_pretraining.data import network
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.errors import DataError, NetworkGone
 from peft_pretraining.data.loader import TrainLoader
 from peft_pretraining.data.records import document_text, read_records
 from peft_pretraining.data.source import RetryPolicy, open_source
@@ -29,6 +30,7 @@ class Server:
 
     def __init__(self, ranges: bool):
         self.ranges, self.requests = ranges, 0
+        self.etag: str | None = None
         self.fault: Callable[[int, BaseHTTPRequestHandler], bool] = lambda number, handler: False
         lock, outer = threading.Lock(), self
 
@@ -52,6 +54,8 @@ class Server:
                     begin, end = wanted.removeprefix("bytes=").split("-")
                     first, last = int(begin), min(last, int(end or last))
                 self.send_response(206 if wanted else 200)
+                if outer.etag is not None:
+                    self.send_header("ETag", outer.etag)
                 if outer.ranges:
                     self.send_header("Accept-Ranges", "bytes")
                 if wanted:
@@ -156,7 +160,7 @@ def test_batches_over_a_bad_network_equal_those_from_the_disk(server, tmp_path, 
 def test_a_server_that_stays_down_is_given_up_with_one_message(server):
     source = open_remote(server)
     server.fault = every(1, status(503))
-    with pytest.raises(DataError, match=r"x\.json\.gz: no answer after 4 tries .*503.*check the network"):
+    with pytest.raises(NetworkGone, match=r"x\.json\.gz: no answer after 4 tries .*503.*check the network"):
         read_all(source)
     assert server.requests <= 4 * 3  # the library may try a few times itself
 
@@ -166,8 +170,30 @@ def test_contact_that_breaks_later_is_tried_longer(server):
     source = open_remote(server)
     assert read_all(source) == DOCUMENTS
     server.fault = every(1, status(503))
-    with pytest.raises(DataError, match="no answer after 6 tries"):
+    with pytest.raises(NetworkGone, match="no answer after 6 tries"):
         read_all(source)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_whose_network_goes_can_be_saved_and_taken_up_later(server, tmp_path, byte_tokenizer, workers):
+    """The error tells itself from others, through worker processes too, and the state then is that of the last batch."""
+    source = open_remote(server)
+    (tmp_path / "x.json.gz").write_bytes(CONTENT)
+    options = {"max_length": 64, "packing": True, "lanes": 4, "seed": 1}
+    local = TrainLoader(open_source(str(tmp_path), "train", hold_out=False), byte_tokenizer, **options)
+    expected = [batch.input_ids.tolist() for batch, _ in zip(local, range(3000), strict=False)]
+    loader = TrainLoader(source, byte_tokenizer, workers=workers, **options)
+    served = server.requests
+    server.fault = lambda number, handler: number > served + 12 and not status(503)(handler)
+    found: list = []
+    with pytest.raises(NetworkGone, match="no answer after 6 tries"):
+        found.extend(batch.input_ids.tolist() for batch in itertools.islice(loader, 3000))
+    loader.close()
+    server.fault = FAULTS["none"]
+    later = TrainLoader(source, byte_tokenizer, **options)
+    later.load_state_dict(loader.state_dict())
+    found += [batch.input_ids.tolist() for batch, _ in zip(later, range(3000 - len(found)), strict=False)]
+    assert found == expected
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 410])
@@ -195,6 +221,23 @@ def test_a_server_that_falls_silent_counts_as_dropped(server, monkeypatch):
     source = open_remote(server)
     server.fault = lambda number, handler: number == 1 and not time.sleep(1.0)
     assert read_all(source) == DOCUMENTS
+
+
+def test_a_server_that_falls_silent_in_the_midst_of_a_file_counts_as_dropped(server, monkeypatch):
+    monkeypatch.setattr(network, "_SILENCE_S", 0.2)
+    source = open_remote(server)
+
+    def stall(number, handler):
+        if number != (2 if server.ranges else 1):
+            return False
+        handler.answer(True, cut=4096)
+        handler.wfile.flush()
+        time.sleep(1.0)
+        return True
+
+    server.fault = stall
+    assert read_all(source) == DOCUMENTS
+    assert server.requests >= 2
 
 
 def test_a_file_cut_short_on_the_server_is_damage_and_not_the_network(server, monkeypatch):

@@ -1,0 +1,417 @@
+"""Tokenise a data set once into files that training maps into memory. Stopped at any instant it goes on, to the same bytes.
+
+Files of the source are done one after the other. One under way has two `.partial` files and a progress file that says how
+much of them counts; a finished one has a `.done.json`; when all are finished, the manifest replaces these.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from peft_pretraining.data.encoding import Ids, encode_documents
+from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.health import Health, OnBadRecord
+from peft_pretraining.data.prepared import (
+    JOB,
+    MANIFEST,
+    TOKENIZER_FOLDER,
+    FileSeal,
+    Job,
+    Manifest,
+    PreparedShard,
+    is_prepared,
+    manifest_document,
+    new_checksum,
+    read_manifest,
+    seals,
+    shard_from,
+    verify,
+)
+from peft_pretraining.data.records import UNREADABLE_FILE, BadRecord, RawRecord, document_text, read_records
+from peft_pretraining.data.source import Source, is_held_out, open_source, prepared_folder
+from peft_pretraining.data.token_file import BAD_KINDS, INDEX, INDEX_SUFFIX, ids_suffix
+from peft_pretraining.data.tokenizer import Tokenizer
+
+_TOGETHER = 256  # records that are encoded in one call
+_COMMIT_RECORDS = 4096  # what a crash costs at most
+_SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One file of a source. number: its place among the files of the prepared data."""
+
+    number: int
+    source: Source
+    shard_index: int
+    split: Literal["train", "validation", "both"]
+
+    @property
+    def stem(self) -> str:
+        return f"{self.number:05d}"
+
+
+def prepare(
+    dataset: str,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    text_field: str = "text",
+    documents: int | None = None,
+    on_bad_record: OnBadRecord = "skip",
+    progress: bool = True,
+) -> Manifest:
+    """Tokenise both splits of a data set into the folder `out`, or go on with it where it was stopped.
+
+    Args:
+        documents: at most so many of each split, the first ones; None for all.
+        on_bad_record: keep the places of bad records as such, or raise DataError at the first.
+        progress: show a bar.
+
+    Raises:
+        DataError: the data cannot be read, `out` holds something else or another preparation, or is being written to.
+        NetworkGone: as for reading; the same call goes on from there.
+    """
+    if prepared_folder(dataset) is not None:
+        raise DataError(f"dataset {dataset!r} is prepared already")
+    train, validation = (open_source(dataset, split, text_field=text_field) for split in _SPLITS)
+    fingerprints = train.fingerprint, validation.fingerprint
+    job = Job(dataset, text_field, documents, tokenizer.name, tokenizer.fingerprint, *fingerprints)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _only_one(out):
+            if is_prepared(out):
+                manifest = _finished(out, job)
+            else:
+                manifest = _go_on(out, job, _tasks(train, validation), tokenizer, on_bad_record, progress)
+            _remove_traces(out)
+    except OSError as error:
+        raise DataError(f"cannot write to {error.filename or out}: {error.strerror or error}") from error
+    return manifest
+
+
+def _tasks(train: Source, validation: Source) -> list[_Task]:
+    if train.keep == "all":
+        files = [(train, index, "train") for index in range(len(train.shards))]
+        files += [(validation, index, "validation") for index in range(len(validation.shards))]
+    else:
+        files = [(train, index, "both") for index in range(len(train.shards))]
+    return [_Task(number, source, index, split) for number, (source, index, split) in enumerate(files)]  # type: ignore[arg-type]
+
+
+def _finished(out: Path, job: Job) -> Manifest:
+    manifest = read_manifest(out)
+    _refuse_other_job(out, manifest.job, job)
+    for seal in seals(manifest):
+        verify(out, seal)
+    return manifest
+
+
+def _refuse_other_job(out: Path, there: Job, wanted: Job) -> None:
+    before, now = asdict(there), asdict(wanted)
+    # Names may differ where what they stand for is the same: a folder by another path, a tokenizer's copy.
+    differing = [name for name in before if before[name] != now[name] and name not in ("dataset", "tokenizer")]
+    if differing:
+        changes = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in differing)
+        raise DataError(f"{out} was begun with {changes}; prepare into another --out, or remove this one")
+
+
+def _go_on(
+    out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad_record: OnBadRecord, progress: bool
+) -> Manifest:
+    if (out / JOB).is_file():
+        there = _read_job(out)
+        _refuse_other_job(out, there, job)
+        job = there
+    elif any(not path.name.startswith(".") for path in out.iterdir()):
+        raise DataError(f"--out {out} holds other files; name a new folder")
+    else:
+        _write_json(out / JOB, asdict(job))
+    _save_tokenizer(tokenizer, out)
+    shards: list[PreparedShard] = []
+    done: Counter[str] = Counter()
+    with _bar(job.documents, progress) as bar:
+        for task in tasks:
+            wanted = "train" if task.split == "both" else task.split
+            left = None if job.documents is None else job.documents - done[wanted]
+            if left == 0:
+                continue
+            preparation = _Preparation(out, task, tokenizer, Health(task.source, on_bad_record), left, bar)
+            shards.append(preparation.finished() or preparation.run())
+            done.update(shards[-1].counts)
+    if job.documents is not None:
+        shards = [_of_own_size(shard) for shard in shards]
+    manifest = Manifest(job, tokenizer.text_vocab_size, tuple(shards))
+    if not manifest.total("train"):
+        raise DataError(f"dataset {job.dataset!r}: no document to train on")
+    _write_json(out / MANIFEST, manifest_document(manifest))
+    return manifest
+
+
+def _of_own_size(shard: PreparedShard) -> PreparedShard:
+    """Of a part of the data the source's sizes would not tell which files are about equal."""
+    return PreparedShard(**{**vars(shard), "size_bytes": shard.ids.size_bytes})
+
+
+def _read_job(out: Path) -> Job:
+    try:
+        return Job(**json.loads((out / JOB).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{out / JOB} is damaged ({error}); remove the folder and start again") from None
+
+
+def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    if (out / TOKENIZER_FOLDER).is_dir():
+        return
+    partial = out / ".tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    partial.rename(out / TOKENIZER_FOLDER)
+
+
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    with (out / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{out}: another process is preparing data there") from None
+        except (ImportError, OSError):
+            pass  # no locks on this system or disk
+        yield
+
+
+def _bar(total: int | None, enabled: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" documents", desc="train", disable=not enabled, smoothing=0.05)
+
+
+# --- One file ---
+
+
+class _Preparation:
+    """One file of the source on its way to tokens."""
+
+    def __init__(self, out: Path, task: _Task, tokenizer: Tokenizer, health: Health, documents: int | None, bar: Any):
+        self._out, self._task, self._tokenizer, self._health = out, task, tokenizer, health
+        self._documents, self._bar = documents, bar
+        self._shard = task.source.shards[task.shard_index]
+        self._limited = "train" if task.split == "both" else task.split
+        self._done_file = out / f".{task.stem}.done.json"
+        bar.set_description(f"{self._limited} {self._shard.name}")
+
+    def finished(self) -> PreparedShard | None:
+        """What the file became, if an earlier call finished it and its checksums still hold."""
+        if not self._done_file.is_file():
+            return None
+        shard = shard_from(json.loads(self._done_file.read_text(encoding="utf-8")))
+        try:
+            self._put_into_place(shard)
+            for seal in (shard.ids, shard.index):
+                verify(self._out, seal)
+        except DataError as error:
+            self._bar.write(f"notice: {error}. It is made anew")
+            self._done_file.unlink()
+            return None
+        self._count(shard.counts[self._limited])
+        return shard
+
+    def run(self) -> PreparedShard:
+        """Tokenise the file, or the rest of it."""
+        with _Writer(self._out, self._task.stem, self._tokenizer.text_vocab_size) as writer:
+            self._health.records, self._health.bad = writer.counts["records"], writer.bad_records.total()
+            self._count(writer.counts[self._limited])
+            records = read_records(self._shard, self._task.source, writer.counts["records"])
+            with contextlib.closing(records):
+                while not self._enough(writer) and (together := list(islice(records, _TOGETHER))):
+                    self._add(writer, together)
+            shard = self._sealed(writer)
+        _write_json(self._done_file, asdict(shard))
+        self._put_into_place(shard)
+        return shard
+
+    def _add(self, writer: "_Writer", records: list[RawRecord]) -> None:
+        contents = [document_text(record, self._shard, self._task.source.text_field) for record in records]
+        encoded = encode_documents(self._tokenizer, [text for text in contents if isinstance(text, str)])
+        before = writer.counts[self._limited]
+        for record, content in zip(records, contents, strict=True):
+            if self._enough(writer):
+                break
+            self._health.records += 1
+            if isinstance(content, BadRecord):
+                self._note_bad(writer, content, record)
+            else:
+                writer.add_document(next(encoded), len(content), self._split_of(content), self._task.split == "both")
+        self._count(writer.counts[self._limited] - before)
+
+    def _split_of(self, text: str) -> Literal["train", "validation"]:
+        if self._task.split == "both":
+            return "validation" if is_held_out(text) else "train"
+        return self._task.split
+
+    def _note_bad(self, writer: "_Writer", bad: BadRecord, record: RawRecord) -> None:
+        if bad.kind == UNREADABLE_FILE:
+            # Unlike a run, which has to go on, a preparation can wait until the file is mended.
+            raise DataError(
+                f"{self._shard.url} cannot be read: {bad.detail}; mend it and run the same command: it goes on from there"
+            )
+        self._health.bad_record(bad, self._task.shard_index, record)
+        writer.add_bad(bad.kind)
+
+    def _enough(self, writer: "_Writer") -> bool:
+        return self._documents is not None and writer.counts[self._limited] >= self._documents
+
+    def _count(self, documents: int) -> None:
+        self._bar.update(documents if self._limited == "train" else 0)
+
+    def _sealed(self, writer: "_Writer") -> PreparedShard:
+        ids, index = writer.seal()
+        return PreparedShard(
+            name=self._shard.name,
+            split=self._task.split,
+            size_bytes=self._shard.size_bytes,
+            counts=dict(sorted(writer.counts.items())),
+            bad_records=dict(sorted(writer.bad_records.items())),
+            ids=ids,
+            index=index,
+        )
+
+    def _put_into_place(self, shard: PreparedShard) -> None:
+        for seal in (shard.ids, shard.index):
+            partial = _partial(self._out, seal.name)
+            if partial.is_file():
+                partial.rename(self._out / seal.name)
+        (self._out / f".{self._task.stem}.progress.json").unlink(missing_ok=True)
+
+
+class _Writer:
+    """The two files of ids and index, as far as they are written. A context manager that closes them."""
+
+    def __init__(self, out: Path, stem: str, vocab_size: int):
+        """Open the files, cut to where the progress file says that they are whole."""
+        self._out = out
+        self._names = f"{stem}{ids_suffix(vocab_size)}", f"{stem}{INDEX_SUFFIX}"
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._progress_file = out / f".{stem}.progress.json"
+        progress = self._read_progress()
+        self.counts = Counter(dict.fromkeys(_COUNTS, 0) | progress["counts"])
+        self.bad_records: Counter[str] = Counter(progress["bad_records"])
+        self._end = int(progress["ids"])  # ids written
+        sizes = self._end * self._dtype.itemsize, self.counts["records"] * INDEX.itemsize
+        self._checksums = new_checksum(), new_checksum()
+        self._files: list[IO[bytes]] = []
+        for name, size, checksum in zip(self._names, sizes, self._checksums, strict=True):
+            self._files.append(_reopened(_partial(out, name), size, checksum))
+        self._ids: list[np.ndarray] = []
+        self._index: list[tuple[int, int, int, bool]] = []
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def _read_progress(self) -> dict[str, Any]:
+        empty: dict[str, Any] = {"counts": {}, "bad_records": {}, "ids": 0}
+        if not self._progress_file.is_file():
+            return empty
+        progress: dict[str, Any] = json.loads(self._progress_file.read_text(encoding="utf-8"))
+        sizes = progress["ids"] * self._dtype.itemsize, progress["counts"].get("records", 0) * INDEX.itemsize
+        for name, size in zip(self._names, sizes, strict=True):
+            path = _partial(self._out, name)
+            if not path.is_file() or path.stat().st_size < size:
+                return empty  # taken away by someone: from the start
+        return progress
+
+    def add_document(self, ids: Ids, characters: int, split: str, by_rule: bool) -> None:
+        """Append a document of `split`; by_rule: where the hold-out rule said which."""
+        self._ids.append(np.asarray(ids, dtype=self._dtype))
+        self._end += len(ids)
+        kind = split if len(ids) else "empty"
+        self.counts.update({kind: 1, f"{split}_tokens": len(ids), f"{split}_characters": characters})
+        self._add_record(characters, 0, by_rule and split == "validation")
+
+    def add_bad(self, kind: str) -> None:
+        """Append the place of a bad record."""
+        self.bad_records[kind] += 1
+        self._add_record(0, BAD_KINDS.index(kind), False)
+
+    def _add_record(self, characters: int, kind: int, held_out: bool) -> None:
+        self._index.append((self._end, characters, kind, held_out))
+        self.counts["records"] += 1
+        if self.counts["records"] % _COMMIT_RECORDS == 0:
+            self.commit()
+
+    def commit(self) -> None:
+        """Bring what was added to the disk, and then the word that it is there."""
+        contents = b"".join(part.tobytes() for part in self._ids), np.array(self._index, dtype=INDEX).tobytes()
+        for file, content, checksum in zip(self._files, contents, self._checksums, strict=True):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            checksum.update(content)
+        self._ids, self._index = [], []
+        progress = {"counts": dict(self.counts), "bad_records": dict(self.bad_records), "ids": self._end}
+        _write_json(self._progress_file, progress)
+
+    def seal(self) -> tuple[FileSeal, FileSeal]:
+        """Name, size and checksum of the finished files."""
+        self.commit()
+        ids, index = (
+            FileSeal(name, file.tell(), checksum.hexdigest())
+            for name, file, checksum in zip(self._names, self._files, self._checksums, strict=True)
+        )
+        return ids, index
+
+
+_COUNTS = (
+    *("records", "empty", "train", "train_tokens", "train_characters"),
+    *("validation", "validation_tokens", "validation_characters"),
+)
+
+
+def _partial(out: Path, name: str) -> Path:
+    return out / f".{name}.partial"
+
+
+def _reopened(path: Path, size: int, checksum: Any) -> IO[bytes]:
+    """The file, made where it is not there, cut to `size` bytes, which go into the checksum; positioned at its end."""
+    path.touch()
+    file = path.open("r+b")
+    file.truncate(size)
+    left = size
+    while left:
+        content = file.read(min(left, 2**20))
+        checksum.update(content)
+        left -= len(content)
+    return file
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    """Whole or not at all, even if the machine fails."""
+    partial = path.with_name(f".{path.name.lstrip('.')}.writing")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(document, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _remove_traces(out: Path) -> None:
+    """What only an unfinished preparation needs."""
+    for pattern in (JOB, ".*.done.json", ".*.progress.json", ".*.partial", ".*.writing"):
+        for path in out.glob(pattern):
+            path.unlink()

@@ -1,0 +1,135 @@
+"""The whole program on prepared data and on data with bad records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import torchrun_main
+from peft_pretraining.__main__ import main as command
+from peft_pretraining.data.tokenizer import Tokenizer
+
+SHORT = [
+    *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--lr", "0.003"),
+    *(
+        "--warmup_steps",
+        "1",
+        "--num_training_steps",
+        "3",
+        "--batch_size",
+        "4",
+        "--max_length",
+        "64",
+        "--eval_every",
+        "3",
+    ),
+    *("--save_every", "3", "--data_lanes", "4", "--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
+]
+
+
+def value(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]
+
+
+def train(folder: Path, *flags: str) -> list[dict]:
+    assert torchrun_main.main([*SHORT, *flags, "--save_dir", str(folder)]) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def tokens(tiny_run, tmp_path) -> str:
+    folder = tmp_path / "tokens"
+    source = ["--dataset", value(tiny_run, "--dataset"), "--tokenizer", value(tiny_run, "--tokenizer")]
+    assert command(["data", "prepare", *source, "--out", str(folder)]) == 0
+    return str(folder)
+
+
+@pytest.mark.parametrize("layout", [[], ["--packing"]])
+def test_a_run_on_prepared_data_is_the_run_on_its_source(tmp_path, tiny_run, tokens, monkeypatch, layout):
+    """Losses, evaluation and bits per byte to the bit; nothing is encoded and no network is asked. The tokenizer goes along."""
+    rows = train(tmp_path / "text", *tiny_run, *layout, "--workers", "0")
+    without_source = ["--model_config", value(tiny_run, "--model_config"), "--dataset", tokens]
+    encode = Tokenizer.encode_batch
+
+    def only_probes(self, texts):  # those that a tokenizer is checked with when it is loaded
+        assert not any("Fox" in text for text in texts), "a document is encoded"
+        return encode(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", only_probes)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    prepared = train(tmp_path / "prepared", *without_source, *layout)
+    for name in ("loss", "tokens_seen", "gradnorm", "final_eval_loss", "final_eval_bits_per_byte", "bad_records"):
+        assert [row[name] for row in prepared if name in row] == [row[name] for row in rows if name in row] != []
+    monkeypatch.undo()
+    assert (
+        command(["generate", "--checkpoint", str(tmp_path / "prepared"), "--prompt", "Fox", "--max_new_tokens", "3"])
+        == 0
+    )
+
+
+def test_what_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, capsys):
+    import sentencepiece
+
+    texts = (f"Other words {number} in another order" for number in range(300))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=str(tmp_path / "other"), model_type="bpe", vocab_size=300,
+        byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    flags = [*SHORT, "--model_config", value(tiny_run, "--model_config"), "--dataset", tokens]
+    flags += ["--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main([*flags, "--tokenizer", str(tmp_path / "other.model")]) == 2
+    said = capsys.readouterr().err
+    assert "other.model (fingerprint" in said
+    assert "tiny.model (fingerprint" in said
+    small = json.loads(Path(value(tiny_run, "--model_config")).read_text()) | {"vocab_size": 100}
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    assert torchrun_main.main([*flags, "--model_config", str(tmp_path / "small.json")]) == 2
+    assert "vocab_size 100 is too small" in capsys.readouterr().err
+    (Path(tokens) / "00001.index").unlink()
+    for more in ([], ["--dry_run"]):
+        assert torchrun_main.main([*flags, *more]) == 2
+        said = capsys.readouterr().err
+        assert "00001.index cannot be read" in said
+        assert "Traceback" not in said
+
+
+def test_bad_records_are_shown_logged_and_end_a_strict_run(tmp_path, tiny_run, capsys):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for path in Path(value(tiny_run, "--dataset")).iterdir():
+        lines = path.read_text().splitlines(keepends=True)
+        for number in range(0, len(lines), 4):
+            lines[number] = "broken\n" if number % 8 else lines[number]
+        (corpus / path.name).write_text("".join(lines))
+    flags = [*tiny_run[:4], "--dataset", str(corpus), "--log_every", "1", "--workers", "0"]
+    rows = train(tmp_path / "run", *flags, "--num_training_steps", "20")
+    counts = [row["bad_records"] for row in rows if "loss" in row]
+    assert counts == sorted(counts)
+    state = json.loads(next((tmp_path / "run").glob("step_*20/state.json")).read_text())
+    assert state["data"]["bad_records"] == {"malformed_json": counts[-1]}
+    assert counts[-1] > 3
+    assert f"records passed over since the run began: {counts[-1]} malformed json" in capsys.readouterr().err
+    strict = [*SHORT, *flags, "--on_bad_record", "fail", "--save_dir", str(tmp_path / "strict")]
+    assert torchrun_main.main(strict) == 2
+    said = capsys.readouterr().err
+    assert "bad record in " in said
+    assert ".jsonl, line 5: malformed json" in said
+    assert "Traceback" not in said
+
+
+def test_counts_go_on_after_a_restart(tmp_path, tiny_run):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    source = Path(value(tiny_run, "--dataset"))
+    (corpus / "a-train.jsonl").write_text(
+        "broken\n".join((source / "words-train.0.jsonl").read_text().splitlines(True)[:9])
+    )
+    (corpus / "b-train.jsonl").write_text((source / "words-train.1.jsonl").read_text())
+    (corpus / "a-validation.jsonl").write_text((source / "words-validation.jsonl").read_text())
+    flags = [*tiny_run[:4], "--dataset", str(corpus), "--workers", "0"]
+    flags += ["--data_lanes", "1", "--num_training_steps", "24", "--save_every", "4"]
+    whole = train(tmp_path / "run", *flags)
+    again = train(tmp_path / "again", *flags, "--continue_from", str(tmp_path / "run/step_00000004"))
+    counts, later = ([row["bad_records"] for row in rows if "loss" in row] for rows in (whole, again))
+    assert later == counts
+    assert counts[-1] > counts[4] > 0
