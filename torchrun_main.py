@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peft_pretraining.plan import Plan
     from peft_pretraining.resume import RunParts
     from peft_pretraining.run_folder import RunFolder
+    from peft_pretraining.saver import Saver
     from peft_pretraining.train import StepResult, TrainState
 
 
@@ -93,6 +94,7 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.data.errors import DataError, TokenizerError
     from peft_pretraining.distributed import DeviceError, LostProcess, pick_device, process_group
     from peft_pretraining.optim import OptimizerUnavailable
+    from peft_pretraining.saver import SavingFailed
 
     try:
         device = pick_device(args.device, world)
@@ -101,6 +103,8 @@ def run(args: Arguments, world: World) -> int:
             return train(args, world, device)
     except (DataError, TokenizerError, DeviceError, CheckpointError, OptimizerUnavailable) as error:
         return fail(world, [str(error)], exit_code=2)
+    except SavingFailed as error:
+        return fail(world, [str(error)], exit_code=1, everywhere_alike=True)
     except (TrainingError, LostProcess, OSError) as error:
         return fail(world, [str(error)], exit_code=1)
 
@@ -114,7 +118,6 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
     from peft_pretraining.metrics import Throughput, peak_memory_bytes
     from peft_pretraining.plan import is_finished, learning_rate
-    from peft_pretraining.resume import save_run
     from peft_pretraining.train import train_step
 
     assembled = assemble(args, world, device)
@@ -124,6 +127,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     state = parts.state
     record = open_record(args, world, assembled)
     throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
+    saver = assembled.saver(args, world)
     try:
         while True:
             finished = is_finished(plan, state.update_step, state.tokens_seen)
@@ -149,12 +153,14 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
                 record.log_update(row | assembled.memory_row(device))
 
             finished = is_finished(plan, state.update_step, state.tokens_seen)
-            if finished or state.update_step % args.save_every == 0:
+            if saver.due(scheduled=finished or state.update_step % args.save_every == 0):
                 check_finite(step, state.update_step)
                 with throughput.paused():
-                    path, document = assembled.folder.path, assembled.document
-                    save_run(path, parts, world, run_document=document, keep=args.keep_checkpoints)
+                    record.sync()
+                    saver.save()
+        saver.finish()
     finally:
+        saver.close()
         record.close(exit_code=int(sys.exc_info()[0] is not None))
         data.loader.close()
     say_finished(world, state, assembled.folder)
@@ -173,6 +179,21 @@ class Assembled:
     parts: RunParts
     document: dict[str, Any]  # run.json
     memory_told: bool = False
+
+    def saver(self, args: Arguments, world: World) -> Saver:
+        """What saves this run; every process calls it."""
+        from peft_pretraining.resume import run_content
+        from peft_pretraining.saver import Saver
+
+        folder, step = self.folder, self.parts.state.update_step
+        return Saver(
+            folder.path,
+            lambda: run_content(folder.path, self.parts, world, self.document),
+            world,
+            keep=args.keep_checkpoints,
+            asynchronous=args.async_save,
+            saved_step=step if folder.goes_on_in_place else None,
+        )
 
     def memory_row(self, device: torch.device) -> dict[str, int]:
         """Once, after the first update: measured beside predicted memory, for the record."""
@@ -194,7 +215,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Assembled |
     from peft_pretraining.loss import TokenLoss
     from peft_pretraining.plan import format_plan, make_plan, memory_problems
     from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run
-    from peft_pretraining.run_folder import open_run_folder, run_document
+    from peft_pretraining.run_folder import check_same_data, open_run_folder, run_document
     from peft_pretraining.train import TrainState
 
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
@@ -202,7 +223,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Assembled |
     if not args.force and (problems := memory_problems(plan, args, there)):
         raise ConfigError([*problems, "--force starts it all the same"])
     folder = open_run_folder(args, plan, world)
-    if (state := finished_state(folder.path, folder.checkpoint, plan)) is not None:
+    if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
         say_finished(world, state, folder)
         return None
     data = build_data(args, plan, world, device)
@@ -210,6 +231,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Assembled |
         print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
 
     if folder.checkpoint is not None:
+        check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
     return_freed_memory_if_tight(plan.bytes["peak"], there)

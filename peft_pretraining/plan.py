@@ -112,6 +112,7 @@ def memory_setting(
         gradient_accumulation=accumulation,
         world_size=world.size,
         activation_checkpointing=args.activation_checkpointing,
+        async_save=args.async_save,
         device_type=device_type,
     )
 

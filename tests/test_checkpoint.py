@@ -8,6 +8,7 @@ import torch
 
 from peft_pretraining.checkpoint import (
     CheckpointError,
+    Content,
     list_checkpoints,
     load_tensors,
     resolve,
@@ -26,7 +27,7 @@ TENSORS = {
 
 
 def save(folder, step=7, **more):
-    return save_checkpoint(folder, step, TENSORS, {"state.json": {"step": step}}, World(), **more)
+    return save_checkpoint(folder, Content(step, TENSORS, {"state.json": {"step": step}}), World(), **more)
 
 
 def test_every_bit_comes_back(tmp_path):
