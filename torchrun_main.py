@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 1 torchrun_main.py --model_config configs
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def run(args: Arguments, world: World) -> int:
     try:
         device = pick_device(args.device, world)
         torch.manual_seed(args.seed)
+        random.seed(args.seed)
         with process_group(world, device):
             return train(args, world, device)
     except (DataError, TokenizerError, DeviceError, CheckpointError, OptimizerUnavailable) as error:
