@@ -281,7 +281,7 @@ def check_finite(step: StepResult, update_step: int) -> None:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {name} is {value} at update {update_step}: training has diverged and stops before saving it; go on "
-                "from the last checkpoint with a lower --lr, --grad_clipping 1.0 or --dtype float32"
+                "from the last checkpoint with a lower --lr or --grad_clipping 1.0 and --allow_changes lr,grad_clipping"
             )
 
 
