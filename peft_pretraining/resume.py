@@ -68,7 +68,7 @@ def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: P
     """
     if path is None or path.parent.resolve() != run_folder.resolve():
         return None
-    if checkpoint.read_json(path / "run.json")["arguments"]["dataset"] != args.dataset:
+    if checkpoint.read_json(path / "run.json")["arguments"].get("dataset") != args.dataset:
         return None
     state = _train_state(path)
     evaluated = any(

@@ -184,7 +184,7 @@ def check_same_data(path: Path, args: Arguments, source: Source) -> None:
     if source.fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
         raise ConfigError(
             [
-                f"--dataset {args.dataset}: its files (names, sizes, contents where known) are not those that {path} was made "
+                f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) are not those that {path} was made "
                 f"with, --dataset {before['arguments']['dataset']}: fingerprint {source.fingerprint}, then "
                 f"{before['fingerprint']}; restore them, or go on with these from the same position: --allow_changes dataset"
             ]
