@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -102,14 +103,18 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.evaluate import NothingToEvaluate
     from peft_pretraining.health import TrainingError
     from peft_pretraining.optim import OptimizerUnavailable
+    from peft_pretraining.saver import SavingFailed
 
     try:
         device = pick_device(args.device, world)
         torch.manual_seed(args.seed)
+        random.seed(args.seed)
         with process_group(world, device, args.timeout_s):
             return train(args, world, device)
     except (DataError, TokenizerError, DeviceError, CheckpointError, OptimizerUnavailable, NothingToEvaluate) as error:
         return fail(world, [str(error)], exit_code=2)
+    except SavingFailed as error:
+        return fail(world, [str(error)], exit_code=1, everywhere_alike=True)
     except (TrainingError, LostProcess, OSError) as error:
         return fail(world, [str(error)], exit_code=1)
     except (RuntimeError, MemoryError) as error:
@@ -135,9 +140,10 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
                 loop(args, world, run, record)
                 say_passed_over(record, run, world)
             except StopRun as stopped:
-                problem = end_early(run, args, world, stopped)
+                problem = end_early(run, world, stopped)
                 return 0 if problem is None else fail(world, [problem], exit_code=1)
     finally:
+        run.saver.close()
         record.close(exit_code=int(sys.exc_info()[0] is not None))
         run.data.loader.close()
     say_finished(world, run.parts.state, run.folder)
@@ -148,7 +154,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
     """Evaluate where due, update, record, save where due; until the plan is fulfilled or the run has to stop."""
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
     from peft_pretraining.assemble import next_micro_batches, run_evaluation
-    from peft_pretraining.ending import keep_for_inspection, save
+    from peft_pretraining.ending import keep_for_inspection
     from peft_pretraining.health import SkippedUpdates
     from peft_pretraining.metrics import Throughput, peak_memory_bytes
     from peft_pretraining.plan import is_finished, learning_rate
@@ -157,7 +163,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
     plan, device, state = run.plan, run.device, run.parts.state
     throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
     skipped = SkippedUpdates(state.skipped_updates, device)
-    save_due = False
+    scheduled = False  # a checkpoint that is still to be made
     bad_records = run.data.loader.num_bad_records  # on rank 0, which logs: of all processes before a restart
     while True:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
@@ -188,13 +194,15 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
             record.log_update(row | run.memory_row())
 
         finished = is_finished(plan, state.update_step, state.tokens_seen)
-        save_due = save_due or finished or state.update_step % args.save_every == 0
+        scheduled = scheduled or finished or state.update_step % args.save_every == 0
         # What cannot be updated any more must not take the place of a good checkpoint: saved once an update succeeds again.
-        if save_due and (finished or not skipped.last_one):
+        if run.saver.due(scheduled) and (finished or not skipped.last_one):
             state.skipped_updates = skipped.read(state.update_step)
             with throughput.paused():
-                save(run, args, world)
-            save_due = False
+                record.sync()
+                run.saver.save()
+            scheduled = False
+    run.saver.finish()
 
 
 def evaluation_due(args: Arguments, update_step: int, finished: bool) -> bool:

@@ -47,6 +47,7 @@ class Setting:
     world_size: int = 1
     activation_checkpointing: str | None = None
     compile: bool = False
+    async_save: bool = False
     device_type: str = "cpu"
 
     @property
@@ -95,10 +96,18 @@ def account(setting: Setting) -> dict[str, int]:
     if not setting.gradients_stay:
         static["gradients"] = width * largest
     layer, step = _layer_scratch(setting, groups), _step_scratch(setting, largest)
-    found = static | working | {"scratch": max(layer, step), "runtime": _RUNTIME[setting.device_type]}
+    copy = _copy_of_state(setting, static)
+    found = static | working | {"scratch": max(layer, step) + copy, "runtime": _RUNTIME[setting.device_type]}
     found["total"] = sum(found[name] for name in CLASSES)
-    found["peak"] = _peak(setting, found, layer, step)
+    found["peak"] = _peak(setting, found, layer, step) + copy
     return found
+
+
+def _copy_of_state(setting: Setting, static: dict[str, int]) -> int:
+    """What --async_save writes from; it stays from the first save on. That of a GPU's state is in the machine's memory."""
+    if not setting.async_save or setting.device_type != "cpu":
+        return 0
+    return sum(static[name] for name in ("parameters", "support", "optimizer"))
 
 
 def _peak(setting: Setting, found: dict[str, int], layer_scratch: int, step_scratch: int) -> int:
@@ -189,6 +198,8 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "batch_size", str(half), {"batch_size": half, "gradient_accumulation": twice}
     if setting.dtype != "bfloat16":
         yield "dtype", "bfloat16", {"dtype": "bfloat16"}
+    if setting.async_save:
+        yield "async_save", "false", {"async_save": False}
     if not setting.per_layer:
         yield "per_layer", "", {"per_layer": True}
     moments = {"embedding_bits": setting.embedding_bits or 32}

@@ -30,8 +30,9 @@ from peft_pretraining.footprint import comparison, measured_bytes, return_freed_
 from peft_pretraining.loss import TokenLoss
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
-from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run
-from peft_pretraining.run_folder import RunFolder, open_run_folder, run_document, take_up
+from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run, run_content
+from peft_pretraining.run_folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
+from peft_pretraining.saver import Saver
 from peft_pretraining.stop import MARKER_FILE, Stopped, StopRequest, StopRun
 from peft_pretraining.train import TrainState
 
@@ -49,7 +50,7 @@ class Run:
     parts: RunParts
     document: dict[str, Any]  # run.json
     stop: StopRequest
-    saved_step: int | None  # of the newest checkpoint
+    saver: Saver
     memory_told: bool = False
 
     def memory_row(self) -> dict[str, int]:
@@ -68,7 +69,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     if not args.force and (problems := memory_problems(plan, args, there)):
         raise ConfigError([*problems, "--force starts it all the same"])
     folder = open_run_folder(args, plan, world)
-    if (state := finished_state(folder.path, folder.checkpoint, plan)) is not None:
+    if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
         say_finished(world, state, folder)
         return None
     data = build_data(args, plan, world, device)
@@ -76,6 +77,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
 
     if folder.checkpoint is not None:
+        check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
     return_freed_memory_if_tight(plan.bytes["peak"], there)
@@ -86,13 +88,20 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world)
     document = run_document(args, plan, world, folder, data.source)
-    at_home = folder.checkpoint is not None and folder.checkpoint.parent.resolve() == folder.path.resolve()
-    saved_step = parts.state.update_step if at_home else None
-    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saved_step)
+    saver = Saver(
+        folder.path,
+        lambda: run_content(folder.path, parts, world, document),
+        world,
+        keep=args.keep_checkpoints,
+        asynchronous=args.async_save,
+        saved_step=parts.state.update_step if folder.goes_on_in_place else None,
+    )
+    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver)
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:
-    """This process's share of the next update. Raises StopRun where any process was asked to stop or has no data."""
+    """This process's share of the next update. Raises StopRun where any process was asked to stop or has no data,
+    and DataError where there was none to begin with."""
     loader = run.parts.loader
     position = loader.state_dict()
     problem: str | None = None
@@ -109,7 +118,8 @@ def next_micro_batches(run: Run, world: World) -> list[Batch]:
         return micro_batches
     loader.take_back(position)
     if wanted == 2:
-        raise StopRun(problem or "another process of this run has no more data, its own message says why")
+        problem = problem or "another process of this run has no more data, its own message says why"
+        raise StopRun(problem) if run.parts.state.update_step else DataError(problem)
     raise StopRun
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peft_pretraining import checkpoint
-from peft_pretraining.config import Arguments, ConfigError, as_dict, embedding_bits
+from peft_pretraining.config import Arguments, ConfigError, arguments_of_record, embedding_bits
 from peft_pretraining.data.health import OnBadRecord
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.source import Source, open_source
@@ -162,18 +162,21 @@ def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Toke
     """
     folder = checkpoint.resolve(path)
     run = checkpoint.read_json(folder / "run.json")
-    known = as_dict(Arguments())
     try:
-        args = Arguments(**{name: value for name, value in run["arguments"].items() if name in known})
+        args = arguments_of_record(run["arguments"])
         dtype = DTYPES[run["plan"]["dtype"]]
-    except (KeyError, TypeError, AttributeError) as error:
+        method = METHODS[args.peft_model]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
-    model = build_model(
-        load_model_config(folder / "config.json"),
-        dtype=dtype,
-        device=device,
-        seed=args.seed,
-        reparameterize=lambda model: METHODS[args.peft_model](model, args),
-    )
+    try:
+        model = build_model(
+            load_model_config(folder / "config.json"),
+            dtype=dtype,
+            device=device,
+            seed=args.seed,
+            reparameterize=lambda model: method(model, args),
+        )
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # numbers that no run was ever started with
+        raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None
     checkpoint.load_tensors(folder, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

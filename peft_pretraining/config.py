@@ -180,6 +180,9 @@ class RunArguments:
     )
     save_every: int = _arg(10_000, "update steps between checkpoints; one more is written at the end")
     keep_checkpoints: int | None = _arg(None, "newest checkpoints to keep (default: all)")
+    async_save: bool = _arg(
+        False, "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)"
+    )
     continue_from: str | None = _arg(
         None, "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to go on from"
     )
@@ -193,6 +196,9 @@ class RunArguments:
         "an update whose loss or gradient is not finite: skip it, 10 in a row end the run | stop: save what is needed to look "
         "into it, and end",
         choices=("skip", "stop"),
+    )
+    allow_changes: str | None = _arg(
+        None, "comma-separated arguments that may differ from the checkpoint's, e.g. lr,num_training_steps"
     )
     eval_every: int = _arg(5_000, "update steps between evaluations; one more follows at the end")
     eval_tokens: int | None = _arg(
@@ -243,6 +249,44 @@ RUN_DEFINING = (
     *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding"),
     *("warmup_steps", "cycle_length", "restart_warmup_steps", "adjust_step"),
 )
+
+# Of a run that goes on, these can be other than before where --allow_changes names them ("dataset": its contents too).
+CHANGEABLE = (
+    *("lr", "scheduler", "warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_steps", "adjust_step"),
+    *(
+        "num_training_steps",
+        "max_train_tokens",
+        "total_batch_size",
+        "weight_decay",
+        "grad_clipping",
+        "grad_norm_growth",
+    ),
+    *("lora_alpha", "dataset", "text_field", "tokenizer"),
+)
+# These cannot: the checkpoint's tensors or its data position would not fit.
+UNCHANGEABLE = (
+    *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "train_scaling", "support", "seed"),
+    *("max_length", "packing", "data_lanes"),
+    *("optimizer", "beta1", "embedding_states", "stochastic_rounding"),
+)
+
+
+def allowed_changes(args: Arguments) -> frozenset[str]:
+    """The names that --allow_changes lists."""
+    return frozenset(name.strip() for name in (args.allow_changes or "").split(",") if name.strip())
+
+
+def _allow_changes_problems(args: Arguments) -> list[str]:
+    problems = []
+    for name in sorted(allowed_changes(args) - set(CHANGEABLE)):
+        if name in UNCHANGEABLE:
+            reason = "cannot change in a run that goes on: what the checkpoint holds would not fit"
+        elif name in {field.name for field in dataclasses.fields(Arguments)}:
+            reason = "may always change, it is not compared; leave it out"
+        else:
+            reason = f"is no argument{_suggestion(name, set(CHANGEABLE))}"
+        problems.append(f"--allow_changes {name}: {reason}; names that can be given: {', '.join(sorted(CHANGEABLE))}")
+    return problems
 
 
 def parse_tokens(text: str) -> int:
@@ -453,6 +497,21 @@ def _normalise_choices(given: dict[str, Any]) -> list[str]:
     return problems
 
 
+def arguments_of_record(values: dict[str, Any]) -> Arguments:
+    """Arguments from a run.json, of which names that this version does not know are left out.
+
+    Raises:
+        ValueError: a value is not of its argument's type.
+    """
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Arguments) if field.name != "given"}
+    known = {name: value for name, value in values.items() if name in fields}
+    for name, value in known.items():
+        if not any(isinstance(value, kinds[kind]) for kind in fields[name].split(" | ")):
+            raise ValueError(f"{name} {value!r} is no {fields[name]}")
+    return Arguments(**known)
+
+
 def value_problems(args: Arguments) -> list[str]:
     """Problems of single values and of pairs that need neither the model nor the number of processes."""
     problems = _range_problems(args)
@@ -484,6 +543,7 @@ def value_problems(args: Arguments) -> list[str]:
         )
     if args.grad_norm_growth is not None and not 1 <= args.grad_norm_growth < math.inf:
         problems.append(f"--grad_norm_growth {args.grad_norm_growth}: must be at least 1 and finite, e.g. 1.01")
+    problems += _allow_changes_problems(args)
     if args.continue_from is not None and not Path(args.continue_from).is_dir():
         problems.append(f"--continue_from {args.continue_from}: no such folder")
     device, _, index = args.device.partition(":")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 
 # What torch's collectives say when the other end of a connection is gone or silent.
@@ -158,15 +159,25 @@ def largest(value: int, world: World) -> int:
     return int(box)
 
 
-def gather_objects(value: Any, world: World) -> list[Any]:
-    """Every process's `value` (small, picklable), in rank order, on every process."""
+def gather_objects(value: Any, world: World, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every process's `value` (small, picklable), in rank order, on every process; over the default group if none is given."""
     if world.size == 1:
         return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def own_group(world: World) -> dist.ProcessGroup | None:
+    """A group of all processes for one thread's use (gloo: objects and CPU tensors); every process calls it."""
+    if world.size == 1:
+        return None
+    import torch.distributed as dist
+
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
 
 
 def broadcast_object(value: Any, world: World) -> Any:
@@ -178,11 +189,6 @@ def broadcast_object(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def barrier(world: World) -> None:
-    """Wait until every process is here."""
-    gather_objects(None, world)
 
 
 def parallelize(module: torch.nn.Module, world: World, device: torch.device) -> torch.nn.Module:

@@ -8,31 +8,24 @@ from typing import NoReturn
 import torch
 
 from peft_pretraining.assemble import Run
-from peft_pretraining.checkpoint import write_json
+from peft_pretraining.checkpoint import save_checkpoint, write_json
 from peft_pretraining.config import Arguments
 from peft_pretraining.data.loader import Batch
 from peft_pretraining.distributed import World, gather_objects
 from peft_pretraining.health import WAY_OUT, TrainingError
 from peft_pretraining.plan import make_plan, out_of_memory_problem
-from peft_pretraining.resume import save_run
+from peft_pretraining.resume import run_content
 from peft_pretraining.stop import MARKER_FILE, StopRun
 from peft_pretraining.train import StepResult
 
 
-def save(run: Run, args: Arguments, world: World) -> None:
-    """Write a checkpoint of the run as it stands, unless there is one. Raises OSError."""
-    step = run.parts.state.update_step
-    if run.saved_step != step:
-        save_run(run.folder.path, run.parts, world, run_document=run.document, keep=args.keep_checkpoints)
-        run.saved_step = step
-
-
-def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str | None:
+def end_early(run: Run, world: World, stopped: StopRun) -> str | None:
     """Save and say how it goes on; the problem in words, or None where the run was asked to stop: a marker tells scripts."""
     state, folder = run.parts.state, run.folder
     kept = "nothing was trained yet"
     if state.update_step:
-        save(run, args, world)
+        run.saver.save()
+        run.saver.finish()
         kept = f"everything up to update {state.update_step:,} is in {folder.path}; the same command goes on"
     if stopped.problem is not None:
         return f"{stopped.problem}; {kept}"
@@ -51,15 +44,15 @@ def keep_for_inspection(run: Run, world: World, micro_batches: Sequence[Batch], 
     folder = run.folder.path / "nonfinite"
     number = run.parts.state.update_step + 1
     ids = gather_objects([batch.input_ids.tolist() for batch in micro_batches], world)
-    path = save_run(
-        folder, run.parts, world, run_document=run.document, keep=None, tokenizer=run.folder.path / "tokenizer"
-    )
+    content = run_content(run.folder.path, run.parts, world, run.document)
+    path = save_checkpoint(folder, content, world)
+    record = folder / f"update_{number:08d}.json"
     if world.is_main:
         numbers = {"loss": str(float(step.loss)), "gradnorm": str(float(step.gradnorm)), "tensors": int(step.skipped)}
-        write_json(path / "update.json", {"update_step": number, **numbers, "input_ids": ids})
+        write_json(record, {"update_step": number, **numbers, "input_ids": ids})
     raise TrainingError(
         f"update {number}: the loss is {float(step.loss)}, the gradient norm {float(step.gradnorm)}, {int(step.skipped)} tensors "
-        f"would have been spoilt; the state before it and its tokens (update.json) are in {path}; {WAY_OUT}, or "
+        f"would have been spoilt; the state before it is kept as {path}, its tokens in {record.name} beside it; {WAY_OUT}, or "
         "--on_nonfinite skip"
     )
 

@@ -42,11 +42,14 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -78,8 +81,17 @@ class Recorder:
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         path = self.run_folder / METRICS_FILE
         partial = path.with_name(f".partial-{path.name}")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
         partial.rename(path)
+
+    def sync(self) -> None:
+        """Flush the record to disk, before a checkpoint: a run that goes on from there lacks no line, whatever stops it."""
+        if self.enabled:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def log_update(self, row: Mapping[str, Any]) -> None:
         """Record a logged update; the bar shows loss, perplexity, tokens/s and memory."""

@@ -117,6 +117,7 @@ def memory_setting(
         world_size=world.size,
         activation_checkpointing=args.activation_checkpointing,
         compile=args.compile,
+        async_save=args.async_save,
         device_type=device_type,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from peft_pretraining import checkpoint
+from peft_pretraining.config import Arguments
+from peft_pretraining.data.lanes import LaneState
 from peft_pretraining.data.loader import TrainLoader, merge_states
 from peft_pretraining.distributed import World, gather_objects
 from peft_pretraining.metrics import read_metrics
@@ -33,19 +35,8 @@ class RunParts:
     state: TrainState
 
 
-def save_run(
-    run_folder: Path,
-    parts: RunParts,
-    world: World,
-    *,
-    run_document: Mapping[str, Any],
-    keep: int | None,
-    tokenizer: Path | None = None,
-) -> Path:
-    """Write the checkpoint of the run as it stands; every process calls it. tokenizer: its folder, if not in run_folder.
-
-    Raises OSError.
-    """
+def run_content(run_folder: Path, parts: RunParts, world: World, run_document: Mapping[str, Any]) -> checkpoint.Content:
+    """What the checkpoint of the run as it stands consists of: the run's own tensors, not copies. Every process calls it."""
     names = {parameter: name for name, parameter in parts.model.named_parameters()}
     optimizer_tensors, optimizer_scalars = optimizer_state(parts.updates.optimizer, names)
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
@@ -64,23 +55,20 @@ def save_run(
         "config.json": parts.model.config.to_diff_dict(),  # type: ignore[union-attr, operator]
         "run.json": dict(run_document),
     }
-    return checkpoint.save_checkpoint(
-        run_folder,
-        parts.state.update_step,
-        tensors,
-        documents,
-        world,
-        folders={"tokenizer": tokenizer or run_folder / "tokenizer"},
-        keep=keep,
+    return checkpoint.Content(
+        parts.state.update_step, tensors, documents, folders={"tokenizer": run_folder / "tokenizer"}
     )
 
 
-def finished_state(run_folder: Path, path: Path | None, plan: Plan) -> TrainState | None:
+def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: Plan) -> TrainState | None:
     """The state of the checkpoint `path` if there is nothing left to do after it, the last evaluation included.
 
-    A run that is finished says so without opening its data, building its model or asking a network.
+    A run that is finished says so without opening its data, building its model or asking a network; but where the data has
+    another name, it has to be opened to know whether it is the same.
     """
     if path is None or path.parent.resolve() != run_folder.resolve():
+        return None
+    if checkpoint.read_json(path / "run.json")["arguments"].get("dataset") != args.dataset:
         return None
     state = _train_state(path)
     evaluated = any(
@@ -91,17 +79,30 @@ def finished_state(run_folder: Path, path: Path | None, plan: Plan) -> TrainStat
 
 def _train_state(path: Path) -> TrainState:
     try:
-        return TrainState(**checkpoint.read_json(path / "state.json")["train"])
-    except (KeyError, TypeError) as error:
+        state = TrainState(**checkpoint.read_json(path / "state.json")["train"])
+        _check_counts(asdict(state).values())
+    except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path / 'state.json'}: not the state of a run ({error!r})") from None
+    return state
 
 
 def restore_data(path: Path, loader: TrainLoader) -> None:
     """Put the data where the checkpoint `path` left it; before the first batch is asked for. Raises CheckpointError."""
     try:
-        loader.load_state_dict(checkpoint.read_json(path / "state.json")["data"])
-    except (ValueError, KeyError, TypeError) as error:
+        state = checkpoint.read_json(path / "state.json")["data"]
+        _check_counts([state["position"], *state["bad_records"].values()])
+        for numbers in state["lanes"].values():
+            _check_counts(LaneState(*numbers))
+        loader.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise checkpoint.CheckpointError(f"{path}: its data position cannot be taken up: {error}") from None
+
+
+def _check_counts(values: Iterable[Any]) -> None:
+    """Raise ValueError where a value read from a file is no count; what reads data would fail on it much later."""
+    for value in values:
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{value!r} is no count")
 
 
 def restore_run(path: Path, parts: RunParts, world: World) -> None:
@@ -126,13 +127,17 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     optimizer_tensors = {k.removeprefix(_OPTIMIZER): t for k, t in wanted.items() if k.startswith(_OPTIMIZER)}
     try:
         load_optimizer_state(parts.updates.optimizer, names, optimizer_tensors, document["optimizer"])
-    except ValueError as error:
-        raise checkpoint.CheckpointError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checkpoint.CheckpointError(f"{path}: its optimizer state does not fit this run ({error})") from None
     if parts.updates.growth is not None and _GROWTH in index:  # switched on later, it starts without a history
         checkpoint.load_tensors(path, {_GROWTH: parts.updates.growth.previous})
-    _set_random_states({k.rsplit("/", 1)[1]: t for k, t in wanted.items() if k.startswith(_RANDOM)})
+    try:
+        _set_random_states({k.rsplit("/", 1)[1]: t for k, t in wanted.items() if k.startswith(_RANDOM)})
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise checkpoint.CheckpointError(f"{path}: its random states are none ({error})") from None
     state = _train_state(path)
-    parts.state.update_step, parts.state.tokens_seen = state.update_step, state.tokens_seen
+    for name, value in asdict(state).items():
+        setattr(parts.state, name, value)
 
 
 def _random_states() -> dict[str, torch.Tensor]:

@@ -15,18 +15,13 @@ from typing import Any
 import torch
 
 from peft_pretraining import checkpoint
-from peft_pretraining.config import Arguments, ConfigError, as_dict
+from peft_pretraining.config import CHANGEABLE, UNCHANGEABLE, Arguments, ConfigError, allowed_changes, as_dict
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
 from peft_pretraining.metrics import METRICS_FILE
 from peft_pretraining.plan import Plan
 
-_PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "sentencepiece", "wandb", "numpy")
-# A checkpoint made with other values of these belongs to another run and is not continued.
-_MUST_AGREE = (
-    *("peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "seed", "optimizer"),
-    *("dataset", "text_field", "tokenizer", "max_length", "packing", "embedding_states", "stochastic_rounding"),
-)
+_PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "torchao", "sentencepiece", "wandb", "numpy")
 
 
 @dataclass(frozen=True)
@@ -37,12 +32,17 @@ class RunFolder:
     checkpoint: Path | None
     wandb_id: str
 
+    @property
+    def goes_on_in_place(self) -> bool:
+        """Whether the checkpoint it starts from is one of its own."""
+        return self.checkpoint is not None and self.path.resolve() == self.checkpoint.parent.resolve()
+
 
 def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
     """Choose and create the folder; the same answer on every process.
 
     Raises:
-        CheckpointError: --continue_from names no checkpoint.
+        CheckpointError: --continue_from names no checkpoint or a damaged one, or the folder holds damaged ones only.
         ConfigError: the checkpoint was made with other arguments, or the folder holds another run.
         OSError: the folder cannot be written.
     """
@@ -65,13 +65,16 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     if args.resume == "never":
         path = _fresh(path)
     if args.continue_from is not None:
+        checkpoint.recover_replaced(Path(args.continue_from))
         newest = checkpoint.resolve(Path(args.continue_from))
-    elif args.resume == "auto" and (found := checkpoint.list_checkpoints(path)):
-        newest = found[-1]
+    elif args.resume == "auto":
+        checkpoint.recover_replaced(path)
+        newest = checkpoint.resolve(path) if checkpoint.list_checkpoints(path) else None
     wandb_id = secrets.token_hex(4)
     if newest is not None:
-        before = checkpoint.read_json(newest / "run.json")
+        before = _read_record(newest)
         _check_same_run(newest, before, args, plan)
+        _say_what_breaks_bits(newest, before, plan)
         if path.resolve() == newest.parent.resolve():
             wandb_id = before.get("wandb_id", wandb_id)
         elif checkpoint.list_checkpoints(path):
@@ -101,7 +104,7 @@ def take_up(folder: RunFolder) -> None:
             print(
                 f"notice: {folder.path} held a record without a checkpoint; it is kept as {old.name}", file=sys.stderr
             )
-    elif folder.path.resolve() == folder.checkpoint.parent.resolve():
+    elif folder.goes_on_in_place:
         _set_aside_later(folder.checkpoint)
     elif (folder.checkpoint.parent / METRICS_FILE).is_file():
         shutil.copyfile(folder.checkpoint.parent / METRICS_FILE, record)
@@ -117,7 +120,7 @@ def _fresh(path: Path) -> Path:
 
 
 def _set_aside_later(chosen: Path) -> None:
-    """Move checkpoints past the chosen one out of the way: they are of a course that the run no longer takes."""
+    """Move checkpoints past the chosen one out of the way: they are damaged, or of a course that the run no longer takes."""
     later = [path for path in checkpoint.list_checkpoints(chosen.parent) if path.name > chosen.name]
     for path in later:
         place = _fresh(path.parent / "set_aside" / path.name)
@@ -126,19 +129,44 @@ def _set_aside_later(chosen: Path) -> None:
         print(f"notice: going on from {chosen.name}, the later {path.name} is set aside as {place}", file=sys.stderr)
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """The run.json of a checkpoint, with every part that is compared. Raises CheckpointError."""
+    record = checkpoint.read_json(path / "run.json")
+    try:
+        # A run of an earlier version lacks newer arguments: it ran as their defaults do.
+        arguments = {**as_dict(Arguments()), **record["arguments"]}
+        if not isinstance(record["plan"]["model"], dict):
+            raise TypeError("no model in it")
+        versions_then, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
+        fingerprint = str(record["dataset"]["fingerprint"])
+        wandb_id = str(record["wandb_id"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise checkpoint.CheckpointError(f"{path / 'run.json'}: not the record of a run ({error!r})") from None
+    return {
+        "arguments": arguments,
+        "plan": record["plan"],
+        "versions": versions_then,
+        "world": world,
+        "machine": machine,
+        "fingerprint": fingerprint,
+        "wandb_id": wandb_id,
+    }
+
+
 def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan) -> None:
-    """Refuse to go on with another model, method, data or batch size. Raises ConfigError with both values."""
-    # A run of an earlier version lacks newer arguments: it ran as their defaults do.
-    then, now = {**as_dict(Arguments()), **before["arguments"]}, as_dict(args)
-    problems = [
-        f"--{name} {now[name]}: {path} was made with {then[name]}; use that, or start afresh (another --save_dir)"
-        for name in _MUST_AGREE
-        if then[name] != now[name]
-    ]
-    for name in ("data_lanes", "total_batch_size", "dtype"):
-        if (made_with := before["plan"].get(name)) != getattr(plan, name):
+    """Refuse to go on on another course than before, or with what cannot fit. Raises ConfigError with both values."""
+    then, now = dict(before["arguments"]), as_dict(args)
+    for name in ("data_lanes", "total_batch_size", "dtype"):  # as resolved: their defaults depend on where it runs
+        then[name], now[name] = before["plan"].get(name), getattr(plan, name)
+    compared = {*CHANGEABLE, *UNCHANGEABLE} - {"model_config", "dataset"}
+    if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
+        compared.remove("num_training_steps")  # has no effect in either
+    problems = []
+    for name in sorted(compared - allowed_changes(args)):
+        if then[name] != now[name]:
+            way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
             problems.append(
-                f"--{name} {getattr(plan, name)}: {path} was made with {made_with}; use that, or start afresh"
+                f"--{name} {now[name]}: {path} was made with {then[name]}; use that, {way_out}or another --save_dir"
             )
     shape = {key: value for key, value in asdict(plan.model).items() if key not in ("name", "path")}
     problems += [
@@ -148,6 +176,38 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def check_same_data(path: Path, args: Arguments, source: Source) -> None:
+    """Refuse to go on with other data than the checkpoint `path` was made with, wherever they lie. Raises ConfigError."""
+    before = _read_record(path)
+    if source.fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
+        raise ConfigError(
+            [
+                f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) are not those that {path} was made "
+                f"with, --dataset {before['arguments']['dataset']}: fingerprint {source.fingerprint}, then "
+                f"{before['fingerprint']}; restore them, or go on with these from the same position: --allow_changes dataset"
+            ]
+        )
+
+
+def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> None:
+    """One line where the same course is promised up to rounding only."""
+    names = ("torch", "transformers", "bitsandbytes", "torchao")
+    then = {name: before["versions"].get(name) for name in names}
+    now = {name: versions().get(name) for name in names}
+    for values, world, machine in (
+        (then, before["world"], before["machine"]),
+        (now, {"processes": plan.world_size, "threads": torch.get_num_threads()}, _machine()),
+    ):
+        values |= {"processes": world.get("processes"), "threads": world.get("threads")}
+        values |= {"CPU capability": machine.get("cpu_capability"), "GPU": machine.get("gpu")}
+    changes = [f"{name} {now[name]} (then {then[name]})" for name in now if now[name] != then[name]]
+    if changes:
+        print(
+            f"notice: going on from {path} with {', '.join(changes)}: the same data and course, but not the same bits",
+            file=sys.stderr,
+        )
 
 
 def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source) -> dict[str, Any]:
@@ -161,11 +221,15 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, s
         "versions": versions(),
         "git_commit": _git_commit(),
         "world": {"processes": world.size, "threads": torch.get_num_threads()},
-        "machine": {
-            "platform": platform.platform(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "machine": _machine(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

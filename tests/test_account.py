@@ -49,6 +49,16 @@ def test_embeddings_with_32_bit_moments_cost_what_is_said():
     assert cost == pytest.approx(262_144_000 * (8 - 2 - 8 / 256), rel=1e-6)
 
 
+def test_a_save_in_the_background_costs_a_copy_of_the_state():
+    """On a GPU the copy lies in the machine's memory."""
+    for device_type, copies in (("cpu", 1), ("cuda", 0)):
+        plain, copying = (account(setting("60m", device_type=device_type, async_save=on)) for on in (False, True))
+        state = sum(plain[name] for name in ("parameters", "support", "optimizer"))
+        for name in ("scratch", "peak", "total"):
+            assert copying[name] - plain[name] == copies * state
+    assert "--async_save false" in {saving.text for saving in savings(setting("60m", async_save=True))}
+
+
 def test_savings_lower_the_peak_and_come_in_their_order():
     here = setting("1b", rank=512, sp_ratio=0.03, optimizer="adamw", embedding_bits=None, batch_size=16)
     found = savings(here)

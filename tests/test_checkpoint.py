@@ -2,19 +2,27 @@
 
 import os
 import pickle
+import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from resealing import reseal
 
 from peft_pretraining.checkpoint import (
     CheckpointError,
+    Content,
     list_checkpoints,
     load_tensors,
+    recover_replaced,
     resolve,
     save_checkpoint,
     tensor_index,
 )
 from peft_pretraining.distributed import World
+from peft_pretraining.tensor_store import _HashingFile as HashingFile
 
 TENSORS = {
     "model/a": torch.randn(5, 3),
@@ -26,7 +34,7 @@ TENSORS = {
 
 
 def save(folder, step=7, **more):
-    return save_checkpoint(folder, step, TENSORS, {"state.json": {"step": step}}, World(), **more)
+    return save_checkpoint(folder, Content(step, TENSORS, {"state.json": {"step": step}}), World(), **more)
 
 
 def test_every_bit_comes_back(tmp_path):
@@ -120,3 +128,171 @@ def test_index_of_a_stranger_cannot_run_code(tmp_path):
     with pytest.raises(CheckpointError, match="not the index of a checkpoint"):
         tensor_index(path)
     assert not (tmp_path / "it-ran").exists()
+
+
+def damage(path, how):
+    """Change a file as disks and people do."""
+    content = path.read_bytes()
+    if how == "delete":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(content[:-1])
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def files_of(path):
+    return sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, capsys, how):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "words.json").write_text("[]")
+    content = Content(1, TENSORS, {"state.json": {}, "run.json": {}}, {"tokenizer": tmp_path / "tokenizer"})
+    run = tmp_path / "run"
+    old = save_checkpoint(run, content, World())
+    new = save_checkpoint(run, replace(content, step=2), World())
+    shutil.copytree(new, tmp_path / "whole")
+    names = files_of(new)
+    expected = [
+        "state.json",
+        "run.json",
+        "manifest.json",
+        "tensors/.metadata",
+        "tensors/__0_0.distcp",
+        "tokenizer/words.json",
+    ]
+    assert sorted(map(str, names)) == sorted(expected)
+    for name in names:
+        damage(new / name, how)
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(new))} is damaged: {re.escape(str(name))}"):
+            resolve(new)
+        capsys.readouterr()
+        assert resolve(run) == old
+        message = capsys.readouterr().err
+        assert f"step_00000002 is damaged: {name}" in message
+        assert "step_00000001, the newest sound one, is taken instead" in message
+        shutil.rmtree(new)
+        shutil.copytree(tmp_path / "whole", new)
+    assert resolve(run) == new
+
+
+def test_nothing_sound_is_an_error_that_names_every_damage(tmp_path):
+    for step in (1, 2):
+        damage(save(tmp_path, step=step) / "state.json", "flip")
+    with pytest.raises(
+        CheckpointError, match=r"no sound checkpoint.*step_00000002 is damaged.*step_00000001 is damaged"
+    ):
+        resolve(tmp_path)
+
+
+def test_what_does_not_read_back_as_written_gets_no_name(tmp_path, monkeypatch):
+    """A disk that loses a bit between writing and reading."""
+    old = save(tmp_path, step=1)
+    write = HashingFile.write
+
+    def lossy(self, content):
+        write(self, content)
+        self._file.flush()
+        with open(self._file.name, "r+b") as file:
+            file.write(b"?")
+        return len(content)
+
+    monkeypatch.setattr(HashingFile, "write", lossy)
+    with pytest.raises(OSError, match="step_00000002 could not be saved: read back, tensors/"):
+        save(tmp_path, step=2)
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
+
+
+def test_too_small_a_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    monkeypatch.setattr(dcp, "save", lambda *_, **__: pytest.fail("it was written all the same"))
+    with pytest.raises(OSError, match=r"no space: it takes about [\d,]+ bytes, and 100 are free"):
+        save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target_is_there", [True, False])
+def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(tmp_path, target_is_there):
+    path = save(tmp_path)
+    aside = tmp_path / ".old-step_00000007"
+    (shutil.copytree if target_is_there else shutil.move)(path, aside)
+    recover_replaced(tmp_path)
+    assert resolve(tmp_path) == path
+    save(tmp_path, step=8)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_00000007", "step_00000008"]
+
+
+def test_what_crashes_left_is_removed_by_the_next_save(tmp_path):
+    for name in (".partial-step_00000003", ".removed-step_00000001"):
+        (tmp_path / name / "tensors").mkdir(parents=True)
+    save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
+
+
+def crafted(path, change):
+    """Put another index into a checkpoint, as a stranger could, and vouch for it."""
+    index = path / "tensors" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    change(metadata)
+    index.write_bytes(pickle.dumps(metadata))
+    reseal(path)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/secret", "sub/__0_0.distcp", "..", "", "__0_0.distcp\0", 3])
+def test_index_that_leads_outside_is_refused(tmp_path, name):
+    path = save(tmp_path)
+
+    def elsewhere(metadata):
+        for place in metadata.storage_data.values():
+            place.relative_path = name
+
+    crafted(path, elsewhere)
+    for read in (lambda: tensor_index(path), lambda: load_tensors(path, {"model/a": torch.zeros(5, 3)})):
+        with pytest.raises(CheckpointError, match="which is no tensor file of this checkpoint"):
+            read()
+
+
+def test_tensor_file_that_is_a_link_is_refused(tmp_path):
+    """By its reader too, should nobody have verified it."""
+    path = save(tmp_path)
+    file = path / "tensors" / "__0_0.distcp"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link"):
+        tensor_index(path)
+
+
+def _huge(metadata):
+    metadata.state_dict_metadata["model/a"].size = torch.Size([2**40])
+
+
+def _backwards(metadata):
+    next(iter(metadata.storage_data.values())).offset = -5
+
+
+def _beyond(metadata):
+    next(iter(metadata.storage_data.values())).length = 2**40
+
+
+def _transformed(metadata):
+    next(iter(metadata.storage_data.values())).transform_descriptors = ["zstd"]
+
+
+def _without_dtype(metadata):
+    metadata.state_dict_metadata["model/a"].properties.dtype = None
+
+
+def _no_places(metadata):
+    metadata.storage_data = None
+
+
+@pytest.mark.parametrize("change", [_huge, _backwards, _beyond, _transformed, _without_dtype, _no_places])
+def test_index_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path, change):
+    path = save(tmp_path)
+    crafted(path, change)
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        tensor_index(path)

@@ -10,9 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Floors of the house: a module may import modules of its own package's floor or of lower ones, never of a higher.
 FLOORS = [
     ["sparse_lora"],
-    ["config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling", "health", "stop"],
-    ["data", "optim", "methods", "checkpoint", "metrics"],
-    ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "build"],
+    [
+        *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling"),
+        *("health", "stop", "manifest"),
+    ],
+    ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
+    ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "saver", "build"],
     ["assemble"],
     ["ending"],
     ["estimate", "generate", "report"],
@@ -21,7 +24,7 @@ FLOORS = [
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Modules about one slow package, which nobody imports at the top of a file.
 LOADED_LATE = {"adam8bit.py", "adam_ao.py"}
-WITHOUT_TORCH = ["config", "model_config", "memory", "account", "account", "schedule", "plan"]
+WITHOUT_TORCH = ["config", "model_config", "memory", "account", "schedule", "manifest", "plan"]
 
 
 def sources():

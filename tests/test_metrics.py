@@ -56,6 +56,19 @@ def test_line_cut_short_by_a_crash_is_left_out(tmp_path):
     assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("torn", [b'{"update_step": 3, "lo', b"\0" * 40, b'{"update_step": \xff', b"3", b"[]"])
+def test_a_torn_last_line_neither_stays_nor_stops_the_run(tmp_path, torn):
+    """Cut short by a kill, or of zeros after a power failure: the next start writes the step again, on a line of its own."""
+    write_steps(tmp_path, [1, 2])
+    with (tmp_path / METRICS_FILE).open("ab") as file:
+        file.write(torn)
+    record = recorder(tmp_path, start_step=2)
+    record.log_update({"update_step": 3, **ROW})
+    record.close()
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [row["update_step"] for row in rows] == [1, 2, 3]
+
+
 def test_finished_evaluation_is_remembered_on_every_process(tmp_path):
     """Otherwise a resumed run would evaluate again, or one rank alone would."""
     record = recorder(tmp_path)

@@ -86,8 +86,11 @@ class Tokenizer:
         return lengths
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_tokenizer` and transformers' AutoTokenizer load, with the same fingerprint."""
-        self._pretrained.save_pretrained(str(folder))
+        """Write a folder that `load_tokenizer` and transformers' AutoTokenizer load, fingerprint included. Raises OSError."""
+        try:
+            self._pretrained.save_pretrained(str(folder))
+        except Exception as error:  # the tokenizers package has no other class for a disk that is full
+            raise OSError(f"{folder}: the tokenizer could not be written ({error})") from None
 
     def _check_special_text_is_plain(self) -> None:
         special = [token for token, index in self._pretrained.get_vocab().items() if index in self._special_ids]

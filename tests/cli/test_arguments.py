@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.config import ConfigError, as_dict, build_parser, notices, parse_args, parse_tokens
+from peft_pretraining.config import (
+    CHANGEABLE,
+    RUN_DEFINING,
+    UNCHANGEABLE,
+    ConfigError,
+    as_dict,
+    build_parser,
+    notices,
+    parse_args,
+    parse_tokens,
+)
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import is_finished, learning_rate, make_plan
 
@@ -77,6 +87,10 @@ BAD = [
     (["--embedding_states", "16bit"], ["--embedding_states 16bit", "32bit"]),
     (["--optimizer", "galore_adamw8bit_per_layer"], ["galore_adamw8bit_per_layer", "not in this version"]),
     (["--optimizer", "sgdx_per_layer"], ["sgdx"]),
+    (["--allow_changes", "lr,rank"], ["--allow_changes rank", "would not fit", "num_training_steps"]),
+    (["--allow_changes", "learning_rate"], ["--allow_changes learning_rate", "is no argument"]),
+    (["--allow_changes", "workers"], ["--allow_changes workers", "may always change"]),
+    (["--async_save", "maybe"], ["--async_save", "maybe"]),
 ]
 
 
@@ -99,6 +113,12 @@ def test_program_exits_with_2_one_line_and_no_traceback(extra):
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
     assert ended.stderr.startswith("torchrun_main.py: error: --")
+
+
+def test_every_argument_that_defines_a_run_is_compared():
+    """What has a folder of its own is not continued as something else; per-layer updates have the bits of whole ones."""
+    assert set(RUN_DEFINING) - {"per_layer"} <= {*CHANGEABLE, *UNCHANGEABLE}
+    assert not {*CHANGEABLE} & {*UNCHANGEABLE}
 
 
 @pytest.mark.parametrize("missing", ["--model_config", "--batch_size"])

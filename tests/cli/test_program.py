@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resealing import reseal
 
 import torchrun_main
 from peft_pretraining.__main__ import main as command
@@ -238,6 +239,7 @@ def test_checkpoint_whose_data_state_does_not_fit_is_refused(tmp_path, flags, ca
     state = json.loads(path.read_text())
     state["data"]["order"]["version"] += 1
     path.write_text(json.dumps(state))
+    reseal(path.parent)
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "other"), "--continue_from", str(path.parent)]) == 2
     message = capsys.readouterr().err
     assert "step_00000003" in message
@@ -277,6 +279,7 @@ def test_record_of_an_earlier_version_is_understood(tmp_path, flags, capsys):
     del document["arguments"]["stochastic_rounding"]
     document["arguments"]["of_another_version"] = 1
     (first / "run.json").write_text(json.dumps(document))
+    reseal(first)
     assert without_times(train(tmp_path / "two", *flags, "--continue_from", str(first))) == without_times(whole)
     assert command(["generate", "--checkpoint", str(first), "--max_new_tokens", "2"]) == 0
 
@@ -288,7 +291,62 @@ def test_damaged_tensors_are_a_message(tmp_path, flags, capsys):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     capsys.readouterr()
     assert torchrun_main.main([*flags, "--continue_from", str(last), "--save_dir", str(tmp_path / "two")]) == 2
-    assert "its tensors cannot be read" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{last} is damaged: tensors/__0_0.distcp" in message
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, flags, capsys):
+    whole = train(tmp_path / "run", *flags)
+    flip(list_checkpoints(tmp_path / "run")[1] / "state.json")
+    capsys.readouterr()
+    again = train(tmp_path / "run", *flags)
+    message = capsys.readouterr().err
+    assert "step_00000006 is damaged: state.json has other contents than were written" in message
+    assert "step_00000003, the newest sound one, is taken instead" in message
+    assert without_times(again) == without_times(whole)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000003", "step_00000006"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "set_aside")] == ["step_00000006"]
+
+
+def test_damaged_checkpoint_that_is_named_is_refused(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags)
+    last = list_checkpoints(tmp_path / "run")[1]
+    (last / "tokenizer" / "tokenizer.json").unlink()
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), "--continue_from", str(last)]) == 2
+    assert f"{last} is damaged: tokenizer/tokenizer.json is missing" in capsys.readouterr().err
+    assert command(["generate", "--checkpoint", str(last)]) == 2
+    assert f"{last} is damaged: tokenizer/tokenizer.json is missing" in capsys.readouterr().err
+
+
+def test_a_run_without_a_sound_checkpoint_never_starts_afresh(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags)
+    for path in list_checkpoints(tmp_path / "run"):
+        flip(path / "tensors" / ".metadata")
+    record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert "holds no sound checkpoint" in message
+    assert message.count("is damaged: tensors/.metadata") == 2
+    assert "--resume never" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
+
+
+@pytest.mark.parametrize("saving", [[], ["--async_save"]], ids=["waiting", "in the background"])
+def test_both_ways_of_saving_leave_the_same(tmp_path, flags, saving):
+    whole = train(tmp_path / "whole", *flags, "--save_every", "1")
+    other = train(tmp_path / "other", *flags, "--save_every", "1", "--keep_checkpoints", "2", *saving)
+    assert without_times(other) == without_times(whole)
+    paths = list_checkpoints(tmp_path / "other")
+    assert [path.name for path in paths] == ["step_00000005", "step_00000006"]
+    for path in paths:
+        expected, found = tensors_of(tmp_path / "whole" / path.name), tensors_of(path)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):
@@ -314,6 +372,15 @@ def test_continuing_into_a_folder_with_another_run_is_refused(tmp_path, flags, c
         (["--packing"], ["--packing True", "made with False"]),
         (["--total_batch_size", "16"], ["--total_batch_size 16", "made with 8"]),
         (["--optimizer", "sgd"], ["--optimizer sgd", "made with adamw"]),
+        (["--lr", "0.001"], ["--lr 0.001", "made with 0.003", "--allow_changes lr"]),
+        (
+            ["--num_training_steps", "9"],
+            ["--num_training_steps 9", "made with 6", "--allow_changes num_training_steps"],
+        ),
+        (["--scheduler", "linear", "--allow_changes", "lr"], ["--scheduler linear", "--allow_changes scheduler"]),
+        (["--grad_clipping", "1"], ["--grad_clipping 1.0", "made with None"]),
+        (["--max_train_tokens", "9000"], ["--max_train_tokens 9000", "made with None"]),
+        (["--lr", "0.001", "--warmup_steps", "1", "--allow_changes", "lr"], ["--warmup_steps 1", "made with 2"]),
     ],
 )
 def test_going_on_as_another_run_is_refused(tmp_path, flags, change, words, capsys):
@@ -322,6 +389,62 @@ def test_going_on_as_another_run_is_refused(tmp_path, flags, change, words, caps
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), *change]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
+
+
+def test_changes_that_are_named_are_made(tmp_path, flags):
+    """And once they are in a checkpoint, they are what the next start is compared with."""
+    whole = train(tmp_path / "run", *flags)
+    longer = [*flags, "--num_training_steps", "8", "--lr", "0.001"]
+    rows = train(tmp_path / "run", *longer, "--allow_changes", "num_training_steps, lr")
+    assert without_times(rows)[: len(whole)] == without_times(whole)
+    assert [row["update_step"] for row in rows if "loss" in row] == list(range(1, 9))
+    shutil.rmtree(tmp_path / "run" / "step_00000008")
+    shutil.rmtree(tmp_path / "run" / "step_00000006")
+    train(tmp_path / "run", *longer, "--allow_changes", "num_training_steps,lr")
+    assert train(tmp_path / "run", *longer)[-1]["update_step"] == 8
+
+
+def test_the_data_is_compared_wherever_it_lies(tmp_path, flags, capsys):
+    """By its fingerprint: moved is the same data, another file under the same name is not."""
+    corpus = Path(flags[flags.index("--dataset") + 1])
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    whole = train(tmp_path / "run", *flags)
+    middle = list_checkpoints(tmp_path / "run")[0]
+    go_on = [*flags, "--dataset", str(moved), "--continue_from", str(middle)]
+    assert without_times(train(tmp_path / "two", *go_on)) == without_times(whole)
+    with (moved / "words-train.0.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    assert torchrun_main.main([*go_on, "--save_dir", str(tmp_path / "three")]) == 2
+    message = capsys.readouterr().err
+    assert f"--dataset {moved}: its files" in message
+    assert "--allow_changes dataset" in message
+    assert torchrun_main.main([*go_on, "--save_dir", str(tmp_path / "three"), "--allow_changes", "dataset"]) == 0
+
+
+def test_finished_run_of_other_data_does_not_pass_for_this_one(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags)
+    (tmp_path / "other").mkdir()
+    for name in ("train.txt", "validation.txt"):
+        (tmp_path / "other" / name).write_text("\n\n".join(f"Fox {number} jumps." for number in range(50)))
+    argv = [*flags, "--dataset", str(tmp_path / "other"), "--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main(argv) == 2
+    assert "--allow_changes dataset" in capsys.readouterr().err
+
+
+def test_other_versions_and_threads_are_a_notice(tmp_path, flags, capsys):
+    train(tmp_path / "run", *flags)
+    first = list_checkpoints(tmp_path / "run")[0]
+    document = json.loads((first / "run.json").read_text())
+    document["versions"]["torch"] = "2.0.0"
+    document["world"]["threads"] = 99
+    (first / "run.json").write_text(json.dumps(document))
+    reseal(first)
+    capsys.readouterr()
+    train(tmp_path / "two", *flags, "--continue_from", str(first))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not the same bits" in line]
+    assert f"torch {torch.__version__} (then 2.0.0)" in line
+    assert "(then 99)" in line
 
 
 @pytest.mark.parametrize(
@@ -418,7 +541,7 @@ def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags,
     assert str(kept) in message
     before, kept_tensors = tensors_of(tmp_path / "run" / "step_00000003"), tensors_of(kept)
     assert all(torch.equal(before[name], kept_tensors[name]) for name in before if not name.startswith("random/"))
-    update = json.loads((kept / "update.json").read_text())
+    update = json.loads((tmp_path / "run" / "nonfinite" / "update_00000004.json").read_text())
     assert update["update_step"] == 4
     assert torch.tensor(update["input_ids"]).shape == (1, 2, 4, 64)  # process, micro-batch, sequence, token
 

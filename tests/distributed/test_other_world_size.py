@@ -1,0 +1,59 @@
+"""A run goes on with other numbers of processes and workers as if nothing had happened: documents, order, losses."""
+
+import json
+from pathlib import Path
+
+import forked
+import pytest
+
+UPDATES, BATCH, DOCUMENTS = 15, 8, 120  # one epoch of the tiny corpus
+STAGE = 5  # updates between changes
+
+
+@pytest.fixture
+def flags(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
+        *("--lr", "0.003", "--warmup_steps", "2", "--num_training_steps", str(UPDATES), "--save_every", str(STAGE)),
+        *("--total_batch_size", str(BATCH), "--batch_size", "2", "--max_length", "64", "--eval_every", "100"),
+        *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
+    ]
+
+
+def train(folder: Path, processes: int, argv: list[str]) -> tuple[list[str], list[dict]]:
+    """The sequences of a run in the order of their positions, and its record."""
+    folder.mkdir()
+    code, output = forked.run([*argv, "--save_dir", str(folder)], folder / "log", processes=processes, sequences=folder)
+    assert code == 0, output
+    ranks = [(folder / f"{rank}.txt").read_text().splitlines() for rank in range(processes)]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for turn in zip(*ranks, strict=True) for line in turn], rows
+
+
+@pytest.mark.parametrize(
+    ("lanes", "stages"),
+    [
+        ("20", [(1, "2"), (2, "1"), (1, "0")]),  # processes, workers of each
+        ("4", [(2, "0"), (4, "1")]),
+        pytest.param("8", [(4, "1"), (1, "3"), (2, "2")], marks=pytest.mark.full),
+    ],
+    ids=lambda value: "-".join(str(processes) for processes, _ in value) if isinstance(value, list) else value,
+)
+def test_every_document_once_in_the_same_order(tmp_path, flags, lanes, stages):
+    flags += ["--data_lanes", lanes]
+    expected, whole = train(tmp_path / "whole", 1, [*flags, "--workers", "0"])
+    assert len(set(expected)) == len(expected) == DOCUMENTS
+    sequences: list[str] = []
+    for number, (processes, workers) in enumerate(stages):
+        last = number == len(stages) - 1
+        goes_on = ["--continue_from", str(tmp_path / str(number - 1) / f"step_{number * STAGE:08d}")] if number else []
+        saving = ["--async_save"] if number % 2 == 0 else []
+        found, rows = train(tmp_path / str(number), processes, [*flags, *goes_on, *saving, "--workers", workers])
+        sequences += found if last else found[: STAGE * BATCH]
+    assert sequences == expected
+    for key in ("update_step", "lr", "tokens_seen", "final_eval_tokens"):
+        assert [row.get(key) for row in rows] == [row.get(key) for row in whole]
+    for key in ("loss", "final_eval_loss"):
+        values = [[row[key] for row in record if key in row] for record in (rows, whole)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)

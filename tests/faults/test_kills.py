@@ -1,0 +1,102 @@
+"""Killed at any instant and started again, a run ends with the bits and the record of one that was never disturbed."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+
+from peft_pretraining.checkpoint import list_checkpoints, load_tensors, resolve, tensor_index
+
+UPDATES = 60
+TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
+
+
+@pytest.fixture
+def flags(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
+        *("--lr", "0.003", "--warmup_steps", "2", "--num_training_steps", str(UPDATES), "--batch_size", "4"),
+        *("--max_length", "64", "--eval_every", "20", "--save_every", "2", "--keep_checkpoints", "3"),
+        *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
+    ]
+
+
+def record(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("memory_")} for row in rows]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = resolve(folder)
+    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(path).items()}
+    load_tensors(path, found)
+    return found
+
+
+def wait_for(program: forked.Program, happened) -> None:
+    """Until something has happened or the program has ended."""
+    while not happened() and program.processes[0].is_alive():
+        time.sleep(0.0005)
+
+
+def kill_somewhere(program: forked.Program, folder: Path, chance: random.Random) -> bool:
+    """Kill in a save, in an update or at the start; whether a save was cut short."""
+    kind = chance.choice(["save", "save", "update", "start"])
+    lines = chance.randrange(1, 12)
+    metrics = folder / "metrics.jsonl"
+    before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    if kind == "save":
+        skipped = {path.name for path in folder.glob(".*step_*")}
+        number = chance.randrange(3)  # let so many saves pass
+        there = list_checkpoints(folder)[-1:]
+        wait_for(
+            program,
+            lambda: (
+                list_checkpoints(folder)[-1:] != there
+                if number
+                else any(path.name not in skipped for path in folder.glob(".partial-step_*"))
+            ),
+        )
+        if number:
+            wait_for(program, lambda: any(folder.glob(".partial-step_*")))
+        time.sleep(chance.uniform(0, 0.004))
+    elif kind == "update":
+        wait_for(program, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= before + lines)
+        time.sleep(chance.uniform(0, 0.01))
+    else:
+        time.sleep(chance.uniform(0, 3))
+    program.kill()
+    program.wait()
+    return any(folder.glob(".partial-step_*"))
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.full)])
+def test_killed_and_started_again(tmp_path, flags, kills):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    code, output = forked.run([*flags, "--workers", "0", "--save_dir", str(tmp_path / "whole")], tmp_path / "log")
+    assert code == 0, output
+    folder = tmp_path / "killed"
+    cut_short = 0
+    for number in range(kills):
+        options = ["--workers", str(number % 2), *(["--async_save"] if chance.random() < 0.5 else [])]
+        program = forked.start([*flags, *options, "--save_dir", str(folder)], tmp_path / f"log-{number}")
+        cut_short += kill_somewhere(program, folder, chance)
+        assert "Traceback" not in program.output, program.output
+        for path in list_checkpoints(folder):
+            resolve(path)  # all that have a name are sound
+    code, output = forked.run([*flags, "--workers", "0", "--save_dir", str(folder)], tmp_path / "log-end")
+    assert code == 0, output
+    print(f"{cut_short} of {kills} kills cut a save short")
+    assert record(folder) == record(tmp_path / "whole")
+    expected, found = tensors(tmp_path / "whole"), tensors(folder)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    names = [{path.name for path in run.iterdir()} - {"metrics.old-1.jsonl"} for run in (folder, tmp_path / "whole")]
+    assert names[0] == names[1]  # nothing is left of what was cut short

@@ -1,0 +1,117 @@
+"""The program in processes of its own that start in a moment: forked from a server that has torch and transformers loaded."""
+
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    [
+        *(
+            "torch",
+            "torch.distributed.checkpoint",
+            "transformers.models.llama.modeling_llama",
+            "sentencepiece",
+            "fsspec",
+        ),
+        *("peft_pretraining.build", "peft_pretraining.resume", "peft_pretraining.run_folder", "peft_pretraining.saver"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A started program: one process, or several that find each other as torchrun's do."""
+
+    processes: list[BaseProcess]
+    log: Path
+
+    def wait(self) -> int:
+        """The first exit code that is not 0; negative: the signal that ended it."""
+        for process in self.processes:
+            process.join()
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        for process in self.processes:
+            process.kill()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+def start(
+    argv: list[str],
+    log: Path,
+    *,
+    processes: int = 1,
+    environment: dict[str, str] | None = None,
+    largest_file: int | None = None,
+    sequences: Path | None = None,
+) -> Program:
+    """Start torchrun_main.main(argv).
+
+    Args:
+        log: file for stdout and stderr of all processes.
+        largest_file: bytes that a file can have; writing more fails.
+        sequences: folder for what each process trains on: rank.txt, one line of ids for each sequence.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log.write_text("")
+    started = []
+    for rank in range(processes):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {name: str(value) for name, value in world.items()} if processes > 1 else {}
+        variables |= {"HF_HUB_OFFLINE": "1"} | (environment or {})
+        arguments = (argv, log, variables, largest_file, sequences)
+        started.append(_SERVER.Process(target=_child, args=arguments))
+        started[-1].start()
+    return Program(started, log)
+
+
+def run(argv: list[str], log: Path, **options) -> tuple[int, str]:
+    """Exit code and output of the program."""
+    program = start(argv, log, **options)
+    return program.wait(), program.output
+
+
+def _child(
+    argv: list[str], log: Path, variables: dict[str, str], largest_file: int | None, sequences: Path | None
+) -> None:
+    # Data workers are to be children of this process, which they watch, and not of the server.
+    multiprocessing.set_start_method("fork", force=True)
+    os.environ.update(variables)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    import torchrun_main
+
+    if sequences is not None:
+        _note_sequences(sequences / f"{os.environ.get('RANK', 0)}.txt")
+    sys.exit(torchrun_main.main(argv))
+
+
+def _note_sequences(path: Path) -> None:
+    from peft_pretraining import train
+
+    step = train.train_step
+
+    def noting(module, updates, micro_batches, **options):
+        with path.open("a") as file:
+            for batch in micro_batches:
+                file.writelines(" ".join(map(str, ids)) + "\n" for ids in batch.input_ids.tolist())
+        return step(module, updates, micro_batches, **options)
+
+    train.train_step = noting

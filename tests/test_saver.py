@@ -1,0 +1,190 @@
+"""A save that fails does not end a run that can go on, but not for ever; one in the background holds the state at the call."""
+
+import threading
+
+import pytest
+import torch
+
+from peft_pretraining import saver as module
+from peft_pretraining.checkpoint import Content, list_checkpoints, load_tensors, resolve
+from peft_pretraining.distributed import World
+from peft_pretraining.saver import MOST_FAILURES, Saver, SavingFailed
+
+both_ways = pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "in the background"])
+
+
+class Run:
+    """A run whose only tensor is the number of its update."""
+
+    def __init__(self, folder, **options):
+        self.folder, self.step, self.tensor = folder, 0, torch.zeros(3)
+        self.documents = {"state.json": {"step": 0}}
+        self.saver = Saver(folder, lambda: Content(self.step, {"x": self.tensor}, self.documents), World(), **options)
+
+    def update(self, scheduled=False):
+        """One update, saved where due; whether it was."""
+        self.step += 1
+        self.tensor += 1
+        self.documents["state.json"]["step"] = self.step
+        due = self.saver.due(scheduled)
+        if due:
+            self.saver.save()
+        return due
+
+    def saved(self):
+        """Steps of the checkpoints, each of which holds the state of its step."""
+        steps = []
+        for path in list_checkpoints(self.folder):
+            back = torch.zeros(3)
+            load_tensors(resolve(path), {"x": back})
+            assert back.tolist() == [float(path.name[-8:])] * 3
+            steps.append(int(back[0]))
+        return steps
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Saves fail while `disk.full` is set; `disk.gate` holds them up while it is cleared."""
+
+    class Disk:
+        full = False
+        gate = threading.Event()
+
+    disk = Disk()
+    disk.gate.set()
+    write = module.checkpoint.save_checkpoint
+
+    def limited(*args, **options):
+        assert disk.gate.wait(60)
+        if disk.full:
+            raise OSError("disk full")
+        return write(*args, **options)
+
+    monkeypatch.setattr(module.checkpoint, "save_checkpoint", limited)
+    return disk
+
+
+@both_ways
+def test_saves_where_scheduled(tmp_path, asynchronous):
+    run = Run(tmp_path, asynchronous=asynchronous, keep=2)
+    assert [run.update(scheduled=step % 2 == 0) for step in range(1, 7)] == [False, True] * 3
+    run.saver.finish()
+    assert run.saved() == [4, 6]
+
+
+def test_background_save_holds_the_state_at_the_call(tmp_path, disk):
+    """Tensors and documents change while it waits to be written, and the copy's buffers serve the next save too."""
+    run = Run(tmp_path, asynchronous=True)
+    disk.gate.clear()
+    run.update(scheduled=True)
+    assert not run.update()
+    assert not list_checkpoints(tmp_path)
+    disk.gate.set()
+    run.update(scheduled=True)
+    run.saver.finish()
+    assert run.saved() == [1, 3]
+    assert '"step": 1' in (tmp_path / "step_00000001" / "state.json").read_text()
+
+
+def test_one_save_at_a_time(tmp_path, disk):
+    """The next one waits for the one before."""
+    run = Run(tmp_path, asynchronous=True)
+    disk.gate.clear()
+    run.update(scheduled=True)
+    second = threading.Thread(target=run.update, kwargs={"scheduled": True})
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("save-")] == ["save-step-1"]
+    disk.gate.set()
+    second.join()
+    run.saver.finish()
+    assert run.saved() == [1, 2]
+
+
+@both_ways
+def test_a_failed_save_is_told_and_made_up_for(tmp_path, disk, capsys, asynchronous):
+    run = Run(tmp_path, asynchronous=asynchronous)
+    disk.full = True
+    run.update(scheduled=True)
+    if asynchronous:
+        run.saver._in_flight.join()
+    disk.full = False
+    assert run.update()  # not scheduled, but due
+    assert capsys.readouterr().err.count("warning: disk full; training goes on") == 1
+    if asynchronous:
+        run.saver._in_flight.join()
+    assert not run.update()
+    run.saver.finish()
+    assert run.saved() == [2]
+
+
+@both_ways
+def test_a_run_that_cannot_be_saved_is_given_up(tmp_path, disk, asynchronous):
+    run = Run(tmp_path, asynchronous=asynchronous)
+    run.update(scheduled=True)
+    run.saver.finish()
+    disk.full = True
+    updates = 0
+    with pytest.raises(SavingFailed, match=r"disk full \(5 attempts failed.*last checkpoint is step_00000001"):  # noqa: PT012
+        while True:
+            run.update(scheduled=True)
+            updates += 1
+    assert updates in (MOST_FAILURES - 1, MOST_FAILURES)  # in the background the fifth is known at the next save
+    assert run.saved() == [1]
+
+
+@both_ways
+def test_failures_count_only_one_after_another(tmp_path, disk, asynchronous):
+    run = Run(tmp_path, asynchronous=asynchronous)
+    for _ in range(3):
+        disk.full = True
+        for _ in range(MOST_FAILURES - 2):
+            run.update(scheduled=True)
+            run.saver._settle()
+        disk.full = False
+        run.update(scheduled=True)
+        run.saver._settle()
+    assert len(run.saved()) == 3
+
+
+@both_ways
+@pytest.mark.parametrize("recovers", [True, False])
+def test_the_end_waits_and_makes_up_for_a_failure(tmp_path, disk, capsys, asynchronous, recovers):
+    run = Run(tmp_path, asynchronous=asynchronous)
+    disk.full = True
+    run.update(scheduled=True)
+    if asynchronous:
+        run.saver._settle()
+    disk.full = not recovers
+    if recovers:
+        run.saver.finish()
+        assert run.saved() == [1]
+    else:
+        with pytest.raises(SavingFailed, match="ends without its last state: disk full; there is no checkpoint"):
+            run.saver.finish()
+
+
+@both_ways
+def test_what_is_saved_is_not_saved_again(tmp_path, disk, asynchronous):
+    """A signal just after a scheduled save, or just after a start."""
+    run = Run(tmp_path, asynchronous=asynchronous, saved_step=0)
+    disk.full = True
+    run.saver.save()
+    disk.full = False
+    run.update(scheduled=True)
+    run.saver._settle()
+    disk.full = True
+    run.saver.save()
+    run.saver.finish()
+    assert run.saved() == [1]
+
+
+@both_ways
+def test_mistakes_are_not_taken_for_a_full_disk(tmp_path, asynchronous):
+    run = Run(tmp_path, asynchronous=asynchronous)
+    run.documents["state.json"] = {"step": 0, "no JSON": {1, 2}}
+    with pytest.raises(TypeError):  # noqa: PT012
+        run.update(scheduled=True)
+        run.saver.finish()
+    assert not list(tmp_path.iterdir())
