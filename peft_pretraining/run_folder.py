@@ -71,6 +71,8 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         checkpoint.recover_replaced(path)
         newest = checkpoint.resolve(path) if checkpoint.list_checkpoints(path) else None
     wandb_id = secrets.token_hex(4)
+    if newest is None and args.allow_changes:
+        print(f"notice: --allow_changes {args.allow_changes} has no effect: the run starts afresh", file=sys.stderr)
     if newest is not None:
         before = _read_record(newest)
         _check_same_run(newest, before, args, plan)
@@ -162,12 +164,14 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
     if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
         compared.remove("num_training_steps")  # has no effect in either
     problems = []
-    for name in sorted(compared - allowed_changes(args)):
-        if then[name] != now[name]:
-            way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
-            problems.append(
-                f"--{name} {now[name]}: {path} was made with {then[name]}; use that, {way_out}or another --save_dir"
-            )
+    differing = {name for name in compared if then[name] != now[name]}
+    if unused := sorted(allowed_changes(args) - differing - {"dataset"}):  # of the data it is not known yet
+        print(f"notice: --allow_changes {','.join(unused)} has no effect: the same in {path}", file=sys.stderr)
+    for name in sorted(differing - allowed_changes(args)):
+        way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
+        problems.append(
+            f"--{name} {now[name]}: {path} was made with {then[name]}; use that, {way_out}or another --save_dir"
+        )
     shape = {key: value for key, value in asdict(plan.model).items() if key not in ("name", "path")}
     problems += [
         f"{args.model_config}: {key} is {value}, {path} was made with {before['plan']['model'].get(key)}"

@@ -391,9 +391,10 @@ def test_going_on_as_another_run_is_refused(tmp_path, flags, change, words, caps
     assert all(word in message for word in words)
 
 
-def test_changes_that_are_named_are_made(tmp_path, flags):
+def test_changes_that_are_named_are_made(tmp_path, flags, capsys):
     """And once they are in a checkpoint, they are what the next start is compared with."""
-    whole = train(tmp_path / "run", *flags)
+    whole = train(tmp_path / "run", *flags, "--allow_changes", "lr")
+    assert "--allow_changes lr has no effect: the run starts afresh" in capsys.readouterr().err
     longer = [*flags, "--num_training_steps", "8", "--lr", "0.001"]
     rows = train(tmp_path / "run", *longer, "--allow_changes", "num_training_steps, lr")
     assert without_times(rows)[: len(whole)] == without_times(whole)
@@ -401,7 +402,9 @@ def test_changes_that_are_named_are_made(tmp_path, flags):
     shutil.rmtree(tmp_path / "run" / "step_00000008")
     shutil.rmtree(tmp_path / "run" / "step_00000006")
     train(tmp_path / "run", *longer, "--allow_changes", "num_training_steps,lr")
-    assert train(tmp_path / "run", *longer)[-1]["update_step"] == 8
+    capsys.readouterr()
+    assert train(tmp_path / "run", *longer, "--allow_changes", "lr")[-1]["update_step"] == 8
+    assert "--allow_changes lr has no effect: the same in" in capsys.readouterr().err
 
 
 def test_the_data_is_compared_wherever_it_lies(tmp_path, flags, capsys):
