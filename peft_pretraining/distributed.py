@@ -192,7 +192,10 @@ def broadcast_object(value: Any, world: World) -> Any:
 
 
 def parallelize(module: torch.nn.Module, world: World, device: torch.device) -> torch.nn.Module:
-    """Wrap a module in DistributedDataParallel where there is more than one process (gradients are averaged)."""
+    """Wrap a module in DistributedDataParallel where there is more than one process (gradients are averaged).
+
+    module: maps (input_ids, labels), both (B, T) int64, to a loss.
+    """
     if world.size == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
@@ -201,8 +204,23 @@ def parallelize(module: torch.nn.Module, world: World, device: torch.device) -> 
     # Supports and rotary tables never change: broadcasting buffers at every forward would only cost time. The argument
     # has another name from torch 2.13 on.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    no_sync_of_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **no_sync_of_buffers)
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **options)
+    if world.size > 2:
+        _settle_buckets(wrapped, device)
+    return wrapped
+
+
+def _settle_buckets(module: torch.nn.parallel.DistributedDataParallel, device: torch.device) -> None:
+    """Run a backward pass whose gradients are zero, so that DDP divides them into buckets for good before the first update.
+
+    It does so after its first backward pass, in the order in which gradients came. A run that goes on would otherwise make its
+    first update with other buckets than the run before: in three or more processes other sums, and other bits.
+    """
+    import torch
+
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    (module(tokens, tokens) * 0).backward()
 
 
 def gradient_sync(module: torch.nn.Module, enabled: bool) -> contextlib.AbstractContextManager[Any]:

@@ -15,7 +15,10 @@ _WINDOW, _MIN_LOSSES = 100, 20
 _SIGMAS, _MIN_JUMP = 6.0, 0.2
 
 
-WAY_OUT = "go on from the last checkpoint with a lower --lr, --grad_clipping 1.0 or --dtype float32"
+WAY_OUT = (
+    "go on from the last checkpoint (--continue_from the run's folder) with a lower --lr or --grad_clipping 1.0, and "
+    "--allow_changes lr,grad_clipping"
+)
 
 
 class TrainingError(RuntimeError):

@@ -18,6 +18,8 @@ from peft_pretraining.model_config import ModelConfig, ModelConfigError, load_mo
 _STALLING_SCALE, _STALLING_LR = 0.5, 0.003
 _C4_EVAL_TOKENS = 10_000_000
 GIB = 2**30
+# torchrun ends its processes 30 s after a signal; a save that a disk of this speed cannot make in 25 s is warned about.
+_SLOW_DISK_BYTES_PER_S, _TIME_TO_SAVE_S = 200 * 10**6, 25
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
-        warnings=tuple(_warnings(args, world)),
+        warnings=(*_warnings(args, world), *_slow_save(account(setting), world)),
     )
 
 
@@ -224,6 +226,18 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     ):
         lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
     return lines
+
+
+def _slow_save(found: dict[str, int], world: World) -> list[str]:
+    """A warning where saving may take longer than launchers wait after a signal."""
+    size = found["parameters"] + found["support"] + found["optimizer"]
+    if size < _SLOW_DISK_BYTES_PER_S * _TIME_TO_SAVE_S:
+        return []
+    return [
+        f"a checkpoint has {size / 1e9:.1f} GB: saved within {_TIME_TO_SAVE_S} s of a stop signal only by a disk that takes "
+        f"{size / _TIME_TO_SAVE_S / 1e9:.2g} GB/s, and torchrun kills its processes 30 s after it; have the signal sent earlier "
+        "(Slurm: --signal=USR1@300), or lower --save_every by what may be lost"
+    ]
 
 
 def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:

@@ -226,6 +226,12 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, s
         "git_commit": _git_commit(),
         "world": {"processes": world.size, "threads": torch.get_num_threads()},
         "machine": _machine(),
+        # What else the bits depend on (docs/resume.md).
+        "numerics": {
+            "attention": "sdpa",
+            "compiled_layers": args.compile,
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        },
     }
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import forked
 import pytest
 
-UPDATES, BATCH, DOCUMENTS = 15, 8, 120  # one epoch of the tiny corpus
-STAGE = 5  # updates between changes
+DOCUMENTS = 120  # of the tiny corpus
 
 
 @pytest.fixture
@@ -15,8 +14,7 @@ def flags(tiny_run) -> list[str]:
     return [
         *tiny_run,
         *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
-        *("--lr", "0.003", "--warmup_steps", "2", "--num_training_steps", str(UPDATES), "--save_every", str(STAGE)),
-        *("--total_batch_size", str(BATCH), "--batch_size", "2", "--max_length", "64", "--eval_every", "100"),
+        *("--lr", "0.003", "--warmup_steps", "2", "--batch_size", "1", "--max_length", "64", "--eval_every", "100"),
         *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
     ]
 
@@ -32,25 +30,29 @@ def train(folder: Path, processes: int, argv: list[str]) -> tuple[list[str], lis
 
 
 @pytest.mark.parametrize(
-    ("lanes", "stages"),
+    ("lanes", "batch", "stages"),
     [
-        ("20", [(1, "2"), (2, "1"), (1, "0")]),  # processes, workers of each
-        ("4", [(2, "0"), (4, "1")]),
-        pytest.param("8", [(4, "1"), (1, "3"), (2, "2")], marks=pytest.mark.full),
+        ("20", 8, [(1, "2"), (2, "1"), (1, "0")]),  # processes, workers of each
+        ("4", 8, [(2, "0"), (4, "1")]),
+        ("12", 12, [(4, "1"), (3, "0"), (2, "2")]),
+        pytest.param("8", 8, [(4, "1"), (1, "3"), (2, "2")], marks=pytest.mark.full),
     ],
     ids=lambda value: "-".join(str(processes) for processes, _ in value) if isinstance(value, list) else value,
 )
-def test_every_document_once_in_the_same_order(tmp_path, flags, lanes, stages):
-    flags += ["--data_lanes", lanes]
+def test_every_document_once_in_the_same_order(tmp_path, flags, lanes, batch, stages):
+    """Over one epoch, with another number of processes and workers from each checkpoint on."""
+    updates, stage = DOCUMENTS // batch, DOCUMENTS // batch // len(stages)
+    flags += ["--data_lanes", lanes, "--total_batch_size", str(batch), "--num_training_steps", str(updates)]
+    flags += ["--save_every", str(stage)]
     expected, whole = train(tmp_path / "whole", 1, [*flags, "--workers", "0"])
     assert len(set(expected)) == len(expected) == DOCUMENTS
     sequences: list[str] = []
     for number, (processes, workers) in enumerate(stages):
         last = number == len(stages) - 1
-        goes_on = ["--continue_from", str(tmp_path / str(number - 1) / f"step_{number * STAGE:08d}")] if number else []
+        goes_on = ["--continue_from", str(tmp_path / str(number - 1) / f"step_{number * stage:08d}")] if number else []
         saving = ["--async_save"] if number % 2 == 0 else []
         found, rows = train(tmp_path / str(number), processes, [*flags, *goes_on, *saving, "--workers", workers])
-        sequences += found if last else found[: STAGE * BATCH]
+        sequences += found if last else found[: stage * batch]
     assert sequences == expected
     for key in ("update_step", "lr", "tokens_seen", "final_eval_tokens"):
         assert [row.get(key) for row in rows] == [row.get(key) for row in whole]
