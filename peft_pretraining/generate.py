@@ -52,5 +52,7 @@ def run(args: argparse.Namespace) -> int:
             use_cache=True,
             **(sampling if args.temperature > 0 else {"do_sample": False}),
         )
-    print(tokenizer.decode(output[0].tolist()))
+    text = tokenizer.decode(output[0].tolist())
+    # A model may write what a terminal would obey.
+    print("".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text))
     return 0

@@ -105,7 +105,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> Path:
     updates = [row for row in rows if row.get("loss") is not None]
     evaluations = [row for row in rows if row.get("final_eval_loss") is not None]
     figure, (loss_axis, perplexity_axis) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     steps = [row["update_step"] for row in updates]
     losses = [row["loss"] for row in updates]
     loss_axis.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8, label="each update")

@@ -37,6 +37,12 @@ class Program:
             process.join()
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
 
+    def send(self, number: int) -> None:
+        """A signal to all that are still there."""
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+
     def kill(self) -> None:
         """SIGKILL, at once."""
         for process in self.processes:

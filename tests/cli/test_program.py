@@ -549,6 +549,29 @@ def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags,
     assert torch.tensor(update["input_ids"]).shape == (1, 2, 4, 64)  # process, micro-batch, sequence, token
 
 
+def test_a_network_that_is_gone_is_saved_before(tmp_path, flags, monkeypatch, capsys):
+    """What was trained until then is kept, and the same command goes on as if nothing had happened."""
+    from peft_pretraining.data.errors import NetworkGone
+    from peft_pretraining.data.loader import TrainLoader
+
+    honest = TrainLoader.__iter__
+
+    def iterate(self):
+        for number, batch in enumerate(honest(self)):
+            if number == 9:  # the second micro-batch of update 5; the first one is taken back
+                raise NetworkGone("https://example.invalid/train.json.gz: no answer after 10 tries")
+            yield batch
+
+    whole = train(tmp_path / "whole", *flags, "--save_every", "100")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "__iter__", iterate)
+        assert torchrun_main.main([*flags, "--save_every", "100", "--save_dir", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert "no answer after 10 tries; everything up to update 4 is in" in message
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000004"]
+    assert without_times(train(tmp_path / "run", *flags, "--save_every", "100")) == without_times(whole)
+
+
 def test_memory_that_runs_out_is_explained(tmp_path, flags, monkeypatch, capsys):
     """The plan's largest entry, and the flags that lower the peak."""
     import peft_pretraining.train as training

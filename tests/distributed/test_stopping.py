@@ -39,9 +39,18 @@ def flags(tiny_run) -> list[str]:
     ]
 
 
-def start(folder: Path, *flags: str, processes: int = 2) -> subprocess.Popen[str]:
+def start(folder: Path, *flags: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "torchrun_main.py", "--save_dir", str(folder), *flags]
+    command += [
+        "--max-restarts",
+        str(restarts),
+        "--signals-to-handle",
+        "SIGTERM,SIGINT,SIGUSR1",
+        "torchrun_main.py",
+        "--save_dir",
+        str(folder),
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -129,3 +138,32 @@ def test_the_first_failure_is_shown_last(tmp_path, flags):
     output = failing.communicate()[0]
     assert failing.returncode == 1
     assert "malformed json" in output[output.rindex("Root Cause") :]
+
+
+@pytest.mark.full
+def test_a_hung_process_ends_the_others_within_the_timeout(tmp_path, flags):
+    running = start(tmp_path / "run", *flags, "--num_training_steps", "100000", "--timeout_s", "5")
+    wait_for_updates(running, tmp_path / "run", 3)
+    hung = next(pid for pid, rank in processes_below(running.pid).items() if rank == "1")
+    os.kill(hung, signal.SIGSTOP)
+    output = running.communicate()[0]  # torchrun needs 30 s more to end the one that does not listen
+    assert running.returncode == 1
+    assert "error: [rank 0] another process of this run has ended" in output
+    assert "Traceback" not in output.split("torch.distributed.elastic")[0]
+    assert not processes_below(running.pid)
+
+
+@pytest.mark.full
+def test_torchrun_starts_again_after_a_kill_and_the_run_is_the_same(tmp_path, flags):
+    flags = [*flags, "--save_every", "20", "--num_training_steps", "200"]
+    whole = start(tmp_path / "whole", *flags)
+    output = whole.communicate()[0]
+    assert whole.returncode == 0, output
+    running = start(tmp_path / "run", *flags, restarts=2)
+    wait_for_updates(running, tmp_path / "run", 50)
+    os.kill(next(pid for pid, rank in processes_below(running.pid).items() if rank == "1"), signal.SIGKILL)
+    output = running.communicate()[0]
+    assert running.returncode == 0, output
+    assert without_times(rows_of(tmp_path / "run")) == without_times(rows_of(tmp_path / "whole"))
+    expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

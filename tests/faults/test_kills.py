@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -44,25 +45,25 @@ def wait_for(program: forked.Program, happened) -> None:
         time.sleep(0.0005)
 
 
-def kill_somewhere(program: forked.Program, folder: Path, chance: random.Random) -> bool:
-    """Kill in a save, in an update or at the start; whether a save was cut short."""
+def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, number: int) -> bool:
+    """Send a signal in a save, in an update or at the start, and wait for the end; whether a save was cut short."""
     kind = chance.choice(["save", "save", "update", "start"])
     lines = chance.randrange(1, 12)
     metrics = folder / "metrics.jsonl"
     before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     if kind == "save":
         skipped = {path.name for path in folder.glob(".*step_*")}
-        number = chance.randrange(3)  # let so many saves pass
+        pass_by = chance.randrange(3)  # let so many saves pass
         there = list_checkpoints(folder)[-1:]
         wait_for(
             program,
             lambda: (
                 list_checkpoints(folder)[-1:] != there
-                if number
+                if pass_by
                 else any(path.name not in skipped for path in folder.glob(".partial-step_*"))
             ),
         )
-        if number:
+        if pass_by:
             wait_for(program, lambda: any(folder.glob(".partial-step_*")))
         time.sleep(chance.uniform(0, 0.004))
     elif kind == "update":
@@ -70,13 +71,14 @@ def kill_somewhere(program: forked.Program, folder: Path, chance: random.Random)
         time.sleep(chance.uniform(0, 0.01))
     else:
         time.sleep(chance.uniform(0, 3))
-    program.kill()
-    program.wait()
+    program.send(number)
+    assert program.wait() in (0, -number)
     return any(folder.glob(".partial-step_*"))
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.full)])
-def test_killed_and_started_again(tmp_path, flags, kills):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_killed_and_started_again(tmp_path, flags, kills, name):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -87,7 +89,7 @@ def test_killed_and_started_again(tmp_path, flags, kills):
     for number in range(kills):
         options = ["--workers", str(number % 2), *(["--async_save"] if chance.random() < 0.5 else [])]
         program = forked.start([*flags, *options, "--save_dir", str(folder)], tmp_path / f"log-{number}")
-        cut_short += kill_somewhere(program, folder, chance)
+        cut_short += end_somewhere(program, folder, chance, getattr(signal, name))
         assert "Traceback" not in program.output, program.output
         for path in list_checkpoints(folder):
             resolve(path)  # all that have a name are sound

@@ -1,0 +1,95 @@
+"""Whatever stands on the command line or in a model's file: a plan, or a message that names what is wrong."""
+
+import json
+import string
+from dataclasses import fields
+from pathlib import Path
+
+from conftest import TINY_MODEL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peft_pretraining.config import Arguments, ConfigError, parse_args
+from peft_pretraining.distributed import World
+from peft_pretraining.model_config import ModelConfigError, load_model_config
+from peft_pretraining.plan import make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [field.name for field in fields(Arguments) if field.name not in ("given", "config")]
+NUMBERS = ["0", "1", "-1", "3", "2.5", "-0.0", "1e-9", "1e308", "1e999", "nan", "inf", "9" * 30, "150M", "1.1B", "0x10"]
+WORDS = [
+    "",
+    " ",
+    "sltrain",
+    "adam8bit",
+    "cosine",
+    "c4",
+    "demo",
+    "true",
+    "false",
+    "null",
+    "auto",
+    "cpu",
+    "../..",
+    "\0x",
+    "é",
+]
+VALUES = st.one_of(st.sampled_from(NUMBERS + WORDS), st.text(string.printable, max_size=8))
+FLAGS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(st.none(), VALUES)), max_size=5)
+QUICK = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
+)
+
+
+@QUICK
+@given(FLAGS)
+def test_any_command_line_gives_a_plan_or_a_message(flags):
+    argv = ["--model_config", str(ROOT / "configs" / "llama_9m.json")]
+    for name, value in flags:
+        argv += [f"--{name}"] if value is None else [f"--{name}", value]
+    assert all(problem.strip() for problem in problems_of(argv))
+
+
+def problems_of(argv: list[str]) -> list[str]:
+    """What a command line is refused for; nothing where it gives a plan."""
+    try:
+        make_plan(parse_args(argv), World())
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=5,
+)
+CHANGES = st.dictionaries(st.one_of(st.sampled_from(sorted(TINY_MODEL)), st.text(max_size=12)), JSON, max_size=3)
+
+
+@QUICK
+@given(CHANGES, st.lists(st.sampled_from(sorted(TINY_MODEL)), max_size=2))
+def test_any_change_of_a_model_file_gives_a_model_or_a_message(tmp_path, changes, removed):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({k: v for k, v in (TINY_MODEL | changes).items() if k not in removed}))
+    plan_or_message(path)
+
+
+@QUICK
+@given(st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode())))
+def test_any_bytes_as_a_model_file_give_a_message(tmp_path, content):
+    path = tmp_path / "model.json"
+    path.write_bytes(content)
+    plan_or_message(path)
+
+
+def plan_or_message(path: Path) -> None:
+    message = ""
+    try:
+        load_model_config(path)
+    except ModelConfigError as error:
+        message = str(error)
+    if message:
+        assert str(path) in message
+    else:
+        problems_of(["--model_config", str(path), "--max_length", "16"])

@@ -1,0 +1,76 @@
+"""Two processes stopped by a signal and started again end with the bits of two that never were."""
+
+import itertools
+import json
+import signal
+import time
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+
+from peft_pretraining.checkpoint import list_checkpoints, load_tensors, resolve, tensor_index
+
+TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
+METHODS, OPTIMIZERS = ("sltrain", "full", "lowrank"), ("adamw", "adam8bit", "adam8bit_per_layer")
+COVER = [
+    ("sltrain", "adam8bit_per_layer", "padded", "2", "SIGTERM"),
+    ("full", "adam8bit", "packed", "0", "SIGUSR1"),
+    ("lowrank", "adamw", "packed", "2", "SIGINT"),
+]
+ALL = itertools.product(METHODS, OPTIMIZERS, ("padded", "packed"), ("0", "2"), ("SIGTERM",))
+
+
+@pytest.fixture
+def flags(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--lr", "0.003", "--warmup_steps", "2"),
+        *("--num_training_steps", "60", "--batch_size", "2", "--total_batch_size", "8", "--data_lanes", "6"),
+        *("--max_length", "48", "--eval_every", "4", "--save_every", "1000"),
+        *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
+    ]
+
+
+def record(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("memory_")} for row in rows]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = resolve(folder)
+    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(path).items()}
+    load_tensors(path, found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "layout", "workers", "name"),
+    [*COVER, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL if case not in COVER)],
+)
+def test_two_processes_stopped_and_started_again(tmp_path, flags, method, optimizer, layout, workers, name):
+    """Accumulation 2, evaluation in between. Only one of the two gets the signal; both stop."""
+    flags += ["--peft_model", method, "--optimizer", optimizer, "--workers", workers]
+    flags += ["--packing"] if layout == "packed" else []
+    code, output = forked.run([*flags, "--save_dir", str(tmp_path / "whole")], tmp_path / "log", processes=2)
+    assert code == 0, output
+    folder = tmp_path / "run"
+    program = forked.start([*flags, "--save_dir", str(folder)], tmp_path / "log-1", processes=2)
+    while len(record(folder)) < 5 and program.processes[0].is_alive():
+        time.sleep(0.002)
+    forked.Program(program.processes[1:], program.log).send(getattr(signal, name))
+    assert program.wait() == 0, program.output
+    marker = json.loads((folder / "stopped.json").read_text())
+    assert 4 <= marker["update_step"] < 60
+    assert [path.name for path in list_checkpoints(folder)] == [f"step_{marker['update_step']:08d}"]
+
+    code, output = forked.run([*flags, "--save_dir", str(folder)], tmp_path / "log-2", processes=2)
+    assert code == 0, output
+    assert record(folder) == record(tmp_path / "whole")
+    expected, found = tensors(tmp_path / "whole"), tensors(folder)
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    states = [json.loads((resolve(place) / "state.json").read_text()) for place in (folder, tmp_path / "whole")]
+    assert states[0] == states[1]  # the next batch too
