@@ -124,7 +124,7 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path, flags):
     os.kill(next(pid for pid, rank in ranks.items() if rank == "1"), signal.SIGKILL)
     output = running.communicate()[0]
     assert running.returncode == 1
-    assert "Traceback" not in output.split("torch.distributed.elastic")[0]
+    assert 'torchrun_main.py", line' not in output  # torchrun's own traceback comes, ours does not
     last = output[output.rindex("Root Cause") :]
     assert "rank      : 1" in last
     assert "SIGKILL" in last
@@ -149,7 +149,7 @@ def test_a_hung_process_ends_the_others_within_the_timeout(tmp_path, flags):
     output = running.communicate()[0]  # torchrun needs 30 s more to end the one that does not listen
     assert running.returncode == 1
     assert "error: [rank 0] another process of this run has ended" in output
-    assert "Traceback" not in output.split("torch.distributed.elastic")[0]
+    assert 'torchrun_main.py", line' not in output  # torchrun's own traceback comes, ours does not
     assert not processes_below(running.pid)
 
 
