@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,8 +74,6 @@ def _groups(parameters: Mapping[str, nn.Parameter], embedding_bits: int | None) 
 
 
 def _torchao_adam(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    # It says on import which of its GPU kernels do not load here; none of them is used.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         from peft_pretraining.optim.adam_ao import SlicedAdam
     except ImportError as error:
