@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from peft_pretraining.data.errors import DataError
 
@@ -109,6 +110,11 @@ class _Running:
             process.kill()
         for process in self._processes:
             process.join()
+        if self._iterator is not None and not self._iterator._shutdown:  # type: ignore[attr-defined]
+            # torch's own end of an iterator sets an event, whose lock a worker may have held when it was killed: that would
+            # wait for ever. What else it does is to join the workers and to forget their ids.
+            self._iterator._shutdown = True  # type: ignore[attr-defined]
+            signal_handling._remove_worker_pids(id(self._iterator))
         self._iterator = None
 
 

@@ -1,0 +1,55 @@
+"""Worker processes end when they are told to, whatever they were doing."""
+
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.workers import Workers
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Item number n of worker w is "w.n"; `last` items, or no end."""
+
+    last: int | None = None
+
+    def items(self, worker: int, workers: int) -> Iterator[str]:
+        number = 0
+        while self.last is None or number < self.last:
+            yield f"{worker}.{number}"
+            number += 1
+
+
+def test_items_come_in_turn_and_end():
+    with_end = Workers(Counting(last=3), 2)
+    assert list(with_end) == ["0.0", "1.0", "0.1", "1.1", "0.2", "1.2"]
+    with_end.close()
+
+
+def test_closing_does_not_wait_for_a_lock_that_a_killed_worker_held():
+    """torch's event that ends its workers has one; a worker that is killed while it looks at the event never gives it back."""
+    workers = Workers(Counting(), 2)
+    assert next(workers) == "0.0"
+    lock = workers._running._iterator._workers_done_event._cond
+    holder = multiprocessing.get_context("fork").Process(target=lock.acquire)  # ends without giving it back
+    holder.start()
+    holder.join()
+    closing = threading.Thread(target=workers.close, daemon=True)
+    closing.start()
+    closing.join(timeout=60)  # not a limit on speed: without an end it would be for ever
+    assert not closing.is_alive()
+
+
+def test_a_worker_that_dies_is_an_error_and_closing_works():
+    workers = Workers(Counting(), 2)
+    next(workers)
+    for process in workers._running._processes:
+        process.kill()
+    with pytest.raises(DataError, match="a data worker died"):
+        for _ in workers:
+            pass
+    workers.close()
