@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return fail(world, error.problems, exit_code=2, everywhere_alike=True)
     except KeyboardInterrupt:
-        return fail(
-            world, ["interrupted; the same command goes on from the newest checkpoint"], 130, everywhere_alike=True
-        )
+        return fail(world, ["interrupted before training began; nothing is lost"], 130, everywhere_alike=True)
 
 
 def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike: bool = False) -> int:
@@ -134,17 +132,20 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     if run is None:
         return 0
     record = open_record(args, world, run)
+    code = 1
     try:
         with run.stop.listening():
             try:
                 loop(args, world, run, record)
                 say_passed_over(record, run, world)
             except StopRun as stopped:
-                problem = end_early(run, world, stopped)
-                return 0 if problem is None else fail(world, [problem], exit_code=1)
+                problem = end_early(run, args, world, stopped)
+                code = 0 if problem is None else fail(world, [problem], exit_code=1)
+                return code
+        code = 0
     finally:
         run.saver.close()
-        record.close(exit_code=int(sys.exc_info()[0] is not None))
+        record.close(code)
         run.data.loader.close()
     say_finished(world, run.parts.state, run.folder)
     return 0
@@ -155,14 +156,12 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
     from peft_pretraining.assemble import next_micro_batches, run_evaluation
     from peft_pretraining.ending import keep_for_inspection
-    from peft_pretraining.health import SkippedUpdates
     from peft_pretraining.metrics import Throughput, peak_memory_bytes
     from peft_pretraining.plan import is_finished, learning_rate
     from peft_pretraining.train import train_step
 
     plan, device, state = run.plan, run.device, run.parts.state
     throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
-    skipped = SkippedUpdates(state.skipped_updates, device)
     scheduled = False  # a checkpoint that is still to be made
     bad_records = run.data.loader.num_bad_records  # on rank 0, which logs: of all processes before a restart
     while True:
@@ -176,9 +175,9 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
         micro_batches = next_micro_batches(run, world)
         lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
-        skipped.add(step.skipped)
+        run.skipped.add(step.skipped)
         if args.on_nonfinite == "stop" and bool(step.skipped):
-            keep_for_inspection(run, world, micro_batches, step)
+            keep_for_inspection(run, args, world, micro_batches, step)
         num_tokens = int(step.num_tokens)
         state.update_step += 1
         state.tokens_seen += num_tokens
@@ -186,7 +185,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
         throughput.add_update(num_tokens)
         record.advance()
         if state.update_step % args.log_every == 0:
-            state.skipped_updates = skipped.read(state.update_step)
+            state.skipped_updates = run.skipped.read(state.update_step)
             row = {"update_step": state.update_step, "loss": float(step.loss), "lr": lr}
             row |= {"tokens_seen": state.tokens_seen, "gradnorm": float(step.gradnorm)}
             row |= {"max_memory": peak_memory_bytes(device)} | throughput.read() | {"bad_records": bad_records}
@@ -196,8 +195,8 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         scheduled = scheduled or finished or state.update_step % args.save_every == 0
         # What cannot be updated any more must not take the place of a good checkpoint: saved once an update succeeds again.
-        if run.saver.due(scheduled) and (finished or not skipped.last_one):
-            state.skipped_updates = skipped.read(state.update_step)
+        if run.saver.due(scheduled) and (finished or not run.skipped.last_one):
+            state.skipped_updates = run.skipped.read(state.update_step)
             with throughput.paused():
                 record.sync()
                 run.saver.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,13 +28,14 @@ from peft_pretraining.distributed import (
 )
 from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.footprint import comparison, measured_bytes, return_freed_memory_if_tight
+from peft_pretraining.health import SkippedUpdates
 from peft_pretraining.loss import TokenLoss
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
 from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run, run_content
 from peft_pretraining.run_folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
 from peft_pretraining.saver import Saver
-from peft_pretraining.stop import MARKER_FILE, Stopped, StopRequest, StopRun
+from peft_pretraining.stop import Stopped, StopRequest, StopRun
 from peft_pretraining.train import TrainState
 
 
@@ -51,6 +53,7 @@ class Run:
     document: dict[str, Any]  # run.json
     stop: StopRequest
     saver: Saver
+    skipped: SkippedUpdates
     memory_told: bool = False
 
     def memory_row(self) -> dict[str, int]:
@@ -95,39 +98,55 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         keep=args.keep_checkpoints,
         asynchronous=args.async_save,
         saved_step=parts.state.update_step if folder.goes_on_in_place else None,
+        timeout_s=args.timeout_s,
     )
-    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver)
+    skipped = SkippedUpdates(parts.state.skipped_updates, device)
+    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver, skipped)
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:
-    """This process's share of the next update. Raises StopRun where any process was asked to stop or has no data,
-    and DataError where there was none to begin with."""
+    """This process's share of the next update. Raises as `_agreed`; data handed out is taken back then."""
     loader = run.parts.loader
     position = loader.state_dict()
-    problem: str | None = None
     micro_batches: list[Batch] = []
     try:
-        with run.stop.waiting():
+        with _agreed(run, world):
             micro_batches = [next(run.batches) for _ in range(run.plan.gradient_accumulation)]
+    except (StopRun, DataError):
+        loader.take_back(position)
+        raise
+    return micro_batches
+
+
+@contextlib.contextmanager
+def _agreed(run: Run, world: World) -> Iterator[None]:
+    """Wait for data in the block; on leaving it all processes agree on whether to go on.
+
+    Raises StopRun where any of them was asked to stop or got no data, DataError if that was before the first update.
+    """
+    problem: str | None = None
+    try:
+        with run.stop.waiting():
+            yield
     except Stopped:
         pass
     except DataError as error:
         problem = str(error)
     wanted = largest(2 if problem else int(run.stop.requested), world)
-    if not wanted:
-        return micro_batches
-    loader.take_back(position)
     if wanted == 2:
         problem = problem or "another process of this run has no more data, its own message says why"
         raise StopRun(problem) if run.parts.state.update_step else DataError(problem)
-    raise StopRun
+    if wanted:
+        raise StopRun
 
 
 def run_evaluation(run: Run, world: World) -> EvalResult:
     """The held-out split's loss over all processes.
 
-    Raises StopRun where any of them is asked to stop meanwhile, and NothingToEvaluate.
+    Raises StopRun where any of them is asked to stop meanwhile or cannot read its data, and NothingToEvaluate.
     """
+    with _agreed(run, world):
+        run.data.eval_set.prepare()
     # The wrapped module's own forward: evaluation needs no gradient synchronisation, and ranks may differ in batches.
     inner = getattr(run.module, "module", run.module)
     problem: NothingToEvaluate | None = None
@@ -152,7 +171,6 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
     folder = run.folder
     if world.is_main:
         take_up(folder)
-        (folder.path / MARKER_FILE).unlink(missing_ok=True)
         write_json(folder.path / "run.json", run.document)
         run.data.tokenizer.save(folder.path / "tokenizer")
     record = Recorder(

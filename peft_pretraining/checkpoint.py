@@ -148,7 +148,8 @@ def save_checkpoint(
             raise OSError(f"{target} could not be saved: {error}") from None
         raise
     if world.is_main:
-        _remove_old(run_folder, keep)
+        with contextlib.suppress(OSError):  # the new one is there, and the other processes have gone on
+            _remove_old(run_folder, keep)
     return target
 
 

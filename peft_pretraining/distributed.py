@@ -170,13 +170,13 @@ def gather_objects(value: Any, world: World, group: dist.ProcessGroup | None = N
     return values
 
 
-def own_group(world: World) -> dist.ProcessGroup | None:
+def own_group(world: World, timeout_s: float) -> dist.ProcessGroup | None:
     """A group of all processes for one thread's use (gloo: objects and CPU tensors); every process calls it."""
     if world.size == 1:
         return None
     import torch.distributed as dist
 
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
     return group
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -19,14 +20,15 @@ from peft_pretraining.stop import MARKER_FILE, StopRun
 from peft_pretraining.train import StepResult
 
 
-def end_early(run: Run, world: World, stopped: StopRun) -> str | None:
+def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str | None:
     """Save and say how it goes on; the problem in words, or None where the run was asked to stop: a marker tells scripts."""
     state, folder = run.parts.state, run.folder
     kept = "nothing was trained yet"
     if state.update_step:
+        state.skipped_updates = run.skipped.read(state.update_step)
         run.saver.save()
         run.saver.finish()
-        kept = f"everything up to update {state.update_step:,} is in {folder.path}; the same command goes on"
+        kept = f"everything up to update {state.update_step:,} is in {folder.path}; {how_to_go_on(args, folder.path)}"
     if stopped.problem is not None:
         return f"{stopped.problem}; {kept}"
     if world.is_main:
@@ -36,10 +38,22 @@ def end_early(run: Run, world: World, stopped: StopRun) -> str | None:
     return None
 
 
-def keep_for_inspection(run: Run, world: World, micro_batches: Sequence[Batch], step: StepResult) -> NoReturn:
+def how_to_go_on(args: Arguments, folder: Path) -> str:
+    """Which command goes on in `folder`."""
+    left_out = [f"--continue_from {args.continue_from}"] if args.continue_from else []
+    left_out += ["--resume never"] if args.resume == "never" else []
+    if not left_out:
+        return "the same command goes on"
+    return f"the same command without {' and '.join(left_out)}, and with --save_dir {folder}, goes on"
+
+
+def keep_for_inspection(
+    run: Run, args: Arguments, world: World, micro_batches: Sequence[Batch], step: StepResult
+) -> NoReturn:
     """Save the state before the update that was not finite, with its token ids, apart from the run's checkpoints.
 
-    Its data position is behind that update's: going on from there leaves its sequences out. Raises TrainingError.
+    Its data position is behind that update's: going on from there leaves its sequences out. With --per_layer the tensors whose
+    gradients were finite have been stepped already. Raises TrainingError.
     """
     folder = run.folder.path / "nonfinite"
     number = run.parts.state.update_step + 1
@@ -50,9 +64,11 @@ def keep_for_inspection(run: Run, world: World, micro_batches: Sequence[Batch], 
     if world.is_main:
         numbers = {"loss": str(float(step.loss)), "gradnorm": str(float(step.gradnorm)), "tensors": int(step.skipped)}
         write_json(record, {"update_step": number, **numbers, "input_ids": ids})
+    stepped = args.per_layer and bool(torch.isfinite(step.loss))
+    state = "the state with the other tensors stepped" if stepped else "the state before it"
     raise TrainingError(
         f"update {number}: the loss is {float(step.loss)}, the gradient norm {float(step.gradnorm)}, {int(step.skipped)} tensors "
-        f"would have been spoilt; the state before it is kept as {path}, its tokens in {record.name} beside it; {WAY_OUT}, or "
+        f"would have been spoilt; {state} is kept as {path}, its tokens in {record.name} beside it; {WAY_OUT}, or "
         "--on_nonfinite skip"
     )
 

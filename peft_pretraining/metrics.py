@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,47 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class _Lines:
+    """A file of lines, open for more. A full disk costs no line as long as this lives: they are written once there is room."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting: list[str] = []
+        self._failing = False
+
+    def write(self, line: str) -> str | None:
+        """Write a line, and those that wait. Returns what is wrong, once, where they cannot be written."""
+        self._waiting.append(line + "\n")
+        return self._try(self._write_waiting)
+
+    def sync(self) -> str | None:
+        """Write what waits, and have it on disk."""
+        return self._try(self._write_waiting) or self._try(lambda: os.fsync(self._file.fileno()))
+
+    def close(self) -> str | None:
+        """Write what waits; the file takes no more."""
+        problem = self._try(self._write_waiting)
+        self._file.close()
+        return problem
+
+    def _write_waiting(self) -> None:
+        content = "".join(self._waiting).encode()
+        end = os.fstat(self._file.fileno()).st_size
+        if content and self._file.write(content) != len(content):
+            os.truncate(self._path, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting.clear()
+
+    def _try(self, act: Callable[[], object]) -> str | None:
+        try:
+            act()
+        except OSError as error:
+            told, self._failing = self._failing, True
+            return None if told else f"{self._path} cannot be written ({error.strerror})"
+        self._failing = False
+        return None
+
+
 class Recorder:
     """Writes what happened: one JSON line per logged update, the same to wandb, and a bar for whoever watches.
 
@@ -74,7 +116,7 @@ class Recorder:
         if not enabled:
             return
         self._rewrite(rows)
-        self._file = (run_folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+        self._file = _Lines(run_folder / METRICS_FILE)
         self._wandb = _start_wandb(run_folder, wandb_settings)
         self._bar = _progress_bar(total_updates, start_step)
 
@@ -90,8 +132,7 @@ class Recorder:
     def sync(self) -> None:
         """Flush the record to disk, before a checkpoint: a run that goes on from there lacks no line, whatever stops it."""
         if self.enabled:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._tell(self._file.sync())
 
     def log_update(self, row: Mapping[str, Any]) -> None:
         """Record a logged update; the bar shows loss, perplexity, tokens/s and memory."""
@@ -153,7 +194,7 @@ class Recorder:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._tell(self._file.write(json.dumps(row, allow_nan=False)))
         if self._wandb is None:
             return
         try:
@@ -162,12 +203,16 @@ class Recorder:
             self.say(f"warning: wandb stopped recording ({_one_line(error)}); training and metrics.jsonl go on")
             self._wandb = None
 
+    def _tell(self, problem: str | None) -> None:
+        if problem is not None:
+            self.say(f"warning: {problem}; training goes on, and the lines are kept until it can be written")
+
     def close(self, exit_code: int = 0) -> None:
         """Flush everything and end the wandb run."""
         if not self.enabled:
             return
         self._bar.close()
-        self._file.close()
+        self._tell(self._file.close())
         if self._wandb is not None:
             try:
                 self._wandb.finish(exit_code=exit_code)

@@ -20,6 +20,7 @@ from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
 from peft_pretraining.metrics import METRICS_FILE
 from peft_pretraining.plan import Plan
+from peft_pretraining.stop import MARKER_FILE
 
 _PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "torchao", "sentencepiece", "wandb", "numpy")
 
@@ -87,6 +88,9 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
                 ]
             )
     path.mkdir(parents=True, exist_ok=True)
+    (path / MARKER_FILE).unlink(
+        missing_ok=True
+    )  # also where this start fails: what a script reads there is of the last one
     return RunFolder(path, newest, wandb_id)
 
 

@@ -40,6 +40,7 @@ class Saver:
         keep: int | None = None,
         asynchronous: bool = False,
         saved_step: int | None = None,
+        timeout_s: float = 1800.0,
     ):
         """Every process calls it.
 
@@ -47,12 +48,13 @@ class Saver:
             collect: the run's content as it stands now; its tensors may be the run's own.
             keep: how many of the newest checkpoints stay; None keeps all.
             asynchronous: copy the state, and write the copy while the run goes on; at most one such save is under way.
+            timeout_s: how long processes wait for one another in an asynchronous save.
             saved_step: the checkpoint that the run has come from, where it lies in the run's folder.
         """
         self._run_folder, self._collect, self._world, self._keep = run_folder, collect, world, keep
         self._asynchronous = asynchronous
         # Collectives of a thread on the group that training uses would meet those of the main thread, and both would wait.
-        self._group = own_group(world) if asynchronous else None
+        self._group = own_group(world, timeout_s) if asynchronous else None
         self._snapshot = _Snapshot()
         self._in_flight: _Background | None = None
         self._saved_step = saved_step

@@ -19,8 +19,11 @@ _SAME_REQUEST_S = 5.0
 _STDERR = 2
 
 
-class Stopped(Exception):
-    """Raised out of `StopRequest.waiting` where a request comes while nothing is going on but waiting."""
+class Stopped(BaseException):
+    """Raised out of `StopRequest.waiting` where a request comes while nothing is going on but waiting.
+
+    No Exception: libraries that read over a network would take it for a failure of theirs.
+    """
 
 
 class StopRun(Exception):

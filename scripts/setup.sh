@@ -5,6 +5,8 @@
 #   SLTRAIN_VENV    where the environment lies (default: .venv in the checkout)
 #   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed then
 set -euo pipefail
+# torchrun gives its processes this long to save after a signal; by itself 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 find_base_python() {

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from peft_pretraining.evaluate import EvalResult
-from peft_pretraining.metrics import METRICS_FILE, Recorder, Throughput, _has_wandb_key, read_metrics
+from peft_pretraining.metrics import METRICS_FILE, Recorder, Throughput, _has_wandb_key, _Lines, read_metrics
 
 ROW = {
     "loss": 2.5,
@@ -166,3 +166,27 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     assert throughput.read() == pytest.approx(
         {"throughput_tokens": 1600 / 6, "throughput_examples": 16 / 6, "throughput_batches": 4 / 6}
     )
+
+
+def test_lines_that_cannot_be_written_wait(tmp_path, monkeypatch):
+    """A full disk: told once, nothing half written, and no line lost once there is room."""
+    path = tmp_path / "metrics.jsonl"
+    lines = _Lines(path)
+    assert lines.write("first") is None
+    honest = lines._file
+
+    class Full:
+        fileno = honest.fileno
+
+        def write(self, content: bytes) -> int:
+            return honest.write(content[:3])  # what a disk does with its last bytes
+
+    lines._file = Full()
+    assert "metrics.jsonl cannot be written (No space left on device)" in lines.write("second")
+    assert lines.write("third") is None
+    assert path.read_text() == "first\n"
+    lines._file = honest
+    assert lines.write("fourth") is None
+    assert lines.sync() is None
+    assert path.read_text() == "first\nsecond\nthird\nfourth\n"
+    lines.close()

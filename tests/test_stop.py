@@ -50,6 +50,20 @@ def test_a_request_ends_waiting_at_once_and_nothing_else():
     assert reached == []
 
 
+def test_what_reads_the_data_cannot_swallow_a_request():
+    """Libraries catch every Exception around a network read and try again."""
+
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise RuntimeError("the server does not answer") from error
+
+    request = StopRequest()
+    with request.listening(), pytest.raises(Stopped):
+        wait_for(request, interrupted)
+
+
 def test_only_a_later_second_signal_ends_the_process():
     """torchrun passes on the Ctrl-C that its processes got from the terminal too: that is one request."""
     clock, ended = Clock(), []

@@ -388,6 +388,10 @@ class EvalSet:
         check_tokenizer(source, tokenizer)
         check_source(source)
 
+    def prepare(self) -> None:
+        """Read and tokenise what is to be evaluated on, once; iterating does it otherwise. Raises DataError."""
+        self._tokenised()
+
     @property
     def num_sequences(self) -> int:
         """Sequences of all ranks."""

@@ -233,7 +233,8 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
     torch's fused optimizers read the flag in their kernels. The others, and SGD's first step, which makes its momentum there,
     need it in Python: on a GPU that waits for the backward pass.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.state:
+    started = all(optimizer.state.get(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and started:
         optimizer.grad_scale, optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
     elif not bool(bad):

@@ -572,6 +572,33 @@ def test_a_network_that_is_gone_is_saved_before(tmp_path, flags, monkeypatch, ca
     assert without_times(train(tmp_path / "run", *flags, "--save_every", "100")) == without_times(whole)
 
 
+def test_an_evaluation_without_its_data_is_saved_before(tmp_path, flags, monkeypatch, capsys):
+    from peft_pretraining.data.errors import NetworkGone
+    from peft_pretraining.data.loader import EvalSet
+
+    def gone(self):
+        raise NetworkGone("https://example.invalid/validation.json.gz: no answer after 10 tries")
+
+    whole = train(tmp_path / "whole", *flags, "--save_every", "100")
+    with monkeypatch.context() as patch:
+        patch.setattr(EvalSet, "_tokenised", gone)
+        assert torchrun_main.main([*flags, "--save_every", "100", "--save_dir", str(tmp_path / "run")]) == 1
+    assert "no answer after 10 tries; everything up to update 3 is in" in capsys.readouterr().err
+    assert without_times(train(tmp_path / "run", *flags, "--save_every", "100")) == without_times(whole)
+
+
+def test_what_goes_on_is_said_without_the_flags_that_go_back(tmp_path, flags, monkeypatch, capsys):
+    train(tmp_path / "run", *flags)
+    ask_to_stop(monkeypatch, after_updates=2)
+    start = ["--continue_from", str(tmp_path / "run" / "step_00000003"), "--save_dir", str(tmp_path / "branch")]
+    assert torchrun_main.main([*flags, *start]) == 0
+    said = capsys.readouterr().out
+    assert f"without --continue_from {start[1]}, and with --save_dir {tmp_path / 'branch'}, goes on" in said
+    monkeypatch.undo()
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "branch")]) == 0
+    assert "finished 6 updates" in capsys.readouterr().out
+
+
 def test_memory_that_runs_out_is_explained(tmp_path, flags, monkeypatch, capsys):
     """The plan's largest entry, and the flags that lower the peak."""
     import peft_pretraining.train as training

@@ -174,6 +174,19 @@ def test_a_loss_that_is_not_finite_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_per_layer_a_bad_first_gradient_leaves_no_trace(name):
+    """When other tensors have been stepped already: torch's SGD would leave a momentum that was never written."""
+    bad, good = network(), network()
+    updates = updates_of(bad, name, True)
+    backward(bad, updates, poisoned=2)  # the last layers' tensors are stepped before
+    updates.finish(torch.ones(()))
+    third = list(bad.parameters())[2]
+    assert torch.equal(third, list(good.parameters())[2])
+    states = [value for value in updates.optimizer.state[third].values() if torch.is_tensor(value)]
+    assert all(torch.isfinite(value).all() for value in states if value.is_floating_point())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_per_layer_only_the_tensor_with_a_bad_gradient_is_skipped(name):
     model = network()
     updates = updates_of(model, name, True, 1.01)
