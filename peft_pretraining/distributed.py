@@ -25,6 +25,7 @@ _LOST = (
     "Broken pipe",
     "NCCL",
     "Timed out waiting",
+    "connectFullMesh failed",
     "Read error",
 )
 
@@ -125,8 +126,8 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         return
     # Both backends under one group: NCCL moves gradients, gloo the small objects of checkpoints and data states.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         yield
     except RuntimeError as error:
         if any(sign in str(error) for sign in _LOST):
