@@ -28,7 +28,7 @@ FULL = "--peft_model full --dtype float32 --optimizer adamw --batch_size 4"
 
 def settings(size: str) -> dict[str, list[str]]:
     """The trainer's arguments of each row for a size."""
-    config = ["--model_config", str(HERE.parent / "configs" / f"llama_{size}.json")]
+    config = ["--model_config", f"configs/llama_{size}.json"]
     rank, sparsity = SIZES[size]
     layer = ["--rank", str(rank), "--sp_ratio", str(sparsity)]
     rows = {"sltrain, adam8bit_per_layer": [*config, *SLTRAIN.split(), *layer, "--optimizer", "adam8bit_per_layer"]}
@@ -42,7 +42,7 @@ def settings(size: str) -> dict[str, list[str]]:
 def measure(argv: list[str]) -> dict:
     """What memory.py prints, of a process of its own. Raises RuntimeError with its message."""
     command = [sys.executable, str(HERE / "memory.py"), "--json", *argv]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(ended.stderr.strip().splitlines()[-1])
     return json.loads(ended.stdout.splitlines()[-1])

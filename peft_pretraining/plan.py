@@ -73,11 +73,12 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         raise ConfigError(problems)
     setting = memory_setting(args, model, world, dtype, accumulation, device_type)
     counts = memory.parameter_counts(model, **_method_arguments(args))
+    found = account(setting)
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
         full_rank_parameters=memory.parameter_counts(model, method="full", rank=1, sparsity=0.0).total,
-        bytes=account(setting),
+        bytes=found,
         dtype=dtype,
         world_size=world.size,
         batch_size=args.batch_size,
@@ -89,7 +90,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
-        warnings=(*_warnings(args, world), *_slow_save(account(setting), world)),
+        warnings=(*_warnings(args, world), *_slow_save(found)),
     )
 
 
@@ -228,7 +229,7 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     return lines
 
 
-def _slow_save(found: dict[str, int], world: World) -> list[str]:
+def _slow_save(found: dict[str, int]) -> list[str]:
     """A warning where saving may take longer than launchers wait after a signal."""
     size = found["parameters"] + found["support"] + found["optimizer"]
     if size < _SLOW_DISK_BYTES_PER_S * _TIME_TO_SAVE_S:

@@ -238,11 +238,10 @@ class TrainLoader:
                 f"the data position {state['position']} is no multiple of the {self._world_size} processes; "
                 "resume on a number of processes that divides the total batch"
             )
-        self.close()
-        self._taken = state["position"] // self._world_size
-        self._states = {lane: LaneState(*state["lanes"][str(lane)]) for lane in self._lanes}
-        # The counts are of all ranks together; one of them carries them on, so that the next merge counts them once.
-        self._skipped = Counter(state["bad_records"]) if self._rank == 0 else Counter()
+        self.take_back(state)
+        if self._rank:
+            # The counts are of all ranks together; one of them carries them on, so that the next merge counts them once.
+            self._skipped.clear()
 
     def take_back(self, state: Mapping[str, Any]) -> None:
         """Return to a `state_dict` of this rank: batches handed out since then count as not handed out. Ends iterating."""
