@@ -139,21 +139,8 @@ class TrainLoader:
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._lanes = tuple(range(rank, lanes, world_size))
         self._num_workers = min(workers, len(self._lanes))
-        if self._num_workers < workers and rank == 0:
-            _log.warning(
-                "--workers %d: only %d start, a process has no more of the %d data lanes",
-                *(workers, self._num_workers, lanes),
-            )
-        if (
-            rank == 0
-            and source.is_remote
-            and any(unit.parts > 1 for unit in lane_units(source.shards, 0, self._order, 0))
-        ):
-            _log.warning(
-                "each of the %d data lanes reads all of %s over the network, since these files cannot be dealt out evenly; "
-                "a local copy, or fewer --data_lanes, saves traffic",
-                *(lanes, source.location),
-            )
+        if rank == 0:
+            self._warn(workers)
         self._pin_memory = pin_memory
         self._taken = 0  # sequences that this rank has handed out since the run began
         self._states = dict.fromkeys(self._lanes, LaneState())
@@ -162,6 +149,21 @@ class TrainLoader:
         self._running: Workers[list[LaneSequence]] | None = None
         check_tokenizer(source, tokenizer)
         check_source(source)
+
+    def _warn(self, workers: int) -> None:
+        """Of what works, but not as was meant: fewer processes, or more traffic."""
+        source, lanes = self._source, self._order.lanes
+        if self._num_workers < workers:
+            _log.warning(
+                "--workers %d: only %d start, a process has no more of the %d data lanes",
+                *(workers, self._num_workers, lanes),
+            )
+        if source.is_remote and any(unit.parts > 1 for unit in lane_units(source.shards, 0, self._order, 0)):
+            _log.warning(
+                "each of the %d data lanes reads all of %s over the network, since these files cannot be dealt out evenly; "
+                "a local copy, or fewer --data_lanes, saves traffic",
+                *(lanes, source.location),
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcomes import tensors_of, without_times
 from resealing import reseal
 
 import torchrun_main
 from peft_pretraining.__main__ import main as command
-from peft_pretraining.checkpoint import list_checkpoints, load_tensors, tensor_index
+from peft_pretraining.checkpoint import list_checkpoints
 
 PUBLISHED_KEYS = {
     *("update_step", "loss", "lr", "tokens_seen", "throughput_tokens", "throughput_examples", "throughput_batches"),
     *("gradnorm", "max_memory"),
 }
 EVALUATION_KEYS = {"update_step", "final_eval_loss", "final_eval_perplexity", "final_eval_tokens"}
-TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
 
 
 @pytest.fixture
@@ -38,19 +38,6 @@ def flags(tiny_run) -> list[str]:
 def train(folder: Path, *flags: str) -> list[dict]:
     assert torchrun_main.main([*flags, "--save_dir", str(folder)]) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    """What a continued run must repeat: no speeds, and none of the memory that each process measures at its start."""
-    return [
-        {key: value for key, value in row.items() if key not in TIMES and not key.startswith("memory_")} for row in rows
-    ]
-
-
-def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(checkpoint).items()}
-    load_tensors(checkpoint, tensors)
-    return tensors
 
 
 def test_run_leaves_the_published_record(tmp_path, flags):

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from peft_pretraining.checkpoint import list_checkpoints, load_tensors, tensor_index
+from outcomes import record, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
 
 
 @pytest.fixture
@@ -57,13 +55,8 @@ def start(folder: Path, *flags: str, processes: int = 2, restarts: int = 0) -> s
     )
 
 
-def rows_of(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) -> None:
-    while len(rows_of(folder)) < number:
+    while len(record(folder)) < number:
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.01)
 
@@ -80,17 +73,6 @@ def processes_below(pid: int) -> dict[int, str]:
             except OSError:
                 continue
     return found
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("memory_")} for row in rows]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = list_checkpoints(folder)[-1]
-    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(checkpoint).items()}
-    load_tensors(checkpoint, tensors)
-    return tensors
 
 
 def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
@@ -110,7 +92,7 @@ def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
     again = start(tmp_path / "run", *flags, processes=3)
     output = again.communicate()[0]
     assert again.returncode == 0, output
-    assert without_times(rows_of(tmp_path / "run")) == without_times(rows_of(tmp_path / "whole"))
+    assert record(tmp_path / "run") == record(tmp_path / "whole")
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -164,6 +146,6 @@ def test_torchrun_starts_again_after_a_kill_and_the_run_is_the_same(tmp_path, fl
     os.kill(next(pid for pid, rank in processes_below(running.pid).items() if rank == "1"), signal.SIGKILL)
     output = running.communicate()[0]
     assert running.returncode == 0, output
-    assert without_times(rows_of(tmp_path / "run")) == without_times(rows_of(tmp_path / "whole"))
+    assert record(tmp_path / "run") == record(tmp_path / "whole")
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run")
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -1,6 +1,5 @@
 """Killed at any instant and started again, a run ends with the bits and the record of one that was never disturbed."""
 
-import json
 import random
 import signal
 import time
@@ -9,11 +8,11 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from outcomes import record, tensors_of
 
-from peft_pretraining.checkpoint import list_checkpoints, load_tensors, resolve, tensor_index
+from peft_pretraining.checkpoint import list_checkpoints, resolve
 
 UPDATES = 60
-TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
 
 
 @pytest.fixture
@@ -25,18 +24,6 @@ def flags(tiny_run) -> list[str]:
         *("--max_length", "64", "--eval_every", "20", "--save_every", "2", "--keep_checkpoints", "3"),
         *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
     ]
-
-
-def record(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("memory_")} for row in rows]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    path = resolve(folder)
-    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(path).items()}
-    load_tensors(path, found)
-    return found
 
 
 def wait_for(program: forked.Program, happened) -> None:
@@ -97,7 +84,7 @@ def test_killed_and_started_again(tmp_path, flags, kills, name):
     assert code == 0, output
     print(f"{cut_short} of {kills} kills cut a save short")
     assert record(folder) == record(tmp_path / "whole")
-    expected, found = tensors(tmp_path / "whole"), tensors(folder)
+    expected, found = tensors_of(tmp_path / "whole"), tensors_of(folder)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     names = [{path.name for path in run.iterdir()} - {"metrics.old-1.jsonl"} for run in (folder, tmp_path / "whole")]

@@ -4,15 +4,14 @@ import itertools
 import json
 import signal
 import time
-from pathlib import Path
 
 import forked
 import pytest
 import torch
+from outcomes import record, tensors_of
 
-from peft_pretraining.checkpoint import list_checkpoints, load_tensors, resolve, tensor_index
+from peft_pretraining.checkpoint import list_checkpoints, resolve
 
-TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
 METHODS, OPTIMIZERS = ("sltrain", "full", "lowrank"), ("adamw", "adam8bit", "adam8bit_per_layer")
 COVER = [
     ("sltrain", "adam8bit_per_layer", "padded", "2", "SIGTERM"),
@@ -31,19 +30,6 @@ def flags(tiny_run) -> list[str]:
         *("--max_length", "48", "--eval_every", "4", "--save_every", "1000"),
         *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
     ]
-
-
-def record(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("memory_")} for row in rows]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    path = resolve(folder)
-    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(path).items()}
-    load_tensors(path, found)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -69,7 +55,7 @@ def test_two_processes_stopped_and_started_again(tmp_path, flags, method, optimi
     code, output = forked.run([*flags, "--save_dir", str(folder)], tmp_path / "log-2", processes=2)
     assert code == 0, output
     assert record(folder) == record(tmp_path / "whole")
-    expected, found = tensors(tmp_path / "whole"), tensors(folder)
+    expected, found = tensors_of(tmp_path / "whole"), tensors_of(folder)
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     states = [json.loads((resolve(place) / "state.json").read_text()) for place in (folder, tmp_path / "whole")]
