@@ -126,8 +126,9 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         return
     # Both backends under one group: NCCL moves gradients, gloo the small objects of checkpoints and data states.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timeout, **_meeting_place(world, timeout))
         yield
     except RuntimeError as error:
         if any(sign in str(error) for sign in _LOST):
@@ -137,6 +138,23 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         raise
     # Only when all went well: after a failure the others may still wait in a collective, and closing would wait for them.
     dist.destroy_process_group()
+
+
+def _meeting_place(world: World, timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where the processes find each other's addresses, as arguments of init_process_group.
+
+    torchrun keeps one store for all of its restarts (torch 2.13), in which a quick process finds the address of a slow one's
+    predecessor: "connection refused", in every restart. On one machine the number of the restart keeps them apart. Machines
+    count their own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (scripts/setup.sh) makes torchrun open a new store.
+    """
+    import torch.distributed as dist
+
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world.local_size < world.size:
+        return {}
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return {"store": dist.PrefixStore(f"restart_{restart}", store), "rank": rank, "world_size": size}
 
 
 def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:

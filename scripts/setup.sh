@@ -7,6 +7,8 @@
 set -euo pipefail
 # torchrun gives its processes this long to save after a signal; by itself 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+# A new store of addresses at each of its restarts: in a kept one processes can find those of their predecessors.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 find_base_python() {

@@ -149,3 +149,32 @@ def test_torchrun_starts_again_after_a_kill_and_the_run_is_the_same(tmp_path, fl
     assert record(tmp_path / "run") == record(tmp_path / "whole")
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+LATE = """
+import os, sys, time
+import torch
+from peft_pretraining.distributed import World, all_reduce_sum_, process_group
+
+world = World.from_environment()
+restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if restart and world.rank == 0:
+    time.sleep(2)
+with process_group(world, torch.device("cpu"), 30):
+    total = all_reduce_sum_(torch.ones(1), world)
+    if restart == 0:
+        os._exit(3)
+print("sum", float(total), "at restart", restart)
+"""
+
+
+@pytest.mark.parametrize("shared_store", ["0", "1"])
+def test_restarted_processes_do_not_take_their_predecessors_addresses(tmp_path, shared_store):
+    """torchrun's store still has them when one of the processes is slower to come back than the other."""
+    (tmp_path / "late.py").write_text(LATE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": shared_store}
+    command += ["--max-restarts", "1", str(tmp_path / "late.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("sum 2.0 at restart 1") == 2
