@@ -1,9 +1,14 @@
 """Worker processes end when they are told to, whatever they were doing."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +58,26 @@ def test_a_worker_that_dies_is_an_error_and_closing_works():
         for _ in workers:
             pass
     workers.close()
+
+
+KILLED_WHILE_A_WORKER_STARTS = """
+import os, signal, time
+from torch.utils.data._utils import worker
+from peft_pretraining.data.workers import Workers
+from test_workers import Counting
+
+state = worker._generate_state
+worker._generate_state = lambda *seed: time.sleep(1) or state(*seed)  # the first thing that a worker does
+workers = Workers(Counting(), 1)
+print(workers._running._processes[0].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_starts_after_its_parent_was_killed_ends():
+    """torch's own watchdog would take whoever adopted it for its parent and wait for ever."""
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    command = [sys.executable, "-c", KILLED_WHILE_A_WORKER_STARTS]
+    # Its own standard output, which the worker has too, ends when both are gone.
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
