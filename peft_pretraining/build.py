@@ -146,8 +146,9 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
     if args.per_layer:
         return PerLayerUpdate(build, parameters, world, growth=growth)
     return WholeUpdate(
-        build(parameters),
+        build,
         parameters,
+        world,
         grad_clipping=args.grad_clipping,
         growth=growth,
         free_gradients=world.size == 1,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     [
         *(
             "torch",
@@ -53,6 +53,14 @@ class Program:
         return self.log.read_text()
 
 
+def free_port() -> int:
+    """A port that nobody listened to a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def start(
     argv: list[str],
     log: Path,
@@ -69,9 +77,7 @@ def start(
         largest_file: bytes that a file can have; writing more fails.
         sequences: folder for what each process trains on: rank.txt, one line of ids for each sequence.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log.write_text("")
     started = []
     for rank in range(processes):
@@ -80,7 +86,7 @@ def start(
         variables = {name: str(value) for name, value in world.items()} if processes > 1 else {}
         variables |= {"HF_HUB_OFFLINE": "1"} | (environment or {})
         arguments = (argv, log, variables, largest_file, sequences)
-        started.append(_SERVER.Process(target=_child, args=arguments))
+        started.append(SERVER.Process(target=_child, args=arguments))
         started[-1].start()
     return Program(started, log)
 

@@ -147,7 +147,7 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     rounding = StochasticRounding(0) if settings.get("stochastic_rounding") else None
     make = partial(build_optimizer, optimizer, lr=1e-3, weight_decay=0.0, rounding=rounding, **choice)
     parameters = dict(model.named_parameters())
-    updates = PerLayerUpdate(make, parameters, World()) if per_layer else WholeUpdate(make(parameters), parameters)
+    updates = (PerLayerUpdate if per_layer else WholeUpdate)(make, parameters, World())
     ids = torch.randint(0, 300, (2, 16))
     updates.begin(1e-3)
     updates.before_backward(True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -72,8 +73,8 @@ def sltrain_model(config, seed=3):
 
 def whole_update(model, name, grad_clipping=None) -> WholeUpdate:
     parameters = dict(model.named_parameters())
-    optimizer = build_optimizer(name, parameters, lr=0.0, weight_decay=0.0)
-    return WholeUpdate(optimizer, parameters, grad_clipping=grad_clipping)
+    build = partial(build_optimizer, name, lr=0.0, weight_decay=0.0)
+    return WholeUpdate(build, parameters, World(), grad_clipping=grad_clipping)
 
 
 def sequences(count: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:

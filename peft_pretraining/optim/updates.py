@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from peft_pretraining.distributed import World, all_reduce_sum_
+from peft_pretraining.optim.shards import gradient_norms, local, local_parameters
 
 
 class HasState(Protocol):
@@ -55,6 +57,9 @@ class Updates(Protocol):
         """Free the gradients of an update that is not made."""
 
 
+Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+
+
 class Outcome(NamedTuple):
     """What became of an update; on the device, so that nothing waits for it."""
 
@@ -89,21 +94,27 @@ class WholeUpdate:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        build: Build,
         parameters: Mapping[str, nn.Parameter],
+        world: World,
         *,
         grad_clipping: float | None = None,
         growth: GrowthLimit | None = None,
         free_gradients: bool = True,
     ):
-        """grad_clipping: largest global gradient norm, None for no limit. free_gradients: False zeroes them instead: those
-        of DistributedDataParallel are views of its buckets, which stay, and new ones would take their size once more."""
-        self.optimizer, self.growth, self._free = optimizer, growth, free_gradients
-        self._parameters, self._grad_clipping = list(parameters.values()), grad_clipping
+        """build: an optimizer for the parameters that it is given. parameters: plain, or all of them sharded by FSDP2.
+
+        grad_clipping: largest global gradient norm, None for no limit. free_gradients: False zeroes them instead: those
+        of DistributedDataParallel are views of its buckets, which stay, and new ones would take their size once more.
+        """
+        stepped = local_parameters(parameters)
+        self.optimizer, self.growth, self._free = build(stepped), growth, free_gradients
+        self._parameters, self._world, self._grad_clipping = list(parameters.values()), world, grad_clipping
+        self._shards = [(p, stepped[name]) for name, p in parameters.items() if stepped[name] is not p]
 
     def begin(self, lr: float) -> None:
         """A new update, with this learning rate."""
-        self.optimizer.zero_grad(set_to_none=self._free)
+        self._drop_gradients()
         _set_lr(self.optimizer, lr)
 
     def before_backward(self, last: bool) -> None:
@@ -112,29 +123,37 @@ class WholeUpdate:
     @torch.no_grad()
     def finish(self, loss: torch.Tensor) -> Outcome:
         """Limit, clip, step, free; nothing is stepped where the loss or the norm of all gradients is not finite."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        norms = [_norm(gradient) for gradient in gradients if gradient is not None]
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        gradients = {n: p.grad for n, p in enumerate(self._parameters) if p.grad is not None}
+        norms = gradient_norms(list(gradients.values()), self._world)
+        total: torch.Tensor = torch.linalg.vector_norm(norms)
         bad = ~(torch.isfinite(total) & torch.isfinite(loss))
         if self.growth is not None:
-            self._limit_growth(gradients, bad)
+            self._limit_growth(self.growth, gradients, norms, bad)
         if self._grad_clipping is not None:
-            clip_([gradient for gradient in gradients if gradient is not None], self._grad_clipping)
+            limited = total if self.growth is None else _total_norm(list(gradients.values()), self._world)
+            clip_(list(gradients.values()), limited, self._grad_clipping)
+        for parameter, shard in self._shards:
+            shard.grad = None if parameter.grad is None or not shard.numel() else local(parameter.grad)
         step_unless(self.optimizer, bad)
-        self.optimizer.zero_grad(set_to_none=self._free)
+        self._drop_gradients()
         return Outcome(total, bad * float(len(norms)))
 
-    def _limit_growth(self, gradients: list[torch.Tensor | None], bad: torch.Tensor) -> None:
-        assert self.growth is not None
-        before = self.growth.previous.clone()
-        for number, gradient in enumerate(gradients):
-            if gradient is not None:
-                self.growth.limit_(number, gradient, _norm(gradient))
-        self.growth.previous.copy_(torch.where(bad, before, self.growth.previous))
+    def _limit_growth(
+        self, growth: GrowthLimit, gradients: dict[int, torch.Tensor], norms: torch.Tensor, bad: torch.Tensor
+    ) -> None:
+        before = growth.previous.clone()
+        for (number, gradient), norm in zip(gradients.items(), norms, strict=True):
+            growth.limit_(number, local(gradient), norm)
+        growth.previous.copy_(torch.where(bad, before, growth.previous))
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=self._free)
+        for parameter, _ in self._shards:
+            parameter.grad = None
 
     def abandon(self) -> Outcome:
         """As if there had been no micro-batch."""
-        self.optimizer.zero_grad(set_to_none=self._free)
+        self._drop_gradients()
         return _nothing_stepped(len(self._parameters), self._parameters[0].device)
 
 
@@ -143,29 +162,26 @@ class PerLayerUpdate:
 
     In the last micro-batch of an update: with accumulation the gradients of the earlier ones stay until then. With several
     processes each gradient is averaged over them here, before the step: a hook under DistributedDataParallel would fire before
-    its all-reduce, and the processes would drift apart.
+    its all-reduce, and the processes would drift apart. FSDP2 calls the hook after its reduce-scatter, with this process's part
+    of the averaged gradient; what decides for the whole tensor, its norm, is summed over the parts.
     """
 
     averages_gradients = steps_in_backward = True
 
     def __init__(
-        self,
-        build: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
-        parameters: Mapping[str, nn.Parameter],
-        world: World,
-        *,
-        growth: GrowthLimit | None = None,
+        self, build: Build, parameters: Mapping[str, nn.Parameter], world: World, *, growth: GrowthLimit | None = None
     ):
-        """build: an optimizer for the parameters that it is given, here one at a time."""
-        self.optimizer = _OptimizerSet([build({name: parameter}) for name, parameter in parameters.items()])
+        """build: an optimizer for the parameters that it is given, here one at a time. parameters: plain, or sharded by FSDP2."""
+        self._stepped = local_parameters(parameters)
+        self.optimizer = _OptimizerSet([build({name: stepped}) for name, stepped in self._stepped.items()])
         self.growth, self._world, self._armed = growth, world, False
         device = next(iter(parameters.values())).device
         self._parameters = list(parameters.values())
         self._norms = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         self._skipped = torch.zeros((), dtype=torch.float32, device=device)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._step, number))
-            for number, parameter in enumerate(parameters.values())
+            parameter.register_post_accumulate_grad_hook(partial(self._step, number, self._stepped[name]))
+            for number, (name, parameter) in enumerate(parameters.items())
         ]
 
     def begin(self, lr: float) -> None:
@@ -179,21 +195,24 @@ class PerLayerUpdate:
         self._armed = last
 
     @torch.no_grad()
-    def _step(self, number: int, parameter: torch.Tensor) -> None:
-        """The hook: parameter `number` has its whole gradient."""
+    def _step(self, number: int, stepped: nn.Parameter, parameter: torch.Tensor) -> None:
+        """The hook: parameter `number`, of which `stepped` is this process's part, has its whole gradient."""
         if not self._armed or parameter.grad is None:
             return
-        if self._world.size > 1:
+        if self._world.size > 1 and not isinstance(parameter, DTensor):
             all_reduce_sum_(parameter.grad, self._world).div_(self._world.size)
-        norm = _norm(parameter.grad)
+        norm = gradient_norms([parameter.grad], self._world)[0]
         self._norms[number] = norm
-        # The averaged gradient is the same on every process, and so is this flag.
+        # The averaged gradient is the same on every process, or its norm that of all parts, and so is this flag.
         bad = ~torch.isfinite(norm)
         self._skipped += bad
+        gradient = local(parameter.grad)
         if self.growth is not None:
-            self.growth.limit_(number, parameter.grad, norm)
-        step_unless(self.optimizer.members[number], bad)
-        parameter.grad = None
+            self.growth.limit_(number, gradient, norm)
+        if stepped.numel():
+            stepped.grad = gradient
+            step_unless(self.optimizer.members[number], bad)
+        stepped.grad = parameter.grad = None
 
     def finish(self, loss: torch.Tensor) -> Outcome:
         """Nothing is left to step; tensors whose gradient was not finite were not."""
@@ -246,15 +265,13 @@ def _set_lr(optimizer: HasState, lr: float) -> None:
         group["lr"] = lr
 
 
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    """L2 norm, summed in float32: a bfloat16 sum of squares would keep three digits."""
-    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-    return norm
+def _total_norm(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
+    total: torch.Tensor = torch.linalg.vector_norm(gradient_norms(gradients, world))
+    return total
 
 
-def clip_(gradients: list[torch.Tensor], max_norm: float) -> None:
-    """Scale all gradients down, in place, so that their global L2 norm is at most `max_norm`."""
-    total = torch.linalg.vector_norm(torch.stack([_norm(gradient) for gradient in gradients]))
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+def clip_(gradients: list[torch.Tensor], total_norm: torch.Tensor, max_norm: float) -> None:
+    """Scale all gradients down, in place, so that their global L2 norm, `total_norm`, becomes at most `max_norm`."""
+    scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_(scale.to(gradient.dtype))
+        local(gradient).mul_(scale.to(gradient.dtype))

@@ -27,7 +27,7 @@ def updates_of(model: nn.Module, name: str, per_layer: bool, growth: float | Non
     limit = None if growth is None else GrowthLimit(growth, len(parameters), torch.device("cpu"))
     if per_layer:
         return PerLayerUpdate(build(name), parameters, World(), growth=limit)
-    return WholeUpdate(build(name)(parameters), parameters, growth=limit)
+    return WholeUpdate(build(name), parameters, World(), growth=limit)
 
 
 def train(model: nn.Module, updates, accumulation: int, num_updates: int = 4) -> list[float]:
@@ -92,7 +92,7 @@ def test_clipping_scales_the_whole_update_and_logs_the_norm_before():
     free, clipped = network(), network()
     parameters = dict(clipped.named_parameters())
     whole = updates_of(free, "sgd", False)
-    limited = WholeUpdate(build("sgd")(parameters), parameters, grad_clipping=0.5)
+    limited = WholeUpdate(build("sgd"), parameters, World(), grad_clipping=0.5)
     before = [p.detach().clone() for p in free.parameters()]
     (norm,) = train(free, whole, 1, num_updates=1)
     assert train(clipped, limited, 1, num_updates=1) == [norm]

@@ -1,0 +1,189 @@
+"""Updates of parameters that FSDP2 shards over two processes: whole, and per layer in its backward pass."""
+
+import itertools
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from forked import SERVER, free_port
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from peft_pretraining.distributed import World, process_group
+from peft_pretraining.optim import GrowthLimit, PerLayerUpdate, WholeUpdate, build_optimizer
+from sparse_lora import SparseLowRankLinear
+
+CPU = torch.device("cpu")
+OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
+NUM_UPDATES, WIDTH = 3, 64
+
+
+def aligned() -> nn.Module:
+    """Shards of whole quantisation blocks, above 4,096 elements where the tensor is; the last one is empty in process 1."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 256), nn.Tanh(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 1, bias=False))
+
+
+def odd() -> nn.Module:
+    """Boundaries in the midst of blocks, shards below 4,096 elements of tensors above it, 1-D values of odd length."""
+    torch.manual_seed(0)
+    sparse = SparseLowRankLinear(WIDTH, 151, rank=7, sparsity=0.61, alpha=8.0, seed=3)
+    assert sparse.sparse_value.numel() % 2 == 1
+    return nn.Sequential(sparse, nn.Tanh(), nn.Linear(151, 33), nn.Tanh(), nn.Linear(33, 1))
+
+
+def updates_of(model, optimizer, world, per_layer, growth=None, grad_clipping=None):
+    parameters = dict(model.named_parameters())
+    build = partial(build_optimizer, optimizer, lr=0.0, weight_decay=0.01, beta1=0.9)
+    limit = None if growth is None else GrowthLimit(growth, len(parameters), CPU)
+    if per_layer:
+        return PerLayerUpdate(build, parameters, world, growth=limit)
+    return WholeUpdate(build, parameters, world, growth=limit, grad_clipping=grad_clipping)
+
+
+def micro_batch(update: int, number: int, rank: int) -> torch.Tensor:
+    return torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(100 * update + 10 * number + rank))
+
+
+def loss_of(model: nn.Module, update: int, number: int, rank: int) -> torch.Tensor:
+    return (model(micro_batch(update, number, rank)) * (1 + update)).square().sum()
+
+
+def sharded_run(network, optimizer, world, accumulation, **options) -> tuple[list[float], list[torch.Tensor]]:
+    """Gradient norms and the whole parameters at the end, this process's data going into them."""
+    model = network()
+    for layer in [module for module in model if list(module.parameters())]:
+        fully_shard(layer)
+    fully_shard(model)
+    updates = updates_of(model, optimizer, world, **options)
+    norms = []
+    for update in range(NUM_UPDATES):
+        updates.begin(lr=0.01 * (update + 1))
+        for number in range(accumulation):
+            last = number == accumulation - 1
+            model.set_requires_gradient_sync(last)
+            updates.before_backward(last)
+            loss_of(model, update, number, world.rank).backward()
+        assert options["per_layer"] == all(parameter.grad is None for parameter in model.parameters())
+        norms.append(float(updates.finish(torch.zeros(())).gradnorm))
+    parameters = list(model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in parameters)
+    return norms, [parameter.full_tensor().detach() for parameter in parameters]
+
+
+def averaged_run(network, optimizer, accumulation, **options) -> tuple[list[float], list[torch.Tensor]]:
+    """The same by hand, in one process and with nothing sharded: gradients of both, added up and halved."""
+    model = network()
+    updates = updates_of(model, optimizer, World(), per_layer=False, **options)
+    parameters, norms = list(model.parameters()), []
+    for update in range(NUM_UPDATES):
+        updates.begin(lr=0.01 * (update + 1))
+        gradients = []
+        for rank in range(2):
+            for number in range(accumulation):
+                loss_of(model, update, number, rank).backward()
+            gradients.append([parameter.grad for parameter in parameters])
+            for parameter in parameters:
+                parameter.grad = None
+        for parameter, first, second in zip(parameters, *gradients, strict=True):
+            parameter.grad = (first + second) / 2
+        norms.append(float(updates.finish(torch.zeros(())).gradnorm))
+    return norms, [parameter.detach() for parameter in parameters]
+
+
+def one_bad_gradient(optimizer: str, world: World, per_layer: bool) -> tuple[int, list[bool]]:
+    """Tensors skipped, and which changed, where process 1's part of one gradient is not finite."""
+    model = aligned()
+    fully_shard(model)
+    updates = updates_of(model, optimizer, world, per_layer=per_layer)
+    before = [parameter.full_tensor().detach().clone() for parameter in model.parameters()]
+    updates.begin(lr=0.01)
+    updates.before_backward(last=True)
+    (loss_of(model, 0, 0, world.rank) + model[2].weight[40, 0] * (torch.nan if world.rank else 0.0)).backward()
+    skipped = int(updates.finish(torch.zeros(())).skipped)
+    return skipped, [not torch.equal(a, b.full_tensor()) for a, b in zip(before, model.parameters(), strict=True)]
+
+
+def in_both(rank: int, port: int, optimizer: str, results: Path) -> None:
+    """What process `rank` of two finds, saved to rank.pt."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world, found = World(rank, 2, rank, 2), {}
+    with process_group(world, CPU, timeout_s=60):
+        for network, accumulation, growth in itertools.product([aligned, odd], [1, 2], [None, 1.01]):
+            whole, layered = (
+                sharded_run(network, optimizer, world, accumulation, per_layer=per_layer, growth=growth)
+                for per_layer in (False, True)
+            )
+            found[network.__name__, accumulation, growth] = whole, layered
+        found["clipped"] = sharded_run(aligned, optimizer, world, 2, per_layer=False, grad_clipping=0.5)
+        found["bad whole"] = one_bad_gradient(optimizer, world, per_layer=False)
+        found["bad per layer"] = one_bad_gradient(optimizer, world, per_layer=True)
+    torch.save(found, results / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def two_processes(request, tmp_path_factory) -> tuple[str, list[dict]]:
+    """The optimizer's name, and what each process found with it."""
+    folder, port = tmp_path_factory.mktemp(request.param), free_port()
+    processes = [SERVER.Process(target=in_both, args=(rank, port, request.param, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def same(left, right) -> bool:
+    return left[0] == right[0] and all(map(torch.equal, left[1], right[1]))
+
+
+def apart(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Relative L2 distance of all parameters together."""
+    a, b = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (left, right))
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+def test_per_layer_equals_whole_bit_for_bit(two_processes):
+    _, (first, second) = two_processes
+    settings = [key for key in first if isinstance(key, tuple)]
+    assert len(settings) == 8
+    for key in settings:
+        whole, layered = first[key]
+        assert same(whole, layered), key
+        assert same(whole, second[key][0])
+        assert same(layered, second[key][1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_stepping_parts_equals_stepping_the_whole_by_the_averaged_gradient(two_processes, accumulation):
+    optimizer, (first, _) = two_processes
+    if optimizer == "adafactor":
+        return  # its second moments are means over rows and columns of the whole matrix: of parts they are others
+    norms, parameters = averaged_run(aligned, optimizer, accumulation)
+    found = first["aligned", accumulation, None][1]
+    assert all(map(torch.equal, parameters, found[1]))
+    assert found[0] == pytest.approx(norms, rel=1e-6)
+
+
+def test_limits_by_norms_are_those_of_the_whole(two_processes):
+    """To rounding: a norm of parts is a sum in another order; 8-bit codes may jump by one of 256 for it."""
+    optimizer, (first, _) = two_processes
+    if optimizer == "adafactor":
+        return
+    limits = {"growth": first["aligned", 2, 1.01][1], "grad_clipping": first["clipped"]}
+    free = averaged_run(aligned, optimizer, 2)[1]
+    for name, (norms, parameters) in limits.items():
+        expected = averaged_run(aligned, optimizer, 2, **{name: 1.01 if name == "growth" else 0.5})
+        assert norms == pytest.approx(expected[0], rel=1e-5)
+        assert apart(parameters, expected[1]) < 1e-4
+        assert apart(parameters, free) > 1e-3  # the limit does something
+
+
+def test_a_bad_part_of_a_gradient_is_noticed_in_both_processes(two_processes):
+    for results in two_processes[1]:
+        assert results["bad whole"] == (5, [False] * 5)
+        assert results["bad per layer"] == (1, [True, True, False, True, True])
