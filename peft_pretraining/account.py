@@ -45,6 +45,9 @@ class Setting:
     per_layer: bool = False
     gradient_accumulation: int = 1
     world_size: int = 1
+    parallel: str = "ddp"
+    compute_dtype: str | None = None
+    reshard_after_forward: bool = True
     activation_checkpointing: str | None = None
     compile: bool = False
     async_save: bool = False

@@ -23,7 +23,7 @@ LOW_BIT = ("adam8bit", "adamw4bit")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
 SUPPORTS = ("uniform",)
-PARALLEL = ("ddp",)
+PARALLEL = ("ddp", "fsdp")
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -222,7 +222,26 @@ class SystemArguments:
     single_gpu: bool = _arg(
         False, "published flag: one process without a process group; refused where torchrun started more"
     )
-    parallel: str = _arg("ddp", "how several processes share the work: ddp", choices=PARALLEL)
+    parallel: str = _arg(
+        "ddp",
+        "how several processes share the work: ddp (each holds everything) | fsdp (parameters, gradients and moments are "
+        "sharded, layers gathered one at a time)",
+        choices=PARALLEL,
+    )
+    reduce_dtype: str | None = _arg(
+        None,
+        "dtype in which gradients are summed over processes: bfloat16 | float32 (default: as --dtype)",
+        choices=DTYPES,
+    )
+    compute_dtype: str | None = _arg(
+        None,
+        "with --parallel fsdp: gather parameters and compute in bfloat16, parameters and moments stay in --dtype float32",
+        choices=("bfloat16",),
+    )
+    reshard_after_forward: bool = _arg(
+        True,
+        "with --parallel fsdp: free a layer after its forward pass and gather it again in backward; false keeps all",
+    )
     timeout_s: float = _arg(
         1800.0, "seconds that processes wait for one another before the run ends; more than the longest save takes"
     )
@@ -246,7 +265,7 @@ RUN_DEFINING = (
     *("dataset", "text_field", "tokenizer", "max_length", "packing", "data_lanes", "seed"),
     *("num_training_steps", "max_train_tokens"),
     *("optimizer", "lr", "weight_decay", "beta1", "grad_clipping", "scheduler", "min_lr_ratio"),
-    *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding"),
+    *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding", "reduce_dtype", "compute_dtype"),
     *("warmup_steps", "cycle_length", "restart_warmup_steps", "adjust_step"),
 )
 
@@ -261,7 +280,7 @@ CHANGEABLE = (
         "grad_clipping",
         "grad_norm_growth",
     ),
-    *("lora_alpha", "dataset", "text_field", "tokenizer"),
+    *("lora_alpha", "dataset", "text_field", "tokenizer", "reduce_dtype", "compute_dtype"),
 )
 # These cannot: the checkpoint's tensors or its data position would not fit.
 UNCHANGEABLE = (
@@ -537,6 +556,7 @@ def value_problems(args: Arguments) -> list[str]:
             f"--grad_clipping {args.grad_clipping} with --per_layer: the global norm is not known before the first parameter is "
             "stepped; use --grad_norm_growth 1.01, which limits each tensor's norm, or drop one of the two"
         )
+    problems += _parallel_problems(args)
     if args.stochastic_rounding and args.optimizer not in ("adam", "adamw", *LOW_BIT):
         problems.append(
             f"--stochastic_rounding with --optimizer {args.optimizer}: works with adam, adamw, adam8bit and adamw4bit"
@@ -549,6 +569,21 @@ def value_problems(args: Arguments) -> list[str]:
     device, _, index = args.device.partition(":")
     if device not in ("auto", "cpu", "cuda") or (index and not (device == "cuda" and index.isdigit())):
         problems.append(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
+    return problems
+
+
+def _parallel_problems(args: Arguments) -> list[str]:
+    problems = []
+    if args.parallel == "fsdp" and args.optimizer == "adafactor":
+        problems.append(
+            "--parallel fsdp with --optimizer adafactor: its second moments are means over whole rows and columns, of which a "
+            "process has a part; use adam8bit or adamw4bit, whose moments are as small, or --parallel ddp"
+        )
+    if args.compute_dtype is not None and args.parallel != "fsdp":
+        problems.append(
+            f"--compute_dtype {args.compute_dtype} with --parallel {args.parallel}: parameters are cast as they are gathered; "
+            "use --parallel fsdp, or --dtype bfloat16"
+        )
     return problems
 
 
@@ -635,6 +670,12 @@ def notices(args: Arguments) -> list[str]:
         )
     if args.stochastic_rounding and args.dtype == "float32":
         lines.append("--stochastic_rounding has no effect with --dtype float32: nothing is rounded")
+    if args.compute_dtype is not None and args.dtype == args.compute_dtype:
+        lines.append(f"--compute_dtype has no effect with --dtype {args.dtype}: that is what parameters have")
+    if "reshard_after_forward" in args.given and args.parallel != "fsdp":
+        lines.append(
+            f"--reshard_after_forward has no effect with --parallel {args.parallel}: every process holds all layers"
+        )
     if args.wandb == "disabled":
         lines += [f"--{name} has no effect with --wandb disabled" for name in ("name", "tags") if name in args.given]
     restarts = ("restart_warmup_steps",) if args.scheduler != "cosine_restarts" else ()
