@@ -25,7 +25,7 @@ from memory import random_batch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.build import build_trained_model, build_updates, resolve_dtype
+from peft_pretraining.build import build_module, build_updates, resolve_dtype
 from peft_pretraining.config import Arguments, ConfigError, parse_args
 from peft_pretraining.distributed import World, pick_device
 from peft_pretraining.loss import TokenLoss
@@ -45,7 +45,7 @@ class NoData:
 
 def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts, Callable[[], float]]:
     """The parts of a run, and what makes one update and gives its seconds."""
-    model = build_trained_model(args, plan, device)
+    model = build_module(args, plan, World(), device).model
     updates = build_updates(args, model, World(), device)
     module, generator = TokenLoss(model), torch.Generator().manual_seed(args.seed)
     parts = RunParts(model, updates, NoData(), TrainState())  # type: ignore[arg-type]

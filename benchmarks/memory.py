@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.build import build_trained_model, build_updates, resolve_dtype
+from peft_pretraining.build import build_module, build_updates, resolve_dtype
 from peft_pretraining.config import ConfigError, parse_args
 from peft_pretraining.distributed import World, device_memory, pick_device
 from peft_pretraining.footprint import measured_bytes, return_freed_memory_if_tight
@@ -68,7 +68,7 @@ def measure(argv: list[str], num_updates: int) -> dict:
         raise ConfigError(problems)
     load_what_the_trainer_loads()
     return_freed_memory_if_tight(plan.bytes["peak"], there)
-    model = build_trained_model(args, plan, device)
+    model = build_module(args, plan, World(), device).model
     updates = build_updates(args, model, world, device)
     module = TokenLoss(model)
     generator = torch.Generator().manual_seed(args.seed)

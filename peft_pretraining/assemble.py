@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_pretraining.build import Data, build_data, build_trained_model, build_updates, resolve_dtype
+from peft_pretraining.build import DTYPES, Data, build_data, build_module, build_updates, resolve_dtype
 from peft_pretraining.checkpoint import write_json
 from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.data.errors import DataError
@@ -24,13 +24,12 @@ from peft_pretraining.distributed import (
     device_memory,
     gather_objects,
     largest,
-    parallelize,
 )
 from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.footprint import comparison, measured_bytes, return_freed_memory_if_tight
 from peft_pretraining.health import SkippedUpdates
-from peft_pretraining.loss import TokenLoss
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
+from peft_pretraining.parallel import is_sharded, replicate
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
 from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run, run_content
 from peft_pretraining.run_folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
@@ -84,10 +83,12 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
     return_freed_memory_if_tight(plan.bytes["peak"], there)
-    model = build_trained_model(args, plan, device)
-    updates = build_updates(args, model, world, device)
-    module = TokenLoss(model) if updates.averages_gradients else parallelize(TokenLoss(model), world, device)
-    parts = RunParts(model, updates, data.loader, TrainState())
+    token_loss = build_module(args, plan, world, device)
+    updates = build_updates(args, token_loss.model, world, device)
+    module: nn.Module = token_loss
+    if not is_sharded(token_loss) and not updates.averages_gradients:
+        module = replicate(token_loss, world, device, None if args.reduce_dtype is None else DTYPES[args.reduce_dtype])
+    parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world)
     document = run_document(args, plan, world, folder, data.source)
@@ -147,13 +148,15 @@ def run_evaluation(run: Run, world: World) -> EvalResult:
     """
     with _agreed(run, world):
         run.data.eval_set.prepare()
-    # The wrapped module's own forward: evaluation needs no gradient synchronisation, and ranks may differ in batches.
+    # DDP's own forward would exchange what evaluation does not need. FSDP2's is one of all processes: they have the same number
+    # of batches, and stop at the same one.
     inner = getattr(run.module, "module", run.module)
+    together = world if is_sharded(run.module) else World()
     problem: NothingToEvaluate | None = None
     try:
         result = evaluate(
             inner,
-            takewhile(lambda _: not run.stop.requested, run.data.eval_set),
+            takewhile(lambda _: not largest(int(run.stop.requested), together), run.data.eval_set),
             world_reduce=lambda sums: all_reduce_sum_(sums, world),
             bytes_per_id=run.data.tokenizer.bytes_per_id(),
         )

@@ -18,9 +18,10 @@ from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed import World
+from peft_pretraining.loss import TokenLoss
 from peft_pretraining.methods import METHODS
 from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.modeling import build_model
+from peft_pretraining.modeling import build_model, initialize, materialize, meta_model, prepare_to_train
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,
@@ -29,6 +30,7 @@ from peft_pretraining.optim import (
     WholeUpdate,
     build_optimizer,
 )
+from peft_pretraining.parallel import Sharding, settle_shards, shard
 from peft_pretraining.plan import Plan
 
 if TYPE_CHECKING:
@@ -117,17 +119,26 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def build_trained_model(args: Arguments, plan: Plan, device: torch.device) -> LlamaForCausalLM:
-    """The model with its method applied, on the device, with the seed's initial values."""
-    return build_model(
-        plan.model,
-        dtype=DTYPES[plan.dtype],
-        device=device,
-        seed=args.seed,
-        reparameterize=lambda model: METHODS[args.peft_model](model, args),
-        activation_checkpointing=args.activation_checkpointing,
-        compile=args.compile,
-    )
+def build_module(args: Arguments, plan: Plan, world: World, device: torch.device) -> TokenLoss:
+    """The model with its method applied and its loss, on the device, with the seed's initial values; sharded if asked for."""
+    model = meta_model(plan.model, DTYPES[plan.dtype], lambda model: METHODS[args.peft_model](model, args))
+    module = TokenLoss(model)
+    sharded = args.parallel == "fsdp" and world.size > 1
+    if sharded:
+        # A tied embedding is the head too, and belongs to what stays gathered.
+        embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
+        sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
+        shard(module, [*embedding, *model.model.layers], device, sharding)
+    materialize(model, device)
+    initialize(model, args.seed)
+    if sharded:
+        settle_shards(module, device)
+    prepare_to_train(model, args.activation_checkpointing, args.compile)
+    return module
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else DTYPES[name]
 
 
 def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device) -> Updates:
@@ -144,14 +155,14 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
     )
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:
-        return PerLayerUpdate(build, parameters, world, growth=growth)
+        return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=_dtype(args.reduce_dtype))
     return WholeUpdate(
         build,
         parameters,
         world,
         grad_clipping=args.grad_clipping,
         growth=growth,
-        free_gradients=world.size == 1,
+        free_gradients=world.size == 1 or args.parallel == "fsdp",
     )
 
 

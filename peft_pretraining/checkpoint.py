@@ -43,19 +43,21 @@ class CheckpointError(ValueError):
 class Content:
     """What a checkpoint is made of.
 
-    tensors: by name; a name that several processes give is written once. documents: JSON-able values by file name, written by
-    rank 0; must hold "state.json". folders: folders to copy in, by the name they get (the tokenizer).
+    tensors: by name; a name that several processes give is written once, and of a DTensor each process writes its part. own:
+    those of this process alone; every process has about as many. documents: JSON-able values by file name, written by rank 0;
+    must hold "state.json". folders: folders to copy in, by the name they get (the tokenizer).
     """
 
     step: int
     tensors: Mapping[str, torch.Tensor]
     documents: Mapping[str, Any]
     folders: Mapping[str, Path] = field(default_factory=dict)
+    own: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def num_bytes(self) -> int:
-        """About what it takes on disk."""
-        return sum(tensor.nbytes + _HEADER_BYTES for tensor in self.tensors.values())
+    def num_bytes(self, processes: int) -> int:
+        """About what it takes on disk, of all processes."""
+        shared = sum(tensor.nbytes + _HEADER_BYTES for tensor in self.tensors.values())
+        return shared + processes * sum(tensor.nbytes + _HEADER_BYTES for tensor in self.own.values())
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -135,8 +137,9 @@ def save_checkpoint(
     target = step_folder(run_folder, content.step)
     partial = run_folder / f"{_PARTIAL}{target.name}"
     try:
-        _together(lambda: _prepare(partial, content) if world.is_main else None, world, group)
-        written = tensor_store.write_tensors(partial / _TENSORS, content.tensors, alone=world.size == 1, group=group)
+        _together(lambda: _prepare(partial, content.num_bytes(world.size)) if world.is_main else None, world, group)
+        tensors = {**content.tensors, **content.own}
+        written = tensor_store.write_tensors(partial / _TENSORS, tensors, alone=world.size == 1, group=group)
         files: dict[str, Digest] = {}
         for digests in gather_objects(written, world, group):
             files |= {f"{_TENSORS}/{name}": digest for name, digest in digests.items()}
@@ -165,7 +168,7 @@ def _together(act: Callable[[], object], world: World, group: dist.ProcessGroup 
             raise OSError(text)
 
 
-def _prepare(partial: Path, content: Content) -> None:
+def _prepare(partial: Path, num_bytes: int) -> None:
     """Make an empty folder, if the disk has room for what is to go in. Raises OSError."""
     run_folder = partial.parent
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -174,9 +177,9 @@ def _prepare(partial: Path, content: Content) -> None:
         for left in run_folder.glob(f"{prefix}step_*"):
             shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(run_folder).free
-    if free < content.num_bytes:
+    if free < num_bytes:
         raise OSError(
-            f"no space: it takes about {content.num_bytes:,} bytes, and {free:,} are free; free some, or keep fewer with "
+            f"no space: it takes about {num_bytes:,} bytes, and {free:,} are free; free some, or keep fewer with "
             "--keep_checkpoints",
         )
     partial.mkdir()

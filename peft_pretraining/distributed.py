@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,44 +207,3 @@ def broadcast_object(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def parallelize(module: torch.nn.Module, world: World, device: torch.device) -> torch.nn.Module:
-    """Wrap a module in DistributedDataParallel where there is more than one process (gradients are averaged).
-
-    module: maps (input_ids, labels), both (B, T) int64, to a loss.
-    """
-    if world.size == 1:
-        return module
-    from torch.nn.parallel import DistributedDataParallel
-
-    device_ids = [device.index] if device.type == "cuda" else None
-    # Supports and rotary tables never change: broadcasting buffers at every forward would only cost time. The argument
-    # has another name from torch 2.13 on.
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    wrapped = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **options)
-    if world.size > 2:
-        _settle_buckets(wrapped, device)
-    return wrapped
-
-
-def _settle_buckets(module: torch.nn.parallel.DistributedDataParallel, device: torch.device) -> None:
-    """Run a backward pass whose gradients are zero, so that DDP divides them into buckets for good before the first update.
-
-    It does so after its first backward pass, in the order in which gradients came. A run that goes on would otherwise make its
-    first update with other buckets than the run before: in three or more processes other sums, and other bits.
-    """
-    import torch
-
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    (module(tokens, tokens) * 0).backward()
-
-
-def gradient_sync(module: torch.nn.Module, enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Context of one micro-batch: the all-reduce happens only where `enabled`, i.e. on the update's last micro-batch."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    if isinstance(module, DistributedDataParallel) and not enabled:
-        return module.no_sync()
-    return contextlib.nullcontext()

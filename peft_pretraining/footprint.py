@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_pretraining.distributed import DeviceMemory
 from peft_pretraining.optim import HasState
+from peft_pretraining.optim.shards import local
 from sparse_lora import Support
 
 # Of glibc's malloc.h. Blocks from 4 MiB on are the system's as soon as they are freed; what smaller ones leave at the heap's
@@ -49,7 +50,8 @@ def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    here = [local(tensor) for tensor in tensors]  # of sharded tensors this process's parts
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in here if t.numel()}
     return sum(storages.values())
 
 

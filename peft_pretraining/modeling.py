@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from peft_pretraining.model_config import ModelConfig
+from peft_pretraining.parallel import assign_
 from sparse_lora import SparseLowRankLinear, generator_for
 
 if TYPE_CHECKING:
@@ -71,21 +72,27 @@ def build_model(
     Raises:
         ValueError: an unknown kind of checkpointing.
     """
-    model = _meta_model(cfg, dtype)
-    if reparameterize is not None:
-        reparameterize(model)
+    model = meta_model(cfg, dtype, reparameterize)
     if torch.device(device).type != "meta":
         materialize(model, device)
         initialize(model, seed)
+    prepare_to_train(model, activation_checkpointing, compile)
+    return model
+
+
+def prepare_to_train(model: "LlamaForCausalLM", activation_checkpointing: str | None, compile: bool) -> None:
+    """The last step of build_model, in place, with its arguments."""
     apply_activation_checkpointing(model, activation_checkpointing)
     if compile:
         for layer in model.model.layers:
             layer.compile()
     model.train()
-    return model
 
 
-def _meta_model(cfg: ModelConfig, dtype: torch.dtype) -> "LlamaForCausalLM":
+def meta_model(
+    cfg: ModelConfig, dtype: torch.dtype, reparameterize: Callable[[nn.Module], object] | None = None
+) -> "LlamaForCausalLM":
+    """The first step of build_model: the model of the method, without storage."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
@@ -94,6 +101,8 @@ def _meta_model(cfg: ModelConfig, dtype: torch.dtype) -> "LlamaForCausalLM":
     # (often the end of sequence). Padding needs no such help: nothing attends to it and it is not scored.
     model.model.embed_tokens.padding_idx = None
     model.config.use_cache = False
+    if reparameterize is not None:
+        reparameterize(model)
     return model
 
 
@@ -112,7 +121,7 @@ def materialize(model: "LlamaForCausalLM", device: torch.device | str) -> None:
 @torch.no_grad()
 def initialize(model: "LlamaForCausalLM", seed: int) -> None:
     """Draw every parameter from the CPU generator of (seed, qualified name), in float32, and cast: the same numbers on
-    any device, in any construction order, and up to rounding in any dtype.
+    any device, in any construction order, and up to rounding in any dtype. Of a sharded parameter this process's part is kept.
 
     Linears and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Low-rank plus sparse layers: their published
     initialisation. Raises TypeError on a module whose initialisation is not known here.
@@ -127,7 +136,9 @@ def initialize(model: "LlamaForCausalLM", seed: int) -> None:
         if not parameters:
             continue
         if isinstance(module, SparseLowRankLinear):
-            module.reset_parameters(seed, name)
+            for parameter_name, values in module.initial_values(seed, name):
+                assign_(module.get_parameter(parameter_name), values)
+            module.draw_support(seed, name)
         elif isinstance(module, nn.Linear | nn.Embedding):
             _draw_normal(module.weight, std, generator_for(seed, f"{name}.weight"))
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -140,7 +151,7 @@ def initialize(model: "LlamaForCausalLM", seed: int) -> None:
 
 def _draw_normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
     values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    parameter.copy_(values.normal_(0.0, std, generator=generator))
+    assign_(parameter, values.normal_(0.0, std, generator=generator))
 
 
 def apply_activation_checkpointing(model: "LlamaForCausalLM", kind: str | None) -> None:

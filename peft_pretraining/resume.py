@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,27 +38,26 @@ class RunParts:
 
 def run_content(run_folder: Path, parts: RunParts, world: World, run_document: Mapping[str, Any]) -> checkpoint.Content:
     """What the checkpoint of the run as it stands consists of: the run's own tensors, not copies. Every process calls it."""
-    names = {parameter: name for name, parameter in parts.model.named_parameters()}
-    optimizer_tensors, optimizer_scalars = optimizer_state(parts.updates.optimizer, names)
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
-    tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer_tensors.items()}
+    moments = optimizer_state(parts.updates, dict(parts.model.named_parameters()))
+    tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.shared.items()}
+    own = {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.own.items()}
     if parts.updates.growth is not None:
         tensors[_GROWTH] = parts.updates.growth.previous
-    tensors |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
+    own |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
     data = merge_states(gather_objects(parts.loader.state_dict(), world))
     documents = {
         "state.json": {
             "train": asdict(parts.state),
-            "optimizer": optimizer_scalars,
+            "optimizer": moments.scalars,
             "data": data,
             "processes": world.size,
         },
         "config.json": parts.model.config.to_diff_dict(),  # type: ignore[union-attr, operator]
         "run.json": dict(run_document),
     }
-    return checkpoint.Content(
-        parts.state.update_step, tensors, documents, folders={"tokenizer": run_folder / "tokenizer"}
-    )
+    folders = {"tokenizer": run_folder / "tokenizer"}
+    return checkpoint.Content(parts.state.update_step, tensors, documents, folders, own)
 
 
 def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: Plan) -> TrainState | None:
@@ -116,28 +116,44 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     document = checkpoint.read_json(path / "state.json")
     index = checkpoint.tensor_index(path)
     checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()})
-    parts.updates.optimizer.state.clear()  # moments made already would be there twice
-    wanted = {
-        name: torch.empty(size, dtype=dtype)
-        for name, (size, dtype) in index.items()
-        if name.startswith((_OPTIMIZER, f"{_RANDOM}{world.rank}/"))
-    }
-    checkpoint.load_tensors(path, wanted)
-    names = {parameter: name for name, parameter in parts.model.named_parameters()}
-    optimizer_tensors = {k.removeprefix(_OPTIMIZER): t for k, t in wanted.items() if k.startswith(_OPTIMIZER)}
-    try:
-        load_optimizer_state(parts.updates.optimizer, names, optimizer_tensors, document["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise checkpoint.CheckpointError(f"{path}: its optimizer state does not fit this run ({error})") from None
+    _restore_moments(path, parts, index, document, world)
     if parts.updates.growth is not None and _GROWTH in index:  # switched on later, it starts without a history
         checkpoint.load_tensors(path, {_GROWTH: parts.updates.growth.previous})
+    states = {
+        name: torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in index.items()
+        if name.startswith(f"{_RANDOM}{world.rank}/")
+    }
+    checkpoint.load_tensors(path, states)
     try:
-        _set_random_states({k.rsplit("/", 1)[1]: t for k, t in wanted.items() if k.startswith(_RANDOM)})
+        _set_random_states({name.rsplit("/", 1)[1]: tensor for name, tensor in states.items()})
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise checkpoint.CheckpointError(f"{path}: its random states are none ({error})") from None
     state = _train_state(path)
     for name, value in asdict(state).items():
         setattr(parts.state, name, value)
+
+
+def _restore_moments(path: Path, parts: RunParts, index: Mapping[str, Any], document: Any, world: World) -> None:
+    saved = {name.removeprefix(_OPTIMIZER): entry for name, entry in index.items() if name.startswith(_OPTIMIZER)}
+
+    def read(tensors: dict[str, torch.Tensor]) -> None:
+        checkpoint.load_tensors(path, {f"{_OPTIMIZER}{name}": tensor for name, tensor in tensors.items()})
+
+    try:
+        anew = load_optimizer_state(
+            parts.updates, dict(parts.model.named_parameters()), saved, document["optimizer"], read
+        )
+    except checkpoint.CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise checkpoint.CheckpointError(f"{path}: its optimizer state does not fit this run ({error})") from None
+    if anew and world.is_main:
+        print(
+            f"{path.name}: its quantised moments, of {document['processes']} processes, are taken as plain numbers, divided anew "
+            "and quantised again, so that the run goes on to within their rounding",
+            file=sys.stderr,
+        )
 
 
 def _random_states() -> dict[str, torch.Tensor]:

@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from peft_pretraining import checkpoint
 from peft_pretraining.checkpoint import Content
 from peft_pretraining.distributed import World, gather_objects, own_group
+from peft_pretraining.optim.shards import local, on_cpu
 
 MOST_FAILURES = 5  # saves that fail one after another before the run is given up
 
@@ -177,15 +179,19 @@ class _Snapshot:
 
     def take(self, content: Content) -> Content:
         """The same content, which later updates do not change."""
-        on_gpu = False
-        for name, tensor in content.tensors.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[name] = buffer
-            buffer.copy_(tensor.detach(), non_blocking=True)
-            on_gpu = on_gpu or tensor.is_cuda
-        if on_gpu:
+        tensors = {name: self._copy(name, tensor) for name, tensor in content.tensors.items()}
+        own = {name: self._copy(name, tensor) for name, tensor in content.own.items()}
+        if any(tensor.is_cuda for tensor in (*content.tensors.values(), *content.own.values())):
             torch.cuda.synchronize()
-        self._buffers = {name: self._buffers[name] for name in content.tensors}
-        return replace(content, tensors=dict(self._buffers), documents=copy.deepcopy(dict(content.documents)))
+        self._buffers = {name: self._buffers[name] for name in (*tensors, *own)}
+        return replace(content, tensors=tensors, own=own, documents=copy.deepcopy(dict(content.documents)))
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, perhaps not complete yet; of a part of a tensor, the same part of one in memory of the CPU."""
+        source = local(tensor.detach())
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._buffers[name] = buffer
+        buffer.copy_(source, non_blocking=True)
+        return on_cpu(tensor, buffer) if isinstance(tensor, DTensor) else buffer

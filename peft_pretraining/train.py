@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import World, all_reduce_sum_, gradient_sync
+from peft_pretraining.distributed import World, all_reduce_sum_
 from peft_pretraining.optim import Updates
+from peft_pretraining.parallel import gradient_sync, is_sharded
 
 
 class Batch(Protocol):
@@ -62,7 +63,7 @@ def train_step(
     Where the loss or a gradient is not finite, nothing is stepped (per layer: only tensors whose gradient is finite).
 
     Args:
-        module: maps (input_ids, labels) to the float32 sum of token losses; wrapped by `distributed.parallelize`.
+        module: maps (input_ids, labels) to the float32 sum of token losses; as `parallel` shares it among processes.
         updates: steps the parameters, after the last backward pass or inside it.
         micro_batches: this process's share of the update.
         lr: learning rate of this update.
@@ -92,8 +93,9 @@ def train_step(
                 all_reduce_sum_(loss_sum, world)
                 # Stepping begins in this backward pass: what must not be stepped has to be known before it.
                 abandoned = updates.steps_in_backward and not bool(torch.isfinite(loss_sum))
-            if not abandoned:
-                updates.before_backward(last)
+            # FSDP2 holds gradients of earlier micro-batches where only a backward pass that sums them takes them from.
+            if not abandoned or is_sharded(module):
+                updates.before_backward(last and not abandoned)
                 (loss * gradient_scale).backward()
     outcome = updates.abandon() if abandoned else updates.finish(loss_sum)
     return StepResult(

@@ -91,6 +91,10 @@ class SparseLowRankLinear(nn.Module):
         """
         for parameter_name, values in self.initial_values(seed, name):
             self.get_parameter(parameter_name).copy_(values)
+        self.draw_support(seed, name)
+
+    def draw_support(self, seed: int, name: str) -> None:
+        """Draws the support alone; arguments as of `reset_parameters`."""
         if self.support is not None:
             self.support.draw_(generator_for(seed, _join(name, "support")))
 

@@ -12,7 +12,7 @@ FLOORS = [
     ["sparse_lora"],
     [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling"),
-        *("health", "stop", "manifest"),
+        *("health", "stop", "manifest", "parallel"),
     ],
     ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
     ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "saver", "build"],

@@ -407,9 +407,10 @@ class EvalSet:
     def __iter__(self) -> Iterator[Batch]:
         ids, offsets = self._tokenised()
         own = range(self._rank, len(offsets) - 1, self._world_size)
-        for first in range(0, len(own), self._batch_size):
+        # As many batches on every rank, those of the last ones perhaps empty: a sharded model's forward needs all of them.
+        for first in range(0, -(-(len(offsets) - 1) // self._world_size), self._batch_size):
             sequences = [ids[offsets[i] : offsets[i + 1]] for i in own[first : first + self._batch_size]]
-            yield _make_batch(sequences, self._max_length, self._tokenizer.pad_id)
+            yield _make_batch(sequences or [ids[:1]], self._max_length, self._tokenizer.pad_id)
 
     def _tokenised(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all sequences end to end, where each begins and the last one ends)."""

@@ -8,9 +8,9 @@ import bitsandbytes
 import bitsandbytes.functional as kernels
 import torch
 
+from peft_pretraining.optim.moments import BNB_BLOCK_ELEMENTS
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_, slices
 
-BLOCK_ELEMENTS = 256
 _CODE_BOOKS: dict[str, torch.Tensor] = {}  # what codes stand for; filled by bitsandbytes, shared by all instances
 
 
@@ -24,6 +24,8 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
         names: of the parameters, which key the rounding's noise.
         rounding: for bfloat16 parameters; None rounds to nearest.
     """
+
+    quantises = True
 
     def __init__(
         self, params: Any, *, names: dict[torch.nn.Parameter, str], rounding: StochasticRounding | None, **settings: Any
@@ -72,7 +74,7 @@ def _update_slice(
             "adam", grad, values, first, beta1, eps, state["step"], lr, second, beta2, weight_decay=weight_decay
         )
         return
-    blocks = slice(part.start // BLOCK_ELEMENTS, -(-part.stop // BLOCK_ELEMENTS))
+    blocks = slice(part.start // BNB_BLOCK_ELEMENTS, -(-part.stop // BNB_BLOCK_ELEMENTS))
     kernels.optimizer_update_8bit_blockwise(
         *("adam", grad, values, first, second, beta1, beta2, 0.0, 0.0, eps, state["step"], lr),
         *(state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks]),

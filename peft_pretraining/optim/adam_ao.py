@@ -52,6 +52,7 @@ class SlicedAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "state_bits": state_bits}
         super().__init__(params, defaults)
         self._names, self._decoupled, self._rounding = names, decoupled, rounding
+        self.quantises = any(group["state_bits"] in _KINDS for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -112,14 +113,15 @@ def _new_state(parameter: nn.Parameter, bits: int | None) -> dict[str, Any]:
             zeros = kind.zeros((quantised,), signed, block, device)
             state |= {f"codes{number}": zeros.codes, f"scale{number}": zeros.scale, f"qmap{number}": zeros.qmap}
         dtype = torch.float32 if bits else parameter.dtype
-        state[f"moment{number}"] = torch.zeros(parameter.numel() - quantised, dtype=dtype, device=device)
+        shape = (parameter.numel() - quantised,) if quantised else parameter.shape
+        state[f"moment{number}"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
 
 
 def _moment(state: dict[str, Any], number: int, part: slice, quantised: int, bits: int | None) -> torch.Tensor:
     """The part of a moment that a slice of the parameter belongs to, as a view that can be written."""
     if part.start >= quantised or bits is None:
-        plain: torch.Tensor = state[f"moment{number}"][part.start - quantised : part.stop - quantised]
+        plain: torch.Tensor = state[f"moment{number}"].view(-1)[part.start - quantised : part.stop - quantised]
         return plain
     kind, block, per_byte = _KINDS[bits]
     codes = state[f"codes{number}"][part.start // per_byte : part.stop // per_byte]

@@ -7,9 +7,11 @@ boundary cuts, stepping the parts gives the bits of stepping the whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from peft_pretraining.distributed import World, all_reduce_sum_
@@ -37,3 +39,43 @@ def gradient_norms(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
     if world.size > 1 and isinstance(gradients[0], DTensor):
         return all_reduce_sum_(norms.square_(), world).sqrt_()
     return norms
+
+
+class Part(NamedTuple):
+    """Part `rank` of the `size` parts of a tensor: FSDP2 divides rows as torch.chunk does, so that late parts may be empty."""
+
+    rank: int
+    size: int
+
+
+def part_of(parameter: DTensor) -> Part:
+    """The part of a sharded parameter that lies here."""
+    return Part(parameter.device_mesh.get_local_rank(), parameter.device_mesh.size())
+
+
+def rows_of_part(whole: torch.Tensor, part: Part) -> torch.Tensor:
+    """A view of the rows that make up a part."""
+    parts = torch.chunk(whole, part.size, dim=0)
+    return parts[part.rank] if part.rank < len(parts) else whole[:0]
+
+
+def whole_of(parameter: DTensor, part: torch.Tensor) -> DTensor:
+    """The tensor of a sharded parameter's shape, divided like it, of which `part` lies here; shares its storage."""
+    return DTensor.from_local(
+        part.view(parameter.to_local().shape),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def on_cpu(divided: DTensor, part: torch.Tensor) -> DTensor:
+    """A tensor divided like `divided` in memory of the CPU, of which `part` lies here."""
+    mesh = divided.device_mesh
+    if mesh.device_type != "cpu":
+        mesh = init_device_mesh("cpu", (mesh.size(),))
+    return DTensor.from_local(
+        part, mesh, divided.placements, run_check=False, shape=divided.shape, stride=divided.stride()
+    )

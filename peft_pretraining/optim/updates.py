@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed import World, all_reduce_sum_
+from peft_pretraining.distributed import World
 from peft_pretraining.optim.shards import gradient_norms, local, local_parameters
+from peft_pretraining.parallel import average_
 
 
 class HasState(Protocol):
@@ -37,6 +38,7 @@ class Updates(Protocol):
     """How parameters are updated."""
 
     growth: GrowthLimit | None
+    stepped: dict[str, nn.Parameter]  # what the optimizer steps: of sharded parameters this process's parts
     averages_gradients: bool  # over processes, so that the module must not
     steps_in_backward: bool  # in the last one of an update
 
@@ -107,10 +109,10 @@ class WholeUpdate:
         grad_clipping: largest global gradient norm, None for no limit. free_gradients: False zeroes them instead: those
         of DistributedDataParallel are views of its buckets, which stay, and new ones would take their size once more.
         """
-        stepped = local_parameters(parameters)
-        self.optimizer, self.growth, self._free = build(stepped), growth, free_gradients
+        self.stepped = local_parameters(parameters)
+        self.optimizer, self.growth, self._free = build(self.stepped), growth, free_gradients
         self._parameters, self._world, self._grad_clipping = list(parameters.values()), world, grad_clipping
-        self._shards = [(p, stepped[name]) for name, p in parameters.items() if stepped[name] is not p]
+        self._shards = [(p, self.stepped[name]) for name, p in parameters.items() if isinstance(p, DTensor)]
 
     def begin(self, lr: float) -> None:
         """A new update, with this learning rate."""
@@ -169,18 +171,27 @@ class PerLayerUpdate:
     averages_gradients = steps_in_backward = True
 
     def __init__(
-        self, build: Build, parameters: Mapping[str, nn.Parameter], world: World, *, growth: GrowthLimit | None = None
+        self,
+        build: Build,
+        parameters: Mapping[str, nn.Parameter],
+        world: World,
+        *,
+        growth: GrowthLimit | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ):
-        """build: an optimizer for the parameters that it is given, here one at a time. parameters: plain, or sharded by FSDP2."""
-        self._stepped = local_parameters(parameters)
-        self.optimizer = _OptimizerSet([build({name: stepped}) for name, stepped in self._stepped.items()])
-        self.growth, self._world, self._armed = growth, world, False
+        """build: an optimizer for the parameters that it is given, here one at a time. parameters: plain, or sharded by FSDP2.
+
+        reduce_dtype: in which gradients are summed over processes, None for their own; FSDP2 has its own setting for that.
+        """
+        self.stepped = local_parameters(parameters)
+        self.optimizer = _OptimizerSet([build({name: stepped}) for name, stepped in self.stepped.items()])
+        self.growth, self._world, self._reduce_dtype, self._armed = growth, world, reduce_dtype, False
         device = next(iter(parameters.values())).device
         self._parameters = list(parameters.values())
         self._norms = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         self._skipped = torch.zeros((), dtype=torch.float32, device=device)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._step, number, self._stepped[name]))
+            parameter.register_post_accumulate_grad_hook(partial(self._step, number, self.stepped[name]))
             for number, (name, parameter) in enumerate(parameters.items())
         ]
 
@@ -200,7 +211,7 @@ class PerLayerUpdate:
         if not self._armed or parameter.grad is None:
             return
         if self._world.size > 1 and not isinstance(parameter, DTensor):
-            all_reduce_sum_(parameter.grad, self._world).div_(self._world.size)
+            average_(parameter.grad, self._world, self._reduce_dtype)
         norm = gradient_norms([parameter.grad], self._world)[0]
         self._norms[number] = norm
         # The averaged gradient is the same on every process, or its norm that of all parts, and so is this flag.
@@ -252,7 +263,8 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
     torch's fused optimizers read the flag in their kernels. The others, and SGD's first step, which makes its momentum there,
     need it in Python: on a GPU that waits for the backward pass.
     """
-    started = all(optimizer.state.get(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    started = all(optimizer.state.get(parameter) for parameter in parameters if parameter.numel())
     if getattr(optimizer, "_step_supports_amp_scaling", False) and started:
         optimizer.grad_scale, optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()

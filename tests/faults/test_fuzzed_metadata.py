@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from resealing import reseal
 
 import torchrun_main
-from peft_pretraining.build import build_data, build_trained_model, build_updates, load_model
+from peft_pretraining.build import build_data, build_module, build_updates, load_model
 from peft_pretraining.checkpoint import CheckpointError, list_checkpoints
 from peft_pretraining.config import Arguments, ConfigError, parse_args
 from peft_pretraining.distributed import World
@@ -67,7 +67,7 @@ def case(tmp_path_factory, tiny_run) -> Case:
     args = parse_args(flags)
     plan = make_plan(args, World())
     data = build_data(args, plan, World(), CPU)
-    model = build_trained_model(args, plan, CPU)
+    model = build_module(args, plan, World(), CPU).model
     parts = RunParts(model, build_updates(args, model, World(), CPU), data.loader, TrainState())
     (path,) = list_checkpoints(folder / "run")
     shutil.copytree(path, folder / "original")

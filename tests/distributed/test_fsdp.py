@@ -1,0 +1,130 @@
+"""--parallel fsdp: the course of a run is that of one process, of ddp, and of itself stopped and going on elsewhere."""
+
+import json
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from outcomes import tensors_of
+
+from benchmarks.compare_runs import deviations
+
+ROUNDING = {"loss": 1e-5, "gradnorm": 1e-4, "final_eval_loss": 1e-5, "parameters": 1e-4}
+EXACT = dict.fromkeys(ROUNDING, 0.0)
+
+
+@pytest.fixture
+def flags(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--lr", "0.001", "--warmup_steps", "2"),
+        *(
+            "--max_length",
+            "48",
+            "--total_batch_size",
+            "12",
+            "--data_lanes",
+            "12",
+            "--workers",
+            "0",
+            "--eval_every",
+            "4",
+        ),
+        *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32", "--timeout_s", "60"),
+    ]
+
+
+def train(folder: Path, processes: int, flags: list[str], *more: str) -> str:
+    argv = [*flags, "--save_dir", str(folder), *more]
+    code, output = forked.run(argv, folder.with_suffix(".log"), processes=processes)
+    assert code == 0, output
+    assert "Warning" not in output
+    return output
+
+
+def first_row(folder: Path) -> dict:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def assert_same_tensors(first: Path, second: Path) -> None:
+    expected, found = tensors_of(first), tensors_of(second)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def assert_same(first: Path, second: Path, tolerances: dict[str, float]) -> None:
+    apart = deviations(first, second)
+    assert all(apart[key] <= tolerance for key, tolerance in tolerances.items()), (second.name, apart)
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (first, second)]
+    for key in ("lr", "tokens_seen", "final_eval_tokens"):
+        assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
+
+
+@pytest.mark.parametrize("method", ["full", "sltrain"])
+def test_equal_training(tmp_path, flags, method):
+    """Padded micro-batches with very unequal token counts: one process, ddp and fsdp, with and without accumulation."""
+    flags += ["--peft_model", method, "--optimizer", "adamw", "--num_training_steps", "20", "--grad_clipping", "0.5"]
+    train(tmp_path / "one", 1, flags, "--batch_size", "3")
+    settings = {
+        "ddp-two": (2, ["--batch_size", "3"]),
+        "fsdp-two": (2, ["--batch_size", "3", "--parallel", "fsdp"]),
+        "fsdp-three-gathered": (3, ["--batch_size", "2", "--parallel", "fsdp", "--reshard_after_forward", "false"]),
+        "ddp-four": (4, ["--batch_size", "3"]),
+        "fsdp-four": (4, ["--batch_size", "3", "--parallel", "fsdp", "--activation_checkpointing"]),
+    }
+    for name, (processes, more) in settings.items():
+        train(tmp_path / name, processes, flags, *more)
+        assert_same(tmp_path / "one", tmp_path / name, ROUNDING)
+        held = [first_row(tmp_path / run)["memory_parameters_measured"] for run in ("one", name)]
+        assert held[1] == pytest.approx(held[0] / (processes if "fsdp" in name else 1), rel=0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "adamw4bit"])
+def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
+    """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""
+    flags += ["--peft_model", "sltrain", "--train_scaling", "--optimizer", optimizer, "--num_training_steps", "6"]
+    flags += ["--parallel", "fsdp", "--batch_size", "3", "--save_every", "3"]
+    train(tmp_path / "whole", 2, flags)
+    train(tmp_path / "layered", 2, flags, "--per_layer")
+    assert_same(tmp_path / "whole", tmp_path / "layered", EXACT)
+    for kind, more in (("whole", []), ("layered", ["--per_layer", "--async_save"])):
+        output = train(
+            tmp_path / f"{kind}-resumed", 2, flags, *more, "--continue_from", str(tmp_path / kind / "step_00000003")
+        )
+        assert "quantised again" not in output
+        assert_same(tmp_path / kind, tmp_path / f"{kind}-resumed", EXACT)
+        assert_same_tensors(tmp_path / kind, tmp_path / f"{kind}-resumed")
+
+
+CHAINS = [
+    [(2, "ddp"), (2, "fsdp"), (1, "ddp")],
+    [(2, "fsdp"), (4, "fsdp"), (1, "ddp")],
+    [(1, "ddp"), (3, "fsdp"), (2, "ddp")],
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(f"{kind}{count}" for count, kind in chain))
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
+def test_checkpoints_cross_over(tmp_path, flags, optimizer, chain):
+    """Between kinds and numbers of processes: exactly but for the order of sums; 8-bit moments to within their rounding."""
+    flags += ["--peft_model", "sltrain", "--optimizer", optimizer, "--num_training_steps", "9", "--save_every", "3"]
+    flags += ["--batch_size", "2", "--rank", "24"]  # factors of more than 4,096 elements together with the embedding
+    train(tmp_path / "undisturbed", 1, flags)
+    before: Path | None = None
+    for number, (processes, kind) in enumerate(chain):
+        here = tmp_path / str(number)
+        goes_on = ["--continue_from", str(before / f"step_{3 * number:08d}")] if before else []
+        output = train(here, processes, flags, "--parallel", kind, *goes_on)
+        assert ("quantised again" in output) == (optimizer == "adam8bit" and before is not None)
+        before = here
+    tolerances = ROUNDING if optimizer == "adamw" else {"loss": 1e-3, "gradnorm": 1e-2, "parameters": 1e-3}
+    assert_same(tmp_path / "undisturbed", before, tolerances)
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path, flags):
+    flags += ["--save_dir", str(tmp_path / "run"), "--batch_size", "3", "--parallel", "fsdp"]
+    code, output = forked.run([*flags, "--optimizer", "adafactor"], tmp_path / "log", processes=2)
+    assert code == 2
+    assert "adafactor" in output
+    assert not (tmp_path / "run").exists()
