@@ -164,7 +164,7 @@ with process_group(world, torch.device("cpu"), 30):
     total = all_reduce_sum_(torch.ones(1), world)
     if restart == 0:
         os._exit(3)
-sys.stdout.write(f"sum {float(total)} at restart {restart}\n")  # whole lines: two processes write to one pipe
+sys.stdout.write(f"sum {float(total)} at restart {restart}\\n")  # whole lines: two processes write to one pipe
 """
 
 
