@@ -46,8 +46,9 @@ def optimizer_state(updates: Updates, parameters: Mapping[str, nn.Parameter]) ->
     saved = SavedState({}, {}, {})
     quantised = _quantises(updates.optimizer)
     for name, stepped in updates.stepped.items():
-        for key, value in updates.optimizer.state.get(stepped, {}).items():
-            parameter = parameters[name]
+        parameter = parameters[name]
+        # Of an empty part there is nothing to save, though an optimizer may have made a state of no elements.
+        for key, value in updates.optimizer.state.get(stepped, {}).items() if stepped.numel() else ():
             if not isinstance(value, torch.Tensor):
                 saved.scalars.setdefault(name, {})[key] = value
             elif not isinstance(parameter, DTensor) or value.dim() == 0:

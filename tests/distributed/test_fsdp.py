@@ -77,7 +77,7 @@ def test_equal_training(tmp_path, flags, method):
         train(tmp_path / name, processes, flags, *more)
         assert_same(tmp_path / "one", tmp_path / name, ROUNDING)
         held = [first_row(tmp_path / run)["memory_parameters_measured"] for run in ("one", name)]
-        assert held[1] == pytest.approx(held[0] / (processes if "fsdp" in name else 1), rel=0.02)
+        assert held[1] == pytest.approx(held[0] / (processes if "fsdp" in name else 1), rel=0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "adamw4bit"])
@@ -85,6 +85,9 @@ def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
     """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""
     flags += ["--peft_model", "sltrain", "--train_scaling", "--optimizer", optimizer, "--num_training_steps", "6"]
     flags += ["--parallel", "fsdp", "--batch_size", "3", "--save_every", "3"]
+    flags += (
+        [] if optimizer == "adamw" else ["--embedding_states", "8bit"]
+    )  # nothing else is large enough to be quantised
     train(tmp_path / "whole", 2, flags)
     train(tmp_path / "layered", 2, flags, "--per_layer")
     assert_same(tmp_path / "whole", tmp_path / "layered", EXACT)
@@ -109,7 +112,8 @@ CHAINS = [
 def test_checkpoints_cross_over(tmp_path, flags, optimizer, chain):
     """Between kinds and numbers of processes: exactly but for the order of sums; 8-bit moments to within their rounding."""
     flags += ["--peft_model", "sltrain", "--optimizer", optimizer, "--num_training_steps", "9", "--save_every", "3"]
-    flags += ["--batch_size", "2", "--rank", "24"]  # factors of more than 4,096 elements together with the embedding
+    # Only embedding and head have the 4,096 elements from which moments are quantised, in two processes still, in four no more.
+    flags += ["--batch_size", "1", *(["--embedding_states", "8bit"] if optimizer == "adam8bit" else [])]
     train(tmp_path / "undisturbed", 1, flags)
     before: Path | None = None
     for number, (processes, kind) in enumerate(chain):
@@ -118,7 +122,7 @@ def test_checkpoints_cross_over(tmp_path, flags, optimizer, chain):
         output = train(here, processes, flags, "--parallel", kind, *goes_on)
         assert ("quantised again" in output) == (optimizer == "adam8bit" and before is not None)
         before = here
-    tolerances = ROUNDING if optimizer == "adamw" else {"loss": 1e-3, "gradnorm": 1e-2, "parameters": 1e-3}
+    tolerances = ROUNDING if optimizer == "adamw" else {"loss": 1e-3, "gradnorm": 1e-3, "parameters": 5e-3}
     assert_same(tmp_path / "undisturbed", before, tolerances)
 
 

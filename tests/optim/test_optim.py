@@ -1,12 +1,14 @@
 """Optimizers are the libraries' own, and their state goes through a checkpoint without losing a bit."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.optim import build_optimizer, load_optimizer_state, optimizer_state
+from peft_pretraining.distributed import World
+from peft_pretraining.optim import WholeUpdate, build_optimizer, load_optimizer_state, optimizer_state
 
 NAMES = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 
@@ -14,45 +16,54 @@ NAMES = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 def make(dtype):
     torch.manual_seed(0)
     # One tensor above and one below the 4,096 elements from which bitsandbytes keeps 8-bit states.
-    model = nn.Sequential(nn.Linear(80, 64), nn.Linear(64, 8)).to(dtype)
-    return model, {parameter: name for name, parameter in model.named_parameters()}
+    return nn.Sequential(nn.Linear(80, 64), nn.Linear(64, 8)).to(dtype)
 
 
-def step(model, optimizer, seed):
+def updates_of(model, name, **settings):
+    return WholeUpdate(partial(build_optimizer, name, **settings), dict(model.named_parameters()), World())
+
+
+def step(model, updates, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    optimizer.step()
+    updates.optimizer.step()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_survives_bit_for_bit(name, dtype):
     settings = {"lr": 1e-2, "weight_decay": 0.01, "beta1": 0.9 if name in ("sgd", "adafactor") else 0.0}
-    model, names = make(dtype)
-    optimizer = build_optimizer(name, dict(model.named_parameters()), **settings)
+    model, other = make(dtype), make(dtype)
+    updates, resumed = updates_of(model, name, **settings), updates_of(other, name, **settings)
     for seed in range(3):
-        step(model, optimizer, seed)
-    tensors, scalars = optimizer_state(optimizer, names)
-    saved = {key: tensor.clone() for key, tensor in tensors.items()}
-    scalars = json.loads(json.dumps(scalars))
+        step(model, updates, seed)
+    state = optimizer_state(updates, dict(model.named_parameters()))
+    assert not state.own
+    saved = {key: tensor.clone() for key, tensor in state.shared.items()}
+    scalars = json.loads(json.dumps(state.scalars))
 
-    other, other_names = make(dtype)
     other.load_state_dict(model.state_dict())
-    resumed = build_optimizer(name, dict(other.named_parameters()), **settings)
-    load_optimizer_state(resumed, other_names, saved, scalars)
+    index = {key: (tensor.shape, tensor.dtype) for key, tensor in saved.items()}
+    load_optimizer_state(resumed, dict(other.named_parameters()), index, scalars, partial(fill, saved))
     for seed in range(3, 6):
-        step(model, optimizer, seed)
+        step(model, updates, seed)
         step(other, resumed, seed)
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
 
 
+def fill(saved, targets):
+    for name, target in targets.items():
+        target.copy_(saved[name])
+
+
 def test_state_of_another_model_is_refused():
-    model, names = make(torch.float32)
-    optimizer = build_optimizer("adamw", dict(model.named_parameters()), lr=1e-3, weight_decay=0.0)
+    model = make(torch.float32)
+    updates = updates_of(model, "adamw", lr=1e-3, weight_decay=0.0)
+    index = {"9.weight/exp_avg": (torch.Size([3]), torch.float32)}
     with pytest.raises(ValueError, match=r"'9\.weight'"):
-        load_optimizer_state(optimizer, names, {"9.weight/exp_avg": torch.zeros(3)}, {})
+        load_optimizer_state(updates, dict(model.named_parameters()), index, {}, partial(fill, {}))
 
 
 def test_unknown_name_is_refused():

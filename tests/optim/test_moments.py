@@ -1,0 +1,54 @@
+"""Quantised moments as plain numbers, divided anew and quantised again."""
+
+import pytest
+import torch
+from torch import nn
+
+from peft_pretraining.optim import build_optimizer
+from peft_pretraining.optim.moments import plain_moments, set_moments_
+
+# Whole blocks only; a rest beside them; too small to be quantised.
+SHAPES = [(64, 128), (67, 131), (9, 11)]
+# The largest distance between neighbouring codes, as a share of the block's largest value: bitsandbytes' and torchao's maps.
+COARSEST = {"adam8bit": 0.02, "adamw4bit": 0.3}
+
+
+def trained(name: str, parameter: nn.Parameter, updates: int):
+    optimizer = build_optimizer(name, {"weight": parameter}, lr=1e-2, weight_decay=0.0)
+    optimizer.prepare_states()
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(updates):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return optimizer.state[parameter]
+
+
+def apart(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max() / right.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", COARSEST)
+def test_they_are_the_moments_of_plain_adam(name, shape):
+    state = trained(name, nn.Parameter(torch.zeros(shape)), updates=1)
+    generator = torch.Generator().manual_seed(5)
+    gradient = torch.randn(shape, generator=generator).flatten()
+    for found, expected in zip(plain_moments(state), (0.1 * gradient, 0.001 * gradient**2), strict=True):
+        assert found.dtype == torch.float32
+        assert apart(found, expected) < COARSEST[name]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", COARSEST)
+def test_divided_anew_they_stay_within_their_rounding(name, shape):
+    moments = plain_moments(trained(name, nn.Parameter(torch.zeros(shape)), updates=3))
+    found = [[], []]
+    middle = shape[0] // 2 + 3
+    for rows in (range(middle), range(middle, shape[0])):
+        part = [moment.view(shape)[rows.start : rows.stop].flatten() for moment in moments]
+        state = trained(name, nn.Parameter(torch.zeros(len(rows), shape[1])), updates=0)
+        set_moments_(state, part)
+        for pieces, piece in zip(found, plain_moments(state), strict=True):
+            pieces.append(piece)
+    for pieces, expected in zip(found, moments, strict=True):
+        assert apart(torch.cat(pieces), expected) < (COARSEST[name] if expected.numel() >= 4096 else 1e-9)
