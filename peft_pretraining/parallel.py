@@ -1,7 +1,5 @@
 """How the processes of a run share a model: each with all of it (DDP), or with a part of every parameter (FSDP2)."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Iterable

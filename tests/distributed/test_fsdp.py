@@ -132,3 +132,35 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, flags):
     assert code == 2
     assert "adafactor" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_dtypes_of_sums_and_of_arithmetic(tmp_path, flags):
+    """Gradients of bfloat16 summed in float32; float32 parameters gathered as bfloat16: each near the run that it stands for."""
+    flags += ["--peft_model", "sltrain", "--optimizer", "adamw", "--num_training_steps", "6", "--batch_size", "3"]
+    settings = {
+        "float32": [],
+        "bfloat16": ["--dtype", "bfloat16"],
+        "ddp-summed-wide": ["--dtype", "bfloat16", "--reduce_dtype", "float32"],
+        "ddp-summed-wide-per-layer": ["--dtype", "bfloat16", "--reduce_dtype", "float32", "--per_layer"],
+        "fsdp-summed-wide": ["--dtype", "bfloat16", "--reduce_dtype", "float32", "--parallel", "fsdp"],
+        "fsdp-computed-narrow": ["--compute_dtype", "bfloat16", "--parallel", "fsdp"],
+    }
+    for name, more in settings.items():
+        train(tmp_path / name, 2, flags, *more)
+    assert_same(tmp_path / "ddp-summed-wide", tmp_path / "ddp-summed-wide-per-layer", EXACT)
+    # FSDP2 adds up the micro-batches' gradients in that dtype too.
+    assert_same(tmp_path / "ddp-summed-wide", tmp_path / "fsdp-summed-wide", {"loss": 1e-4, "parameters": 1e-2})
+    assert deviations(tmp_path / "ddp-summed-wide", tmp_path / "bfloat16")["parameters"] > 0  # it does something
+    narrow = deviations(tmp_path / "float32", tmp_path / "fsdp-computed-narrow")
+    assert 0 < narrow["loss"] < 1e-2
+    assert narrow["parameters"] < 1e-2
+    tensors = tensors_of(tmp_path / "fsdp-computed-narrow")
+    assert {tensor.dtype for name, tensor in tensors.items() if name.endswith("lora_A")} == {torch.float32}
+
+
+@pytest.mark.full
+def test_compiled_layers(tmp_path, flags):
+    flags += ["--peft_model", "sltrain", "--optimizer", "adamw", "--num_training_steps", "3", "--batch_size", "3"]
+    train(tmp_path / "eager", 2, flags, "--parallel", "fsdp")
+    train(tmp_path / "compiled", 2, flags, "--parallel", "fsdp", "--compile")
+    assert_same(tmp_path / "eager", tmp_path / "compiled", {"loss": 1e-4, "gradnorm": 1e-3, "parameters": 1e-3})

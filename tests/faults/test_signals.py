@@ -14,11 +14,15 @@ from peft_pretraining.checkpoint import list_checkpoints, resolve
 
 METHODS, OPTIMIZERS = ("sltrain", "full", "lowrank"), ("adamw", "adam8bit", "adam8bit_per_layer")
 COVER = [
-    ("sltrain", "adam8bit_per_layer", "padded", "2", "SIGTERM"),
-    ("full", "adam8bit", "packed", "0", "SIGUSR1"),
-    ("lowrank", "adamw", "packed", "2", "SIGINT"),
+    ("sltrain", "adam8bit_per_layer", "padded", "2", "SIGTERM", "ddp"),
+    ("full", "adam8bit", "packed", "0", "SIGUSR1", "ddp"),
+    ("lowrank", "adamw", "packed", "2", "SIGINT", "ddp"),
+    ("sltrain", "adam8bit_per_layer", "padded", "0", "SIGTERM", "fsdp"),
 ]
-ALL = itertools.product(METHODS, OPTIMIZERS, ("padded", "packed"), ("0", "2"), ("SIGTERM",))
+ALL = [
+    *itertools.product(METHODS, OPTIMIZERS, ("padded", "packed"), ("0", "2"), ("SIGTERM",), ("ddp",)),
+    *itertools.product(METHODS, OPTIMIZERS, ("padded",), ("0",), ("SIGTERM",), ("fsdp",)),
+]
 
 
 @pytest.fixture
@@ -33,12 +37,12 @@ def flags(tiny_run) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer", "layout", "workers", "name"),
+    ("method", "optimizer", "layout", "workers", "name", "parallel"),
     [*COVER, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL if case not in COVER)],
 )
-def test_two_processes_stopped_and_started_again(tmp_path, flags, method, optimizer, layout, workers, name):
+def test_two_processes_stopped_and_started_again(tmp_path, flags, method, optimizer, layout, workers, name, parallel):
     """Accumulation 2, evaluation in between. Only one of the two gets the signal; both stop."""
-    flags += ["--peft_model", method, "--optimizer", optimizer, "--workers", workers]
+    flags += ["--peft_model", method, "--optimizer", optimizer, "--workers", workers, "--parallel", parallel]
     flags += ["--packing"] if layout == "packed" else []
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "whole")], tmp_path / "log", processes=2)
     assert code == 0, output
