@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from peft_pretraining.distributed import World, process_group
 from peft_pretraining.optim import GrowthLimit, PerLayerUpdate, WholeUpdate, build_optimizer
+from peft_pretraining.train import train_step
 from sparse_lora import SparseLowRankLinear
 
 CPU = torch.device("cpu")
@@ -107,6 +109,41 @@ def one_bad_gradient(optimizer: str, world: World, per_layer: bool) -> tuple[int
     return skipped, [not torch.equal(a, b.full_tensor()) for a, b in zip(before, model.parameters(), strict=True)]
 
 
+@dataclass
+class Numbers:
+    """A micro-batch for `train_step`: inputs, and as "labels" the factor of their loss."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    num_tokens: int = 1
+    num_targets: int = 1
+    num_bad_records: int = 0
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = odd()
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return (self.network(x) * factor).square().sum()
+
+
+def stepped_through(optimizer: str, world: World, per_layer: bool, poisoned: list[bool]) -> list[torch.Tensor]:
+    """The parameters after an update for each item; in poisoned ones, one micro-batch of process 1 has no finite loss."""
+    module = Scaled()
+    fully_shard(module)
+    updates = updates_of(module, optimizer, world, per_layer)
+    good = 0
+    for bad in poisoned:
+        factors = [torch.nan if bad and number == 0 and world.rank == 1 else 1.0 for number in range(2)]
+        batches = [Numbers(micro_batch(good, n, world.rank), torch.tensor(f)) for n, f in enumerate(factors)]
+        step = train_step(module, updates, batches, lr=0.01, world=world, device=CPU)
+        assert bool(step.skipped) == bad
+        good += not bad
+    return [parameter.full_tensor().detach() for parameter in module.parameters()]
+
+
 def in_both(rank: int, port: int, optimizer: str, results: Path) -> None:
     """What process `rank` of two finds, saved to rank.pt."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -119,6 +156,9 @@ def in_both(rank: int, port: int, optimizer: str, results: Path) -> None:
             )
             found[network.__name__, accumulation, growth] = whole, layered
         found["clipped"] = sharded_run(aligned, optimizer, world, 2, per_layer=False, grad_clipping=0.5)
+        for per_layer in (False, True):
+            found["passed over", per_layer] = stepped_through(optimizer, world, per_layer, [False, True, False])
+            found["without it", per_layer] = stepped_through(optimizer, world, per_layer, [False, False])
         found["bad whole"] = one_bad_gradient(optimizer, world, per_layer=False)
         found["bad per layer"] = one_bad_gradient(optimizer, world, per_layer=True)
     torch.save(found, results / f"{rank}.pt")
@@ -149,7 +189,7 @@ def apart(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 
 def test_per_layer_equals_whole_bit_for_bit(two_processes):
     _, (first, second) = two_processes
-    settings = [key for key in first if isinstance(key, tuple)]
+    settings = [key for key in first if len(key) == 3]
     assert len(settings) == 8
     for key in settings:
         whole, layered = first[key]
@@ -187,3 +227,10 @@ def test_a_bad_part_of_a_gradient_is_noticed_in_both_processes(two_processes):
     for results in two_processes[1]:
         assert results["bad whole"] == (5, [False] * 5)
         assert results["bad per layer"] == (1, [True, True, False, True, True])
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_an_update_without_a_finite_loss_leaves_no_trace(two_processes, per_layer):
+    """Nor do the gradients of its earlier micro-batches, which FSDP2 holds on to until it has summed them."""
+    for results in two_processes[1]:
+        assert all(map(torch.equal, results["passed over", per_layer], results["without it", per_layer]))
