@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from outcomes import record, tensors_of
+from torchrun import ranks_below
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,20 +62,6 @@ def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) 
         time.sleep(0.01)
 
 
-def processes_below(pid: int) -> dict[int, str]:
-    """Rank processes of torchrun `pid`: their ids with their ranks, from the process table."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if f"PPid:\t{pid}\n" in (entry / "status").read_text():
-                    environment = (entry / "environ").read_text().split("\0")
-                    found.update({int(entry.name): item[5:] for item in environment if item.startswith("RANK=")})
-            except OSError:
-                continue
-    return found
-
-
 def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
     """From three on the order of sums matters: DDP must not divide its buckets anew."""
     whole = start(tmp_path / "whole", *flags, processes=3)
@@ -87,7 +74,7 @@ def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
     marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert marker["signal"] == "SIGUSR1", output
     assert 5 <= marker["update_step"] < 120
-    assert not processes_below(running.pid)
+    assert not ranks_below(running.pid)
 
     again = start(tmp_path / "run", *flags, processes=3)
     output = again.communicate()[0]
@@ -101,7 +88,7 @@ def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
 def test_a_killed_process_ends_the_others_with_a_message(tmp_path, flags):
     running = start(tmp_path / "run", *flags, "--num_training_steps", "100000")
     wait_for_updates(running, tmp_path / "run", 3)
-    ranks = processes_below(running.pid)
+    ranks = ranks_below(running.pid)
     assert sorted(ranks.values()) == ["0", "1"]
     os.kill(next(pid for pid, rank in ranks.items() if rank == "1"), signal.SIGKILL)
     output = running.communicate()[0]
@@ -126,13 +113,13 @@ def test_the_first_failure_is_shown_last(tmp_path, flags):
 def test_a_hung_process_ends_the_others_within_the_timeout(tmp_path, flags):
     running = start(tmp_path / "run", *flags, "--num_training_steps", "100000", "--timeout_s", "5")
     wait_for_updates(running, tmp_path / "run", 3)
-    hung = next(pid for pid, rank in processes_below(running.pid).items() if rank == "1")
+    hung = next(pid for pid, rank in ranks_below(running.pid).items() if rank == "1")
     os.kill(hung, signal.SIGSTOP)
     output = running.communicate()[0]  # torchrun needs 30 s more to end the one that does not listen
     assert running.returncode == 1
     assert "error: [rank 0] another process of this run has ended" in output
     assert 'torchrun_main.py", line' not in output  # torchrun's own traceback comes, ours does not
-    assert not processes_below(running.pid)
+    assert not ranks_below(running.pid)
 
 
 @pytest.mark.full
@@ -143,7 +130,7 @@ def test_torchrun_starts_again_after_a_kill_and_the_run_is_the_same(tmp_path, fl
     assert whole.returncode == 0, output
     running = start(tmp_path / "run", *flags, restarts=2)
     wait_for_updates(running, tmp_path / "run", 50)
-    os.kill(next(pid for pid, rank in processes_below(running.pid).items() if rank == "1"), signal.SIGKILL)
+    os.kill(next(pid for pid, rank in ranks_below(running.pid).items() if rank == "1"), signal.SIGKILL)
     output = running.communicate()[0]
     assert running.returncode == 0, output
     assert record(tmp_path / "run") == record(tmp_path / "whole")
