@@ -12,7 +12,7 @@ signalled=""
 bash "$here/node.sh" "$run_dir" "${program[@]}" &
 node=$!
 # Kubernetes signals the first process of a container only. torchrun takes one signal: a second would end it in mid-save.
-# shellcheck disable=SC2329 # called by the traps
+# shellcheck disable=SC2317,SC2329 # called by the traps
 pass_on() {
     trap : TERM INT USR1
     signalled="$1"
