@@ -9,6 +9,7 @@
 #   sbatch ... scripts/cluster/slurm.sh RUN_DIR --model_config configs/llama_1b.json ...     torchrun_main.py's flags
 # RUN_DIR and the checkout must lie on a file system that all machines share. Six minutes before the time limit the run is asked
 # to save and stop, and the job goes back into the queue; it goes on from there. docs/distributed.md says what ends how.
+# Without --exclusive a task has one core by default: sbatch --cpus-per-task=64 gives it more. sbatch --no-requeue: never again.
 #   MAX_REQUEUES   how often (default 100; 0: never). Jobs that Slurm itself brings back count too
 #   LOG_DIR        where each machine's output goes (default logs): $LOG_DIR/<job name>-<job id>/node-<machine>.log
 #   NPROC          processes per machine (default: its GPUs)

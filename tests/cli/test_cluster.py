@@ -250,7 +250,7 @@ def test_requeues_are_bounded(slurm, tmp_path, signal_name):
 
 
 def test_a_terminated_job_is_left_to_slurm(slurm, tmp_path):
-    """SIGTERM is preemption, after which Slurm requeues a job that is still there, or scancel, after which it must not come back."""
+    """SIGTERM is preemption: Slurm requeues a job that is still there; or scancel: the job must not come back."""
     end = write_marker(tmp_path / "run", "SIGTERM") + "; exit 1"
     code, output = slurm.run(str(tmp_path / "run"), "--help", FAKE_END=end)
     assert code == 1
