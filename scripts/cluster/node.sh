@@ -3,7 +3,7 @@
 #   node.sh RUN_DIR scripts/llm_pretrain/sltrain1b.sh [flags]
 #   node.sh RUN_DIR --model_config configs/llama_1b.json ...     torchrun_main.py's flags
 #   NPROC     processes on this machine, one for each GPU (default: the GPUs that Slurm has allocated here)
-#   PET_...   torchrun's own: PET_NNODES machines meet at PET_RDZV_ENDPOINT; PET_LOCAL_ADDR, where its name is not what others find
+#   PET_...   torchrun's own: PET_NNODES machines meet at PET_RDZV_ENDPOINT; PET_LOCAL_ADDR, where others do not know its name
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 # A file system may be slow to give torch to the machine where all meet: the others knock for ten minutes, not for one.
@@ -20,9 +20,10 @@ if [ -z "$NPROC" ]; then
 fi
 # shellcheck source=SCRIPTDIR/request.sh
 source "$here/request.sh" "$@"
-if [ "${program[0]##*.}" = sh ]; then
-    exec bash "${program[@]}" --save_dir "$run_dir"
-fi
+case "${program[0]}" in
+    --*) ;;
+    *) exec bash "${program[@]}" --save_dir "$run_dir" ;;
+esac
 # shellcheck source=SCRIPTDIR/../setup.sh
 source "$here/../setup.sh" --prefer-active
 cd "$root"

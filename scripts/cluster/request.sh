@@ -8,7 +8,10 @@ refuse() {
 }
 
 case "${1:-}" in
-    "" | -* | *.sh) refuse "'${1:-}' is no folder for the run: give RUN_DIR first, on a file system that all machines share, then a recipe or flags" ;;
+    "" | -* | *.sh)
+        refuse "'${1:-}' is no folder for the run: give RUN_DIR first, on a file system that all machines share," \
+            "then a recipe or flags"
+        ;;
     /*) run_dir="$1" ;;
     *) run_dir="$PWD/$1" ;;
 esac
@@ -26,14 +29,14 @@ for word in "$@"; do
         *" --save_dir" | *" --save_dir="*) refuse "$word: the run's folder is the first argument, $run_dir" ;;
         *" --continue_from" | *" --continue_from="* | "--resume never" | *" --resume=never")
             # Each start would go back to the same place.
-            refuse "$word: a job may start more than once, and would go back, or begin anew, each time; make the first checkpoint in" \
-                "$run_dir with it outside of this script (--save_dir), then start the job without it"
+            refuse "$word: a job may start more than once, and would go back, or begin anew, each time;" \
+                "make the first checkpoint in $run_dir with it outside of this script (--save_dir), then start the job without it"
             ;;
     esac
     before="$word"
 done
 
-# Whether the run was asked to stop and has saved. Listing the folder first makes NFS look again: the marker may be another machine's.
+# Whether the run was asked to stop and has saved. Listing the folder makes NFS look again: another machine may have written it.
 stopped_on_request() {
     ls "$run_dir" >/dev/null 2>&1 && [ -f "$run_dir/stopped.json" ]
 }

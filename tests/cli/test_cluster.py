@@ -298,6 +298,23 @@ def test_a_recipe_runs_on_every_machine_with_the_runs_folder(slurm, tmp_path):
     assert "2 processes" in plan
 
 
+@pytest.mark.parametrize(
+    "program", [["scripts/llm_pretrain/sltrain1b.sh"], ["--model_config", "configs/llama_1b.json"]]
+)
+def test_each_machine_takes_its_own_gpus_and_the_first_keeps_the_meeting_place(slurm, tmp_path, program):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PET_RDZV_CONF" "$@"\n')
+    python.chmod(0o755)
+    variables = slurm.environment | {"SLTRAIN_PYTHON": str(python), "PET_RDZV_ENDPOINT": "machine0:15000", "NPROC": ""}
+    command = ["bash", str(CLUSTER / "node.sh"), "runs/x", *program]
+    for number, gpus in (("0", "3"), ("1", "5")):
+        machine = variables | {"SLURM_NODEID": number, "SLURM_GPUS_ON_NODE": gpus}
+        conf, *words = subprocess.check_output(command, cwd=ROOT, env=machine, text=True).splitlines()
+        assert conf.endswith(f"is_host={'1' if number == '0' else '0'}")
+        assert words[:4] == ["-m", "torch.distributed.run", "--nproc_per_node", gpus]
+        assert words[-2:] == ["--save_dir", str(ROOT / "runs" / "x")]
+
+
 def pod(folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PET_"))}
     kept |= {"SLTRAIN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NPROC": "1"}
