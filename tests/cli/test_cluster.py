@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -209,10 +210,9 @@ def test_slurm_script_names_what_is_missing(slurm, tmp_path):
 
 def test_two_machines_train_stop_requeue_and_go_on_exactly(slurm, tmp_path, flags):
     """USR1, which comes before the time limit: saved, requeued, and continued with the bits of a job that was never stopped."""
-    code, output = slurm.run(str(tmp_path / "whole"), *flags)
-    assert code == 0, (output, slurm.logs())
-    assert "done" in output
-    assert sorted(slurm.logs()) == ["node-machine0.log", "node-machine1.log"]
+    whole = [*flags, "--save_dir", str(tmp_path / "whole")]
+    code, output = forked.run(whole, tmp_path / "whole.log", processes=2, environment={"OMP_NUM_THREADS": "1"})
+    assert code == 0, output
 
     job = slurm.start(str(tmp_path / "run"), *flags)
     wait_for_updates(job, tmp_path / "run", 5)
@@ -226,6 +226,8 @@ def test_two_machines_train_stop_requeue_and_go_on_exactly(slurm, tmp_path, flag
 
     code, output = slurm.run(str(tmp_path / "run"), *flags, restarts=1)
     assert code == 0, (output, slurm.logs())
+    assert "done" in output
+    assert sorted(slurm.logs()) == ["node-machine0.log", "node-machine1.log"]
     assert len(slurm.said("scontrol")) == 1
     assert record(tmp_path / "run") == record(tmp_path / "whole")
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run")
@@ -338,9 +340,9 @@ def test_a_pods_exit_code_tells_a_stop_from_the_end_and_from_a_failure(tmp_path,
     output = again.communicate()[0]
     assert again.returncode == 0, output
     assert record(tmp_path / "run")[-1]["update_step"] == 60
-    failing = pod(tmp_path / "other", *flags, "--dataset", str(tmp_path / "none"))
+    failing = pod(tmp_path / "other", *flags, NPROC="")
     output = failing.communicate()[0]
-    assert failing.returncode == 1, output
+    assert failing.returncode == 2, output
 
 
 def job_documents() -> list[dict]:
