@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set-up shared by quickstart.sh and test.sh: a virtual environment with the pinned requirements. Source it: it defines
-# `root` and `python`. A second run finds everything installed and returns at once.
+# Set-up shared by all scripts: a virtual environment with the pinned requirements. Source it: it defines `root`, `python` and
+# `launch`. A second run finds everything installed and returns at once.
 #   --prefer-active takes the python on PATH where it has torch and the rest (an activated environment, a container)
 #   SLTRAIN_VENV    where the environment lies (default: .venv in the checkout)
 #   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed then
@@ -63,3 +63,13 @@ else
         echo "$wanted" >"$venv/.installed"
     fi
 fi
+
+# launch N PROGRAM [arguments]: become torchrun, with $NPROC processes (N where it is not set) on this machine. Where torchrun's own
+# variables name a meeting place, this machine is one of several (scripts/cluster/): they say the rest.
+launch() {
+    local processes="${NPROC:-$1}" meeting=(--standalone)
+    shift
+    if [ -n "${PET_RDZV_ENDPOINT:-}" ]; then meeting=(); fi
+    exec "$python" -m torch.distributed.run ${meeting[@]+"${meeting[@]}"} --nproc_per_node "$processes" \
+        --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@"
+}

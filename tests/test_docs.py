@@ -65,12 +65,15 @@ def torchrun_options() -> set[str]:
 
 @functools.cache
 def known_flags() -> set[str]:
-    """Flags of the program, of its commands, of the scripts and benchmarks, and of torchrun."""
+    """Flags of the program, of its commands, of the scripts and benchmarks, of torchrun, and what the scripts know of Slurm's."""
     flags = set(options(build_parser())) | torchrun_options()
     for parser in command_parsers().values():
         flags.update(options(parser))
     for script in (ROOT / "scripts").glob("*.sh"):
         flags.update(re.findall(r'"(--[\w-]+)" \]', script.read_text(encoding="utf-8")))  # [ "$1" = "--full" ]
+    for line in (ROOT / "scripts" / "cluster" / "slurm.sh").read_text(encoding="utf-8").splitlines():
+        if "sbatch" in line.lower():
+            flags.update(re.findall(r"(--[a-z-]+)", line))  # Slurm's own
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         flags.update(re.findall(r'add_argument\(\s*"(--[\w-]+)"', benchmark.read_text(encoding="utf-8")))
     return flags

@@ -9,7 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"
 
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-4}" torchrun_main.py \
+launch 4 torchrun_main.py \
     --model_config configs/llama_350m.json \
     --peft_model full \
     --optimizer adamw \

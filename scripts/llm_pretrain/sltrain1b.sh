@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"
 
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-8}" torchrun_main.py \
+launch 8 torchrun_main.py \
     --model_config configs/llama_1b.json \
     --peft_model sltrain \
     --rank 512 \

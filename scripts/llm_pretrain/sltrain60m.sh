@@ -8,8 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"
 
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-1}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 torchrun_main.py \
+launch 1 torchrun_main.py \
     --model_config configs/llama_60m.json \
     --peft_model sltrain \
     --rank 128 \

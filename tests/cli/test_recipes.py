@@ -78,3 +78,23 @@ def test_full_rank_twin_differs_in_the_method_only(size, monkeypatch):
     sltrain, full = (vars(parse_args(recipe_flags(folder / f"{kind}{size}.sh"))) for kind in ("sltrain", "full"))
     different = {name for name in full if full[name] != sltrain[name]} - {"given"}
     assert different <= {"peft_model", "rank", "sp_ratio", "lora_alpha", "grad_clipping"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, tmp_path):
+    """With as many processes as its header says, or NPROC; SIGUSR1 reaches them either way."""
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_") and name != "NPROC"}
+    environment["SLTRAIN_PYTHON"] = str(tmp_path / "python")
+
+    def words(**variables: str) -> list[str]:
+        return subprocess.check_output(["bash", str(path)], env=environment | variables, text=True).splitlines()
+
+    header = re.search(r"^# Hardware: (\d+) GPU", path.read_text(encoding="utf-8"), re.MULTILINE)
+    alone, one_of_several = words(), words(NPROC="3", PET_RDZV_ENDPOINT="machine0:15000")
+    assert alone[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", header[1]]
+    assert one_of_several[:4] == ["-m", "torch.distributed.run", "--nproc_per_node", "3"]
+    for command in (alone, one_of_several):
+        assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
+        assert command.index("--signals-to-handle") < command.index("torchrun_main.py")
