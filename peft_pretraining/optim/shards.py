@@ -7,11 +7,12 @@ boundary cuts, stepping the parts gives the bits of stepping the whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from peft_pretraining.distributed import World, all_reduce_sum_
@@ -73,9 +74,13 @@ def whole_of(parameter: DTensor, part: torch.Tensor) -> DTensor:
 
 def on_cpu(divided: DTensor, part: torch.Tensor) -> DTensor:
     """A tensor divided like `divided` in memory of the CPU, of which `part` lies here."""
-    mesh = divided.device_mesh
-    if mesh.device_type != "cpu":
-        mesh = init_device_mesh("cpu", (mesh.size(),))
+    mesh = divided.device_mesh if divided.device_mesh.device_type == "cpu" else _cpu_mesh(divided.device_mesh.size())
     return DTensor.from_local(
         part, mesh, divided.placements, run_check=False, shape=divided.shape, stride=divided.stride()
     )
+
+
+@lru_cache
+def _cpu_mesh(size: int) -> DeviceMesh:
+    """All processes, for tensors in memory of the CPU; made once, by all of them together."""
+    return init_device_mesh("cpu", (size,))
