@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining import memory, schedule
-from peft_pretraining.account import CLASSES, Setting, account, fitting_flags, savings
+from peft_pretraining.account import CLASSES, Setting, account
 from peft_pretraining.config import Arguments, ConfigError, default_save_dir, embedding_bits
 from peft_pretraining.data.source import default_lanes, original_dataset
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.model_config import ModelConfig, ModelConfigError, load_model_config
+from peft_pretraining.savings import fitting_flags, savings
 
 # Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
 _STALLING_SCALE, _STALLING_LR = 0.5, 0.003
@@ -120,6 +121,7 @@ def memory_setting(
         world_size=world.size,
         parallel=args.parallel,
         compute_dtype=args.compute_dtype,
+        reduce_dtype=args.reduce_dtype,
         reshard_after_forward=args.reshard_after_forward,
         activation_checkpointing=args.activation_checkpointing,
         compile=args.compile,

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.account import CLASSES, Setting, account, fitting_flags, savings
+from peft_pretraining.account import CLASSES, Setting, account
 from peft_pretraining.config import parse_args
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.model_config import load_model_config
 from peft_pretraining.plan import format_plan, make_plan, memory_problems
+from peft_pretraining.savings import fitting_flags, savings
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
