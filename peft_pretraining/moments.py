@@ -148,9 +148,10 @@ class _Buffers:
         return max(before + gradient + temporaries, reducing + moved)
 
     def pass_ends(self, step: int) -> int:
-        """The embedding's gradient is complete; then the root's is reduced, and after it the embedding's."""
+        """The embedding's gradient is complete; then the root's is reduced, of which torch keeps the last tensor meanwhile."""
         head, table = (self._gradient(unit) for unit in (self.units.root, self.units.embedding))
         reduced = self._reduced(self.units.root)
         complete = self.root + self.embedding + self._reduced(self.units.layer) + head + table
-        moved = max(head, reduced if self.gloo else 0, step if self.per_layer else 0)
-        return max(complete, reduced + moved + self.embedding + table)
+        part = self._reduce * self.units.root.part
+        moved = max(reduced if self.gloo else 0, step if self.per_layer else 0)
+        return max(complete, head + reduced + part + moved + self.embedding + table)
