@@ -222,7 +222,5 @@ def format_scaling(figures: dict[str, Any]) -> str:
                 f"{worst['tokens_per_s']:>12,.0f} {worst['efficiency']:>10.0%}"
             )
         best, worst = (figures[name]["stops_scaling_at"] or "no number of" for name in ("overlapped", "not_overlapped"))
-        lines.append(
-            f"efficiency below a half from N = {best} on (hidden), {worst} (not hidden); never: not with a sequence each"
-        )
+        lines.append(f"efficiency below a half from {best} processes on (hidden), {worst} (not hidden)")
     return "\n".join(lines)
