@@ -73,8 +73,9 @@ def of_parts(setting: Setting, working: Working, units: Units) -> list[Moment]:
         Moment(before, 0, 0, buffers.gathering_embedding),
         Moment(before, working.activations, working.loss, buffers.at_loss),
     ]
-    # What changes from layer to layer does so evenly: the first, the second (after a reduce-scatter) and the last are enough.
-    for number in sorted({0, min(1, num_layers - 1), num_layers - 1}):
+    # From layer to layer all changes evenly, but at the first, which has no reduce-scatter before it, and the last, which has the
+    # embedding after it.
+    for number in sorted({0, 1, num_layers - 2, num_layers - 1} & set(range(num_layers))):
         gradients = min(working.gradients, buffers.gradients(number))
         left, below = (working.layers_left(num_layers - number - done, num_layers) for done in (0, 1))
         found += [
@@ -143,15 +144,15 @@ class _Buffers:
         """The layer's gradients are complete; then they lie in the input of their reduce-scatter, and the layer is freed."""
         gradient, reduced = self._gradient(self.units.layer), self._reduced(self.units.layer)
         before = self._at_layer(number)
-        reducing = before - self.layer - (reduced if number else 0) + reduced
+        reducing = before - self.layer - (reduced if number else 0) + reduced + self._reduce * self.units.layer.part
         moved = max(gradient, reduced if self.gloo else 0, step if self.per_layer else 0)
         return max(before + gradient + temporaries, reducing + moved)
 
     def pass_ends(self, step: int) -> int:
         """The embedding's gradient is complete; then the root's is reduced, of which torch keeps the last tensor meanwhile."""
-        head, table = (self._gradient(unit) for unit in (self.units.root, self.units.embedding))
-        reduced = self._reduced(self.units.root)
-        complete = self.root + self.embedding + self._reduced(self.units.layer) + head + table
-        part = self._reduce * self.units.root.part
+        head = self._gradient(self.units.root, fresh=False)
+        complete = self.root + self._reduced(self.units.layer) + head + self._gradient(self.units.embedding)
+        reduced, part = self._reduced(self.units.root), self._reduce * self.units.root.part
         moved = max(reduced if self.gloo else 0, step if self.per_layer else 0)
-        return max(complete, head + reduced + part + moved + self.embedding + table)
+        reducing = head + reduced + part + moved + self._gradient(self.units.embedding, fresh=False)
+        return self.embedding + max(complete, reducing)
