@@ -149,7 +149,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def working_peak(found: Setting, world: World) -> int:
-    """Most bytes beside parameters, supports and moments in an update; the least of four: gloo's threads free buffers late at times."""
+    """Most bytes beside parameters, supports and moments in an update; the least of four, as gloo may free a buffer late."""
     with PeakBytes() as measured:
         module = sharded(found)
         build = partial(build_optimizer, found.optimizer, lr=1e-3, weight_decay=0.0)
