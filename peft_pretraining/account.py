@@ -1,16 +1,17 @@
-"""The memory account of a run: bytes by class and at the peak, per process, and what would make them fit; no torch.
+"""The memory account of a run: bytes by class and at the peak, per process; no torch.
 
-`memory.py` counts tensors exactly; here is what follows from how an update goes: which of them are alive together. Bytes.
+`memory.py` counts tensors exactly, `peak.py` says which of them are alive together. Bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+from dataclasses import dataclass
 
 from peft_pretraining import memory
+from peft_pretraining.fsdp_units import Units, units_of
 from peft_pretraining.model_config import ModelConfig
+from peft_pretraining.peak import Working, of_parts, of_whole
 
 CLASSES = (
     *("parameters", "support", "gradients", "optimizer"),
@@ -24,6 +25,7 @@ _SLICE_ELEMENTS = 2**21
 _SLICE_SCRATCH = {"adam8bit": 24, "adamw4bit": 64}
 _ROUNDING_SCRATCH = 36
 _ADAFACTOR_SCRATCH = 16
+_BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel; a tensor that is larger has a bucket of its own
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Setting:
     world_size: int = 1
     parallel: str = "ddp"
     compute_dtype: str | None = None
+    reduce_dtype: str | None = None
     reshard_after_forward: bool = True
     activation_checkpointing: str | None = None
     compile: bool = False
@@ -58,17 +61,92 @@ class Setting:
         """Whether all gradients are there at once: always but in per-layer updates of a single micro-batch."""
         return not self.per_layer or self.gradient_accumulation > 1
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of every parameter only."""
+        return self.parallel == "fsdp" and self.world_size > 1
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a parameter is divided over the processes."""
+        return self.world_size if self.sharded else 1
+
+    @property
+    def computes_in(self) -> str:
+        """Dtype of activations, of gathered parameters and of their gradients before they are reduced."""
+        return (self.sharded and self.compute_dtype) or self.dtype
+
+    @property
+    def reduces_in(self) -> str:
+        """Dtype in which gradients are summed over processes, and by FSDP2 over micro-batches."""
+        return self.reduce_dtype or self.computes_in
+
+    @property
+    def sparsity(self) -> float:
+        """Share of entries in the sparse part."""
+        return self.sp_ratio if self.peft_model == "sltrain" else 0.0
+
 
 def account(setting: Setting) -> dict[str, int]:
-    """Bytes by class, "total" (their sum) and "peak" (the most that is alive at one time)."""
+    """Bytes by class, "total" (their sum) and "peak" (the most that is alive at one time).
+
+    Of several processes with --parallel fsdp, process 0's, whose parts are the largest. Layers gathered for a while and buffers
+    of collectives count as scratch, gradients that accumulate whole as gradients.
+    """
+    groups = parameter_groups(setting)
+    units = units_of(setting.model, groups, setting.parts)
+    static = _static_bytes(setting)
+    kept = memory.activation_bytes(
+        setting.model,
+        batch_size=setting.batch_size,
+        seq_len=setting.max_length,
+        dtype=setting.computes_in,
+        checkpointing=setting.activation_checkpointing,
+        compiled=setting.compile,
+        chunk_rows=memory.loss_chunk_rows(setting.device_type),
+    )
+    largest = max(math.prod(memory.first_part(group.shape, setting.parts)) for group in groups)
+    if setting.sharded and setting.gradient_accumulation > 1:
+        static["gradients"] = memory.DTYPE_BYTES[setting.reduces_in] * units.whole
+    elif not setting.gradients_stay:
+        alone = max(units.embedding.part, units.layer.part, units.root.part) if setting.sharded else largest
+        static["gradients"] = memory.DTYPE_BYTES[setting.dtype] * alone
+    working = Working(
+        static["gradients"],
+        **kept,
+        layer=_layer_scratch(setting, groups) + _reduction_copy(setting, units, largest),
+        step=_step_scratch(setting, largest),
+    )
+    moments = of_parts(setting, working, units) if setting.sharded else of_whole(setting, working)
+    copy = _copy_of_state(setting, static)
+    scratch = max(moment.scratch for moment in moments) + copy
+    found = static | kept | {"scratch": scratch, "runtime": _RUNTIME[setting.device_type]}
+    constant = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
+    found["total"] = sum(found[name] for name in CLASSES)
+    found["peak"] = constant + max(sum(moment) for moment in moments) + copy
+    return found
+
+
+def parameter_groups(setting: Setting) -> list[memory.TensorGroup]:
+    """Every parameter of the run, grouped by shape."""
+    return memory.tensor_groups(
+        setting.model,
+        method=setting.peft_model,
+        rank=setting.rank,
+        sparsity=setting.sparsity,
+        train_scaling=setting.train_scaling,
+    )
+
+
+def _static_bytes(setting: Setting) -> dict[str, int]:
     counts = memory.parameter_counts(
         setting.model,
         method=setting.peft_model,
         rank=setting.rank,
-        sparsity=setting.sp_ratio if setting.peft_model == "sltrain" else 0.0,
+        sparsity=setting.sparsity,
         train_scaling=setting.train_scaling,
     )
-    static = memory.static_bytes(
+    return memory.static_bytes(
         setting.model,
         counts,
         method=setting.peft_model,
@@ -77,33 +155,8 @@ def account(setting: Setting) -> dict[str, int]:
         beta1=setting.beta1,
         embedding_bits=setting.embedding_bits,
         stochastic_rounding=setting.stochastic_rounding,
+        parts=setting.parts,
     )
-    working = memory.activation_bytes(
-        setting.model,
-        batch_size=setting.batch_size,
-        seq_len=setting.max_length,
-        dtype=setting.dtype,
-        checkpointing=setting.activation_checkpointing,
-        compiled=setting.compile,
-        chunk_rows=memory.loss_chunk_rows(setting.device_type),
-    )
-    groups = memory.tensor_groups(
-        setting.model,
-        method=setting.peft_model,
-        rank=setting.rank,
-        sparsity=counts.sparsity,
-        train_scaling=setting.train_scaling,
-    )
-    width = memory.DTYPE_BYTES[setting.dtype]
-    largest = max(group.elements // group.count for group in groups)
-    if not setting.gradients_stay:
-        static["gradients"] = width * largest
-    layer, step = _layer_scratch(setting, groups), _step_scratch(setting, largest)
-    copy = _copy_of_state(setting, static)
-    found = static | working | {"scratch": max(layer, step) + copy, "runtime": _RUNTIME[setting.device_type]}
-    found["total"] = sum(found[name] for name in CLASSES)
-    found["peak"] = _peak(setting, found, layer, step) + copy
-    return found
 
 
 def _copy_of_state(setting: Setting, static: dict[str, int]) -> int:
@@ -113,29 +166,18 @@ def _copy_of_state(setting: Setting, static: dict[str, int]) -> int:
     return sum(static[name] for name in ("parameters", "support", "optimizer"))
 
 
-def _peak(setting: Setting, found: dict[str, int], layer_scratch: int, step_scratch: int) -> int:
-    """The largest of three moments of an update: the loss, the backward pass through a layer, the optimizer's step."""
-    gradients, activations = found["gradients"], found["activations"]
-    # DDP's buckets hold all gradients from the first update on; so does accumulation, from its first micro-batch.
-    buckets = setting.world_size > 1 and not setting.per_layer
-    before = gradients if setting.gradient_accumulation > 1 or buckets else 0
-    head = memory.DTYPE_BYTES[setting.dtype] * setting.model.vocab_size * setting.model.hidden_size
-    at_loss = before + activations + found["loss"]
-    backward_begins = (before or head) + activations + layer_scratch
-    one_layer = activations if setting.model.num_hidden_layers == 1 else activations // setting.model.num_hidden_layers
-    if setting.gradients_stay:
-        backward_ends = gradients + one_layer + layer_scratch
-        at_step = gradients + step_scratch
-    else:
-        backward_ends = at_step = gradients + one_layer + max(layer_scratch, step_scratch)
-    constant = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
-    return constant + max(at_loss, backward_begins, backward_ends, at_step)
+def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
+    """Gradients in another dtype for their all-reduce: those of one of DDP's buckets, or of one tensor in per-layer updates."""
+    if setting.world_size == 1 or setting.sharded or setting.reduces_in == setting.dtype:
+        return 0
+    bucket = max(_BUCKET_BYTES // memory.DTYPE_BYTES[setting.dtype], largest)
+    return memory.DTYPE_BYTES[setting.reduces_in] * (largest if setting.per_layer else min(bucket, units.whole))
 
 
 def _layer_scratch(setting: Setting, groups: list[memory.TensorGroup]) -> int:
     """Temporaries of the largest linear's backward: its weight or that weight's gradient, and the decoded support."""
     rows, columns = max(memory.linear_shapes(setting.model), key=lambda shape: shape[0] * shape[1])
-    width = memory.DTYPE_BYTES[setting.dtype]
+    width = memory.DTYPE_BYTES[setting.computes_in]
     if setting.peft_model == "full":
         return 0  # weight and gradient are counted as what they are
     nnz = max((g.shape[0] for g in groups if g.kind == "sparse"), default=0)
@@ -154,63 +196,3 @@ def _step_scratch(setting: Setting, largest: int) -> int:
     if setting.device_type == "cuda" and setting.optimizer == "adam8bit":
         per_element = 0  # its kernels need none
     return (per_element + rounding) * min(largest, _SLICE_ELEMENTS)
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A change of one flag: its name, the text to add to the command, and the peak that it leaves."""
-
-    flag: str
-    text: str
-    peak: int
-    setting: Setting
-
-
-def savings(setting: Setting) -> list[Saving]:
-    """Changes of single flags that lower the peak, the largest saving first; another method comes last."""
-    here = account(setting)["peak"]
-    found = []
-    for flag, value, change in _changes(setting):
-        changed = replace(setting, **change)
-        peak = account(changed)["peak"]
-        if peak < here:
-            found.append(Saving(flag, f"--{flag} {value}".strip(), peak, changed))
-    return sorted(found, key=lambda saving: (saving.flag == "peft_model", saving.peak))
-
-
-def fitting_flags(setting: Setting, limit: int) -> list[Saving]:
-    """Changes that together bring the peak to `limit` or below, in the order of what they save; [] where nothing does."""
-    taken: dict[str, Saving] = {}
-    while account(setting)["peak"] > limit:
-        options = savings(setting)
-        if not options:
-            return []
-        taken.pop(options[0].flag, None)  # a batch size halved again stands in for the first halving
-        taken[options[0].flag] = options[0]
-        setting = options[0].setting
-    return list(taken.values())
-
-
-def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(flag, value, fields of the setting): what could take less memory."""
-    if setting.activation_checkpointing is None:
-        yield "activation_checkpointing", "", {"activation_checkpointing": "layer"}
-    if setting.batch_size % 2 == 0:
-        # The same update in twice as many micro-batches.
-        half, twice = setting.batch_size // 2, 2 * setting.gradient_accumulation
-        yield "batch_size", str(half), {"batch_size": half, "gradient_accumulation": twice}
-    if setting.dtype != "bfloat16":
-        yield "dtype", "bfloat16", {"dtype": "bfloat16"}
-    if setting.async_save:
-        yield "async_save", "false", {"async_save": False}
-    if not setting.per_layer:
-        yield "per_layer", "", {"per_layer": True}
-    moments = {"embedding_bits": setting.embedding_bits or 32}
-    if setting.optimizer in ("adam", "adamw"):
-        yield "optimizer", "adam8bit", {"optimizer": "adam8bit", **moments}
-    if setting.optimizer == "adam8bit":
-        yield "optimizer", "adamw4bit", {"optimizer": "adamw4bit", **moments}
-    if setting.embedding_bits == 32:
-        yield "embedding_states", "8bit", {"embedding_bits": 8}
-    if setting.peft_model == "full":
-        yield "peft_model", f"sltrain --rank {setting.rank} --sp_ratio {setting.sp_ratio}", {"peft_model": "sltrain"}

@@ -36,9 +36,12 @@ def return_freed_memory_if_tight(peak: int, available: DeviceMemory) -> None:
 
 
 def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
-    """Bytes of parameters, support, gradients (those alive now) and optimizer states; shared storage counts once."""
-    parameters = list(model.parameters())
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Bytes of parameters, support, gradients (those alive now) and optimizer states; shared storage counts once.
+
+    Of what FSDP2 shards, this process's parts.
+    """
+    parameters = [local(parameter.detach()) for parameter in model.parameters()]
+    gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     supports = [buffer for module in model.modules() if isinstance(module, Support) for buffer in module.buffers()]
     states = [value for state in optimizer.state.values() for value in state.values()]
     return {

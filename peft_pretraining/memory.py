@@ -9,7 +9,7 @@ Letters: L layers, h hidden size, i intermediate size, r rank.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_pretraining.model_config import ModelConfig
 
@@ -168,6 +168,7 @@ def static_bytes(
     beta1: float = 0.0,
     embedding_bits: int | None = None,
     stochastic_rounding: bool = False,
+    parts: int = 1,
 ) -> dict[str, int]:
     """Bytes of the tensors that live through a whole run: parameters, support, gradients, optimizer.
 
@@ -179,14 +180,16 @@ def static_bytes(
         beta1: sgd's momentum and adafactor's first moment; 0 is off.
         embedding_bits: of the moments of embedding and head with adam8bit and adamw4bit; None: as the others'.
         stochastic_rounding: the Adam family's steps then count in Python instead of in tensors.
+        parts: processes over which FSDP2 divides everything but the supports; counted is what process 0 has, the largest part.
 
     Gradients are counted whole: every trained parameter has one between backward and the update.
     """
     if method not in ("full", "lowrank", "sltrain"):
         raise ValueError(f"method {method!r}: bytes are known for full, lowrank and sltrain")
-    groups = tensor_groups(
+    whole = tensor_groups(
         cfg, method=method, rank=counts.rank, sparsity=counts.sparsity, train_scaling=counts.train_scaling
     )
+    groups = [replace(g, shape=first_part(g.shape, parts)) for g in whole]
     width = _element_bytes(dtype)
     trained = [g for g in groups if g.trained]
     states = 0
@@ -201,11 +204,16 @@ def static_bytes(
     if optimizer == "adam8bit" and any(quantised):
         states += 2 * 4 * BNB_CODEBOOK_ENTRIES  # two code books, shared by all parameters
     return {
-        "parameters": width * counts.total,
-        "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in groups if g.kind == "sparse"),
+        "parameters": width * sum(g.elements for g in groups),
+        "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in whole if g.kind == "sparse"),
         "gradients": width * sum(g.elements for g in trained),
         "optimizer": states,
     }
+
+
+def first_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """Shape of process 0's part of a parameter whose rows FSDP2 divides over `parts` processes; no other part is larger."""
+    return (math.ceil(shape[0] / parts), *shape[1:])
 
 
 def support_bytes(nnz: int, entries: int) -> int:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining import memory, schedule
-from peft_pretraining.account import CLASSES, Setting, account, fitting_flags, savings
+from peft_pretraining.account import CLASSES, Setting, account
 from peft_pretraining.config import Arguments, ConfigError, default_save_dir, embedding_bits
 from peft_pretraining.data.source import default_lanes, original_dataset
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.model_config import ModelConfig, ModelConfigError, load_model_config
+from peft_pretraining.savings import fitting_flags, savings
+from peft_pretraining.wire import format_wire, wire_figures
 
 # Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
 _STALLING_SCALE, _STALLING_LR = 0.5, 0.003
@@ -120,12 +122,19 @@ def memory_setting(
         world_size=world.size,
         parallel=args.parallel,
         compute_dtype=args.compute_dtype,
+        reduce_dtype=args.reduce_dtype,
         reshard_after_forward=args.reshard_after_forward,
         activation_checkpointing=args.activation_checkpointing,
         compile=args.compile,
         async_save=args.async_save,
         device_type=device_type,
     )
+
+
+def setting_of(plan: Plan, args: Arguments, device_type: str) -> Setting:
+    """What memory and communication of a planned run depend on."""
+    world = World(size=plan.world_size)
+    return memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
 
 
 def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: int) -> float:
@@ -273,6 +282,8 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     if args.per_layer and plan.gradient_accumulation > 1:
         kept = f"{plan.bytes['gradients'] / GIB:.2f} GiB of gradients stay between its {plan.gradient_accumulation} micro-batches"
         rows.append(("per-layer", f"steps in the last micro-batch of an update; {kept}"))
+    if plan.world_size > 1:
+        rows.append(("wire", format_wire(wire_figures(setting_of(plan, args, "cpu"), None, None))))
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += [f"warning: {text}" for text in plan.warnings]
     if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
@@ -291,8 +302,7 @@ def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
 def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, said: str) -> str:
     """What to say where memory ran out all the same; `said`: what the allocator said."""
     largest = max(CLASSES, key=lambda name: plan.bytes[name])
-    world = World(size=plan.world_size)
-    setting = memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
+    setting = setting_of(plan, args, device_type)
     lower = ", ".join(f"{saving.text} ({saving.peak / GIB:.1f} GiB)" for saving in savings(setting))
     return (
         f"memory ran out ({said}); by the plan the peak is {plan.bytes['peak'] / GIB:.1f} GiB, most of it {largest} "
@@ -305,8 +315,7 @@ def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[s
     """What does not fit into the device, and the flags that would make it fit; [] where it fits."""
     if plan.bytes["peak"] <= device.num_bytes:
         return []
-    world = World(size=plan.world_size)
-    setting = memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device.device_type)
+    setting = setting_of(plan, args, device.device_type)
     wanted = f"{plan.bytes['peak'] / GIB:.1f} GiB at the peak, and {device.name} has {device.num_bytes / GIB:.1f} GiB"
     single = ", ".join(f"{saving.text} {saving.peak / GIB:.1f}" for saving in savings(setting))
     together = fitting_flags(setting, device.num_bytes)

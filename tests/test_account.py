@@ -1,15 +1,18 @@
 """The account follows how an update goes: what is alive together, what stays, and what would make it fit."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from peft_pretraining.account import CLASSES, Setting, account, fitting_flags, savings
+from peft_pretraining.account import CLASSES, Setting, account
 from peft_pretraining.config import parse_args
 from peft_pretraining.distributed import DeviceMemory, World
+from peft_pretraining.memory import parameter_counts
 from peft_pretraining.model_config import load_model_config
 from peft_pretraining.plan import format_plan, make_plan, memory_problems
+from peft_pretraining.savings import fitting_flags, savings
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -92,3 +95,82 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
     assert "--optimizer adam8bit" in single
     assert "does NOT fit" in format_plan(plan, args, "data", device)
     assert memory_problems(plan, args, DeviceMemory("a large one", 100 * GIB, "cpu")) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adam8bit", "adamw4bit"])
+@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain"])
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_every_combination_has_an_account_of_its_parts(optimizer, method, per_layer, accumulation, device_type):
+    """The peak lies between what always is there and the sum of the classes, and falls with the processes."""
+    here = setting("350m", peft_model=method, optimizer=optimizer, per_layer=per_layer, device_type=device_type)
+    here = replace(here, gradient_accumulation=accumulation, parallel="fsdp")
+    peaks = []
+    for world_size, changes in itertools.product(
+        (2, 3, 8), ({}, {"reshard_after_forward": False}, {"dtype": "float32", "compute_dtype": "bfloat16"})
+    ):
+        found = account(replace(here, world_size=world_size, **changes))
+        assert found["total"] == sum(found[name] for name in CLASSES)
+        static = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
+        assert static < found["peak"] <= found["total"]
+        peaks += [found["peak"]] if not changes else []
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[-1]
+
+
+def test_one_process_shards_nothing():
+    for changes in ({}, {"compute_dtype": "bfloat16", "dtype": "float32"}):
+        alone = setting("60m", **changes)
+        assert account(replace(alone, parallel="fsdp")) == account(alone)
+
+
+def test_what_is_divided_and_what_is_not():
+    """Parameters, gradients and moments by the processes; supports, activations and the loss not at all."""
+    one, eight = (account(setting("350m", parallel="fsdp", world_size=size, embedding_bits=8)) for size in (1, 8))
+    for name in ("parameters", "gradients", "optimizer"):
+        assert eight[name] == pytest.approx(one[name] / 8, rel=0.01)
+    for name in ("support", "activations", "loss"):
+        assert eight[name] == one[name]
+
+
+def test_accumulated_gradients_are_whole_on_every_process():
+    """In the reduce dtype, however many processes there are; without accumulation a process has its part in the own dtype."""
+    sharded = setting(
+        "60m", peft_model="full", parallel="fsdp", world_size=4, dtype="float32", compute_dtype="bfloat16"
+    )
+    accumulating = replace(sharded, gradient_accumulation=2)
+    assert account(sharded)["gradients"] == 4 * 58_073_600 / 4
+    assert account(accumulating)["gradients"] == 2 * 58_073_600
+    assert account(replace(accumulating, reduce_dtype="float32"))["gradients"] == 4 * 58_073_600
+
+
+def test_layers_that_are_not_freed_cost_the_whole_model():
+    sharded = setting("350m", peft_model="full", parallel="fsdp", world_size=8)
+    freed, kept = (account(replace(sharded, reshard_after_forward=value)) for value in (True, False))
+    assert kept["scratch"] >= 2 * 367_969_280 > 2 * freed["scratch"]
+
+
+def test_summing_in_another_dtype_takes_a_bucket_more():
+    """DDP's buckets hold 25 MiB or one larger tensor; per-layer updates convert one tensor at a time."""
+    here = setting("350m", peft_model="full", world_size=2, optimizer="adamw", embedding_bits=None)
+    for per_layer in (False, True):
+        plain, wide = (account(replace(here, per_layer=per_layer, reduce_dtype=name)) for name in (None, "float32"))
+        assert wide["scratch"] - plain["scratch"] == 4 * 32_000 * 1024
+    small = setting("9m", peft_model="full", world_size=2, optimizer="adamw", embedding_bits=None)
+    plain, wide = (account(replace(small, reduce_dtype=name)) for name in (None, "float32"))
+    counted = parameter_counts(small.model, method="full", rank=1, sparsity=0.0)
+    assert wide["scratch"] - plain["scratch"] == 4 * counted.total < 4 * 25 * 2**20 // 2  # all of it in one bucket
+    assert account(replace(here, world_size=1, reduce_dtype="float32")) == account(replace(here, world_size=1))
+
+
+def test_sharding_is_proposed_to_several_processes():
+    here = setting("1b", peft_model="full", optimizer="adamw", embedding_bits=None, world_size=4)
+    (found,) = [saving for saving in savings(here) if saving.flag == "parallel"]
+    assert found.text == "--parallel fsdp"
+    assert found.peak < account(here)["peak"] / 2
+    assert "--parallel fsdp" in {saving.text for saving in fitting_flags(here, found.peak)}
+    for other in (replace(here, world_size=1), replace(here, optimizer="adafactor"), found.setting):
+        assert "parallel" not in {saving.flag for saving in savings(other)}
+    kept = replace(found.setting, reshard_after_forward=False)
+    assert "--reshard_after_forward true" in {saving.text for saving in savings(kept)}

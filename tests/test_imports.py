@@ -12,7 +12,7 @@ FLOORS = [
     ["sparse_lora"],
     [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling"),
-        *("health", "stop", "manifest", "parallel"),
+        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
     ],
     ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
     ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "saver", "build"],
@@ -24,7 +24,10 @@ FLOORS = [
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Modules about one slow package, which nobody imports at the top of a file.
 LOADED_LATE = {"adam8bit.py", "adam_ao.py"}
-WITHOUT_TORCH = ["config", "model_config", "memory", "account", "schedule", "manifest", "plan"]
+WITHOUT_TORCH = [
+    *("config", "model_config", "memory", "account", "schedule", "manifest", "plan"),
+    *("fsdp_units", "peak", "savings", "wire"),
+]
 
 
 def sources():

@@ -77,3 +77,43 @@ def test_table_and_refusal(capsys):
     assert "paper's convention" in capsys.readouterr().out
     assert command(["estimate", "--model_config", "nowhere.json"]) == 2
     assert "nowhere.json" in capsys.readouterr().err
+
+
+SHARED = ["--model_config", str(ROOT / "configs/llama_60m.json"), "--dataset", "demo", "--dtype", "bfloat16"]
+
+
+def test_communication_of_several_processes(capsys):
+    """58,073,600 parameters of 2 bytes, 2 x 3/4 of them sent by each of 4 processes; at 1e9 bytes/s as many nanoseconds."""
+    found = figures(capsys, *SHARED, "--world", "4", "--batch_size", "4", "--bandwidth", "1", "--rate", "1000")
+    wire = found["wire"]
+    assert wire["sent"] == wire["sent_full_rank"] == 58_073_600 * 2 * 2 * 3 // 4
+    assert wire["seconds"] == pytest.approx(wire["sent"] / 1e9)
+    (row,) = [row for row in wire["not_overlapped"]["scaling"] if row["world_size"] == 4]
+    assert row["seconds_per_update"] == pytest.approx(4 * 256 / 1000 + wire["seconds"])
+    assert figures(capsys, *SHARED)["wire"]["sent"] == 0
+    assert {"parameters", "bytes", "paper", "wire"} == set(found)
+
+
+def test_scaling_is_printed_where_rate_and_bandwidth_are_given(capsys):
+    base = ["estimate", *SHARED, "--world", "2", "--batch_size", "4"]
+    texts = []
+    for flags in ([], ["--bandwidth", "1"], ["--bandwidth", "1", "--rate", "1000"]):
+        assert command([*base, *flags]) == 0
+        texts.append(capsys.readouterr().out)
+    assert ["on the wire: 0.116 GB" in text for text in texts] == [True] * 3
+    assert ["communication 0.116 s per update" in text for text in texts] == [False, True, True]
+    assert ["efficiency below a half from" in text for text in texts] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--rate", "1000"], "--bandwidth"),
+        (["--bandwidth", "0"], "--bandwidth 0.0"),
+        (["--bandwidth", "nan"], "--bandwidth nan"),
+        (["--bandwidth", "1", "--rate", "-5"], "--rate -5.0"),
+    ],
+)
+def test_a_rate_that_cannot_be_used_is_refused(capsys, flags, named):
+    assert command(["estimate", *SHARED, "--world", "2", *flags]) == 2
+    assert named in capsys.readouterr().err

@@ -1,0 +1,276 @@
+"""Bytes that processes hold and exchange: the account's and the plan's figures beside real tensors and real collectives."""
+
+import itertools
+import os
+import weakref
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from forked import SERVER, free_port
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_pretraining.account import Setting, account
+from peft_pretraining.distributed import World, process_group
+from peft_pretraining.footprint import measured_bytes
+from peft_pretraining.loss import TokenLoss
+from peft_pretraining.model_config import ModelConfig, load_model_config
+from peft_pretraining.modeling import build_model
+from peft_pretraining.optim import PerLayerUpdate, WholeUpdate, build_optimizer
+from peft_pretraining.wire import full_rank, traffic
+from sparse_lora import SLTrainConfig, reparameterize
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+RANK, SPARSITY, LENGTH = (
+    8,
+    0.3,
+    16,
+)  # of the low-rank part; so that some sparse parts reach 4,096 elements and others not
+OPTIMIZERS = [
+    *(("adam", {}), ("adamw", {}), ("sgd", {}), ("sgd", {"beta1": 0.9}), ("adam8bit", {}), ("adamw4bit", {})),
+    *(("adam8bit", {"embedding_bits": 32}), ("adamw4bit", {"embedding_bits": 8})),
+]
+
+
+def tiny() -> ModelConfig:
+    """Rows that three processes cannot share evenly; shards above and below 4,096 elements."""
+    sizes = {"vocab_size": 301, "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2}
+    return replace(
+        load_model_config(ROOT / "configs/llama_9m.json"), **sizes, num_attention_heads=4, num_key_value_heads=2
+    )
+
+
+def setting(method: str, world_size: int, **changes) -> Setting:
+    base = {"optimizer": "adamw", "dtype": "float32", "batch_size": 2, "max_length": LENGTH}
+    model = changes.pop("model", None) or tiny()
+    return Setting(model, method, RANK, SPARSITY, world_size=world_size, **(base | changes))
+
+
+def token_loss(found: Setting) -> TokenLoss:
+    def change(model):
+        if found.peft_model == "sltrain":
+            reparameterize(model, SLTrainConfig(rank=RANK, sparsity=SPARSITY))
+
+    dtype = getattr(torch, found.dtype)
+    return TokenLoss(build_model(found.model, dtype=dtype, device="cpu", seed=0, reparameterize=change))
+
+
+def sharded(found: Setting) -> TokenLoss:
+    """As `--parallel fsdp` divides a model: embedding and layers by themselves, the rest with the root."""
+    module = token_loss(found)
+    dtypes = [None if name is None else getattr(torch, name) for name in (found.compute_dtype, found.reduce_dtype)]
+    policy = MixedPrecisionPolicy(*dtypes)
+    for unit in [module.model.model.embed_tokens, *module.model.model.layers]:
+        fully_shard(unit, mp_policy=policy, reshard_after_forward=found.reshard_after_forward)
+    fully_shard(module, mp_policy=policy, reshard_after_forward=False)
+    return module
+
+
+def micro_batch(found: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    size = (found.batch_size, found.max_length)
+    ids = torch.randint(found.model.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    return ids, ids
+
+
+def bytes_held(found: Setting, world: World) -> dict[str, int]:
+    """Parameters, support, gradients before the step and moments after it, of this process."""
+    module = sharded(found)
+    choice = {name: value for name in ("beta1", "embedding_bits") if (value := getattr(found, name))}
+    build = partial(build_optimizer, found.optimizer, lr=1e-3, weight_decay=0.0, **choice)
+    kind = PerLayerUpdate if found.per_layer else WholeUpdate
+    updates = kind(build, dict(module.model.named_parameters()), world)
+    updates.begin(1e-3)
+    updates.before_backward(True)
+    module(*micro_batch(found)).backward()
+    gradients = measured_bytes(module, updates.optimizer)["gradients"]
+    updates.finish(torch.zeros(()))
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return measured_bytes(module, updates.optimizer) | {"gradients": gradients}
+
+
+class Payloads(TorchDispatchMode):
+    """Bytes that collectives were called with, by their kind; a few numbers of up to 64 bytes are not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith("c10d::"):
+            tensors = [tensor for value in args for tensor in (value if isinstance(value, list) else [value])]
+            size = max(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+            if size > 64:
+                self.bytes[name.removeprefix("c10d::").strip("_")] += size
+        return func(*args, **(kwargs or {}))
+
+
+def bytes_exchanged(found: Setting) -> dict[str, int]:
+    """Payloads of an update, its first one (DDP's later ones have other buckets, of the same bytes)."""
+    if found.parallel == "fsdp":
+        module = sharded(found)
+        module(*micro_batch(found)).backward()  # in the first pass FSDP2 does not know yet what to gather beforehand
+        module.zero_grad()
+    else:
+        module = DistributedDataParallel(token_loss(found), gradient_as_bucket_view=True)
+    with Payloads() as payloads:
+        for number in range(1, found.gradient_accumulation + 1):
+            last = number == found.gradient_accumulation
+            if found.parallel == "fsdp":
+                module.set_requires_gradient_sync(last)
+            else:
+                module.require_backward_grad_sync = last  # what no_sync() sets
+            module(*micro_batch(found)).backward()
+    return dict(payloads.bytes)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Most bytes of storages made by operations and alive at one time, at their size of then: FSDP2 empties and refills them."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                self.alive.add(tensor.untyped_storage())
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+        return out
+
+
+def working_peak(found: Setting, world: World) -> int:
+    """Most bytes beside parameters, supports and moments in an update; the least of four, as gloo may free a buffer late."""
+    with PeakBytes() as measured:
+        module = sharded(found)
+        build = partial(build_optimizer, found.optimizer, lr=1e-3, weight_decay=0.0)
+        updates = WholeUpdate(build, dict(module.model.named_parameters()), world)
+        peaks = []
+        for _ in range(5):
+            measured.peak = 0
+            updates.begin(1e-3)
+            for number in range(1, found.gradient_accumulation + 1):
+                module.set_requires_gradient_sync(number == found.gradient_accumulation)
+                module(*micro_batch(found)).backward()
+            peaks.append(measured.peak)
+            updates.finish(torch.zeros(()))
+    held = measured_bytes(module, updates.optimizer)
+    return min(peaks[1:]) - sum(held[name] for name in ("parameters", "support", "optimizer"))
+
+
+def peak_settings(world_size: int) -> list[Setting]:
+    """Where embedding and head are most of the model, and where its layers are."""
+    wide = {"vocab_size": 4001, "hidden_size": 128, "intermediate_size": 352}
+    deep = {"vocab_size": 301, "hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 6}
+    choices = [{}, {"gradient_accumulation": 2}, {"reshard_after_forward": False}, {"compute_dtype": "bfloat16"}]
+    return [
+        setting("full", world_size, parallel="fsdp", batch_size=1, model=replace(tiny(), **shape), **choice)
+        for shape, choice in itertools.product((wide, deep), choices)
+    ]
+
+
+def held_settings(world_size: int) -> list[Setting]:
+    return [
+        setting(method, world_size, optimizer=optimizer, parallel="fsdp", dtype=dtype, per_layer=per_layer, **choice)
+        for (optimizer, choice), method, (dtype, per_layer) in itertools.product(
+            OPTIMIZERS, ("full", "sltrain"), (("float32", False), ("bfloat16", True))
+        )
+    ]
+
+
+def exchanged_settings(world_size: int) -> list[Setting]:
+    fsdp = [
+        {},
+        {"reshard_after_forward": False},
+        {"compute_dtype": "bfloat16"},
+        {"compute_dtype": "bfloat16", "reduce_dtype": "float32"},
+    ]
+    choices = [{"parallel": "ddp"}, {"parallel": "ddp", "dtype": "bfloat16"}, *({"parallel": "fsdp"} | c for c in fsdp)]
+    return [
+        setting(method, world_size, gradient_accumulation=accumulation, **choice)
+        for method, accumulation, choice in itertools.product(("full", "sltrain"), (1, 3), choices)
+    ]
+
+
+def in_each(rank: int, size: int, port: int, results: Path) -> None:
+    """What process `rank` finds, saved to rank.pt."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = World(rank, size, rank, size)
+    with process_group(world, CPU, timeout_s=60):
+        held = [bytes_held(found, world) for found in held_settings(size)]
+        exchanged = [bytes_exchanged(found) for found in exchanged_settings(size)]
+        peaks = [working_peak(found, world) for found in peak_settings(size)]
+    torch.save((held, exchanged, peaks), results / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory) -> tuple[int, list]:
+    """How many, and for each what it holds and exchanges."""
+    folder, port, size = tmp_path_factory.mktemp(str(request.param)), free_port(), request.param
+    started = [SERVER.Process(target=in_each, args=(rank, size, port, folder)) for rank in range(size)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * size
+    return size, [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def test_the_account_is_what_process_0_holds(processes):
+    """To the byte, with every optimizer but adafactor, which works on whole rows and columns; nobody holds more."""
+    size, found = processes
+    for number, expected in enumerate(held_settings(size)):
+        predicted, measured = account(expected), [held[number] for held, _, _ in found]
+        for name in ("parameters", "support", "optimizer"):
+            assert measured[0][name] == predicted[name], (expected, name)
+            if name != "optimizer":  # parts below 4,096 elements have float32 moments: a smaller part may take more
+                assert max(held[name] for held in measured) == measured[0][name]
+        if expected.per_layer:
+            assert measured[0]["gradients"] == 0  # stepped and freed in the backward pass
+        else:
+            assert measured[0]["gradients"] == predicted["gradients"], expected
+
+
+def test_the_peak_is_what_an_update_takes(processes):
+    """Within 10 % of what torch allocates in it."""
+    size, found = processes
+    for number, expected in enumerate(peak_settings(size)):
+        predicted = account(expected)
+        working = predicted["peak"] - sum(predicted[name] for name in ("parameters", "support", "optimizer", "runtime"))
+        assert working == pytest.approx(found[0][2][number], rel=0.1), expected
+
+
+def test_what_is_exchanged_is_what_the_plan_says(processes):
+    """Payloads to the byte; gradients once per update whatever the accumulation."""
+    size, found = processes
+    for number, expected in enumerate(exchanged_settings(size)):
+        predicted = traffic(expected)
+        by_kind = {
+            "allreduce": predicted.all_reduced,
+            "allgather_base": predicted.all_gathered,
+            "reduce_scatter_base": predicted.reduce_scattered,
+        }
+        for _, exchanged, _ in found:
+            assert {name: exchanged[number].get(name, 0) for name in by_kind} == by_kind, expected
+
+
+def test_sltrain_exchanges_no_more_than_its_share_of_parameters(processes):
+    """Of full-rank's bytes, as they were counted: at most the ratio of the parameters and 1 %."""
+    size, found = processes
+    counted = dict(zip(exchanged_settings(size), found[0][1], strict=True))
+    parameters = {
+        method: sum(p.numel() for p in token_loss(setting(method, size)).parameters()) for method in ("full", "sltrain")
+    }
+    ratio = parameters["sltrain"] / parameters["full"]
+    for ours in (key for key in counted if key.peft_model == "sltrain" and key.parallel == "ddp"):
+        assert counted[ours]["allreduce"] <= (ratio + 0.01) * counted[full_rank(ours)]["allreduce"]
