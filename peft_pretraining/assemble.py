@@ -82,7 +82,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
-    return_freed_memory_if_tight(plan.bytes["peak"], there)
+    return_freed_memory_if_tight(plan.bytes["peak"], there, sharded=args.parallel == "fsdp" and world.size > 1)
     token_loss = build_module(args, plan, world, device)
     updates = build_updates(args, token_loss.model, world, device)
     module: nn.Module = token_loss

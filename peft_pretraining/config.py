@@ -230,7 +230,7 @@ class SystemArguments:
     )
     reduce_dtype: str | None = _arg(
         None,
-        "dtype in which gradients are summed over processes: bfloat16 | float32 (default: as --dtype)",
+        "dtype in which gradients are summed over processes: bfloat16 | float32 (default: that of the arithmetic)",
         choices=DTYPES,
     )
     compute_dtype: str | None = _arg(

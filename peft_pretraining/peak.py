@@ -78,6 +78,9 @@ def of_parts(setting: Setting, working: Working, units: Units) -> list[Moment]:
     for number in sorted({0, 1, num_layers - 2, num_layers - 1} & set(range(num_layers))):
         gradients = min(working.gradients, buffers.gradients(number))
         left, below = (working.layers_left(num_layers - number - done, num_layers) for done in (0, 1))
+        if setting.device_type == "cpu":
+            # malloc keeps what a layer's backward pass frees, blocks of less than 4 MiB between gradients that stay.
+            left = below = working.activations
         found += [
             Moment(gradients, left, 0, buffers.layer_begins(number, working.layer)),
             Moment(gradients, below, 0, buffers.layer_ends(number, working.layer, working.step)),
