@@ -1,7 +1,7 @@
-"""Memory of each process under `--parallel fsdp`, predicted and measured, by runs of the program itself on this machine's CPU.
+"""Memory of each process under `--parallel fsdp`, predicted and measured, by runs of the program itself on a CPU.
 
-`python benchmarks/memory_processes.py [ROW ...] [--out FILE.json]`: three updates of packed demo text (two at 1b), 1 x 256 tokens per
-process and micro-batch. Measured: the largest resident size of process 0, whose parts are the largest, after the last update.
+`python benchmarks/memory_processes.py [ROW ...] [--out FILE.json]`: three updates of packed demo text (two at 1b), 1 x 256
+tokens per process and micro-batch. Measured: the largest resident size of process 0, whose parts are the largest.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ ROWS = {
     ),
     "350m-sltrain-per-layer-2": (
         *("350m", 2),
-        "--peft_model sltrain --rank 256 --sp_ratio 0.03 --optimizer adam8bit_per_layer --dtype bfloat16 --activation_checkpointing",
+        "--peft_model sltrain --rank 256 --sp_ratio 0.03 --optimizer adam8bit_per_layer --dtype bfloat16 "
+        "--activation_checkpointing",
     ),
     "350m-sltrain-2": ("350m", 2, "--peft_model sltrain --rank 256 --sp_ratio 0.03 --optimizer adamw --dtype bfloat16"),
     "1b-sltrain-4": ("1b", 4, "--peft_model sltrain --rank 512 --sp_ratio 0.03 --optimizer adamw --dtype bfloat16"),
 }
 COMMON = (
-    "--device cpu --dataset demo --packing --batch_size 1 --max_length 256 --lora_alpha 32 --lr 0.001 --warmup_steps 1 --workers 0 "
-    "--data_lanes 24 --eval_tokens 1000 --eval_every 100 --save_every 100 --wandb disabled --resume never --parallel fsdp"
+    "--device cpu --dataset demo --packing --batch_size 1 --max_length 256 --lora_alpha 32 --lr 0.001 --warmup_steps 1 "
+    "--workers 0 --data_lanes 24 --eval_tokens 1000 --eval_every 100 --save_every 100 --wandb disabled --resume never --parallel fsdp"
 )
 
 
@@ -85,7 +86,8 @@ def main() -> None:
     for name in args.rows:
         row = measure(name)
         found.append(row)
-        figures = f"{row['memory_peak_predicted'] / 1e9:.2f} | {row['peak_measured'] / 1e9:.2f} | {row['predicted_to_measured']:.2f}"
+        peaks = (row["memory_peak_predicted"] / 1e9, row["peak_measured"] / 1e9, row["predicted_to_measured"])
+        figures = " | ".join(f"{value:.2f}" for value in peaks)
         print(f"| {row['model']} | `{row['flags']}` | {row['processes']} | {figures} |", flush=True)
         if args.out is not None:
             args.out.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
