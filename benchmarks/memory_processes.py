@@ -40,7 +40,8 @@ ROWS = {
 }
 COMMON = (
     "--device cpu --dataset demo --packing --batch_size 1 --max_length 256 --lora_alpha 32 --lr 0.001 --warmup_steps 1 "
-    "--workers 0 --data_lanes 24 --eval_tokens 1000 --eval_every 100 --save_every 100 --wandb disabled --resume never --parallel fsdp"
+    "--workers 0 --data_lanes 24 --eval_tokens 1000 --eval_every 100 --save_every 100 "
+    "--wandb disabled --resume never --parallel fsdp"
 )
 
 

@@ -80,13 +80,15 @@ def test_equal_training(tmp_path, flags, method):
         assert held[1] == pytest.approx(held[0] / (processes if "fsdp" in name else 1), rel=0.05)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "adamw4bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-rounded", "adam8bit", "adamw4bit"])
 def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
     """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""
-    flags += ["--peft_model", "sltrain", "--train_scaling", "--optimizer", optimizer, "--num_training_steps", "6"]
+    rounding = ["--dtype", "bfloat16", "--stochastic_rounding"] if optimizer == "adamw-rounded" else []
+    flags += ["--peft_model", "sltrain", "--train_scaling", "--optimizer", optimizer.split("-")[0], *rounding]
+    flags += ["--num_training_steps", "6"]
     flags += ["--parallel", "fsdp", "--batch_size", "3", "--save_every", "3"]
     flags += (
-        [] if optimizer == "adamw" else ["--embedding_states", "8bit"]
+        ["--embedding_states", "8bit"] if "bit" in optimizer else []
     )  # nothing else is large enough to be quantised
     train(tmp_path / "whole", 2, flags)
     train(tmp_path / "layered", 2, flags, "--per_layer")
@@ -159,8 +161,9 @@ def test_dtypes_of_sums_and_of_arithmetic(tmp_path, flags):
 
 
 @pytest.mark.full
-def test_compiled_layers(tmp_path, flags):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_layers(tmp_path, flags, parallel):
     flags += ["--peft_model", "sltrain", "--optimizer", "adamw", "--num_training_steps", "3", "--batch_size", "3"]
-    train(tmp_path / "eager", 2, flags, "--parallel", "fsdp")
-    train(tmp_path / "compiled", 2, flags, "--parallel", "fsdp", "--compile")
+    train(tmp_path / "eager", 2, flags, "--parallel", parallel)
+    train(tmp_path / "compiled", 2, flags, "--parallel", parallel, "--compile")
     assert_same(tmp_path / "eager", tmp_path / "compiled", {"loss": 1e-4, "gradnorm": 1e-3, "parameters": 1e-3})
