@@ -213,7 +213,7 @@ def in_each(rank: int, size: int, port: int, results: Path) -> None:
     torch.save((held, exchanged, peaks), results / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.full)])
 def processes(request, tmp_path_factory) -> tuple[int, list]:
     """How many, and for each what it holds and exchanges."""
     folder, port, size = tmp_path_factory.mktemp(str(request.param)), free_port(), request.param
