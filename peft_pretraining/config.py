@@ -236,7 +236,7 @@ class SystemArguments:
     compute_dtype: str | None = _arg(
         None,
         "with --parallel fsdp: gather parameters and compute in bfloat16, parameters and moments stay in --dtype float32",
-        choices=("bfloat16",),
+        choices={"bfloat16": "bfloat16", "bf16": "bfloat16"},
     )
     reshard_after_forward: bool = _arg(
         True,

@@ -59,6 +59,11 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     if args.max_train_tokens is not None:
         num_training_steps = math.ceil(args.max_train_tokens / (total_batch_size * args.max_length))
     problems += schedule.validate(**_schedule_arguments(args, num_training_steps))
+    if args.compute_dtype is not None and world.size == 1:
+        problems.append(
+            f"--compute_dtype {args.compute_dtype}: parameters are cast as several processes gather them, and this is one; use "
+            "--dtype bfloat16, or start more (torchrun --nproc_per_node N)"
+        )
     data_lanes = args.data_lanes or default_lanes(args.dataset)
     if data_lanes % world.size:
         fitting = [lanes for lanes in range(data_lanes, data_lanes + world.size) if lanes % world.size == 0]
@@ -222,6 +227,8 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
 
 def _warnings(args: Arguments, world: World) -> list[str]:
     lines = []
+    if args.parallel == "fsdp" and world.size == 1:
+        lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
     scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
     if args.peft_model != "full" and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
         what = (
