@@ -7,10 +7,14 @@ from collections.abc import Mapping
 import torch
 
 BNB_BLOCK_ELEMENTS = 256
+BNB_CODES = 256
 
 
 def plain_moments(state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """[first, second] moment, flat, in float32 where they are quantised; state: of one parameter, as its optimizer has it."""
+    """[first, second] moment, flat, in float32 where they are quantised; state: of one parameter, as its optimizer has it.
+
+    Raises KeyError, ValueError or RuntimeError where its tensors do not fit together.
+    """
     return [_dequantised(state, number) for number in (1, 2)]
 
 
@@ -30,6 +34,8 @@ def _dequantised(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor
     import bitsandbytes.functional as kernels
 
     scales, codes = state[f"absmax{number}"], state[f"qmap{number}"]
+    if scales.numel() != -(-values.numel() // BNB_BLOCK_ELEMENTS) or codes.numel() != BNB_CODES:
+        raise ValueError(f"{values.numel()} codes with {scales.numel()} scales and a code book of {codes.numel()}")
     plain: torch.Tensor = kernels.dequantize_blockwise(values, absmax=scales, code=codes, blocksize=BNB_BLOCK_ELEMENTS)
     return plain
 

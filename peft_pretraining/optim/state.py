@@ -20,11 +20,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_pretraining.optim.moments import plain_moments, set_moments_
-from peft_pretraining.optim.shards import Part, part_of, rows_of_part, whole_of
+from peft_pretraining.optim.shards import Part, local, part_of, rows_of_part, whole_of
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
 
 Scalars = dict[str, dict[str, Any]]
 Index = Mapping[str, tuple[torch.Size, torch.dtype]]  # <parameter>/<key> -> shape and dtype, of what was saved
+Saved = dict[
+    "Part | None", dict[str, tuple[torch.Size, torch.dtype]]
+]  # of one parameter: part -> key -> shape and dtype
 Read = Callable[[dict[str, torch.Tensor]], None]  # fills tensors in place
 
 _PARTIAL_NAME = re.compile(r"(.+)@(\d+)of(\d+)")
@@ -74,7 +77,7 @@ def load_optimizer_state(
     Raises:
         ValueError: the state names a parameter that the optimizer does not have.
     """
-    saved: dict[str, dict[Part | None, dict[str, tuple[torch.Size, torch.dtype]]]] = defaultdict(dict)
+    saved: dict[str, Saved] = defaultdict(dict)
     for path, entry in index.items():
         name, key = path.rsplit("/", 1)
         partial = _PARTIAL_NAME.fullmatch(name)
@@ -83,20 +86,23 @@ def load_optimizer_state(
     unknown = sorted((set(saved) | set(scalars)) - set(updates.stepped))
     if unknown:
         raise ValueError(f"optimizer state for {unknown[0]!r} ({len(unknown)} in all), which this model does not train")
-    # Moments made already would be there twice.
-    updates.optimizer.state.clear()
-    requantised = {name for name, parts in saved.items() if _is_divided_anew(updates, parameters[name], parts)}
-    if requantised:
-        _prepare(updates.optimizer)
-    for name in sorted(set(saved) | set(scalars)):
-        stepped, parameter = updates.stepped[name], parameters[name]
-        if name in requantised:
-            _set_from_plain_numbers(updates.optimizer.state[stepped], name, parameter, saved[name], read)
-            updates.optimizer.state[stepped].update(scalars.get(name, {}))
-        elif stepped.numel():
-            tensors = _read_as_saved(name, parameter, saved.get(name, {}), read)
-            updates.optimizer.state[stepped] = {**scalars.get(name, {}), **tensors}
-    return bool(requantised)
+    states = updates.optimizer.state
+    states.clear()
+    _prepare(updates.optimizer)
+    anew = [name for name, parts in saved.items() if _is_divided_anew(updates, parameters[name], parts)]
+    targets: dict[str, torch.Tensor] = {}
+    for name in sorted((set(saved) | set(scalars)) - set(anew)):
+        stepped = updates.stepped[name]
+        if stepped.numel():
+            found = _targets(name, parameters[name], saved.get(name, {}), states[stepped])
+            targets |= found
+            states[stepped].update({path.rsplit("/", 1)[1]: local(tensor) for path, tensor in found.items()})
+            states[stepped].update(scalars.get(name, {}))
+    read(targets)
+    for name in anew:
+        _set_from_plain_numbers(states[updates.stepped[name]], name, parameters[name], saved[name], read)
+        states[updates.stepped[name]].update(scalars.get(name, {}))
+    return bool(anew)
 
 
 def _partial_name(name: str, part: Part) -> str:
@@ -117,7 +123,7 @@ def _prepare(optimizer: HasState) -> None:
             member.prepare_states()
 
 
-def _is_divided_anew(updates: Updates, parameter: nn.Parameter, parts: Mapping[Part | None, object]) -> bool:
+def _is_divided_anew(updates: Updates, parameter: nn.Parameter, parts: Saved) -> bool:
     """Whether quantised moments were saved for other parts of the parameter than this process has."""
     here = part_of(parameter) if isinstance(parameter, DTensor) and _quantises(updates.optimizer) else None
     if here is None:
@@ -126,33 +132,42 @@ def _is_divided_anew(updates: Updates, parameter: nn.Parameter, parts: Mapping[P
     return here.size not in {part.size for part in parts if part is not None}
 
 
-def _read_as_saved(
-    name: str, parameter: nn.Parameter, parts: Mapping[Part | None, Mapping[str, Any]], read: Read
-) -> dict[str, torch.Tensor]:
-    """State tensors of this process's part, on the parameter's device."""
-    targets: dict[str, torch.Tensor] = {}
+def _targets(name: str, parameter: nn.Parameter, parts: Saved, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors of this process's part to read into, on the parameter's device, by the names they were saved under.
+
+    Those that the optimizer has made already, where it has: kernels trust that they fit together.
+    """
     here = part_of(parameter) if isinstance(parameter, DTensor) else None
-    for key, (size, dtype) in parts.get(None, {}).items():
-        target = torch.empty(size, dtype=dtype)
-        if isinstance(parameter, DTensor) and len(size):
-            target = whole_of(parameter, torch.empty_like(parameter.to_local(), dtype=dtype))
-        targets[f"{name}/{key}"] = target
-    if here is not None:
-        for key, (size, dtype) in parts.get(here, {}).items():
-            targets[f"{_partial_name(name, here)}/{key}"] = torch.empty(size, dtype=dtype)
-    read(targets)
-    # All of it lives with its parameter, step counts too: `build_optimizer` takes the fused variants.
-    return {
-        path.rsplit("/", 1)[1]: tensor.to_local() if isinstance(tensor, DTensor) else tensor.to(parameter.device)
-        for path, tensor in targets.items()
+    targets: dict[str, torch.Tensor] = {}
+    for part in {None, here}:
+        saved_name = name if part is None else _partial_name(name, part)
+        for key, (size, dtype) in parts.get(part, {}).items():
+            target: torch.Tensor = state.get(key, torch.empty(0))
+            if key not in state:
+                divided = part is None and isinstance(parameter, DTensor) and len(size) > 0
+                shape = local(parameter).shape if divided else size
+                # Step counts live there too: `build_optimizer` takes the fused variants.
+                target = torch.empty(shape, dtype=dtype, device=parameter.device)
+            if part is None and isinstance(parameter, DTensor) and len(size):
+                target = whole_of(parameter, target)
+            if target.shape != size or target.dtype != dtype:
+                raise ValueError(
+                    f"{saved_name}/{key} is {tuple(size)} {dtype} there and {tuple(target.shape)} {target.dtype} here"
+                )
+            targets[f"{saved_name}/{key}"] = target
+    missing = {key for key, value in state.items() if isinstance(value, torch.Tensor)} - {
+        path.rsplit("/", 1)[1] for path in targets
     }
+    if missing:
+        raise ValueError(f"{name}/{min(missing)} is missing")
+    return targets
 
 
 def _set_from_plain_numbers(
     state: dict[str, Any],
     name: str,
     parameter: nn.Parameter,
-    parts: Mapping[Part | None, Mapping[str, tuple[torch.Size, torch.dtype]]],
+    parts: Saved,
     read: Read,
 ) -> None:
     """Dequantise all parts, and quantise what falls to this process."""

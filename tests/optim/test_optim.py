@@ -66,6 +66,25 @@ def test_state_of_another_model_is_refused():
         load_optimizer_state(updates, dict(model.named_parameters()), index, {}, partial(fill, {}))
 
 
+@pytest.mark.parametrize("name", ["adam8bit", "adamw4bit"])
+@pytest.mark.parametrize("harm", ["shorter", "missing", "other dtype"])
+def test_quantised_state_that_does_not_fit_together_is_refused(name, harm):
+    """The kernels would read beyond a short tensor's end: a checkpoint may come from a stranger."""
+    model = make(torch.float32)
+    updates = updates_of(model, name, lr=1e-3, weight_decay=0.0)
+    step(model, updates, 0)
+    saved = optimizer_state(updates, dict(model.named_parameters())).shared
+    index = {key: (tensor.shape, tensor.dtype) for key, tensor in saved.items()}
+    scales = f"0.weight/{'absmax1' if name == 'adam8bit' else 'scale1'}"
+    if harm == "missing":
+        del index[scales]
+    else:
+        size, dtype = index[scales]
+        index[scales] = (torch.Size([1]), dtype) if harm == "shorter" else (size, torch.float64)
+    with pytest.raises(ValueError, match=scales):
+        load_optimizer_state(updates, dict(model.named_parameters()), index, {}, partial(fill, saved))
+
+
 def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match="'lion'"):
         build_optimizer("lion", {"x": nn.Parameter(torch.zeros(1))}, lr=1.0, weight_decay=0.0)
