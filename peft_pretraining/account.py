@@ -41,6 +41,8 @@ class Setting:
     batch_size: int
     max_length: int
     train_scaling: bool = False
+    support: str = "uniform"
+    linear_path: str = "auto"
     beta1: float = 0.0
     embedding_bits: int | None = None
     stochastic_rounding: bool = False
@@ -103,6 +105,9 @@ def account(setting: Setting) -> dict[str, int]:
         dtype=setting.computes_in,
         checkpointing=setting.activation_checkpointing,
         compiled=setting.compile,
+        factored_rank=sum(
+            setting.rank for shape in memory.linear_shapes(setting.model) if _is_factored(setting, shape)
+        ),
         chunk_rows=memory.loss_chunk_rows(setting.device_type),
     )
     largest = max(math.prod(memory.first_part(group.shape, setting.parts)) for group in groups)
@@ -114,7 +119,7 @@ def account(setting: Setting) -> dict[str, int]:
     working = Working(
         static["gradients"],
         **kept,
-        layer=_layer_scratch(setting, groups) + _reduction_copy(setting, units, largest),
+        layer=_layer_scratch(setting) + _reduction_copy(setting, units, largest),
         step=_step_scratch(setting, largest),
     )
     moments = of_parts(setting, working, units) if setting.sharded else of_whole(setting, working)
@@ -135,6 +140,7 @@ def parameter_groups(setting: Setting) -> list[memory.TensorGroup]:
         rank=setting.rank,
         sparsity=setting.sparsity,
         train_scaling=setting.train_scaling,
+        support=setting.support,
     )
 
 
@@ -145,6 +151,7 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         rank=setting.rank,
         sparsity=setting.sparsity,
         train_scaling=setting.train_scaling,
+        support=setting.support,
     )
     return memory.static_bytes(
         setting.model,
@@ -174,17 +181,39 @@ def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
     return memory.DTYPE_BYTES[setting.reduces_in] * (largest if setting.per_layer else min(bucket, units.whole))
 
 
-def _layer_scratch(setting: Setting, groups: list[memory.TensorGroup]) -> int:
-    """Temporaries of the largest linear's backward: its weight or that weight's gradient, and the decoded support."""
-    rows, columns = max(memory.linear_shapes(setting.model), key=lambda shape: shape[0] * shape[1])
-    width = memory.DTYPE_BYTES[setting.computes_in]
+def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
+    """Whether a linear (out, in) is computed by its factors, as sparse_lora.functional decides."""
+    if setting.peft_model == "full":
+        return False
+    if setting.linear_path != "auto":
+        return setting.linear_path == "factored"
+    from sparse_lora.cost import cheaper_path  # the package imports torch, which refused arguments must not wait for
+
+    kind = setting.support if setting.peft_model == "sltrain" else "none"
+    nnz = memory.nonzeros(kind, *shape, setting.sp_ratio) if kind != "none" else 0
+    rows = setting.batch_size * setting.max_length
+    return cheaper_path(rows, *shape, setting.rank, kind, nnz, setting.device_type) == "factored"
+
+
+def _layer_scratch(setting: Setting) -> int:
+    """Temporaries of the backward pass of the linear that has most of them."""
     if setting.peft_model == "full":
         return 0  # weight and gradient are counted as what they are
-    nnz = max((g.shape[0] for g in groups if g.kind == "sparse"), default=0)
-    positions = nnz * (4 if rows * columns <= 2**31 else 8)
-    # Without a sparse part the weight is never built where the rank is small (functional.multiply_apart).
-    dense = rows * columns * width if nnz or setting.rank >= rows * columns / (rows + columns) else 0
-    return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns))
+    return max(_linear_scratch(setting, shape) for shape in memory.linear_shapes(setting.model))
+
+
+def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
+    """Of a linear (out, in): its weight or that weight's gradient, where it is built; the decoded support, values and factors
+    with their gradients; and the gradient of x A^T where it is computed by its factors."""
+    rows, columns = shape
+    width, factored = memory.DTYPE_BYTES[setting.computes_in], _is_factored(setting, shape)
+    sparse = setting.peft_model == "sltrain"
+    nnz = memory.nonzeros(setting.support, rows, columns, setting.sp_ratio) if sparse else 0
+    uniform = sparse and setting.support == "uniform"
+    positions = nnz * (4 if rows * columns <= 2**31 else 8) if uniform else 0
+    dense = 0 if factored and not uniform else rows * columns * width
+    kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
+    return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
 
 
 def _step_scratch(setting: Setting, largest: int) -> int:

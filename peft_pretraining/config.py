@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from peft_pretraining.memory import SUPPORT_KINDS
+
 METHODS = ("full", "lowrank", "sltrain")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 LOW_BIT = ("adam8bit", "adamw4bit")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
-SUPPORTS = ("uniform",)
+LINEAR_PATHS = ("auto", "materialised", "factored")
 PARALLEL = ("ddp", "fsdp")
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
@@ -76,7 +78,15 @@ class MethodArguments:
         False, "train the low-rank part's scale as tanh(c), c starting at 1, instead of alpha / rank"
     )
     support: str = _arg(
-        "uniform", "where the sparse entries lie: uniform (at random, without replacement)", choices=SUPPORTS
+        "uniform",
+        "where the sparse entries lie: uniform (at random over the whole weight, as published) | block (1/sp_ratio "
+        "dense blocks on the diagonal: faster, nothing to store)",
+        choices=SUPPORT_KINDS,
+    )
+    linear_path: str = _arg(
+        "auto",
+        "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (whichever is faster)",
+        choices=LINEAR_PATHS,
     )
     lora_dropout: float = _arg(0.0, "published flag, no effect (the published layer never applied it)")
     # Flags of methods that other published programs have; they cost a notice here, see `notices`.
@@ -539,6 +549,8 @@ def value_problems(args: Arguments) -> list[str]:
             f"--sp_ratio {args.sp_ratio}: must lie strictly between 0 and 1 (e.g. 0.03); "
             "for no sparse part use --peft_model lowrank"
         )
+    elif args.peft_model == "sltrain" and args.support == "block":
+        problems += _block_problems(args.sp_ratio)
     if not 0 <= args.beta1 < 1:
         problems.append(f"--beta1 {args.beta1}: must be at least 0 and below 1")
     if not 0 <= args.min_lr_ratio <= 1:
@@ -585,6 +597,18 @@ def _parallel_problems(args: Arguments) -> list[str]:
             "use --parallel fsdp, or --dtype bfloat16"
         )
     return problems
+
+
+def _block_problems(sp_ratio: float) -> list[str]:
+    """Blocks have a share 1 / k of a weight's entries; it must be near what was asked for (sparse_lora.block.block_count)."""
+    blocks = max(1, round(1 / sp_ratio))
+    if abs(1 / blocks - sp_ratio) <= 0.05 * sp_ratio:
+        return []
+    below, above = 1 / (int(1 / sp_ratio) + 1), 1 / int(1 / sp_ratio)
+    return [
+        f"--sp_ratio {sp_ratio} with --support block: k blocks have a share 1/k of a weight's entries, the nearest are "
+        f"{below:.4g} and {above:.4g}; choose one of them, or --support uniform"
+    ]
 
 
 def _range_problems(args: Arguments) -> list[str]:
@@ -641,7 +665,7 @@ def notices(args: Arguments) -> list[str]:
         if method and field.name in args.given:
             lines.append(f"--{field.name} has no effect with --peft_model {args.peft_model}: it belongs to {method}")
     unused = {
-        "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
+        "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
         "lowrank": ("sp_ratio", "support"),
         "sltrain": (),
     }

@@ -67,7 +67,9 @@ def estimate(
     default = "bfloat16" if device_type == "cuda" else "float32"
     plan = make_plan(args, World(size=world_size), default, device_type)
     sparsity = args.sp_ratio if args.peft_model == "sltrain" else 0.0
-    counts = parameter_counts(plan.model, method=args.peft_model, rank=args.rank, sparsity=sparsity)
+    counts = parameter_counts(
+        plan.model, method=args.peft_model, rank=args.rank, sparsity=sparsity, support=args.support
+    )
     return {
         "parameters": plan.parameters,
         "bytes": plan.bytes,

@@ -10,11 +10,13 @@ Letters: L layers, h hidden size, i intermediate size, r rank.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from peft_pretraining.model_config import ModelConfig
 
 METHODS = ("full", "lowrank", "sltrain", "relora", "galore")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
+SUPPORT_KINDS = ("uniform", "block")
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 # bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
@@ -37,7 +39,8 @@ class TensorGroup:
     """`count` parameters of one shape.
 
     kind: "dense" | "low_rank" | "sparse". trained: False for the frozen weights of ReLoRA. projected: a matrix whose moments
-    GaLore keeps in a subspace. support_entries: for a "sparse" group, entries of the matrix that its values are spread over.
+    GaLore keeps in a subspace. support_entries: for a "sparse" group whose positions are stored, entries of the matrix that its
+    values are spread over.
     embedding: embedding or output head, whose moments may have a size of their own.
     """
 
@@ -61,7 +64,7 @@ class Counts:
 
     dense: embedding, head, norms, biases and the linears that stay whole. low_rank: A, B and trained scales. sparse: values of
     S. moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
-    rank, sparsity, train_scaling: the settings that were counted.
+    rank, sparsity, train_scaling, support: the settings that were counted.
     """
 
     total: int
@@ -73,6 +76,7 @@ class Counts:
     rank: int
     sparsity: float
     train_scaling: bool
+    support: str = "uniform"
 
 
 def linear_shapes(cfg: ModelConfig) -> list[tuple[int, int]]:
@@ -92,13 +96,30 @@ def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
             yield TensorGroup("dense", (out_features,), layers)
 
 
+def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
+    """Entries that S has in a weight, for a share `sparsity` of them; as sparse_lora.kinds.make_support."""
+    if support == "uniform":
+        return int(sparsity * out_features * in_features)
+    # k slices of the rows and of the columns, in each direction the first few one longer than the others.
+    blocks = max(1, round(1 / sparsity))
+    rows, more_rows = divmod(out_features, blocks)
+    columns, more_columns = divmod(in_features, blocks)
+    return blocks * rows * columns + more_rows * columns + more_columns * rows + min(more_rows, more_columns)
+
+
 def tensor_groups(
-    cfg: ModelConfig, *, method: str, rank: int, sparsity: float, train_scaling: bool = False
+    cfg: ModelConfig,
+    *,
+    method: str,
+    rank: int,
+    sparsity: float,
+    train_scaling: bool = False,
+    support: str = "uniform",
 ) -> list[TensorGroup]:
     """Every parameter of the model under `method`, grouped by shape.
 
-    rank and sparsity (share of entries in S) are used by the methods that have them. Every linear of attention and MLP is
-    factored; embedding, head and norms stay dense. Raises ValueError on an unknown method.
+    rank, sparsity (share of entries in S) and support (its kind) are used by the methods that have them. Every linear of
+    attention and MLP is factored; embedding, head and norms stay dense. Raises ValueError on an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
@@ -115,20 +136,28 @@ def tensor_groups(
             if train_scaling:
                 groups.append(TensorGroup("low_rank", (1,), layers))
         if method == "sltrain":
-            entries = out_features * in_features
-            groups.append(TensorGroup("sparse", (int(sparsity * entries),), layers, support_entries=entries))
+            count = nonzeros(support, out_features, in_features, sparsity)
+            stored = out_features * in_features if support == "uniform" else 0
+            groups.append(TensorGroup("sparse", (count,), layers, support_entries=stored))
     return groups
 
 
 def parameter_counts(
-    cfg: ModelConfig, *, method: str, rank: int, sparsity: float, train_scaling: bool = False
+    cfg: ModelConfig,
+    *,
+    method: str,
+    rank: int,
+    sparsity: float,
+    train_scaling: bool = False,
+    support: str = "uniform",
 ) -> Counts:
     """Exact numbers of elements; see Counts and tensor_groups.
 
     The paper's moments: every trained element, except that ReLoRA's are counted on the factors only, and GaLore's are r x
     max(out, in) for each projected matrix, beside a projection of r x min(out, in).
     """
-    groups = tensor_groups(cfg, method=method, rank=rank, sparsity=sparsity, train_scaling=train_scaling)
+    choice: dict[str, Any] = {"rank": rank, "sparsity": sparsity, "train_scaling": train_scaling, "support": support}
+    groups = tensor_groups(cfg, method=method, **choice)
     by_kind = {kind: sum(g.elements for g in groups if g.kind == kind) for kind in ("dense", "low_rank", "sparse")}
     total = sum(by_kind.values())
     projected = [g for g in groups if g.projected]
@@ -136,24 +165,26 @@ def parameter_counts(
     moments += sum(g.count * rank * max(g.shape) - g.elements for g in projected)
     return Counts(
         total=total,
-        **by_kind,
+        dense=by_kind["dense"],
+        low_rank=by_kind["low_rank"],
+        sparse=by_kind["sparse"],
         moments=moments,
         projections=sum(g.count * rank * min(g.shape) for g in projected),
-        rank=rank,
-        sparsity=sparsity,
-        train_scaling=train_scaling,
+        **choice,
     )
 
 
 def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
     """The memory the paper's table gives, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
 
-    bfloat16 parameters and two bfloat16 moments, 8 bytes of index per nonzero, no gradients, no activations. As printed, each
+    bfloat16 parameters and two bfloat16 moments, 8 bytes of index per nonzero of a uniform support (blocks, which the paper does
+    not have, need none), no gradients, no activations. As printed, each
     part is rounded to two digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
-    parameters = round((2 * counts.total + 8 * counts.sparse) / 1e9, 2)
+    index_bytes = 8 * counts.sparse if counts.support == "uniform" else 0
+    parameters = round((2 * counts.total + index_bytes) / 1e9, 2)
     optimizer = round((4 * counts.moments + 2 * counts.projections) / 1e9, 2)
     return {"parameters_G": parameters, "optimizer_G": optimizer, "total_G": round(parameters + optimizer, 2)}
 
@@ -187,7 +218,12 @@ def static_bytes(
     if method not in ("full", "lowrank", "sltrain"):
         raise ValueError(f"method {method!r}: bytes are known for full, lowrank and sltrain")
     whole = tensor_groups(
-        cfg, method=method, rank=counts.rank, sparsity=counts.sparsity, train_scaling=counts.train_scaling
+        cfg,
+        method=method,
+        rank=counts.rank,
+        sparsity=counts.sparsity,
+        train_scaling=counts.train_scaling,
+        support=counts.support,
     )
     groups = [replace(g, shape=first_part(g.shape, parts)) for g in whole]
     width = _element_bytes(dtype)
@@ -217,7 +253,9 @@ def first_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
 
 
 def support_bytes(nnz: int, entries: int) -> int:
-    """Bytes that one matrix's stored support takes."""
+    """Bytes that one matrix's stored support takes; none where `entries` is 0, see TensorGroup."""
+    if not entries:
+        return 0
     from sparse_lora.layout import layout_for  # the package imports torch, which refused arguments must not wait for
 
     return layout_for(nnz, entries).nbytes
@@ -268,6 +306,7 @@ def activation_bytes(
     dtype: str,
     checkpointing: str | None = None,
     compiled: bool = False,
+    factored_rank: int = 0,
     chunk_rows: int | None = None,
 ) -> dict[str, int]:
     """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes.
@@ -275,7 +314,8 @@ def activation_bytes(
     Per token and decoder layer, b bytes per element: each of the two norms keeps its input in float32 (4h), the normalised value
     and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
     the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
-    too, keep nothing but their input, which is one of these. Of a compiled layer torch's partitioner keeps less, computing
+    too, keep nothing but their input, which is one of these, and x A^T where they are computed by their factors: `factored_rank`
+    elements per token over all of a layer's linears. Of a compiled layer torch's partitioner keeps less, computing
     norms and products again: the input of each norm and its output (4bh), gate, up and their product (3bi). With
     checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's output, and one layer at a
     time is computed again.
@@ -290,6 +330,7 @@ def activation_bytes(
         layer = 4 * b * h + attention + 3 * b * cfg.intermediate_size
     else:
         layer = 2 * norm + attention + 4 * b * cfg.intermediate_size
+    layer += b * factored_rank
     if checkpointing is None:
         kept = layers * layer
     else:

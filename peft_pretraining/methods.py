@@ -32,6 +32,7 @@ def _layer_config(args: Arguments, sparsity: float) -> SLTrainConfig:
         alpha=args.lora_alpha,
         support=args.support,
         trainable_scaling=args.train_scaling,
+        path=args.linear_path,
         seed=args.seed,
     )
 

@@ -115,6 +115,8 @@ def memory_setting(
         rank=args.rank,
         sp_ratio=args.sp_ratio,
         train_scaling=args.train_scaling,
+        support=args.support,
+        linear_path=args.linear_path,
         optimizer=args.optimizer,
         beta1=args.beta1,
         embedding_bits=embedding_bits(args),
@@ -206,6 +208,7 @@ def _method_arguments(args: Arguments) -> dict[str, Any]:
         "rank": args.rank,
         "sparsity": args.sp_ratio if args.peft_model == "sltrain" else 0.0,
         "train_scaling": args.train_scaling,
+        "support": args.support,
     }
 
 
@@ -217,10 +220,16 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
             "(max_sequence_length); lower --max_length or raise it there"
         )
     rows, columns = min(memory.linear_shapes(model), key=math.prod)
-    if args.peft_model == "sltrain" and int(args.sp_ratio * rows * columns) == 0:
+    if args.peft_model == "sltrain" and args.support == "uniform" and int(args.sp_ratio * rows * columns) == 0:
         problems.append(
             f"--sp_ratio {args.sp_ratio}: leaves no entry in a weight of {rows} x {columns}; "
             f"use more than {1 / (rows * columns):.1g}"
+        )
+    smallest = min(size for shape in memory.linear_shapes(model) for size in shape)
+    if args.peft_model == "sltrain" and args.support == "block" and round(1 / args.sp_ratio) > smallest:
+        problems.append(
+            f"--sp_ratio {args.sp_ratio} with --support block: {round(1 / args.sp_ratio)} blocks do not fit a weight with "
+            f"{smallest} rows or columns; use at least {1 / smallest:.2g}, or --support uniform"
         )
     return problems
 

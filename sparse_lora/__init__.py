@@ -2,8 +2,11 @@
 
 linear.py          SparseLowRankLinear, a drop-in for nn.Linear
 functional.py      sparse_lowrank_linear (memory-saving autograd) and dense_reference (plain autograd)
-support.py         Support: which entries the sparse part has; generator_for
-layout.py          in how many bytes they are stored
+cost.py            which of its two paths takes less time
+support.py         Support: which entries the sparse part has, and the arithmetic of that part; generator_for
+uniform.py         anywhere, as published; layout.py: in how many bytes they are stored
+block.py           on the diagonal
+kinds.py           their names
 reparameterize.py  SLTrainConfig, reparameterize(model, config), merge(model)
 """
 

@@ -1,17 +1,23 @@
 """y = x W^T + bias with W = scaling * B A + S, without keeping W or its gradient; plain autograd beside it.
 
+Two paths compute the same (cost.py chooses): the materialised one builds W, and its gradient once, and multiplies by it; the
+factored one keeps x A^T and multiplies by the factors, and by S in the way that suits its support.
+
 Shapes: T rows (all leading dimensions of x together), I in_features, O out_features, R rank, N nonzeros of S.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .support import Support, decode
+from .cost import PATHS, cheaper_path
+from .kinds import sparse_part
+from .support import SparsePart, Support
 
 Scaling = float | Tensor
 
@@ -24,12 +30,14 @@ def sparse_lowrank_linear(
     support: Support | None,
     scaling: Scaling,
     bias: Tensor | None = None,
+    path: str = "auto",
 ) -> Tensor:
     """x W^T + bias with W = scaling * B A + S (arXiv 2406.02214, section 3.2); saves no dense weight for backward.
 
-    Saved are x, A, B, the values and the stored support; backward rebuilds W. At most one matrix of W's size is alive
-    at a time, in forward and in backward, compiled or not. Under autocast the products run in the autocast dtype, as
-    nn.Linear's do; x and the parameters are then saved in their own dtype, without a copy.
+    Saved are x, A, B, the values, the stored support and, on the factored path, x A^T, (T, R). At most one matrix of W's size
+    is alive at a time, in forward and in backward, compiled or not; on the factored path none, but for a uniform support. Under
+    autocast the products run in the autocast dtype, as nn.Linear's do; x and the parameters are then saved in their own dtype,
+    without a copy.
 
     Args:
         x: (..., I), any number of leading dimensions.
@@ -39,18 +47,27 @@ def sparse_lowrank_linear(
         support: positions of the values; None exactly when sparse_value is.
         scaling: factor of B A, a number or a tensor of one element (which then gets a gradient).
         bias: (O,) or None.
+        path: "materialised", "factored", or "auto" for the one that takes less time by the model of cost.py.
 
     Returns:
         (..., O) in x's dtype, or in the autocast dtype under autocast.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other.
+        ValueError: shapes or dtypes do not fit each other, or the path has another name.
     """
-    _check(x, lora_A, lora_B, sparse_value, support, scaling, bias)
+    _check(x, lora_A, lora_B, sparse_value, support, scaling, bias, path)
     dtype = _compute_dtype(x, lora_A)
-    code = None if support is None else support.code
+    code, blocks = (None, 0) if support is None else (support.code, support.blocks)
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
-    y: Tensor = _SparseLowRankLinear.apply(x, lora_A, lora_B, sparse_value, code, tensor, bias, number, dtype)
+    if path == "auto":
+        kind, nnz = ("none", 0) if support is None else (support.kind, support.nnz)
+        out_features, rank = lora_B.shape
+        path = cheaper_path(x.shape[:-1].numel(), out_features, x.shape[-1], rank, kind, nnz, x.device.type)
+    factored = path == "factored"
+    y: Tensor
+    y, _ = _SparseLowRankLinear.apply(
+        x, lora_A, lora_B, sparse_value, code, tensor, bias, number, dtype, blocks, factored
+    )
     return y
 
 
@@ -71,23 +88,12 @@ def dense_reference(
     return F.linear(x, weight, bias)
 
 
-def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor | None, code: Tensor | None) -> Tensor:
+def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor | None, part: SparsePart | None) -> Tensor:
     """W = scaled_B A + S, (O, I); S is added in place, which spares a second matrix. All values of one dtype."""
     weight = scaled_B @ lora_A
-    if values is not None and code is not None:
-        weight.view(-1).index_add_(0, decode(code, values.numel(), weight.numel()), values)
+    if values is not None and part is not None:
+        part.add_to_(weight, values)
     return weight
-
-
-def multiply_apart(num_rows: int, in_features: int, out_features: int, rank: int, sparse: bool) -> bool:
-    """Whether x A^T B^T (plus x S^T) takes fewer multiplications than building W and multiplying by it.
-
-    Apart: T R (I + O) and, with a sparse part, T I O for S as a dense matrix. Together: R I O + T I O. With a sparse
-    part, apart wins for few rows (generation); without one it wins whenever the rank is small, and builds no matrix.
-    """
-    apart = num_rows * rank * (in_features + out_features)
-    together = (rank + num_rows) * in_features * out_features
-    return apart + (num_rows * in_features * out_features if sparse else 0) < together
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -96,8 +102,9 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 class _SparseLowRankLinear(torch.autograd.Function):
-    """Not marked once_differentiable: in eager mode backward is made of differentiable operations, so that higher
-    derivatives come out right too (at the price of saving what they need)."""
+    """Returns y and what the factored path keeps, x A^T: an output, though nobody else sees it, because in eager mode backward is
+    made of differentiable operations and not marked once_differentiable, so that higher derivatives come out right too (at the
+    price of saving what they need)."""
 
     @staticmethod
     def forward(
@@ -110,28 +117,40 @@ class _SparseLowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         scaling_number: float,
         dtype: torch.dtype,
-    ) -> Tensor:
+        blocks: int,
+        factored: bool,
+    ) -> tuple[Tensor, Tensor]:
         compute = _output_op if torch.compiler.is_compiling() else _output
-        return compute(x, lora_A, lora_B, values, code, scaling, bias, scaling_number, dtype)
+        return compute(x, lora_A, lora_B, values, code, scaling, bias, scaling_number, dtype, blocks, factored)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *saved, bias, ctx.scaling_number, ctx.dtype = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, lora_A, lora_B, values, code, scaling, bias, *ctx.settings = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], x, lora_A, lora_B, values, code, scaling)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        compute: Callable[..., list[Tensor]] = _gradients_op if torch.compiler.is_compiling() else _gradients
-        grad_output = grad_outputs[0]
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        grad_output, grad_h = grad_outputs
         need_x, need_A, need_B, need_values, _, need_scaling, need_bias, *_ = ctx.needs_input_grad
-        needed = [need_x, need_A, need_B, need_values, need_scaling]
-        found = iter(compute(grad_output, *ctx.saved_tensors, ctx.scaling_number, ctx.dtype, needed))
-        grad_x, grad_A, grad_B, grad_values, grad_scaling = (next(found) if need else None for need in needed)
+        grads: list[Tensor | None] = [None] * 5
         grad_bias = None
-        if need_bias:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_A, grad_B, grad_values, None, grad_scaling, grad_bias, None, None
+        if grad_output is not None:
+            compute: Callable[..., list[Tensor]] = _gradients_op if compiling else _gradients
+            needed = [need_x, need_A, need_B, need_values, need_scaling]
+            found = iter(compute(grad_output, *ctx.saved_tensors, *ctx.settings, needed))
+            grads = [next(found) if need else None for need in needed]
+            if need_bias:
+                grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
+        if grad_h is not None and not compiling:  # of a second derivative, which no compiled graph has
+            _, x, lora_A, *_ = ctx.saved_tensors
+            of_x, of_A = _gradients_of_h(grad_h, x, lora_A)
+            grads[0] = of_x if grads[0] is None else grads[0] + of_x
+            grads[1] = of_A if grads[1] is None else grads[1] + of_A
+        grad_x, grad_A, grad_B, grad_values, grad_scaling = grads
+        return grad_x, grad_A, grad_B, grad_values, None, grad_scaling, grad_bias, None, None, None, None
 
 
 def _output(
@@ -144,23 +163,43 @@ def _output(
     bias: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
-) -> Tensor:
-    """y, (..., O), of the given dtype."""
+    blocks: int,
+    factored: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, (..., O), and x A^T, (T, R), or an empty tensor where W is built; of the given dtype."""
     scaled_B = (lora_B * (scaling_number if scaling is None else scaling)).to(dtype)
-    x, A = x.to(dtype), lora_A.to(dtype)
+    out_shape = (*x.shape[:-1], lora_B.shape[0])
+    x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), lora_A.to(dtype)
     values = None if values is None else values.to(dtype)
     bias = None if bias is None else bias.to(dtype)
+    part = _part(values, code, blocks, lora_B, lora_A)
     with without_autocast(x):
-        if not _apart(x, lora_A, lora_B, values):
-            return F.linear(x, build_weight(A, scaled_B, values, code), bias)
-        y = F.linear(F.linear(x, A), scaled_B, bias)
-        if values is not None and code is not None:
-            y += F.linear(x, _sparse_as_dense(values, code, lora_B.shape[0], lora_A.shape[1]))
-        return y
+        if not factored:
+            return F.linear(x_TI, build_weight(A, scaled_B, values, part), bias).view(out_shape), x_TI.new_empty(0)
+        h_TR = x_TI @ A.t()
+        y_TO = F.linear(h_TR, scaled_B, bias)
+        if part is not None and values is not None:
+            part.add_output_(y_TO, x_TI, values)
+        return y_TO.view(out_shape), h_TR
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What a backward pass works with, in the dtype of the products."""
+
+    g_TO: Tensor
+    x_TI: Tensor
+    A: Tensor
+    B: Tensor
+    scaled_B: Tensor
+    values: Tensor | None
+    part: SparsePart | None
+    h_TR: Tensor
 
 
 def _gradients(
     grad_output: Tensor,
+    h_TR: Tensor,
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -169,59 +208,82 @@ def _gradients(
     scaling: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
+    blocks: int,
+    factored: bool,
     needed: list[bool],
 ) -> list[Tensor]:
     """Those of the gradients of x, A, B, values and scaling that are needed, each in its tensor's shape and dtype."""
-    need_x, need_A, need_B, need_values, need_scaling = needed
     factor = scaling_number if scaling is None else scaling
-    g_TO = grad_output.reshape(-1, lora_B.shape[0])
-    x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-    A, B, scaled_B = lora_A.to(dtype), lora_B.to(dtype), (lora_B * factor).to(dtype)
-    grads: list[Tensor] = []
+    operands = _Operands(
+        grad_output.reshape(-1, lora_B.shape[0]),
+        x.reshape(-1, x.shape[-1]).to(dtype),
+        lora_A.to(dtype),
+        lora_B.to(dtype),
+        (lora_B * factor).to(dtype),
+        None if values is None else values.to(dtype),
+        _part(values, code, blocks, lora_B, lora_A),
+        h_TR,
+    )
+    need_x, need_A, need_B, need_values, need_scaling = needed
+    compute = _factored_gradients if factored else _materialised_gradients
     with without_autocast(x):
-        if need_x:
-            grad_x = _grad_input(g_TO, A, scaled_B, None if values is None else values.to(dtype), code)
-            grads.append(grad_x.view(x.shape).to(x.dtype))
-            del grad_x
-        # dW = G^T x: only now, when the W of _grad_input is gone, and only where it is used.
-        apart = _apart(x_TI, A, B, values)
-        grad_W = g_TO.t() @ x_TI if need_values or (not apart and any(needed[1:])) else None
-        if need_A:
-            Bt_grad_W = (g_TO @ B).t() @ x_TI if apart or grad_W is None else B.t() @ grad_W
-            grads.append((Bt_grad_W * factor).to(lora_A.dtype))
-        if need_B or need_scaling:
-            grad_W_At = g_TO.t() @ (x_TI @ A.t()) if apart or grad_W is None else grad_W @ A.t()
-        if need_B:
-            grads.append((grad_W_At * factor).to(lora_B.dtype))
-        if need_values and values is not None and code is not None and grad_W is not None:
-            positions = decode(code, values.numel(), grad_W.numel())
-            grads.append(grad_W.view(-1).index_select(0, positions).to(values.dtype))
-        if need_scaling and scaling is not None:
+        grad_x, grad_A, unscaled_grad_B, grad_values = compute(
+            operands, factor, (need_x, need_A, need_B or need_scaling, need_values)
+        )
+        grads: list[tuple[Tensor | None, Tensor | None]] = [(grad_x, x), (grad_A, lora_A)]
+        if need_B and unscaled_grad_B is not None:
+            grads.append((unscaled_grad_B * factor, lora_B))
+        grads.append((grad_values, values))
+        if need_scaling and unscaled_grad_B is not None:
             # <dW, B A> = <dW A^T, B>, summed in float32 at least.
-            product = (grad_W_At * B).sum(dtype=torch.promote_types(dtype, torch.float32))
-            grads.append(product.to(scaling.dtype).reshape(scaling.shape))
-    return grads
+            product = (unscaled_grad_B * operands.B).sum(dtype=torch.promote_types(dtype, torch.float32))
+            grads.append((product, scaling))
+    return [grad.to(of.dtype).view(of.shape) for grad, of in grads if grad is not None and of is not None]
 
 
-def _grad_input(g_TO: Tensor, A: Tensor, scaled_B: Tensor, values: Tensor | None, code: Tensor | None) -> Tensor:
-    """dx = G W, (T, I); W is gone on return."""
-    if not _apart(g_TO, A, scaled_B, values):
-        return g_TO @ build_weight(A, scaled_B, values, code)
-    grad_x = g_TO @ scaled_B @ A
-    if values is not None and code is not None:
-        grad_x += g_TO @ _sparse_as_dense(values, code, scaled_B.shape[0], A.shape[1])
-    return grad_x
+def _materialised_gradients(
+    o: _Operands, factor: Scaling, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A, scaling * B before the scaling, and values, by way of W and dW = G^T x; None where not needed."""
+    need_x, need_A, need_B, need_values = needed
+    grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part) if need_x else None
+    if not (need_A or need_B or need_values):
+        return grad_x, None, None, None
+    grad_W = o.g_TO.t() @ o.x_TI  # only now, when W is gone
+    grad_A = (o.B.t() @ grad_W) * factor if need_A else None
+    grad_B = grad_W @ o.A.t() if need_B else None
+    return grad_x, grad_A, grad_B, o.part.gather(grad_W) if need_values and o.part is not None else None
 
 
-def _apart(rows: Tensor, lora_A: Tensor, lora_B: Tensor, values: Tensor | None) -> bool:
-    num_rows = rows.shape[:-1].numel()
-    return multiply_apart(num_rows, lora_A.shape[1], lora_B.shape[0], lora_A.shape[0], values is not None)
+def _factored_gradients(
+    o: _Operands, factor: Scaling, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As _materialised_gradients, with G scaling B shared by those of x and A, and x A^T kept from the forward pass."""
+    need_x, need_A, need_B, need_values = needed
+    grad_x = grad_A = None
+    if need_x or need_A:
+        grad_h_TR = o.g_TO @ o.scaled_B
+        if need_x:
+            grad_x = grad_h_TR @ o.A
+            if o.part is not None and o.values is not None:
+                o.part.add_input_gradient_(grad_x, o.g_TO, o.values)
+        grad_A = grad_h_TR.t() @ o.x_TI if need_A else None
+    grad_B = o.g_TO.t() @ o.h_TR if need_B else None
+    grad_values = o.part.value_gradient(o.g_TO, o.x_TI) if need_values and o.part is not None else None
+    return grad_x, grad_A, grad_B, grad_values
 
 
-def _sparse_as_dense(values: Tensor, code: Tensor, out_features: int, in_features: int) -> Tensor:
-    """S as an (O, I) matrix of the values' dtype."""
-    flat = torch.zeros(out_features * in_features, dtype=values.dtype, device=values.device)
-    return flat.index_add_(0, decode(code, values.numel(), flat.numel()), values).view(out_features, in_features)
+def _gradients_of_h(grad_h: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """What h = x A^T passes on of its gradient: to x and to A."""
+    x_TI = x.reshape(-1, x.shape[-1]).to(grad_h.dtype)
+    of_x = (grad_h @ lora_A.to(grad_h.dtype)).to(x.dtype).view(x.shape)
+    return of_x, (grad_h.t() @ x_TI).to(lora_A.dtype)
+
+
+def _part(values: Tensor | None, code: Tensor | None, blocks: int, lora_B: Tensor, lora_A: Tensor) -> SparsePart | None:
+    if values is None:
+        return None
+    return sparse_part(code, blocks, values.numel(), lora_B.shape[0], lora_A.shape[1])
 
 
 # torch.compile sees the two computations as opaque operators. Traced through, forward and backward would compute the
@@ -241,13 +303,17 @@ def _output_fake(
     bias: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], lora_B.shape[0]), dtype=dtype)
+    blocks: int,
+    factored: bool,
+) -> tuple[Tensor, Tensor]:
+    h_shape = (x.shape[:-1].numel(), lora_A.shape[0]) if factored else (0,)
+    return x.new_empty((*x.shape[:-1], lora_B.shape[0]), dtype=dtype), x.new_empty(h_shape, dtype=dtype)
 
 
 @_gradients_op.register_fake
 def _gradients_fake(
     grad_output: Tensor,
+    h_TR: Tensor,
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -256,6 +322,8 @@ def _gradients_fake(
     scaling: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
+    blocks: int,
+    factored: bool,
     needed: list[bool],
 ) -> list[Tensor]:
     inputs = (x, lora_A, lora_B, values, scaling)
@@ -283,7 +351,10 @@ def _check(
     support: Support | None,
     scaling: Scaling,
     bias: Tensor | None,
+    path: str,
 ) -> None:
+    if path not in ("auto", *PATHS):
+        raise ValueError(f"path is {path!r}, but it must be one of: auto, {', '.join(PATHS)}")
     rank, in_features = lora_A.shape
     out_features = lora_B.shape[0]
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -299,9 +370,10 @@ def _check(
             raise ValueError(
                 f"sparse_value has shape {tuple(sparse_value.shape)}, but the support has {support.nnz} positions"
             )
-        if support.numel != out_features * in_features:
+        if (support.out_features, support.in_features) != (out_features, in_features):
             raise ValueError(
-                f"the support is for {support.numel} entries, but the weight is {out_features} x {in_features}"
+                f"the support is for a {support.out_features} x {support.in_features} weight, "
+                f"but this one is {out_features} x {in_features}"
             )
     if isinstance(scaling, Tensor) and scaling.numel() != 1:
         raise ValueError(f"scaling has shape {tuple(scaling.shape)}, but it must be a number or hold one element")

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .cost import PATHS
 from .functional import build_weight, sparse_lowrank_linear, without_autocast
-from .support import SUPPORT_KINDS, Support, generator_for
+from .kinds import SUPPORT_KINDS, make_support, part_of
+from .support import generator_for
 
 
 class SparseLowRankLinear(nn.Module):
-    """y = x W^T + bias with W = (alpha / rank) B A + S, S having a fixed random support (arXiv 2406.02214, section 3).
+    """y = x W^T + bias with W = (alpha / rank) B A + S, S having a fixed support (arXiv 2406.02214, section 3).
 
     Parameters (names as published): `lora_A` (rank, in), `lora_B` (out, rank), `sparse_value` (nnz,), optional
-    `scaling` (1,) and `bias` (out,); `support` holds the nnz = int(sparsity * out * in) positions of the values.
+    `scaling` (1,) and `bias` (out,); `support` knows the positions of the nnz values.
 
     Initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, values ~
     U(-1/sqrt(in), 1/sqrt(in)), bias ~ U(-1/sqrt(out), 1/sqrt(out)), as published. With `sparsity=0` the layer is
@@ -27,8 +29,10 @@ class SparseLowRankLinear(nn.Module):
         sparsity: share of the weight's entries that S has (delta in the paper), 0 .. 1; 0 leaves S out.
         alpha: the low-rank part is scaled by alpha / rank.
         bias: whether there is one.
-        support: how the positions are drawn; "uniform": without replacement over the whole matrix.
+        support: which positions S has; "uniform": int(sparsity * out * in), drawn without replacement over the whole matrix, as
+            published; "block": round(1 / sparsity) blocks on the diagonal, which take less time and nothing to store.
         trainable_scaling: scale by tanh(c) with c a trained scalar, initially 1, instead of alpha / rank.
+        path: how it is computed, "materialised", "factored" or "auto" (sparse_lora.functional).
         seed: of the initial values and the support; None draws one from torch's default generator.
         device, dtype: of the parameters, as in nn.Linear. On "meta" nothing is drawn: call `reset_parameters` after
             `to_empty`.
@@ -48,31 +52,27 @@ class SparseLowRankLinear(nn.Module):
         bias: bool = False,
         support: str = "uniform",
         trainable_scaling: bool = False,
+        path: str = "auto",
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        problems = hyperparameter_problems(rank, sparsity, alpha, support)
+        problems = hyperparameter_problems(rank, sparsity, alpha, support, path)
         if in_features < 1 or out_features < 1:
             problems.append(f"a weight of {out_features} x {in_features} has no entries: both sizes must be at least 1")
         if problems:
             raise ValueError("; ".join(problems))
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.sparsity, self.alpha = sparsity, alpha
-        nnz = int(sparsity * out_features * in_features)
-        if sparsity > 0 and nnz == 0:
-            raise ValueError(
-                f"sparsity {sparsity} of a {out_features} x {in_features} weight leaves no entry: "
-                f"use at least {1 / (out_features * in_features):.2g}, or 0 for a low-rank weight"
-            )
+        self.path = path
+        self.support = make_support(support, out_features, in_features, sparsity, device) if sparsity > 0 else None
+        nnz = 0 if self.support is None else self.support.nnz
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        has_sparse = nnz > 0
-        self.sparse_value = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype)) if has_sparse else None
+        self.sparse_value = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype)) if nnz else None
         self.scaling = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if trainable_scaling else None
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self.support = Support(out_features, in_features, nnz, device) if has_sparse else None
         if not self.lora_A.is_meta:
             if seed is None:
                 seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -126,16 +126,17 @@ class SparseLowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        scaling = self.effective_scaling()
         return sparse_lowrank_linear(
-            x, self.lora_A, self.lora_B, self.sparse_value, self.support, self.effective_scaling(), self.bias
+            x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path
         )
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
-        code = None if self.support is None else self.support.code
+        part = None if self.support is None else part_of(self.support)
         scaled_B = (self.lora_B * self.effective_scaling()).to(self.lora_B.dtype)
         with without_autocast(scaled_B):
-            return build_weight(self.lora_A, scaled_B, self.sparse_value, code)
+            return build_weight(self.lora_A, scaled_B, self.sparse_value, part)
 
     def extra_repr(self) -> str:
         scaling = f"alpha={self.alpha}" if self.scaling is None else "trainable_scaling=True"
@@ -145,7 +146,7 @@ class SparseLowRankLinear(nn.Module):
         )
 
 
-def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: str) -> list[str]:
+def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: str, path: str) -> list[str]:
     """One message for each value that a layer cannot have."""
     problems = []
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -156,6 +157,8 @@ def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: s
         problems.append(f"alpha is {alpha!r}, but it must be a positive number")
     if support not in SUPPORT_KINDS:
         problems.append(f"support is {support!r}, but it must be one of: {', '.join(SUPPORT_KINDS)}")
+    if path not in ("auto", *PATHS):
+        problems.append(f"path is {path!r}, but it must be one of: auto, {', '.join(PATHS)}")
     return problems
 
 

@@ -32,9 +32,10 @@ class SLTrainConfig:
     target_modules: tuple[str, ...] = DEFAULT_TARGETS
     trainable_scaling: bool = False
     seed: int = 0
+    path: str = "auto"
 
     def __post_init__(self) -> None:
-        problems = hyperparameter_problems(self.rank, self.sparsity, self.alpha, self.support)
+        problems = hyperparameter_problems(self.rank, self.sparsity, self.alpha, self.support, self.path)
         targets = self.target_modules
         if isinstance(targets, str) or not targets or not all(isinstance(t, str) and t for t in targets):
             problems.append(f"target_modules is {targets!r}, but it must be names, such as {DEFAULT_TARGETS}")
@@ -118,6 +119,7 @@ def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) ->
             bias=linear.bias is not None,
             support=config.support,
             trainable_scaling=config.trainable_scaling,
+            path=config.path,
             dtype=linear.weight.dtype,
         )
     if not linear.weight.is_meta:

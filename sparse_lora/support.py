@@ -1,20 +1,14 @@
-"""Which entries of a weight the sparse part S has: seeded drawing, and storage in a format known to this file
-and layout.py only."""
+"""What every kind of support is: which entries of a weight its sparse part S has, and the arithmetic of S.
+
+Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S.
+"""
 
 import hashlib
-import math
 import operator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from .layout import Layout, layout_for
-
-SUPPORT_KINDS = ("uniform",)
-
-# Up to this many positions a permutation of all of them is drawn: no scratch worth saving, and it ends the recursion
-# of `sample_positions`.
-_PERMUTE_UP_TO = 4096
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -34,147 +28,67 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
 
 
-def sample_positions(nnz: int, numel: int, generator: torch.Generator) -> Tensor:
-    """A uniformly drawn set of `nnz` of the positions 0 .. numel - 1, without replacement, sorted.
-
-    The distinct values among independent uniform draws are, given their number, a uniformly random set of that number;
-    so is what remains of such a set when a uniformly random part of it is dropped. Scratch is proportional to nnz,
-    not to numel, as long as nnz <= numel / 2.
-
-    Returns:
-        int64 tensor (nnz,) on the CPU, strictly increasing.
-    """
-    if not 0 <= nnz <= numel:
-        raise ValueError(f"cannot choose {nnz} of {numel} positions: nnz must lie in 0 .. {numel}")
-    if numel <= _PERMUTE_UP_TO:
-        return torch.randperm(numel, generator=generator, device="cpu")[:nnz].msort()
-    if 2 * nnz > numel:
-        return _kept(sample_positions(numel - nnz, numel, generator), numel).nonzero().squeeze(1)
-    # n ln(n / (n - k)) draws give k distinct values on average, with a standard deviation below sqrt(k).
-    num_draws = math.ceil(-numel * math.log1p(-nnz / numel) + 4 * math.sqrt(nnz))
-    positions: Tensor = _draw(num_draws, numel, generator).unique()
-    while positions.numel() < nnz:
-        more = _draw(nnz - positions.numel() + 16, numel, generator)
-        positions = torch.cat((positions, more)).unique()
-    surplus = positions.numel() - nnz
-    return positions[_kept(sample_positions(surplus, positions.numel(), generator), positions.numel())]
-
-
-def _draw(count: int, numel: int, generator: torch.Generator) -> Tensor:
-    # Not randint: it reduces a 32-bit number modulo numel, which favours the first rows of a 4096 x 11008 matrix by
-    # 1 %. From 63 bits the remainder's bias is numel / 2^63.
-    draws = torch.empty(count, dtype=torch.int64, device="cpu").random_(generator=generator)
-    return draws.remainder_(numel)
-
-
-def _kept(dropped: Tensor, numel: int) -> Tensor:
-    """Boolean mask of the `numel` positions without the dropped ones."""
-    mask = torch.ones(numel, dtype=torch.bool, device="cpu")
-    mask[dropped] = False
-    return mask
-
-
-def encode(positions: Tensor, layout: Layout) -> Tensor | None:
-    """Sorted int64 positions on the CPU -> the uint8 tensor (layout.nbytes,) that `decode` reads; None if they do not fit.
-
-    Fewer than layout.count positions are filled up by repeating the last one.
-    """
-    last = positions[-1:] if positions.numel() else positions.new_zeros(1)
-    positions = torch.cat((positions, last.expand(layout.count - positions.numel())))
-    code = torch.zeros(layout.nbytes, dtype=torch.uint8, device="cpu")
-    if layout.escaped is None:
-        _numbers(code, layout).copy_(positions)
-        return code
-    gaps = positions.diff(prepend=positions.new_zeros(1))
-    upper = gaps >> (8 * layout.width)
-    places = upper.nonzero().squeeze(1)
-    if places.numel() > layout.escaped.count or (upper > 255).any():
-        return None
-    coded_places = encode(places, layout.escaped)
-    if coded_places is None:
-        return None
-    # The lowest bytes of a little-endian integer; its sign, for two bytes, is the decoder's business.
-    _numbers(code, layout).copy_(gaps - (upper << (8 * layout.width)))
-    code[layout.upper_bytes_at :][: places.numel()].copy_(upper[places])
-    code[layout.places_at :].copy_(coded_places)
-    return code
-
-
-def decode(code: Tensor, nnz: int, numel: int) -> Tensor:
-    """The sorted row-major positions that a Support's stored tensor stands for: (nnz,), int32 or int64, no lasting copy.
-
-    A function of the tensor and of sizes alone, so that the autograd function can save the stored form and decode it in
-    backward.
-    """
-    return _decode(code, layout_for(nnz, numel), torch.int32 if numel <= 2**31 else torch.int64)
-
-
-def _decode(code: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    numbers = _numbers(code, layout)
-    if layout.escaped is None:
-        return numbers
-    gaps = numbers.to(dtype)
-    if layout.width == 2:
-        gaps &= 0xFFFF
-    if layout.escaped.count:
-        upper = code[layout.upper_bytes_at :][: layout.escaped.count].to(dtype)
-        # Places that fill up the list are repeated and have 0 as their upper byte.
-        gaps.index_add_(0, _decode(code[layout.places_at :], layout.escaped, dtype), upper << (8 * layout.width))
-    return gaps.cumsum_(0)
-
-
-def _numbers(code: Tensor, layout: Layout) -> Tensor:
-    """View of the first part of a layout: (count,), integers of its width."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return code[: layout.count * layout.width].view(kinds[layout.width])
-
-
 class Support(nn.Module):
-    """The positions of S in a row-major (out_features, in_features) weight, as a buffer that checkpoints carry.
+    """Positions of S in a row-major (out_features, in_features) weight; values are kept in the order of the sorted positions.
 
-    About one byte per position for 1 % of the entries and more (`layout`). A new Support holds no valid positions yet, nor
-    does one after `to_empty`: call `draw_`.
+    A new Support may hold no valid positions yet, nor one after `to_empty`: call `draw_`.
 
     Args:
         out_features, in_features: shape of the weight.
         nnz: number of positions, 0 .. out_features * in_features.
-        device: of the buffer; "meta" allocates nothing.
     """
 
-    code: Tensor
+    kind: str
+    blocks = 0  # blocks on S's diagonal, 0 where it has no such structure
+    code: Tensor | None  # what is stored of the positions, if anything
 
-    def __init__(self, out_features: int, in_features: int, nnz: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, out_features: int, in_features: int, nnz: int) -> None:
         super().__init__()
-        self.nnz, self.numel = nnz, out_features * in_features
+        self.out_features, self.in_features, self.nnz = out_features, in_features, nnz
         if not 0 <= nnz <= self.numel:
             raise ValueError(
                 f"nnz = {nnz} does not fit a {out_features} x {in_features} weight: choose 0 .. {self.numel}"
             )
-        # Bytes, not wider integers: gloo does not broadcast int16, and every part is a view of them.
-        self.register_buffer("code", torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device))
 
     @property
-    def layout(self) -> Layout:
-        """How the positions are stored."""
-        return layout_for(self.nnz, self.numel)
+    def numel(self) -> int:
+        """Entries of the weight."""
+        return self.out_features * self.in_features
 
     @property
     def nbytes(self) -> int:
         """Bytes that the stored positions take."""
-        return self.layout.nbytes
+        raise NotImplementedError
 
     def flat_indices(self) -> Tensor:
         """Sorted int64 positions (nnz,) in the row-major weight."""
-        return decode(self.code, self.nnz, self.numel).to(torch.int64)
+        raise NotImplementedError
 
-    @torch.no_grad()
     def draw_(self, generator: torch.Generator) -> None:
-        """Draws the positions uniformly without replacement from a CPU generator, into the existing storage."""
-        code = None
-        # A draw that does not fit its storage is 12 standard deviations off; drawn anew, nobody will ever see it.
-        while code is None:
-            code = encode(sample_positions(self.nnz, self.numel, generator), self.layout)
-        self.code.copy_(code)
+        """Draws the positions from a CPU generator, where the kind has anything to draw."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"nnz={self.nnz}, numel={self.numel}, nbytes={self.nbytes}"
+        return f"{self.kind}, nnz={self.nnz}, numel={self.numel}, nbytes={self.nbytes}"
+
+
+class SparsePart(Protocol):
+    """The arithmetic of S, given its values (N,), all tensors of one dtype. What ends in _ works in place.
+
+    Made from what autograd saved, not from a Support: a backward pass under torch.compile has tensors and numbers only.
+    """
+
+    def add_to_(self, weight: Tensor, values: Tensor) -> None:
+        """weight (O, I) += S."""
+
+    def gather(self, grad_weight: Tensor) -> Tensor:
+        """The values' gradient (N,) out of the weight's (O, I)."""
+
+    def add_output_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
+        """y += x S^T."""
+
+    def add_input_gradient_(self, grad_TI: Tensor, g_TO: Tensor, values: Tensor) -> None:
+        """dx += G S."""
+
+    def value_gradient(self, g_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """The values' gradient (N,), without the weight's where that is possible."""

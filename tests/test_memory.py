@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,8 +19,10 @@ from peft_pretraining.distributed import World
 from peft_pretraining.footprint import measured_bytes
 from peft_pretraining.loss import TokenLoss, chunked_cross_entropy
 from peft_pretraining.memory import (
+    SUPPORT_KINDS,
     activation_bytes,
     loss_bytes,
+    nonzeros,
     paper_estimate,
     parameter_counts,
     static_bytes,
@@ -28,7 +32,9 @@ from peft_pretraining.memory import (
 from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.modeling import build_model
 from peft_pretraining.optim import PerLayerUpdate, StochasticRounding, WholeUpdate, build_optimizer
-from sparse_lora import SLTrainConfig, Support, reparameterize
+from sparse_lora import SLTrainConfig, reparameterize
+from sparse_lora.kinds import make_support
+from sparse_lora.uniform import UniformSupport
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("60m", "130m", "350m", "1b")
@@ -80,26 +86,32 @@ def tiny(**changes: Any) -> ModelConfig:
     return replace(config("9m"), **(small | changes))
 
 
-def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, train_scaling: bool = False) -> Any:
+def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, **options: Any) -> Any:
+    """options: of SLTrainConfig."""
     sparsity = {"full": None, "lowrank": 0.0, "sltrain": 0.05}[method]
 
     def change(model: nn.Module) -> None:
         if sparsity is not None:
-            reparameterize(model, SLTrainConfig(rank=8, sparsity=sparsity, trainable_scaling=train_scaling))
+            reparameterize(model, SLTrainConfig(rank=rank, sparsity=sparsity, **options))
 
     return build_model(cfg, dtype=dtype, device="cpu", seed=0, reparameterize=change)
 
 
-@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain"])
+@pytest.mark.parametrize(
+    ("method", "support"), [("full", "uniform"), ("lowrank", "uniform"), ("sltrain", "uniform"), ("sltrain", "block")]
+)
 @pytest.mark.parametrize("train_scaling", [False, True])
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True, "attention_bias": True}]
 )
-def test_groups_are_the_models_parameters(changes: dict[str, Any], method: str, train_scaling: bool) -> None:
+def test_groups_are_the_models_parameters(
+    changes: dict[str, Any], method: str, support: str, train_scaling: bool
+) -> None:
     """Same shapes, each as often, for grouped queries, tied embeddings, biases and trained scales."""
     cfg = tiny(**changes)
-    model = build(cfg, method, torch.float32, train_scaling=train_scaling)
-    groups = tensor_groups(cfg, method=method, rank=8, sparsity=0.05, train_scaling=train_scaling)
+    model = build(cfg, method, torch.float32, trainable_scaling=train_scaling, support=support)
+    choice: dict[str, Any] = {"rank": 8, "sparsity": 0.05, "train_scaling": train_scaling, "support": support}
+    groups = tensor_groups(cfg, method=method, **choice)
     listed = [shape for g in groups for shape in [g.shape] * g.count]
     assert sorted(listed) == sorted(tuple(p.shape) for p in model.parameters())
 
@@ -173,15 +185,33 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     assert account["optimizer"] == states
 
 
+def test_a_block_support_takes_no_bytes() -> None:
+    cfg = tiny()
+    counted = parameter_counts(cfg, method="sltrain", rank=8, sparsity=0.05, support="block")
+    account = static_bytes(cfg, counted, method="sltrain", dtype="bfloat16", optimizer="adamw")
+    model = build(cfg, "sltrain", torch.bfloat16, support="block")
+    assert account["support"] == 0 == measured_bytes(model, torch.optim.SGD(model.parameters()))["support"]
+    assert account["parameters"] == 2 * sum(p.numel() for p in model.parameters())
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50))
+def test_nonzeros_are_those_of_the_layers_support(rows: int, columns: int, blocks: int) -> None:
+    sparsity = 1 / min(blocks, rows, columns)
+    for kind in SUPPORT_KINDS:
+        assert nonzeros(kind, rows, columns, sparsity) == make_support(kind, rows, columns, sparsity, "meta").nnz
+
+
 @pytest.mark.parametrize(("sparsity", "bytes_per_nonzero"), [(0.05, 1.001), (0.03, 1.005), (0.01, 1.2), (1e-6, 8.0)])
 def test_the_support_of_any_size_is_counted_as_it_is_stored(sparsity: float, bytes_per_nonzero: float) -> None:
     """Matrices of more than 2^31 entries too: about a byte at the densities that are used, plain int64 at the thinnest."""
     rows, columns = 2**16 + 16, 2**15
     nnz = int(sparsity * rows * columns)
-    assert support_bytes(nnz, rows * columns) == Support(rows, columns, nnz, device="meta").code.nbytes
+    assert support_bytes(nnz, rows * columns) == UniformSupport(rows, columns, nnz, device="meta").code.nbytes
     assert support_bytes(nnz, rows * columns) <= bytes_per_nonzero * nnz
 
 
+@pytest.mark.parametrize("path", ["materialised", "factored"])
 @pytest.mark.parametrize(
     ("method", "dtype", "compiled"),
     [
@@ -190,11 +220,12 @@ def test_the_support_of_any_size_is_counted_as_it_is_stored(sparsity: float, byt
         ("sltrain", "bfloat16", True),
     ],
 )
-def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, compiled: bool) -> None:
+def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, compiled: bool, path: str) -> None:
     """Within 3 %: left out are 4 bytes per token and norm, the ids, and the rotary tables. Low-rank plus sparse linears save
-    no more than dense ones."""
+    no more than dense ones, and x A^T of all seven where they are factored."""
     cfg = tiny(hidden_size=128, intermediate_size=352, num_hidden_layers=4)
-    model = build(cfg, method, getattr(torch, dtype))
+    model = build(cfg, method, getattr(torch, dtype), rank=32, path=path)
+    factored_rank = 7 * 32 if path == "factored" and method != "full" else 0
     if compiled:
         for layer in model.model.layers:
             layer.compile()
@@ -208,7 +239,8 @@ def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, com
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.model(input_ids=torch.zeros(8, 64, dtype=torch.long), use_cache=False)
-    estimate = activation_bytes(cfg, batch_size=8, seq_len=64, dtype=dtype, compiled=compiled)["activations"]
+    sizes: dict[str, Any] = {"batch_size": 8, "seq_len": 64, "factored_rank": factored_rank}
+    estimate = activation_bytes(cfg, dtype=dtype, compiled=compiled, **sizes)["activations"]
     assert estimate == pytest.approx(storage_bytes(iter(saved)), rel=0.03)
 
 

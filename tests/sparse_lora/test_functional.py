@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lora import Support, dense_reference, generator_for, sparse_lowrank_linear
-from sparse_lora.functional import multiply_apart
+from sparse_lora.block import BlockSupport
+from sparse_lora.cost import PATHS
+from sparse_lora.uniform import UniformSupport
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Support | None, float | Tensor, Tensor | None]
+
+# Every sparse part that there can be, for a 6 x 7 weight or larger: block sizes that differ in both directions.
+PARTS: dict[str, dict[str, int]] = {"none": {"nnz": 0}, "uniform": {"nnz": 9}, "block": {"blocks": 4}}
+every_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
+every_path = pytest.mark.parametrize("path", PATHS)
 
 
 def make_arguments(
@@ -24,24 +33,29 @@ def make_arguments(
     rank: int = 3,
     nnz: int = 9,
     *,
+    blocks: int = 0,
     bias: bool = True,
     trainable_scaling: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Arguments:
-    """Random arguments of which every tensor wants a gradient; drawn in float64, so that dtypes start from one point."""
+    """Random arguments of which every tensor wants a gradient; drawn in float64, so that dtypes start from one point. A block
+    support where `blocks` says how many, otherwise a uniform one, or none with nnz = 0."""
     generator = generator_for(seed, "arguments")
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
 
     x, lora_A, lora_B = draw(*leading, in_features), draw(rank, in_features), draw(out_features, rank)
-    support = None
-    if nnz:
-        support = Support(out_features, in_features, nnz)
+    support: Support | None = None
+    if blocks:
+        support = BlockSupport(out_features, in_features, blocks)
+    elif nnz:
+        support = UniformSupport(out_features, in_features, nnz)
         support.draw_(generator)
     scaling: float | Tensor = draw(1) if trainable_scaling else 0.25
-    return x, lora_A, lora_B, draw(nnz) if nnz else None, support, scaling, draw(out_features) if bias else None
+    values = None if support is None else draw(support.nnz)
+    return x, lora_A, lora_B, values, support, scaling, draw(out_features) if bias else None
 
 
 def output_and_gradients(function: Callable[..., Tensor], arguments: Arguments) -> dict[str, Tensor]:
@@ -108,6 +122,8 @@ sizes = st.integers(1, 19)
     out_features=sizes,
     rank=st.integers(1, 21),
     density=st.floats(0, 1),
+    block=st.booleans(),
+    path=st.sampled_from(("auto", *PATHS)),
     bias=st.booleans(),
     trainable_scaling=st.booleans(),
     seed=st.integers(0, 2**31),
@@ -118,72 +134,62 @@ def test_float64_equals_the_dense_reference(
     out_features: int,
     rank: int,
     density: float,
+    block: bool,
+    path: str,
     bias: bool,
     trainable_scaling: bool,
     seed: int,
 ) -> None:
     """Output and every gradient, for any number of leading dimensions, odd sizes, one row, any rank, with and without
-    S, bias and trained scaling. 1e-11 is 5e4 units of float64 rounding: room for cancellation, none for a wrong term."""
+    S of either kind, bias and trained scaling, on both paths. 1e-11 is 5e4 units of float64 rounding: room for cancellation,
+    none for a wrong term."""
     nnz = int(density * in_features * out_features)
-    arguments = make_arguments(
-        leading, in_features, out_features, rank, nnz, bias=bias, trainable_scaling=trainable_scaling, seed=seed
-    )
+    blocks = 1 + int(density * (min(in_features, out_features) - 1)) if block else 0
+    options: dict[str, Any] = {"blocks": blocks, "bias": bias, "trainable_scaling": trainable_scaling, "seed": seed}
+    arguments = make_arguments(leading, in_features, out_features, rank, nnz, **options)
     expected = output_and_gradients(dense_reference, arguments)
-    assert_close(output_and_gradients(sparse_lowrank_linear, arguments), expected, 1e-11, arguments)
+    found = output_and_gradients(partial(sparse_lowrank_linear, path=path), arguments)
+    assert_close(found, expected, 1e-11, arguments)
 
 
-# Few rows multiply by the factors, many build the weight: both orders of the products, each with and without S.
-ROWS = {"factors": 1, "weight": 40}
-
-
-@pytest.mark.parametrize("num_rows", ROWS.values(), ids=ROWS.keys())
-@pytest.mark.parametrize("nnz", [0, 9])
-def test_gradcheck(num_rows: int, nnz: int) -> None:
+@every_part
+@every_path
+def test_gradcheck(part: dict[str, int], path: str) -> None:
     """Numerical differentiation agrees in every argument, also where the gradient is itself differentiated."""
-    x, lora_A, lora_B, values, support, scaling, bias = make_arguments((num_rows,), nnz=nnz)
+    x, lora_A, lora_B, values, support, scaling, bias = make_arguments((2,), **part)
 
     def function(*tensors: Tensor) -> Tensor:
-        given_values = tensors[5] if nnz else None
-        return sparse_lowrank_linear(*tensors[:3], given_values, support, tensors[3], tensors[4])
+        given_values = None if values is None else tensors[5]
+        return sparse_lowrank_linear(*tensors[:3], given_values, support, tensors[3], tensors[4], path)
 
     tensors = [t for t in (x, lora_A, lora_B, scaling, bias, values) if isinstance(t, Tensor)]
     assert torch.autograd.gradcheck(function, tensors)
-    if num_rows == 1:
-        assert torch.autograd.gradgradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
 
 
-def test_the_cost_model_counts_multiplications() -> None:
-    """Rows 4096 of a 512 x 512 weight at rank 128: low-rank alone 128 * 4096 * 1024 < (128 + 4096) * 512 * 512; with a
-    dense S on top it loses; one row wins either way; a rank above both sizes never does."""
-    assert multiply_apart(4096, 512, 512, 128, sparse=False)
-    assert not multiply_apart(4096, 512, 512, 128, sparse=True)
-    assert multiply_apart(1, 512, 512, 128, sparse=True)
-    assert not multiply_apart(4096, 512, 512, 1024, sparse=False)
-
-
-@pytest.mark.parametrize("num_rows", ROWS.values(), ids=ROWS.keys())
-@pytest.mark.parametrize("nnz", [0, 200])
+@every_part
+@every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precision_is_off_by_its_rounding_only(dtype: torch.dtype, nnz: int, num_rows: int) -> None:
+def test_lower_precision_is_off_by_its_rounding_only(dtype: torch.dtype, part: dict[str, int], path: str) -> None:
     """At most four roundings lie between the inputs and a result (factor, product, sum with S, outer product), each at
     most eps / 2 of its operand; operands of similar size may double them. float64 of the same inputs is the measure."""
-    arguments = make_arguments((num_rows,), 37, 29, 5, nnz=nnz, dtype=dtype)
+    arguments = make_arguments((40,), 37, 29, 5, dtype=dtype, **part)
     exact = tuple(a.detach().double() if isinstance(a, Tensor) else a for a in arguments)
-    found = output_and_gradients(sparse_lowrank_linear, arguments)
+    found = output_and_gradients(partial(sparse_lowrank_linear, path=path), arguments)
     assert {value.dtype for value in found.values()} == {dtype}
     assert_close(found, output_and_gradients(dense_reference, exact), 4 * torch.finfo(dtype).eps, exact)
 
 
-@pytest.mark.parametrize("num_rows", ROWS.values(), ids=ROWS.keys())
-@pytest.mark.parametrize("nnz", [0, 200])
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters(nnz: int, num_rows: int) -> None:
+@every_part
+@every_path
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters(part: dict[str, int], path: str) -> None:
     """As nn.Linear: bfloat16 out, float32 gradients, within bfloat16's rounding (see above) of the float64 result."""
-    arguments = make_arguments((2, num_rows), 37, 29, 5, nnz=nnz, dtype=torch.float32)
+    arguments = make_arguments((2, 20), 37, 29, 5, dtype=torch.float32, **part)
     exact = tuple(a.detach().double() if isinstance(a, Tensor) else a for a in arguments)
 
     def under_autocast(*args: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return sparse_lowrank_linear(*args)
+            return sparse_lowrank_linear(*args, path=path)
 
     found = output_and_gradients(under_autocast, arguments)
     assert found.pop("output").dtype == torch.bfloat16
@@ -223,17 +229,19 @@ def test_backward_uses_the_dtype_of_forward_inside_or_outside_autocast(forward_a
         assert torch.equal(inside, outside)
 
 
-@pytest.mark.parametrize("num_rows", ROWS.values(), ids=ROWS.keys())
-def test_gradients_that_are_not_needed_are_not_given_and_change_no_other(num_rows: int) -> None:
-    arguments = make_arguments((num_rows,))
-    expected = output_and_gradients(sparse_lowrank_linear, arguments)
+@every_path
+@pytest.mark.parametrize("blocks", [0, 4], ids=["uniform", "block"])
+def test_gradients_that_are_not_needed_are_not_given_and_change_no_other(blocks: int, path: str) -> None:
+    arguments = make_arguments((5,), blocks=blocks)
+    function = partial(sparse_lowrank_linear, path=path)
+    expected = output_and_gradients(function, arguments)
     names = ("x", "lora_A", "lora_B", "sparse_value", "support", "scaling", "bias")
     for wanted in itertools.chain.from_iterable(itertools.combinations((0, 1, 2, 3, 5, 6), n) for n in (1, 2, 5)):
         leaves = [
             a.detach().clone().requires_grad_(i in wanted) if isinstance(a, Tensor) else a
             for i, a in enumerate(arguments)
         ]
-        output = sparse_lowrank_linear(*leaves)
+        output = function(*leaves)
         form = torch.randn(output.shape, dtype=torch.float64, generator=generator_for(0, "form"))
         (output * form).sum().backward()
         for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -243,40 +251,51 @@ def test_gradients_that_are_not_needed_are_not_given_and_change_no_other(num_row
                     assert torch.allclose(leaf.grad, expected[name], rtol=1e-12, atol=1e-12), name
 
 
-def test_activation_checkpointing_gives_the_same_bits() -> None:
-    arguments = make_arguments((40,), dtype=torch.float32)
+@every_part
+@every_path
+def test_activation_checkpointing_gives_the_same_bits(part: dict[str, int], path: str) -> None:
+    arguments = make_arguments((40,), dtype=torch.float32, **part)
+    function = partial(sparse_lowrank_linear, path=path)
 
     def checkpointed(*args: Tensor) -> Tensor:
-        return checkpoint(sparse_lowrank_linear, *args, use_reentrant=False)
+        return checkpoint(function, *args, use_reentrant=False)
 
-    expected = output_and_gradients(sparse_lowrank_linear, arguments)
+    expected = output_and_gradients(function, arguments)
     for name, value in output_and_gradients(checkpointed, arguments).items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_strided_inputs_and_gradients() -> None:
-    """x and the incoming gradient may be transposed views."""
-    x, *others = make_arguments((40, 3))
+@every_part
+@every_path
+@pytest.mark.parametrize("expanded", [False, True])
+def test_strided_inputs_and_gradients(part: dict[str, int], path: str, expanded: bool) -> None:
+    """x and the incoming gradient may be transposed views, or one number seen everywhere."""
+    x, *others = make_arguments((40, 3), **part)
     transposed = x.detach().transpose(0, 1).requires_grad_()
-    for function in (sparse_lowrank_linear, dense_reference):
-        transposed.grad = None
-        function(transposed, *others).transpose(0, 1).reshape(-1).cumsum(0).sum().backward()
-        if function is sparse_lowrank_linear:
-            found = transposed.grad
-    assert torch.allclose(found, transposed.grad, rtol=1e-11)
+
+    def gradient(function: Callable[..., Tensor]) -> Tensor:
+        output = function(transposed, *others).transpose(0, 1).reshape(-1)
+        return torch.autograd.grad(output.sum() if expanded else output.cumsum(0).sum(), transposed)[0]
+
+    found = gradient(partial(sparse_lowrank_linear, path=path))
+    assert torch.allclose(found, gradient(dense_reference), rtol=1e-11, atol=1e-11)
 
 
-def test_an_empty_batch_gives_zero_gradients() -> None:
-    arguments = make_arguments((0, 4))
-    result = output_and_gradients(sparse_lowrank_linear, arguments)
+@every_part
+@every_path
+def test_an_empty_batch_gives_zero_gradients(part: dict[str, int], path: str) -> None:
+    arguments = make_arguments((0, 4), **part)
+    result = output_and_gradients(partial(sparse_lowrank_linear, path=path), arguments)
     assert result.pop("output").shape == (0, 4, 6)
     assert all(not gradient.any() for gradient in result.values())
 
 
-def test_equal_inputs_give_equal_bits() -> None:
+@every_path
+@pytest.mark.parametrize("blocks", [0, 9], ids=["uniform", "block"])
+def test_equal_inputs_give_equal_bits(blocks: int, path: str) -> None:
     """Scattering the values into the weight is deterministic: no position occurs twice."""
-    arguments = make_arguments((64,), 96, 80, 8, nnz=900, dtype=torch.float32)
-    first, second = (output_and_gradients(sparse_lowrank_linear, arguments) for _ in range(2))
+    arguments = make_arguments((64,), 96, 80, 8, nnz=900, blocks=blocks, dtype=torch.float32)
+    first, second = (output_and_gradients(partial(sparse_lowrank_linear, path=path), arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -304,7 +323,8 @@ def replace_argument(position: int, value: object) -> Callable[[], Tensor]:
         (3, None, r"give both, or None for both"),
         (4, None, r"give both, or None for both"),
         (3, torch.zeros(8), r"sparse_value has shape \(8,\), but the support has 9 positions"),
-        (4, Support(6, 8, 9), r"support is for 48 entries, but the weight is 6 x 7"),
+        (4, UniformSupport(6, 8, 9), r"support is for a 6 x 8 weight, but this one is 6 x 7"),
+        (4, UniformSupport(7, 6, 9), r"support is for a 7 x 6 weight, but this one is 6 x 7"),
         (5, torch.zeros(2), r"scaling has shape \(2,\)"),
         (6, torch.zeros(7), r"bias has shape \(7,\), but out_features is 6"),
     ],
@@ -312,3 +332,8 @@ def replace_argument(position: int, value: object) -> Callable[[], Tensor]:
 def test_arguments_that_do_not_fit_are_refused_with_their_shapes(position: int, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace_argument(position, value)()
+
+
+def test_another_name_of_a_path_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"path is 'dense', but it must be one of: auto, materialised, factored"):
+        sparse_lowrank_linear(*make_arguments(), path="dense")

@@ -19,19 +19,22 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 class Stack(nn.Module):
-    """Every kind of layer: with bias and trained scaling, plain, low-rank only. No size is a multiple of 8."""
+    """Every kind of layer, on both paths: bias and trained scaling, plain, low-rank only, blocks. No size is a multiple of 8."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = SparseLowRankLinear(26, 43, 4, 0.1, bias=True, trainable_scaling=True, seed=1)
-        self.second = SparseLowRankLinear(43, 26, 4, 0.1, seed=2)
+        self.second = SparseLowRankLinear(43, 26, 4, 0.1, seed=2, path="factored")
         self.third = SparseLowRankLinear(26, 26, 4, 0.0, seed=3)
+        self.fourth = SparseLowRankLinear(26, 43, 4, 0.1, support="block", path="factored", seed=4)
+        self.fifth = SparseLowRankLinear(43, 26, 4, 0.1, support="block", path="materialised", seed=5)
         for name, parameter in self.named_parameters():
             if name.endswith("lora_B"):
                 nn.init.normal_(parameter, generator=generator_for(0, name))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.third(self.second(torch.relu(self.first(x))))
+        middle: Tensor = self.third(self.second(torch.relu(self.first(x))))
+        output: Tensor = self.fifth(torch.relu(self.fourth(torch.relu(middle))))
         return output
 
 
@@ -71,18 +74,21 @@ def test_compiled_equals_eager_and_keeps_no_dense_weight(backend: str, autocast:
         assert max(saved) <= max(2 * num_rows * 43, 4 * 43)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1])
-def test_the_compilers_operators_keep_their_contract(sparsity: float) -> None:
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize(("sparsity", "kind"), [(0.0, "uniform"), (0.1, "uniform"), (0.2, "block")])
+def test_the_compilers_operators_keep_their_contract(sparsity: float, kind: str, factored: bool) -> None:
     """torch's own check: no input is changed or returned, and shapes, dtypes and strides are foretold rightly."""
-    layer = SparseLowRankLinear(13, 9, 4, sparsity, bias=True, trainable_scaling=True, seed=0)
-    code = None if layer.support is None else layer.support.code
+    layer = SparseLowRankLinear(13, 9, 4, sparsity, support=kind, bias=True, trainable_scaling=True, seed=0)
+    code, blocks = (None, 0) if layer.support is None else (layer.support.code, layer.support.blocks)
     scaling = torch.tanh(layer.scaling.detach())
     for x in (torch.randn(2, 30, 13), torch.randn(30, 2, 13).transpose(0, 1), torch.randn(13)):
         tensors = [t if t is None else t.detach() for t in (x, layer.lora_A, layer.lora_B, layer.sparse_value, code)]
         bias = layer.bias.detach()
         checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(_output_op, (*tensors, scaling, bias, 1.0, torch.float32), test_utils=checks)
+        settings = (1.0, torch.float32, blocks, factored)
+        torch.library.opcheck(_output_op, (*tensors, scaling, bias, *settings), test_utils=checks)
+        _, kept = _output_op(*tensors, scaling, bias, *settings)
         needed = [True, True, True, sparsity > 0, True]
         grad_output = torch.randn(*x.shape[:-1], 9)
-        arguments = (grad_output, *tensors, scaling, 1.0, torch.float32, needed)
+        arguments = (grad_output, kept, *tensors, scaling, *settings, needed)
         torch.library.opcheck(_gradients_op, arguments, test_utils=checks)

@@ -8,13 +8,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_lora import SparseLowRankLinear
+from sparse_lora.cost import PATHS
+from sparse_lora.kinds import SUPPORT_KINDS
 
 IN, OUT, RANK, SPARSITY = 64, 80, 8, 0.1
 DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
 
 
-def make_layer(dtype: torch.dtype = torch.float32, sparsity: float = SPARSITY) -> SparseLowRankLinear:
-    layer = SparseLowRankLinear(IN, OUT, RANK, sparsity, bias=True, trainable_scaling=True, seed=0, dtype=dtype)
+def make_layer(dtype: torch.dtype = torch.float32, sparsity: float = SPARSITY, **options: str) -> SparseLowRankLinear:
+    options = {"path": "materialised", **options}
+    layer = SparseLowRankLinear(
+        *(IN, OUT, RANK, sparsity), bias=True, trainable_scaling=True, seed=0, dtype=dtype, **options
+    )
     with torch.no_grad():
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(0))
     return layer
@@ -49,13 +54,13 @@ def test_the_counter_sees_every_matrix_of_plain_autograd() -> None:
     assert matrices.most == 3
 
 
-# 48 rows build the weight, 2 multiply by the factors; neither x (48 x 64) nor y (48 x 80) is as large as the weight.
-@pytest.mark.parametrize("num_rows", [2, 48])
+# Neither x (48 x 64) nor y (48 x 80) is as large as the weight.
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
-def test_one_dense_matrix_is_alive_at_a_time(num_rows: int, dtype: torch.dtype, autocast: bool) -> None:
+def test_one_dense_matrix_is_alive_at_a_time(path: str, dtype: torch.dtype, autocast: bool) -> None:
     """W is gone before dW is built: the contract allows two in backward, one suffices. None is left at the end."""
-    layer = make_layer(dtype)
-    x = torch.randn(num_rows, IN, dtype=dtype, requires_grad=True)
+    layer = make_layer(dtype, path=path)
+    x = torch.randn(48, IN, dtype=dtype, requires_grad=True)
     with LiveDenseMatrices(IN * OUT) as matrices:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             y = layer(x)
@@ -66,19 +71,24 @@ def test_one_dense_matrix_is_alive_at_a_time(num_rows: int, dtype: torch.dtype, 
     assert not matrices.alive
 
 
-def test_low_rank_only_builds_no_dense_matrix() -> None:
-    layer = make_layer(sparsity=0.0)
+@pytest.mark.parametrize(("sparsity", "support"), [(0.0, "uniform"), (SPARSITY, "block")])
+def test_factors_and_blocks_build_no_dense_matrix(sparsity: float, support: str) -> None:
+    layer = make_layer(sparsity=sparsity, support=support, path="factored")
     with LiveDenseMatrices(IN * OUT) as matrices:
         layer(torch.randn(48, IN, requires_grad=True)).square().sum().backward()
     assert matrices.most == 0
 
 
-@pytest.mark.parametrize("num_rows", [2, 48])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("support", SUPPORT_KINDS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
-def test_backward_keeps_the_inputs_and_nothing_else(num_rows: int, dtype: torch.dtype, autocast: bool) -> None:
-    """Saved are x, A, B, the values, the stored support and the effective scaling: the very tensors, not copies."""
-    layer = make_layer(dtype)
-    x = torch.randn(num_rows, IN, dtype=dtype, requires_grad=True)
+def test_backward_keeps_the_inputs_and_nothing_else(
+    path: str, support: str, dtype: torch.dtype, autocast: bool
+) -> None:
+    """Saved are x, A, B, the values, what is stored of the support and the effective scaling: the very tensors, not copies; and
+    x A^T, 48 x RANK, on the factored path."""
+    layer = make_layer(dtype, support=support, path=path)
+    x = torch.randn(48, IN, dtype=dtype, requires_grad=True)
     saved: list[Tensor] = []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
@@ -89,6 +99,8 @@ def test_backward_keeps_the_inputs_and_nothing_else(num_rows: int, dtype: torch.
     own = (x, layer.lora_A, layer.lora_B, layer.sparse_value, layer.support.code)
     pointers = {tensor.data_ptr() for tensor in own if tensor is not None}
     large = [tensor for tensor in saved if tensor.numel() > 1]
-    assert {tensor.data_ptr() for tensor in large} == pointers
-    assert len(large) == len(own)
+    kept = [tensor for tensor in large if tensor.data_ptr() not in pointers]
+    assert {tensor.data_ptr() for tensor in large} - {tensor.data_ptr() for tensor in kept} == pointers
+    assert [tuple(tensor.shape) for tensor in kept] == ([(48, RANK)] if path == "factored" else [])
+    assert len(large) == len(pointers) + len(kept)
     assert all(tensor.numel() < IN * OUT for tensor in saved)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_lora import Support, generator_for
-from sparse_lora import support as support_module
+from sparse_lora import generator_for
+from sparse_lora import uniform as uniform_module
 from sparse_lora.layout import Layout
-from sparse_lora.support import _decode, encode, sample_positions
+from sparse_lora.uniform import UniformSupport, _decode, encode, sample_positions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,7 @@ def chi_square_limit(num_classes: int) -> float:
 def test_every_subset_of_a_tiny_weight_is_equally_likely(
     monkeypatch: pytest.MonkeyPatch, permute_up_to: int, nnz: int, numel: int
 ) -> None:
-    monkeypatch.setattr(support_module, "_PERMUTE_UP_TO", permute_up_to)
+    monkeypatch.setattr(uniform_module, "_PERMUTE_UP_TO", permute_up_to)
     generator = generator_for(1, "w")
     subsets = list(itertools.combinations(range(numel), nnz))
     drawn = Counter(tuple(sample_positions(nnz, numel, generator).tolist()) for _ in range(30 * len(subsets)))
@@ -108,7 +108,7 @@ def test_a_generator_depends_on_seed_and_name_only() -> None:
 def test_another_process_draws_the_same_numbers() -> None:
     """Python's string hash differs between processes; the generators must not."""
     code = (
-        "from sparse_lora import generator_for; from sparse_lora.support import sample_positions;"
+        "from sparse_lora import generator_for; from sparse_lora.uniform import sample_positions;"
         "print(sample_positions(50, 10_000, generator_for(7, 'layer.support')).tolist())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
@@ -119,7 +119,7 @@ def test_another_process_draws_the_same_numbers() -> None:
 
 
 def test_drawing_ignores_the_default_device() -> None:
-    support = Support(30, 40, 100)
+    support = UniformSupport(30, 40, 100)
     support.draw_(generator_for(0, "w"))
     expected = support.flat_indices().clone()
     with torch.device("meta"):
@@ -133,7 +133,7 @@ def test_every_drawn_set_is_read_back_exactly(data: st.DataObject, numel: int, s
     """Densities from one position in millions, stored plain, to all of them; weights below and above one escaped gap."""
     share = data.draw(st.floats(0, 1)) ** 4
     nnz = min(int(share * numel), 50_000)
-    support = Support(1, numel, nnz)
+    support = UniformSupport(1, numel, nnz)
     support.draw_(generator_for(seed, "w"))
     positions = sample_positions(nnz, numel, generator_for(seed, "w"))
     assert torch.equal(support.flat_indices(), positions)
@@ -157,7 +157,7 @@ def test_any_set_is_stored_exactly_or_refused(numbers: list[int], width: int) ->
 
 
 def test_positions_beyond_int32_are_kept() -> None:
-    support = Support(2**16 + 1, 2**15, 5000)
+    support = UniformSupport(2**16 + 1, 2**15, 5000)
     support.draw_(generator_for(0, "w"))
     positions = sample_positions(5000, support.numel, generator_for(0, "w"))
     assert positions[-1] > 2**31 - 1
@@ -171,7 +171,7 @@ def test_positions_beyond_int32_are_kept() -> None:
 def test_a_position_takes_about_a_byte(shape: tuple[int, int], sparsity: float, limit: float) -> None:
     """The published code stores 8 bytes for each."""
     nnz = int(sparsity * shape[0] * shape[1])
-    assert Support(*shape, nnz, device="meta").nbytes <= limit * nnz
+    assert UniformSupport(*shape, nnz, device="meta").nbytes <= limit * nnz
 
 
 def test_a_draw_that_does_not_fit_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,24 +180,24 @@ def test_a_draw_that_does_not_fit_is_drawn_anew(monkeypatch: pytest.MonkeyPatch)
     second = sample_positions(1000, 300_000, generator_for(0, "w"))
     layout = Layout(1000, 300_000, 1, Layout(600, 1000, 4))
     draws = iter([first, second])
-    monkeypatch.setattr(support_module, "sample_positions", lambda *_: next(draws))
-    monkeypatch.setattr(support_module, "layout_for", lambda *_: layout)
-    support = Support(300, 1000, 1000)
+    monkeypatch.setattr(uniform_module, "sample_positions", lambda *_: next(draws))
+    monkeypatch.setattr(uniform_module, "layout_for", lambda *_: layout)
+    support = UniformSupport(300, 1000, 1000)
     support.draw_(generator_for(0, "w"))
     assert torch.equal(support.flat_indices(), second)
 
 
 def test_positions_survive_a_checkpoint() -> None:
-    support = Support(30, 40, 100)
+    support = UniformSupport(30, 40, 100)
     support.draw_(generator_for(0, "w"))
-    other = Support(30, 40, 100)
+    other = UniformSupport(30, 40, 100)
     other.load_state_dict(support.state_dict())
     assert support.flat_indices().dtype == torch.int64
     assert torch.equal(other.flat_indices(), support.flat_indices())
 
 
 def test_casting_a_model_leaves_the_positions_alone() -> None:
-    support = Support(300, 400, 1000)
+    support = UniformSupport(300, 400, 1000)
     support.draw_(generator_for(0, "w"))
     expected = support.flat_indices().clone()
     assert torch.equal(support.to(torch.bfloat16).flat_indices(), expected)
@@ -205,4 +205,4 @@ def test_casting_a_model_leaves_the_positions_alone() -> None:
 
 def test_a_support_larger_than_its_weight_is_refused() -> None:
     with pytest.raises(ValueError, match=r"nnz = 7 does not fit a 2 x 3 weight"):
-        Support(2, 3, 7)
+        UniformSupport(2, 3, 7)

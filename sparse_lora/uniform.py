@@ -1,0 +1,189 @@
+"""The uniform support: entries drawn at random over the whole matrix, stored in a format known to this file and layout.py only.
+
+Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, layout_for
+from .support import Support
+
+# Up to this many positions a permutation of all of them is drawn: no scratch worth saving, and it ends the recursion
+# of `sample_positions`.
+_PERMUTE_UP_TO = 4096
+
+
+def sample_positions(nnz: int, numel: int, generator: torch.Generator) -> Tensor:
+    """A uniformly drawn set of `nnz` of the positions 0 .. numel - 1, without replacement, sorted.
+
+    The distinct values among independent uniform draws are, given their number, a uniformly random set of that number;
+    so is what remains of such a set when a uniformly random part of it is dropped. Scratch is proportional to nnz,
+    not to numel, as long as nnz <= numel / 2.
+
+    Returns:
+        int64 tensor (nnz,) on the CPU, strictly increasing.
+    """
+    if not 0 <= nnz <= numel:
+        raise ValueError(f"cannot choose {nnz} of {numel} positions: nnz must lie in 0 .. {numel}")
+    if numel <= _PERMUTE_UP_TO:
+        return torch.randperm(numel, generator=generator, device="cpu")[:nnz].msort()
+    if 2 * nnz > numel:
+        return _kept(sample_positions(numel - nnz, numel, generator), numel).nonzero().squeeze(1)
+    # n ln(n / (n - k)) draws give k distinct values on average, with a standard deviation below sqrt(k).
+    num_draws = math.ceil(-numel * math.log1p(-nnz / numel) + 4 * math.sqrt(nnz))
+    positions: Tensor = _draw(num_draws, numel, generator).unique()
+    while positions.numel() < nnz:
+        more = _draw(nnz - positions.numel() + 16, numel, generator)
+        positions = torch.cat((positions, more)).unique()
+    surplus = positions.numel() - nnz
+    return positions[_kept(sample_positions(surplus, positions.numel(), generator), positions.numel())]
+
+
+def _draw(count: int, numel: int, generator: torch.Generator) -> Tensor:
+    # Not randint: it reduces a 32-bit number modulo numel, which favours the first rows of a 4096 x 11008 matrix by
+    # 1 %. From 63 bits the remainder's bias is numel / 2^63.
+    draws = torch.empty(count, dtype=torch.int64, device="cpu").random_(generator=generator)
+    return draws.remainder_(numel)
+
+
+def _kept(dropped: Tensor, numel: int) -> Tensor:
+    """Boolean mask of the `numel` positions without the dropped ones."""
+    mask = torch.ones(numel, dtype=torch.bool, device="cpu")
+    mask[dropped] = False
+    return mask
+
+
+def encode(positions: Tensor, layout: Layout) -> Tensor | None:
+    """Sorted int64 positions on the CPU -> the uint8 tensor (layout.nbytes,) that `decode` reads; None if they do not fit.
+
+    Fewer than layout.count positions are filled up by repeating the last one.
+    """
+    last = positions[-1:] if positions.numel() else positions.new_zeros(1)
+    positions = torch.cat((positions, last.expand(layout.count - positions.numel())))
+    code = torch.zeros(layout.nbytes, dtype=torch.uint8, device="cpu")
+    if layout.escaped is None:
+        _numbers(code, layout).copy_(positions)
+        return code
+    gaps = positions.diff(prepend=positions.new_zeros(1))
+    upper = gaps >> (8 * layout.width)
+    places = upper.nonzero().squeeze(1)
+    if places.numel() > layout.escaped.count or (upper > 255).any():
+        return None
+    coded_places = encode(places, layout.escaped)
+    if coded_places is None:
+        return None
+    # The lowest bytes of a little-endian integer; its sign, for two bytes, is the decoder's business.
+    _numbers(code, layout).copy_(gaps - (upper << (8 * layout.width)))
+    code[layout.upper_bytes_at :][: places.numel()].copy_(upper[places])
+    code[layout.places_at :].copy_(coded_places)
+    return code
+
+
+def decode(code: Tensor, nnz: int, numel: int) -> Tensor:
+    """The sorted row-major positions that a UniformSupport's stored tensor stands for: (nnz,), int32 or int64, no lasting copy.
+
+    A function of the tensor and of sizes alone, so that the autograd function can save the stored form and decode it in
+    backward.
+    """
+    return _decode(code, layout_for(nnz, numel), torch.int32 if numel <= 2**31 else torch.int64)
+
+
+def _decode(code: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    numbers = _numbers(code, layout)
+    if layout.escaped is None:
+        return numbers
+    gaps = numbers.to(dtype)
+    if layout.width == 2:
+        gaps &= 0xFFFF
+    if layout.escaped.count:
+        upper = code[layout.upper_bytes_at :][: layout.escaped.count].to(dtype)
+        # Places that fill up the list are repeated and have 0 as their upper byte.
+        gaps.index_add_(0, _decode(code[layout.places_at :], layout.escaped, dtype), upper << (8 * layout.width))
+    return gaps.cumsum_(0)
+
+
+def _numbers(code: Tensor, layout: Layout) -> Tensor:
+    """View of the first part of a layout: (count,), integers of its width."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return code[: layout.count * layout.width].view(kinds[layout.width])
+
+
+class UniformSupport(Support):
+    """Any number of positions, drawn without replacement over the whole matrix (arXiv 2406.02214, section 3.2).
+
+    About one byte per position for 1 % of the entries and more (`layout`), in a buffer that checkpoints carry. A new one holds no
+    valid positions yet, nor does one after `to_empty`: call `draw_`.
+    """
+
+    kind = "uniform"
+    code: Tensor
+
+    def __init__(self, out_features: int, in_features: int, nnz: int, device: torch.device | str | None = None) -> None:
+        """device: of the buffer; "meta" allocates nothing."""
+        super().__init__(out_features, in_features, nnz)
+        # Bytes, not wider integers: gloo does not broadcast int16, and every part is a view of them.
+        self.register_buffer("code", torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device))
+
+    @property
+    def layout(self) -> Layout:
+        """How the positions are stored."""
+        return layout_for(self.nnz, self.numel)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored positions take."""
+        return self.layout.nbytes
+
+    def flat_indices(self) -> Tensor:
+        """Sorted int64 positions (nnz,) in the row-major weight."""
+        return UniformPart(self.code, self.nnz, self.out_features, self.in_features).positions().to(torch.int64)
+
+    @torch.no_grad()
+    def draw_(self, generator: torch.Generator) -> None:
+        """Draws the positions uniformly without replacement from a CPU generator, into the existing storage."""
+        code = None
+        # A draw that does not fit its storage is 12 standard deviations off; drawn anew, nobody will ever see it.
+        while code is None:
+            code = encode(sample_positions(self.nnz, self.numel, generator), self.layout)
+        self.code.copy_(code)
+
+
+class UniformPart:
+    """The arithmetic of S with a uniform support; see support.SparsePart. In a product S is a dense matrix for a while: with a few
+    percent of entries at random, matrix units multiply the zeros faster than any kernel finds the others."""
+
+    def __init__(self, code: Tensor, nnz: int, out_features: int, in_features: int) -> None:
+        """code: as stored by UniformSupport."""
+        self.code, self.nnz, self.shape = code, nnz, (out_features, in_features)
+
+    def positions(self) -> Tensor:
+        """Sorted row-major positions (N,), int32 or int64."""
+        return decode(self.code, self.nnz, math.prod(self.shape))
+
+    def add_to_(self, weight: Tensor, values: Tensor) -> None:
+        """weight += S. Positions are unique and sorted: no two writes meet."""
+        weight.view(-1).index_add_(0, self.positions(), values)
+
+    def gather(self, grad_weight: Tensor) -> Tensor:
+        """The entries of a gradient of the weight, (O, I), that are those of the values."""
+        return grad_weight.view(-1).index_select(0, self.positions())
+
+    def _dense(self, values: Tensor) -> Tensor:
+        weight = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
+        self.add_to_(weight, values)
+        return weight
+
+    def add_output_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
+        """y += x S^T."""
+        y_TO.addmm_(x_TI, self._dense(values).t())
+
+    def add_input_gradient_(self, grad_TI: Tensor, g_TO: Tensor, values: Tensor) -> None:
+        """dx += G S."""
+        grad_TI.addmm_(g_TO, self._dense(values))
+
+    def value_gradient(self, g_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """G^T x at the positions, (N,)."""
+        return self.gather(g_TO.t() @ x_TI)

@@ -1,0 +1,70 @@
+"""The choice between the two paths: counted multiplications, and where they cross."""
+
+import pytest
+
+from sparse_lora import SparseLowRankLinear
+from sparse_lora.cost import cheaper_path, multiplications
+
+
+def count(path: str, kind: str = "none", nnz: int = 0) -> float:
+    """10 rows of a 4 x 6 weight at rank 2 on the CPU."""
+    return multiplications(path, 10, 4, 6, 2, kind, nnz, "cpu")
+
+
+def test_multiplications_by_hand() -> None:
+    """Dense products take 10 * 4 * 6 = 240 each, W and the like 2 * 4 * 6 = 48, both factors 10 * 2 * (4 + 6) = 200."""
+    assert count("materialised") == 3 * 240 + 4 * 48
+    assert count("factored") == 3 * 200
+    assert count("factored", "uniform", 5) == 3 * (200 + 240)
+    blocks = count("factored", "block", 5) - 3 * 200
+    assert 3 * 10 * 5 <= blocks < 3 * 240
+    assert blocks == count("factored", "block", 10) - count("factored", "block", 5)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "rank"), [(512, 512, 128), (2048, 5461, 512), (11008, 4096, 1024)]
+)
+def test_a_uniform_support_is_factored_up_to_four_thirds_of_the_harmonic_size(
+    out_features: int, in_features: int, rank: int
+) -> None:
+    """3 T r (d + p) against 4 r d p: they cross at T = 4 / 3 d p / (d + p), whatever the rank."""
+    crossover = 4 * out_features * in_features / (3 * (out_features + in_features))
+    for num_rows, expected in ((int(crossover), "factored"), (int(crossover) + 1, "materialised")):
+        assert cheaper_path(num_rows, out_features, in_features, rank, "uniform", 1000, "cpu") == expected
+
+
+def test_a_rank_too_large_for_factors_builds_the_weight() -> None:
+    """Without a sparse part the factors lose where 3 T r (d + p) > 3 T d p + 4 r d p."""
+    assert cheaper_path(4096, 512, 512, 128, "none", 0, "cpu") == "factored"
+    assert cheaper_path(4096, 512, 512, 1024, "none", 0, "cpu") == "materialised"
+    assert cheaper_path(1, 512, 512, 1024, "none", 0, "cpu") == "factored"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_are_never_built_where_the_rank_is_small(device: str) -> None:
+    for shape, rank in (((512, 512), 128), ((1024, 2736), 256), ((5461, 2048), 512), ((4096, 11008), 1024)):
+        nnz = shape[0] * shape[1] // 20
+        for num_rows in (1, 256, 2048, 32768):
+            assert cheaper_path(num_rows, *shape, rank, "block", nnz, device) == "factored"
+
+
+def test_auto_takes_the_cheaper_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from sparse_lora import functional
+
+    taken = []
+    output = functional._output
+
+    def spy(*arguments: object) -> object:
+        taken.append(arguments[-1])
+        return output(*arguments)
+
+    monkeypatch.setattr(functional, "_output", spy)
+    layer = SparseLowRankLinear(64, 80, 4, 0.1, seed=0)
+    crossover = 4 * 64 * 80 / (3 * (64 + 80))
+    for num_rows in (int(crossover), int(crossover) + 1):
+        layer(torch.randn(num_rows, 64))
+    layer.path = "factored"
+    layer(torch.randn(1000, 64))
+    assert taken == [True, False, True]
