@@ -71,6 +71,7 @@ def test_run_leaves_the_published_record(tmp_path, flags):
         ("adafactor", [], "1", "full"),
         ("sgd", ["--packing"], "0", "lowrank"),
         ("adam", ["--dtype", "bfloat16", "--train_scaling"], "0", "sltrain"),
+        ("adamw", ["--support", "block", "--linear_path", "factored"], "0", "sltrain"),
         ("adamw4bit", ["--dtype", "bfloat16", "--stochastic_rounding"], "0", "sltrain"),
         ("adam8bit_per_layer", ["--embedding_states", "8bit", "--grad_norm_growth", "1.01"], "0", "sltrain"),
         pytest.param("adamw", ["--device", "cuda", "--dtype", "bfloat16"], "1", "sltrain", marks=pytest.mark.gpu),

@@ -1,0 +1,229 @@
+"""Held-out perplexity by the pattern of S's support, at equal parameter count and equal steps, with several seeds.
+
+`python benchmarks/supports.py [--patterns uniform block ...] [--seeds 42 1 2] [--updates 800] [--threads 1] --out FILE.json`
+
+Each run is the trainer's, on the quickstart's model and text (scripts/quickstart.yaml), float32, learning rate .002, one after
+another; those that FILE.json already has are not made again. S has int(delta * out * in) values in every pattern but "block", whose
+slices leave up to 2 % more. Patterns, k = round(1 / delta):
+
+  uniform    anywhere, as published (`--support uniform`)
+  block      k blocks on the diagonal: consecutive rows by consecutive columns (`--support block`)
+  strided    k blocks: rows b, b + k, b + 2 k, ... by consecutive columns
+  permuted   k blocks after a random permutation of the rows and one of the columns, drawn for each matrix
+  diagonals  4 k smaller blocks in each direction; each row of blocks has four, by random matchings
+  columns    the same delta * in columns in every row, drawn for each matrix (as LOST has them, arXiv 2508.02668)
+  balanced   delta * in random entries in each row
+
+Printed: for each pattern the seeds' perplexities, their mean, and the 95 % interval of the mean ratio to uniform, paired by seed
+(Student's t of the logarithms). The patterns other than the program's two exist for this comparison only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torchrun_main
+from peft_pretraining.run_folder import versions
+from sparse_lora import uniform
+from sparse_lora.layout import Layout
+
+DELTA = 0.03
+OWN = ("uniform", "block")  # of the program
+# 97.5 % quantiles of Student's t by degrees of freedom.
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def consecutive(size: int, count: int) -> Tensor:
+    """For each of `size` indices the number of its slice: `count` consecutive slices of about one size."""
+    return torch.arange(size) * count // size
+
+
+def strided(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    blocks = round(1 / DELTA)
+    return (torch.arange(rows) % blocks)[:, None] == consecutive(columns, blocks)[None, :]
+
+
+def permuted(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    blocks = round(1 / DELTA)
+    shuffled = [consecutive(n, blocks)[torch.randperm(n, generator=generator)] for n in (rows, columns)]
+    return shuffled[0][:, None] == shuffled[1][None, :]
+
+
+def diagonals(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    blocks = 4 * round(1 / DELTA)
+    row_place, column_order = (torch.randperm(blocks, generator=generator) for _ in range(2))
+    places, numbers = row_place[consecutive(rows, blocks)], consecutive(columns, blocks)
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    for shift in range(4):
+        mask |= column_order[(places + shift) % blocks][:, None] == numbers[None, :]
+    return mask
+
+
+def columns_alone(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    mask[:, torch.randperm(columns, generator=generator)[: math.ceil(DELTA * columns)]] = True
+    return mask
+
+
+def balanced(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    for row in mask:
+        row[torch.randperm(columns, generator=generator)[: math.ceil(DELTA * columns)]] = True
+    return mask
+
+
+Pattern = Callable[[int, int, torch.Generator], Tensor]
+PATTERNS: dict[str, Pattern] = {
+    "strided": strided,
+    "permuted": permuted,
+    "diagonals": diagonals,
+    "columns": columns_alone,
+    "balanced": balanced,
+}
+
+
+def positions(pattern: Pattern, rows: int, columns: int, nnz: int, generator: torch.Generator) -> Tensor:
+    """`nnz` sorted positions of the pattern: single entries are dropped or added at random until they are so many."""
+    mask = pattern(rows, columns, generator).flatten()
+    while (missing := nnz - int(mask.sum())) != 0:
+        candidates = (mask if missing < 0 else ~mask).nonzero().squeeze(1)
+        mask[candidates[torch.randperm(len(candidates), generator=generator)[: abs(missing)]]] = missing > 0
+    return mask.nonzero().squeeze(1)
+
+
+@contextlib.contextmanager
+def supports_of(name: str) -> Iterator[None]:
+    """`--support uniform` draws the pattern instead, stored as plain int32: its gaps are not those of random positions."""
+    if name in OWN:
+        yield
+        return
+    pattern, layout_for = PATTERNS[name], uniform.layout_for
+
+    def draw(self: uniform.UniformSupport, generator: torch.Generator) -> None:
+        drawn = positions(pattern, self.out_features, self.in_features, self.nnz, generator)
+        self.code.copy_(drawn.to(torch.int32).view(torch.uint8))
+
+    honest = uniform.UniformSupport.draw_
+    uniform.layout_for = lambda nnz, numel: Layout(nnz, numel, 4)  # type: ignore[assignment]
+    uniform.UniformSupport.draw_ = draw  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        uniform.layout_for, uniform.UniformSupport.draw_ = layout_for, honest  # type: ignore[method-assign]
+
+
+def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, Any]:
+    """One run; its last evaluation and number of parameters. Raises RuntimeError where the trainer fails."""
+    with tempfile.TemporaryDirectory() as folder, supports_of(pattern):
+        argv = [
+            *(
+                "--config",
+                str(ROOT / "scripts/quickstart.yaml"),
+                "--model_config",
+                str(ROOT / "configs/llama_demo.json"),
+            ),
+            *("--num_training_steps", str(updates), "--warmup_steps", str(updates // 10), "--eval_every", str(updates)),
+            *("--eval_at_start", "false", "--save_every", str(updates), "--eval_tokens", str(eval_tokens)),
+            *("--lr", "0.002", "--sp_ratio", str(DELTA), "--support", pattern if pattern in OWN else "uniform"),
+            *(
+                "--seed",
+                str(seed),
+                "--save_dir",
+                folder,
+                "--wandb",
+                "disabled",
+                "--device",
+                "cpu",
+                "--dtype",
+                "float32",
+            ),
+        ]
+        if torchrun_main.main(argv) != 0:
+            raise RuntimeError(f"the run of {pattern}, seed {seed} failed")
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        parameters = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["plan"]["parameters"]
+    last = next(row for row in reversed(rows) if "final_eval_loss" in row)
+    return {
+        "pattern": pattern,
+        "seed": seed,
+        "updates": updates,
+        "loss": last["final_eval_loss"],
+        "perplexity": last["final_eval_perplexity"],
+        "eval_tokens": last["final_eval_tokens"],
+        "parameters": parameters,
+    }
+
+
+def ratio_to_uniform(losses: dict[int, float], uniform_losses: dict[int, float]) -> tuple[float, float, float] | None:
+    """Geometric mean of the perplexity ratios over the seeds that both have, and its 95 % interval; None for fewer than two."""
+    differences = [losses[seed] - uniform_losses[seed] for seed in losses.keys() & uniform_losses.keys()]
+    if len(differences) < 2:
+        return None
+    mean, freedom = statistics.mean(differences), len(differences) - 1
+    half = STUDENT_T[min(freedom, 9)] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def print_table(runs: list[dict[str, Any]]) -> None:
+    """A line per pattern, the best mean first."""
+    losses: dict[str, dict[int, float]] = {}
+    for run in runs:
+        losses.setdefault(run["pattern"], {})[run["seed"]] = run["loss"]
+    for pattern in sorted(losses, key=lambda name: statistics.mean(losses[name].values())):
+        mean = math.exp(statistics.mean(losses[pattern].values()))
+        each = ", ".join(f"{math.exp(loss):.2f} ({seed})" for seed, loss in losses[pattern].items())
+        ratio = ratio_to_uniform(losses[pattern], losses.get("uniform", {}))
+        against = (
+            "" if ratio is None or pattern == "uniform" else "  {:.4f} of uniform's [{:.4f}, {:.4f}]".format(*ratio)
+        )
+        print(f"{pattern:<10}{mean:8.2f}  {each}{against}", flush=True)
+
+
+def main() -> int:
+    """Exit code 0; runs that were made stay in the file whatever happens afterwards."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    names = [*OWN, *PATTERNS]
+    parser.add_argument("--patterns", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2], help="default: 42 1 2")
+    parser.add_argument("--updates", type=int, default=800, help="of each run (default: %(default)s)")
+    parser.add_argument("--eval_tokens", type=int, default=68_000, help="held-out tokens (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, completed run by run")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found: dict[str, Any] = {"runs": []}
+    if args.out.exists():
+        found = json.loads(args.out.read_text(encoding="utf-8"))
+    found |= {"device": platform.processor() or platform.machine(), "threads": args.threads, "versions": versions()}
+    found |= {"command": ["benchmarks/supports.py", *sys.argv[1:]], "date": date.today().isoformat()}
+    done = {(run["pattern"], run["seed"], run["updates"]) for run in found["runs"]}
+    for seed in args.seeds:
+        for pattern in args.patterns:
+            if (pattern, seed, args.updates) in done:
+                continue
+            found["runs"].append(train(pattern, seed, args.updates, args.eval_tokens))
+            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print_table([run for run in found["runs"] if run["updates"] == args.updates])
+    print_table([run for run in found["runs"] if run["updates"] == args.updates])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
