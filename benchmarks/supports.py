@@ -3,8 +3,8 @@
 `python benchmarks/supports.py [--patterns uniform block ...] [--seeds 42 1 2] [--updates 800] [--threads 1] --out FILE.json`
 
 Each run is the trainer's, on the quickstart's model and text (scripts/quickstart.yaml), float32, learning rate .002, one after
-another; those that FILE.json already has are not made again. S has int(delta * out * in) values in every pattern but "block", whose
-slices leave up to 2 % more. Patterns, k = round(1 / delta):
+another; those that FILE.json already has are not made again. S has int(delta * out * in) values in every pattern but "block",
+whose slices leave up to 2 % more. Patterns, k = round(1 / delta):
 
   uniform    anywhere, as published (`--support uniform`)
   block      k blocks on the diagonal: consecutive rows by consecutive columns (`--support block`)
@@ -36,14 +36,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchrun_main
 from peft_pretraining.run_folder import versions
 from sparse_lora import uniform
 from sparse_lora.layout import Layout
 
+ROOT = Path(__file__).resolve().parent.parent
 DELTA = 0.03
 OWN = ("uniform", "block")  # of the program
 # 97.5 % quantiles of Student's t by degrees of freedom.

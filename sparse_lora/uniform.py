@@ -152,7 +152,7 @@ class UniformSupport(Support):
 
 
 class UniformPart:
-    """The arithmetic of S with a uniform support; see support.SparsePart. In a product S is a dense matrix for a while: with a few
+    """The arithmetic of S with a uniform support; see support.SparsePart. In a product S is a dense matrix for a while: with few
     percent of entries at random, matrix units multiply the zeros faster than any kernel finds the others."""
 
     def __init__(self, code: Tensor, nnz: int, out_features: int, in_features: int) -> None:
