@@ -22,7 +22,17 @@ from peft_pretraining.metrics import METRICS_FILE
 from peft_pretraining.plan import Plan
 from peft_pretraining.stop import MARKER_FILE
 
-_PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "torchao", "sentencepiece", "wandb", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "torchao",
+    "triton",
+    "sentencepiece",
+    "wandb",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -201,7 +211,7 @@ def check_same_data(path: Path, args: Arguments, source: Source) -> None:
 
 def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> None:
     """One line where the same course is promised up to rounding only."""
-    names = ("torch", "transformers", "bitsandbytes", "torchao")
+    names = ("torch", "transformers", "bitsandbytes", "torchao", "triton")
     then = {name: before["versions"].get(name) for name in names}
     now = {name: versions().get(name) for name in names}
     for values, world, machine in (

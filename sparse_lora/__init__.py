@@ -1,4 +1,4 @@
-"""The SLTrain layer: a linear whose weight is low-rank plus sparse (arXiv 2406.02214). Imports torch only.
+"""The SLTrain layer: a linear whose weight is low-rank plus sparse (arXiv 2406.02214). Needs torch only.
 
 linear.py          SparseLowRankLinear, a drop-in for nn.Linear
 functional.py      sparse_lowrank_linear (memory-saving autograd) and dense_reference (plain autograd)
@@ -7,6 +7,7 @@ support.py         Support: which entries the sparse part has, and the arithmeti
 uniform.py         anywhere, as published; layout.py: in how many bytes they are stored
 block.py           on the diagonal
 kinds.py           their names
+kernels.py         W, and the values' gradient, by Triton kernels (kernels_triton.py) where there are Triton and a GPU
 reparameterize.py  SLTrainConfig, reparameterize(model, config), merge(model)
 """
 

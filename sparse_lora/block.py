@@ -113,6 +113,12 @@ class BlockPart:
         for run, values_nrc in self._with_values(values):
             _diagonal(weight, run).add_(values_nrc)
 
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor:
+        """W = scaled_B A + S, (O, I)."""
+        weight = scaled_B @ lora_A
+        self.add_to_(weight, values)
+        return weight
+
     def gather(self, grad_weight: Tensor) -> Tensor:
         """The blocks of a gradient of the weight, (O, I), one after another."""
         return torch.cat([_diagonal(grad_weight, run).reshape(-1) for run in self.runs])
@@ -143,6 +149,10 @@ class BlockPart:
             else:
                 found.append((g_nTr.mT @ x_nTc).view(-1))
         return torch.cat(found)
+
+    def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
+        """Then the factored path would have been taken."""
+        return False
 
 
 def _slices(tensor: Tensor, start: int, count: int, size: int) -> Tensor:

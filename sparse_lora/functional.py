@@ -8,8 +8,8 @@ Shapes: T rows (all leading dimensions of x together), I in_features, O out_feat
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +89,8 @@ def dense_reference(
 
 
 def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor | None, part: SparsePart | None) -> Tensor:
-    """W = scaled_B A + S, (O, I); S is added in place, which spares a second matrix. All values of one dtype."""
-    weight = scaled_B @ lora_A
-    if values is not None and part is not None:
-        part.add_to_(weight, values)
-    return weight
+    """W = scaled_B A + S, (O, I). All values of one dtype."""
+    return scaled_B @ lora_A if values is None or part is None else part.weight(scaled_B, lora_A, values)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -241,24 +238,33 @@ def _gradients(
     return [grad.to(of.dtype).view(of.shape) for grad, of in grads if grad is not None and of is not None]
 
 
-def _materialised_gradients(
-    o: _Operands, factor: Scaling, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, A, scaling * B before the scaling, and values, by way of W and dW = G^T x; None where not needed."""
+class _Gradients(NamedTuple):
+    """None where not needed; B's before it is multiplied by the scaling."""
+
+    x: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    values: Tensor | None = None
+
+
+def _materialised_gradients(o: _Operands, factor: Scaling, needed: Sequence[bool]) -> _Gradients:
+    """By way of W and dW = G^T x."""
     need_x, need_A, need_B, need_values = needed
     grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part) if need_x else None
     if not (need_A or need_B or need_values):
-        return grad_x, None, None, None
+        return _Gradients(grad_x)
+    if need_values and o.part is not None and o.part.spares_weight_gradient(o.g_TO, o.x_TI, o.A.shape[0]):
+        o = replace(o, h_TR=o.x_TI @ o.A.t())
+        return _factored_gradients(o, factor, (False, need_A, need_B, True))._replace(x=grad_x)
     grad_W = o.g_TO.t() @ o.x_TI  # only now, when W is gone
     grad_A = (o.B.t() @ grad_W) * factor if need_A else None
     grad_B = grad_W @ o.A.t() if need_B else None
-    return grad_x, grad_A, grad_B, o.part.gather(grad_W) if need_values and o.part is not None else None
+    grad_values = o.part.gather(grad_W) if need_values and o.part is not None else None
+    return _Gradients(grad_x, grad_A, grad_B, grad_values)
 
 
-def _factored_gradients(
-    o: _Operands, factor: Scaling, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As _materialised_gradients, with G scaling B shared by those of x and A, and x A^T kept from the forward pass."""
+def _factored_gradients(o: _Operands, factor: Scaling, needed: Sequence[bool]) -> _Gradients:
+    """With G scaling B shared by those of x and A, and x A^T kept from the forward pass."""
     need_x, need_A, need_B, need_values = needed
     grad_x = grad_A = None
     if need_x or need_A:
@@ -270,7 +276,7 @@ def _factored_gradients(
         grad_A = grad_h_TR.t() @ o.x_TI if need_A else None
     grad_B = o.g_TO.t() @ o.h_TR if need_B else None
     grad_values = o.part.value_gradient(o.g_TO, o.x_TI) if need_values and o.part is not None else None
-    return grad_x, grad_A, grad_B, grad_values
+    return _Gradients(grad_x, grad_A, grad_B, grad_values)
 
 
 def _gradients_of_h(grad_h: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:

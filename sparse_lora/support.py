@@ -81,6 +81,9 @@ class SparsePart(Protocol):
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
         """weight (O, I) += S."""
 
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor:
+        """W = scaled_B A + S, (O, I)."""
+
     def gather(self, grad_weight: Tensor) -> Tensor:
         """The values' gradient (N,) out of the weight's (O, I)."""
 
@@ -92,3 +95,6 @@ class SparsePart(Protocol):
 
     def value_gradient(self, g_TO: Tensor, x_TI: Tensor) -> Tensor:
         """The values' gradient (N,), without the weight's where that is possible."""
+
+    def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
+        """Whether value_gradient, with the factors' gradients from thin products, takes less time than building G^T x for all."""

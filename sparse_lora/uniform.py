@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import kernels
 from .layout import Layout, layout_for
 from .support import Support
 
@@ -167,6 +168,14 @@ class UniformPart:
         """weight += S. Positions are unique and sorted: no two writes meet."""
         weight.view(-1).index_add_(0, self.positions(), values)
 
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor:
+        """W = scaled_B A + S, (O, I): S is added in place, which spares a second matrix, or with it by a kernel."""
+        if _kernels_run(lora_A):
+            return kernels.build_weight(lora_A, scaled_B, values, self.positions())
+        weight = scaled_B @ lora_A
+        self.add_to_(weight, values)
+        return weight
+
     def gather(self, grad_weight: Tensor) -> Tensor:
         """The entries of a gradient of the weight, (O, I), that are those of the values."""
         return grad_weight.view(-1).index_select(0, self.positions())
@@ -186,4 +195,16 @@ class UniformPart:
 
     def value_gradient(self, g_TO: Tensor, x_TI: Tensor) -> Tensor:
         """G^T x at the positions, (N,)."""
+        if self.spares_weight_gradient(g_TO, x_TI, 0):
+            return kernels.gather_gradient(g_TO, x_TI, self.positions())
         return self.gather(g_TO.t() @ x_TI)
+
+    def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
+        """Where the kernels run, for few rows."""
+        out_features, in_features = self.shape
+        return _kernels_run(x_TI) and kernels.pays_off(x_TI.shape[0], in_features, out_features, rank)
+
+
+def _kernels_run(tensor: Tensor) -> bool:
+    """They give no gradients: where somebody differentiates a backward pass, plain operations do."""
+    return not torch.is_grad_enabled() and kernels.is_available(tensor.device, tensor.dtype)

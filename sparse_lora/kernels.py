@@ -1,0 +1,347 @@
+"""Two products of a linear with a sparse part as Triton kernels, where Triton and a GPU are there; nothing needs them.
+
+build_weight      W = scaled_B A + S in one pass: no second trip through memory for S, no atomics, one rounding.
+gather_gradient   the entries of G^T x at S's positions, without writing G^T x.
+
+Shapes: T rows, I in_features, O out_features, R rank, N positions. Accumulators are float32. The kernels keep nothing for
+autograd: call them below it, as an autograd function or an operator does. Which sizes a call takes depends on shapes and on the
+GPU's model alone, never on timings, so that a resumed run repeats the bits. Kernels: kernels_triton.py.
+"""
+
+import functools
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Columns of a block of `starts`. Fewer make less work for each tile and a larger table: 4 bytes for 32 entries of W.
+_WIDTH = 32
+# Rows of tiles worked off together.
+_GROUP = 8
+# Entries of a row of a tile gathered at once: what nearly every 128 columns have at a density of .05.
+_GATHERED_AT_ONCE = 16
+# For gather_gradient: the most shares of the T rows, and the fewest rows in one.
+_MOST_SPLITS, _ROWS_PER_SPLIT = 8, 512
+
+# Assumed, not measured: the speed of the kernel's products relative to cuBLAS's, and how many multiply-adds an H100 makes in the
+# time that it takes to move one byte.
+_RELATIVE_SPEED = 0.8
+_PRODUCTS_PER_BYTE = 100
+
+
+class Tile(NamedTuple):
+    """Sizes of a program: rows x columns of the weight, depth of one product, warps, and loads under way at a time.
+
+    rows, columns and depth are powers of two of at least 16.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# Compiled for an H100 these spill nothing, or 8 bytes for a thread (gather_gradient, Triton 3.7); 128 x 256, and 128 x 128 with 4
+# warps, spill 100 to 400.
+LARGE_TILE = Tile(128, 128, 64, 8, 4)
+SMALL_TILE = Tile(64, 64, 64, 4, 4)
+
+
+def is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run for tensors of `dtype` on `device`, and are meant to.
+
+    On a GPU: bfloat16 and float16 from compute capability 8.0, float32 where torch may use TF32 (exact float32 products are
+    left to cuBLAS). The first call for a GPU makes a small trial and compiles for it; where that fails, a warning says why.
+    On the CPU: where TRITON_INTERPRET=1 was set before Triton was imported (for tests; slow). Nowhere with SPARSE_LORA_TRITON=0
+    in the environment.
+    """
+    if dtype not in DTYPES or os.environ.get("SPARSE_LORA_TRITON") == "0":
+        return False
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        kernels = _triton_kernels()
+        return kernels is not None and kernels.INTERPRETED
+    if device.type != "cuda" or (dtype == torch.float32 and not _tf32_allowed()):
+        return False
+    return _works(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def build_weight(
+    lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor, *, tile: Tile | None = None
+) -> Tensor:
+    """W = scaled_B A + S, of lora_A's dtype, rounded once.
+
+    Args:
+        lora_A: (R, I); scaled_B: (O, R), of the same dtype.
+        values: (N,), of any of the kernels' dtypes.
+        positions: (N,) int32 or int64, strictly increasing, row-major in (O, I): what uniform.decode gives.
+        tile: sizes, where the choice by shape is not wanted.
+
+    Returns:
+        (O, I).
+
+    Raises:
+        ValueError: a dtype that the kernels do not know, or tensors that do not fit each other.
+        RuntimeError: autograd would want a gradient through the kernel.
+    """
+    _check({"lora_A": lora_A, "scaled_B": scaled_B, "values": values}, positions)
+    (rank, in_features), out_features = lora_A.shape, scaled_B.shape[0]
+    if scaled_B.shape[1] != rank or values.shape != positions.shape or scaled_B.dtype != lora_A.dtype:
+        raise ValueError(
+            f"lora_A {_describe(lora_A)}, scaled_B {_describe(scaled_B)}, values {_describe(values)} and positions "
+            f"{_describe(positions)} must be (rank, in), (out, rank), (nnz,) and (nnz,), the first two of one dtype"
+        )
+    kernels, interpreted = _loaded_kernels()
+    dtype, on_device = lora_A.dtype, _on(lora_A.device)
+    if interpreted:
+        lora_A, scaled_B, values = (_exact(t) for t in (lora_A, scaled_B, values))
+    tile = tile or _tile_for(out_features, in_features, lora_A.device)
+    tile = _for_dtype(tile, lora_A.dtype)
+    width = min(_WIDTH, tile.columns)
+    with on_device:
+        starts = _block_starts(positions, out_features, in_features, width)
+        lora_A, scaled_B = _with_wide_rows(lora_A), scaled_B.contiguous()
+        weight = lora_A.new_empty(out_features, in_features)
+        kernels.build_weight[(_num_tiles(out_features, in_features, tile),)](
+            *(lora_A, scaled_B, values.contiguous(), positions, starts, weight),
+            *(out_features, in_features, rank, lora_A.stride(0), scaled_B.stride(0), _cdiv(in_features, width)),
+            **_constants(tile, width, lora_A.dtype),
+        )
+    return weight.to(dtype)
+
+
+def gather_gradient(
+    grad_output: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """The gradient of S's values: the entries of G^T x, (O, I), at the positions.
+
+    With more than one split, each takes a share of the T rows and the shares' float32 results, (splits, N), are added.
+
+    Args:
+        grad_output: G, (T, O); x: (T, I), of the same dtype.
+        positions: as in build_weight.
+        dtype: of the result; x's by default.
+        tile, num_splits: where the choice by shape is not wanted.
+
+    Returns:
+        (N,).
+
+    Raises:
+        ValueError, RuntimeError: as build_weight.
+    """
+    _check({"grad_output": grad_output, "x": x}, positions)
+    (num_rows, out_features), in_features = grad_output.shape, x.shape[1]
+    if x.shape[0] != num_rows or x.dtype != grad_output.dtype:
+        raise ValueError(
+            f"grad_output {_describe(grad_output)} and x {_describe(x)} must be (rows, out) and (rows, in), of one dtype"
+        )
+    kernels, interpreted = _loaded_kernels()
+    dtype, on_device = dtype or x.dtype, _on(x.device)
+    if interpreted:
+        grad_output, x = _exact(grad_output), _exact(x)
+    tile = _for_dtype(tile or LARGE_TILE, x.dtype)
+    width = min(_WIDTH, tile.columns)
+    num_tiles = _num_tiles(out_features, in_features, tile)
+    splits = num_splits or _splits_for(num_tiles, num_rows, _num_processors(x.device))
+    with on_device:
+        starts = _block_starts(positions, out_features, in_features, width)
+        grad_output, x = _with_wide_rows(grad_output), _with_wide_rows(x)
+        # Rounded once: by the kernel where it finishes the sum, else after the sum of the shares.
+        kind = dtype if splits == 1 and not interpreted else torch.float32
+        gathered = torch.empty(splits, positions.numel(), dtype=kind, device=x.device)
+        kernels.gather_gradient[(num_tiles, splits)](
+            *(
+                grad_output,
+                x,
+                positions,
+                starts,
+                gathered,
+                num_rows,
+                _cdiv(num_rows, splits),
+                out_features,
+                in_features,
+            ),
+            *(grad_output.stride(0), x.stride(0), positions.numel(), _cdiv(in_features, width)),
+            **_constants(tile, width, x.dtype),
+            AT_ONCE=min(_GATHERED_AT_ONCE, tile.columns),
+        )
+    return (gathered[0] if splits == 1 else gathered.sum(0)).to(dtype)
+
+
+def pays_off(num_rows: int, in_features: int, out_features: int, rank: int) -> bool:
+    """Whether gather_gradient, with the gradients of A and B from factored products, should beat one dense G^T x for all three.
+
+    In multiply-adds: T I O at the kernel's speed and 2 T R (I + O) against T I O + 2 R I O and what it takes to write a
+    16-bit matrix of G^T x once and to read it three times. From assumed speeds; benchmarks/kernels.py measures them.
+    """
+    dense = num_rows * in_features * out_features
+    apart = dense / _RELATIVE_SPEED + 2 * num_rows * rank * (in_features + out_features)
+    num_bytes = 2 * 4 * in_features * out_features
+    return apart < dense + 2 * rank * in_features * out_features + num_bytes * _PRODUCTS_PER_BYTE
+
+
+def scratch_bytes(out_features: int, in_features: int) -> int:
+    """What build_weight and gather_gradient need besides their arguments and results: the table of starts."""
+    return 4 * (out_features * _cdiv(in_features, _WIDTH) + 1)
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The module with the kernels; None where Triton is not installed."""
+    try:
+        import sparse_lora.kernels_triton as kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def _loaded_kernels() -> tuple[ModuleType, bool]:
+    """The kernels, and whether Triton's interpreter runs them."""
+    kernels = _triton_kernels()
+    if kernels is None:
+        raise RuntimeError("Triton is not installed: pip install triton, or ask is_available before")
+    return kernels, kernels.INTERPRETED
+
+
+@functools.cache
+def _works(index: int) -> bool:
+    """Whether a trial on this GPU gives the right numbers: Triton also needs a C compiler and a driver that is new enough."""
+    device = torch.device("cuda", index)
+    kernels = _triton_kernels()
+    if kernels is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        problem = None if _trial_succeeds(device) else "a trial gave wrong numbers"
+    except Exception as error:  # whatever a compiler, an assembler or a driver may raise
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if problem:
+        warnings.warn(f"Triton's kernels are not used on {device}, plain PyTorch is: {problem}", stacklevel=3)
+    return problem is None
+
+
+def _trial_succeeds(device: torch.device) -> bool:
+    """Both kernels on whole numbers that bfloat16 holds exactly: 3 x 5 tiles of them, every third entry."""
+    with torch.no_grad():
+        out_features, in_features, rank = 160, 290, 16
+        numbers = torch.arange(out_features * in_features, dtype=torch.int32, device=device)
+        matrix = (numbers % 3 - 1).view(out_features, in_features).to(torch.bfloat16)
+        lora_A, scaled_B, positions = matrix[:rank], matrix[:, :rank].contiguous(), numbers[::3].contiguous()
+        values = (positions % 7).to(torch.bfloat16)
+        expected = scaled_B @ lora_A
+        gathered = gather_gradient(scaled_B.t().contiguous(), lora_A, positions)
+        if not torch.equal(gathered, expected.view(-1)[positions]):
+            return False
+        expected.view(-1)[positions] += values
+        return torch.equal(build_weight(lora_A, scaled_B, values, positions, tile=SMALL_TILE), expected)
+
+
+def _check(tensors: dict[str, Tensor], positions: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}, but the kernels know float32, bfloat16 and float16 only")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name} wants a gradient, which the kernels do not give: call them under torch.no_grad()"
+            )
+        if tensor.device != positions.device:
+            raise ValueError(f"{name} is on {tensor.device} and positions on {positions.device}: move one of them")
+    if positions.dtype not in (torch.int32, torch.int64) or not positions.is_contiguous():
+        raise ValueError(f"positions are {_describe(positions)}: they must be contiguous, int32 or int64")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _block_starts(positions: Tensor, out_features: int, in_features: int, width: int) -> Tensor:
+    """(O * blocks + 1,) int32: how many positions lie before each block of `width` columns of each row."""
+    kernels, _ = _loaded_kernels()
+    num_blocks, size = _cdiv(in_features, width), 256
+    kind = torch.int32 if positions.numel() < 2**31 else torch.int64
+    starts = torch.empty(out_features * num_blocks + 1, dtype=kind, device=positions.device)
+    kernels.block_starts[(_cdiv(starts.numel(), size),)](
+        *(positions, starts, positions.numel(), out_features, in_features, num_blocks), WIDTH=width, SIZE=size
+    )
+    return starts
+
+
+def _with_wide_rows(matrix: Tensor) -> Tensor:
+    """The matrix with rows that begin at multiples of 16 entries: without them a GPU loads odd rows entry by entry.
+
+    Copied where they do not.
+    """
+    num_columns = matrix.shape[1]
+    stride = _cdiv(num_columns, 16) * 16
+    if matrix.stride() == (stride, 1) and matrix.data_ptr() % 16 == 0:
+        return matrix
+    return F.pad(matrix, (0, stride - num_columns))[:, :num_columns]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """For the interpreter, whose products and roundings of bfloat16 are wrong."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _tile_for(out_features: int, in_features: int, device: torch.device) -> Tile:
+    """Large tiles, unless they leave more than half of the processors without one."""
+    return LARGE_TILE if 2 * _num_tiles(out_features, in_features, LARGE_TILE) > _num_processors(device) else SMALL_TILE
+
+
+def _for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
+    """Four-byte entries take the same shared memory with half the depth."""
+    return tile._replace(depth=max(16, tile.depth // 2)) if dtype == torch.float32 else tile
+
+
+def _splits_for(num_tiles: int, num_rows: int, num_processors: int) -> int:
+    """Shares of the rows with which the processors' rounds take least, each processor having one tile at a time."""
+    most = min(_MOST_SPLITS, max(1, num_rows // _ROWS_PER_SPLIT))
+    return min(range(1, most + 1), key=lambda splits: (_cdiv(num_tiles * splits, num_processors) / splits, splits))
+
+
+def _tf32_allowed() -> bool:
+    # Not allow_tf32: reading it raises once somebody has set fp32_precision.
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision == "tf32"
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _num_tiles(out_features: int, in_features: int, tile: Tile) -> int:
+    return _cdiv(out_features, tile.rows) * _cdiv(in_features, tile.columns)
+
+
+def _constants(tile: Tile, width: int, dtype: torch.dtype) -> dict[str, int | str]:
+    return {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": _GROUP,
+        "WIDTH": width,
+        "PRECISION": "tf32" if dtype == torch.float32 and _tf32_allowed() else "ieee",
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton starts kernels on the current GPU, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _cdiv(number: int, divisor: int) -> int:
+    return -(-number // divisor)
