@@ -1,0 +1,309 @@
+"""Whole updates of every method beside full-rank: throughput as a ratio in turns, peak memory, model FLOPs utilisation.
+
+`python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank] [--optimizers adamw] [--batch_size 8]
+[--rounds 5] [--threads 1] [--device cpu] [--compile] [--out FILE.json]`
+
+One micro-batch of random tokens per update, bfloat16, the trainer's own model, loss and optimizer. A method and full-rank each live
+in a process of their own and take turns, an update each; "throughput" is the median over the rounds of full-rank's seconds by
+the method's. "of floor": how much of the speed that the linears' multiplications alone would allow was reached: full-rank's update
+with its linears (timed alone) times the floor of benchmarks/layer.py, and its optimizer's step times the share of parameters. "mfu":
+multiplications that the full-rank model needs for the tokens, in the time taken, over the fastest large matrix product timed here
+(on a GPU --peak_flops, 989e12 for an H100's dense bfloat16). Peak memory is that of the method's process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint import updater
+from layer import SETTINGS, Shape, floor, shapes_of, step_of
+from memory import load_what_the_trainer_loads
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peft_pretraining import memory
+from peft_pretraining.build import resolve_dtype
+from peft_pretraining.config import ConfigError, parse_args
+from peft_pretraining.distributed import World, pick_device
+from peft_pretraining.metrics import peak_memory_bytes
+from peft_pretraining.model_config import load_model_config
+from peft_pretraining.plan import make_plan
+from peft_pretraining.run_folder import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = {
+    "full": ["--peft_model", "full"],
+    "uniform": ["--peft_model", "sltrain", "--support", "uniform"],
+    "block": ["--peft_model", "sltrain", "--support", "block"],
+    "lowrank": ["--peft_model", "lowrank"],
+}
+SUPPORT_OF = {"uniform": "uniform", "block": "block", "lowrank": "none"}
+
+
+def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namespace) -> list[str]:
+    """Command line of a run of the program with these settings."""
+    rank, sparsity, _ = SETTINGS[config]
+    flags = [
+        *("--model_config", str(ROOT / f"configs/llama_{config}.json"), *METHODS[method], "--optimizer", optimizer),
+        *("--batch_size", str(own.batch_size), "--max_length", str(own.max_length), "--dtype", "bfloat16"),
+        *("--lr", "0.001", "--lora_alpha", "8", "--device", own.device, "--force"),
+    ]
+    if method != "full":
+        flags += ["--rank", str(rank)]
+    if method in ("uniform", "block"):
+        flags += ["--sp_ratio", str(sparsity)]
+    return [*flags, "--compile"] if own.compile else flags
+
+
+def work(pipe: Connection, argv: list[str], threads: int) -> None:
+    """A process's life: build, say so, then answer "update" with its seconds and the step's, "memory" with the peak, until "end"."""
+    torch.set_num_threads(threads)
+    args = parse_args(argv)
+    device = pick_device(args.device, World())
+    plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
+    load_what_the_trainer_loads()
+    parts, update = updater(args, plan, device)
+    honest, stepping = parts.updates.finish, [0.0]
+
+    def finish(loss: torch.Tensor) -> Any:
+        _wait(device)
+        start = time.perf_counter()
+        outcome = honest(loss)
+        _wait(device)
+        stepping[0] = time.perf_counter() - start
+        return outcome
+
+    parts.updates.finish = finish  # type: ignore[method-assign]
+    pipe.send({"parameters": plan.parameters, "peak_predicted": plan.bytes["peak"]})
+    while (order := pipe.recv()) != "end":
+        if order == "update":
+            pipe.send((update(), stepping[0]))
+        else:
+            pipe.send(peak_memory_bytes(device))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Worker:
+    """A process that makes updates when told to."""
+
+    def __init__(self, argv: list[str], threads: int):
+        """Returns when the model is built."""
+        self.argv = argv
+        self._pipe, other = multiprocessing.get_context("spawn").Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=work, args=(other, argv, threads))
+        self._process.start()
+        other.close()
+        self.facts: dict[str, Any] = self._pipe.recv()
+
+    def update(self) -> tuple[float, float]:
+        """Seconds of an update, and of the optimizer's step in it."""
+        return self._ask("update")
+
+    def peak(self) -> int:
+        """Most bytes so far."""
+        return self._ask("memory")
+
+    def _ask(self, order: str) -> Any:
+        self._pipe.send(order)
+        return self._pipe.recv()
+
+    def end(self) -> None:
+        """Lets the process go."""
+        self._pipe.send("end")
+        self._process.join()
+
+
+def seconds_of_linears(config: str, rows: int, device: torch.device, rounds: int) -> float:
+    """Forward and backward pass of all dense linears of the model's decoder layers."""
+    total = 0.0
+    layers = load_model_config(str(ROOT / f"configs/llama_{config}.json")).num_hidden_layers
+    for shape in shapes_of(config, rows):
+        x = torch.randn(rows, shape.in_features, dtype=torch.bfloat16, device=device, requires_grad=True)
+        grad = torch.randn(rows, shape.out_features, dtype=torch.bfloat16, device=device)
+        layer = torch.nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=torch.bfloat16, device=device)
+        step, times = step_of(layer, x, grad), []
+        for _ in range(rounds + 1):
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            times.append(time.perf_counter() - start)
+        total += layers * shape.count * statistics.median(times[1:])
+    return total
+
+
+def floor_of_linears(config: str, method: str, rows: int) -> float:
+    """Of a decoder layer's seven linears together, relative to dense ones; see benchmarks/layer.py."""
+    shapes = shapes_of(config, rows)
+    work_of = {shape: shape.count * shape.entries for shape in shapes}
+    return sum(floor(shape, SUPPORT_OF[method], _nnz(method, shape)) * work_of[shape] for shape in shapes) / sum(
+        work_of.values()
+    )
+
+
+def _nnz(method: str, shape: Shape) -> int:
+    kind = SUPPORT_OF[method]
+    return 0 if kind == "none" else memory.nonzeros(kind, shape.out_features, shape.in_features, shape.sparsity)
+
+
+def model_flops(config: str, batch_size: int, length: int) -> float:
+    """Of the full-rank model's update: 6 per weight of a matrix product and token, and attention's 12 L h T per token, halved for
+    its causal mask."""
+    cfg = load_model_config(str(ROOT / f"configs/llama_{config}.json"))
+    weights = (
+        cfg.num_hidden_layers * sum(o * i for o, i in memory.linear_shapes(cfg)) + cfg.vocab_size * cfg.hidden_size
+    )
+    attention = 12 * cfg.num_hidden_layers * cfg.hidden_size * length / 2
+    return batch_size * length * (6 * weights + attention)
+
+
+def fastest_product(device: torch.device) -> float:
+    """Floating-point operations per second of a 4096^3 product in bfloat16, the best of five."""
+    left, right = (torch.randn(4096, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
+    times = []
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        left @ right
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * 4096**3 / min(times)
+
+
+def compare(
+    config: str, method: str, optimizer: str, full: Worker, own: argparse.Namespace, peak_flops: float
+) -> dict[str, Any]:
+    """A method and full-rank in turns; the first update of each does not count."""
+    worker = Worker(trainer_flags(config, method, optimizer, own), own.threads)
+    device = torch.device(own.device)
+    linears, times = [], {"full": [], "method": []}
+    for number in range(own.rounds + 1):
+        for name, process in (("full", full), ("method", worker)):
+            taken = process.update()
+            if number:
+                times[name].append(taken)
+        if number and not optimizer.endswith("_per_layer"):
+            linears.append(seconds_of_linears(config, own.batch_size * own.max_length, device, 1))
+    found = _figures(config, method, own, times, peak_flops)
+    if linears:
+        share = worker.facts["parameters"]["total"] / full.facts["parameters"]["total"]
+        floors = floor_of_linears(config, method, own.batch_size * own.max_length)
+        found |= {"seconds_of_linears": linears, "floor_of_linears": floors}
+        least = [
+            whole - alone - step + alone * floors + step * share
+            for (whole, step), alone in zip(times["full"], linears, strict=True)
+        ]
+        found["of_floor"] = statistics.median(
+            one / taken for one, (taken, _) in zip(least, times["method"], strict=True)
+        )
+    found |= {"optimizer": optimizer, "peak_measured": worker.peak(), **worker.facts, "arguments": worker.argv}
+    worker.end()
+    return found
+
+
+def _figures(
+    config: str,
+    method: str,
+    own: argparse.Namespace,
+    times: dict[str, list[tuple[float, float]]],
+    peak_flops: float,
+) -> dict[str, Any]:
+    ratios = [one / other for (one, _), (other, _) in zip(times["full"], times["method"], strict=True)]
+    flops = model_flops(config, own.batch_size, own.max_length)
+    medians = {name: statistics.median(seconds for seconds, _ in times[name]) for name in times}
+    return {
+        "config": config,
+        "method": method,
+        "throughput": statistics.median(ratios),
+        "throughput_each": ratios,
+        "mfu": flops / medians["method"] / peak_flops,
+        "mfu_full": flops / medians["full"] / peak_flops,
+        "seconds_full": [seconds for seconds, _ in times["full"]],
+        "seconds": [seconds for seconds, _ in times["method"]],
+        "seconds_full_step": [step for _, step in times["full"]],
+        "seconds_step": [step for _, step in times["method"]],
+        "tokens": own.batch_size * own.max_length,
+    }
+
+
+def print_row(row: dict[str, Any], full_peak: int) -> None:
+    """A line of the table."""
+    of_floor = f"{row['of_floor']:.2f}" if "of_floor" in row else "-"
+    print(
+        f"{row['config']:<5} {row['method']:<8} {row['optimizer']:<19} {row['throughput']:.3f} of full-rank's tokens/s, "
+        f"of floor {of_floor}, mfu {row['mfu']:.2f} (full {row['mfu_full']:.2f}), "
+        f"peak {row['peak_measured'] / 2**30:.2f} GiB (full {full_peak / 2**30:.2f})",
+        flush=True,
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--configs", nargs="+", choices=list(SETTINGS), default=["60m", "130m", "350m"])
+    methods = [name for name in METHODS if name != "full"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="as --optimizer of the trainer")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per micro-batch (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, as in the trainer")
+    parser.add_argument("--peak_flops", type=float, help="per second, for mfu (default: a large product, timed)")
+    parser.add_argument("--out", type=Path, help="JSON file for everything measured, completed row by row")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Exit code 2 where the arguments cannot work."""
+    own = arguments()
+    if own.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
+        return 2
+    torch.set_num_threads(own.threads)
+    peak_flops = own.peak_flops or fastest_product(torch.device(own.device))
+    found: dict[str, Any] = {
+        "command": ["benchmarks/train.py", *sys.argv[1:]],
+        "device": torch.cuda.get_device_name() if own.device == "cuda" else platform.processor() or platform.machine(),
+        "threads": own.threads,
+        "peak_flops": peak_flops,
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "rows": [],
+    }
+    for config in own.configs:
+        for optimizer in own.optimizers:
+            try:
+                flags = trainer_flags(config, "full", optimizer, own)
+                parse_args(flags)
+            except ConfigError as error:
+                print(error, file=sys.stderr)
+                return 2
+            full = Worker(flags, own.threads)
+            for method in own.methods:
+                row = compare(config, method, optimizer, full, own, peak_flops)
+                found["rows"].append(row | {"peak_measured_full": full.peak()})
+                print_row(row, full.peak())
+                if own.out is not None:
+                    own.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            full.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
