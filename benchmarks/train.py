@@ -3,12 +3,12 @@
 `python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank] [--optimizers adamw] [--batch_size 8]
 [--rounds 5] [--threads 1] [--device cpu] [--compile] [--out FILE.json]`
 
-One micro-batch of random tokens per update, bfloat16, the trainer's own model, loss and optimizer. A method and full-rank each live
-in a process of their own and take turns, an update each; "throughput" is the median over the rounds of full-rank's seconds by
-the method's. "of floor": how much of the speed that the linears' multiplications alone would allow was reached: full-rank's update
-with its linears (timed alone) times the floor of benchmarks/layer.py, and its optimizer's step times the share of parameters. "mfu":
-multiplications that the full-rank model needs for the tokens, in the time taken, over the fastest large matrix product timed here
-(on a GPU --peak_flops, 989e12 for an H100's dense bfloat16). Peak memory is that of the method's process.
+One micro-batch of random tokens per update, bfloat16, the trainer's own model, loss and optimizer. A method and full-rank each
+live in a process of their own and take turns, an update each; "throughput" is the median over the rounds of full-rank's seconds
+by the method's. "of floor": how much of the speed that the linears' multiplications alone would allow was reached: full-rank's
+update with its linears (timed alone) times the floor of benchmarks/layer.py, and its optimizer's step times the share of
+parameters. "mfu": multiplications that the full-rank model needs for the tokens, in the time taken, over the fastest large matrix
+product timed here (on a GPU --peak_flops, 989e12 for an H100's dense bfloat16). Peak memory is that of the method's process.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
 
 
 def work(pipe: Connection, argv: list[str], threads: int) -> None:
-    """A process's life: build, say so, then answer "update" with its seconds and the step's, "memory" with the peak, until "end"."""
+    """A process's life: build, say so, answer "update" with its seconds and the step's, "memory" with the peak, until "end"."""
     torch.set_num_threads(threads)
     args = parse_args(argv)
     device = pick_device(args.device, World())
