@@ -86,7 +86,7 @@ def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
     """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""
     rounding = ["--dtype", "bfloat16", "--stochastic_rounding"] if optimizer == "adamw-rounded" else []
     flags += ["--peft_model", "sltrain", "--train_scaling", "--optimizer", optimizer.split("-")[0], *rounding]
-    flags += ["--num_training_steps", "6"]
+    flags += ["--num_training_steps", "6", "--support", "block" if optimizer == "adamw" else "uniform"]
     flags += ["--parallel", "fsdp", "--batch_size", "3", "--save_every", "3"]
     flags += (
         ["--embedding_states", "8bit"] if "bit" in optimizer else []

@@ -51,7 +51,7 @@ def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
         *("--lr", "0.001", "--warmup_steps", "2", "--num_training_steps", "8", "--grad_clipping", "0.5"),
         *("--eval_every", "4", "--dtype", "float32", "--device", "cpu"),
     ]
-    common += ["--packing"] if layout == "packed" else []
+    common += ["--packing", "--support", "block"] if layout == "packed" else []
     settings = {
         "one": (1, ["--batch_size", "12", "--workers", "0"]),
         "one-accumulating": (1, ["--batch_size", "3", "--workers", "2"]),
