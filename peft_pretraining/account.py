@@ -119,6 +119,7 @@ def account(setting: Setting) -> dict[str, int]:
     working = Working(
         static["gradients"],
         **kept,
+        lasting=_lasting_scratch(setting),
         layer=_layer_scratch(setting) + _reduction_copy(setting, units, largest),
         step=_step_scratch(setting, largest),
     )
@@ -202,6 +203,23 @@ def _layer_scratch(setting: Setting) -> int:
     return max(_linear_scratch(setting, shape) for shape in memory.linear_shapes(setting.model))
 
 
+def _lasting_scratch(setting: Setting) -> int:
+    """What stays of the largest weight that is built: a CPU's scratch memory."""
+    if setting.peft_model == "full" or setting.device_type != "cpu":
+        return 0
+    from sparse_lora.scratch import large_bytes
+
+    width = memory.DTYPE_BYTES[setting.computes_in]
+    built = [shape for shape in memory.linear_shapes(setting.model) if _builds_matrix(setting, shape)]
+    return max((large_bytes(shape, width) for shape in built), default=0)
+
+
+def _builds_matrix(setting: Setting, shape: tuple[int, int]) -> bool:
+    """Whether a linear (out, in) makes a matrix of its weight's size: W, or S as a dense one."""
+    uniform = setting.peft_model == "sltrain" and setting.support == "uniform"
+    return uniform or not _is_factored(setting, shape)
+
+
 def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     """Of a linear (out, in): its weight or that weight's gradient, where it is built; the decoded support, values and factors
     with their gradients; and the gradient of x A^T where it is computed by its factors."""
@@ -211,7 +229,7 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     nnz = memory.nonzeros(setting.support, rows, columns, setting.sp_ratio) if sparse else 0
     uniform = sparse and setting.support == "uniform"
     positions = nnz * (4 if rows * columns <= 2**31 else 8) if uniform else 0
-    dense = 0 if factored and not uniform else rows * columns * width
+    dense = rows * columns * width if _builds_matrix(setting, shape) else 0
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
     return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
 

@@ -26,7 +26,7 @@ class Working:
     """What an update's moments are made of.
 
     gradients: where all of them are there, or of the largest step. activations, loss: see memory.activation_bytes.
-    layer: temporaries of a linear's backward pass. step: those of the largest step.
+    layer: temporaries of a linear's backward pass. step: those of the largest step. lasting: what of `layer` is never given back.
     """
 
     gradients: int
@@ -34,6 +34,7 @@ class Working:
     loss: int
     layer: int
     step: int
+    lasting: int = 0
 
     def layers_left(self, count: int, num_layers: int) -> int:
         """Activations of so many layers; with checkpointing about half of them are those of the layer that is at work."""
@@ -47,13 +48,15 @@ def of_whole(setting: Setting, working: Working) -> list[Moment]:
     before = working.gradients if setting.gradient_accumulation > 1 or buckets else 0
     head = DTYPE_BYTES[setting.dtype] * setting.model.vocab_size * setting.model.hidden_size
     one_layer = working.layers_left(1, setting.model.num_hidden_layers)
-    at_loss = Moment(before, working.activations, working.loss, 0)
+    at_loss = Moment(before, working.activations, working.loss, working.lasting)
     backward_begins = Moment(before or head, working.activations, 0, working.layer)
     if setting.gradients_stay:
         backward_ends = Moment(working.gradients, one_layer, 0, working.layer)
-        at_step = Moment(working.gradients, 0, 0, working.step)
+        at_step = Moment(working.gradients, 0, 0, working.step + working.lasting)
     else:
-        backward_ends = at_step = Moment(working.gradients, one_layer, 0, max(working.layer, working.step))
+        backward_ends = at_step = Moment(
+            working.gradients, one_layer, 0, max(working.layer, working.step + working.lasting)
+        )
     return [at_loss, backward_begins, backward_ends, at_step]
 
 

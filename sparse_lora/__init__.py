@@ -7,6 +7,7 @@ support.py         Support: which entries the sparse part has, and the arithmeti
 uniform.py         anywhere, as published; layout.py: in how many bytes they are stored
 block.py           on the diagonal
 kinds.py           their names
+scratch.py         memory for one passing matrix at a time
 kernels.py         W, and the values' gradient, by Triton kernels (kernels_triton.py) where there are Triton and a GPU
 reparameterize.py  SLTrainConfig, reparameterize(model, config), merge(model)
 """

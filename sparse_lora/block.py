@@ -113,11 +113,8 @@ class BlockPart:
         for run, values_nrc in self._with_values(values):
             _diagonal(weight, run).add_(values_nrc)
 
-    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor:
-        """W = scaled_B A + S, (O, I)."""
-        weight = scaled_B @ lora_A
-        self.add_to_(weight, values)
-        return weight
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> None:
+        """No quicker way."""
 
     def gather(self, grad_weight: Tensor) -> Tensor:
         """The blocks of a gradient of the weight, (O, I), one after another."""

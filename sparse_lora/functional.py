@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cost import PATHS, cheaper_path
 from .kinds import sparse_part
+from .scratch import passing_product
 from .support import SparsePart, Support
 
 Scaling = float | Tensor
@@ -88,9 +89,16 @@ def dense_reference(
     return F.linear(x, weight, bias)
 
 
-def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor | None, part: SparsePart | None) -> Tensor:
-    """W = scaled_B A + S, (O, I). All values of one dtype."""
-    return scaled_B @ lora_A if values is None or part is None else part.weight(scaled_B, lora_A, values)
+def build_weight(
+    lora_A: Tensor, scaled_B: Tensor, values: Tensor | None, part: SparsePart | None, passing: bool = False
+) -> Tensor:
+    """W = scaled_B A + S, (O, I), all of one dtype; `passing`: gone before the next one is built (scratch.py)."""
+    if values is not None and part is not None and (built := part.weight(scaled_B, lora_A, values)) is not None:
+        return built
+    weight = passing_product(scaled_B, lora_A) if passing else scaled_B @ lora_A
+    if values is not None and part is not None:
+        part.add_to_(weight, values)
+    return weight
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -172,7 +180,9 @@ def _output(
     part = _part(values, code, blocks, lora_B, lora_A)
     with without_autocast(x):
         if not factored:
-            return F.linear(x_TI, build_weight(A, scaled_B, values, part), bias).view(out_shape), x_TI.new_empty(0)
+            return F.linear(x_TI, build_weight(A, scaled_B, values, part, passing=True), bias).view(
+                out_shape
+            ), x_TI.new_empty(0)
         h_TR = x_TI @ A.t()
         y_TO = F.linear(h_TR, scaled_B, bias)
         if part is not None and values is not None:
@@ -250,13 +260,13 @@ class _Gradients(NamedTuple):
 def _materialised_gradients(o: _Operands, factor: Scaling, needed: Sequence[bool]) -> _Gradients:
     """By way of W and dW = G^T x."""
     need_x, need_A, need_B, need_values = needed
-    grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part) if need_x else None
+    grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, passing=True) if need_x else None
     if not (need_A or need_B or need_values):
         return _Gradients(grad_x)
     if need_values and o.part is not None and o.part.spares_weight_gradient(o.g_TO, o.x_TI, o.A.shape[0]):
         o = replace(o, h_TR=o.x_TI @ o.A.t())
         return _factored_gradients(o, factor, (False, need_A, need_B, True))._replace(x=grad_x)
-    grad_W = o.g_TO.t() @ o.x_TI  # only now, when W is gone
+    grad_W = passing_product(o.g_TO.t(), o.x_TI)  # only now, when W is gone
     grad_A = (o.B.t() @ grad_W) * factor if need_A else None
     grad_B = grad_W @ o.A.t() if need_B else None
     grad_values = o.part.gather(grad_W) if need_values and o.part is not None else None

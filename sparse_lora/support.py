@@ -81,8 +81,8 @@ class SparsePart(Protocol):
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
         """weight (O, I) += S."""
 
-    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor:
-        """W = scaled_B A + S, (O, I)."""
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor | None:
+        """W = scaled_B A + S, (O, I), where there is a quicker way than a product and add_to_."""
 
     def gather(self, grad_weight: Tensor) -> Tensor:
         """The values' gradient (N,) out of the weight's (O, I)."""

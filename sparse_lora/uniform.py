@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .layout import Layout, layout_for
+from .scratch import passing_product, scratch_matrix
 from .support import Support
 
 # Up to this many positions a permutation of all of them is drawn: no scratch worth saving, and it ends the recursion
@@ -168,20 +169,16 @@ class UniformPart:
         """weight += S. Positions are unique and sorted: no two writes meet."""
         weight.view(-1).index_add_(0, self.positions(), values)
 
-    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor:
-        """W = scaled_B A + S, (O, I): S is added in place, which spares a second matrix, or with it by a kernel."""
-        if _kernels_run(lora_A):
-            return kernels.build_weight(lora_A, scaled_B, values, self.positions())
-        weight = scaled_B @ lora_A
-        self.add_to_(weight, values)
-        return weight
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor | None:
+        """W = scaled_B A + S, (O, I), in one pass by a kernel."""
+        return kernels.build_weight(lora_A, scaled_B, values, self.positions()) if _kernels_run(lora_A) else None
 
     def gather(self, grad_weight: Tensor) -> Tensor:
         """The entries of a gradient of the weight, (O, I), that are those of the values."""
         return grad_weight.view(-1).index_select(0, self.positions())
 
     def _dense(self, values: Tensor) -> Tensor:
-        weight = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
+        weight = scratch_matrix(*self.shape, values).zero_()
         self.add_to_(weight, values)
         return weight
 
@@ -197,7 +194,7 @@ class UniformPart:
         """G^T x at the positions, (N,)."""
         if self.spares_weight_gradient(g_TO, x_TI, 0):
             return kernels.gather_gradient(g_TO, x_TI, self.positions())
-        return self.gather(g_TO.t() @ x_TI)
+        return self.gather(passing_product(g_TO.t(), x_TI))
 
     def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
         """Where the kernels run, for few rows."""

@@ -1,0 +1,68 @@
+"""Memory that passing matrices share: when it is, and that nothing which lives longer is in it."""
+
+import threading
+
+import pytest
+import torch
+
+from sparse_lora import SparseLowRankLinear, dense_reference, scratch
+from sparse_lora.cost import PATHS
+from sparse_lora.kinds import SUPPORT_KINDS
+from sparse_lora.scratch import large_bytes, passing_product, scratch_matrix
+
+
+@pytest.fixture
+def every_size_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "LARGE_BYTES", 1)
+    monkeypatch.setattr(scratch._kept, "memory", None, raising=False)
+
+
+@torch.no_grad()
+def test_large_matrices_take_turns_in_one_memory(every_size_is_large: None) -> None:
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    first = scratch_matrix(6, 7, like)
+    assert (first.shape, first.dtype) == ((6, 7), torch.bfloat16)
+    assert scratch_matrix(3, 5, like.float()).data_ptr() == first.data_ptr()
+    assert scratch_matrix(60, 70, like).data_ptr() != first.data_ptr()
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(scratch_matrix(60, 70, like).data_ptr()))
+    thread.start()
+    thread.join()
+    assert found != [scratch_matrix(60, 70, like).data_ptr()]
+
+
+def test_small_matrices_and_recorded_products_have_their_own() -> None:
+    like = torch.zeros(1)
+    with torch.no_grad():
+        small = [scratch_matrix(6, 7, like) for _ in range(2)]
+    assert small[0].data_ptr() != small[1].data_ptr()
+    large = [scratch_matrix(4096, 2049, like) for _ in range(2)]
+    assert large[0].data_ptr() != large[1].data_ptr()
+    assert large_bytes((4096, 2049), 4) == 4 * 4096 * 2049
+    assert large_bytes((4096, 2047), 4) == 0
+    left = torch.randn(3, 4, requires_grad=True)
+    assert passing_product(left, torch.eye(4)).requires_grad
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("support", SUPPORT_KINDS)
+def test_layers_that_share_it_give_the_same_numbers(every_size_is_large: None, support: str, path: str) -> None:
+    """Two layers of different sizes, twice, all results compared at the end: none of them lay in what came after it."""
+    sizes = ((20, 30), (30, 50), (50, 10))
+    layers = [SparseLowRankLinear(i, o, 4, 0.1, support=support, path=path, seed=i) for i, o in sizes]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B)
+    parameters = [p for layer in layers for p in layer.parameters()]
+    results = []
+    for seed in (0, 1):
+        x = torch.randn(9, 20, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        y = expected = x
+        for layer in layers:
+            y = layer(y)
+            others = (layer.lora_A, layer.lora_B, layer.sparse_value, layer.support, layer.effective_scaling())
+            expected = dense_reference(expected, *others)
+        for output in (y, expected):
+            results.append([output.detach(), *torch.autograd.grad(output.square().sum(), [x, *parameters])])
+    for found, wanted in zip(results[::2], results[1::2], strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
