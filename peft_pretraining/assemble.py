@@ -27,7 +27,6 @@ from peft_pretraining.distributed import (
 )
 from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.footprint import comparison, measured_bytes, return_freed_memory_if_tight
-from peft_pretraining.health import SkippedUpdates
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
 from peft_pretraining.parallel import is_sharded, replicate
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
@@ -47,12 +46,11 @@ class Run:
     folder: RunFolder
     data: Data
     batches: Iterator[Batch]
-    module: nn.Module  # maps (input_ids, labels) to the sum of token losses
+    module: nn.Module  # maps (input_ids, labels, num_targets) to the sum of token losses
     parts: RunParts
     document: dict[str, Any]  # run.json
     stop: StopRequest
     saver: Saver
-    skipped: SkippedUpdates
     memory_told: bool = False
 
     def memory_row(self) -> dict[str, int]:
@@ -101,8 +99,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         saved_step=parts.state.update_step if folder.goes_on_in_place else None,
         timeout_s=args.timeout_s,
     )
-    skipped = SkippedUpdates(parts.state.skipped_updates, device)
-    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver, skipped)
+    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver)
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:

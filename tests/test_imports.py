@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["sparse_lora"],
     [
-        *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "modeling"),
+        *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
         *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
     ],
     ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
-    ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "saver", "build"],
+    ["train", "evaluate", "plan", "footprint", "resume", "run_folder", "saver", "build", "late_record"],
     ["assemble"],
     ["ending"],
     ["estimate", "generate", "report"],
