@@ -102,6 +102,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
         world_size=world.size,
         batch_size=args.batch_size,
         workers=workers,
+        pin_memory=device.type == "cuda",
         on_bad_record=on_bad_record,
     )
     return Data(source, tokenizer, loader, eval_set)
