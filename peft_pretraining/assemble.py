@@ -14,6 +14,7 @@ from torch import nn
 
 from peft_pretraining.build import DTYPES, Data, build_data, build_module, build_updates, resolve_dtype
 from peft_pretraining.checkpoint import write_json
+from peft_pretraining.compile_cache import keep_compiled_code
 from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.loader import Batch, merge_states
@@ -81,6 +82,9 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
     return_freed_memory_if_tight(plan.bytes["peak"], there, sharded=args.parallel == "fsdp" and world.size > 1)
+    # torchao's 4-bit step is compiled too.
+    if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
+        print(f"notice: {problem}", file=sys.stderr)
     token_loss = build_module(args, plan, world, device)
     updates = build_updates(args, token_loss.model, world, device)
     module: nn.Module = token_loss
