@@ -85,7 +85,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     # torchao's 4-bit step is compiled too.
     if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
-    token_loss = build_module(args, plan, world, device)
+    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id)
     updates = build_updates(args, token_loss.model, world, device)
     module: nn.Module = token_loss
     if not is_sharded(token_loss) and not updates.averages_gradients:

@@ -129,20 +129,23 @@ def _wide(tensor: Tensor) -> torch.dtype:
 class TokenLoss(nn.Module):
     """A causal language model together with its loss: what data parallelism wraps and the training step calls."""
 
-    def __init__(self, model: "LlamaForCausalLM", chunk_rows: int | None = None) -> None:
-        """model: its linears may be of any kind; chunk_rows: as in chunked_cross_entropy."""
+    def __init__(
+        self, model: "LlamaForCausalLM", chunk_rows: int | None = None, document_end: int | None = None
+    ) -> None:
+        """model: its linears may be of any kind; chunk_rows: as in chunked_cross_entropy; document_end: as in hidden_states."""
         super().__init__()
         self.model = model
         self.chunk_rows = chunk_rows
+        self.document_end = document_end
 
     def forward(self, input_ids: Tensor, labels: Tensor, num_targets: int | None = None) -> Tensor:
         """Sum of the losses of all valid targets, a float32 scalar.
 
-        input_ids, labels: (B, T), labels as in transformers: not shifted, -100 where nothing is to be predicted. No
-        attention mask: padding stands on the right and attention is causal, so no real token sees it. num_targets: valid
-        targets among them, where that is known; without it a GPU is waited for.
+        input_ids, labels: (B, T), labels as in transformers: not shifted, -100 where nothing is to be predicted. Padding needs
+        no attention mask: it stands on the right and attention is causal, so no real token sees it. num_targets: valid targets
+        among them, where that is known; without it a GPU is waited for.
         """
-        hidden = hidden_states(self.model.model, input_ids)
+        hidden = hidden_states(self.model.model, input_ids, self.document_end)
         # Shift the labels, not the hidden states: those stay contiguous. The last position predicts nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         return chunked_cross_entropy(
