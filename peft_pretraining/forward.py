@@ -51,6 +51,6 @@ def document_mask(begins: Tensor, dtype: torch.dtype) -> Tensor:
     In the dtype of queries and keys: of a mask of flags every layer would make such a one of its own, and keep it for backward.
     """
     keys = torch.arange(begins.shape[1], device=begins.device)
-    visible = (keys >= begins[:, :, None]) & (keys <= keys[:, None])
-    mask = torch.zeros(visible.shape, dtype=dtype, device=begins.device)
-    return mask.masked_fill_(~visible, -torch.inf)[:, None]
+    hidden = (keys < begins[:, :, None]) | (keys > keys[:, None])
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=begins.device)
+    return mask.masked_fill_(hidden, -torch.inf)[:, None]
