@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from peft_pretraining.assemble import Run
+    from peft_pretraining.late_record import LateRecord
     from peft_pretraining.metrics import Recorder
 
 
@@ -126,48 +127,54 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     """Build, restore, loop, end; the exit code."""
     from peft_pretraining.assemble import assemble, open_record, say_finished, say_passed_over
     from peft_pretraining.ending import end_early
+    from peft_pretraining.late_record import LateRecord
+    from peft_pretraining.metrics import Throughput
     from peft_pretraining.stop import StopRun
 
     run = assemble(args, world, device)
     if run is None:
         return 0
     record = open_record(args, world, run)
+    throughput = Throughput(run.plan.total_batch_size, run.plan.gradient_accumulation * world.size)
+    late_record = LateRecord(record, run.parts.state, throughput)
     code = 1
     try:
         with run.stop.listening():
             try:
-                loop(args, world, run, record)
+                loop(args, world, run, record, late_record)
                 say_passed_over(record, run, world)
             except StopRun as stopped:
+                late_record.settle()
                 problem = end_early(run, args, world, stopped)
                 code = 0 if problem is None else fail(world, [problem], exit_code=1)
                 return code
         code = 0
     finally:
         run.saver.close()
+        late_record.close()
         record.close(code)
         run.data.loader.close()
     say_finished(world, run.parts.state, run.folder)
     return 0
 
 
-def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
+def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
     """Evaluate where due, update, record, save where due; until the plan is fulfilled or the run has to stop."""
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
     from peft_pretraining.assemble import next_micro_batches, run_evaluation
     from peft_pretraining.ending import keep_for_inspection
-    from peft_pretraining.metrics import Throughput, peak_memory_bytes
+    from peft_pretraining.late_record import Logged
+    from peft_pretraining.metrics import peak_memory_bytes
     from peft_pretraining.plan import is_finished, learning_rate
     from peft_pretraining.train import train_step
 
     plan, device, state = run.plan, run.device, run.parts.state
-    throughput = Throughput(plan.total_batch_size, plan.gradient_accumulation * world.size)
     scheduled = False  # a checkpoint that is still to be made
     bad_records = run.data.loader.num_bad_records  # on rank 0, which logs: of all processes before a restart
     while True:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         if evaluation_due(args, state.update_step, finished) and record.last_evaluated_step != state.update_step:
-            with throughput.paused():
+            with late_record.paused():
                 record.log_evaluation(state.update_step, run_evaluation(run, world))
         if finished:
             break
@@ -175,32 +182,30 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder) -> None:
         micro_batches = next_micro_batches(run, world)
         lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
-        run.skipped.add(step.skipped)
-        if args.on_nonfinite == "stop" and bool(step.skipped):
+        if args.on_nonfinite == "stop" and bool(
+            step.skipped
+        ):  # this waits for the device, as nothing else in an update
+            late_record.settle()
             keep_for_inspection(run, args, world, micro_batches, step)
-        num_tokens = int(step.num_tokens)
         state.update_step += 1
-        state.tokens_seen += num_tokens
-        bad_records += int(step.num_bad_records)
-        throughput.add_update(num_tokens)
+        state.tokens_seen += step.num_tokens
+        bad_records += step.num_bad_records
         record.advance()
+        logged = None
         if state.update_step % args.log_every == 0:
-            state.skipped_updates = run.skipped.read(state.update_step)
-            row = {"update_step": state.update_step, "loss": float(step.loss), "lr": lr}
-            row |= {"tokens_seen": state.tokens_seen, "gradnorm": float(step.gradnorm)}
-            row |= {"max_memory": peak_memory_bytes(device)} | throughput.read() | {"bad_records": bad_records}
-            row |= {"skipped_updates": state.skipped_updates} if state.skipped_updates else {}
-            record.log_update(row | run.memory_row())
+            logged = Logged(lr, state.tokens_seen, peak_memory_bytes(device), bad_records, run.memory_row())
+        late_record.add(state.update_step, step, logged)
 
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         scheduled = scheduled or finished or state.update_step % args.save_every == 0
-        # What cannot be updated any more must not take the place of a good checkpoint: saved once an update succeeds again.
-        if run.saver.due(scheduled) and (finished or not run.skipped.last_one):
-            state.skipped_updates = run.skipped.read(state.update_step)
-            with throughput.paused():
-                record.sync()
-                run.saver.save()
-            scheduled = False
+        if run.saver.due(scheduled):
+            late_record.settle()
+            # What cannot be updated any more must not take the place of a good checkpoint: saved once an update succeeds again.
+            if finished or not late_record.last_one_skipped:
+                with late_record.paused():
+                    record.sync()
+                    run.saver.save()
+                scheduled = False
     run.saver.finish()
 
 

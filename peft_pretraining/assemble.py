@@ -14,6 +14,7 @@ from torch import nn
 
 from peft_pretraining.build import DTYPES, Data, build_data, build_module, build_updates, resolve_dtype
 from peft_pretraining.checkpoint import write_json
+from peft_pretraining.compile_cache import keep_compiled_code
 from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.loader import Batch, merge_states
@@ -27,7 +28,6 @@ from peft_pretraining.distributed import (
 )
 from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.footprint import comparison, measured_bytes, return_freed_memory_if_tight
-from peft_pretraining.health import SkippedUpdates
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
 from peft_pretraining.parallel import is_sharded, replicate
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
@@ -47,12 +47,11 @@ class Run:
     folder: RunFolder
     data: Data
     batches: Iterator[Batch]
-    module: nn.Module  # maps (input_ids, labels) to the sum of token losses
+    module: nn.Module  # maps (input_ids, labels, num_targets) to the sum of token losses
     parts: RunParts
     document: dict[str, Any]  # run.json
     stop: StopRequest
     saver: Saver
-    skipped: SkippedUpdates
     memory_told: bool = False
 
     def memory_row(self) -> dict[str, int]:
@@ -83,7 +82,10 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
     return_freed_memory_if_tight(plan.bytes["peak"], there, sharded=args.parallel == "fsdp" and world.size > 1)
-    token_loss = build_module(args, plan, world, device)
+    # torchao's 4-bit step is compiled too.
+    if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
+        print(f"notice: {problem}", file=sys.stderr)
+    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id)
     updates = build_updates(args, token_loss.model, world, device)
     module: nn.Module = token_loss
     if not is_sharded(token_loss) and not updates.averages_gradients:
@@ -101,8 +103,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         saved_step=parts.state.update_step if folder.goes_on_in_place else None,
         timeout_s=args.timeout_s,
     )
-    skipped = SkippedUpdates(parts.state.skipped_updates, device)
-    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver, skipped)
+    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver)
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:

@@ -102,6 +102,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
         world_size=world.size,
         batch_size=args.batch_size,
         workers=workers,
+        pin_memory=device.type == "cuda",
         on_bad_record=on_bad_record,
     )
     return Data(source, tokenizer, loader, eval_set)
@@ -119,10 +120,15 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def build_module(args: Arguments, plan: Plan, world: World, device: torch.device) -> TokenLoss:
-    """The model with its method applied and its loss, on the device, with the seed's initial values; sharded if asked for."""
+def build_module(
+    args: Arguments, plan: Plan, world: World, device: torch.device, eos_id: int | None = None
+) -> TokenLoss:
+    """The model with its method applied and its loss, on the device, with the seed's initial values; sharded if asked for.
+
+    eos_id: what ends a document, for --document_mask.
+    """
     model = meta_model(plan.model, DTYPES[plan.dtype], lambda model: METHODS[args.peft_model](model, args))
-    module = TokenLoss(model)
+    module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
     sharded = args.parallel == "fsdp" and world.size > 1
     if sharded:
         # A tied embedding is the head too, and belongs to what stays gathered.

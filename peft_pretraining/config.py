@@ -121,6 +121,11 @@ class DataArguments:
         False,
         "concatenate documents with eos, no padding (default, as published: each document cut to max_length and padded)",
     )
+    document_mask: bool = _arg(
+        False,
+        "with --packing: a token attends to its own document only, and positions begin anew at each document, in training and "
+        "evaluation",
+    )
     data_lanes: int | None = _arg(
         None,
         "virtual readers; they fix the data's order for any number of processes and workers (default: c4 64, else 24)",
@@ -272,7 +277,7 @@ GROUPS = (ModelArguments, MethodArguments, DataArguments, OptimizationArguments,
 # Arguments that say which run this is; the default save_dir is keyed by them, so that the same script finds its run.
 RUN_DEFINING = (
     *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
-    *("dataset", "text_field", "tokenizer", "max_length", "packing", "data_lanes", "seed"),
+    *("dataset", "text_field", "tokenizer", "max_length", "packing", "document_mask", "data_lanes", "seed"),
     *("num_training_steps", "max_train_tokens"),
     *("optimizer", "lr", "weight_decay", "beta1", "grad_clipping", "scheduler", "min_lr_ratio"),
     *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding", "reduce_dtype", "compute_dtype"),
@@ -290,7 +295,7 @@ CHANGEABLE = (
         "grad_clipping",
         "grad_norm_growth",
     ),
-    *("lora_alpha", "dataset", "text_field", "tokenizer", "reduce_dtype", "compute_dtype"),
+    *("lora_alpha", "document_mask", "dataset", "text_field", "tokenizer", "reduce_dtype", "compute_dtype"),
 )
 # These cannot: the checkpoint's tensors or its data position would not fit.
 UNCHANGEABLE = (
@@ -676,6 +681,8 @@ def notices(args: Arguments) -> list[str]:
     ]
     if args.train_scaling and args.peft_model != "full" and "lora_alpha" in args.given:
         lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
+    if args.document_mask and not args.packing:
+        lines.append("--document_mask has no effect without --packing: a sequence holds one document")
     if "beta1" in args.given and args.optimizer not in ("sgd", "adafactor"):
         lines.append(f"--beta1 {args.beta1} has no effect with --optimizer {args.optimizer}: the Adam family keeps 0.9")
     if (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,18 @@ def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def totals(values: Sequence[int], world: World) -> list[int]:
+    """Each value summed over all processes, on every process; on the host, so that no GPU is waited for."""
+    if world.size == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(box, op=dist.ReduceOp.SUM)
+    return [int(total) for total in box]
 
 
 def largest(value: int, world: World) -> int:

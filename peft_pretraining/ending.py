@@ -21,11 +21,13 @@ from peft_pretraining.train import StepResult
 
 
 def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str | None:
-    """Save and say how it goes on; the problem in words, or None where the run was asked to stop: a marker tells scripts."""
+    """Save and say how it goes on; the problem in words, or None where the run was asked to stop: a marker tells scripts.
+
+    The record of the updates so far must be settled.
+    """
     state, folder = run.parts.state, run.folder
     kept = "nothing was trained yet"
     if state.update_step:
-        state.skipped_updates = run.skipped.read(state.update_step)
         run.saver.save()
         run.saver.finish()
         kept = f"everything up to update {state.update_step:,} is in {folder.path}; {how_to_go_on(args, folder.path)}"

@@ -12,12 +12,14 @@ from peft_pretraining.loss import IGNORE_INDEX
 
 
 class LabelledBatch(Protocol):
-    """What evaluation needs of a batch: token ids and labels, both (B, T)."""
+    """What evaluation needs of a batch: token ids and labels, both (B, T), and how many targets those are."""
 
     @property
     def input_ids(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
+    @property
+    def num_targets(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def evaluate(
     """Mean token loss over `batches`, in eval mode (each module's mode is restored), sums in float64.
 
     Args:
-        loss_module: (input_ids, labels) -> sum of token losses, as loss.TokenLoss. Not wrapped in
+        loss_module: (input_ids, labels, num_targets) -> sum of token losses, as loss.TokenLoss. Not wrapped in
             DistributedDataParallel, whose forward is collective: processes may have different numbers of batches.
         batches: token ids and labels on any device; labels as in transformers, -100 where nothing is predicted.
         world_reduce: adds a small float64 tensor over all processes, in place; called once, at the end.
@@ -65,7 +67,7 @@ def evaluate(
             labels = batch.labels.to(device, non_blocking=True)
             targets = labels[:, 1:]
             valid = targets != IGNORE_INDEX
-            sums[0] += loss_module(input_ids, labels).double()
+            sums[0] += loss_module(input_ids, labels, batch.num_targets).double()
             sums[1] += valid.sum()
             if sizes is not None:
                 sums[2] += (sizes[targets.clamp(min=0)] * valid).sum()

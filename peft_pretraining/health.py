@@ -5,10 +5,6 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_SKIPPED_IN_A_ROW = 10
 _WINDOW, _MIN_LOSSES = 100, 20
@@ -26,38 +22,30 @@ class TrainingError(RuntimeError):
 
 
 class SkippedUpdates:
-    """Counts updates that were skipped, or of which tensors were, on the device: reading is left to who logs."""
+    """Counts updates that were skipped, or of which tensors were."""
 
-    def __init__(self, so_far: int, device: torch.device):
+    def __init__(self, so_far: int = 0):
         """so_far: skipped before the run went on here."""
-        import torch
+        self.total = so_far
+        self._in_a_row = 0
 
-        self._total = torch.tensor(so_far, dtype=torch.int64, device=device)
-        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._most_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, skipped: torch.Tensor) -> None:
-        """One more update, of which `skipped` tensors were not stepped."""
-        bad = (skipped > 0).to(self._total.dtype)
-        self._total += bad
-        self._in_a_row += bad
-        self._in_a_row *= bad
-        self._most_in_a_row.copy_(self._most_in_a_row.maximum(self._in_a_row))
-
-    def read(self, update_step: int) -> int:
-        """Updates skipped since the run began; waits for the device. Raises TrainingError after too many in a row."""
-        most_in_a_row = int(self._most_in_a_row)
-        if most_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    def add(self, update_step: int, num_tensors: float) -> None:
+        """One more update, of which `num_tensors` were not stepped. Raises TrainingError after too many in a row."""
+        if not num_tensors:
+            self._in_a_row = 0
+            return
+        self.total += 1
+        self._in_a_row += 1
+        if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{most_in_a_row} updates in a row, up to update {update_step}, had a loss or a gradient that is not finite and "
+                f"{self._in_a_row} updates in a row, up to update {update_step}, had a loss or a gradient that is not finite and "
                 f"were skipped: training has diverged; {WAY_OUT}"
             )
-        return int(self._total)
 
     @property
     def last_one(self) -> bool:
-        """Whether the newest update was skipped; waits for the device."""
-        return bool(self._in_a_row)
+        """Whether the newest update was skipped."""
+        return self._in_a_row > 0
 
 
 class LossSpikes:

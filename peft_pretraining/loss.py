@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_pretraining.forward import hidden_states
 from peft_pretraining.memory import loss_chunk_rows
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None, num_counted: int | None = None
+) -> Tensor:
     """Sum over rows of -log softmax(hidden @ weight.T)[label], a float32 scalar.
 
     Args:
@@ -25,6 +28,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
         weight: (V, D), the output head; any floating dtype, the same as hidden's.
         labels: (N,) int64, -100 for rows that do not count (they cost nothing).
         chunk_rows: rows whose logits exist at one time; default: memory.loss_chunk_rows of the device.
+        num_counted: rows that count, where that is known: exactly as many, or rows would be lost. Without it a GPU is waited
+            for.
 
     The gradients of hidden and weight are computed chunk by chunk in the forward pass, while the logits are there: one
     matrix product less than computing the logits again in backward. The weight's gradient is summed over chunks in
@@ -33,11 +38,18 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
     chunk_rows = chunk_rows or loss_chunk_rows(hidden.device.type)
     if not torch.compiler.is_compiling():
         # A data-dependent shape; inside a compiled region the rows stay and are masked.
-        (counted,) = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
+        counted = _positions(labels != IGNORE_INDEX, num_counted)
         hidden, labels = hidden[counted], labels[counted]
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_rows, with_gradients)
     return total
+
+
+def _positions(flags: Tensor, number: int | None) -> Tensor:
+    """Where the flags are set, `number` of them; if that is None it is asked of the device."""
+    if number is None:
+        return torch.nonzero(flags)[:, 0]
+    return torch.nonzero_static(flags, size=number)[:, 0]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -117,21 +129,25 @@ def _wide(tensor: Tensor) -> torch.dtype:
 class TokenLoss(nn.Module):
     """A causal language model together with its loss: what data parallelism wraps and the training step calls."""
 
-    def __init__(self, model: "LlamaForCausalLM", chunk_rows: int | None = None) -> None:
-        """model: its linears may be of any kind; chunk_rows: as in chunked_cross_entropy."""
+    def __init__(
+        self, model: "LlamaForCausalLM", chunk_rows: int | None = None, document_end: int | None = None
+    ) -> None:
+        """model: its linears may be of any kind; chunk_rows: as in chunked_cross_entropy; document_end: as in hidden_states."""
         super().__init__()
         self.model = model
         self.chunk_rows = chunk_rows
+        self.document_end = document_end
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor, num_targets: int | None = None) -> Tensor:
         """Sum of the losses of all valid targets, a float32 scalar.
 
-        input_ids, labels: (B, T), labels as in transformers: not shifted, -100 where nothing is to be predicted. No
-        attention mask: padding stands on the right and attention is causal, so no real token sees it.
+        input_ids, labels: (B, T), labels as in transformers: not shifted, -100 where nothing is to be predicted. Padding needs
+        no attention mask: it stands on the right and attention is causal, so no real token sees it. num_targets: valid targets
+        among them, where that is known; without it a GPU is waited for.
         """
-        hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = hidden_states(self.model.model, input_ids, self.document_end)
         # Shift the labels, not the hidden states: those stay contiguous. The last position predicts nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self.chunk_rows
+            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self.chunk_rows, num_targets
         )

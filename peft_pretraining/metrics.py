@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_pretraining.health import LossSpikes
 
@@ -340,6 +340,13 @@ def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
     return run
 
 
+class Counted(NamedTuple):
+    """Work between two readings of the throughput."""
+
+    tokens: int
+    updates: int
+
+
 class Throughput:
     """Tokens, sequences and micro-batches per second of training; evaluation and saving do not count."""
 
@@ -354,18 +361,26 @@ class Throughput:
         self._tokens += num_tokens
         self._updates += 1
 
-    def read(self) -> dict[str, float]:
-        """The published throughput keys, per second since the last reading; starts the next one."""
-        now = time.perf_counter()
-        seconds = max(now - self._start, 1e-9)
-        rates = {f"throughput_{name}": self._updates * count / seconds for name, count in self._per_update.items()}
-        rates["throughput_tokens"] = self._tokens / seconds
-        self._start, self._tokens, self._updates = now, 0, 0
+    def take(self) -> Counted:
+        """What was added since the last taking."""
+        counted = Counted(self._tokens, self._updates)
+        self._tokens = self._updates = 0
+        return counted
+
+    def rates(self, counted: Counted, done_at: float) -> dict[str, float]:
+        """The published throughput keys of what was taken and done at `done_at` (time.perf_counter), per second.
+
+        It is taken to have begun where the one before it was done.
+        """
+        seconds = max(done_at - self._start, 1e-9)
+        rates = {f"throughput_{name}": counted.updates * count / seconds for name, count in self._per_update.items()}
+        rates["throughput_tokens"] = counted.tokens / seconds
+        self._start = done_at
         return rates
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside the block is not training."""
+        """Time inside the block is not training; all updates before it must be done."""
         before = time.perf_counter()
         try:
             yield

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import World, all_reduce_sum_
+from peft_pretraining.distributed import World, all_reduce_sum_, totals
 from peft_pretraining.optim import Updates
 from peft_pretraining.parallel import gradient_sync, is_sharded
 
@@ -41,9 +41,9 @@ class StepResult:
 
     loss: torch.Tensor  # mean over the update's target tokens, float32
     gradnorm: torch.Tensor  # global norm before clipping, float32
-    num_tokens: torch.Tensor  # tokens of text, int64
     skipped: torch.Tensor  # tensors that were not stepped because loss or gradient was not finite, float32
-    num_bad_records: torch.Tensor  # records of the data passed over, int64
+    num_tokens: int  # tokens of text
+    num_bad_records: int  # records of the data passed over
 
 
 def train_step(
@@ -62,24 +62,26 @@ def train_step(
 
     Where the loss or a gradient is not finite, nothing is stepped (per layer: only tensors whose gradient is finite).
 
+    Nothing in here waits for the device, but: an optimizer that needs to know in Python whether to step (`step_unless`), and
+    with per-layer updates the loss before the last backward pass.
+
     Args:
-        module: maps (input_ids, labels) to the float32 sum of token losses; as `parallel` shares it among processes.
+        module: maps (input_ids, labels, num_targets) to the float32 sum of token losses; as `parallel` shares it among
+            processes.
         updates: steps the parameters, after the last backward pass or inside it.
         micro_batches: this process's share of the update.
         lr: learning rate of this update.
     """
-    counts = torch.tensor(
+    num_targets, num_tokens, num_bad_records = totals(
         [
             sum(batch.num_targets for batch in micro_batches),
             sum(batch.num_tokens for batch in micro_batches),
             sum(batch.num_bad_records for batch in micro_batches),
         ],
-        dtype=torch.int64,
-        device=device,
+        world,
     )
-    num_targets, num_tokens, num_bad_records = all_reduce_sum_(counts, world).unbind()
     # Gradients are averaged over the processes; times their number it is the sum that the mean over all tokens needs.
-    gradient_scale = world.size / num_targets.clamp(min=1).to(torch.float32)
+    gradient_scale = world.size / max(1, num_targets)
 
     updates.begin(lr)
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
@@ -87,17 +89,18 @@ def train_step(
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         with gradient_sync(module, enabled=last):
-            loss = module(batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True))
+            # From pinned memory: copied when the device gets there, while this process goes on.
+            input_ids = batch.input_ids.to(device, non_blocking=True)
+            loss = module(input_ids, batch.labels.to(device, non_blocking=True), batch.num_targets)
             loss_sum += loss.detach()
             if last:
                 all_reduce_sum_(loss_sum, world)
-                # Stepping begins in this backward pass: what must not be stepped has to be known before it.
+                # Stepping begins in this backward pass: what must not be stepped has to be known before it, at the cost of
+                # waiting for the forward pass.
                 abandoned = updates.steps_in_backward and not bool(torch.isfinite(loss_sum))
             # FSDP2 holds gradients of earlier micro-batches where only a backward pass that sums them takes them from.
             if not abandoned or is_sharded(module):
                 updates.before_backward(last and not abandoned)
                 (loss * gradient_scale).backward()
     outcome = updates.abandon() if abandoned else updates.finish(loss_sum)
-    return StepResult(
-        loss_sum / num_targets.clamp(min=1), outcome.gradnorm, num_tokens, outcome.skipped, num_bad_records
-    )
+    return StepResult(loss_sum / max(1, num_targets), outcome.gradnorm, outcome.skipped, num_tokens, num_bad_records)

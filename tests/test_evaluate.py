@@ -24,6 +24,10 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
 
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels[:, 1:] != -100).sum())
+
 
 @pytest.fixture(scope="module")
 def loss_module() -> TokenLoss:
@@ -153,7 +157,7 @@ def test_loss_too_large_for_a_perplexity_is_infinite(sequences: list[Tensor]) ->
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        def forward(self, input_ids: Tensor, labels: Tensor, num_targets: int) -> Tensor:
             return self.weight * 1e6
 
     result = evaluate(Huge(), batches(sequences[1:2], 1))

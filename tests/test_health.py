@@ -1,32 +1,31 @@
-"""Skipped updates are counted on the device; a loss that jumps is told from one that falls or trembles."""
+"""Skipped updates are counted; a loss that jumps is told from one that falls or trembles."""
 
 import random
 
 import pytest
-import torch
 
 from peft_pretraining.health import MAX_SKIPPED_IN_A_ROW, LossSpikes, SkippedUpdates, TrainingError
 
 
 def counted(pattern: list[int], so_far: int = 0) -> SkippedUpdates:
-    skipped = SkippedUpdates(so_far, torch.device("cpu"))
-    for number in pattern:
-        skipped.add(torch.tensor(float(number)))
+    skipped = SkippedUpdates(so_far)
+    for update_step, num_tensors in enumerate(pattern, start=1):
+        skipped.add(update_step, float(num_tensors))
     return skipped
 
 
 def test_updates_are_counted_not_tensors():
     skipped = counted([0, 3, 0, 14, 1], so_far=2)
-    assert skipped.read(5) == 5
+    assert skipped.total == 5
     assert skipped.last_one
     assert not counted([1, 0]).last_one
 
 
-def test_too_many_in_a_row_end_the_run_even_if_read_later():
+def test_too_many_in_a_row_end_the_run():
     row = [1] * (MAX_SKIPPED_IN_A_ROW - 1)
-    assert counted([*row, 0, *row]).read(20) == 2 * len(row)
-    with pytest.raises(TrainingError, match="up to update 99"):
-        counted([*row, 1, 0]).read(99)
+    assert counted([*row, 0, *row]).total == 2 * len(row)
+    with pytest.raises(TrainingError, match=f"up to update {len(row) + 2},"):
+        counted([0, *row, 1])
 
 
 def test_a_jump_is_told_from_noise_and_from_a_falling_loss():

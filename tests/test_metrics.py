@@ -163,9 +163,12 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     throughput.add_update(1000)
     throughput.add_update(600)
     clock.now = 106.0
-    assert throughput.read() == pytest.approx(
+    taken = throughput.take()
+    throughput.add_update(500)  # begun before the others are read
+    assert throughput.rates(taken, done_at=106.0) == pytest.approx(
         {"throughput_tokens": 1600 / 6, "throughput_examples": 16 / 6, "throughput_batches": 4 / 6}
     )
+    assert throughput.rates(throughput.take(), done_at=108.0)["throughput_tokens"] == pytest.approx(500 / 2)
 
 
 def test_lines_that_cannot_be_written_wait(tmp_path, monkeypatch):

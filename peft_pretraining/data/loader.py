@@ -373,6 +373,7 @@ class EvalSet:
         world_size: int = 1,
         batch_size: int = 1,
         workers: int = 0,
+        pin_memory: bool = False,
         on_bad_record: OnBadRecord = "skip",
     ):
         """max_tokens: targets to stop at, None for the whole split. Otherwise as TrainLoader, errors included."""
@@ -384,7 +385,7 @@ class EvalSet:
         self._source, self._tokenizer = source, tokenizer
         self._max_length, self._packing, self._max_tokens = max_length, packing, max_tokens
         self._rank, self._world_size, self._batch_size, self._workers = rank, world_size, batch_size, workers
-        self._on_bad_record = on_bad_record
+        self._pin_memory, self._on_bad_record = pin_memory, on_bad_record
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
         check_tokenizer(source, tokenizer)
         check_source(source)
@@ -410,7 +411,7 @@ class EvalSet:
         # As many batches on every rank, those of the last ones perhaps empty: a sharded model's forward needs all of them.
         for first in range(0, -(-(len(offsets) - 1) // self._world_size), self._batch_size):
             sequences = [ids[offsets[i] : offsets[i + 1]] for i in own[first : first + self._batch_size]]
-            yield _make_batch(sequences or [ids[:1]], self._max_length, self._tokenizer.pad_id)
+            yield _make_batch(sequences or [ids[:1]], self._max_length, self._tokenizer.pad_id, self._pin_memory)
 
     def _tokenised(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all sequences end to end, where each begins and the last one ends)."""

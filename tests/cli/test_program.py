@@ -69,7 +69,7 @@ def test_run_leaves_the_published_record(tmp_path, flags):
         ("adamw", [], "0", "sltrain"),
         ("adam8bit", ["--packing"], "1", "sltrain"),
         ("adafactor", [], "1", "full"),
-        ("sgd", ["--packing"], "0", "lowrank"),
+        ("sgd", ["--packing", "--document_mask"], "0", "lowrank"),
         ("adam", ["--dtype", "bfloat16", "--train_scaling"], "0", "sltrain"),
         ("adamw", ["--support", "block", "--linear_path", "factored"], "0", "sltrain"),
         ("adamw4bit", ["--dtype", "bfloat16", "--stochastic_rounding"], "0", "sltrain"),
@@ -90,6 +90,26 @@ def test_run_goes_on_exactly(tmp_path, flags, optimizer, layout, workers, method
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     states = [json.loads((path / "state.json").read_text()) for path in (end, tmp_path / "continued" / end.name)]
     assert states[0] == states[1]
+
+
+def test_document_masks_change_training_and_evaluation(tmp_path, flags, capsys):
+    """With packing from the first loss on; without it they have nothing to do, and say so. A run goes on as it began."""
+    flags = [*flags, "--eval_at_start", "--num_training_steps", "3"]
+    packed, masked = (train(tmp_path / name, *flags, "--packing", *more) for name, more in MASKS.items())
+    for key in ("loss", "final_eval_loss"):
+        first, second = (next(row[key] for row in rows if key in row) for rows in (packed, masked))
+        assert first == pytest.approx(second, rel=1e-2)
+        assert first != second
+    for key in ("tokens_seen", "final_eval_tokens"):
+        assert [row.get(key) for row in packed] == [row.get(key) for row in masked]
+    assert torchrun_main.main([*flags, "--packing", "--save_dir", str(tmp_path / "masked")]) == 2
+    assert "--document_mask False" in capsys.readouterr().err
+    padded = [train(tmp_path / f"padded-{name}", *flags, *more) for name, more in MASKS.items()]
+    assert "--document_mask has no effect without --packing" in capsys.readouterr().err
+    assert without_times(padded[0]) == without_times(padded[1])
+
+
+MASKS: dict[str, list[str]] = {"plain": [], "masked": ["--document_mask"]}
 
 
 def test_same_command_goes_on_after_a_crash(tmp_path, flags):

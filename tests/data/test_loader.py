@@ -219,6 +219,21 @@ def test_padding_is_told_from_text_where_the_pad_id_is_text(tmp_path, byte_token
     assert (batch.num_tokens, batch.num_targets) == (4, 3)
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_batches_lie_in_pinned_memory_where_that_is_asked_for(tmp_path, byte_tokenizer, monkeypatch, pinned):
+    """Ids and labels of training and of evaluation: a copy from other memory makes the host wait."""
+    (tmp_path / "x.jsonl").write_bytes(json_lines(["abc"] * 12))
+    source = open_source(str(tmp_path), "train", hold_out=False)
+    made = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: made.append(copy := tensor.clone()) or copy)
+    (training,) = make_loaders(source, byte_tokenizer, 1, 0, pin_memory=pinned)
+    held_out = EvalSet(source, byte_tokenizer, max_length=20, packing=True, max_tokens=None, pin_memory=pinned)
+    batches = [next(iter(training)), *held_out]
+    handed_out = [tensor for batch in batches for tensor in (batch.input_ids, batch.labels)]
+    assert len(handed_out) > 4
+    assert [any(tensor is copy for copy in made) for tensor in handed_out] == [pinned] * len(handed_out)
+
+
 # --- States ---
 
 

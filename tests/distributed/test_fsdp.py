@@ -81,6 +81,19 @@ def test_equal_training(tmp_path, flags, method):
         assert held[1] == pytest.approx(held[0] / (processes if "fsdp" in name else 1), rel=0.05)
 
 
+def test_document_masks_in_several_processes(tmp_path, flags):
+    """One process, ddp and fsdp; layers that are computed again in the backward pass see the same masks."""
+    flags += ["--peft_model", "sltrain", "--optimizer", "adamw", "--num_training_steps", "6", "--packing"]
+    train(tmp_path / "unmasked", 1, flags, "--batch_size", "6")
+    flags += ["--document_mask"]
+    train(tmp_path / "one", 1, flags, "--batch_size", "6")
+    settings = {"ddp-two": [], "fsdp-two": ["--parallel", "fsdp", "--activation_checkpointing", "selective"]}
+    for name, more in settings.items():
+        train(tmp_path / name, 2, flags, "--batch_size", "3", *more)
+        assert_same(tmp_path / "one", tmp_path / name, ROUNDING)
+    assert deviations(tmp_path / "one", tmp_path / "unmasked")["loss"] > ROUNDING["loss"]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-rounded", "adam8bit", "adamw4bit"])
 def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
     """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""

@@ -125,7 +125,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.network = odd()
 
-    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, factor: torch.Tensor, num_targets: int) -> torch.Tensor:
         return (self.network(x) * factor).square().sum()
 
 

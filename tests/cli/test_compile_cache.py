@@ -1,0 +1,77 @@
+"""--compile: the same course to within rounding, compiled once for all layers, and taken up by the next start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.compile_cache import FOLDER_VARIABLE, keep_compiled_code
+from peft_pretraining.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+# The program, and what torch.compile did in it.
+PROGRAM = """
+import json, sys, torch, torchrun_main
+code = torchrun_main.main(sys.argv[1:])
+counters = torch._dynamo.utils.counters
+print(json.dumps({name: dict(counters[name]) for name in ("inductor", "stats", "graph_break")}))
+sys.exit(code)
+"""
+
+
+def start(folder: Path, cache: Path, *flags: str) -> tuple[list[dict], dict[str, dict[str, int]]]:
+    """Rows of the record, and counts of the compiler."""
+    environment = {**os.environ, "SPARSE_LORA_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop(FOLDER_VARIABLE, None)
+    command = [sys.executable, "-c", PROGRAM, *flags, "--save_dir", str(folder)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows, json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_compiled_losses_are_the_same_and_the_second_start_compiles_nothing(tmp_path, tiny_run):
+    """The quickstart's model and method. 12 held-out documents are three full batches: one shape."""
+    model = ["--model_config", "configs/llama_demo.json", *tiny_run[2:]]
+    flags = [
+        *(*model, "--peft_model", "sltrain", "--rank", "64", "--sp_ratio", "0.03", "--lora_alpha", "16"),
+        *("--optimizer", "adamw", "--lr", "0.003", "--warmup_steps", "1", "--num_training_steps", "3"),
+        *("--batch_size", "4", "--max_length", "32", "--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
+        *("--workers", "0"),
+    ]
+    cache = tmp_path / "cache"
+    eager, _ = start(tmp_path / "eager", cache, *flags)
+    first, made = start(tmp_path / "first", cache, *flags, "--compile")
+    second, found = start(tmp_path / "second", cache, *flags, "--compile")
+
+    # Forward and backward of training, forward of evaluation: for one layer, and not for each of the four.
+    assert made["stats"]["unique_graphs"] == 2
+    assert not made["graph_break"]
+    assert made["inductor"]["fxgraph_cache_miss"] == 3
+    assert found["inductor"]["fxgraph_cache_hit"] == 3
+    for counts in (made, found):
+        assert "fxgraph_cache_bypass" not in counts["inductor"]
+    assert "fxgraph_cache_miss" not in found["inductor"]
+    assert any(path.name.startswith("compiled-") for path in cache.iterdir())
+
+    for key, tolerance in (("loss", 1e-5), ("gradnorm", 1e-4), ("final_eval_loss", 1e-5)):
+        expected = [row[key] for row in eager if key in row]
+        assert expected
+        assert [row[key] for row in first if key in row] == pytest.approx(expected, rel=tolerance)
+        assert [row[key] for row in second if key in row] == [row[key] for row in first if key in row]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "file" / "x"))
+    with pytest.raises(ConfigError, match=f"{FOLDER_VARIABLE}=.*Not a directory"):
+        keep_compiled_code()
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    monkeypatch.setenv("SPARSE_LORA_CACHE", str(tmp_path / "file"))
+    problem = keep_compiled_code()
+    assert problem is not None
+    assert f"set {FOLDER_VARIABLE}" in problem
+    assert FOLDER_VARIABLE not in os.environ
