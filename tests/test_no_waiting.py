@@ -5,6 +5,7 @@ Waiting cannot be seen on a CPU, but the operators that make a GPU wait can: tho
 """
 
 import itertools
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -217,3 +218,18 @@ def test_a_row_is_written_one_update_late_but_before_what_needs_it(tmp_path, fla
     flags = [*flags, "--log_every", "1", "--save_every", "3", "--eval_every", "5", "--save_dir", str(folder)]
     assert torchrun_main.main(flags) == 0
     assert seen == {0: 0, 1: 0, 2: 1, 3: 3, 4: 3, 5: 5}
+
+
+def test_a_run_that_fails_loses_no_row(tmp_path, flags, monkeypatch):
+    """What the device has told by then is written, though nothing is waited for any more."""
+    honest, numbers = assemble.next_micro_batches, itertools.count(1)
+
+    def next_micro_batches(run, world):
+        if next(numbers) == 5:
+            raise OSError("no more")
+        return honest(run, world)
+
+    monkeypatch.setattr(assemble, "next_micro_batches", next_micro_batches)
+    assert torchrun_main.main([*flags, "--log_every", "1", "--save_dir", str(tmp_path / "run")]) == 1
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["update_step"] for row in rows] == [1, 2, 3, 4]
