@@ -235,7 +235,7 @@ def _gradients(
     compute = _factored_gradients if factored else _materialised_gradients
     with without_autocast(x):
         grad_x, grad_A, unscaled_grad_B, grad_values = compute(
-            operands, factor, (need_x, need_A, need_B or need_scaling, need_values)
+            operands, (need_x, need_A, need_B or need_scaling, need_values)
         )
         grads: list[tuple[Tensor | None, Tensor | None]] = [(grad_x, x), (grad_A, lora_A)]
         if need_B and unscaled_grad_B is not None:
@@ -257,7 +257,7 @@ class _Gradients(NamedTuple):
     values: Tensor | None = None
 
 
-def _materialised_gradients(o: _Operands, factor: Scaling, needed: Sequence[bool]) -> _Gradients:
+def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
     """By way of W and dW = G^T x."""
     need_x, need_A, need_B, need_values = needed
     grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, passing=True) if need_x else None
@@ -265,15 +265,15 @@ def _materialised_gradients(o: _Operands, factor: Scaling, needed: Sequence[bool
         return _Gradients(grad_x)
     if need_values and o.part is not None and o.part.spares_weight_gradient(o.g_TO, o.x_TI, o.A.shape[0]):
         o = replace(o, h_TR=o.x_TI @ o.A.t())
-        return _factored_gradients(o, factor, (False, need_A, need_B, True))._replace(x=grad_x)
+        return _factored_gradients(o, (False, need_A, need_B, True))._replace(x=grad_x)
     grad_W = passing_product(o.g_TO.t(), o.x_TI)  # only now, when W is gone
-    grad_A = (o.B.t() @ grad_W) * factor if need_A else None
+    grad_A = o.scaled_B.t() @ grad_W if need_A else None
     grad_B = grad_W @ o.A.t() if need_B else None
     grad_values = o.part.gather(grad_W) if need_values and o.part is not None else None
     return _Gradients(grad_x, grad_A, grad_B, grad_values)
 
 
-def _factored_gradients(o: _Operands, factor: Scaling, needed: Sequence[bool]) -> _Gradients:
+def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
     """With G scaling B shared by those of x and A, and x A^T kept from the forward pass."""
     need_x, need_A, need_B, need_values = needed
     grad_x = grad_A = None

@@ -160,10 +160,13 @@ class UniformPart:
     def __init__(self, code: Tensor, nnz: int, out_features: int, in_features: int) -> None:
         """code: as stored by UniformSupport."""
         self.code, self.nnz, self.shape = code, nnz, (out_features, in_features)
+        self._positions: Tensor | None = None
 
     def positions(self) -> Tensor:
-        """Sorted row-major positions (N,), int32 or int64."""
-        return decode(self.code, self.nnz, math.prod(self.shape))
+        """Sorted row-major positions (N,), int32 or int64; kept as long as this object, a backward pass needs them twice."""
+        if self._positions is None:
+            self._positions = decode(self.code, self.nnz, math.prod(self.shape))
+        return self._positions
 
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
         """weight += S. Positions are unique and sorted: no two writes meet."""
