@@ -55,6 +55,7 @@ class Setting:
     reshard_after_forward: bool = True
     activation_checkpointing: str | None = None
     compile: bool = False
+    document_mask: bool = False
     async_save: bool = False
     device_type: str = "cpu"
 
@@ -105,6 +106,7 @@ def account(setting: Setting) -> dict[str, int]:
         dtype=setting.computes_in,
         checkpointing=setting.activation_checkpointing,
         compiled=setting.compile,
+        document_mask=setting.document_mask,
         factored_rank=sum(
             setting.rank for shape in memory.linear_shapes(setting.model) if _is_factored(setting, shape)
         ),

@@ -307,6 +307,7 @@ def activation_bytes(
     checkpointing: str | None = None,
     compiled: bool = False,
     factored_rank: int = 0,
+    document_mask: bool = False,
     chunk_rows: int | None = None,
 ) -> dict[str, int]:
     """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes.
@@ -315,9 +316,9 @@ def activation_bytes(
     and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
     the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
     too, keep nothing but their input, which is one of these, and x A^T where they are computed by their factors: `factored_rank`
-    elements per token over all of a layer's linears. Of a compiled layer torch's partitioner keeps less, computing
-    norms and products again: the input of each norm and its output (4bh), gate, up and their product (3bi). With
-    checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's output, and one layer at a
+    elements per token over all of a layer's linears. A document mask is one matrix per sequence for all layers. Of a compiled
+    layer torch's partitioner keeps less, computing norms and products again: the input of each norm and its output (4bh), gate, up
+    and their product (3bi). With checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's output, and one layer at a
     time is computed again.
     loss: see loss_bytes.
     """
@@ -337,7 +338,7 @@ def activation_bytes(
         kept_per_layer = b * h + (b * h + 4 * cfg.num_attention_heads if checkpointing == "selective" else 0)
         kept = layers * kept_per_layer + layer
     return {
-        "activations": tokens * (kept + norm),  # + the final norm
+        "activations": tokens * (kept + norm + (b * seq_len if document_mask else 0)),  # + the final norm
         "loss": loss_bytes(cfg, tokens, dtype, chunk_rows or loss_chunk_rows("cuda")),
     }
 

@@ -133,6 +133,7 @@ def memory_setting(
         reshard_after_forward=args.reshard_after_forward,
         activation_checkpointing=args.activation_checkpointing,
         compile=args.compile,
+        document_mask=args.packing and args.document_mask,
         async_save=args.async_save,
         device_type=device_type,
     )

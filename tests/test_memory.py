@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.distributed import World
 from peft_pretraining.footprint import measured_bytes
+from peft_pretraining.forward import hidden_states
 from peft_pretraining.loss import TokenLoss, chunked_cross_entropy
 from peft_pretraining.memory import (
     SUPPORT_KINDS,
@@ -242,6 +243,24 @@ def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, com
     sizes: dict[str, Any] = {"batch_size": 8, "seq_len": 64, "factored_rank": factored_rank}
     estimate = activation_bytes(cfg, dtype=dtype, compiled=compiled, **sizes)["activations"]
     assert estimate == pytest.approx(storage_bytes(iter(saved)), rel=0.03)
+
+
+def test_a_document_mask_is_counted_once_for_all_layers() -> None:
+    """Beside it only the rotary tables become one per sequence."""
+    cfg = tiny(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_key_value_heads=4)
+    model = build(cfg, "full", torch.float32)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    found = {}
+    for document_end in (None, 0):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            hidden_states(model.model, torch.arange(512).view(8, 64) % 300, document_end)
+        found[document_end] = storage_bytes(t for t in saved if t.untyped_storage().data_ptr() not in own)
+    sizes: dict[str, Any] = {"batch_size": 8, "seq_len": 64, "dtype": "float32"}
+    counted = [activation_bytes(cfg, document_mask=mask, **sizes)["activations"] for mask in (False, True)]
+    assert counted[1] - counted[0] == 8 * 64 * 64 * 4
+    rotary_tables = 2 * 7 * 64 * cfg.head_dim * 4
+    assert found[0] - found[None] - rotary_tables == pytest.approx(counted[1] - counted[0], rel=0.05)
 
 
 def test_checkpointing_and_smaller_chunks_take_less() -> None:
