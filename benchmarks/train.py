@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -55,7 +56,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
     """Command line of a run of the program with these settings."""
     rank, sparsity, _ = SETTINGS[config]
     flags = [
-        *("--model_config", str(ROOT / f"configs/llama_{config}.json"), *METHODS[method], "--optimizer", optimizer),
+        *("--model_config", f"configs/llama_{config}.json", *METHODS[method], "--optimizer", optimizer),
         *("--batch_size", str(own.batch_size), "--max_length", str(own.max_length), "--dtype", "bfloat16"),
         *("--lr", "0.001", "--lora_alpha", "8", "--device", own.device, "--force"),
     ]
@@ -69,6 +70,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
 def work(pipe: Connection, argv: list[str], threads: int) -> None:
     """A process's life: build, say so, answer "update" with its seconds and the step's, "memory" with the peak, until "end"."""
     torch.set_num_threads(threads)
+    os.chdir(ROOT)
     args = parse_args(argv)
     device = pick_device(args.device, World())
     plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
