@@ -317,9 +317,9 @@ def activation_bytes(
     the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
     too, keep nothing but their input, which is one of these, and x A^T where they are computed by their factors: `factored_rank`
     elements per token over all of a layer's linears. A document mask is one matrix per sequence for all layers. Of a compiled
-    layer torch's partitioner keeps less, computing norms and products again: the input of each norm and its output (4bh), gate, up
-    and their product (3bi). With checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's output, and one layer at a
-    time is computed again.
+    layer torch's partitioner keeps less, computing norms and products again: the input of each norm and its output (4bh), gate,
+    up and their product (3bi). With checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's
+    output, and one layer at a time is computed again.
     loss: see loss_bytes.
     """
     tokens = batch_size * seq_len
