@@ -2,29 +2,19 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from benchmarks.compare_runs import deviations
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    arguments = [*command, "torchrun_main.py", *flags]
-    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
 
 def train(folder: Path, processes: int, *flags: str) -> list[dict]:
-    ended = launch(processes, "--save_dir", str(folder), "--wandb", "disabled", *flags)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "Warning" not in ended.stderr  # each would come once per process
+    argv = ["--save_dir", str(folder), "--wandb", "disabled", *flags]
+    code, output = forked.run(argv, folder.with_suffix(".log"), processes=processes)
+    assert code == 0, output[-3000:]
+    assert "Warning" not in output  # each would come once per process
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
