@@ -9,6 +9,7 @@ whose slices leave up to 2 % more. Patterns, k = round(1 / delta):
   uniform    anywhere, as published (`--support uniform`)
   block      k blocks on the diagonal: consecutive rows by consecutive columns (`--support block`)
   strided    k blocks: rows b, b + k, b + 2 k, ... by consecutive columns
+  matched    k blocks: consecutive rows by consecutive columns, which slices meet drawn for each matrix
   permuted   k blocks after a random permutation of the rows and one of the columns, drawn for each matrix
   diagonals  4 k smaller blocks in each direction; each row of blocks has four, by random matchings
   columns    the same delta * in columns in every row, drawn for each matrix (as LOST has them, arXiv 2508.02668)
@@ -60,6 +61,12 @@ def strided(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return (torch.arange(rows) % blocks)[:, None] == consecutive(columns, blocks)[None, :]
 
 
+def matched(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    blocks = round(1 / DELTA)
+    partner = torch.randperm(blocks, generator=generator)
+    return partner[consecutive(rows, blocks)][:, None] == consecutive(columns, blocks)[None, :]
+
+
 def permuted(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     blocks = round(1 / DELTA)
     shuffled = [consecutive(n, blocks)[torch.randperm(n, generator=generator)] for n in (rows, columns)]
@@ -92,6 +99,7 @@ def balanced(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 Pattern = Callable[[int, int, torch.Generator], Tensor]
 PATTERNS: dict[str, Pattern] = {
     "strided": strided,
+    "matched": matched,
     "permuted": permuted,
     "diagonals": diagonals,
     "columns": columns_alone,
