@@ -167,7 +167,9 @@ def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, 
             raise RuntimeError(f"the run of {pattern}, seed {seed} failed")
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         parameters = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["plan"]["parameters"]
-    last = next(row for row in reversed(rows) if "final_eval_loss" in row)
+    last = next((row for row in reversed(rows) if row.get("final_eval_loss") and row["update_step"] == updates), None)
+    if last is None:
+        raise RuntimeError(f"the run of {pattern}, seed {seed} was stopped before its end; the same command goes on")
     return {
         "pattern": pattern,
         "seed": seed,
@@ -205,7 +207,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Exit code 0; runs that were made stay in the file whatever happens afterwards."""
+    """Exit code 1 where a run failed or was stopped; those that were made stay in the file whatever happens afterwards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     names = [*OWN, *PATTERNS]
     parser.add_argument("--patterns", nargs="+", choices=names, default=names, help="default: all")
@@ -226,7 +228,11 @@ def main() -> int:
         for pattern in args.patterns:
             if (pattern, seed, args.updates) in done:
                 continue
-            found["runs"].append(train(pattern, seed, args.updates, args.eval_tokens))
+            try:
+                found["runs"].append(train(pattern, seed, args.updates, args.eval_tokens))
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+                return 1
             args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print_table([run for run in found["runs"] if run["updates"] == args.updates])
     print_table([run for run in found["runs"] if run["updates"] == args.updates])
