@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft_pretraining.memory import SUPPORT_KINDS
+from peft_pretraining.memory import SUPPORT_KINDS, block_count
 
 METHODS = ("full", "lowrank", "sltrain")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
@@ -606,7 +606,7 @@ def _parallel_problems(args: Arguments) -> list[str]:
 
 def _block_problems(sp_ratio: float) -> list[str]:
     """Blocks have a share 1 / k of a weight's entries; it must be near what was asked for (sparse_lora.block.block_count)."""
-    blocks = max(1, round(1 / sp_ratio))
+    blocks = block_count(sp_ratio)
     if abs(1 / blocks - sp_ratio) <= 0.05 * sp_ratio:
         return []
     below, above = 1 / (int(1 / sp_ratio) + 1), 1 / int(1 / sp_ratio)
@@ -658,13 +658,8 @@ def _range_problems(args: Arguments) -> list[str]:
     return problems
 
 
-def notices(args: Arguments) -> list[str]:
-    """One line for each flag that was given and has no effect in this run."""
+def _method_notices(args: Arguments) -> list[str]:
     lines = []
-    if args.use_hf_model:
-        lines.append("--use_hf_model has no effect: the model always is transformers' LLaMA")
-    if args.lora_dropout:
-        lines.append(f"--lora_dropout {args.lora_dropout} has no effect: the published layer never applied it")
     for field in dataclasses.fields(MethodArguments):
         method = field.metadata.get("method")
         if method and field.name in args.given:
@@ -681,6 +676,16 @@ def notices(args: Arguments) -> list[str]:
     ]
     if args.train_scaling and args.peft_model != "full" and "lora_alpha" in args.given:
         lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
+    return lines
+
+
+def notices(args: Arguments) -> list[str]:
+    """One line for each flag that was given and has no effect in this run."""
+    lines = _method_notices(args)
+    if args.use_hf_model:
+        lines.append("--use_hf_model has no effect: the model always is transformers' LLaMA")
+    if args.lora_dropout:
+        lines.append(f"--lora_dropout {args.lora_dropout} has no effect: the published layer never applied it")
     if args.document_mask and not args.packing:
         lines.append("--document_mask has no effect without --packing: a sequence holds one document")
     if "beta1" in args.given and args.optimizer not in ("sgd", "adafactor"):

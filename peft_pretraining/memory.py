@@ -96,12 +96,17 @@ def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
             yield TensorGroup("dense", (out_features,), layers)
 
 
+def block_count(sparsity: float) -> int:
+    """Blocks of a block support with about this share of a weight's entries; as sparse_lora.block.block_count."""
+    return max(1, round(1 / sparsity))
+
+
 def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
     """Entries that S has in a weight, for a share `sparsity` of them; as sparse_lora.kinds.make_support."""
     if support == "uniform":
         return int(sparsity * out_features * in_features)
     # k slices of the rows and of the columns, in each direction the first few one longer than the others.
-    blocks = max(1, round(1 / sparsity))
+    blocks = block_count(sparsity)
     rows, more_rows = divmod(out_features, blocks)
     columns, more_columns = divmod(in_features, blocks)
     return blocks * rows * columns + more_rows * columns + more_columns * rows + min(more_rows, more_columns)

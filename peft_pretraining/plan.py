@@ -227,9 +227,10 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
             f"use more than {1 / (rows * columns):.1g}"
         )
     smallest = min(size for shape in memory.linear_shapes(model) for size in shape)
-    if args.peft_model == "sltrain" and args.support == "block" and round(1 / args.sp_ratio) > smallest:
+    blocks = memory.block_count(args.sp_ratio) if args.peft_model == "sltrain" and args.support == "block" else 1
+    if blocks > smallest:
         problems.append(
-            f"--sp_ratio {args.sp_ratio} with --support block: {round(1 / args.sp_ratio)} blocks do not fit a weight with "
+            f"--sp_ratio {args.sp_ratio} with --support block: {blocks} blocks do not fit a weight with "
             f"{smallest} rows or columns; use at least {1 / smallest:.2g}, or --support uniform"
         )
     return problems

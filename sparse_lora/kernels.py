@@ -163,17 +163,8 @@ def gather_gradient(
         kind = dtype if splits == 1 and not interpreted else torch.float32
         gathered = torch.empty(splits, positions.numel(), dtype=kind, device=x.device)
         kernels.gather_gradient[(num_tiles, splits)](
-            *(
-                grad_output,
-                x,
-                positions,
-                starts,
-                gathered,
-                num_rows,
-                _cdiv(num_rows, splits),
-                out_features,
-                in_features,
-            ),
+            *(grad_output, x, positions, starts, gathered),
+            *(num_rows, _cdiv(num_rows, splits), out_features, in_features),
             *(grad_output.stride(0), x.stride(0), positions.numel(), _cdiv(in_features, width)),
             **_constants(tile, width, x.dtype),
             AT_ONCE=min(_GATHERED_AT_ONCE, tile.columns),

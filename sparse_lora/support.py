@@ -5,6 +5,7 @@ Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S.
 
 import hashlib
 import operator
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -28,7 +29,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
 
 
-class Support(nn.Module):
+class Support(nn.Module, ABC):
     """Positions of S in a row-major (out_features, in_features) weight; values are kept in the order of the sorted positions.
 
     A new Support may hold no valid positions yet, nor one after `to_empty`: call `draw_`.
@@ -56,17 +57,17 @@ class Support(nn.Module):
         return self.out_features * self.in_features
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the stored positions take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flat_indices(self) -> Tensor:
         """Sorted int64 positions (nnz,) in the row-major weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw_(self, generator: torch.Generator) -> None:
         """Draws the positions from a CPU generator, where the kind has anything to draw."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.kind}, nnz={self.nnz}, numel={self.numel}, nbytes={self.nbytes}"
