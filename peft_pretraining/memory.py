@@ -10,13 +10,14 @@ Letters: L layers, h hidden size, i intermediate size, r rank.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_pretraining.model_config import ModelConfig
 
 METHODS = ("full", "lowrank", "sltrain", "relora", "galore")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 SUPPORT_KINDS = ("uniform", "block")
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 # bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
@@ -105,6 +106,28 @@ def nonzeros(support: str, out_features: int, in_features: int, sparsity: float)
     rows, more_rows = divmod(out_features, blocks)
     columns, more_columns = divmod(in_features, blocks)
     return blocks * rows * columns + more_rows * columns + more_columns * rows + min(more_rows, more_columns)
+
+
+class SubspaceShapes(NamedTuple):
+    """Of a matrix that GaLore steps: its projections, None for a side that is not projected, and each of its moments."""
+
+    left: tuple[int, int] | None  # (out, k)
+    right: tuple[int, int] | None  # (k, in)
+    moments: tuple[int, int]
+
+
+def subspace_shapes(shape: tuple[int, ...], rank: int, proj_type: str) -> SubspaceShapes:
+    """For a matrix (out, in), k = min(rank, out, in). proj_type: which side is projected, std the shorter one."""
+    rows, columns = shape
+    k = min(rank, rows, columns)
+    upright = rows >= columns
+    if proj_type == "full":
+        return SubspaceShapes((rows, k), (k, columns), (k, k))
+    if proj_type == "right" or (proj_type == "std" and upright) or (proj_type == "reverse_std" and not upright):
+        return SubspaceShapes(None, (k, columns), (rows, k))
+    if proj_type in PROJ_TYPES:
+        return SubspaceShapes((rows, k), None, (k, columns))
+    raise ValueError(f"proj_type {proj_type!r}: not one of {', '.join(PROJ_TYPES)}")
 
 
 def tensor_groups(

@@ -240,7 +240,7 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
     scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
-    if args.peft_model != "full" and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
+    if args.peft_model in ("lowrank", "sltrain") and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
         what = (
             "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
         )
@@ -282,7 +282,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     positions = plan.num_training_steps * plan.tokens_per_update
     rows = [
         ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
-        ("parameters", f"{counts['total']:,}{share if args.peft_model != 'full' else ''}"),
+        ("parameters", f"{counts['total']:,}{share if args.peft_model not in ('full', 'galore') else ''}"),
         ("", f"dense {counts['dense']:,} + low-rank {counts['low_rank']:,} + sparse {counts['sparse']:,}"),
         ("length", f"{length}, {positions:,} positions of {args.max_length}-token sequences"),
         (
