@@ -121,6 +121,7 @@ def memory_setting(
         beta1=args.beta1,
         embedding_bits=embedding_bits(args),
         stochastic_rounding=args.stochastic_rounding,
+        proj_type=args.proj_type,
         per_layer=args.per_layer,
         dtype=dtype,
         batch_size=args.batch_size,

@@ -112,7 +112,7 @@ class GaLore(torch.optim.Optimizer):
         if not state:
             state.update(self._new_state(matrix))
         if weight_decay and not self._decoupled:
-            gradient = gradient.add(matrix, alpha=weight_decay)
+            gradient.add_(matrix, alpha=weight_decay)  # which nobody reads after the step
         if state[_UPDATES] % self._subspace.gap == 0:
             self._project_anew(state, gradient)
         update = self._step_projected(state, _into(state, gradient))
