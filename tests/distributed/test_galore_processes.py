@@ -1,5 +1,6 @@
 """GaLore's projections in two processes, whose linear algebra may differ: they train one model all the same."""
 
+import itertools
 import os
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,12 @@ from peft_pretraining.parallel import average_
 CPU = torch.device("cpu")
 
 
-def with_other_signs(svd, matrix, full_matrices):
-    """What another machine's library may return of the same matrix: as right, and another basis of the moments."""
+def with_other_signs(svd, calls, matrix, full_matrices):
+    """What another machine's library may return of the same matrix: as right, and another basis of the moments. Of two
+    matrices every second time, since what is always turned round changes nothing."""
     left, values, right = svd(matrix, full_matrices=full_matrices)
-    return -left, values, -right
+    sign = 1 - 2 * (next(calls) // 2 % 2)
+    return sign * left, values, sign * right
 
 
 def trained(world: World, per_layer: bool) -> list[torch.Tensor]:
@@ -52,7 +55,7 @@ def in_both(rank: int, port: int, results: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     world = World(rank, 2, rank, 2)
     if rank == 1:
-        torch.linalg.svd = partial(with_other_signs, torch.linalg.svd)
+        torch.linalg.svd = partial(with_other_signs, torch.linalg.svd, itertools.count())
     with process_group(world, CPU, 60.0):
         found = {per_layer: trained(world, per_layer) for per_layer in (False, True)}
     torch.save(found, results / f"{rank}.pt")
