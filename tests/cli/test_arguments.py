@@ -12,6 +12,7 @@ from peft_pretraining.config import (
     RUN_DEFINING,
     UNCHANGEABLE,
     ConfigError,
+    arguments_of_record,
     as_dict,
     build_parser,
     notices,
@@ -258,6 +259,14 @@ def test_flags_of_other_methods_say_so_with_galore():
     ]
     lines = notices(parse_args([*BASE, *given, "--galore_scale", "1", "--lora_alpha", "8", "--train_scaling"]))
     assert sorted(line.split()[0] for line in lines) == ["--lora_alpha", "--sp_ratio", "--train_scaling"]
+
+
+def test_a_record_that_left_galores_flags_open_is_read():
+    """As runs of earlier versions did."""
+    args = arguments_of_record(as_dict(parse_args(BASE)) | {"update_proj_gap": None, "proj_type": None})
+    assert (args.update_proj_gap, args.proj_type) == (200, "std")
+    with pytest.raises(ValueError, match="update_proj_gap"):
+        arguments_of_record({"update_proj_gap": "often"})
 
 
 def test_dashboard_names_without_a_dashboard_say_so():
