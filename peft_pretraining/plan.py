@@ -291,7 +291,10 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
             f"{plan.total_batch_size} sequences = {plan.batch_size} x {plan.gradient_accumulation} micro-batches "
             f"x {plan.world_size} process{'es' if plan.world_size > 1 else ''}; {plan.tokens_per_update:,} positions per update",
         ),
-        ("optimizer", f"{args.optimizer}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates"),
+        (
+            "optimizer",
+            f"{args.optimizer}{_subspace(args)}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates",
+        ),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         ("run folder", str(plan.save_dir)),
         ("memory", " + ".join(f"{name} {plan.bytes[name] / GIB:.2f}" for name in CLASSES if plan.bytes[name]) + " GiB"),
@@ -307,6 +310,13 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
         lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
     return "\n".join(lines)
+
+
+def _subspace(args: Arguments) -> str:
+    if args.peft_model != "galore":
+        return ""
+    kind = f"{args.proj_type}, anew every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
+    return f" in subspaces of rank {args.rank} ({kind})"
 
 
 def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:

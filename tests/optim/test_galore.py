@@ -219,6 +219,30 @@ def test_a_skipped_update_changes_nothing_and_counts_for_no_gap(name):
     assert_same(bad, good)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("num_before", [0, 2, 3])
+def test_per_layer_only_the_matrix_with_a_bad_gradient_is_skipped(name, num_before):
+    """In its first update, between two projections, and where one is due: its count of updates stays behind the others'."""
+    model = network()
+    updates = updates_of(model, name, per_layer=True)
+    train(model, updates, numbers=range(num_before))
+    before, bad = everything(model, updates), model[0].weight
+    state = {key: torch.as_tensor(value).clone() for key, value in updates.optimizer.state[bad].items()}
+    handle = bad.register_hook(lambda gradient: gradient * torch.nan)
+    updates.begin(0.01)
+    updates.before_backward(True)
+    model(torch.ones(8, 70)).square().sum().backward()
+    assert int(updates.finish(torch.ones(())).skipped) == 1
+    handle.remove()
+    assert [torch.equal(*pair) for pair in zip(before, model.parameters(), strict=False)] == [n == 0 for n in range(6)]
+    found = updates.optimizer.state[bad]
+    assert found.keys() == state.keys()
+    assert all(torch.equal(torch.as_tensor(found[key]), value) for key, value in state.items())
+    assert found["num_updates"] == num_before == updates.optimizer.state[model[2].weight]["num_updates"] - 1
+    train(model, updates, numbers=range(3, 5))
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
 def test_clipping_is_that_of_the_whole_gradient():
     """Before the projection: a momentum-less step shrinks by the same factor everywhere."""
     free, clipped = network(), network()
