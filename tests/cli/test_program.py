@@ -82,6 +82,7 @@ def test_run_leaves_the_published_record(tmp_path, flags):
         ("galore_adafactor", ["--update_proj_gap", "2", "--proj_type", "reverse_std", *BF16], "0", "galore"),
         pytest.param("adamw", ["--device", "cuda", "--dtype", "bfloat16"], "1", "sltrain", marks=pytest.mark.gpu),
         pytest.param("adam8bit", ["--device", "cuda", "--dtype", "bfloat16"], "1", "sltrain", marks=pytest.mark.gpu),
+        pytest.param("galore_adamw8bit", ["--device", "cuda", *BF16], "1", "galore", marks=pytest.mark.gpu),
     ],
 )
 def test_run_goes_on_exactly(tmp_path, flags, optimizer, layout, workers, method):
