@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_pretraining import memory
 from peft_pretraining.fsdp_units import Units, units_of
@@ -25,6 +25,9 @@ _SLICE_ELEMENTS = 2**21
 _SLICE_SCRATCH = {"adam8bit": 24, "adamw4bit": 64}
 _ROUNDING_SCRATCH = 36
 _ADAFACTOR_SCRATCH = 16
+# torch.linalg.svd in float32, its results included: so many elements per element of the matrix, and of a square of its shorter
+# side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024) within 10 % for upright matrices, less for lying ones.
+_SVD_PER_ELEMENT, _SVD_PER_SQUARE = 3, 4
 _BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel; a tensor that is larger has a bucket of its own
 
 
@@ -46,6 +49,7 @@ class Setting:
     beta1: float = 0.0
     embedding_bits: int | None = None
     stochastic_rounding: bool = False
+    proj_type: str = "std"
     per_layer: bool = False
     gradient_accumulation: int = 1
     world_size: int = 1
@@ -88,6 +92,11 @@ class Setting:
     def sparsity(self) -> float:
         """Share of entries in the sparse part."""
         return self.sp_ratio if self.peft_model == "sltrain" else 0.0
+
+    @property
+    def replaces_linears(self) -> bool:
+        """Whether the method's linears are others than nn.Linear."""
+        return self.peft_model not in ("full", "galore")
 
 
 def account(setting: Setting) -> dict[str, int]:
@@ -165,6 +174,7 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         beta1=setting.beta1,
         embedding_bits=setting.embedding_bits,
         stochastic_rounding=setting.stochastic_rounding,
+        proj_type=setting.proj_type,
         parts=setting.parts,
     )
 
@@ -186,7 +196,7 @@ def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
 
 def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
     """Whether a linear (out, in) is computed by its factors, as sparse_lora.functional decides."""
-    if setting.peft_model == "full":
+    if not setting.replaces_linears:
         return False
     if setting.linear_path != "auto":
         return setting.linear_path == "factored"
@@ -200,14 +210,14 @@ def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
 
 def _layer_scratch(setting: Setting) -> int:
     """Temporaries of the backward pass of the linear that has most of them."""
-    if setting.peft_model == "full":
+    if not setting.replaces_linears:
         return 0  # weight and gradient are counted as what they are
     return max(_linear_scratch(setting, shape) for shape in memory.linear_shapes(setting.model))
 
 
 def _lasting_scratch(setting: Setting) -> int:
     """What stays of the largest weight that is built: a CPU's scratch memory."""
-    if setting.peft_model == "full" or setting.device_type != "cpu":
+    if not setting.replaces_linears or setting.device_type != "cpu":
         return 0
     from sparse_lora.scratch import large_bytes
 
@@ -237,7 +247,29 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
 
 
 def _step_scratch(setting: Setting, largest: int) -> int:
-    """Temporaries of the optimizer's step of the largest tensor."""
+    """Temporaries of the optimizer's step of the largest tensor, or of the matrix that GaLore needs most for."""
+    if setting.peft_model != "galore":
+        return _plain_step_scratch(setting, largest)
+    model = setting.model
+    ordinary = _plain_step_scratch(setting, model.vocab_size * model.hidden_size)
+    return max(ordinary, *(_subspace_scratch(setting, shape) for shape in memory.linear_shapes(model)))
+
+
+def _subspace_scratch(setting: Setting, shape: tuple[int, int]) -> int:
+    """Of a matrix: the SVD of its gradient, or its projected gradient and step with that step's own temporaries."""
+    width, elements = memory.DTYPE_BYTES[setting.dtype], math.prod(shape)
+    svd = 4 * (_SVD_PER_ELEMENT * elements + _SVD_PER_SQUARE * min(shape) ** 2) + (4 * elements if width < 4 else 0)
+    shapes = memory.subspace_shapes(shape, setting.rank, setting.proj_type)
+    moments = math.prod(shapes.moments)
+    inside = 2 * width * moments + _plain_step_scratch(replace(setting, stochastic_rounding=False), moments)
+    if shapes.left and shapes.right:
+        inside += width * math.prod(shapes.left)
+    if setting.stochastic_rounding:
+        inside += _ROUNDING_SCRATCH * min(elements, _SLICE_ELEMENTS)
+    return max(svd, inside)
+
+
+def _plain_step_scratch(setting: Setting, largest: int) -> int:
     if setting.optimizer == "adafactor":
         return _ADAFACTOR_SCRATCH * largest
     rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding and setting.dtype == "bfloat16" else 0

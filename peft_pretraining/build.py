@@ -19,15 +19,17 @@ from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed import World
 from peft_pretraining.loss import TokenLoss
-from peft_pretraining.methods import METHODS
+from peft_pretraining.methods import METHODS, projected_matrices
 from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.modeling import build_model, initialize, materialize, meta_model, prepare_to_train
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,
     StochasticRounding,
+    Subspace,
     Updates,
     WholeUpdate,
+    build_galore,
     build_optimizer,
 )
 from peft_pretraining.parallel import Sharding, settle_shards, shard
@@ -150,15 +152,18 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device) -> Updates:
     """The optimizer and when it steps. Raises OptimizerUnavailable."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    build = partial(
-        build_optimizer,
-        args.optimizer,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        beta1=args.beta1,
-        embedding_bits=embedding_bits(args),
-        rounding=StochasticRounding(args.seed) if args.stochastic_rounding else None,
-    )
+    settings: dict[str, Any] = {
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "beta1": args.beta1,
+        "embedding_bits": embedding_bits(args),
+        "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,
+    }
+    build = partial(build_optimizer, args.optimizer, **settings)
+    if args.peft_model == "galore":
+        subspace = Subspace(args.rank, args.update_proj_gap, args.galore_scale, args.proj_type)
+        matrices = frozenset(projected_matrices(model))
+        build = partial(build_galore, args.optimizer, matrices=matrices, subspace=subspace, world=world, **settings)
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:
         return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=_dtype(args.reduce_dtype))

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft_pretraining.memory import SUPPORT_KINDS, block_count
+from peft_pretraining.memory import PROJ_TYPES, SUPPORT_KINDS, block_count
 
-METHODS = ("full", "lowrank", "sltrain")
+METHODS = ("full", "lowrank", "sltrain", "galore")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 LOW_BIT = ("adam8bit", "adamw4bit")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
@@ -68,8 +68,12 @@ class ModelArguments:
 class MethodArguments:
     """method"""
 
-    peft_model: str = _arg("full", f"what the attention and MLP linears become: {' | '.join(METHODS)}", choices=METHODS)
-    rank: int = _arg(128, "rank r of the low-rank part B A")
+    peft_model: str = _arg(
+        "full",
+        f"what the attention and MLP linears become: {' | '.join(METHODS)} (dense ones, whose gradients are projected)",
+        choices=METHODS,
+    )
+    rank: int = _arg(128, "rank r of the low-rank part B A; of galore's projections")
     sp_ratio: float = _arg(
         0.01, "sparsity delta: share of each weight's entries that the sparse part trains, in (0, 1)"
     )
@@ -89,10 +93,18 @@ class MethodArguments:
         choices=LINEAR_PATHS,
     )
     lora_dropout: float = _arg(0.0, "published flag, no effect (the published layer never applied it)")
+    update_proj_gap: int = _arg(200, "galore: update steps from one SVD of the gradients to the next", method="galore")
+    galore_scale: float = _arg(
+        0.25, "galore: the projected step is multiplied by this on its way back to the weights", method="galore"
+    )
+    proj_type: str = _arg(
+        "std",
+        "galore: singular vectors that span the subspace: std (of the weight's shorter side) | reverse_std (of its longer one) "
+        "| right | left | full (both)",
+        choices=PROJ_TYPES,
+        method="galore",
+    )
     # Flags of methods that other published programs have; they cost a notice here, see `notices`.
-    update_proj_gap: int | None = _arg(None, "GaLore: update steps between projections", method="galore")
-    galore_scale: float | None = _arg(None, "GaLore: scale of the projected update", method="galore")
-    proj_type: str | None = _arg(None, "GaLore: projection type", method="galore")
     relora: int | None = _arg(None, "ReLoRA: update steps between merges", method="relora")
     reset_optimizer_on_relora: bool | None = _arg(None, "ReLoRA: reset the optimizer at a merge", method="relora")
     optimizer_random_pruning: float | None = _arg(None, "ReLoRA: share of moments pruned at random", method="relora")
@@ -157,7 +169,11 @@ class OptimizationArguments:
         "end with the update that reaches this many tokens (150M, 1.1B, ...); replaces num_training_steps",
         type="tokens",
     )
-    optimizer: str = _arg("adam", f"{' | '.join(OPTIMIZERS)}", choices=OPTIMIZERS)
+    optimizer: str = _arg(
+        "adam",
+        f"{' | '.join(OPTIMIZERS)}; published names galore_adamw, ... mean --peft_model galore with one of these",
+        choices=OPTIMIZERS,
+    )
     lr: float = _arg(1e-4, "peak learning rate")
     weight_decay: float = _arg(0.0, "weight decay, applied to every parameter as published")
     beta1: float = _arg(0.0, "momentum of sgd and first moment of adafactor (0: off); the Adam family keeps 0.9")
@@ -277,6 +293,7 @@ GROUPS = (ModelArguments, MethodArguments, DataArguments, OptimizationArguments,
 # Arguments that say which run this is; the default save_dir is keyed by them, so that the same script finds its run.
 RUN_DEFINING = (
     *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
+    *("update_proj_gap", "galore_scale", "proj_type"),
     *("dataset", "text_field", "tokenizer", "max_length", "packing", "document_mask", "data_lanes", "seed"),
     *("num_training_steps", "max_train_tokens"),
     *("optimizer", "lr", "weight_decay", "beta1", "grad_clipping", "scheduler", "min_lr_ratio"),
@@ -295,11 +312,12 @@ CHANGEABLE = (
         "grad_clipping",
         "grad_norm_growth",
     ),
+    *("update_proj_gap", "galore_scale"),
     *("lora_alpha", "document_mask", "dataset", "text_field", "tokenizer", "reduce_dtype", "compute_dtype"),
 )
 # These cannot: the checkpoint's tensors or its data position would not fit.
 UNCHANGEABLE = (
-    *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "train_scaling", "support", "seed"),
+    *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "train_scaling", "support", "proj_type", "seed"),
     *("max_length", "packing", "data_lanes"),
     *("optimizer", "beta1", "embedding_states", "stochastic_rounding"),
 )
@@ -465,8 +483,9 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
         for field in dataclasses.fields(Arguments)
         if field.metadata.get("required") and field.name not in given
     ]
-    values = _without_per_layer_names(given)
-    problems += _normalise_choices(values)
+    values, more = _without_galore_names(given)
+    values = _without_per_layer_names(values)
+    problems += more + _normalise_choices(values)
     if problems:
         raise ConfigError(problems)
     args = Arguments(**values, given=frozenset(given))
@@ -478,14 +497,14 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
     return args
 
 
-# Published optimizer names that need what this version does not have, and the nearest that works.
-_UNAVAILABLE = {
+# Published names that need what this version does not have, and the nearest that works.
+_UNAVAILABLE = {"relora": "lowrank"}
+# Published optimizer names of GaLore, and the optimizer in the subspace.
+GALORE_NAMES = {
     "galore_adamw": "adamw",
     "galore_adafactor": "adafactor",
     "galore_adamw8bit": "adam8bit",
-    "galore_adamw8bit_per_layer": "adam8bit",
-    "galore": "sltrain",
-    "relora": "lowrank",
+    "galore_adamw8bit_per_layer": "adam8bit_per_layer",
 }
 
 
@@ -496,13 +515,29 @@ def embedding_bits(args: Arguments) -> int | None:
     return 8 if args.embedding_states == "8bit" else 32
 
 
+def _without_galore_names(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values with a published name such as galore_adamw as adamw and --peft_model galore; a problem where another was given."""
+    name = str(given.get("optimizer", "")).lower()
+    if name not in GALORE_NAMES:
+        return dict(given), []
+    inside = GALORE_NAMES[name]
+    method = given.get("peft_model", "galore")
+    values = {**given, "optimizer": inside, "peft_model": method}
+    if str(method).lower() == "galore":
+        return values, []
+    return values, [
+        f"--optimizer {given['optimizer']} with --peft_model {method}: it steps dense weights in a subspace, which is "
+        f"--peft_model galore; leave --peft_model out, or use --optimizer {inside}"
+    ]
+
+
 def _without_per_layer_names(given: dict[str, Any]) -> dict[str, Any]:
     """Values with a published name such as adam8bit_per_layer as adam8bit and --per_layer.
 
     Published scripts pass --grad_clipping to these, where it had no effect; it has none here either, with a notice.
     """
     name = str(given.get("optimizer", "")).lower()
-    if not name.endswith("_per_layer") or name in _UNAVAILABLE:
+    if not name.endswith("_per_layer"):
         return dict(given)
     values = {**given, "optimizer": name.removesuffix("_per_layer")}
     if "per_layer" not in given:
@@ -539,7 +574,12 @@ def arguments_of_record(values: dict[str, Any]) -> Arguments:
     """
     kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
     fields = {field.name: str(field.type) for field in dataclasses.fields(Arguments) if field.name != "given"}
-    known = {name: value for name, value in values.items() if name in fields}
+    # Where an earlier version left a value open that has a default now, it ran as that does.
+    known = {
+        name: value
+        for name, value in values.items()
+        if name in fields and (value is not None or "None" in fields[name])
+    }
     for name, value in known.items():
         if not any(isinstance(value, kinds[kind]) for kind in fields[name].split(" | ")):
             raise ValueError(f"{name} {value!r} is no {fields[name]}")
@@ -591,6 +631,11 @@ def value_problems(args: Arguments) -> list[str]:
 
 def _parallel_problems(args: Arguments) -> list[str]:
     problems = []
+    if args.parallel == "fsdp" and args.peft_model == "galore":
+        problems.append(
+            "--parallel fsdp with --peft_model galore: the projection is the SVD of a weight's whole gradient, of which a "
+            "process has a part; use --parallel ddp, with --per_layer and adam8bit where memory is short, or --peft_model sltrain"
+        )
     if args.parallel == "fsdp" and args.optimizer == "adafactor":
         problems.append(
             "--parallel fsdp with --optimizer adafactor: its second moments are means over whole rows and columns, of which a "
@@ -617,7 +662,16 @@ def _block_problems(sp_ratio: float) -> list[str]:
 
 
 def _range_problems(args: Arguments) -> list[str]:
-    at_least_one = ("rank", "max_length", "batch_size", "num_training_steps", "save_every", "eval_every", "log_every")
+    at_least_one = (
+        "rank",
+        "update_proj_gap",
+        "max_length",
+        "batch_size",
+        "num_training_steps",
+        "save_every",
+        "eval_every",
+        "log_every",
+    )
     optional_at_least_one = (
         "gradient_accumulation",
         "total_batch_size",
@@ -638,7 +692,10 @@ def _range_problems(args: Arguments) -> list[str]:
     )
     problems = []
     for name in (
-        at_least_one + optional_at_least_one + not_negative + ("lr", "lora_alpha", "sp_ratio", "min_lr_ratio", "beta1")
+        at_least_one
+        + optional_at_least_one
+        + not_negative
+        + ("lr", "lora_alpha", "galore_scale", "sp_ratio", "min_lr_ratio", "beta1")
     ):
         value = getattr(args, name)
         if value is None:
@@ -649,7 +706,7 @@ def _range_problems(args: Arguments) -> list[str]:
             problems.append(f"--{name} {value}: must be at least 1")
         elif name in not_negative and value < 0:
             problems.append(f"--{name} {value}: must not be negative")
-        elif name in ("lr", "lora_alpha") and value <= 0:
+        elif name in ("lr", "lora_alpha", "galore_scale") and value <= 0:
             problems.append(f"--{name} {value}: must be above 0")
     if args.seed >= 2**63:
         problems.append(f"--seed {args.seed}: must be below 2^63")
@@ -662,10 +719,11 @@ def _method_notices(args: Arguments) -> list[str]:
     lines = []
     for field in dataclasses.fields(MethodArguments):
         method = field.metadata.get("method")
-        if method and field.name in args.given:
+        if method not in (None, args.peft_model) and field.name in args.given:
             lines.append(f"--{field.name} has no effect with --peft_model {args.peft_model}: it belongs to {method}")
     unused = {
         "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
+        "galore": ("sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
         "lowrank": ("sp_ratio", "support"),
         "sltrain": (),
     }
@@ -674,7 +732,7 @@ def _method_notices(args: Arguments) -> list[str]:
         for name in unused[args.peft_model]
         if name in args.given
     ]
-    if args.train_scaling and args.peft_model != "full" and "lora_alpha" in args.given:
+    if args.train_scaling and args.peft_model in ("lowrank", "sltrain") and "lora_alpha" in args.given:
         lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
     return lines
 

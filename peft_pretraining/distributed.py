@@ -165,6 +165,15 @@ def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
+def broadcast_(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """Rank 0's contiguous tensor on every process, in place; returns it."""
+    if world.size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def totals(values: Sequence[int], world: World) -> list[int]:
     """Each value summed over all processes, on every process; on the host, so that no GPU is waited for."""
     if world.size == 1:

@@ -10,13 +10,14 @@ Letters: L layers, h hidden size, i intermediate size, r rank.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_pretraining.model_config import ModelConfig
 
 METHODS = ("full", "lowrank", "sltrain", "relora", "galore")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 SUPPORT_KINDS = ("uniform", "block")
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 # bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
@@ -112,6 +113,28 @@ def nonzeros(support: str, out_features: int, in_features: int, sparsity: float)
     return blocks * rows * columns + more_rows * columns + more_columns * rows + min(more_rows, more_columns)
 
 
+class SubspaceShapes(NamedTuple):
+    """Of a matrix that GaLore steps: its projections, None for a side that is not projected, and each of its moments."""
+
+    left: tuple[int, int] | None  # (out, k)
+    right: tuple[int, int] | None  # (k, in)
+    moments: tuple[int, int]
+
+
+def subspace_shapes(shape: tuple[int, ...], rank: int, proj_type: str) -> SubspaceShapes:
+    """For a matrix (out, in), k = min(rank, out, in). proj_type: which side is projected, std the shorter one."""
+    rows, columns = shape
+    k = min(rank, rows, columns)
+    upright = rows >= columns
+    if proj_type == "full":
+        return SubspaceShapes((rows, k), (k, columns), (k, k))
+    if proj_type == "right" or (proj_type == "std" and upright) or (proj_type == "reverse_std" and not upright):
+        return SubspaceShapes(None, (k, columns), (rows, k))
+    if proj_type in PROJ_TYPES:
+        return SubspaceShapes((rows, k), None, (k, columns))
+    raise ValueError(f"proj_type {proj_type!r}: not one of {', '.join(PROJ_TYPES)}")
+
+
 def tensor_groups(
     cfg: ModelConfig,
     *,
@@ -204,24 +227,26 @@ def static_bytes(
     beta1: float = 0.0,
     embedding_bits: int | None = None,
     stochastic_rounding: bool = False,
+    proj_type: str = "std",
     parts: int = 1,
 ) -> dict[str, int]:
     """Bytes of the tensors that live through a whole run: parameters, support, gradients, optimizer.
 
     Args:
         counts: what parameter_counts gave for `cfg` and `method`.
-        method: full | lowrank | sltrain (ValueError for the others, whose states are not laid out here).
+        method: full | lowrank | sltrain | galore (ValueError for relora, whose states are not laid out here).
         dtype: bfloat16 | float32 | float64, of parameters and gradients.
         optimizer: adam | adamw | sgd | adafactor | adam8bit | adamw4bit, as the libraries lay out their states.
         beta1: sgd's momentum and adafactor's first moment; 0 is off.
         embedding_bits: of the moments of embedding and head with adam8bit and adamw4bit; None: as the others'.
-        stochastic_rounding: the Adam family's steps then count in Python instead of in tensors.
+        stochastic_rounding: the Adam family's steps then count in Python instead of in tensors, but for what GaLore projects.
+        proj_type: of GaLore, see subspace_shapes; its projections, in `dtype`, count as the optimizer's.
         parts: processes over which FSDP2 divides everything but the supports; counted is what process 0 has, the largest part.
 
     Gradients are counted whole: every trained parameter has one between backward and the update.
     """
-    if method not in ("full", "lowrank", "sltrain"):
-        raise ValueError(f"method {method!r}: bytes are known for full, lowrank and sltrain")
+    if method not in ("full", "lowrank", "sltrain", "galore"):
+        raise ValueError(f"method {method!r}: bytes are known for full, lowrank, sltrain and galore")
     whole = tensor_groups(
         cfg,
         method=method,
@@ -233,16 +258,17 @@ def static_bytes(
     groups = [replace(g, shape=first_part(g.shape, parts)) for g in whole]
     width = _element_bytes(dtype)
     trained = [g for g in groups if g.trained]
-    states = 0
+    states, quantised = 0, False
     for g in trained:
-        bits = embedding_bits if g.embedding else None
-        states += g.count * _state_bytes(g.shape, width, optimizer, beta1, bits)
-        if stochastic_rounding and optimizer in ("adam", "adamw"):
+        bits, stepped = embedding_bits if g.embedding else None, g.shape
+        if g.projected:
+            left, right, stepped = subspace_shapes(g.shape, counts.rank, proj_type)
+            states += g.count * width * sum(math.prod(side) for side in (left, right) if side is not None)
+        states += g.count * _state_bytes(stepped, width, optimizer, beta1, bits)
+        if stochastic_rounding and optimizer in ("adam", "adamw") and not g.projected:
             states -= 4 * g.count
-    quantised = (
-        g for g in trained if g.elements >= BNB_MIN_ELEMENTS * g.count and not (g.embedding and embedding_bits == 32)
-    )
-    if optimizer == "adam8bit" and any(quantised):
+        quantised |= math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
+    if optimizer == "adam8bit" and quantised:
         states += 2 * 4 * BNB_CODEBOOK_ENTRIES  # two code books, shared by all parameters
     return {
         "parameters": width * sum(g.elements for g in groups),

@@ -8,11 +8,26 @@ from torch import nn
 
 from peft_pretraining.config import Arguments
 from sparse_lora import SLTrainConfig, reparameterize
+from sparse_lora.reparameterize import DEFAULT_TARGETS
 
 
 def _full(model: nn.Module, args: Arguments) -> list[str]:
     """Every weight dense and trained: nothing to change."""
     return []
+
+
+def _galore(model: nn.Module, args: Arguments) -> list[str]:
+    """Every weight dense and trained (arXiv 2403.03507): what differs is how `projected_matrices` are stepped."""
+    return []
+
+
+def projected_matrices(model: nn.Module) -> list[str]:
+    """Names of the weights whose gradients GaLore projects: those of the linears that the other methods replace."""
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(target in name for target in DEFAULT_TARGETS)
+    ]
 
 
 def _lowrank(model: nn.Module, args: Arguments) -> list[str]:
@@ -40,6 +55,7 @@ def _layer_config(args: Arguments, sparsity: float) -> SLTrainConfig:
 # name -> function that changes the model in place and returns the names of the replaced linears
 METHODS: dict[str, Callable[[nn.Module, Arguments], list[str]]] = {
     "full": _full,
+    "galore": _galore,
     "lowrank": _lowrank,
     "sltrain": _sltrain,
 }

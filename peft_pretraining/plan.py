@@ -121,6 +121,7 @@ def memory_setting(
         beta1=args.beta1,
         embedding_bits=embedding_bits(args),
         stochastic_rounding=args.stochastic_rounding,
+        proj_type=args.proj_type,
         per_layer=args.per_layer,
         dtype=dtype,
         batch_size=args.batch_size,
@@ -241,7 +242,7 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
     scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
-    if args.peft_model != "full" and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
+    if args.peft_model in ("lowrank", "sltrain") and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
         what = (
             "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
         )
@@ -283,7 +284,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     positions = plan.num_training_steps * plan.tokens_per_update
     rows = [
         ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
-        ("parameters", f"{counts['total']:,}{share if args.peft_model != 'full' else ''}"),
+        ("parameters", f"{counts['total']:,}{share if args.peft_model not in ('full', 'galore') else ''}"),
         ("", f"dense {counts['dense']:,} + low-rank {counts['low_rank']:,} + sparse {counts['sparse']:,}"),
         ("length", f"{length}, {positions:,} positions of {args.max_length}-token sequences"),
         (
@@ -291,7 +292,10 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
             f"{plan.total_batch_size} sequences = {plan.batch_size} x {plan.gradient_accumulation} micro-batches "
             f"x {plan.world_size} process{'es' if plan.world_size > 1 else ''}; {plan.tokens_per_update:,} positions per update",
         ),
-        ("optimizer", f"{args.optimizer}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates"),
+        (
+            "optimizer",
+            f"{args.optimizer}{_subspace(args)}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates",
+        ),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         ("run folder", str(plan.save_dir)),
         ("memory", " + ".join(f"{name} {plan.bytes[name] / GIB:.2f}" for name in CLASSES if plan.bytes[name]) + " GiB"),
@@ -307,6 +311,13 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
         lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
     return "\n".join(lines)
+
+
+def _subspace(args: Arguments) -> str:
+    if args.peft_model != "galore":
+        return ""
+    kind = f"{args.proj_type}, anew every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
+    return f" in subspaces of rank {args.rank} ({kind})"
 
 
 def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:

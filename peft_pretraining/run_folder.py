@@ -149,8 +149,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     """The run.json of a checkpoint, with every part that is compared. Raises CheckpointError."""
     record = checkpoint.read_json(path / "run.json")
     try:
-        # A run of an earlier version lacks newer arguments: it ran as their defaults do.
-        arguments = {**as_dict(Arguments()), **record["arguments"]}
+        # A run of an earlier version lacks newer arguments, or left them open: it ran as their defaults do.
+        said = {name: value for name, value in record["arguments"].items() if value is not None}
+        arguments = {**as_dict(Arguments()), **said}
         if not isinstance(record["plan"]["model"], dict):
             raise TypeError("no model in it")
         versions_then, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))

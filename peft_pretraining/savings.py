@@ -46,7 +46,8 @@ def fitting_flags(setting: Setting, limit: int) -> list[Saving]:
 
 def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(flag, value, fields of the setting): what could take less memory."""
-    if setting.world_size > 1 and not setting.sharded and setting.optimizer != "adafactor":
+    galore = setting.peft_model == "galore"
+    if setting.world_size > 1 and not setting.sharded and setting.optimizer != "adafactor" and not galore:
         yield "parallel", "fsdp", {"parallel": "fsdp"}
     if setting.sharded and not setting.reshard_after_forward:
         yield "reshard_after_forward", "true", {"reshard_after_forward": True}
@@ -64,10 +65,17 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "per_layer", "", {"per_layer": True}
     moments = {"embedding_bits": setting.embedding_bits or 32}
     if setting.optimizer in ("adam", "adamw"):
-        yield "optimizer", "adam8bit", {"optimizer": "adam8bit", **moments}
+        # By the published name, since that of another one may be all that says galore.
+        yield "optimizer", "galore_adamw8bit" if galore else "adam8bit", {"optimizer": "adam8bit", **moments}
     if setting.optimizer == "adam8bit":
-        yield "optimizer", "adamw4bit", {"optimizer": "adamw4bit", **moments}
+        yield (
+            "optimizer",
+            "adamw4bit --peft_model galore" if galore else "adamw4bit",
+            {"optimizer": "adamw4bit", **moments},
+        )
     if setting.embedding_bits == 32:
         yield "embedding_states", "8bit", {"embedding_bits": 8}
-    if setting.peft_model == "full":
-        yield "peft_model", f"sltrain --rank {setting.rank} --sp_ratio {setting.sp_ratio}", {"peft_model": "sltrain"}
+    if setting.peft_model in ("full", "galore"):
+        own_name = f" --optimizer {setting.optimizer}" if galore else ""
+        value = f"sltrain --rank {setting.rank} --sp_ratio {setting.sp_ratio}{own_name}"
+        yield "peft_model", value, {"peft_model": "sltrain"}

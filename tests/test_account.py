@@ -11,7 +11,7 @@ from peft_pretraining.config import parse_args
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.memory import parameter_counts
 from peft_pretraining.model_config import load_model_config
-from peft_pretraining.plan import format_plan, make_plan, memory_problems
+from peft_pretraining.plan import format_plan, make_plan, memory_problems, setting_of
 from peft_pretraining.savings import fitting_flags, savings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,7 @@ def setting(size: str = "7b", **changes) -> Setting:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"])
-@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain"])
+@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain", "galore"])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_every_combination_has_an_account(optimizer, method, per_layer, accumulation):
@@ -117,6 +117,40 @@ def test_every_combination_has_an_account_of_its_parts(optimizer, method, per_la
         peaks += [found["peak"]] if not changes else []
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] > peaks[-1]
+
+
+@pytest.mark.parametrize("given", [["--optimizer", "galore_adamw"], ["--optimizer", "adamw", "--peft_model", "galore"]])
+def test_what_saves_memory_with_galore_keeps_it_galore(given):
+    """Applied as printed, however the method was said; never --parallel fsdp, which it refuses."""
+    flags = [
+        "--model_config",
+        str(ROOT / "configs/llama_350m.json"),
+        "--batch_size",
+        "2",
+        "--dtype",
+        "bfloat16",
+        *given,
+    ]
+    args = parse_args([*flags, "--rank", "256", "--total_batch_size", "8"])
+    plan = make_plan(args, World(size=2))
+    for saving in savings(setting_of(plan, args, "cpu")):
+        # A flag given again replaces the first; the method may change where that is what the line says.
+        changed = parse_args([*flags, "--rank", "256", "--total_batch_size", "8", *saving.text.split()])
+        assert changed.peft_model == ("sltrain" if saving.flag == "peft_model" else "galore")
+        assert make_plan(changed, World(size=2)).bytes["peak"] == saving.peak < plan.bytes["peak"]
+        assert saving.flag != "parallel"
+
+
+def test_galore_at_7b_takes_what_its_tensors_take():
+    """The classes by hand: moments (k x longer side) and projections (k x shorter) of 224 matrices; the rest in full."""
+    found = account(setting(peft_model="galore", optimizer="adamw", embedding_bits=None))
+    hidden, mlp, rank, layers = 4096, 11008, 1024, 32
+    base = 2 * 32_000 * hidden + (2 * layers + 1) * hidden
+    moments = layers * rank * (4 * hidden + 3 * mlp)
+    tensors = 2 + 2 * layers + 1 + 7 * layers
+    assert found["parameters"] == found["gradients"] == 2 * 6_738_415_616
+    assert found["optimizer"] == 2 * (2 * (base + moments) + layers * rank * 7 * hidden) + 4 * tensors
+    assert found["scratch"] >= 4 * 3 * hidden * mlp  # an SVD: a copy and two results at the least
 
 
 def test_one_process_shards_nothing():

@@ -20,6 +20,7 @@ from peft_pretraining.footprint import measured_bytes
 from peft_pretraining.forward import hidden_states
 from peft_pretraining.loss import TokenLoss, chunked_cross_entropy
 from peft_pretraining.memory import (
+    PROJ_TYPES,
     SUPPORT_KINDS,
     activation_bytes,
     loss_bytes,
@@ -30,9 +31,17 @@ from peft_pretraining.memory import (
     support_bytes,
     tensor_groups,
 )
+from peft_pretraining.methods import projected_matrices
 from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.modeling import build_model
-from peft_pretraining.optim import PerLayerUpdate, StochasticRounding, WholeUpdate, build_optimizer
+from peft_pretraining.optim import (
+    PerLayerUpdate,
+    StochasticRounding,
+    Subspace,
+    WholeUpdate,
+    build_galore,
+    build_optimizer,
+)
 from sparse_lora import SLTrainConfig, reparameterize
 from sparse_lora.kinds import make_support
 from sparse_lora.uniform import UniformSupport
@@ -89,7 +98,7 @@ def tiny(**changes: Any) -> ModelConfig:
 
 def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, **options: Any) -> Any:
     """options: of SLTrainConfig."""
-    sparsity = {"full": None, "lowrank": 0.0, "sltrain": 0.05}[method]
+    sparsity = {"full": None, "galore": None, "lowrank": 0.0, "sltrain": 0.05}[method]
 
     def change(model: nn.Module) -> None:
         if sparsity is not None:
@@ -99,7 +108,8 @@ def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, *
 
 
 @pytest.mark.parametrize(
-    ("method", "support"), [("full", "uniform"), ("lowrank", "uniform"), ("sltrain", "uniform"), ("sltrain", "block")]
+    ("method", "support"),
+    [("full", "uniform"), ("galore", "uniform"), ("lowrank", "uniform"), ("sltrain", "uniform"), ("sltrain", "block")],
 )
 @pytest.mark.parametrize("train_scaling", [False, True])
 @pytest.mark.parametrize(
@@ -180,6 +190,51 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     assert account["support"] == measured["support"]
     assert before_step["gradients"] == (0 if per_layer else account["gradients"])
     assert measured["gradients"] == 0
+    states = measured["optimizer"]
+    if optimizer == "adafactor":  # a float32 root mean square per parameter, 4 bytes, kept for its log only
+        states -= 4 * len(updates.optimizer.state)
+    assert account["optimizer"] == states
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        ("adam", {}),
+        ("adamw", {"stochastic_rounding": True}),
+        ("sgd", {"beta1": 0.9}),
+        ("adafactor", {"beta1": 0.9}),
+        ("adam8bit", {}),
+        ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+        ("adamw4bit", {"embedding_bits": 8}),
+    ],
+)
+@pytest.mark.parametrize("rank", [8, 200])
+def test_galores_static_bytes_equal_the_tensors_of_a_training_step(
+    rank: int, dtype: str, proj_type: str, optimizer: str, settings: dict[str, Any], per_layer: bool
+) -> None:
+    """Moments in the subspace, of matrices above and below the size that is quantised, and projections; a rank above the
+    matrices' sides too."""
+    cfg = tiny(hidden_size=128, intermediate_size=640)
+    model = build(cfg, "galore", getattr(torch, dtype))
+    choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
+    rounding = StochasticRounding(0) if settings.get("stochastic_rounding") else None
+    make = partial(build_galore, optimizer, lr=1e-3, weight_decay=0.0, rounding=rounding, **choice)
+    subspace = Subspace(rank, proj_type=proj_type)
+    make = partial(make, matrices=projected_matrices(model), subspace=subspace, world=World())
+    updates = (PerLayerUpdate if per_layer else WholeUpdate)(make, dict(model.named_parameters()), World())
+    ids = torch.randint(0, 300, (2, 16))
+    updates.begin(1e-3)
+    updates.before_backward(True)
+    TokenLoss(model)(ids, ids).backward()
+    updates.finish(torch.zeros(()))
+    measured = measured_bytes(model, updates.optimizer)
+    counted = parameter_counts(cfg, method="galore", rank=rank, sparsity=0.0)
+    names = {"method": "galore", "dtype": dtype, "optimizer": optimizer, "proj_type": proj_type}
+    account = static_bytes(cfg, counted, **names, **settings)
+    assert account["parameters"] == measured["parameters"]
     states = measured["optimizer"]
     if optimizer == "adafactor":  # a float32 root mean square per parameter, 4 bytes, kept for its log only
         states -= 4 * len(updates.optimizer.state)
@@ -369,6 +424,11 @@ def test_unknown_names_are_refused() -> None:
         parameter_counts(cfg, method="lora", rank=1, sparsity=0.0)
     with pytest.raises(ValueError, match="'lora'"):
         paper_estimate(full, "lora")
-    for changes in ({"method": "galore"}, {"dtype": "float16"}, {"optimizer": "lion"}):
+    for changes in (
+        {"method": "relora"},
+        {"proj_type": "diagonal", "method": "galore"},
+        {"dtype": "float16"},
+        {"optimizer": "lion"},
+    ):
         with pytest.raises(ValueError, match=next(iter(changes.values()))):
             static_bytes(cfg, full, **({"method": "full", "dtype": "float32", "optimizer": "adam"} | changes))

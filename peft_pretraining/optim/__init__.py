@@ -1,6 +1,7 @@
 """Optimizers by name, all from libraries; how they update parameters, whole or per layer; their states by parameter name."""
 
-from peft_pretraining.optim.build import OptimizerUnavailable, build_optimizer
+from peft_pretraining.optim.build import OptimizerUnavailable, build_galore, build_optimizer
+from peft_pretraining.optim.galore import Subspace
 from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
 from peft_pretraining.optim.updates import GrowthLimit, HasState, PerLayerUpdate, Updates, WholeUpdate
@@ -11,8 +12,10 @@ __all__ = [
     "OptimizerUnavailable",
     "PerLayerUpdate",
     "StochasticRounding",
+    "Subspace",
     "Updates",
     "WholeUpdate",
+    "build_galore",
     "build_optimizer",
     "load_optimizer_state",
     "optimizer_state",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_pretraining.distributed import World
+from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.slices import StochasticRounding
 
 # Their libraries advise 32-bit moments for embedding and output head: rows that are rarely met make 8-bit blocks unstable.
@@ -60,6 +62,49 @@ def build_optimizer(
 
         return SlicedAdam8bit(groups, names=names, rounding=rounding, lr=lr, weight_decay=weight_decay)
     return _torchao_adam(name, groups, names=names, lr=lr, weight_decay=weight_decay, rounding=rounding)
+
+
+def build_galore(
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    matrices: Collection[str],
+    subspace: Subspace,
+    world: World,
+    lr: float,
+    weight_decay: float,
+    beta1: float = 0.0,
+    embedding_bits: int | None = None,
+    rounding: StochasticRounding | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer for a published name, which steps matrices in a subspace of their gradients.
+
+    Args:
+        matrices: names of the matrices that are projected; of `parameters` there may be some of them, all, or none.
+        subspace, world: see GaLore. The others: see build_optimizer.
+
+    Raises:
+        As build_optimizer.
+    """
+    chosen = {key: parameter for key, parameter in parameters.items() if key in matrices}
+    others = {key: parameter for key, parameter in parameters.items() if key not in matrices}
+    ordinary = None
+    if others:
+        settings: dict[str, Any] = {"beta1": beta1, "embedding_bits": embedding_bits, "rounding": rounding}
+        ordinary = build_optimizer(name, others, lr=lr, weight_decay=weight_decay, **settings)
+        if not chosen:
+            return ordinary
+    return GaLore(
+        chosen,
+        lambda projected: build_optimizer(name, {"projected": projected}, lr=lr, weight_decay=0.0, beta1=beta1),
+        ordinary,
+        subspace,
+        world,
+        lr=lr,
+        weight_decay=weight_decay,
+        decoupled=name not in ("adam", "sgd"),
+        rounding=rounding,
+    )
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], embedding_bits: int | None) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ class WholeUpdate:
     def begin(self, lr: float) -> None:
         """A new update, with this learning rate."""
         self._drop_gradients()
-        _set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr)
 
     def before_backward(self, last: bool) -> None:
         """Nothing to prepare: gradients add up."""
@@ -199,7 +199,7 @@ class PerLayerUpdate:
         """A new update, with this learning rate."""
         self._norms.zero_()
         self._skipped.zero_()
-        _set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr)
 
     def before_backward(self, last: bool) -> None:
         """Step in this backward pass if it is the update's last."""
@@ -272,7 +272,8 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
         optimizer.step()
 
 
-def _set_lr(optimizer: HasState, lr: float) -> None:
+def set_lr(optimizer: HasState, lr: float) -> None:
+    """For the updates to come."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 

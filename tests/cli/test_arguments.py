@@ -12,6 +12,7 @@ from peft_pretraining.config import (
     RUN_DEFINING,
     UNCHANGEABLE,
     ConfigError,
+    arguments_of_record,
     as_dict,
     build_parser,
     notices,
@@ -48,7 +49,19 @@ BAD = [
     (["--peft_model", "lora"], ["--peft_model lora", "sltrain"]),
     (["--peft_model", "relora"], ["--peft_model relora", "not in this version"]),
     (["--optimizer", "adamx"], ["--optimizer adamx", "adamw"]),
-    (["--optimizer", "galore_adamw"], ["--optimizer galore_adamw", "not in this version"]),
+    (["--optimizer", "galore_lion"], ["--optimizer galore_lion"]),
+    (
+        ["--optimizer", "GaLore_AdamW", "--peft_model", "sltrain"],
+        ["--optimizer GaLore_AdamW with --peft_model sltrain", "leave --peft_model out", "--optimizer adamw"],
+    ),
+    (
+        ["--peft_model", "galore", "--parallel", "fsdp"],
+        ["--parallel fsdp", "galore", "whole gradient", "--parallel ddp"],
+    ),
+    (["--peft_model", "galore", "--update_proj_gap", "0"], ["--update_proj_gap 0", "at least 1"]),
+    (["--peft_model", "galore", "--galore_scale", "0"], ["--galore_scale 0", "above 0"]),
+    (["--peft_model", "galore", "--galore_scale", "nan"], ["--galore_scale nan", "finite"]),
+    (["--peft_model", "galore", "--proj_type", "random"], ["--proj_type random", "reverse_std"]),
     (["--scheduler", "step"], ["--scheduler step", "cosine"]),
     (["--scheduler", "cosine_restarts", "--restart_warmup_steps", "10"], ["cosine_restarts", "--cycle_length"]),
     (["--cycle_length", "3000"], ["--cycle_length 3000", "--num_training_steps 10000"]),
@@ -97,7 +110,8 @@ BAD = [
     (["--grad_norm_growth", "0.5"], ["--grad_norm_growth 0.5", "at least 1"]),
     (["--optimizer", "sgd", "--stochastic_rounding"], ["--stochastic_rounding", "--optimizer sgd", "adamw"]),
     (["--embedding_states", "16bit"], ["--embedding_states 16bit", "32bit"]),
-    (["--optimizer", "galore_adamw8bit_per_layer"], ["galore_adamw8bit_per_layer", "not in this version"]),
+    (["--optimizer", "galore_adamw8bit_per_layer", "--stochastic_rounding", "--parallel", "fsdp"], ["--parallel fsdp"]),
+    (["--optimizer", "galore_adafactor", "--stochastic_rounding"], ["--stochastic_rounding", "adafactor", "adamw"]),
     (["--optimizer", "sgdx_per_layer"], ["sgdx"]),
     (["--allow_changes", "lr,rank"], ["--allow_changes rank", "would not fit", "num_training_steps"]),
     (["--allow_changes", "learning_rate"], ["--allow_changes learning_rate", "is no argument"]),
@@ -210,6 +224,49 @@ def test_published_per_layer_names(name):
     assert any("--grad_clipping has no effect" in line for line in notices(args))
     with pytest.raises(ConfigError, match="--grad_norm_growth"):
         parse_args([*BASE, "--optimizer", name, "--per_layer", "--grad_clipping", "1.0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("galore_adamw", ("adamw", False)),
+        ("GaLore_Adafactor", ("adafactor", False)),
+        ("galore_adamw8bit", ("adam8bit", False)),
+        ("galore_AdamW8bit_per_layer", ("adam8bit", True)),
+    ],
+)
+def test_published_galore_names(name, meaning):
+    for method in ([], ["--peft_model", "GaLore"]):
+        args = parse_args([*BASE, "--optimizer", name, "--grad_clipping", "1.0", *method])
+        assert args.peft_model == "galore"
+        assert (args.optimizer, args.per_layer) == meaning
+        assert (args.update_proj_gap, args.galore_scale, args.proj_type) == (200, 0.25, "std")
+        assert args.grad_clipping == (None if args.per_layer else 1.0)
+
+
+def test_flags_of_other_methods_say_so_with_galore():
+    given = [
+        "--peft_model",
+        "galore",
+        "--rank",
+        "8",
+        "--update_proj_gap",
+        "50",
+        "--proj_type",
+        "left",
+        "--sp_ratio",
+        "0.1",
+    ]
+    lines = notices(parse_args([*BASE, *given, "--galore_scale", "1", "--lora_alpha", "8", "--train_scaling"]))
+    assert sorted(line.split()[0] for line in lines) == ["--lora_alpha", "--sp_ratio", "--train_scaling"]
+
+
+def test_a_record_that_left_galores_flags_open_is_read():
+    """As runs of earlier versions did."""
+    args = arguments_of_record(as_dict(parse_args(BASE)) | {"update_proj_gap": None, "proj_type": None})
+    assert (args.update_proj_gap, args.proj_type) == (200, "std")
+    with pytest.raises(ValueError, match="update_proj_gap"):
+        arguments_of_record({"update_proj_gap": "often"})
 
 
 def test_dashboard_names_without_a_dashboard_say_so():

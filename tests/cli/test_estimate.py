@@ -35,6 +35,19 @@ def test_the_papers_estimate_of_sltrain(capsys, size, rank, parts, total):
     assert found["total_G"] == total
 
 
+def test_galore_by_the_paper_and_by_its_tensors(capsys):
+    """Table 2's .28 at 60M; the program's own states are the paper's moments and projections and a step count per tensor."""
+    config = str(ROOT / "configs/llama_60m.json")
+    flags = ["--model_config", config, "--optimizer", "galore_adamw", "--rank", "128", "--dtype", "bfloat16"]
+    found = figures(capsys, *flags)
+    assert found["paper"] == {"parameters_G": 0.12, "optimizer_G": 0.16, "total_G": 0.28}
+    h, i, layers, rank = 512, 1376, 8, 128
+    moments = 32_776_704 + layers * rank * (4 * h + 3 * i)
+    projections = layers * rank * 7 * h
+    tensors = 2 + 2 * layers + 1 + 7 * layers
+    assert found["bytes"]["optimizer"] == 2 * (2 * moments + projections) + 4 * tensors
+
+
 def test_classes_add_up_and_the_peak_is_no_larger(capsys):
     config = str(ROOT / "configs/llama_1b.json")
     flags = ["--model_config", config, "--peft_model", "sltrain", "--rank", "512", "--sp_ratio", "0.03"]

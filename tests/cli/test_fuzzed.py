@@ -21,6 +21,8 @@ WORDS = [
     "",
     " ",
     "sltrain",
+    "galore",
+    "galore_adamw",
     "adam8bit",
     "cosine",
     "c4",

@@ -21,6 +21,7 @@ PUBLISHED_KEYS = {
     *("update_step", "loss", "lr", "tokens_seen", "throughput_tokens", "throughput_examples", "throughput_batches"),
     *("gradnorm", "max_memory"),
 }
+BF16 = ("--dtype", "bfloat16")
 EVALUATION_KEYS = {"update_step", "final_eval_loss", "final_eval_perplexity", "final_eval_tokens"}
 
 
@@ -74,8 +75,14 @@ def test_run_leaves_the_published_record(tmp_path, flags):
         ("adamw", ["--support", "block", "--linear_path", "factored"], "0", "sltrain"),
         ("adamw4bit", ["--dtype", "bfloat16", "--stochastic_rounding"], "0", "sltrain"),
         ("adam8bit_per_layer", ["--embedding_states", "8bit", "--grad_norm_growth", "1.01"], "0", "sltrain"),
+        # Continued between two projections, each of which falls due once more on the way.
+        ("galore_adamw", ["--update_proj_gap", "2", "--grad_clipping", "0.5"], "0", "galore"),
+        ("adamw4bit", ["--update_proj_gap", "4", "--proj_type", "full", "--stochastic_rounding", *BF16], "0", "galore"),
+        ("galore_adamw8bit_per_layer", ["--update_proj_gap", "2", "--grad_norm_growth", "1.01"], "0", "galore"),
+        ("galore_adafactor", ["--update_proj_gap", "2", "--proj_type", "reverse_std", *BF16], "0", "galore"),
         pytest.param("adamw", ["--device", "cuda", "--dtype", "bfloat16"], "1", "sltrain", marks=pytest.mark.gpu),
         pytest.param("adam8bit", ["--device", "cuda", "--dtype", "bfloat16"], "1", "sltrain", marks=pytest.mark.gpu),
+        pytest.param("galore_adamw8bit", ["--device", "cuda", *BF16], "1", "galore", marks=pytest.mark.gpu),
     ],
 )
 def test_run_goes_on_exactly(tmp_path, flags, optimizer, layout, workers, method):

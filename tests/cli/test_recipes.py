@@ -80,6 +80,33 @@ def test_full_rank_twin_differs_in_the_method_only(size, monkeypatch):
     assert different <= {"peft_model", "rank", "sp_ratio", "lora_alpha", "grad_clipping"}
 
 
+# GaLore's own repository: command lines of its scripts, as published.
+GALORE = "--galore_scale 0.25 --total_batch_size 512 --weight_decay 0 --dtype bfloat16 --eval_every 1000 "
+PUBLISHED_GALORE = {
+    "60m": "--lr 0.01 --rank 128 --update_proj_gap 200 --batch_size 256 --num_training_steps 10000 --warmup_steps 1000",
+    "130m": "--lr 0.01 --rank 256 --update_proj_gap 200 --batch_size 256 --num_training_steps 20000 --warmup_steps 2000",
+    "350m": "--lr 0.01 --rank 256 --update_proj_gap 200 --batch_size 128 --num_training_steps 60000 --warmup_steps 6000",
+    "1b": "--lr 0.01 --rank 1024 --update_proj_gap 200 --batch_size 16 --num_training_steps 100000 --warmup_steps 10000",
+    "7b": "--lr 0.005 --rank 1024 --update_proj_gap 500 --batch_size 8 --num_training_steps 150000 --warmup_steps 15000 "
+    "--grad_clipping 1.0",
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED_GALORE)
+def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
+    """But for the length, which is the other recipes', the rank that 1B's published figures belong to, and 7B's moments."""
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "scripts" / "llm_pretrain"
+    argv = (
+        f"--model_config configs/llama_{size}.json --optimizer galore_adamw {GALORE} {PUBLISHED_GALORE[size]}".split()
+    )
+    published, ours = vars(parse_args(argv)), vars(parse_args(recipe_flags(folder / f"galore{size}.sh")))
+    different = {name for name in published if published[name] != ours[name]} - {"given", "save_every"}
+    assert different <= {"num_training_steps", "warmup_steps"} | {"1b": {"rank"}, "7b": {"optimizer"}}.get(size, set())
+    twin = vars(parse_args(recipe_flags(folder / f"full{size}.sh")))
+    assert all(ours[name] == twin[name] for name in ("num_training_steps", "warmup_steps", "total_batch_size"))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, tmp_path):
     """With as many processes as its header says, or NPROC; SIGUSR1 reaches them either way."""

@@ -51,13 +51,20 @@ def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
     run_all(tmp_path, settings, common)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
-def test_per_layer_updates_in_two_processes(tmp_path, tiny_run, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "method"),
+    [
+        ("adamw", ["sltrain"]),
+        ("adam8bit", ["sltrain"]),
+        ("galore_adamw", ["galore", "--update_proj_gap", "3"]),
+    ],
+)
+def test_per_layer_updates_in_two_processes(tmp_path, tiny_run, optimizer, method):
     """Bit for bit what stepping after the backward pass gives, in one process and in two, stopped and resumed in the middle."""
     common = [
         *tiny_run,
         *("--max_length", "48", "--total_batch_size", "8", "--data_lanes", "6", "--batch_size", "2", "--workers", "0"),
-        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", optimizer),
+        *("--peft_model", *method, "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", optimizer),
         *(
             "--lr",
             "0.001",

@@ -1,0 +1,176 @@
+"""GaLore (arXiv 2403.03507): matrices are stepped in a subspace that their gradient's singular vectors span."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_pretraining.distributed import World, broadcast_
+from peft_pretraining.memory import subspace_shapes
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
+from peft_pretraining.optim.updates import PreparesStates, set_lr
+
+# Of a matrix's state; whatever else is in it belongs to the optimizer of the subspace.
+_LEFT, _RIGHT, _UPDATES = "projection_left", "projection_right", "num_updates"
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """rank: of the projections. gap: updates between two of them. scale: of what goes back to the weights.
+
+    proj_type: std | reverse_std | right | left | full, see memory.subspace_shapes.
+    """
+
+    rank: int
+    gap: int = 200
+    scale: float = 0.25
+    proj_type: str = "std"
+
+
+class GaLore(torch.optim.Optimizer):
+    """Steps matrices by another optimizer on their projected gradients, all other parameters by one of their own.
+
+    For a weight W (out, in) with gradient G, k = min(rank, out, in), and P, Q the first k left and right singular vectors of
+    the gradient at the last multiple of `gap` updates: R = P^T G, or G Q^T, or P^T G Q^T. The optimizer steps zeros of R's shape,
+    with its moments, to N; then W <- W + scale * (P N, N Q, or P N Q). Only updates that are made count for `gap`.
+
+    Args:
+        matrices: by name, all of one dtype and on one device.
+        build: the optimizer of a tensor in the subspace, without weight decay.
+        ordinary: that of the other parameters, None where there are none.
+        world: the processes, whose gradients are the same; rank 0 computes the projections, the others receive them.
+        decoupled: weight decay as AdamW has it, otherwise added to the gradient.
+        rounding: of bfloat16 matrices; None rounds to nearest.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, nn.Parameter],
+        build: Callable[[nn.Parameter], torch.optim.Optimizer],
+        ordinary: torch.optim.Optimizer | None,
+        subspace: Subspace,
+        world: World,
+        *,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        rounding: StochasticRounding | None,
+    ):
+        others = [] if ordinary is None else [p for group in ordinary.param_groups for p in group["params"]]
+        super().__init__([*matrices.values(), *others], {"lr": lr, "weight_decay": weight_decay})
+        self._names = {parameter: name for name, parameter in matrices.items()}
+        self._ordinary, self._subspace, self._world = ordinary, subspace, world
+        self._decoupled, self._rounding = decoupled, rounding
+        first = next(iter(matrices.values()))
+        # Takes the shape of one projected gradient after the other.
+        self._projected = nn.Parameter(torch.empty(0, dtype=first.dtype, device=first.device))
+        self._inner = build(self._projected)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        if self._ordinary is not None:
+            self._ordinary.state = self.state
+            set_lr(self._ordinary, lr)
+            self._ordinary.step()
+        set_lr(self._inner, lr)
+        for matrix in self._names:
+            if matrix.grad is not None:
+                self._step_matrix(matrix, lr, weight_decay)
+
+    def prepare_states(self) -> None:
+        """Make projections, and the moments of optimizers that can, now instead of in the first step."""
+        if isinstance(self._ordinary, PreparesStates):
+            self._ordinary.state = self.state
+            self._ordinary.prepare_states()
+        for matrix in self._names:
+            state = self.state[matrix] = self._new_state(matrix)
+            if isinstance(self._inner, PreparesStates):
+                shapes = subspace_shapes(matrix.shape, self._subspace.rank, self._subspace.proj_type)
+                self._enter(state, matrix.new_zeros(shapes.moments))
+                self._inner.prepare_states()
+                self._leave(state)
+
+    def _new_state(self, matrix: nn.Parameter) -> dict[str, Any]:
+        shapes = subspace_shapes(matrix.shape, self._subspace.rank, self._subspace.proj_type)
+        state: dict[str, Any] = {_UPDATES: 0}
+        if shapes.left is not None:
+            state[_LEFT] = matrix.new_zeros(shapes.left)
+        if shapes.right is not None:
+            state[_RIGHT] = matrix.new_zeros(shapes.right)
+        return state
+
+    def _step_matrix(self, matrix: nn.Parameter, lr: float, weight_decay: float) -> None:
+        assert matrix.grad is not None
+        state, gradient = self.state[matrix], matrix.grad
+        if not state:
+            state.update(self._new_state(matrix))
+        if weight_decay and not self._decoupled:
+            gradient.add_(matrix, alpha=weight_decay)  # which nobody reads after the step
+        if state[_UPDATES] % self._subspace.gap == 0:
+            self._project_anew(state, gradient)
+        update = self._step_projected(state, _into(state, gradient))
+        state[_UPDATES] += 1
+        kept = 1 - lr * weight_decay if self._decoupled else 1.0
+        left, right = _factors(state, update)
+        if self._rounding is None or matrix.dtype != torch.bfloat16:
+            matrix.addmm_(left, right, alpha=self._subspace.scale).mul_(kept)
+            return
+        noise = self._rounding.generator(self._names[matrix], state[_UPDATES], matrix.device)
+        right, rows = right.float(), max(1, SLICE_ELEMENTS // matrix.shape[1])
+        for some, factor in zip(matrix.split(rows), left.split(rows), strict=True):
+            target = some.float().addmm_(factor.float(), right, alpha=self._subspace.scale).mul_(kept)
+            round_stochastically_(some, target, noise)
+
+    def _project_anew(self, state: dict[str, Any], gradient: torch.Tensor) -> None:
+        """The singular vectors of this gradient, in its dtype; moments stay as they are, as published."""
+        sides = {name: state[name] for name in (_LEFT, _RIGHT) if name in state}
+        if self._world.is_main:
+            left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
+            for name, projection in sides.items():
+                k = min(projection.shape)
+                projection.copy_(left[:, :k] if name == _LEFT else right[:k])
+        for projection in sides.values():
+            # Signs of singular vectors are arbitrary: on another machine the same gradient may give others.
+            broadcast_(projection, self._world)
+
+    def _step_projected(self, state: dict[str, Any], gradient: torch.Tensor) -> torch.Tensor:
+        """What the optimizer makes of zeros."""
+        self._enter(state, torch.zeros_like(gradient))
+        self._projected.grad = gradient
+        self._inner.step()
+        return self._leave(state)
+
+    def _enter(self, state: dict[str, Any], values: torch.Tensor) -> None:
+        """Give the optimizer of the subspace a tensor and its moments."""
+        self._projected.data = values
+        moments = {key: value for key, value in state.items() if key not in (_LEFT, _RIGHT, _UPDATES)}
+        self._inner.state = defaultdict(dict, {self._projected: moments} if moments else {})
+
+    def _leave(self, state: dict[str, Any]) -> torch.Tensor:
+        """Take both back."""
+        values = self._projected.data
+        state.update(self._inner.state[self._projected])
+        self._projected.grad, self._projected.data = None, values.new_empty(0)
+        self._inner.state = defaultdict(dict)
+        return values
+
+
+def _into(state: Mapping[str, Any], gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient in the subspace."""
+    if _LEFT in state:
+        gradient = state[_LEFT].t() @ gradient
+    return gradient @ state[_RIGHT].t() if _RIGHT in state else gradient
+
+
+def _factors(state: Mapping[str, Any], update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, k) and (k, in), whose product is the update outside the subspace."""
+    if _RIGHT not in state:
+        return state[_LEFT], update
+    return (state[_LEFT] @ update if _LEFT in state else update), state[_RIGHT]
