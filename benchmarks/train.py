@@ -1,14 +1,16 @@
 """Whole updates of every method beside full-rank: throughput as a ratio in turns, peak memory, model FLOPs utilisation.
 
-`python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank] [--optimizers adamw] [--batch_size 8]
+`python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank galore] [--optimizers adamw] [--batch_size 8]
 [--rounds 5] [--threads 1] [--device cpu] [--compile] [--out FILE.json]`
 
 One micro-batch of random tokens per update, bfloat16, the trainer's own model, loss and optimizer. A method and full-rank each
 live in a process of their own and take turns, an update each; "throughput" is the median over the rounds of full-rank's seconds
 by the method's. "of floor": how much of the speed that the linears' multiplications alone would allow was reached: full-rank's
 update with its linears (timed alone) times the floor of benchmarks/layer.py, and its optimizer's step times the share of
-parameters. "mfu": multiplications that the full-rank model needs for the tokens, in the time taken, over the fastest large matrix
-product timed here (on a GPU --peak_flops, 989e12 for an H100's dense bfloat16). Peak memory is that of the method's process.
+parameters; not for GaLore, whose linears are dense. GaLore's SVDs fall into the first update, which does not count as a round:
+what it took longer is spread over --update_proj_gap updates and added to each. "mfu": multiplications that the full-rank model
+needs for the tokens, in the time taken, over the fastest large matrix product timed here (on a GPU --peak_flops, 989e12 for an
+H100's dense bfloat16). Peak memory is that of the method's process.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ METHODS = {
     "uniform": ["--peft_model", "sltrain", "--support", "uniform"],
     "block": ["--peft_model", "sltrain", "--support", "block"],
     "lowrank": ["--peft_model", "lowrank"],
+    "galore": ["--peft_model", "galore"],
 }
-SUPPORT_OF = {"uniform": "uniform", "block": "block", "lowrank": "none"}
+SUPPORT_OF = {"uniform": "uniform", "block": "block", "lowrank": "none"}  # of methods with linears of their own
 
 
 def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namespace) -> list[str]:
@@ -87,7 +90,8 @@ def work(pipe: Connection, argv: list[str], threads: int) -> None:
         return outcome
 
     parts.updates.finish = finish  # type: ignore[method-assign]
-    pipe.send({"parameters": plan.parameters, "peak_predicted": plan.bytes["peak"]})
+    facts = {"parameters": plan.parameters, "peak_predicted": plan.bytes["peak"]}
+    pipe.send(facts | ({"update_proj_gap": args.update_proj_gap} if args.peft_model == "galore" else {}))
     while (order := pipe.recv()) != "end":
         if order == "update":
             pipe.send((update(), stepping[0]))
@@ -193,14 +197,16 @@ def compare(
     """A method and full-rank in turns; the first update of each does not count."""
     worker = Worker(trainer_flags(config, method, optimizer, own), own.threads)
     device = torch.device(own.device)
+    full.update()
+    first, _ = worker.update()
     linears, times = [], {"full": [], "method": []}
-    for number in range(own.rounds + 1):
+    for _ in range(own.rounds):
         for name, process in (("full", full), ("method", worker)):
-            taken = process.update()
-            if number:
-                times[name].append(taken)
-        if number and not optimizer.endswith("_per_layer"):
+            times[name].append(process.update())
+        if method in SUPPORT_OF and not optimizer.endswith("_per_layer"):
             linears.append(seconds_of_linears(config, own.batch_size * own.max_length, device, 1))
+    if "update_proj_gap" in worker.facts:
+        times["method"] = _with_projections(first, times["method"], worker.facts["update_proj_gap"])
     found = _figures(config, method, own, times, peak_flops)
     if linears:
         share = worker.facts["parameters"]["total"] / full.facts["parameters"]["total"]
@@ -216,6 +222,12 @@ def compare(
     found |= {"optimizer": optimizer, "peak_measured": worker.peak(), **worker.facts, "arguments": worker.argv}
     worker.end()
     return found
+
+
+def _with_projections(first: float, times: list[tuple[float, float]], gap: int) -> list[tuple[float, float]]:
+    """Updates with an equal share of the SVDs that the first one made for `gap` updates."""
+    share = max(0.0, first - statistics.median(whole for whole, _ in times)) / gap
+    return [(whole + share, step + share) for whole, step in times]
 
 
 def _figures(
