@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft_pretraining import memory
 from peft_pretraining.build import resolve_dtype
 from peft_pretraining.config import ConfigError, parse_args
-from peft_pretraining.distributed import World, pick_device
+from peft_pretraining.distributed import World, device_memory, pick_device
+from peft_pretraining.footprint import set_allocator
 from peft_pretraining.metrics import peak_memory_bytes
 from peft_pretraining.model_config import load_model_config
 from peft_pretraining.plan import make_plan
@@ -78,6 +79,7 @@ def work(pipe: Connection, argv: list[str], threads: int) -> None:
     device = pick_device(args.device, World())
     plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
     load_what_the_trainer_loads()
+    set_allocator(plan.bytes["peak"], device_memory(device, World()))
     parts, update = updater(args, plan, device)
     honest, stepping = parts.updates.finish, [0.0]
 
