@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch, per linear of a model: `python benchmarks/triton_kernels.py [350m 1b 7b] [--out FILE.json]`.
+"""The Triton kernels against plain PyTorch, per linear: `python benchmarks/triton_kernels.py [350m 1b 7b] [--out FILE.json]`.
 
 Needs a GPU that the kernels run on: where there is none it says so and ends with exit code 2. bfloat16; each way of computing the
 same thing is timed in turn, round after round, in one process; medians and quartiles in milliseconds. Ways:
