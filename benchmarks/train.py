@@ -36,10 +36,10 @@ from memory import load_what_the_trainer_loads
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining import memory
+from peft_pretraining.allocator import set_allocator
 from peft_pretraining.build import resolve_dtype
 from peft_pretraining.config import ConfigError, parse_args
-from peft_pretraining.distributed import World, device_memory, pick_device
-from peft_pretraining.footprint import set_allocator
+from peft_pretraining.distributed import World, pick_device
 from peft_pretraining.metrics import peak_memory_bytes
 from peft_pretraining.model_config import load_model_config
 from peft_pretraining.plan import make_plan
@@ -73,13 +73,13 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
 
 def work(pipe: Connection, argv: list[str], threads: int) -> None:
     """A process's life: build, say so, answer "update" with its seconds and the step's, "memory" with the peak, until "end"."""
+    set_allocator()
     torch.set_num_threads(threads)
     os.chdir(ROOT)
     args = parse_args(argv)
     device = pick_device(args.device, World())
     plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
     load_what_the_trainer_loads()
-    set_allocator(plan.bytes["peak"], device_memory(device, World()))
     parts, update = updater(args, plan, device)
     honest, stepping = parts.updates.finish, [0.0]
 
@@ -291,6 +291,7 @@ def main() -> int:
     if own.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
         return 2
+    set_allocator()
     torch.set_num_threads(own.threads)
     peak_flops = own.peak_flops or fastest_product(torch.device(own.device))
     found: dict[str, Any] = {

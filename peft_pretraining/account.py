@@ -20,6 +20,9 @@ CLASSES = (
 # On a CPU: Python, torch, transformers, datasets and wandb, imported and idle, 0.51e9 resident with the pinned versions, and some
 # 0.2e9 of freed blocks that malloc keeps (measured at 60M and 130M). On a GPU: the CUDA context and its libraries.
 _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
+# Gaps that malloc leaves between the activations of one process, relative to them: a block that was freed has no room for
+# another of its size, since torch asks for aligned ones (measured at 130M and 350M; docs/memory.md).
+_GAPS = 0.3
 # Temporaries of an optimizer's step in bytes per element, of a slice of 2**21 where it steps in slices (optim/slices.py).
 _SLICE_ELEMENTS = 2**21
 _SLICE_SCRATCH = {"adam8bit": 24, "adamw4bit": 64}
@@ -137,11 +140,17 @@ def account(setting: Setting) -> dict[str, int]:
     moments = of_parts(setting, working, units) if setting.sharded else of_whole(setting, working)
     copy = _copy_of_state(setting, static)
     scratch = max(moment.scratch for moment in moments) + copy
-    found = static | kept | {"scratch": scratch, "runtime": _RUNTIME[setting.device_type]}
+    found = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
     constant = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
     found["total"] = sum(found[name] for name in CLASSES)
     found["peak"] = constant + max(sum(moment) for moment in moments) + copy
     return found
+
+
+def _runtime(setting: Setting, activations: int) -> int:
+    """What is there beside tensors."""
+    gaps = int(_GAPS * activations) if setting.device_type == "cpu" and not setting.sharded else 0
+    return _RUNTIME[setting.device_type] + gaps
 
 
 def parameter_groups(setting: Setting) -> list[memory.TensorGroup]:

@@ -27,7 +27,7 @@ from peft_pretraining.distributed import (
     largest,
 )
 from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
-from peft_pretraining.footprint import comparison, measured_bytes, set_allocator
+from peft_pretraining.footprint import comparison, measured_bytes
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
 from peft_pretraining.parallel import is_sharded, replicate
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
@@ -81,7 +81,6 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
-    set_allocator(plan.bytes["peak"], there, sharded=args.parallel == "fsdp" and world.size > 1)
     # torchao's 4-bit step is compiled too.
     if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)

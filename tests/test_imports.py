@@ -12,7 +12,7 @@ FLOORS = [
     ["sparse_lora"],
     [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
-        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
+        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire", "allocator"),
     ],
     ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
     [
@@ -37,7 +37,7 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py"}
 WITHOUT_TORCH = [
     *("config", "model_config", "memory", "account", "schedule", "manifest", "plan"),
-    *("fsdp_units", "peak", "savings", "wire"),
+    *("fsdp_units", "peak", "savings", "wire", "allocator"),
 ]
 
 
