@@ -11,6 +11,7 @@ from peft_pretraining.optim import HasState
 from peft_pretraining.optim.shards import local
 from sparse_lora import Support
 
+
 def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
     """Bytes of parameters, support, gradients (those alive now) and optimizer states; shared storage counts once.
 
