@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from peft_pretraining import memory
+from peft_pretraining.allocator import LARGE_BLOCK_BYTES
 from peft_pretraining.fsdp_units import Units, units_of
 from peft_pretraining.model_config import ModelConfig
 from peft_pretraining.peak import Working, of_parts, of_whole
@@ -149,8 +150,12 @@ def account(setting: Setting) -> dict[str, int]:
 
 def _runtime(setting: Setting, activations: int) -> int:
     """What is there beside tensors."""
-    gaps = int(_GAPS * activations) if setting.device_type == "cpu" and not setting.sharded else 0
-    return _RUNTIME[setting.device_type] + gaps
+    # Larger blocks are the system's as soon as they are freed.
+    block = (
+        setting.batch_size * setting.max_length * setting.model.hidden_size * memory.DTYPE_BYTES[setting.computes_in]
+    )
+    leaves_gaps = setting.device_type == "cpu" and not setting.sharded and block < LARGE_BLOCK_BYTES
+    return _RUNTIME[setting.device_type] + (int(_GAPS * activations) if leaves_gaps else 0)
 
 
 def parameter_groups(setting: Setting) -> list[memory.TensorGroup]:

@@ -7,7 +7,7 @@ import os
 # Of glibc's malloc.h. Blocks from 4 MiB on are the system's as soon as they are freed; what smaller ones leave at the heap's end
 # stays up to 64 MiB.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE_BLOCK_BYTES, _KEPT_BYTES = 4 * 2**20, 64 * 2**20
+LARGE_BLOCK_BYTES, _KEPT_BYTES = 4 * 2**20, 64 * 2**20
 
 
 def set_allocator() -> None:
@@ -22,6 +22,6 @@ def set_allocator() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+            libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
         if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
             libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
