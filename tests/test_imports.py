@@ -14,7 +14,7 @@ FLOORS = [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
         *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
     ],
-    ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
+    ["data", "optim", "methods", "tensor_store", "checkpoint", "summary", "metrics"],
     [
         "train",
         "evaluate",
@@ -37,7 +37,7 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py"}
 WITHOUT_TORCH = [
     *("config", "model_config", "memory", "account", "schedule", "manifest", "plan"),
-    *("fsdp_units", "peak", "savings", "wire"),
+    *("fsdp_units", "peak", "savings", "wire", "summary"),
 ]
 
 

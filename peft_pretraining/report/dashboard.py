@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from peft_pretraining.metrics import WANDB_PROJECT
 from peft_pretraining.report import tables
 from peft_pretraining.report.groups import Group
 
 
-def send(groups: Sequence[Group], out: Path, mode: str, title: str) -> None:
+def send(groups: Sequence[Group], out: Path, mode: Literal["online", "offline"], title: str) -> None:
     """Log what lies in `out` to wandb; mode: "online" or "offline" (files below `out`, for `wandb sync`).
 
     Raises ValueError where wandb does not take it: the page is written by then.
@@ -25,7 +26,9 @@ def send(groups: Sequence[Group], out: Path, mode: str, title: str) -> None:
             project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT), mode=mode, dir=out, name=title, job_type="report"
         )
         table = tables.methods_table(groups)
-        content = {"methods": wandb.Table(columns=list(table.headings), data=[list(row) for row in table.rows])}
+        content: dict[str, Any] = {
+            "methods": wandb.Table(columns=list(table.headings), data=[list(row) for row in table.rows])
+        }
         content |= {path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))}
         content["page"] = wandb.Html((out / "report.html").read_text(encoding="utf-8"))
         run.log(content)

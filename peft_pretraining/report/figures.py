@@ -31,7 +31,7 @@ CLASS_NAMES = {
     "optimizer": "optimizer (moments)",
     "rest": "gradients, activations and all else, up to the peak",
 }
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10.5,
     "axes.labelcolor": "#111111",
     "axes.edgecolor": "#444444",
@@ -45,7 +45,7 @@ _STYLE = {
     "axes.spines.right": False,
     "text.parse_math": False,
 }
-_DPI = 140
+DPI = 140
 
 
 def draw_all(groups: Sequence[Group], out: Path) -> dict[str, Path]:
@@ -98,7 +98,7 @@ def _wrapped(label: str) -> str:
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
     return path
 
@@ -304,6 +304,10 @@ def memory_parts(run: RunRecord, side: str) -> dict[str, int] | None:
     return {**{name: known.get(name, 0) for name in found}, "rest": rest}
 
 
+def _has_peak(run: RunRecord, side: str) -> bool:
+    return (run.predicted if side == "predicted" else run.measured)("peak") is not None
+
+
 def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
     """Memory by class, predicted above measured, for each group (the paper's Fig. 3 shows such bars of the peak)."""
     from matplotlib import pyplot
@@ -331,7 +335,8 @@ def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
                 hatch="///" if whole else None, edgecolor="white", linewidth=0.6,
             )  # fmt: skip
             left += value / unit
-        panel.text(left + largest / unit * 0.008, position, f"{left:,.3g} {name}", va="center", fontsize=9)
+        known = f"{left:,.3g} {name}" + ("" if _has_peak(group.first, side) else ", the rest not predicted")
+        panel.text(left + largest / unit * 0.008, position, known, va="center", fontsize=9)
         places.append(position)
         labels.append(f"{_wrapped(group.label)}: {side}")
     panel.set_yticks(places, labels)

@@ -8,10 +8,12 @@ from html import escape
 from pathlib import Path
 
 from peft_pretraining.report import tables
+from peft_pretraining.report.figures import DPI
 from peft_pretraining.report.groups import Group
 from peft_pretraining.report.published import MISPRINTS
 from peft_pretraining.report.tables import Table
 
+_PIXELS_PER_INCH = 90
 _CAPTIONS = {
     "loss": "Training loss of every run, smoothed over about 3 % of its updates. Time is training alone, without evaluation, "
     "saving and stops.",
@@ -134,11 +136,13 @@ def _html_table(table: Table) -> str:
 
 
 def _figure(name: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    content = path.read_bytes()
+    data = base64.b64encode(content).decode("ascii")
     caption = escape(_CAPTIONS[name])
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
+    # A PNG has its width in bytes 16 to 19; all figures are shown at one scale, so that their letters have one size.
+    width = round(int.from_bytes(content[16:20], "big") / DPI * _PIXELS_PER_INCH)
+    image = f'<img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _commands(groups: Sequence[Group]) -> str:

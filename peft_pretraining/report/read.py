@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class RunRecord:
     folder: Path
     document: dict[str, Any]
     arguments: dict[str, Any]  # all of this version's, those of an older record by their defaults
-    updates: list[Row]
-    evaluations: list[Row]
+    updates: Sequence[Row]
+    evaluations: Sequence[Row]
     figures: dict[str, Any]  # summary.summary
     stopped: dict[str, Any] | None  # stopped.json
     notes: tuple[str, ...]  # what is missing, one sentence each
@@ -136,7 +137,7 @@ class RunRecord:
         return positions, [_at(int(row.get("update_step") or 0), steps, positions) for row in self.evaluations]
 
 
-def _tokens(updates: list[Row]) -> list[float]:
+def _tokens(updates: Sequence[Row]) -> list[float]:
     found, last = [], 0.0
     for row in updates:
         last = float(row.get("tokens_seen") or last)
@@ -191,11 +192,7 @@ def read_run(folder: Path) -> RunRecord:
         stopped=_stopped(folder),
         notes=(),
     )
-    return RunRecord(**{**_shallow(run), "notes": tuple(_notes(run, rows))})
-
-
-def _shallow(run: RunRecord) -> dict[str, Any]:
-    return {field.name: getattr(run, field.name) for field in fields(run)}
+    return replace(run, notes=tuple(_notes(run, rows)))
 
 
 def _with_defaults(said: dict[str, Any]) -> dict[str, Any]:

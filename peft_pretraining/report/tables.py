@@ -54,7 +54,7 @@ def gap_text(found: Interval | None) -> str:
 
 
 def methods_table(groups: Sequence[Group]) -> Table:
-    """Method x parameters x memory x perplexity, the published figures of the same configuration beside; empty columns left out."""
+    """Method x parameters x memory x perplexity, the published figures beside; empty columns are left out."""
     rows = [_methods_row(group, groups) for group in groups]
     several_models = len({group.first.model for group in groups}) > 1
     names = [name for name in rows[0] if name != "model" or several_models]
@@ -72,13 +72,13 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
         "setting": group.label,
         "model": first.model,
         PERPLEXITY: perplexity_text(group.perplexity),
-        "published perplexity": number(published and published.perplexity, ".2f"),
+        "published perplexity": number(published.perplexity if published else None, ".2f"),
         GAP: gap_text(full[1] if full else None),
         "parameters, 10⁶": number(parameters and parameters / 1e6, ",.2f"),
         "of full-rank, %": number(100 * parameters / whole if parameters and whole else None, ".0f"),
-        "published parameters, 10⁶": number(published and published.parameters),
+        "published parameters, 10⁶": number(published.parameters if published else None),
         "memory by the paper's convention, 10⁹ bytes": number(paper, ".2f" if paper and paper >= 0.1 else ".3f"),
-        "published memory, 10⁹ bytes": number(published and published.memory, ".2f"),
+        "published memory, 10⁹ bytes": number(published.memory if published else None, ".2f"),
         "states measured, MiB": number(states and states / 2**20, ",.1f"),
         "peak measured, MiB": number(peak and peak / 2**20, ",.0f"),
         "tokens/s": number(group.figure("tokens_per_second")),
