@@ -30,6 +30,7 @@ FLOORS = [
     ["assemble"],
     ["ending"],
     ["estimate", "generate", "report"],
+    ["sweep"],
     ["__main__", "torchrun_main"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

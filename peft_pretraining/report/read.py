@@ -111,19 +111,19 @@ class RunRecord:
 
     def predicted(self, name: str) -> int | None:
         """Bytes of a class (or "peak") by the account, on the device that it ran on."""
-        return next(
-            (
-                int(row[f"memory_{name}_predicted"])
-                for row in self.updates
-                if row.get(f"memory_{name}_predicted") is not None
-            ),
-            (self.plan.get("bytes") or {}).get(name),
-        )
+        key = f"memory_{name}_predicted"
+        found = [int(row[key]) for row in self.updates if row.get(key) is not None]
+        return found[0] if found else self._planned(name)
+
+    def _planned(self, name: str) -> int | None:
+        value = (self.plan.get("bytes") or {}).get(name)
+        return None if value is None else int(value)
 
     def measured(self, name: str) -> int | None:
         """Measured bytes of parameters, support or optimizer; of "peak" the largest seen."""
         if name == "peak":
-            return self.figures["peak_memory_bytes"]
+            peak: int | None = self.figures["peak_memory_bytes"]
+            return peak
         key = f"memory_{name}_measured"
         return next((int(row[key]) for row in self.updates if row.get(key) is not None), None)
 
