@@ -16,6 +16,9 @@ from peft_pretraining.stop import MARKER_FILE
 from peft_pretraining.summary import Row, seconds_of, summary
 
 
+_PRINTED_FROM = 0.1  # 10^9 bytes; the paper prints two digits behind the point
+
+
 def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """run.json and the metrics of a run. Raises ValueError with what is missing."""
     document = _document(folder)
@@ -106,7 +109,10 @@ class RunRecord:
 
     @property
     def paper_memory(self) -> float | None:
-        """Parameters and moments by the paper's convention, 10^9 bytes, not rounded; None where the record lacks the model."""
+        """Parameters and moments by the paper's convention, 10^9 bytes; None where the record lacks the model.
+
+        Rounded as the paper prints it, but for models so small that nothing would be left.
+        """
         return _paper_memory(self.plan, self.arguments)
 
     def predicted(self, name: str) -> int | None:
@@ -225,9 +231,11 @@ def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | No
             sparsity=float(arguments["sp_ratio"]) if method == "sltrain" else 0.0,
             support=str(arguments["support"]),
         )
-        paper_estimate(counts, method)  # refuses methods that the paper's rule does not know
+        printed = paper_estimate(counts, method)["total_G"]
     except (TypeError, ValueError):
         return None
+    if printed >= _PRINTED_FROM:
+        return printed
     index_bytes = 8 * counts.sparse if counts.support == "uniform" else 0
     return (2 * counts.total + index_bytes + 4 * counts.moments + 2 * counts.projections) / 1e9
 
