@@ -60,7 +60,7 @@ def _one_run(args: argparse.Namespace) -> int:
     figures = summary(document, rows)
     out = args.out or folder
     out.mkdir(parents=True, exist_ok=True)
-    from peft_pretraining.report.figures import draw_curves
+    from peft_pretraining.report.curves import draw_curves
 
     record = read_run(folder)
     curves = draw_curves(record, out / CURVES, title=f"{record.model}, {record.method}")

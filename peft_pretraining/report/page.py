@@ -8,16 +8,17 @@ from html import escape
 from pathlib import Path
 
 from peft_pretraining.report import tables
-from peft_pretraining.report.figures import DPI
+from peft_pretraining.report.drawing import DPI
 from peft_pretraining.report.groups import Group
 from peft_pretraining.report.published import MISPRINTS
 from peft_pretraining.report.tables import Table
 
 _PIXELS_PER_INCH = 90
 _CAPTIONS = {
-    "loss": "Training loss of every run, smoothed over about 3 % of its updates. Time is training alone, without evaluation, "
+    "loss": "Training loss of every run, smoothed over about 3 % of its updates; what lies far above the end is cut off. Time is "
+    "training alone, without evaluation, "
     "saving and stops.",
-    "perplexity": "Held-out perplexity at every evaluation.",
+    "perplexity": "Held-out perplexity at every evaluation; what lies far above the end is cut off.",
     "perplexity_memory": "Final perplexity against memory (the paper's Fig. 1): filled circles are these runs, whiskers the "
     "95 % interval over seeds, dashed circles the published results of the same configuration.",
     "memory": "Memory by class, as the account predicts it and as it was measured (the paper's Fig. 3). On a CPU the peak is "
@@ -28,14 +29,15 @@ _CAPTIONS = {
 _STYLE = """
 :root { color-scheme: light }
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #111; background: #fff;
-  max-width: 1280px; margin: 2rem auto; padding: 0 1.25rem }
+  max-width: 1360px; margin: 2rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem } h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem }
 p, li { max-width: 60rem } figure { margin: 1.2rem 0 } figcaption { max-width: 60rem; color: #333; font-size: .93rem }
 img { max-width: 100%; height: auto }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto; margin: .6rem 0 1.2rem }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; vertical-align: top }
 th { vertical-align: bottom; border-bottom: 2px solid #444; font-weight: 600; min-width: 4.2rem }
-th:first-child, td:first-child, td.text, th.text { text-align: left } td:first-child { font-weight: 600; min-width: 13rem }
+th:first-child, td:first-child, td.text, th.text { text-align: left } td:first-child { font-weight: 600; min-width: 9rem }
 td.interval { white-space: nowrap }
 tbody tr:nth-child(even) { background: #f5f6f8 }
 pre { background: #f5f6f8; padding: .7rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }
@@ -51,7 +53,7 @@ def write_page(groups: Sequence[Group], figures: Mapping[str, Path], path: Path,
     sections = [
         f"<h1>{escape(title)}</h1>\n<p>{escape(_overview(groups))}</p>",
         _missing(groups),
-        "<h2>Methods</h2>\n" + _html_table(tables.methods_table(groups)) + _legend_of_methods(),
+        "<h2>Methods</h2>\n" + _methods(groups),
     ]
     rank_delta = tables.rank_delta_table(groups)
     if rank_delta is not None:
@@ -109,8 +111,13 @@ def _missing(groups: Sequence[Group]) -> str:
     return f'<div class="missing"><strong>To be known before comparing</strong>\n<ul>\n{items}\n</ul></div>'
 
 
-def _legend_of_methods() -> str:
+def _methods(groups: Sequence[Group]) -> str:
+    """What the methods reached, and what they took."""
+    table = tables.methods_table(groups)
+    reached = [heading for heading in table.headings if heading not in tables.COSTS]
+    took = [heading for heading in table.headings if heading in ("setting", *tables.COSTS)]
     return (
+        f"{_html_table(table.columns(reached))}\n{_html_table(table.columns(took))}\n"
         "<p>States: parameters, support and moments, measured after the first update. Against full-rank: ratio of perplexities, "
         "minus one, paired by seed, to the best full-rank setting of the same model, data, batch and length. "
         f"{tables.MISSING}: not known, or not published.</p>"

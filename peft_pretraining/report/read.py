@@ -15,7 +15,6 @@ from peft_pretraining.model_config import ModelConfig
 from peft_pretraining.stop import MARKER_FILE
 from peft_pretraining.summary import Row, seconds_of, summary
 
-
 _PRINTED_FROM = 0.1  # 10^9 bytes; the paper prints two digits behind the point
 
 

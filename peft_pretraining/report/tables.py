@@ -17,6 +17,8 @@ from peft_pretraining.report.read import RunRecord
 
 MISSING = "—"
 PERPLEXITY = "held-out perplexity ± 95 % interval"
+# What a run took, shown in a table of its own beside what it reached.
+COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", "updates", "tokens, 10⁶")
 GAP = "against full-rank, % [95 % interval]"
 # Arguments that say where a run lies or how it is watched; a command that makes the run again names its own.
 _NOT_REPEATED = ("save_dir", "continue_from", "resume", "allow_changes", "config", "name", "tags", "wandb", "dry_run")
@@ -28,6 +30,14 @@ class Table:
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def columns(self, names: Sequence[str]) -> Table:
+        """The columns of these headings, those of them that there are, in this table's order."""
+        kept = [column for column, heading in enumerate(self.headings) if heading in names]
+        return Table(
+            tuple(self.headings[column] for column in kept),
+            tuple(tuple(row[column] for column in kept) for row in self.rows),
+        )
 
 
 def number(value: float | None, form: str = ",.0f") -> str:
@@ -124,17 +134,20 @@ def rank_delta_table(groups: Sequence[Group]) -> Table | None:
 
 
 def memory_table(groups: Sequence[Group]) -> Table:
-    """Every class of the memory account beside what was measured."""
-    headings = ("setting", *(f"{name} predicted, MiB" for name in CLASSES), "peak predicted, MiB")
-    headings += tuple(f"{name} measured, MiB" for name in ("parameters", "support", "optimizer", "peak"))
+    """Every class of the memory account, and beside it what was measured."""
+    both = ("parameters", "support", "optimizer", "peak")
+    names = (*CLASSES, "peak")
+    headings = tuple(f"{name}, MiB" + (": predicted / measured" if name in both else "") for name in names)
 
-    def row(group: Group) -> tuple[str, ...]:
-        run = group.first
-        values = [run.predicted(name) for name in (*CLASSES, "peak")]
-        values += [run.measured(name) for name in ("parameters", "support", "optimizer", "peak")]
-        return (group.label, *(number(None if value is None else value / 2**20, ",.1f") for value in values))
+    def mebibytes(value: int | None) -> str:
+        return number(None if value is None else value / 2**20, ",.1f")
 
-    return Table(headings, tuple(map(row, groups)))
+    def cell(run: RunRecord, name: str) -> str:
+        predicted = mebibytes(run.predicted(name))
+        return f"{predicted} / {mebibytes(run.measured(name))}" if name in both else predicted
+
+    rows = [(group.label, *(cell(group.first, name) for name in names)) for group in groups]
+    return Table(("setting", *headings), tuple(rows))
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:

@@ -68,7 +68,7 @@ def test_page_is_whole_and_fetches_nothing(runs, tmp_path):
         "34.15",  # published
         "arXiv 2406.02214",
         "unfinished after update 4 of 10",
-        "--peft_model sltrain --rank 128",
+        "--peft_model sltrain --sp_ratio 0.03",
         "torch 2.13.0",
     ):
         assert expected in words
