@@ -61,7 +61,12 @@ def update(step: int) -> dict[str, Any]:
 
 def evaluation(step: int, perplexity: float | None) -> dict[str, Any]:
     """A row of an evaluation."""
-    row = {"update_step": step, "final_eval_loss": 3.0, "final_eval_perplexity": perplexity, "final_eval_tokens": 20_000}
+    row = {
+        "update_step": step,
+        "final_eval_loss": 3.0,
+        "final_eval_perplexity": perplexity,
+        "final_eval_tokens": 20_000,
+    }
     return row | {"final_eval_bits_per_byte": 1.5}
 
 

@@ -50,7 +50,7 @@ class Elements(HTMLParser):
 
 
 def test_page_is_whole_and_fetches_nothing(runs, tmp_path):
-    write_report([path for path in sorted(runs.iterdir())], tmp_path / "out", "A <title> & more")
+    write_report(sorted(runs.iterdir()), tmp_path / "out", "A <title> & more")
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     page = Elements(text)
     assert page.open == []
@@ -119,9 +119,7 @@ def browse(browser, url, folder, *more):
     """What headless Chromium says of a page; its console goes to the log on stderr."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,2400"]
     log = ["--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}"]
-    return subprocess.run(
-        [browser, *flags, *log, *more, url], capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run([browser, *flags, *log, *more, url], capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture

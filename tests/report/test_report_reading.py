@@ -1,4 +1,4 @@
-"""Records of runs that were stopped, never evaluated, damaged, or made by earlier versions are read, and what they lack is said."""
+"""Runs that were stopped, never evaluated, damaged, or made by earlier versions are read, and what they lack is said."""
 
 import json
 
