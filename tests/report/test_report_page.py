@@ -15,16 +15,24 @@ from peft_pretraining.report.command import write_report
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-@pytest.fixture
-def runs(tmp_path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
     """Full-rank and SLTrain at two learning rates with two seeds each, and one that was stopped."""
-    folder = tmp_path / "runs"
+    folder = tmp_path_factory.mktemp("runs")
     for seed in (1, 2):
         write_run(folder / f"full{seed}", method="full", seed=seed, perplexity=30.0 + seed)
         for lr in (0.001, 0.003):
             write_run(folder / f"s{lr}-{seed}", seed=seed, lr=lr, perplexity=33.0 + seed + 100 * lr)
     write_run(folder / "stopped", seed=3, reached=4)
     return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    """The folder of their report."""
+    out = tmp_path_factory.mktemp("report")
+    write_report(sorted(runs.iterdir()), out, "A <title> & more")
+    return out
 
 
 class Elements(HTMLParser):
@@ -49,9 +57,8 @@ class Elements(HTMLParser):
         self.words.append(data)
 
 
-def test_page_is_whole_and_fetches_nothing(runs, tmp_path):
-    write_report(sorted(runs.iterdir()), tmp_path / "out", "A <title> & more")
-    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+def test_page_is_whole_and_fetches_nothing(report):
+    text = (report / "report.html").read_text(encoding="utf-8")
     page = Elements(text)
     assert page.open == []
     assert "script" not in page.tags
@@ -59,7 +66,7 @@ def test_page_is_whole_and_fetches_nothing(runs, tmp_path):
     assert all(value.startswith("data:") for value in page.fetched)
     assert not re.search(r"url\(|@import|https?://", text)
     assert "A &lt;title&gt; &amp; more" in text
-    figures = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    figures = {path.stem for path in report.glob("*.png")}
     assert figures == {"loss", "perplexity", "perplexity_memory", "memory", "throughput", "learning_rate"}
     assert page.tags.count("img") == len(figures)
     words = " ".join(page.words)
@@ -86,7 +93,8 @@ def test_runs_with_nothing_in_common_but_gaps(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["groups"][0]["perplexity"] is None
 
 
-def test_command_of_several_runs(runs, tmp_path, capsys):
+def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("peft_pretraining.report.figures.draw_all", lambda groups, out: {})
     assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [group["method"] for group in found["groups"]] == ["full", "sltrain", "sltrain"]
@@ -96,12 +104,13 @@ def test_command_of_several_runs(runs, tmp_path, capsys):
     assert "none: no run.json" in capsys.readouterr().err
 
 
-def test_one_run_keeps_its_table_and_curves(runs, tmp_path, capsys):
-    assert command(["report", str(runs / "full1")]) == 0
+def test_one_run_keeps_its_table_and_curves(tmp_path, capsys):
+    run = write_run(tmp_path / "run", method="full")
+    assert command(["report", str(run)]) == 0
     assert "final perplexity" in capsys.readouterr().out
-    assert (runs / "full1" / "curves.png").is_file()
-    assert not (runs / "full1" / "report.html").exists()
-    assert command(["report", str(runs / "full1"), "--out", str(tmp_path / "out")]) == 0
+    assert (run / "curves.png").is_file()
+    assert not (run / "report.html").exists()
+    assert command(["report", str(run), "--out", str(tmp_path / "out")]) == 0
     assert {"curves.png", "report.html", "report.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
@@ -130,10 +139,9 @@ def browser():
     return found
 
 
-def test_browser_shows_the_page_without_complaint(runs, tmp_path, browser):
-    """Opened from disk: no message in the console, every image decoded, text and figures on the screen."""
-    write_report(sorted(runs.iterdir()), tmp_path / "out", "in a browser")
-    page = tmp_path / "out" / "report.html"
+def test_browser_shows_the_page_without_complaint(report, tmp_path, browser):
+    """Opened from disk: no message in the console, text and figures on the screen."""
+    page = report / "report.html"
     shot = tmp_path / "shot.png"
     ended = browse(browser, page.as_uri(), tmp_path, f"--screenshot={shot}")
     assert "CONSOLE" not in ended.stderr

@@ -1,7 +1,8 @@
 """Stands in for torchrun_main.py: leaves a run's record within milliseconds, fails or waits where its settings say so.
 
---weight_decay 1: fails with exit code 1. --weight_decay 2: makes half its updates, saves, and waits for a signal. --weight_decay 3:
-makes half its updates, saves and is killed. A run that goes on makes the rest. Every start is a line in starts.txt beside its folder.
+--weight_decay 1: fails with exit code 1. --weight_decay 2: makes half its updates, saves, and waits for a signal.
+--weight_decay 3: makes half its updates, saves and is killed. A run that goes on makes the rest. Every start is a line in
+starts.txt beside its folder.
 """
 
 import json

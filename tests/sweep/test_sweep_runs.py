@@ -23,8 +23,9 @@ BASE |= {"num_training_steps": 4, "warmup_steps": 1}
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Runs take milliseconds."""
+    """Runs take milliseconds, and nobody looks at the figures."""
     monkeypatch.setattr(runner, "PROGRAM", STUB)
+    monkeypatch.setattr("peft_pretraining.report.figures.draw_all", lambda groups, out: {})
 
 
 def write_sweep(tmp_path, settings, seeds=(42,), base=BASE):
