@@ -218,11 +218,17 @@ class Recorder:
         self._tell(self._file.close())
         if self._wandb is not None:
             try:
-                figures = summary(self._document, read_metrics(self.run_folder))
-                self._wandb.summary.update({name: value for name, value in figures.items() if value is not None})
-                self._wandb.finish(exit_code=exit_code)
+                self._finish_wandb(exit_code)
             except Exception as error:
                 print(f"warning: wandb did not finish ({_one_line(error)})", file=sys.stderr)
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        """What the run reached becomes its summary there, for tables of runs and scatter plots."""
+        try:
+            figures = summary(self._document, read_metrics(self.run_folder))
+            self._wandb.summary.update({name: value for name, value in figures.items() if value is not None})
+        finally:
+            self._wandb.finish(exit_code=exit_code)
 
 
 def _perplexity_text(loss: float) -> str:

@@ -41,16 +41,16 @@ DPI = 140
 def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Colour, dashes and marker of each group.
 
-    Where several methods have a few settings each, the colour says the method and dashes and marker the setting; else every
-    group has a colour of its own, as long as there are some.
+    Where several methods have a few settings each, the colour says the method and the dashes the setting; else every group has a
+    colour of its own, as long as there are some.
     """
     methods = [group.method for group in groups]
     within = [methods[:number].count(method) for number, method in enumerate(methods)]
     known = all(method in METHOD_COLOURS for method in methods)
     if known and max(within, default=0) < len(_DASHES) and (len(set(methods)) > 1 or len(methods) == 1):
         return [
-            {"color": METHOD_COLOURS[method], "linestyle": _DASHES[number], "marker": _MARKERS[number]}
-            for method, number in zip(methods, within, strict=True)
+            {"color": METHOD_COLOURS[method], "linestyle": _DASHES[dashes], "marker": _MARKERS[number % len(_MARKERS)]}
+            for number, (method, dashes) in enumerate(zip(methods, within, strict=True))
         ]
     return [
         {
