@@ -130,6 +130,20 @@ def test_a_signal_stops_run_and_sweep(tmp_path, number):
     assert starts(tmp_path) == ["weight_decay2-seed42"]
 
 
+def test_script_finds_the_file_from_anywhere(tmp_path):
+    path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "sweep.sh"), path.name, "--dry_run"],
+        cwd=tmp_path,
+        env={**os.environ, "SLTRAIN_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "2 runs: 2 not begun" in ended.stdout
+
+
 def losses(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row], rows[-1].get("final_eval_loss")
