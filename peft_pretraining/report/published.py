@@ -54,6 +54,23 @@ LATER = (
     ),
     Published("full", "llama_1b", "13.1B", 13.97, 1339, None, RESTARTS, "full-rank, tuned"),
 )
+SEVEN_B = (
+    Published(
+        "galore", "llama_7b", "1.4B", 26.87, None, None, ORIGINS["galore"], "GaLore, 8-bit, 62 G per GPU of four"
+    ),
+    Published("sltrain", "llama_7b", "1.4B", 27.59, None, None, SLTRAIN, "SLTrain, 8-bit, 46 G per GPU of four"),
+)
+# Measured on one A100-80G, batch 1, bfloat16, no activation checkpointing: GB at the peak (SLTrain's Fig. 3).
+_PEAK_MODELS = ("llama_350m", "llama_1b", "llama_7b")
+_PEAKS = {
+    "full-rank, Adam": (4.5, 16.3, 67.4),
+    "full-rank, 8-bit Adam, per-layer": (3.5, 11.8, 29.4),
+    "GaLore, 8-bit, per-layer": (3.1, 10.3, 22.0),
+    "SLTrain, 8-bit, per-layer": (2.2, 6.8, 18.3),
+}
+PEAKS = {
+    model: {setting: values[number] for setting, values in _PEAKS.items()} for number, model in enumerate(_PEAK_MODELS)
+}
 # SLTrain at llama_60m by (rank, delta): perplexity (Tables 6 and 7).
 RANK_AND_DELTA = {(96, 0.03): 34.80, (128, 0.01): 34.81, (128, 0.03): 34.15, (128, 0.05): 33.41, (160, 0.03): 33.20}
 # (model, method): tokens per second on one A100-80G (350M), on four (1B).

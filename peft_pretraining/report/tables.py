@@ -12,7 +12,7 @@ from peft_pretraining.account import CLASSES
 from peft_pretraining.config import Arguments
 from peft_pretraining.report.groups import METHOD_NAMES, Group, against_full, task_of
 from peft_pretraining.report.intervals import Interval
-from peft_pretraining.report.published import LATER, RANK_AND_DELTA, TABLE
+from peft_pretraining.report.published import LATER, PEAKS, RANK_AND_DELTA, SEVEN_B, TABLE
 from peft_pretraining.report.read import RunRecord
 
 MISSING = "—"
@@ -100,7 +100,7 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
 def published_table(groups: Sequence[Group]) -> Table | None:
     """Every published result of the configurations that were run; None where there is none."""
     models = {group.first.model for group in groups}
-    entries = [entry for entry in (*TABLE, *LATER) if entry.model in models]
+    entries = [entry for entry in (*TABLE, *LATER, *SEVEN_B) if entry.model in models]
     if not entries:
         return None
     headings = ("method", "model", "tokens", "perplexity", "parameters, 10⁶", "memory, 10⁹ bytes", "source")
@@ -112,6 +112,17 @@ def published_table(groups: Sequence[Group]) -> Table | None:
         for entry in entries
     ]  # fmt: skip
     return Table(headings, tuple(rows))
+
+
+def published_memory_table(groups: Sequence[Group]) -> Table | None:
+    """Published measurements of the peak for the configurations that were run; None where there are none."""
+    models = [model for model in dict.fromkeys(group.first.model for group in groups) if model in PEAKS]
+    if not models:
+        return None
+    headings = ("published setting", *(f"{model}: peak, GB" for model in models))
+    return Table(
+        headings, tuple((name, *(f"{PEAKS[model][name]:.1f}" for model in models)) for name in PEAKS[models[0]])
+    )
 
 
 def rank_delta_table(groups: Sequence[Group]) -> Table | None:

@@ -8,7 +8,7 @@ from run_records import change_document, evaluation, rows_of, write_rows, write_
 from peft_pretraining.report.groups import against_full, group_runs
 from peft_pretraining.report.intervals import t_quantile
 from peft_pretraining.report.read import read_run
-from peft_pretraining.report.tables import command_of, methods_table, problems, rank_delta_table
+from peft_pretraining.report.tables import command_of, methods_table, problems, published_memory_table, rank_delta_table
 
 
 def groups_of(*folders):
@@ -102,6 +102,14 @@ def test_published_figures_stand_beside_the_same_configuration(tmp_path):
     assert published == [34.15, 33.20, None]  # Table 2, Table 6 or 7, not published
     column = methods_table(groups).headings.index("published perplexity")
     assert [row[column] for row in methods_table(groups).rows] == ["34.15", "33.20", "—"]
+
+
+def test_published_peaks_are_of_the_models_that_were_run(tmp_path):
+    groups = groups_of(write_run(tmp_path / "a", model="llama_350m"), write_run(tmp_path / "b"))
+    table = published_memory_table(groups)
+    assert table.headings == ("published setting", "llama_350m: peak, GB")
+    assert table.rows[0] == ("full-rank, Adam", "4.5")
+    assert published_memory_table(groups_of(tmp_path / "b")) is None
 
 
 def test_columns_without_any_value_are_left_out(tmp_path):
