@@ -255,6 +255,9 @@ def _notes(run: RunRecord, rows: list[dict[str, Any]]) -> list[str]:
     spoilt = sum("loss" in row and row["loss"] is None for row in rows)
     if spoilt:
         notes.append(f"{spoilt:,} logged updates had a loss that was not finite")
+    infinite = sum("final_eval_perplexity" in row and row["final_eval_perplexity"] is None for row in rows)
+    if infinite:
+        notes.append(f"{infinite:,} evaluations gave no finite perplexity")
     skipped = max((int(row.get("skipped_updates") or 0) for row in rows), default=0)
     if skipped:
         notes.append(f"{skipped:,} updates were skipped (numbers that were not finite)")
