@@ -177,7 +177,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         if evaluation_due(args, state.update_step, finished) and record.last_evaluated_step != state.update_step:
             with late_record.paused():
-                record.log_evaluation(state.update_step, run_evaluation(run, world))
+                record.log_evaluation(state.update_step, run_evaluation(run, world), state.tokens_seen)
         if finished:
             break
 

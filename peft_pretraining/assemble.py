@@ -187,6 +187,7 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
             "name": args.name or folder.path.name,
             "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
             "config": run.document,
+            "group": f"{run.plan.model.name}-{args.peft_model}",
         },
     )
     # Other nodes may not see this folder, and every process must agree on whether an evaluation is due.
