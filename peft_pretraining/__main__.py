@@ -9,9 +9,17 @@ from typing import Any
 
 import peft_pretraining.data.command as data
 from peft_pretraining import estimate, generate, report
+from peft_pretraining.analysis import pruning, spectra
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
-COMMANDS: dict[str, Any] = {"data": data, "estimate": estimate, "generate": generate, "report": report}
+COMMANDS: dict[str, Any] = {
+    "data": data,
+    "estimate": estimate,
+    "generate": generate,
+    "pruning": pruning,
+    "report": report,
+    "spectra": spectra,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

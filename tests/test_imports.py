@@ -29,7 +29,7 @@ FLOORS = [
     ],
     ["assemble"],
     ["ending"],
-    ["estimate", "generate", "report"],
+    ["analysis", "estimate", "generate", "report"],
     ["__main__", "torchrun_main"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
