@@ -5,8 +5,12 @@ All in float64, whatever dtype the model has. Shapes: O out_features, I in_featu
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +30,7 @@ def target_linears(model: nn.Module, only: Sequence[str] = ()) -> dict[str, nn.M
         ValueError: none is left.
     """
     dense = {name.removesuffix(".weight") for name in projected_matrices(model)}
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if name in dense or isinstance(module, SparseLowRankLinear)
-    }
+    found = {name: module for name, module in model.named_modules() if name in dense or hasattr(module, "dense_weight")}
     chosen = {name: module for name, module in found.items() if not only or any(part in name for part in only)}
     if not chosen:
         raise ValueError(
@@ -39,9 +39,9 @@ def target_linears(model: nn.Module, only: Sequence[str] = ()) -> dict[str, nn.M
     return chosen
 
 
-def check_rank(linears: Mapping[str, nn.Module], rank: int) -> None:
+def check_rank(linears: Mapping[str, Any], rank: int) -> None:
     """Raises ValueError where a best approximation of this rank leaves nothing of one of these dense linears' weights."""
-    sides = {name: min(linear.get_parameter("weight").shape) for name, linear in linears.items()}
+    sides = {name: min(linear.in_features, linear.out_features) for name, linear in linears.items()}
     smallest = min(sides, key=lambda name: sides[name])
     if rank >= sides[smallest]:
         raise ValueError(
@@ -50,10 +50,11 @@ def check_rank(linears: Mapping[str, nn.Module], rank: int) -> None:
 
 
 @torch.no_grad()
-def weight_parts(linear: nn.Module) -> dict[str, Tensor]:
+def weight_parts(linear: Any) -> dict[str, Tensor]:
     """The summands of a linear's weight, (O, I) float64, by name: low_rank = s B A and sparse = S, or dense alone."""
     if not isinstance(linear, SparseLowRankLinear):
-        return {"dense": linear.get_parameter("weight").double()}
+        weight: Tensor = linear.dense_weight() if hasattr(linear, "dense_weight") else linear.weight
+        return {"dense": weight.double()}
     parts = {"low_rank": linear.lora_B.double() @ linear.lora_A.double() * linear.effective_scaling()}
     if linear.sparse_value is not None and linear.support is not None:
         sparse = torch.zeros_like(parts["low_rank"])
@@ -88,7 +89,11 @@ class Decomposition:
 
 
 def decompose(weight: Tensor) -> Decomposition:
-    """The singular value decomposition of a weight (O, I)."""
+    """The singular value decomposition of a weight (O, I). Raises ValueError where an entry is not finite."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            "the checkpoint's weights are not all finite, they have no singular values; take an earlier one"
+        )
     return Decomposition(*torch.linalg.svd(weight, full_matrices=False))
 
 
@@ -150,7 +155,7 @@ def residual_figures(residual: Tensor, weight: Tensor, rank: int, share: float) 
     numel = magnitudes.numel()
     top = int(share * numel)
     edges = torch.linspace(0, float(magnitudes[-1]), _BINS + 1, dtype=magnitudes.dtype, device=magnitudes.device)
-    below = torch.searchsorted(magnitudes, edges, right=True) / numel
+    below = torch.searchsorted(magnitudes, edges, right=True).double() / numel
     squares = magnitudes.square()
     energy = float(squares.sum())
     return Residual(
@@ -169,3 +174,30 @@ def image(matrix: Tensor, size: int = 256) -> Tensor:
     """|matrix| as at most size x size means of neighbouring entries, float32 on the CPU, for a picture."""
     height, width = (min(size, length) for length in matrix.shape)
     return nn.functional.adaptive_avg_pool2d(matrix.abs()[None], (height, width))[0].float().cpu()
+
+
+def linear_figures(linear: Any, rank: int | None, share: float, draw: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Figures of a linear, JSON-able, and of a dense one the pictures of W and its residual, if they are to be drawn."""
+    parts = weight_parts(linear)
+    weight = functools.reduce(operator.add, parts.values())
+    decomposition = decompose(weight)
+    own_rank: int | None = None if "dense" in parts else linear.rank
+    found = spectrum(parts, decomposition, own_rank)
+    figures: dict[str, Any] = {
+        "shape": list(weight.shape),
+        "rank": own_rank,
+        "nonzeros": linear.sparse_value.numel() if "sparse" in parts else None,
+        "stable_rank": found.stable_rank,
+        **dataclasses.asdict(found),
+    }
+    if own_rank is not None:
+        if "sparse" in parts:
+            figures["sparse_share"] = {
+                "first_r": found.share("sparse", 0, own_rank),
+                "rest": found.share("sparse", own_rank),
+            }
+        return figures, {}
+    rank = max(1, min(weight.shape) // 4) if rank is None else rank
+    residual = weight - decomposition.best(rank)
+    figures["residual"] = dataclasses.asdict(residual_figures(residual, weight, rank, share))
+    return figures, {"weight": image(weight), "residual": image(residual)} if draw else {}

@@ -41,7 +41,10 @@ def kind_and_layer(name: str) -> tuple[str, int]:
 
 
 def plot_spectra(figures: Sequence[Mapping[str, Any]], images: Images, folder: Path, title: str) -> list[Path]:
-    """Draw spectra-KIND.png for each kind of linear; returns their paths. figures: as `spectra.measure` gives them, named."""
+    """Draw spectra-KIND.png for each kind of linear; returns their paths.
+
+    figures: as `decompose.linear_figures` gives them, each with its "name". images: of those of `drawn_names` that are dense.
+    """
     drawn = drawn_names(linear["name"] for linear in figures)
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for linear in figures:
@@ -108,8 +111,8 @@ def _contributions(axis: Axes, linear: Mapping[str, Any]) -> None:
     axis.plot(range(1, len(weight) + 1), weight, color="black", label="W", linewidth=1.6)
     for part, values in linear["contributions"].items():
         label, color = _STYLES[part]
-        axis.plot(range(1, len(values) + 1), values, color=color, label=f"of {label}", linewidth=1.2)
-    axis.set(title="contributions to W's singular values", xlabel="index", ylabel="u'Pv of each part P")
+        axis.plot(range(1, len(values) + 1), values, color=color, label=label, linewidth=1.2)
+    axis.set(title="contributions to W's singular values", xlabel="index", ylabel="contribution")
     _finish(axis, linear)
 
 
@@ -118,16 +121,14 @@ def _magnitudes(axis: Axes, linear: Mapping[str, Any]) -> None:
     edges, below = found["edges"], found["below"]
     shares = [upper - lower for lower, upper in zip([0.0, *below[1:-1]], below[1:], strict=True)]
     axis.bar(edges[:-1], shares, width=edges[1] or 1.0, align="edge", color="tab:blue", alpha=0.5)
-    axis.set(title="entries of the residual", xlabel=f"|W - W_{found['rank']}|", ylabel="share of entries (bars)")
+    axis.set(
+        title=f"{1 - found['share']:.4g} of the entries: at most {found['cut']:.3g}",
+        xlabel=f"|W - W_{found['rank']}|",
+        ylabel="share of entries (bars)",
+    )
     cumulative = axis.twinx()
     cumulative.plot(edges, below, color="tab:red", linewidth=1.6)
     cumulative.axvline(found["cut"], color="gray", linestyle="--", linewidth=1)
-    cumulative.annotate(
-        f"{1 - found['share']:.4g} at {found['cut']:.3g}",
-        (found["cut"], 0.5),
-        textcoords="offset points",
-        xytext=(5, 0),
-    )
     cumulative.set(ylim=(0, 1.03), ylabel="share at most so large (line)")
 
 

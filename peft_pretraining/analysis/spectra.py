@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
-import functools
 import json
-import operator
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--rank {args.rank}: must be at least 1")
     import torch
 
-    from peft_pretraining.analysis.decompose import target_linears
+    from peft_pretraining.analysis.decompose import linear_figures, target_linears
     from peft_pretraining.build import load_model
     from peft_pretraining.checkpoint import resolve
     from peft_pretraining.distributed import World, pick_device
@@ -80,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     images: Images = {}
     with torch.no_grad():
         for name, linear in linears.items():
-            measured, pictures = measure(linear, args.rank, share, draw=name in drawn)
+            measured, pictures = linear_figures(linear, args.rank, share, draw=name in drawn)
             figures.append({"name": name, **measured})
             images |= {name: pictures} if pictures else {}
             print(f"{name} ({len(figures)} of {len(linears)})", file=sys.stderr)
@@ -122,42 +119,6 @@ def check_residual_flags(args: argparse.Namespace, method: str, linears: Mapping
         return
     if args.rank is not None:
         check_rank(dense, args.rank)
-
-
-def measure(linear: nn.Module, rank: int | None, share: float, draw: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of a linear, JSON-able, and of a dense one the pictures of W and its residual, if they are to be drawn."""
-    from peft_pretraining.analysis.decompose import (
-        decompose,
-        image,
-        residual_figures,
-        spectrum,
-        weight_parts,
-    )
-
-    parts = weight_parts(linear)
-    weight = functools.reduce(operator.add, parts.values())
-    decomposition = decompose(weight)
-    own_rank: int | None = getattr(linear, "rank", None)
-    found = spectrum(parts, decomposition, own_rank)
-    sparse_value = getattr(linear, "sparse_value", None)
-    figures: dict[str, Any] = {
-        "shape": list(weight.shape),
-        "rank": own_rank,
-        "nonzeros": None if sparse_value is None else sparse_value.numel(),
-        "stable_rank": found.stable_rank,
-        **dataclasses.asdict(found),
-    }
-    if own_rank is not None:
-        if "sparse" in parts:
-            figures["sparse_share"] = {
-                "first_r": found.share("sparse", 0, own_rank),
-                "rest": found.share("sparse", own_rank),
-            }
-        return figures, {}
-    rank = max(1, min(weight.shape) // 4) if rank is None else rank
-    residual = weight - decomposition.best(rank)
-    figures["residual"] = dataclasses.asdict(residual_figures(residual, weight, rank, share))
-    return figures, {"weight": image(weight), "residual": image(residual)} if draw else {}
 
 
 def write_table(figures: Sequence[Mapping[str, Any]], path: Path) -> None:
