@@ -102,7 +102,9 @@ def study_arguments(args: argparse.Namespace, folder: Path, record: Mapping[str,
             ]
         )
     values = {name: getattr(before, name) for name in (*_DATA, *_TRAINING)}
-    values["total_batch_size"] = record["plan"]["total_batch_size"]
+    values["total_batch_size"] = record["plan"].get("total_batch_size")
+    if not isinstance(values["total_batch_size"], int):
+        raise ConfigError([f"{folder / 'run.json'}: its plan has no total_batch_size; it is of another version"])
     if args.dataset is not None:
         values |= {"eval_dataset": None, "data_lanes": None}
     given = ("dataset", "eval_dataset", "eval_tokens", "lr", "batch_size", "total_batch_size", "seed")

@@ -33,8 +33,9 @@ def test_figures_of_every_method(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     """W's singular values are those of the dense weights that the loaded model applies."""
-    figures = spectra(capsys, "--checkpoint", str(trained(name)), "--out", str(tmp_path))
-    assert [linear["name"] for linear in figures["linears"]] == NAMES
+    flags = ["--checkpoint", str(trained(name)), "--out", str(tmp_path)]
+    figures = spectra(capsys, *flags, "--only", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
+    assert [linear["name"] for linear in figures["linears"]] == [NAMES[0], NAMES[-1]]
     model, _, _ = load_model(trained(name), torch.device("cpu"))
     for linear in figures["linears"]:
         module = model.get_submodule(linear["name"])
@@ -54,9 +55,10 @@ def test_figures_of_every_method(
 
 
 def test_files(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A picture per kind of linear; the table holds what the JSON does."""
+    """All linears; a picture per kind of linear; the table holds what the JSON does."""
     figures = spectra(capsys, "--checkpoint", str(trained("sltrain")), "--out", str(tmp_path / "new" / "folder"))
     folder = tmp_path / "new" / "folder"
+    assert [linear["name"] for linear in figures["linears"]] == NAMES
     assert {path.name for path in folder.iterdir()} == {"spectra.csv", *(f"spectra-{kind}.png" for kind in KINDS)}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
     with (folder / "spectra.csv").open(newline="") as file:
@@ -87,12 +89,12 @@ def test_figures_lie_beside_the_checkpoint_and_leave_it_sound(
 
 def test_only_some(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--checkpoint", str(trained("full")), "--out", str(tmp_path)]
-    figures = spectra(capsys, *flags, "--only", "layers.1.mlp", "0.self_attn.q", "--rank", "3", "--sp_ratio", "0.2")
-    expected = [n for n in NAMES if "layers.1.mlp" in n or "0.self_attn.q" in n]
+    figures = spectra(capsys, *flags, "--only", "layers.1.mlp.u", "0.self_attn.q", "--rank", "3", "--sp_ratio", "0.2")
+    expected = [n for n in NAMES if "layers.1.mlp.u" in n or "0.self_attn.q" in n]
     assert [linear["name"] for linear in figures["linears"]] == expected
     residuals = [linear["residual"] for linear in figures["linears"]]
     assert {(found["rank"], found["share"]) for found in residuals} == {(3, 0.2)}
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize(
