@@ -25,7 +25,6 @@ def test_any_chosen_positions_are_read_back(positions: torch.Tensor) -> None:
     support = UniformSupport(ROWS, COLUMNS, NNZ)
     support.place_(positions)
     assert torch.equal(support.flat_indices(), positions)
-    assert support.nbytes == support.code.numel()
 
 
 def test_clusters_do_not_fit_the_storage_of_drawn_positions() -> None:
