@@ -29,7 +29,7 @@ FLOORS = [
     ],
     ["assemble"],
     ["ending"],
-    ["estimate", "generate", "report"],
+    ["analysis", "estimate", "generate", "report"],
     ["sweep"],
     ["__main__", "torchrun_main"],
 ]
