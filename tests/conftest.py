@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny_model import TINY_MODEL
 
 # Two test processes share two cores; more threads only make timings worse. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,11 +49,6 @@ def t5_model() -> Path:
 
 
 TEXT = "Fox {} jumps over dog {} in month {}. "
-TINY_MODEL = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "vocab_size": 320, "max_sequence_length": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "initializer_range": 0.02,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1,
-}  # fmt: skip
 
 
 def _write_corpus(folder: Path) -> list[str]:

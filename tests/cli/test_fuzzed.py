@@ -5,9 +5,9 @@ import string
 from dataclasses import fields
 from pathlib import Path
 
-from conftest import TINY_MODEL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_model import TINY_MODEL
 
 from peft_pretraining.config import Arguments, ConfigError, parse_args
 from peft_pretraining.distributed import World
