@@ -715,21 +715,24 @@ def _range_problems(args: Arguments) -> list[str]:
     return problems
 
 
+# Flags that several methods read and this one does not; those of a single method say so in their own metadata.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
+    "galore": ("sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
+    "lowrank": ("sp_ratio", "support"),
+    "sltrain": (),
+}
+
+
 def _method_notices(args: Arguments) -> list[str]:
     lines = []
     for field in dataclasses.fields(MethodArguments):
         method = field.metadata.get("method")
         if method not in (None, args.peft_model) and field.name in args.given:
             lines.append(f"--{field.name} has no effect with --peft_model {args.peft_model}: it belongs to {method}")
-    unused = {
-        "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
-        "galore": ("sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
-        "lowrank": ("sp_ratio", "support"),
-        "sltrain": (),
-    }
     lines += [
         f"--{name} has no effect with --peft_model {args.peft_model}"
-        for name in unused[args.peft_model]
+        for name in WITHOUT_EFFECT[args.peft_model]
         if name in args.given
     ]
     if args.train_scaling and args.peft_model in ("lowrank", "sltrain") and "lora_alpha" in args.given:

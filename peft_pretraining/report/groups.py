@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining.config import RUN_DEFINING, Arguments
+from peft_pretraining.config import RUN_DEFINING, WITHOUT_EFFECT, Arguments
 from peft_pretraining.report.intervals import Interval, mean_interval, ratio_interval
 from peft_pretraining.report.published import Published, published_for
 from peft_pretraining.report.read import RunRecord
@@ -22,15 +22,6 @@ METHOD_NAMES = {
     "sltrain": "SLTrain",
 }
 ORDER = tuple(METHOD_NAMES)
-# Flags that only these methods read (those whose argument names a method of its own apart); as config.notices says.
-_FACTORED = ("lowrank", "sltrain", "relora")
-_READ_BY = {
-    "rank": (*_FACTORED, "galore"),
-    "lora_alpha": _FACTORED,
-    "train_scaling": _FACTORED,
-    "sp_ratio": ("sltrain",),
-    "support": ("sltrain",),
-}
 _OWN_METHOD = {
     field.name: field.metadata["method"] for field in dataclasses.fields(Arguments) if field.metadata.get("method")
 }
@@ -65,7 +56,7 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
 def _has_effect(name: str, method: str) -> bool:
     if name in _OWN_METHOD:
         return bool(_OWN_METHOD[name] == method)
-    return method in _READ_BY.get(name, (method,))
+    return name not in WITHOUT_EFFECT.get(method, ())
 
 
 def task_of(settings: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
     moments really took. Whiskers: the 95 % interval over seeds.
     """
     from matplotlib import pyplot
-    from matplotlib.lines import Line2D
 
     shown = [group for group in groups if group.perplexity is not None and group.figure("parameters")]
     if not shown:
@@ -63,18 +62,26 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
         panel.margins(0.18)
         panel.set_yscale("log")
         plain_log_ticks(panel.yaxis)
-    handles: list[Any] = [
-        Line2D([], [], linestyle="", marker=style["marker"], color=style["color"], markersize=8) for style in styles
-    ]
-    labels = [name_of(group) for group in shown]
-    for method in dict.fromkeys(entry.method for entry in theirs):
-        handles.append(
-            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=METHOD_COLOURS[method], markersize=9)
-        )
-        labels.append(f"published: {METHOD_NAMES[method]}")
+    handles, labels = _entries(shown, styles, list(dict.fromkeys(entry.method for entry in theirs)))
     figure.suptitle("Circle area: number of parameters. Lower left is better.", fontsize=10.5)
     legend(figure, handles, labels)
     return save(figure, path)
+
+
+def _entries(
+    shown: Sequence[Group], styles: Sequence[dict[str, Any]], published: Sequence[str]
+) -> tuple[list[Any], list[str]]:
+    """The legend's handles and labels: groups, then the methods that have published results."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Any] = [
+        Line2D([], [], linestyle="", marker=style["marker"], color=style["color"], markersize=8) for style in styles
+    ]
+    handles += [
+        Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=METHOD_COLOURS[method], markersize=9)
+        for method in published
+    ]
+    return handles, [name_of(group) for group in shown] + [f"published: {METHOD_NAMES[method]}" for method in published]
 
 
 def _circles(
