@@ -12,7 +12,7 @@ FLOORS = [
     ["sparse_lora"],
     [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
-        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
+        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire", "svd_start"),
     ],
     ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
     [
@@ -26,6 +26,7 @@ FLOORS = [
         "build",
         "late_record",
         "compile_cache",
+        "restarts",
     ],
     ["assemble"],
     ["ending"],
