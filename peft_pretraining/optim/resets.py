@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_pretraining.distributed import World, gather_objects
 from peft_pretraining.optim.shards import part_of, rows_of_part, whole_of
 from sparse_lora import generator_for
 
@@ -37,18 +38,22 @@ class Pruning:
     kind: str
     share: float
 
-    def prune_(self, state: dict[str, Any], parameter: nn.Parameter, seed: int, key: str) -> None:
+    def prune_(self, state: dict[str, Any], parameter: nn.Parameter, seed: int, key: str, world: World) -> None:
         """Set elements of each of a parameter's moments to zero, in place; its step count stays.
 
-        parameter: the model's, sharded or not; `state` is that of the part that lies here. seed, key: of what is drawn.
+        parameter: the model's, sharded or not, in which case every process calls this; `state` is that of the part that lies
+        here. seed, key: of what is drawn.
         """
-        for name, moment in state.items():
-            if isinstance(moment, torch.Tensor) and moment.dim() and moment.numel():
-                whole = whole_of(parameter, moment).full_tensor() if isinstance(parameter, DTensor) else moment
-                kept = self._kept(whole, seed, f"{key}/{name}")
-                if isinstance(parameter, DTensor):
-                    kept = rows_of_part(kept, part_of(parameter))
-                moment.mul_(kept.view(moment.shape))
+        names = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.dim()]
+        if not isinstance(parameter, DTensor):
+            for name in names:
+                state[name].mul_(self._kept(state[name], seed, f"{key}/{name}"))
+            return
+        # An empty part has no state, but its process takes part in gathering the others.
+        for name in max(gather_objects(names, world), key=len):
+            moment = state[name] if name in names else torch.zeros_like(parameter.to_local())
+            kept = self._kept(whole_of(parameter, moment).full_tensor(), seed, f"{key}/{name}")
+            moment.mul_(rows_of_part(kept, part_of(parameter)).view(moment.shape))
 
     def _kept(self, moment: torch.Tensor, seed: int, key: str) -> torch.Tensor:
         """Which elements stay, of the moment's shape."""
