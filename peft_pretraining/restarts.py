@@ -69,7 +69,8 @@ class Restarts:
                     self._reset(qualified)
                 elif kind != "keep":
                     key = f"{qualified}/pruning/{number}"
-                    Pruning(kind, share).prune_(self._state_of(qualified), parameters[qualified], self._args.seed, key)
+                    state, parameter = self._state_of(qualified), parameters[qualified]
+                    Pruning(kind, share).prune_(state, parameter, self._args.seed, key, self._world)
 
     def _rebalance(self) -> None:
         """B A of every layer by balanced factors; process 0's, since signs of singular vectors are arbitrary."""

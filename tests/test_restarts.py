@@ -250,12 +250,12 @@ def test_kept_moments_stay():
 def test_pruning_all_of_a_tensor_and_next_to_nothing():
     state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([[1.0, -2.0], [3.0, 0.5]])}
     parameter = nn.Parameter(torch.zeros(2, 2))
-    Pruning("magnitude", 0.2).prune_(state, parameter, 0, "p")
+    Pruning("magnitude", 0.2).prune_(state, parameter, 0, "p", World())
     assert state["exp_avg"].count_nonzero() == 4
-    Pruning("magnitude", 0.5).prune_(state, parameter, 0, "p")
+    Pruning("magnitude", 0.5).prune_(state, parameter, 0, "p", World())
     assert torch.equal(state["exp_avg"], torch.tensor([[0.0, -2.0], [3.0, 0.0]]))
     for kind in ("magnitude", "random"):
-        Pruning(kind, 1.0).prune_(state, parameter, 0, "p")
+        Pruning(kind, 1.0).prune_(state, parameter, 0, "p", World())
         assert not state["exp_avg"].any()
     assert float(state["step"]) == 4
 

@@ -47,7 +47,7 @@ def assert_near(one: Path, other: Path) -> None:
     assert all(len(merge(model)) == 14 for model in models)
     expected, found = (dict(model.named_parameters()) for model in models)
     for name in expected:
-        distance = float((expected[name] - found[name]).norm() / expected[name].norm())
+        distance = float((expected[name] - found[name]).detach().norm() / expected[name].detach().norm())
         assert distance < 1e-4, name
 
 
