@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # LLaMA 130M, low-rank W = (alpha/r) B A from scratch, on C4 at length 256, batch 512 sequences.
 # Hardware: 1 GPU by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 45.51 after 2.2B tokens; parameters and Adam moments .57 G in the paper's convention
-#   (arXiv 2406.02214, Table 2). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
+# Published: perplexity 45.51 after 2.2B tokens; parameters and Adam moments .57 G in the paper's convention (arXiv 2406.02214,
+#   Table 2). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
 # Every hyperparameter is SLTrain's, so that the two differ in the sparse part only; none is tuned for low-rank.
 # Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
 set -euo pipefail
