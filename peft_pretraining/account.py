@@ -29,10 +29,11 @@ _ADAFACTOR_SCRATCH = 16
 # side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024) within 10 % for upright matrices, less for lying ones.
 _SVD_PER_ELEMENT, _SVD_PER_SQUARE = 3, 4
 # A restart that rebalances a layer, in float32, with the new factors and what LAPACK needs: so many elements per element of B and
-# A and per element of their r x r core. Measured on a CPU (1376 x 512 to 5461 x 2048, r a quarter of the shorter side): 11 % less to
-# 8 % more.
+# A and per element of their r x r core. Measured on a CPU (1376 x 512 to 5461 x 2048, r a quarter of the shorter side): 11 % less
+# to 8 % more.
 _REBALANCE_PER_ELEMENT, _REBALANCE_PER_SQUARE = 2, 16
-# --init svd, in float64: per element of the dense weight and of a square of its shorter side. Measured likewise: 11 % less to 2 % more.
+# --init svd, in float64: per element of the dense weight and of a square of its shorter side. Measured likewise: 11 % less to 2 %
+# more.
 _START_PER_ELEMENT, _START_PER_SQUARE = 1, 5
 _BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel; a tensor that is larger has a bucket of its own
 
