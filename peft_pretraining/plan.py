@@ -285,6 +285,11 @@ def _relora_warnings(args: Arguments) -> list[str]:
     """Where merges and the schedule do not go together."""
     if args.peft_model != "relora" or args.relora is None:
         return []
+    if args.max_train_tokens is None and args.relora >= args.num_training_steps:
+        return [
+            f"--relora {args.relora} with --num_training_steps {args.num_training_steps}: factors are never merged, so that the "
+            "run trains one low-rank change of the weights it starts from; lower --relora"
+        ]
     if args.scheduler != "cosine_restarts":
         if args.restart_warmup_steps:
             return []

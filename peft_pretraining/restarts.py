@@ -19,7 +19,7 @@ from peft_pretraining.distributed import World, broadcast_
 from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
 from peft_pretraining.optim.shards import local
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
-from peft_pretraining.parallel import assign_
+from peft_pretraining.parallel import assign_, free_gathered
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
 from sparse_lora.decomposition import balanced
 
@@ -40,6 +40,7 @@ class Restarts:
         """Restart if one is due after `update_step` finished updates; whether it was."""
         if self._every is None or update_step == 0 or update_step % self._every:
             return False
+        free_gathered(self._model)
         number = update_step // self._every
         if self._args.peft_model == "relora":
             self._merge(number)

@@ -82,9 +82,16 @@ def attach_relora(
     """
 
     def with_factors(linear: nn.Linear, name: str) -> nn.Module:
-        options = {"alpha": alpha, "bias": linear.bias is not None, "trainable_scaling": trainable_scaling}
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        layer = ReLoRALinear(linear.in_features, linear.out_features, rank, **options, **like)
+        layer = ReLoRALinear(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha=alpha,
+            bias=linear.bias is not None,
+            trainable_scaling=trainable_scaling,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
         layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         layer.bias = linear.bias
         if not linear.weight.is_meta:

@@ -203,6 +203,7 @@ def test_what_cannot_work_is_refused_with_one_message(flags, capsys, extra, word
     ("extra", "words"),
     [
         ([*RELORA], ["--relora 2 with --scheduler cosine", "--restart_warmup_steps"]),
+        ([*RELORA, "--relora", "6"], ["--relora 6 with --num_training_steps 6", "never merged"]),
         ([*RELORA, *CYCLES, "--relora", "3"], ["--relora 3 with --cycle_length 2", "--cycle_length 3"]),
         ([*RELORA, *CYCLES], ["factors merged every 2 updates, their moments zeroed", "are frozen"]),
         ([*RELORA, "--optimizer_magnitude_pruning", "0.9"], ["90% zeroed (magnitude)"]),

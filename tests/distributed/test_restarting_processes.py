@@ -58,6 +58,8 @@ def assert_near(one: Path, other: Path) -> None:
         ("ddp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--per_layer"]),
         ("ddp", [*SLTRAIN, "--init", "svd"]),
         ("fsdp", RELORA),
+        # Evaluated just before each merge, layers are still gathered then.
+        ("fsdp", [*RELORA, "--reshard_after_forward", "false", "--eval_every", "2", "--eval_tokens", "200"]),
         ("fsdp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--train_scaling"]),
         ("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"]),
         ("fsdp", [*SLTRAIN, "--init", "svd", "--per_layer"]),
