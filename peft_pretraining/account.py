@@ -282,11 +282,12 @@ def _restart_scratch(setting: Setting) -> int:
 
 
 def _start_scratch(setting: Setting) -> int:
-    """Temporaries of --init svd, which are a CPU's and there before the optimizer is."""
+    """Temporaries of --init svd, the dense weight among them, which are a CPU's and there before the optimizer is."""
     if setting.init != "svd" or setting.device_type != "cpu" or setting.peft_model not in ("lowrank", "sltrain"):
         return 0
     largest = max(memory.linear_shapes(setting.model), key=math.prod)
-    return 8 * (_START_PER_ELEMENT * math.prod(largest) + _START_PER_SQUARE * min(largest) ** 2)
+    decomposition = 8 * (_START_PER_ELEMENT * math.prod(largest) + _START_PER_SQUARE * min(largest) ** 2)
+    return 4 * math.prod(largest) + decomposition
 
 
 def _step_scratch(setting: Setting, largest: int) -> int:
