@@ -82,7 +82,8 @@ class ReLoRALinear(nn.Module):
         """(..., in_features) -> (..., out_features). Kept for backward: x, and x A^T, rank numbers for each row."""
         dense = F.linear(x, self.weight, self.bias)
         h = F.linear(x, self.lora_A).reshape(-1, self.rank)
-        scaling, B = self.effective_scaling(), self.lora_B
+        scaling = self.effective_scaling()
+        B: Tensor = self.lora_B
         if isinstance(scaling, Tensor):
             scaling, B = 1.0, (B * scaling).to(B.dtype)
         return torch.addmm(dense.reshape(-1, self.out_features), h, B.t(), alpha=scaling).view(dense.shape)
