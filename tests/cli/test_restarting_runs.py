@@ -51,7 +51,7 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*RELORA, "--relora", "3", "--restart_warmup_steps", "1", "--train_scaling"],
         [*RELORA, "--optimizer", "adam8bit_per_layer", "--grad_norm_growth", "1.01"],
         [*RELORA, "--optimizer", "adamw4bit", "--stochastic_rounding", *BF16],
-        [*RELORA, "--optimizer", "adafactor", "--beta1", "0.9"],
+        pytest.param([*RELORA, "--optimizer", "adafactor", "--beta1", "0.9"], marks=pytest.mark.full),
         [*RELORA, "--optimizer", "sgd", "--beta1", "0.9", "--optimizer_random_pruning", "0.5"],
         [*RELORA, "--reset_optimizer_on_relora", "false", "--optimizer_magnitude_pruning", "0.9", "--per_layer"],
         [*SLTRAIN],

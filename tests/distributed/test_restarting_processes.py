@@ -54,14 +54,14 @@ def assert_near(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("parallel", "method"),
     [
-        ("ddp", RELORA),
+        pytest.param("ddp", RELORA, marks=pytest.mark.full),
         ("ddp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--per_layer"]),
         ("ddp", [*SLTRAIN, "--init", "svd"]),
-        ("fsdp", RELORA),
+        pytest.param("fsdp", RELORA, marks=pytest.mark.full),
         # Evaluated just before each merge, layers are still gathered then.
         ("fsdp", [*RELORA, "--reshard_after_forward", "false", "--eval_every", "2", "--eval_tokens", "200"]),
         ("fsdp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--train_scaling"]),
-        ("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"]),
+        pytest.param("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"], marks=pytest.mark.full),
         ("fsdp", [*SLTRAIN, "--init", "svd", "--per_layer"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(word.strip("-") for word in value[1::2]),
