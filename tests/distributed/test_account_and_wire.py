@@ -178,11 +178,10 @@ def peak_settings(world_size: int) -> list[Setting]:
     wide = {"vocab_size": 4001, "hidden_size": 128, "intermediate_size": 352}
     deep = {"vocab_size": 301, "hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 6}
     choices = [{}, {"gradient_accumulation": 2}, {"reshard_after_forward": False}, {"compute_dtype": "bfloat16"}]
-    found = [
+    return [
         setting("full", world_size, parallel="fsdp", batch_size=1, model=replace(tiny(), **shape), **choice)
         for shape, choice in itertools.product((wide, deep), choices)
     ]
-    return found + [replace(one, peft_model="relora") for one in found]
 
 
 def held_settings(world_size: int) -> list[Setting]:
