@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from peft_pretraining.allocator import set_allocator
 from peft_pretraining.config import Arguments, ConfigError, notices, parse_args
 from peft_pretraining.distributed import World
 
@@ -91,6 +92,7 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.plan import make_plan
 
     make_plan(args, world)  # problems are found before torch is imported
+    set_allocator()
 
     import torch
 
@@ -175,7 +177,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         if evaluation_due(args, state.update_step, finished) and record.last_evaluated_step != state.update_step:
             with late_record.paused():
-                record.log_evaluation(state.update_step, run_evaluation(run, world))
+                record.log_evaluation(state.update_step, run_evaluation(run, world), state.tokens_seen)
         if finished:
             break
 

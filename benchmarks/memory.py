@@ -22,10 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from peft_pretraining.allocator import set_allocator
 from peft_pretraining.build import build_module, build_updates, resolve_dtype
 from peft_pretraining.config import ConfigError, parse_args
 from peft_pretraining.distributed import World, device_memory, pick_device
-from peft_pretraining.footprint import measured_bytes, return_freed_memory_if_tight
+from peft_pretraining.footprint import measured_bytes
 from peft_pretraining.loss import TokenLoss
 from peft_pretraining.metrics import peak_memory_bytes
 from peft_pretraining.plan import make_plan, memory_problems
@@ -60,6 +61,7 @@ def random_batch(batch_size: int, length: int, vocab_size: int, generator: torch
 def measure(argv: list[str], num_updates: int) -> dict:
     """Predicted and measured bytes of a run with the trainer's arguments `argv`. Raises ConfigError."""
     args = parse_args(argv)
+    set_allocator()
     world = World()
     device = pick_device(args.device, world)
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
@@ -67,7 +69,6 @@ def measure(argv: list[str], num_updates: int) -> dict:
     if not args.force and (problems := memory_problems(plan, args, there)):
         raise ConfigError(problems)
     load_what_the_trainer_loads()
-    return_freed_memory_if_tight(plan.bytes["peak"], there)
     model = build_module(args, plan, World(), device).model
     updates = build_updates(args, model, world, device)
     module = TokenLoss(model)

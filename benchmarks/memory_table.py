@@ -1,7 +1,8 @@
 """Predicted and measured memory from 9M to 7B: `python benchmarks/memory_table.py [9m 60m 130m 350m 1b] [--out FILE.json]`.
 
-One process per row, so that each has a peak of its own: SLTrain in bfloat16, 8-bit Adam, per-layer updates, 1 x 256 tokens with
-layer checkpointing (the setting of `memory_7b.py`), and for the sizes up to 1b also full-rank AdamW in float32, 4 x 256 tokens.
+One process per row, so that each has a peak of its own, three updates (7b: two): SLTrain in bfloat16, 8-bit Adam, per-layer
+updates, 1 x 256 tokens with layer checkpointing (the setting of `memory_7b.py`), and for the sizes up to 1b also SLTrain in
+bfloat16 with AdamW and full-rank AdamW in float32, both without checkpointing, 4 x 256 tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SIZES = {
     "7b": (1024, 0.05),
 }
 SLTRAIN = "--peft_model sltrain --lora_alpha 8 --dtype bfloat16 --embedding_states 8bit --activation_checkpointing --batch_size 1"
+PLAIN = "--peft_model sltrain --lora_alpha 8 --dtype bfloat16 --optimizer adamw --batch_size 4"
 FULL = "--peft_model full --dtype float32 --optimizer adamw --batch_size 4"
 
 
@@ -35,13 +37,14 @@ def settings(size: str) -> dict[str, list[str]]:
     if size == "7b":
         rows["sltrain, adamw4bit_per_layer"] = [*config, *SLTRAIN.split(), *layer, "--optimizer", "adamw4bit_per_layer"]
     else:
+        rows["sltrain, adamw"] = [*config, *PLAIN.split(), *layer]
         rows["full, adamw"] = [*config, *FULL.split()]
     return rows
 
 
-def measure(argv: list[str]) -> dict:
+def measure(argv: list[str], num_updates: int) -> dict:
     """What memory.py prints, of a process of its own. Raises RuntimeError with its message."""
-    command = [sys.executable, str(HERE / "memory.py"), "--json", *argv]
+    command = [sys.executable, str(HERE / "memory.py"), "--updates", str(num_updates), "--json", *argv]
     ended = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(ended.stderr.strip().splitlines()[-1])
@@ -57,7 +60,7 @@ def run(sizes: list[str], out: Path | None) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         for name, argv in settings(size).items():
-            row = measure(argv)
+            row = measure(argv, num_updates=2 if size == "7b" else 3)
             found.append({"size": size, "setting": name, **row})
             gib = [row["measured"][key] / 2**30 for key in ("parameters", "support", "optimizer")]
             gib += [row["peak_predicted"] / 2**30, row["peak_measured"] / 2**30]

@@ -9,6 +9,7 @@ whose slices leave up to 2 % more. Patterns, k = round(1 / delta):
   uniform    anywhere, as published (`--support uniform`)
   block      k blocks on the diagonal: consecutive rows by consecutive columns (`--support block`)
   strided    k blocks: rows b, b + k, b + 2 k, ... by consecutive columns
+  attention  as strided in attention's square weights, whose rows are those of heads, and as block in the others
   matched    k blocks: consecutive rows by consecutive columns, which slices meet drawn for each matrix
   permuted   k blocks after a random permutation of the rows and one of the columns, drawn for each matrix
   diagonals  4 k smaller blocks in each direction; each row of blocks has four, by random matchings
@@ -61,6 +62,13 @@ def strided(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return (torch.arange(rows) % blocks)[:, None] == consecutive(columns, blocks)[None, :]
 
 
+def attention(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    if rows == columns:
+        return strided(rows, columns, generator)
+    blocks = round(1 / DELTA)
+    return consecutive(rows, blocks)[:, None] == consecutive(columns, blocks)[None, :]
+
+
 def matched(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     blocks = round(1 / DELTA)
     partner = torch.randperm(blocks, generator=generator)
@@ -99,6 +107,7 @@ def balanced(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 Pattern = Callable[[int, int, torch.Generator], Tensor]
 PATTERNS: dict[str, Pattern] = {
     "strided": strided,
+    "attention": attention,
     "matched": matched,
     "permuted": permuted,
     "diagonals": diagonals,

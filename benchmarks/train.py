@@ -36,6 +36,7 @@ from memory import load_what_the_trainer_loads
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining import memory
+from peft_pretraining.allocator import set_allocator
 from peft_pretraining.build import resolve_dtype
 from peft_pretraining.config import ConfigError, parse_args
 from peft_pretraining.distributed import World, pick_device
@@ -72,6 +73,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
 
 def work(pipe: Connection, argv: list[str], threads: int) -> None:
     """A process's life: build, say so, answer "update" with its seconds and the step's, "memory" with the peak, until "end"."""
+    set_allocator()
     torch.set_num_threads(threads)
     os.chdir(ROOT)
     args = parse_args(argv)
@@ -289,6 +291,7 @@ def main() -> int:
     if own.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
         return 2
+    set_allocator()
     torch.set_num_threads(own.threads)
     peak_flops = own.peak_flops or fastest_product(torch.device(own.device))
     found: dict[str, Any] = {

@@ -8,10 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import peft_pretraining.data.command as data
-from peft_pretraining import estimate, generate, report
+from peft_pretraining import estimate, generate, report, sweep
+from peft_pretraining.analysis import pruning, spectra
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
-COMMANDS: dict[str, Any] = {"data": data, "estimate": estimate, "generate": generate, "report": report}
+COMMANDS: dict[str, Any] = {
+    "data": data,
+    "estimate": estimate,
+    "generate": generate,
+    "pruning": pruning,
+    "report": report,
+    "spectra": spectra,
+    "sweep": sweep,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from peft_pretraining import memory
+from peft_pretraining.allocator import LARGE_BLOCK_BYTES
 from peft_pretraining.fsdp_units import Units, units_of
 from peft_pretraining.model_config import ModelConfig
 from peft_pretraining.peak import Working, of_parts, of_whole
@@ -20,6 +21,9 @@ CLASSES = (
 # On a CPU: Python, torch, transformers, datasets and wandb, imported and idle, 0.51e9 resident with the pinned versions, and some
 # 0.2e9 of freed blocks that malloc keeps (measured at 60M and 130M). On a GPU: the CUDA context and its libraries.
 _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
+# Gaps that malloc leaves between the activations of one process, relative to them: a block that was freed has no room for
+# another of its size, since torch asks for aligned ones (measured at 130M and 350M; docs/memory.md).
+_GAPS = 0.3
 # Temporaries of an optimizer's step in bytes per element, of a slice of 2**21 where it steps in slices (optim/slices.py).
 _SLICE_ELEMENTS = 2**21
 _SLICE_SCRATCH = {"adam8bit": 24, "adamw4bit": 64}
@@ -149,11 +153,21 @@ def account(setting: Setting) -> dict[str, int]:
     moments = of_parts(setting, working, units, trained) if setting.sharded else of_whole(setting, working)
     copy = _copy_of_state(setting, static)
     scratch = max(moment.scratch for moment in moments) + copy
-    found = static | kept | {"scratch": scratch, "runtime": _RUNTIME[setting.device_type]}
+    found = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
     constant = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
     found["total"] = sum(found[name] for name in CLASSES)
     found["peak"] = constant + max(sum(moment) for moment in moments) + copy
     return found
+
+
+def _runtime(setting: Setting, activations: int) -> int:
+    """What is there beside tensors."""
+    # Larger blocks are the system's as soon as they are freed.
+    block = (
+        setting.batch_size * setting.max_length * setting.model.hidden_size * memory.DTYPE_BYTES[setting.computes_in]
+    )
+    leaves_gaps = setting.device_type == "cpu" and not setting.sharded and block < LARGE_BLOCK_BYTES
+    return _RUNTIME[setting.device_type] + (int(_GAPS * activations) if leaves_gaps else 0)
 
 
 def parameter_groups(setting: Setting) -> list[memory.TensorGroup]:

@@ -27,7 +27,7 @@ from peft_pretraining.distributed import (
     largest,
 )
 from peft_pretraining.evaluate import EvalResult, NothingToEvaluate, evaluate
-from peft_pretraining.footprint import comparison, measured_bytes, return_freed_memory_if_tight
+from peft_pretraining.footprint import comparison, measured_bytes
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
 from peft_pretraining.parallel import is_sharded, replicate
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
@@ -85,7 +85,6 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
-    return_freed_memory_if_tight(plan.bytes["peak"], there, sharded=args.parallel == "fsdp" and world.size > 1)
     # torchao's 4-bit step is compiled too.
     if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
@@ -194,6 +193,7 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
             "name": args.name or folder.path.name,
             "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
             "config": run.document,
+            "group": f"{run.plan.model.name}-{args.peft_model}",
         },
     )
     # Other nodes may not see this folder, and every process must agree on whether an evaluation is due.

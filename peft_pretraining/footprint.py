@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import DeviceMemory
 from peft_pretraining.optim import HasState
 from peft_pretraining.optim.shards import local
 from sparse_lora import Support
-
-# Of glibc's malloc.h. Blocks from 4 MiB on are the system's as soon as they are freed; what smaller ones leave at the heap's
-# end stays up to 64 MiB, since page faults for each of them would cost more than they save.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE_BLOCK_BYTES, _KEPT_BYTES = 4 * 2**20, 64 * 2**20
-
-
-def return_freed_memory_if_tight(peak: int, available: DeviceMemory, sharded: bool = False) -> None:
-    """Make the C library give large freed blocks back to the system where more than a third of a CPU's memory will be needed,
-    and where it is for the memory that a model is sharded.
-
-    glibc raises its threshold for that up to 32 MB as it sees such blocks freed, and keeps smaller ones: activations and dense
-    weights that come and go leave gaps which the next ones do not fit; at 7B that was 2.5 to 5 GB which nothing used. It is not
-    for every run, since each new block then costs page faults: with a threshold of 1 MiB updates of 60M to 1B took 1.2 to 2
-    times as long, with this one those of 1B no longer than without. Elsewhere than on glibc nothing happens.
-    """
-    if available.device_type == "cpu" and (sharded or peak > available.num_bytes / 3):
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
-            libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_pretraining.health import LossSpikes
+from peft_pretraining.summary import summary
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,7 @@ class Recorder:
             return
         self._rewrite(rows)
         self._file = _Lines(run_folder / METRICS_FILE)
+        self._document = wandb_settings["config"]
         self._wandb = _start_wandb(run_folder, wandb_settings)
         self._bar = _progress_bar(total_updates, start_step)
 
@@ -161,8 +163,8 @@ class Recorder:
         if self.enabled:
             self._bar.update(1)
 
-    def log_evaluation(self, update_step: int, result: EvalResult) -> None:
-        """Record an evaluation and say its result above the bar."""
+    def log_evaluation(self, update_step: int, result: EvalResult, tokens_seen: int | None = None) -> None:
+        """Record an evaluation, after so many tokens of training, and say its result above the bar."""
         self.last_evaluated_step = update_step
         if not self.enabled:
             return
@@ -173,6 +175,7 @@ class Recorder:
             "final_eval_tokens": result.tokens,
             "final_eval_bits_per_byte": result.bits_per_byte,
         }
+        row |= {} if tokens_seen is None else {"tokens_seen": tokens_seen}
         self._write(row)
         self._last_perplexity = f"  eval ppl {result.perplexity:.4g}"
         bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
@@ -215,9 +218,17 @@ class Recorder:
         self._tell(self._file.close())
         if self._wandb is not None:
             try:
-                self._wandb.finish(exit_code=exit_code)
+                self._finish_wandb(exit_code)
             except Exception as error:
                 print(f"warning: wandb did not finish ({_one_line(error)})", file=sys.stderr)
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        """What the run reached becomes its summary there, for tables of runs and scatter plots."""
+        try:
+            figures = summary(self._document, read_metrics(self.run_folder))
+            self._wandb.summary.update({name: value for name, value in figures.items() if value is not None})
+        finally:
+            self._wandb.finish(exit_code=exit_code)
 
 
 def _perplexity_text(loss: float) -> str:
@@ -331,12 +342,15 @@ def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
         name=settings["name"],
         tags=settings["tags"] or None,
         config=dict(settings["config"]),
+        group=settings.get("group"),
+        job_type="train",
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(**limits),
     )
     # Steps are update steps: replayed ones after a resume are then kept instead of dropped as out of order.
     run.define_metric("update_step")
     run.define_metric("*", step_metric="update_step")
+    run.define_metric("final_eval_perplexity", step_metric="update_step", summary="min,last")
     return run
 
 

@@ -17,11 +17,16 @@ from peft_pretraining.parallel import gradient_sync, is_sharded
 class Batch(Protocol):
     """What a micro-batch offers; T tokens per sequence, labels as transformers has them (unshifted, -100 is ignored)."""
 
-    input_ids: torch.Tensor  # (batch, T) int64
-    labels: torch.Tensor  # (batch, T) int64
-    num_tokens: int  # inputs that are text
-    num_targets: int  # labels that count, after the shift
-    num_bad_records: int  # passed over on the way to it
+    @property
+    def input_ids(self) -> torch.Tensor: ...  # (batch, T) int64
+    @property
+    def labels(self) -> torch.Tensor: ...  # (batch, T) int64
+    @property
+    def num_tokens(self) -> int: ...  # inputs that are text
+    @property
+    def num_targets(self) -> int: ...  # labels that count, after the shift
+    @property
+    def num_bad_records(self) -> int: ...  # passed over on the way to it
 
 
 @dataclass

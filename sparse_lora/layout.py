@@ -49,6 +49,11 @@ class Layout:
         return self.count * self.width if self.escaped is None else self.places_at + self.escaped.nbytes
 
 
+def plain_layout(count: int, limit: int) -> Layout:
+    """`count` plain numbers below `limit`, however they lie."""
+    return Layout(count, limit, 4 if limit <= 2**31 else 8)
+
+
 @functools.cache
 def layout_for(nnz: int, numel: int) -> Layout:
     """The smallest layout for `nnz` uniformly drawn positions below `numel`."""
@@ -57,7 +62,7 @@ def layout_for(nnz: int, numel: int) -> Layout:
 
 def _smallest(count: int, expected: float, fewest: float, limit: int) -> Layout:
     """Smallest layout with room for `count` numbers below `limit`; `expected` and at least `fewest` will be there."""
-    candidates = [Layout(count, limit, 4 if limit <= 2**31 else 8)]
+    candidates = [plain_layout(count, limit)]
     for width in (1, 2):
         reach = 256**width
         if expected * _share_of_gaps(reach * 256, fewest, limit) > _NEGLIGIBLE:

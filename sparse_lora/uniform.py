@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .layout import Layout, layout_for
+from .layout import Layout, layout_for, plain_layout
 from .scratch import passing_product, scratch_matrix
 from .support import Support
 
@@ -90,7 +90,10 @@ def decode(code: Tensor, nnz: int, numel: int) -> Tensor:
     A function of the tensor and of sizes alone, so that the autograd function can save the stored form and decode it in
     backward.
     """
-    return _decode(code, layout_for(nnz, numel), torch.int32 if numel <= 2**31 else torch.int64)
+    layout = layout_for(nnz, numel)
+    if code.numel() != layout.nbytes:  # positions that were chosen, not drawn, and whose gaps do not fit it
+        layout = plain_layout(nnz, numel)
+    return _decode(code, layout, torch.int32 if numel <= 2**31 else torch.int64)
 
 
 def _decode(code: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -137,7 +140,7 @@ class UniformSupport(Support):
     @property
     def nbytes(self) -> int:
         """Bytes that the stored positions take."""
-        return self.layout.nbytes
+        return self.code.numel()
 
     def flat_indices(self) -> Tensor:
         """Sorted int64 positions (nnz,) in the row-major weight."""
@@ -150,7 +153,40 @@ class UniformSupport(Support):
         # A draw that does not fit its storage is 12 standard deviations off; drawn anew, nobody will ever see it.
         while code is None:
             code = encode(sample_positions(self.nnz, self.numel, generator), self.layout)
-        self.code.copy_(code)
+        self._store(code)
+
+    @torch.no_grad()
+    def place_(self, positions: Tensor) -> None:
+        """Takes these positions instead of drawn ones.
+
+        Where their gaps are not those of random positions they are stored plain, in new storage of 4 or 8 bytes each; a support
+        whose positions are drawn then cannot load this one's state.
+
+        Args:
+            positions: int64 (nnz,), strictly increasing, in 0 .. numel - 1.
+
+        Raises:
+            ValueError: they are something else.
+        """
+        positions = positions.cpu()
+        if positions.shape != (self.nnz,) or positions.dtype != torch.int64:
+            raise ValueError(
+                f"positions are {positions.dtype} of shape {tuple(positions.shape)}, not torch.int64 of ({self.nnz},)"
+            )
+        if self.nnz and (positions[0] < 0 or positions[-1] >= self.numel or bool((positions.diff() < 1).any())):
+            raise ValueError(f"positions must increase strictly from 0 or more to at most {self.numel - 1}")
+        code = encode(positions, self.layout)
+        if code is None:
+            code = encode(positions, plain_layout(self.nnz, self.numel))
+        assert code is not None  # plain numbers always fit
+        self._store(code)
+
+    def _store(self, code: Tensor) -> None:
+        """Into the storage there is, where it has the size."""
+        if code.shape == self.code.shape:
+            self.code.copy_(code)
+        else:
+            self.code = code.to(self.code.device)
 
 
 class UniformPart:

@@ -12,9 +12,10 @@ FLOORS = [
     ["sparse_lora"],
     [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
-        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire", "svd_start"),
+        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
+        *("allocator", "svd_start"),
     ],
-    ["data", "optim", "methods", "tensor_store", "checkpoint", "metrics"],
+    ["data", "optim", "methods", "tensor_store", "checkpoint", "summary", "metrics"],
     [
         "train",
         "evaluate",
@@ -30,7 +31,8 @@ FLOORS = [
     ],
     ["assemble"],
     ["ending"],
-    ["estimate", "generate", "report"],
+    ["analysis", "estimate", "generate", "report"],
+    ["sweep"],
     ["__main__", "torchrun_main"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -38,7 +40,7 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py"}
 WITHOUT_TORCH = [
     *("config", "model_config", "memory", "account", "schedule", "manifest", "plan"),
-    *("fsdp_units", "peak", "savings", "wire"),
+    *("fsdp_units", "peak", "savings", "wire", "allocator", "summary"),
 ]
 
 

@@ -193,3 +193,43 @@ def test_lines_that_cannot_be_written_wait(tmp_path, monkeypatch):
     assert lines.sync() is None
     assert path.read_text() == "first\nsecond\nthird\nfourth\n"
     lines.close()
+
+
+class _KeptRun:
+    """A wandb run that keeps what it is given."""
+
+    def __init__(self):
+        self.rows, self.metrics, self.summary, self.exit_code = [], {}, {}, None
+
+    def define_metric(self, name, **settings):
+        self.metrics[name] = settings
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+def test_dashboard_gets_group_and_summary(tmp_path, monkeypatch):
+    """Runs compare there by their final figures, and by tokens: every row has them, an evaluation's too."""
+    kept, given = _KeptRun(), {}
+    module = types.ModuleType("wandb")
+    module.init, module.Settings = lambda **settings: given.update(settings) or kept, lambda **_: None
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = {"plan": {"parameters": {"total": 7}, "full_rank_parameters": 9}}
+    settings = {"mode": "offline", "id": "a", "name": "run", "tags": [], "config": config, "group": "llama_60m-sltrain"}
+    record = Recorder(tmp_path, enabled=True, total_updates=2, start_step=0, wandb_settings=settings)
+    record.log_update({"update_step": 1, **ROW})
+    record.log_update({"update_step": 2, **ROW, "throughput_tokens": 20.0, "tokens_seen": 300, "max_memory": 2**21})
+    record.log_evaluation(2, EvalResult(loss=1.0, perplexity=2.718, tokens=10, bits_per_byte=0.5), tokens_seen=300)
+    record.close()
+    assert given["group"] == "llama_60m-sltrain"
+    assert [row["tokens_seen"] for row in kept.rows] == [100, 300, 300]
+    assert kept.metrics["final_eval_perplexity"]["step_metric"] == "update_step"
+    expected = {"parameters": 7, "full_rank_parameters": 9, "updates": 2, "tokens": 300, "final_perplexity": 2.718}
+    expected |= {"final_bits_per_byte": 0.5, "tokens_per_second": 15.0, "peak_memory_bytes": 2**21}
+    expected["training_seconds"] = 100 / 10 + 200 / 20
+    assert expected.items() <= kept.summary.items()
+    assert "states_bytes" not in kept.summary  # not measured in this run
+    assert kept.exit_code == 0

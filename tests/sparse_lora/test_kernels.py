@@ -25,7 +25,7 @@ from sparse_lora.uniform import UniformSupport, decode
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 Call = Callable[..., Any]
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "triton_kernels.py"
 TINY_TILE = Tile(16, 32, 16, 4, 2)
 
 
@@ -459,7 +459,7 @@ def test_both_kernels_compile_for_an_h100(tmp_path: Path) -> None:
 
 
 def _benchmarked() -> dict:
-    """What benchmarks/kernels.py measures of a tiny linear, here on the CPU."""
+    """What benchmarks/triton_kernels.py measures of a tiny linear, here on the CPU."""
     sys.path.insert(0, str(BENCHMARK.parent))
     spec = importlib.util.spec_from_file_location("benchmark_of_kernels", BENCHMARK)
     module = importlib.util.module_from_spec(spec)

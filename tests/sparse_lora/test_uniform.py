@@ -137,7 +137,7 @@ def test_every_drawn_set_is_read_back_exactly(data: st.DataObject, numel: int, s
     support.draw_(generator_for(seed, "w"))
     positions = sample_positions(nnz, numel, generator_for(seed, "w"))
     assert torch.equal(support.flat_indices(), positions)
-    assert support.code.numel() == support.nbytes
+    assert support.code.numel() == support.layout.nbytes
 
 
 @settings(deadline=None, max_examples=150)

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch, per linear of a model: `python benchmarks/kernels.py [350m 1b 7b] [--out FILE.json]`.
+"""The Triton kernels against plain PyTorch, per linear: `python benchmarks/triton_kernels.py [350m 1b 7b] [--out FILE.json]`.
 
 Needs a GPU that the kernels run on: where there is none it says so and ends with exit code 2. bfloat16; each way of computing the
 same thing is timed in turn, round after round, in one process; medians and quartiles in milliseconds. Ways:
@@ -197,7 +197,7 @@ def main() -> int:
     device = torch.device("cuda")
     if not torch.cuda.is_available() or not kernels.is_available(device, torch.bfloat16):
         print(
-            "benchmarks/kernels.py times Triton's kernels on a GPU, and there is none here that they run on "
+            "benchmarks/triton_kernels.py times Triton's kernels on a GPU, and there is none here that they run on "
             "(CUDA, compute capability 8.0 or newer, Triton installed)",
             file=sys.stderr,
         )

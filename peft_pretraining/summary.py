@@ -1,0 +1,58 @@
+"""What a run reached, in figures: from its record alone, for the terminal, the report and the dashboard."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """What a run reached, by name; None where the record (of a run that was stopped, of an earlier version) has no such figure.
+
+    document: run.json. rows: of metrics.jsonl. Memory in bytes; "states" are parameters, support and moments together.
+    """
+    plan = document.get("plan") or {}
+    updates = [row for row in rows if row.get("loss") is not None]
+    evaluations = [row for row in rows if row.get("final_eval_perplexity") is not None]
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    rates = [row["throughput_tokens"] for row in updates if row.get("throughput_tokens")]
+    states = [states_bytes(row) for row in updates]
+    return {
+        "parameters": (plan.get("parameters") or {}).get("total"),
+        "full_rank_parameters": plan.get("full_rank_parameters"),
+        "updates": updates[-1].get("update_step", 0) if updates else 0,
+        "tokens": updates[-1].get("tokens_seen", 0) if updates else 0,
+        "first_perplexity": first.get("final_eval_perplexity"),
+        "first_evaluation_step": first.get("update_step"),
+        "final_perplexity": last.get("final_eval_perplexity"),
+        "final_evaluation_step": last.get("update_step"),
+        "final_bits_per_byte": last.get("final_eval_bits_per_byte"),
+        "evaluation_tokens": last.get("final_eval_tokens"),
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "training_seconds": seconds_of(updates)[-1] if rates else None,
+        "states_bytes": next((value for value in states if value is not None), None),
+        "peak_memory_bytes": max((row["max_memory"] for row in updates if row.get("max_memory")), default=None),
+    }
+
+
+def states_bytes(row: Row) -> int | None:
+    """Measured bytes of parameters, support and moments, of the one row that has them."""
+    measured = [row.get(f"memory_{name}_measured") for name in ("parameters", "support", "optimizer")]
+    return None if None in measured else sum(int(value) for value in measured if value is not None)
+
+
+def seconds_of(updates: Sequence[Row]) -> list[float]:
+    """Seconds of training up to each logged update: tokens since the one before, by the rate that was measured over them.
+
+    Evaluation, saving and the time between a stop and the next start are not in it. A row without a rate adds nothing.
+    """
+    total, tokens_before, times = 0.0, 0, []
+    for row in updates:
+        tokens, rate = row.get("tokens_seen") or tokens_before, row.get("throughput_tokens")
+        total += (tokens - tokens_before) / rate if rate else 0.0
+        tokens_before = tokens
+        times.append(total)
+    return times

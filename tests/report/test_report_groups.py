@@ -1,0 +1,158 @@
+"""Runs that differ in nothing but their seed are one setting; what does not compare is kept apart, or said."""
+
+import itertools
+
+import pytest
+from run_records import change_document, evaluation, rows_of, write_rows, write_run
+
+from peft_pretraining.report.groups import against_full, group_runs
+from peft_pretraining.report.intervals import t_quantile
+from peft_pretraining.report.read import read_run
+from peft_pretraining.report.tables import command_of, methods_table, problems, published_memory_table, rank_delta_table
+
+
+def groups_of(*folders):
+    return group_runs([read_run(folder) for folder in folders])
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Full-rank, and SLTrain ten percent above it, with three seeds each."""
+    full = [write_run(tmp_path / f"f{seed}", method="full", seed=seed, perplexity=30.0 + seed) for seed in (1, 2, 3)]
+    own = [write_run(tmp_path / f"s{seed}", seed=seed, perplexity=1.1 * (30.0 + seed)) for seed in (1, 2, 3)]
+    return full + own
+
+
+def test_seeds_are_grouped_with_mean_and_interval(three):
+    full, own = groups_of(*three)
+    assert (full.label, own.label) == ("full-rank", "SLTrain")
+    assert (full.perplexity.n, full.perplexity.mean) == (3, 32.0)
+    assert full.perplexity.half == pytest.approx(t_quantile(2) / 3**0.5)  # of 31, 32, 33: standard deviation 1
+
+
+def test_gap_to_full_rank_is_paired_by_seed(three):
+    """Ten percent in each pair is ten percent without scatter, though the perplexities scatter."""
+    groups = groups_of(*three)
+    rival, gap = against_full(groups[1], groups)
+    assert rival is groups[0]
+    assert (gap.mean, gap.low, gap.high, gap.n) == pytest.approx((1.1, 1.1, 1.1, 3))
+    assert against_full(groups[0], groups) is None
+
+
+def test_gap_is_to_the_best_full_rank_setting(tmp_path):
+    better = write_run(tmp_path / "a", method="full", lr=0.001, perplexity=30.0)
+    worse = write_run(tmp_path / "b", method="full", lr=0.01, perplexity=60.0)
+    groups = groups_of(worse, better, write_run(tmp_path / "c", perplexity=33.0))
+    assert against_full(groups[2], groups)[1].mean == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--lr", "0.01"), ("--rank", "64"), ("--sp_ratio", "0.05"), ("--packing",), ("--num_training_steps", "20"),
+     ("--total_batch_size", "16"), ("--max_length", "128"), ("--optimizer", "adamw"), ("--support", "block")],
+)  # fmt: skip
+def test_any_other_difference_is_another_setting(tmp_path, flags):
+    groups = groups_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", *flags, seed=1))
+    assert len(groups) == 2
+    assert groups[0].label != groups[1].label
+
+
+def test_what_has_no_effect_is_no_difference(tmp_path):
+    """Full-rank training has no rank; where a run lies, how it is logged and divided into micro-batches changes nothing."""
+    first = write_run(tmp_path / "a", method="full")
+    flags = ("--rank", "64", "--sp_ratio", "0.1", "--log_every", "5", "--name", "x", "--batch_size", "4")
+    second = write_run(tmp_path / "b", *flags, "--total_batch_size", "8", method="full", seed=1)
+    assert len(groups_of(first, second)) == 1
+
+
+def test_other_data_is_another_setting(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
+    change_document(second, lambda document: document["dataset"].update(fingerprint="e" * 32))
+    groups = groups_of(first, second)
+    assert len(groups) == 2
+    assert any("differ in model, data, batch or length" in line for line in problems(groups))
+
+
+def test_a_seed_counts_once(tmp_path):
+    """The same run twice would look like two draws, and narrow the interval."""
+    (group,) = groups_of(*(write_run(tmp_path / name, perplexity=value) for name, value in (("a", 30.0), ("b", 34.0))))
+    assert (group.perplexity.mean, group.perplexity.n) == (30.0, 1)
+    assert "b has the settings and the seed (42) of" in group.notes[0]
+
+
+def test_unfinished_runs_are_listed_and_count_in_no_mean(tmp_path):
+    (group,) = groups_of(write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2, reached=3))
+    assert (len(group.runs), group.perplexity.n) == (2, 1)
+    (alone,) = groups_of(tmp_path / "b")
+    assert alone.perplexity is None
+
+
+def test_evaluations_on_unequal_numbers_of_tokens_are_said(tmp_path):
+    first, second = write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)
+    rows = rows_of(second)
+    write_rows(second, [*rows[:-1], evaluation(10, 30.0) | {"final_eval_tokens": 500}])
+    (group,) = groups_of(first, second)
+    assert "different numbers of tokens (20,000, 500)" in group.notes[0]
+
+
+def test_published_figures_stand_beside_the_same_configuration(tmp_path):
+    other = write_run(tmp_path / "c", model="llama_9m")
+    groups = groups_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", "--rank", "160"), other)
+    published = [group.published and group.published.perplexity for group in groups]
+    assert published == [34.15, 33.20, None]  # Table 2, Table 6 or 7, not published
+    column = methods_table(groups).headings.index("published perplexity")
+    assert [row[column] for row in methods_table(groups).rows] == ["34.15", "33.20", "—"]
+
+
+def test_published_peaks_are_of_the_models_that_were_run(tmp_path):
+    groups = groups_of(write_run(tmp_path / "a", model="llama_350m"), write_run(tmp_path / "b"))
+    table = published_memory_table(groups)
+    assert table.headings == ("published setting", "llama_350m: peak, GB")
+    assert table.rows[0] == ("full-rank, Adam", "4.5")
+    assert published_memory_table(groups_of(tmp_path / "b")) is None
+
+
+def test_columns_without_any_value_are_left_out(tmp_path):
+    table = methods_table(groups_of(write_run(tmp_path / "a", model="llama_9m")))
+    assert not any("published" in heading for heading in table.headings)
+    assert all(len(row) == len(table.headings) for row in table.rows)
+
+
+def test_rank_and_delta_make_a_table(tmp_path):
+    """Rows are ranks, columns deltas, the published value beside; what was not run is a dash."""
+    pairs = [("96", "0.03"), ("128", "0.03"), ("128", "0.05")]
+    folders = [
+        write_run(tmp_path / str(number), "--rank", rank, "--sp_ratio", delta, perplexity=40.0 + number)
+        for number, (rank, delta) in enumerate(pairs)
+    ]
+    table = rank_delta_table(groups_of(*folders))
+    assert table.headings == ("rank", "δ = 0.03: perplexity", "δ = 0.05: perplexity")
+    assert table.rows == (
+        ("r = 96", "40.00 (n = 1); published 34.80", "—"),
+        ("r = 128", "41.00 (n = 1); published 34.15", "42.00 (n = 1); published 33.41"),
+    )
+    assert rank_delta_table(groups_of(folders[0])) is None
+
+
+def test_command_makes_the_same_run(tmp_path):
+    """Parsed again, it gives the arguments that were recorded, but for where the run lies."""
+    from peft_pretraining.config import as_dict, parse_args
+
+    run = read_run(write_run(tmp_path / "a", "--packing", "--activation_checkpointing", "--dtype", "bf16"))
+    words = command_of(run).split()
+    assert words[:2] == ["python", "torchrun_main.py"]
+    again = as_dict(parse_args(words[2:]))
+    recorded = run.document["arguments"]
+    differing = {name for name in again if again[name] != recorded[name]}
+    assert differing == {"save_dir"}
+
+
+def test_labels_tell_all_groups_apart(tmp_path):
+    number = itertools.count()
+    folders = [
+        write_run(tmp_path / str(next(number)), "--rank", rank, "--weight_decay", decay, method=method)
+        for rank in ("64", "128") for decay in ("0", "0.1") for method in ("lowrank", "sltrain")
+    ]  # fmt: skip
+    labels = [group.label for group in groups_of(*folders)]
+    assert len(set(labels)) == len(folders)
+    assert "SLTrain, r = 64, weight_decay = 0.1" in labels

@@ -1,0 +1,166 @@
+"""The page holds what the runs reached, by itself, and a browser shows it without complaint."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from run_records import write_run
+
+from peft_pretraining.__main__ import main as command
+from peft_pretraining.report.command import write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Full-rank and SLTrain at two learning rates with two seeds each, and one that was stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        write_run(folder / f"full{seed}", method="full", seed=seed, perplexity=30.0 + seed)
+        for lr in (0.001, 0.003):
+            write_run(folder / f"s{lr}-{seed}", seed=seed, lr=lr, perplexity=33.0 + seed + 100 * lr)
+    write_run(folder / "stopped", seed=3, reached=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    """The folder of their report."""
+    out = tmp_path_factory.mktemp("report")
+    write_report(sorted(runs.iterdir()), out, "A <title> & more")
+    return out
+
+
+class Elements(HTMLParser):
+    """Tags, attribute values that name something to fetch, and the text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.fetched, self.open, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_page_is_whole_and_fetches_nothing(report):
+    text = (report / "report.html").read_text(encoding="utf-8")
+    page = Elements(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert page.fetched
+    assert all(value.startswith("data:") for value in page.fetched)
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert "A &lt;title&gt; &amp; more" in text
+    figures = {path.stem for path in report.glob("*.png")}
+    assert figures == {"loss", "perplexity", "perplexity_memory", "memory", "throughput", "learning_rate"}
+    assert page.tags.count("img") == len(figures)
+    words = " ".join(page.words)
+    for expected in (
+        "31.50 ± 6.35 (n = 2)",  # of 31 and 32: 12.706 x 0.7071 / sqrt(2)
+        "34.15",  # published
+        "arXiv 2406.02214",
+        "unfinished after update 4 of 10",
+        "--peft_model sltrain --sp_ratio 0.03",
+        "torch 2.13.0",
+    ):
+        assert expected in words
+
+
+def test_runs_with_nothing_in_common_but_gaps(tmp_path):
+    """Never evaluated, never updated: a page all the same, without the figures that have nothing to show."""
+    first = write_run(tmp_path / "a", perplexity=None, reached=2)
+    second = write_run(tmp_path / "b", method="full", reached=0)
+    (second / "metrics.jsonl").unlink()
+    write_report([first, second], tmp_path / "out", "gaps")
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "no update is logged yet" in text
+    assert not (tmp_path / "out" / "perplexity_memory.png").exists()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["groups"][0]["perplexity"] is None
+
+
+def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("peft_pretraining.report.figures.draw_all", lambda groups, out: {})
+    assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [group["method"] for group in found["groups"]] == ["full", "sltrain", "sltrain"]
+    assert command(["report", str(runs)]) == 2
+    assert "--out DIR" in capsys.readouterr().err
+    assert command(["report", str(runs / "full1"), str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "none: no run.json" in capsys.readouterr().err
+
+
+def test_one_run_keeps_its_table_and_curves(tmp_path, capsys):
+    run = write_run(tmp_path / "run", method="full")
+    assert command(["report", str(run)]) == 0
+    assert "final perplexity" in capsys.readouterr().out
+    assert (run / "curves.png").is_file()
+    assert not (run / "report.html").exists()
+    assert command(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert {"curves.png", "report.html", "report.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_dashboard_gets_the_same_panels(runs, tmp_path, monkeypatch, capsys):
+    """The real wandb package, offline: a run folder with table, figures and page below the report."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--wandb", "offline"]) == 0
+    media = [path.name for path in (tmp_path / "out" / "wandb").rglob("media/**/*") if path.is_file()]
+    assert {name.split("_")[0] for name in media} >= {"loss", "memory", "methods", "page", "throughput"}
+
+
+def browse(browser, url, folder, *more):
+    """What headless Chromium says of a page; its console goes to the log on stderr."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,2400"]
+    log = ["--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}"]
+    return subprocess.run([browser, *flags, *log, *more, url], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def browser():
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser at hand ({', '.join(BROWSERS)}): apt-get install chromium")
+    return found
+
+
+def test_browser_shows_the_page_without_complaint(report, tmp_path, browser):
+    """Opened from disk: no message in the console, text and figures on the screen."""
+    page = report / "report.html"
+    shot = tmp_path / "shot.png"
+    ended = browse(browser, page.as_uri(), tmp_path, f"--screenshot={shot}")
+    assert "CONSOLE" not in ended.stderr
+    from matplotlib.image import imread
+
+    picture = imread(shot)
+    assert picture.shape[:2] == (2400, 1400)
+    dark = (picture[..., :3].mean(axis=2) < 0.4).mean(axis=1)  # share of dark pixels by line of the screen
+    assert (dark[:1200] > 0.01).sum() > 50  # text and figures, not a blank page
+    ended = browse(browser, page.as_uri(), tmp_path, "--dump-dom")
+    assert ended.stdout.count("<img") == text_count(page, "<img")
+    assert "held-out perplexity" in ended.stdout
+
+
+def text_count(path, part):
+    return path.read_text(encoding="utf-8").count(part)
+
+
+def test_the_browser_check_sees_a_complaint(tmp_path, browser):
+    """A page with a script that fails and an image that is not there: the console tells."""
+    (tmp_path / "bad.html").write_text("<script>throw new Error('broken')</script><img src='none.png'>")
+    assert "CONSOLE" in browse(browser, (tmp_path / "bad.html").as_uri(), tmp_path, "--dump-dom").stderr

@@ -1,0 +1,120 @@
+"""Runs that were stopped, never evaluated, damaged, or made by earlier versions are read, and what they lack is said."""
+
+import json
+
+import pytest
+from run_records import UPDATES, change_document, evaluation, rows_of, write_rows, write_run
+
+from peft_pretraining.report.read import find_runs, read_run
+
+
+def notes_of(folder):
+    return " / ".join(read_run(folder).notes)
+
+
+def test_finished_run_lacks_nothing(tmp_path):
+    run = read_run(write_run(tmp_path / "run", perplexity=31.5))
+    assert run.notes == ()
+    assert (run.status, run.final_perplexity, run.model, run.method, run.seed) == (
+        "finished", 31.5, "llama_60m", "sltrain", 42,
+    )  # fmt: skip
+
+
+def test_paper_memory_is_the_published_estimate(tmp_path):
+    """SLTrain at 60M: printed as .26 G."""
+    assert read_run(write_run(tmp_path / "run")).paper_memory == pytest.approx(0.26, abs=1e-9)
+
+
+def test_unfinished_and_stopped_runs_say_so_and_count_in_no_mean(tmp_path):
+    folder = write_run(tmp_path / "run", reached=4)
+    write_rows(folder, [*rows_of(folder), evaluation(4, 80.0)])
+    assert read_run(folder).final_perplexity is None
+    assert "unfinished after update 4 of 10" in notes_of(folder)
+    (folder / "stopped.json").write_text(json.dumps({"signal": "SIGTERM", "update_step": 4}))
+    assert "stopped after update 4 of 10" in notes_of(folder)
+
+
+def test_run_without_evaluation(tmp_path):
+    folder = write_run(tmp_path / "run", perplexity=None)
+    assert "not evaluated after its last update; the last perplexity is that of update 0" in notes_of(folder)
+    write_rows(folder, [row for row in rows_of(folder) if "loss" in row])
+    run = read_run(folder)
+    assert run.final_perplexity is None
+    assert "never evaluated" in notes_of(folder)
+
+
+def test_run_without_an_update(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    assert "no update is logged yet" in notes_of(folder)
+
+
+def test_record_of_an_earlier_version(tmp_path):
+    """Without the newer arguments, without the account's peak and without measured memory, as the first versions wrote it."""
+    folder = write_run(tmp_path / "run")
+
+    def age(document):
+        for name in ("document_mask", "linear_path", "per_layer", "galore_scale"):
+            del document["arguments"][name]
+        document["arguments"]["update_proj_gap"] = None
+        for name in ("scratch", "runtime", "total", "peak"):
+            del document["plan"]["bytes"][name]
+
+    change_document(folder, age)
+    write_rows(folder, [{k: v for k, v in row.items() if not k.startswith("memory_")} for row in rows_of(folder)])
+    run = read_run(folder)
+    assert "of an earlier version: memory by class was not measured, nor the peak predicted" in notes_of(folder)
+    assert run.arguments["per_layer"] is False
+    assert run.predicted("parameters") == run.plan["bytes"]["parameters"]
+    assert run.predicted("peak") is None
+    assert run.measured("parameters") is None
+
+
+def test_losses_that_were_not_finite_are_counted(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = rows_of(folder)
+    rows[3] |= {"loss": None}
+    rows[5] |= {"skipped_updates": 1}
+    write_rows(folder, [*rows, evaluation(UPDATES, None)])
+    assert "1 evaluations gave no finite perplexity" in notes_of(folder)
+    assert "1 logged updates had a loss that was not finite" in notes_of(folder)
+    assert "1 updates were skipped" in notes_of(folder)
+
+
+def test_arguments_of_a_later_version_are_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    change_document(folder, lambda document: document["arguments"].update(warp_factor=9))
+    assert "arguments that this version does not know: warp_factor" in notes_of(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"arguments": {}, "plan": null}'])
+def test_damaged_record_is_refused_by_name(tmp_path, content):
+    folder = write_run(tmp_path / "run")
+    (folder / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        read_run(folder)
+
+
+def test_axes_count_tokens_and_training_time(tmp_path):
+    """1,000 tokens an update at 500 per second are 2 s each; an evaluation lies where its update does."""
+    run = read_run(write_run(tmp_path / "run"))
+    assert run.axis("seconds") == ([2.0 * step for step in range(1, UPDATES + 1)], [0.0, 2.0 * UPDATES])
+    assert run.axis("tokens")[1] == [0.0, 1_000.0 * UPDATES]
+    assert run.axis("steps") == ([float(step) for step in range(1, UPDATES + 1)], [0.0, float(UPDATES)])
+
+
+def test_evaluation_between_logged_updates_lies_between_them(tmp_path):
+    """With --log_every 5 an evaluation after update 7 lies two fifths of the way from update 5 to 10."""
+    folder = write_run(tmp_path / "run")
+    rows = [row for row in rows_of(folder) if "loss" in row and row["update_step"] in (5, 10)]
+    write_rows(folder, [*rows, evaluation(7, 50.0), evaluation(10, 40.0)])
+    assert read_run(folder).axis("tokens")[1] == [7_000.0, 10_000.0]
+
+
+def test_folder_of_runs_stands_for_its_runs(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "report").mkdir()
+    assert find_runs([tmp_path]) == runs
+    assert find_runs([tmp_path / "a", tmp_path]) == runs  # each once
+    with pytest.raises(ValueError, match=r"report: no run\.json"):
+        find_runs([tmp_path / "report"])

@@ -1,0 +1,59 @@
+"""Stands in for torchrun_main.py: leaves a run's record within milliseconds, fails or waits where its settings say so.
+
+--weight_decay 1: fails with exit code 1. --weight_decay 2: makes half its updates, saves, and waits for a signal.
+--weight_decay 3: makes half its updates, saves and is killed. A run that goes on makes the rest. Every start is a line in
+starts.txt beside its folder.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from peft_pretraining.config import as_dict, parse_args
+from peft_pretraining.distributed import World
+from peft_pretraining.plan import make_plan
+
+
+def row(step: int) -> dict:
+    return {"update_step": step, "loss": 5.0, "tokens_seen": 10 * step, "throughput_tokens": 5.0, "max_memory": 2**20}
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    args = parse_args(sys.argv[1:])
+    plan = make_plan(args, World())
+    folder = Path(args.save_dir)
+    with (folder.parent / "starts.txt").open("a") as file:
+        file.write(f"{folder.name}\n")
+    if args.weight_decay == 1:
+        print("stub: error: no luck today", file=sys.stderr)
+        return 1
+    goes_on = any(folder.glob("step_*"))
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"arguments": as_dict(args), "plan": {**asdict(plan), "save_dir": str(folder)}}
+    (folder / "run.json").write_text(json.dumps(document))
+    half = args.num_training_steps // 2
+    if args.weight_decay >= 2 and not goes_on:
+        (folder / f"step_{half:08d}").mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, half + 1)))
+        if args.weight_decay == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            time.sleep(0.05)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in range(half + 1 if goes_on else 1, args.num_training_steps + 1):
+            file.write(json.dumps(row(step)) + "\n")
+        last = {"update_step": args.num_training_steps, "final_eval_loss": 3.0, "final_eval_perplexity": 20.0}
+        file.write(json.dumps({**last, "final_eval_tokens": 100}) + "\n")
+    (folder / f"step_{args.num_training_steps:08d}").mkdir(exist_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

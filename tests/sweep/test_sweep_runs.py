@@ -1,0 +1,176 @@
+"""A sweep skips what is finished, goes on with what is broken, survives what fails, and stops where it is asked to."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peft_pretraining.__main__ import main as command
+from peft_pretraining.sweep import runner
+
+ROOT = Path(__file__).resolve().parents[2]
+STUB = Path(__file__).resolve().parent / "stub_program.py"
+BASE = {"model_config": str(ROOT / "configs/llama_demo.json"), "dataset": "demo", "batch_size": 4, "max_length": 64}
+BASE |= {"num_training_steps": 4, "warmup_steps": 1}
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Runs take milliseconds, and nobody looks at the figures."""
+    monkeypatch.setattr(runner, "PROGRAM", STUB)
+    monkeypatch.setattr("peft_pretraining.report.figures.draw_all", lambda groups, out: {})
+
+
+def write_sweep(tmp_path, settings, seeds=(42,), base=BASE):
+    path = tmp_path / "sweep.yaml"
+    values = {"folder": str(tmp_path / "runs"), "seeds": list(seeds), "base": base, "settings": settings}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def starts(tmp_path):
+    path = tmp_path / "runs" / "starts.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_every_run_is_made_once_and_reported(tmp_path, stub, capfd):
+    path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}], seeds=[1, 2])
+    assert command(["sweep", str(path)]) == 0
+    names = ["lr0.1-seed1", "lr0.2-seed1", "lr0.1-seed2", "lr0.2-seed2"]
+    assert starts(tmp_path) == names
+    report = json.loads((tmp_path / "runs" / "report" / "report.json").read_text())
+    assert [group["perplexity"]["n"] for group in report["groups"]] == [2, 2]
+    assert (tmp_path / "runs" / "report" / "report.html").is_file()
+    assert command(["sweep", str(path)]) == 0
+    assert starts(tmp_path) == names  # nothing was started again
+    assert capfd.readouterr().out.count("skipped") == 4
+
+
+def test_a_failed_run_does_not_end_the_sweep(tmp_path, stub, capfd):
+    path = write_sweep(tmp_path, [{"weight_decay": [0, 1, 0.5]}])
+    assert command(["sweep", str(path)]) == 1
+    assert len(starts(tmp_path)) == 3
+    told = capfd.readouterr().out
+    assert "failed: weight_decay1-seed42: exit code 1: stub: error: no luck today" in told
+    assert "1 of 3 runs failed" in told
+    assert (tmp_path / "runs" / "report" / "report.html").is_file()
+    assert command(["sweep", str(path)]) == 1  # it alone is tried again
+    assert starts(tmp_path)[3:] == ["weight_decay1-seed42"]
+
+
+def test_a_killed_run_goes_on_the_next_time(tmp_path, stub, capfd):
+    path = write_sweep(tmp_path, [{"weight_decay": [3, 0]}])
+    assert command(["sweep", str(path)]) == 1
+    assert "killed by SIGKILL" in capfd.readouterr().out
+    assert command(["sweep", str(path), "--dry_run"]) == 0
+    assert "unfinished after update 2 of 4: goes on from its newest checkpoint" in capfd.readouterr().out
+    assert command(["sweep", str(path)]) == 0
+    assert starts(tmp_path) == ["weight_decay3-seed42", "weight_decay0-seed42", "weight_decay3-seed42"]
+
+
+def test_a_folder_made_with_other_arguments_is_left_alone(tmp_path, stub, capfd):
+    """The name says lr 0.1; what changed stands in the base. To train on would mix two settings."""
+    settings = [{"lr": 0.1}]
+    assert command(["sweep", str(write_sweep(tmp_path, settings))]) == 0
+    path = write_sweep(tmp_path, settings, base={**BASE, "num_training_steps": 6, "total_batch_size": 8})
+    assert command(["sweep", str(path)]) == 1
+    told = capfd.readouterr().out
+    assert "num_training_steps 4 (now 6)" in told
+    assert "total_batch_size 4 (now 8)" in told
+    assert starts(tmp_path) == ["lr0.1-seed42"]
+
+
+def test_dry_run_starts_nothing(tmp_path, stub, capfd):
+    path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
+    assert command(["sweep", str(path), "--dry_run"]) == 0
+    told = capfd.readouterr().out
+    assert told.startswith("2 runs: 2 not begun")
+    assert "--lr=0.2" in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_cannot_be_planned_starts_nothing(tmp_path, stub, capfd):
+    assert command(["sweep", str(write_sweep(tmp_path, [{"lr": [0.1, -1]}]))]) == 2
+    assert "--lr -1.0: must be above 0" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+SWEEP = (
+    "import sys; from pathlib import Path; from peft_pretraining.sweep import runner; runner.PROGRAM = Path(sys.argv[1]); "
+    "from peft_pretraining.__main__ import main; sys.exit(main(['sweep', sys.argv[2]]))"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_run_and_sweep(tmp_path, number):
+    """The run under way ends by the same signal, no other is started, and the message says how to go on."""
+    path = write_sweep(tmp_path, [{"weight_decay": [2, 0]}])
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", SWEEP, str(STUB), str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    record = tmp_path / "runs" / "weight_decay2-seed42" / "metrics.jsonl"
+    while not record.exists() and sweep.poll() is None:
+        time.sleep(0.05)
+    sweep.send_signal(number)
+    told, _ = sweep.communicate()
+    assert sweep.returncode == 130
+    assert "0 of 2 runs are finished" in told
+    assert f"python -m peft_pretraining sweep {path}" in told
+    assert starts(tmp_path) == ["weight_decay2-seed42"]
+
+
+def test_script_finds_the_file_from_anywhere(tmp_path):
+    path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "sweep.sh"), path.name, "--dry_run"],
+        cwd=tmp_path,
+        env={**os.environ, "SLTRAIN_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "2 runs: 2 not begun" in ended.stdout
+
+
+def losses(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row], rows[-1].get("final_eval_loss")
+
+
+def test_the_program_itself_in_a_sweep(tmp_path, tiny_run, capfd):
+    """Two tiny runs of torchrun_main.py, one of which fails; then a lost last checkpoint: the run goes on from the one before."""
+    base = {flag.removeprefix("--"): value for flag, value in zip(tiny_run[::2], tiny_run[1::2], strict=True)}
+    base |= {"batch_size": 4, "max_length": 64, "num_training_steps": 4, "warmup_steps": 1, "save_every": 2, "rank": 8}
+    base |= {"wandb": "disabled", "device": "cpu", "workers": 0, "eval_every": 4, "sp_ratio": 0.1, "lora_alpha": 2}
+    missing = tmp_path / "no-data"
+    missing.mkdir()
+    path = write_sweep(
+        tmp_path, [{"peft_model": "sltrain"}, {"peft_model": "full", "eval_dataset": str(missing)}], base=base
+    )
+    assert command(["sweep", str(path)]) == 1
+    told = capfd.readouterr().out
+    assert "failed: full" in told
+    assert "no-data" in told
+    run = tmp_path / "runs" / "sltrain-seed42"
+    first = losses(run / "metrics.jsonl")
+    assert len(first[0]) == 4
+    shutil.rmtree(run / "step_00000004")
+    kept = (
+        (run / "metrics.jsonl").read_text().splitlines()[:3]
+    )  # updates 1 to 3: as if it had been killed in the fourth
+    (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    path = write_sweep(tmp_path, [{"peft_model": "sltrain"}], base=base)
+    assert command(["sweep", str(path)]) == 0
+    assert losses(run / "metrics.jsonl") == first

@@ -1,0 +1,105 @@
+"""What a sweep's file asks for: a list is a grid, every run is checked before the first, and nothing is said twice."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peft_pretraining.config import ConfigError
+from peft_pretraining.sweep.settings import load_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = {"model_config": str(ROOT / "configs/llama_demo.json"), "dataset": "demo", "batch_size": 4, "max_length": 64}
+
+
+def sweep_of(tmp_path, **changes):
+    values = {"folder": str(tmp_path / "runs"), "seeds": [42], "base": BASE, "settings": [{"peft_model": "full"}]}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return load_sweep(path)
+
+
+def problems_of(tmp_path, **changes):
+    with pytest.raises(ConfigError) as caught:
+        sweep_of(tmp_path, **changes)
+    return "\n".join(caught.value.problems)
+
+
+def test_lists_make_a_grid_for_every_seed(tmp_path):
+    sltrain = {"peft_model": "sltrain", "rank": [8, 16], "sp_ratio": [0.1, 0.2]}
+    found = sweep_of(tmp_path, settings=[{"peft_model": "full", "lr": [0.1, 0.2]}, sltrain], seeds=[1, 2])
+    assert len(found.runs) == 2 * (2 + 4)
+    assert [run.args.seed for run in found.runs] == [1] * 6 + [2] * 6  # a first comparison is there after one seed
+    pairs = {(run.args.rank, run.args.sp_ratio) for run in found.runs if run.args.peft_model == "sltrain"}
+    assert pairs == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}
+    assert all(run.args.batch_size == 4 and run.args.max_length == 64 for run in found.runs)
+
+
+def test_folders_say_the_setting_and_the_seed(tmp_path):
+    found = sweep_of(tmp_path, settings=[{"peft_model": "sltrain", "lr": 0.002}], base={**BASE, "rank": [8, 16]})
+    assert [run.name for run in found.runs] == ["sltrain-rank8-lr0.002-seed42", "sltrain-rank16-lr0.002-seed42"]
+    assert found.runs[0].folder == tmp_path / "runs" / found.runs[0].name
+
+
+def test_an_entry_wins_over_the_base(tmp_path):
+    found = sweep_of(tmp_path, settings=[{"lr": 0.5}, {"lr": 0.25}], base={**BASE, "lr": 0.125, "compile": True})
+    assert [run.args.lr for run in found.runs] == [0.5, 0.25]
+    assert all(run.args.compile for run in found.runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": [1, 1]}, "seeds [1, 1]: must be a list of whole numbers"),
+        ({"seeds": 42}, "seeds 42"),
+        ({"settings": []}, "settings: must be a list of mappings"),
+        ({"folder": None}, "folder None: name the folder"),
+        ({"nproc_per_node": 0}, "nproc_per_node 0"),
+        ({"setings": [{}]}, "unknown key 'setings' (did you mean settings?)"),
+        ({"settings": [{"lr": []}]}, "lr: is an empty list"),
+        ({"settings": [{"lr": {"a": 1}}]}, "lr: must be a value or a list of values"),
+        ({"settings": [{"seed": 3}]}, "seed: give the seeds as `seeds`"),
+        ({"base": {**BASE, "save_dir": "x"}}, "save_dir: the sweep names its runs' folders"),
+        ({"settings": [{"learning_rate": 1}]}, "learning_rate"),
+        ({"settings": [{"lr": [-1.0, 0.1]}]}, "lr-1.0-seed42: --lr -1.0: must be above 0"),
+        ({"settings": [{"max_length": 10**6}]}, "max_length1000000-seed42: --max_length 1000000"),
+        ({"settings": [{"lr": 0.1}, {"lr": 0.1}]}, "lr0.1-seed42 is asked for twice"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(tmp_path, changes, words):
+    assert words in problems_of(tmp_path, **changes)
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    told = problems_of(tmp_path, settings=[{"lr": -1.0}, {"rank": 0}])
+    assert "--lr -1.0" in told
+    assert "--rank 0" in told
+
+
+@pytest.mark.parametrize("content", ["- 1", "a: [", "\x00"])
+def test_a_file_that_is_no_sweep(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_sweep(path)
+    with pytest.raises(ConfigError, match="none"):
+        load_sweep(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_sweeps_plan_every_run(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = load_sweep(path)
+    assert len({run.name for run in found.runs}) == len(found.runs) > 1
+
+
+def test_rank_delta_sweep_is_the_published_ablation(monkeypatch):
+    """Every pair of the paper's Tables 6 and 7, at the published setting."""
+    from peft_pretraining.report.published import RANK_AND_DELTA
+
+    monkeypatch.chdir(ROOT)
+    runs = load_sweep(ROOT / "scripts/sweeps/rank_delta_60m.yaml").runs
+    assert {(run.args.rank, run.args.sp_ratio) for run in runs} == set(RANK_AND_DELTA)
+    for run in runs:
+        assert (run.args.lr, run.args.lora_alpha, run.plan.total_batch_size) == (0.003, 32.0, 512)
+        assert (run.plan.num_training_steps, run.args.warmup_steps) == (11_000, 1_100)

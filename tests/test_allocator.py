@@ -1,0 +1,61 @@
+"""What the C library does with freed memory, in a process of its own."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# 40 blocks of 8 MiB with small ones between them, as a step's temporaries lie between its gradients; then the large ones go.
+PROGRAM = """
+import os, sys
+from peft_pretraining.allocator import set_allocator
+if sys.argv[1] == "set":
+    set_allocator()
+import torch
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+torch.ones(31 * 2**18).sum()  # glibc raises its own threshold to the largest block it has seen freed
+large, small = [], []
+for _ in range(40):
+    large.append(torch.ones(2 * 2**20))
+    small.append(torch.ones(2**14))
+before = resident()
+large.clear()
+print((before - resident()) / (40 * 8 * 2**20), os.environ.get("THP_MEM_ALLOC_ENABLE"))
+"""
+
+
+def given_back(mode: str, **environment: str) -> tuple[float, str]:
+    """Share of the freed blocks that is the system's again, and whether torch was told to take huge pages."""
+    command = [sys.executable, "-c", PROGRAM, mode]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "THP_", "GLIBC_"))}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True, timeout=600
+    )
+    share, huge = ended.stdout.split()
+    return float(share), huge
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
+def test_large_blocks_are_given_back():
+    """Also where glibc by itself would have kept them between smaller ones."""
+    share, huge = given_back("set")
+    assert share > 0.9
+    assert huge == "1"
+    assert given_back("leave")[0] < 0.1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
+def test_a_choice_in_the_environment_stands():
+    """As for any program of this library."""
+    thresholds = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+    share, huge = given_back("set", THP_MEM_ALLOC_ENABLE="0", **thresholds)
+    assert share < 0.1
+    assert huge == "0"
