@@ -182,6 +182,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
             break
 
         micro_batches = next_micro_batches(run, world)
+        run.restarts.before_update(state.update_step)
         lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
         if args.on_nonfinite == "stop" and bool(

@@ -31,7 +31,8 @@ from peft_pretraining.footprint import comparison, measured_bytes
 from peft_pretraining.metrics import Recorder, peak_memory_bytes
 from peft_pretraining.parallel import is_sharded, replicate
 from peft_pretraining.plan import Plan, format_plan, make_plan, memory_problems
-from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run, run_content
+from peft_pretraining.restarts import Restarts
+from peft_pretraining.resume import RunParts, finished_state, refuse_if_over, restore_data, restore_run, run_content
 from peft_pretraining.run_folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
 from peft_pretraining.saver import Saver
 from peft_pretraining.stop import Stopped, StopRequest, StopRun
@@ -49,6 +50,7 @@ class Run:
     batches: Iterator[Batch]
     module: nn.Module  # maps (input_ids, labels, num_targets) to the sum of token losses
     parts: RunParts
+    restarts: Restarts
     document: dict[str, Any]  # run.json
     stop: StopRequest
     saver: Saver
@@ -73,6 +75,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
         say_finished(world, state, folder)
         return None
+    if folder.warm_start and folder.checkpoint is not None:
+        refuse_if_over(folder.checkpoint, plan)
     data = build_data(args, plan, world, device)
     if world.is_main:
         print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
@@ -84,14 +88,15 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     # torchao's 4-bit step is compiled too.
     if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
-    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id)
+    restored = folder.checkpoint is not None
+    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id, restored=restored)
     updates = build_updates(args, token_loss.model, world, device)
     module: nn.Module = token_loss
     if not is_sharded(token_loss) and not updates.averages_gradients:
         module = replicate(token_loss, world, device, None if args.reduce_dtype is None else DTYPES[args.reduce_dtype])
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
-        restore_run(folder.checkpoint, parts, world)
+        restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
     document = run_document(args, plan, world, folder, data.source)
     saver = Saver(
         folder.path,
@@ -102,7 +107,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         saved_step=parts.state.update_step if folder.goes_on_in_place else None,
         timeout_s=args.timeout_s,
     )
-    return Run(plan, device, folder, data, batches, module, parts, document, StopRequest(), saver)
+    restarts = Restarts(args, token_loss.model, updates, world)
+    return Run(plan, device, folder, data, batches, module, parts, restarts, document, StopRequest(), saver)
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:

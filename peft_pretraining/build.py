@@ -34,6 +34,7 @@ from peft_pretraining.optim import (
 )
 from peft_pretraining.parallel import Sharding, settle_shards, shard
 from peft_pretraining.plan import Plan
+from peft_pretraining.svd_start import start_from_svd
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -123,11 +124,11 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
 
 
 def build_module(
-    args: Arguments, plan: Plan, world: World, device: torch.device, eos_id: int | None = None
+    args: Arguments, plan: Plan, world: World, device: torch.device, eos_id: int | None = None, restored: bool = False
 ) -> TokenLoss:
     """The model with its method applied and its loss, on the device, with the seed's initial values; sharded if asked for.
 
-    eos_id: what ends a document, for --document_mask.
+    eos_id: what ends a document, for --document_mask. restored: a checkpoint's values follow, so that none need be decomposed.
     """
     model = meta_model(plan.model, DTYPES[plan.dtype], lambda model: METHODS[args.peft_model](model, args))
     module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
@@ -139,6 +140,8 @@ def build_module(
         shard(module, [*embedding, *model.model.layers], device, sharding)
     materialize(model, device)
     initialize(model, args.seed)
+    if args.init == "svd" and not restored:
+        start_from_svd(model, model.config.initializer_range, args.seed, world)
     if sharded:
         settle_shards(module, device)
     prepare_to_train(model, args.activation_checkpointing, args.compile)

@@ -19,11 +19,14 @@ from typing import Any, NoReturn
 
 from peft_pretraining.memory import PROJ_TYPES, SUPPORT_KINDS, block_count
 
-METHODS = ("full", "lowrank", "sltrain", "galore")
+METHODS = ("full", "lowrank", "relora", "sltrain", "galore")
+# Methods whose linears are factors that a restart can act on.
+RESTARTED = ("lowrank", "sltrain")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 LOW_BIT = ("adam8bit", "adamw4bit")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+INITS = ("default", "svd")
 LINEAR_PATHS = ("auto", "materialised", "factored")
 PARALLEL = ("ddp", "fsdp")
 EMBEDDING_STATES = ("32bit", "8bit")
@@ -70,7 +73,8 @@ class MethodArguments:
 
     peft_model: str = _arg(
         "full",
-        f"what the attention and MLP linears become: {' | '.join(METHODS)} (dense ones, whose gradients are projected)",
+        f"what the attention and MLP linears become: {' | '.join(METHODS)} (dense ones, whose gradients are projected); relora: "
+        "frozen dense ones plus factors that are merged into them every --relora updates",
         choices=METHODS,
     )
     rank: int = _arg(128, "rank r of the low-rank part B A; of galore's projections")
@@ -104,11 +108,36 @@ class MethodArguments:
         choices=PROJ_TYPES,
         method="galore",
     )
-    # Flags of methods that other published programs have; they cost a notice here, see `notices`.
-    relora: int | None = _arg(None, "ReLoRA: update steps between merges", method="relora")
-    reset_optimizer_on_relora: bool | None = _arg(None, "ReLoRA: reset the optimizer at a merge", method="relora")
-    optimizer_random_pruning: float | None = _arg(None, "ReLoRA: share of moments pruned at random", method="relora")
-    optimizer_magnitude_pruning: float | None = _arg(None, "ReLoRA: share of smallest moments pruned", method="relora")
+    init: str = _arg(
+        "default",
+        "lowrank, sltrain: initial values: default (the published ones) | svd (of a dense initialisation: the best rank-r part "
+        "as balanced factors, the sparse values from what it leaves)",
+        choices=INITS,
+    )
+    restart_every: int | None = _arg(
+        None, "lowrank, sltrain: update steps between restarts, which set all moments to zero (default: none)"
+    )
+    rebalance: bool = _arg(
+        False, "with --restart_every: a restart replaces B and A by balanced factors of the same product"
+    )
+    relora: int | None = _arg(
+        None, "relora: update steps between merges of the factors into the dense weights", method="relora"
+    )
+    warmed_up_model: str | None = _arg(
+        None,
+        "relora: a full-rank run's folder or checkpoint, whose weights, update step and data position it starts from "
+        "(default: from the seed's initial values)",
+        method="relora",
+    )
+    reset_optimizer_on_relora: bool | None = _arg(
+        None, "relora: zero the factors' moments at a merge (default: true, unless they are pruned)", method="relora"
+    )
+    optimizer_random_pruning: float | None = _arg(
+        None, "relora: share of the factors' moments, chosen at random, that a merge zeroes instead", method="relora"
+    )
+    optimizer_magnitude_pruning: float | None = _arg(
+        None, "relora: share of the factors' moments, the smallest ones, that a merge zeroes instead", method="relora"
+    )
 
 
 @dataclass
@@ -198,7 +227,9 @@ class OptimizationArguments:
     min_lr_ratio: float = _arg(0.1, "end of the cosine schedules as a share of the peak")
     warmup_steps: int = _arg(1_000, "update steps of linear warm-up")
     cycle_length: int | None = _arg(None, "update steps per cycle of the cosine schedules (default: one cycle)")
-    restart_warmup_steps: int | None = _arg(None, "update steps of warm-up after each restart (cosine_restarts)")
+    restart_warmup_steps: int | None = _arg(
+        None, "update steps of warm-up after each restart of cosine_restarts, --restart_every or --relora"
+    )
     adjust_step: int = _arg(0, "shift of the restarts, update steps (cosine_restarts)")
 
 
@@ -293,7 +324,9 @@ GROUPS = (ModelArguments, MethodArguments, DataArguments, OptimizationArguments,
 # Arguments that say which run this is; the default save_dir is keyed by them, so that the same script finds its run.
 RUN_DEFINING = (
     *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
-    *("update_proj_gap", "galore_scale", "proj_type"),
+    *("update_proj_gap", "galore_scale", "proj_type", "init", "restart_every", "rebalance"),
+    *("relora", "warmed_up_model", "reset_optimizer_on_relora"),
+    *("optimizer_random_pruning", "optimizer_magnitude_pruning"),
     *("dataset", "text_field", "tokenizer", "max_length", "packing", "document_mask", "data_lanes", "seed"),
     *("num_training_steps", "max_train_tokens"),
     *("optimizer", "lr", "weight_decay", "beta1", "grad_clipping", "scheduler", "min_lr_ratio"),
@@ -312,7 +345,9 @@ CHANGEABLE = (
         "grad_clipping",
         "grad_norm_growth",
     ),
-    *("update_proj_gap", "galore_scale"),
+    *("update_proj_gap", "galore_scale", "init", "restart_every", "rebalance"),
+    *("relora", "warmed_up_model", "reset_optimizer_on_relora"),
+    *("optimizer_random_pruning", "optimizer_magnitude_pruning"),
     *("lora_alpha", "document_mask", "dataset", "text_field", "tokenizer", "reduce_dtype", "compute_dtype"),
 )
 # These cannot: the checkpoint's tensors or its data position would not fit.
@@ -320,6 +355,14 @@ UNCHANGEABLE = (
     *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "train_scaling", "support", "proj_type", "seed"),
     *("max_length", "packing", "data_lanes"),
     *("optimizer", "beta1", "embedding_states", "stochastic_rounding"),
+)
+
+# What --warmed_up_model takes from the full-rank run is its weights and how far it has come: method, optimizer and schedule
+# are the new run's own.
+WARM_START_CHANGES = frozenset(
+    {"peft_model", "rank", "sp_ratio", "train_scaling", "support", "proj_type", "optimizer", "beta1"}
+    | {"embedding_states", "stochastic_rounding"}
+    | set(CHANGEABLE) - {"document_mask", "dataset", "text_field", "tokenizer", "total_batch_size"}
 )
 
 
@@ -392,7 +435,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line, grouped by topic; defaults stay None here, which tells what was given from what was not."""
     parser = _Parser(
         prog="torchrun_main.py",
-        description="Pretrain a LLaMA from a JSON config: full-rank, low-rank, or sparse plus low-rank (SLTrain).",
+        description="Pretrain a LLaMA from a JSON config, its linears full-rank, low-rank, or sparse plus low-rank (SLTrain).",
         epilog="Every flag can also stand in a YAML or JSON file (--config FILE). Start: bash scripts/quickstart.sh",
         allow_abbrev=False,
     )
@@ -497,8 +540,6 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
     return args
 
 
-# Published names that need what this version does not have, and the nearest that works.
-_UNAVAILABLE = {"relora": "lowrank"}
 # Published optimizer names of GaLore, and the optimizer in the subspace.
 GALORE_NAMES = {
     "galore_adamw": "adamw",
@@ -555,11 +596,6 @@ def _normalise_choices(given: dict[str, Any]) -> list[str]:
         value = str(given[field.name]).lower()
         if value in choices:
             given[field.name] = choices[value] if isinstance(choices, dict) else value
-        elif value in _UNAVAILABLE:
-            problems.append(
-                f"--{field.name} {given[field.name]}: not in this version; "
-                f"nearest is --{field.name} {_UNAVAILABLE[value]}"
-            )
         else:
             hint = _suggestion(value, set(choices))
             problems.append(f"--{field.name} {given[field.name]}: must be one of {', '.join(choices)}{hint}")
@@ -614,6 +650,7 @@ def value_problems(args: Arguments) -> list[str]:
             "stepped; use --grad_norm_growth 1.01, which limits each tensor's norm, or drop one of the two"
         )
     problems += _parallel_problems(args)
+    problems += _relora_problems(args) + _restart_problems(args)
     if args.stochastic_rounding and args.optimizer not in ("adam", "adamw", *LOW_BIT):
         problems.append(
             f"--stochastic_rounding with --optimizer {args.optimizer}: works with adam, adamw, adam8bit and adamw4bit"
@@ -649,6 +686,91 @@ def _parallel_problems(args: Arguments) -> list[str]:
     return problems
 
 
+def restart_interval(args: Arguments) -> int | None:
+    """Update steps from one restart to the next: ReLoRA's merges, or those of a method with factors; None without."""
+    if args.peft_model == "relora":
+        return args.relora
+    return args.restart_every if args.peft_model in RESTARTED else None
+
+
+def moments_at_a_merge(args: Arguments) -> tuple[str, float]:
+    """What ReLoRA does with the moments of its factors: ("zero" | "random" | "magnitude" | "keep", share of them)."""
+    if args.optimizer_random_pruning is not None:
+        return "random", args.optimizer_random_pruning
+    if args.optimizer_magnitude_pruning is not None:
+        return "magnitude", args.optimizer_magnitude_pruning
+    return ("keep", 0.0) if args.reset_optimizer_on_relora is False else ("zero", 1.0)
+
+
+def _relora_problems(args: Arguments) -> list[str]:
+    if args.peft_model != "relora":
+        return []
+    problems = []
+    if args.relora is None:
+        problems.append(
+            "--peft_model relora needs --relora N (update steps between merges), e.g. --relora 1000; without merges it "
+            "would train one low-rank change of random weights"
+        )
+    prunings = {
+        name: getattr(args, name)
+        for name in ("optimizer_random_pruning", "optimizer_magnitude_pruning")
+        if getattr(args, name) is not None
+    }
+    for name, share in prunings.items():
+        if not 0 < share <= 1:
+            problems.append(f"--{name} {share}: must be a share above 0 and at most 1, e.g. 0.9")
+        if args.optimizer not in ("adam", "adamw", "sgd"):
+            problems.append(
+                f"--{name} {share} with --optimizer {args.optimizer}: its moments are quantised or factored, and not pruned one "
+                "by one; use --reset_optimizer_on_relora true, or --optimizer adamw"
+            )
+        if args.reset_optimizer_on_relora:
+            problems.append(
+                f"--{name} {share} with --reset_optimizer_on_relora true: nothing is left to prune; drop one of the two"
+            )
+    if len(prunings) == 2:
+        problems.append(
+            "--optimizer_random_pruning with --optimizer_magnitude_pruning: moments are pruned in one way; drop one of the two"
+        )
+    if args.max_train_tokens is not None and args.scheduler == "cosine_restarts":
+        problems.append(
+            f"--max_train_tokens {args.max_train_tokens} with --relora and --scheduler cosine_restarts: the schedule would "
+            "restart by tokens and the factors by updates; use --num_training_steps"
+        )
+    if args.warmed_up_model is not None and not Path(args.warmed_up_model).is_dir():
+        problems.append(f"--warmed_up_model {args.warmed_up_model}: no such folder")
+    if args.warmed_up_model is not None and args.continue_from is not None:
+        problems.append(
+            f"--warmed_up_model {args.warmed_up_model} with --continue_from {args.continue_from}: a run begins from one of them; "
+            "drop one of the two"
+        )
+    return problems
+
+
+def _restart_problems(args: Arguments) -> list[str]:
+    problems = []
+    if args.restart_every is not None and args.peft_model == "relora":
+        problems.append(
+            f"--restart_every {args.restart_every} with --peft_model relora: it restarts at its merges; use --relora N"
+        )
+    if args.restart_every is not None and args.peft_model in RESTARTED and args.scheduler == "cosine_restarts":
+        problems.append(
+            f"--restart_every {args.restart_every} with --scheduler cosine_restarts: that schedule has restarts of its own, at "
+            "other updates; use --scheduler cosine or linear"
+        )
+    if args.rebalance and args.peft_model in RESTARTED and args.restart_every is None:
+        problems.append(
+            "--rebalance needs --restart_every N: factors are replaced at restarts, e.g. --restart_every 200"
+        )
+    interval, warmup = restart_interval(args), args.restart_warmup_steps
+    if interval and warmup is not None and args.scheduler != "cosine_restarts" and warmup >= interval:
+        name = "relora" if args.peft_model == "relora" else "restart_every"
+        problems.append(
+            f"--restart_warmup_steps {warmup}: must be below --{name} {interval}, or the rate never comes back to the schedule's"
+        )
+    return problems
+
+
 def _block_problems(sp_ratio: float) -> list[str]:
     """Blocks have a share 1 / k of a weight's entries; it must be near what was asked for (sparse_lora.block.block_count)."""
     blocks = block_count(sp_ratio)
@@ -680,6 +802,8 @@ def _range_problems(args: Arguments) -> list[str]:
         "data_lanes",
         "cycle_length",
         "keep_checkpoints",
+        "restart_every",
+        "relora",
     )
     not_negative = (
         "warmup_steps",
@@ -716,10 +840,12 @@ def _range_problems(args: Arguments) -> list[str]:
 
 
 # Flags that several methods read and this one does not; those of a single method say so in their own metadata.
+_RESTARTS = ("init", "restart_every", "rebalance")
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
-    "galore": ("sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path"),
+    "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path", *_RESTARTS),
+    "galore": ("sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path", *_RESTARTS),
     "lowrank": ("sp_ratio", "support"),
+    "relora": ("sp_ratio", "support", "linear_path", "init", "rebalance"),
     "sltrain": (),
 }
 
@@ -735,7 +861,7 @@ def _method_notices(args: Arguments) -> list[str]:
         for name in WITHOUT_EFFECT[args.peft_model]
         if name in args.given
     ]
-    if args.train_scaling and args.peft_model in ("lowrank", "sltrain") and "lora_alpha" in args.given:
+    if args.train_scaling and args.peft_model in ("lowrank", "relora", "sltrain") and "lora_alpha" in args.given:
         lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
     return lines
 
@@ -775,11 +901,11 @@ def notices(args: Arguments) -> list[str]:
         )
     if args.wandb == "disabled":
         lines += [f"--{name} has no effect with --wandb disabled" for name in ("name", "tags") if name in args.given]
-    restarts = ("restart_warmup_steps",) if args.scheduler != "cosine_restarts" else ()
+    restarts = args.scheduler == "cosine_restarts" or restart_interval(args) is not None
     cycles = ("cycle_length", "min_lr_ratio") if args.scheduler == "linear" else ()
     lines += [
         f"--{name} has no effect with --scheduler {args.scheduler}"
-        for name in (*restarts, *cycles)
+        for name in (*(() if restarts else ("restart_warmup_steps",)), *cycles)
         if name in args.given
     ]
     if args.max_train_tokens is not None and "num_training_steps" in args.given:

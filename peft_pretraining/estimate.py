@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--rate {args.rate:g}: says nothing of several processes without --bandwidth (10^9 bytes per second)"
         )
-    values = arguments_from({"batch_size": 1, **given})
+    # What a run of relora must say, and memory does not depend on.
+    values = arguments_from({"batch_size": 1, **({"relora": 1} if args.peft_model == "relora" else {}), **given})
     figures = estimate(values, args.device_type, args.world, args.bandwidth, args.rate)
     print(json.dumps(figures) if args.json else format_estimate(figures))
     return 0

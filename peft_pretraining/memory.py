@@ -234,7 +234,7 @@ def static_bytes(
 
     Args:
         counts: what parameter_counts gave for `cfg` and `method`.
-        method: full | lowrank | sltrain | galore (ValueError for relora, whose states are not laid out here).
+        method: full | lowrank | relora | sltrain | galore.
         dtype: bfloat16 | float32 | float64, of parameters and gradients.
         optimizer: adam | adamw | sgd | adafactor | adam8bit | adamw4bit, as the libraries lay out their states.
         beta1: sgd's momentum and adafactor's first moment; 0 is off.
@@ -245,8 +245,6 @@ def static_bytes(
 
     Gradients are counted whole: every trained parameter has one between backward and the update.
     """
-    if method not in ("full", "lowrank", "sltrain", "galore"):
-        raise ValueError(f"method {method!r}: bytes are known for full, lowrank, sltrain and galore")
     whole = tensor_groups(
         cfg,
         method=method,

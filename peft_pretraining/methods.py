@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from peft_pretraining.config import Arguments
-from sparse_lora import SLTrainConfig, reparameterize
+from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 from sparse_lora.reparameterize import DEFAULT_TARGETS
 
 
@@ -35,6 +35,13 @@ def _lowrank(model: nn.Module, args: Arguments) -> list[str]:
     return reparameterize(model, _layer_config(args, sparsity=0.0))
 
 
+def _relora(model: nn.Module, args: Arguments) -> list[str]:
+    """Attention and MLP linears are frozen and get factors (arXiv 2307.05695), which `restarts` merges into them."""
+    return attach_relora(
+        model, rank=args.rank, alpha=args.lora_alpha, trainable_scaling=args.train_scaling, seed=args.seed
+    )
+
+
 def _sltrain(model: nn.Module, args: Arguments) -> list[str]:
     """Attention and MLP linears become (alpha/r) B A + S (arXiv 2406.02214)."""
     return reparameterize(model, _layer_config(args, sparsity=args.sp_ratio))
@@ -57,5 +64,6 @@ METHODS: dict[str, Callable[[nn.Module, Arguments], list[str]]] = {
     "full": _full,
     "galore": _galore,
     "lowrank": _lowrank,
+    "relora": _relora,
     "sltrain": _sltrain,
 }

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from peft_pretraining.model_config import ModelConfig
 from peft_pretraining.parallel import assign_
-from sparse_lora import SparseLowRankLinear, generator_for
+from sparse_lora import ReLoRALinear, SparseLowRankLinear, generator_for
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,8 +123,8 @@ def initialize(model: "LlamaForCausalLM", seed: int) -> None:
     """Draw every parameter from the CPU generator of (seed, qualified name), in float32, and cast: the same numbers on
     any device, in any construction order, and up to rounding in any dtype. Of a sharded parameter this process's part is kept.
 
-    Linears and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Low-rank plus sparse layers: their published
-    initialisation. Raises TypeError on a module whose initialisation is not known here.
+    Linears, frozen ones too, and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Factors and sparse values: their
+    published initialisation. Raises TypeError on a module whose initialisation is not known here.
     """
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -139,10 +139,13 @@ def initialize(model: "LlamaForCausalLM", seed: int) -> None:
             for parameter_name, values in module.initial_values(seed, name):
                 assign_(module.get_parameter(parameter_name), values)
             module.draw_support(seed, name)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        elif isinstance(module, nn.Linear | nn.Embedding | ReLoRALinear):
             _draw_normal(module.weight, std, generator_for(seed, f"{name}.weight"))
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if not isinstance(module, nn.Embedding) and module.bias is not None:
                 module.bias.zero_()
+            if isinstance(module, ReLoRALinear):
+                for parameter_name, values in module.initial_values(seed, name):
+                    assign_(module.get_parameter(parameter_name), values)
         elif isinstance(module, LlamaRMSNorm):
             module.weight.fill_(1.0)
         else:

@@ -51,6 +51,12 @@ def settle_shards(module: nn.Module, device: torch.device) -> None:
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with torch.no_grad():
         module(tokens, tokens)
+    free_gathered(module)
+
+
+def free_gathered(module: nn.Module) -> None:
+    """Leave of every parameter that FSDP2 shards this process's part alone: a forward pass in evaluation may leave it gathered,
+    and what is written to it then is lost. Every process calls it; elsewhere nothing happens."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

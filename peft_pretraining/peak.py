@@ -27,6 +27,7 @@ class Working:
 
     gradients: where all of them are there, or of the largest step. activations, loss: see memory.activation_bytes.
     layer: temporaries of a linear's backward pass. step: those of the largest step. lasting: what of `layer` is never given back.
+    restart: those of a restart, which comes between two updates.
     """
 
     gradients: int
@@ -35,6 +36,7 @@ class Working:
     layer: int
     step: int
     lasting: int = 0
+    restart: int = 0
 
     def layers_left(self, count: int, num_layers: int) -> int:
         """Activations of so many layers; with checkpointing about half of them are those of the layer that is at work."""
@@ -57,10 +59,11 @@ def of_whole(setting: Setting, working: Working) -> list[Moment]:
         backward_ends = at_step = Moment(
             working.gradients, one_layer, 0, max(working.layer, working.step + working.lasting)
         )
-    return [at_loss, backward_begins, backward_ends, at_step]
+    restart = Moment(working.gradients if buckets else 0, 0, 0, working.restart + working.lasting)
+    return [at_loss, backward_begins, backward_ends, at_step, restart]
 
 
-def of_parts(setting: Setting, working: Working, units: Units) -> list[Moment]:
+def of_parts(setting: Setting, working: Working, units: Units, trained: Units) -> list[Moment]:
     """FSDP2, where each process has a part of every parameter. Its order of events, torch 2.13:
 
     Forward: the root's parameters are gathered and stay until the end of the backward pass. A unit is gathered into a flat
@@ -69,8 +72,10 @@ def of_parts(setting: Setting, working: Working, units: Units) -> list[Moment]:
     reduce-scatter, which stays until the layer before it comes to the same point. Embedding and root get no gradient of their
     inputs, so that theirs wait, whole, for the end of the pass.
     gloo takes another buffer of the payload's size for a gather or a reduce-scatter.
+
+    units: what is gathered. trained: of it, what has gradients.
     """
-    buffers, num_layers = _Buffers(setting, units), units.num_layers
+    buffers, num_layers = _Buffers(setting, units, trained), units.num_layers
     before = min(working.gradients, buffers.gradients(0))
     found = [
         Moment(before, 0, 0, buffers.gathering_embedding),
@@ -90,14 +95,14 @@ def of_parts(setting: Setting, working: Working, units: Units) -> list[Moment]:
         ]
     gradients = min(working.gradients, buffers.gradients(num_layers))
     at_end = Moment(gradients, 0, 0, buffers.pass_ends(working.step))
-    return [*found, at_end, Moment(working.gradients, 0, 0, working.step)]
+    return [*found, at_end, Moment(working.gradients, 0, 0, working.step), Moment(0, 0, 0, working.restart)]
 
 
 class _Buffers:
     """What FSDP2 holds for a while: gathered parameters, whole gradients, inputs of reduce-scatters. Bytes."""
 
-    def __init__(self, setting: Setting, units: Units):
-        self.units, self.resharded = units, setting.reshard_after_forward
+    def __init__(self, setting: Setting, units: Units, trained: Units):
+        self.units, self.trained, self.resharded = units, trained, setting.reshard_after_forward
         self.accumulates = setting.gradient_accumulation > 1
         self.per_layer, self.gloo = setting.per_layer, setting.device_type == "cpu"
         self._compute, self._reduce = DTYPE_BYTES[setting.computes_in], DTYPE_BYTES[setting.reduces_in]
@@ -120,8 +125,8 @@ class _Buffers:
 
     def gradients(self, layers: int) -> int:
         """After the reduce-scatter of so many layers: their parts, and of the others what earlier micro-batches left."""
-        sums = self._reduce * (self.units.whole - layers * self.units.layer.whole) if self.accumulates else 0
-        return sums + (0 if self.per_layer else layers * self.units.layer.part * self._width)
+        sums = self._reduce * (self.trained.whole - layers * self.trained.layer.whole) if self.accumulates else 0
+        return sums + (0 if self.per_layer else layers * self.trained.layer.part * self._width)
 
     @property
     def gathering_embedding(self) -> int:
@@ -135,11 +140,11 @@ class _Buffers:
 
     def _at_layer(self, number: int) -> int:
         """Gathered parameters, the head's gradient, the input of the reduce-scatter before; `number` layers are done."""
-        held = self._gathered_before(self.units.num_layers - number) + self._gradient(self.units.root, fresh=False)
+        held = self._gathered_before(self.units.num_layers - number) + self._gradient(self.trained.root, fresh=False)
         if self.resharded:
             following = self.embedding if number == self.units.num_layers - 1 else self.layer
             held += self.layer + following
-        return held + (self._reduced(self.units.layer) if number else 0)
+        return held + (self._reduced(self.trained.layer) if number else 0)
 
     def layer_begins(self, number: int, temporaries: int) -> int:
         """The next one is gathered beforehand."""
@@ -148,17 +153,17 @@ class _Buffers:
 
     def layer_ends(self, number: int, temporaries: int, step: int) -> int:
         """The layer's gradients are complete; then they lie in the input of their reduce-scatter, and the layer is freed."""
-        gradient, reduced = self._gradient(self.units.layer), self._reduced(self.units.layer)
+        gradient, reduced = self._gradient(self.trained.layer), self._reduced(self.trained.layer)
         before = self._at_layer(number)
-        reducing = before - self.layer - (reduced if number else 0) + reduced + self._reduce * self.units.layer.part
+        reducing = before - self.layer - (reduced if number else 0) + reduced + self._reduce * self.trained.layer.part
         moved = max(gradient, reduced if self.gloo else 0, step if self.per_layer else 0)
         return max(before + gradient + temporaries, reducing + moved)
 
     def pass_ends(self, step: int) -> int:
         """The embedding's gradient is complete; then the root's is reduced, of which torch keeps the last tensor meanwhile."""
-        head = self._gradient(self.units.root, fresh=False)
-        complete = self.root + self._reduced(self.units.layer) + head + self._gradient(self.units.embedding)
-        reduced, part = self._reduced(self.units.root), self._reduce * self.units.root.part
+        head = self._gradient(self.trained.root, fresh=False)
+        complete = self.root + self._reduced(self.trained.layer) + head + self._gradient(self.trained.embedding)
+        reduced, part = self._reduced(self.trained.root), self._reduce * self.trained.root.part
         moved = max(reduced if self.gloo else 0, step if self.per_layer else 0)
-        reducing = head + reduced + part + moved + self._gradient(self.units.embedding, fresh=False)
+        reducing = head + reduced + part + moved + self._gradient(self.trained.embedding, fresh=False)
         return self.embedding + max(complete, reducing)

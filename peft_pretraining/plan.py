@@ -9,7 +9,15 @@ from typing import Any
 
 from peft_pretraining import memory, schedule
 from peft_pretraining.account import CLASSES, Setting, account
-from peft_pretraining.config import Arguments, ConfigError, default_save_dir, embedding_bits
+from peft_pretraining.config import (
+    RESTARTED,
+    Arguments,
+    ConfigError,
+    default_save_dir,
+    embedding_bits,
+    moments_at_a_merge,
+    restart_interval,
+)
 from peft_pretraining.data.source import default_lanes, original_dataset
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.model_config import ModelConfig, ModelConfigError, load_model_config
@@ -122,6 +130,8 @@ def memory_setting(
         embedding_bits=embedding_bits(args),
         stochastic_rounding=args.stochastic_rounding,
         proj_type=args.proj_type,
+        init=args.init,
+        rebalance=args.rebalance,
         per_layer=args.per_layer,
         dtype=dtype,
         batch_size=args.batch_size,
@@ -155,7 +165,10 @@ def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: in
     position: float = update_step
     if plan.max_train_tokens is not None:
         position = min(tokens_seen / plan.tokens_per_update, plan.num_training_steps - 1)
-    return schedule.lr_at(position, lr=args.lr, **_schedule_arguments(args, plan.num_training_steps))
+    rate = schedule.lr_at(position, lr=args.lr, **_schedule_arguments(args, plan.num_training_steps))
+    if args.scheduler == "cosine_restarts":
+        return rate
+    return rate * schedule.after_restart(update_step, restart_interval(args), args.restart_warmup_steps)
 
 
 def is_finished(plan: Plan, update_step: int, tokens_seen: int) -> bool:
@@ -228,6 +241,13 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
             f"use more than {1 / (rows * columns):.1g}"
         )
     smallest = min(size for shape in memory.linear_shapes(model) for size in shape)
+    if args.rank > smallest and args.peft_model in RESTARTED:
+        problems += [
+            f"--rank {args.rank} with {flag}: a weight with {smallest} rows or columns has no more singular values than that; "
+            f"use --rank {smallest} or less, or leave {flag} out"
+            for flag, given in (("--init svd", args.init == "svd"), ("--rebalance", args.rebalance))
+            if given
+        ]
     blocks = memory.block_count(args.sp_ratio) if args.peft_model == "sltrain" and args.support == "block" else 1
     if blocks > smallest:
         problems.append(
@@ -241,6 +261,7 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     lines = []
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
+    lines += _relora_warnings(args)
     scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
     if args.peft_model in ("lowrank", "sltrain") and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
         what = (
@@ -258,6 +279,31 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     ):
         lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
     return lines
+
+
+def _relora_warnings(args: Arguments) -> list[str]:
+    """Where merges and the schedule do not go together."""
+    if args.peft_model != "relora" or args.relora is None:
+        return []
+    if args.max_train_tokens is None and args.relora >= args.num_training_steps:
+        return [
+            f"--relora {args.relora} with --num_training_steps {args.num_training_steps}: factors are never merged, so that the "
+            "run trains one low-rank change of the weights it starts from; lower --relora"
+        ]
+    if args.scheduler != "cosine_restarts":
+        if args.restart_warmup_steps:
+            return []
+        return [
+            f"--relora {args.relora} with --scheduler {args.scheduler}: after a merge the new factors are trained at the full "
+            "rate at once; use --restart_warmup_steps 100, or as published --scheduler cosine_restarts "
+            f"--cycle_length {args.relora} too"
+        ]
+    if args.cycle_length != args.relora or args.adjust_step % args.relora:
+        return [
+            f"--relora {args.relora} with --cycle_length {args.cycle_length} and --adjust_step {args.adjust_step}: the rate "
+            f"warms up again at other updates than those after merges; use --cycle_length {args.relora} --adjust_step 0"
+        ]
+    return []
 
 
 def _slow_save(found: dict[str, int]) -> list[str]:
@@ -285,7 +331,10 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     rows = [
         ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
         ("parameters", f"{counts['total']:,}{share if args.peft_model not in ('full', 'galore') else ''}"),
-        ("", f"dense {counts['dense']:,} + low-rank {counts['low_rank']:,} + sparse {counts['sparse']:,}"),
+        (
+            "",
+            f"dense {counts['dense']:,} + low-rank {counts['low_rank']:,} + sparse {counts['sparse']:,}{_frozen(plan, args)}",
+        ),
         ("length", f"{length}, {positions:,} positions of {args.max_length}-token sequences"),
         (
             "batch",
@@ -294,7 +343,8 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         ),
         (
             "optimizer",
-            f"{args.optimizer}{_subspace(args)}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates",
+            f"{args.optimizer}{_subspace(args)}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates"
+            f"{_restarts(args)}",
         ),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         ("run folder", str(plan.save_dir)),
@@ -318,6 +368,26 @@ def _subspace(args: Arguments) -> str:
         return ""
     kind = f"{args.proj_type}, anew every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
     return f" in subspaces of rank {args.rank} ({kind})"
+
+
+def _frozen(plan: Plan, args: Arguments) -> str:
+    """Of relora: how many of the dense parameters are not trained."""
+    if args.peft_model != "relora":
+        return ""
+    frozen = plan.model.num_hidden_layers * sum(map(math.prod, memory.linear_shapes(plan.model)))
+    return f"; {frozen:,} of the dense ones are frozen, {plan.parameters['total'] - frozen:,} are trained"
+
+
+def _restarts(args: Arguments) -> str:
+    interval = restart_interval(args)
+    if interval is None:
+        return ""
+    if args.peft_model != "relora":
+        balanced = ", balanced factors" if args.rebalance else ""
+        return f"; every {interval:,} updates moments from zero{balanced}"
+    kind, share = moments_at_a_merge(args)
+    moments = {"zero": "zeroed", "keep": "kept"}.get(kind, f"{share:.0%} zeroed ({kind})")
+    return f"; factors merged every {interval:,} updates, their moments {moments}"
 
 
 def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:

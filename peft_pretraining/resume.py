@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peft_pretraining import checkpoint
-from peft_pretraining.config import Arguments
+from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.data.lanes import LaneState
 from peft_pretraining.data.loader import TrainLoader, merge_states
 from peft_pretraining.distributed import World, gather_objects
@@ -21,6 +21,7 @@ from peft_pretraining.metrics import read_metrics
 from peft_pretraining.optim import Updates, load_optimizer_state, optimizer_state
 from peft_pretraining.plan import Plan, is_finished
 from peft_pretraining.train import TrainState
+from sparse_lora import ReLoRALinear
 
 _MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
 _GROWTH = "growth/previous_norms"  # of --grad_norm_growth, one per parameter in the model's order
@@ -77,6 +78,18 @@ def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: P
     return state if evaluated and is_finished(plan, state.update_step, state.tokens_seen) else None
 
 
+def refuse_if_over(path: Path, plan: Plan) -> None:
+    """Raise ConfigError where the full-rank checkpoint `path` leaves no update of the plan to make."""
+    state = _train_state(path)
+    if is_finished(plan, state.update_step, state.tokens_seen):
+        raise ConfigError(
+            [
+                f"--warmed_up_model {path}: has {state.update_step:,} updates, which count; --num_training_steps "
+                f"{plan.num_training_steps} leaves none to ReLoRA; raise it, or take an earlier checkpoint"
+            ]
+        )
+
+
 def _train_state(path: Path) -> TrainState:
     try:
         state = TrainState(**checkpoint.read_json(path / "state.json")["train"])
@@ -105,9 +118,10 @@ def _check_counts(values: Iterable[Any]) -> None:
             raise ValueError(f"{value!r} is no count")
 
 
-def restore_run(path: Path, parts: RunParts, world: World) -> None:
+def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = False) -> None:
     """Bring freshly built parts to where the checkpoint `path` was taken; the data has `restore_data`.
 
+    warm_start: the checkpoint is a full-rank run's and the model has factors too, which keep their initial values, as moments do.
     Random states are those of the same rank; a rank that the checkpoint did not have keeps its fresh ones.
 
     Raises:
@@ -115,9 +129,14 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     """
     document = checkpoint.read_json(path / "state.json")
     index = checkpoint.tensor_index(path)
-    checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()})
-    _restore_moments(path, parts, index, document, world)
-    if parts.updates.growth is not None and _GROWTH in index:  # switched on later, it starts without a history
+    factors = _factors(parts.model) if warm_start else frozenset()
+    own = {name: tensor for name, tensor in parts.model.state_dict().items() if name not in factors}
+    checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in own.items()})
+    if not warm_start:
+        _restore_moments(path, parts, index, document, world)
+    if (
+        parts.updates.growth is not None and _GROWTH in index and not warm_start
+    ):  # switched on later, it starts without a history
         checkpoint.load_tensors(path, {_GROWTH: parts.updates.growth.previous})
     states = {
         name: torch.empty(size, dtype=dtype)
@@ -132,6 +151,13 @@ def restore_run(path: Path, parts: RunParts, world: World) -> None:
     state = _train_state(path)
     for name, value in asdict(state).items():
         setattr(parts.state, name, value)
+
+
+def _factors(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that ReLoRA adds to a full-rank model."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, ReLoRALinear))
+    added = ("lora_A", "lora_B", "scaling")
+    return frozenset(f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in added)
 
 
 def _restore_moments(path: Path, parts: RunParts, index: Mapping[str, Any], document: Any, world: World) -> None:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from peft_pretraining import checkpoint
-from peft_pretraining.config import CHANGEABLE, UNCHANGEABLE, Arguments, ConfigError, allowed_changes, as_dict
+from peft_pretraining.config import (
+    CHANGEABLE,
+    UNCHANGEABLE,
+    WARM_START_CHANGES,
+    Arguments,
+    ConfigError,
+    allowed_changes,
+    as_dict,
+)
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
 from peft_pretraining.metrics import METRICS_FILE
@@ -37,11 +45,15 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and the checkpoint it starts from (None: from the seed's initial values)."""
+    """Where a run writes, and the checkpoint it starts from (None: from the seed's initial values).
+
+    warm_start: that checkpoint is a full-rank run's, of which weights and position are taken (--warmed_up_model).
+    """
 
     path: Path
     checkpoint: Path | None
     wandb_id: str
+    warm_start: bool = False
 
     @property
     def goes_on_in_place(self) -> bool:
@@ -81,12 +93,17 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     elif args.resume == "auto":
         checkpoint.recover_replaced(path)
         newest = checkpoint.resolve(path) if checkpoint.list_checkpoints(path) else None
+    warm_start = newest is None and args.warmed_up_model is not None and args.peft_model == "relora"
+    if warm_start:
+        newest = checkpoint.resolve(Path(str(args.warmed_up_model)))
     wandb_id = secrets.token_hex(4)
     if newest is None and args.allow_changes:
         print(f"notice: --allow_changes {args.allow_changes} has no effect: the run starts afresh", file=sys.stderr)
     if newest is not None:
         before = _read_record(newest)
-        _check_same_run(newest, before, args, plan)
+        if warm_start:
+            _check_full_rank(newest, before)
+        _check_same_run(newest, before, args, plan, WARM_START_CHANGES if warm_start else frozenset())
         _say_what_breaks_bits(newest, before, plan)
         if path.resolve() == newest.parent.resolve():
             wandb_id = before.get("wandb_id", wandb_id)
@@ -101,7 +118,18 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     (path / MARKER_FILE).unlink(
         missing_ok=True
     )  # also where this start fails: what a script reads there is of the last one
-    return RunFolder(path, newest, wandb_id)
+    return RunFolder(path, newest, wandb_id, warm_start)
+
+
+def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
+    method = before["arguments"]["peft_model"]
+    if method != "full":
+        raise ConfigError(
+            [
+                f"--warmed_up_model {path}: was made with --peft_model {method}; relora starts from the dense weights of "
+                "--peft_model full; to go on with a relora run use --continue_from"
+            ]
+        )
 
 
 def take_up(folder: RunFolder) -> None:
@@ -170,8 +198,13 @@ def _read_record(path: Path) -> dict[str, Any]:
     }
 
 
-def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan) -> None:
-    """Refuse to go on on another course than before, or with what cannot fit. Raises ConfigError with both values."""
+def _check_same_run(
+    path: Path, before: dict[str, Any], args: Arguments, plan: Plan, free: frozenset[str] = frozenset()
+) -> None:
+    """Refuse to go on on another course than before, or with what cannot fit; `free` names what may differ unasked.
+
+    Raises ConfigError with both values.
+    """
     then, now = dict(before["arguments"]), as_dict(args)
     for name in ("data_lanes", "total_batch_size", "dtype"):  # as resolved: their defaults depend on where it runs
         then[name], now[name] = before["plan"].get(name), getattr(plan, name)
@@ -182,8 +215,10 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
     differing = {name for name in compared if then[name] != now[name]}
     if unused := sorted(allowed_changes(args) - differing - {"dataset"}):  # of the data it is not known yet
         print(f"notice: --allow_changes {','.join(unused)} has no effect: the same in {path}", file=sys.stderr)
-    for name in sorted(differing - allowed_changes(args)):
+    for name in sorted(differing - allowed_changes(args) - free):
         way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
+        if name == "peft_model" and (then[name], now[name]) == ("full", "relora"):
+            way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
         problems.append(
             f"--{name} {now[name]}: {path} was made with {then[name]}; use that, {way_out}or another --save_dir"
         )

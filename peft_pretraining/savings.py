@@ -75,7 +75,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         )
     if setting.embedding_bits == 32:
         yield "embedding_states", "8bit", {"embedding_bits": 8}
-    if setting.peft_model in ("full", "galore"):
+    if setting.peft_model in ("full", "galore", "relora"):
         own_name = f" --optimizer {setting.optimizer}" if galore else ""
         value = f"sltrain --rank {setting.rank} --sp_ratio {setting.sp_ratio}{own_name}"
         yield "peft_model", value, {"peft_model": "sltrain"}

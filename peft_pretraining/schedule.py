@@ -42,6 +42,17 @@ def lr_at(
     raise ValueError(f"scheduler {scheduler!r}: not one of {', '.join(SCHEDULERS)}")
 
 
+def after_restart(update_step: int, interval: int | None, warmup_steps: int | None) -> float:
+    """Factor of the rate of the update that follows `update_step` finished ones, where every `interval` updates restart.
+
+    1/(w+1), 2/(w+1), ... over the w = warmup_steps updates after a restart, else 1; also 1 up to the first one. For schedules
+    that have no restarts of their own.
+    """
+    if interval is None or not warmup_steps or update_step < interval:
+        return 1.0
+    return min(1.0, (update_step % interval + 1) / (warmup_steps + 1))
+
+
 def _half_cosine(progress: float, floor: float) -> float:
     """1 at progress 0, `floor` at progress 1."""
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

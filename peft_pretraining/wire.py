@@ -59,11 +59,13 @@ def traffic(setting: Setting) -> Traffic:
     but the root's again in the backward pass where reshard_after_forward freed them, in the dtype of the arithmetic; it reduces
     and scatters gradients in the last micro-batch, in the reduce dtype.
     """
-    units = units_of(setting.model, parameter_groups(setting), setting.parts)
+    groups = parameter_groups(setting)
+    units = units_of(setting.model, groups, setting.parts)
+    trained = units_of(setting.model, [group for group in groups if group.trained], setting.parts)
     size, accumulation = setting.world_size, setting.gradient_accumulation
     if size == 1:
         return Traffic(1, accumulation)
-    reduced = DTYPE_BYTES[setting.reduces_in] * units.padded
+    reduced = DTYPE_BYTES[setting.reduces_in] * trained.padded
     if not setting.sharded:
         return Traffic(size, accumulation, all_reduced=reduced)
     compute = DTYPE_BYTES[setting.computes_in]

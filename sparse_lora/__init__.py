@@ -9,18 +9,23 @@ block.py           on the diagonal
 kinds.py           their names
 scratch.py         memory for one passing matrix at a time
 kernels.py         W, and the values' gradient, by Triton kernels (kernels_triton.py) where there are Triton and a GPU
-reparameterize.py  SLTrainConfig, reparameterize(model, config), merge(model)
+relora.py          ReLoRALinear: a frozen dense weight plus factors that are merged into it
+decomposition.py   balanced factors of a product, the best ones of a dense matrix
+reparameterize.py  SLTrainConfig, reparameterize(model, config), attach_relora(model), merge(model)
 """
 
 from .functional import dense_reference, sparse_lowrank_linear
 from .linear import SparseLowRankLinear
-from .reparameterize import SLTrainConfig, merge, reparameterize
+from .relora import ReLoRALinear
+from .reparameterize import SLTrainConfig, attach_relora, merge, reparameterize
 from .support import Support, generator_for
 
 __all__ = [
+    "ReLoRALinear",
     "SLTrainConfig",
     "SparseLowRankLinear",
     "Support",
+    "attach_relora",
     "dense_reference",
     "generator_for",
     "merge",

@@ -114,10 +114,11 @@ class SparseLowRankLinear(nn.Module):
             elif self.sparse_value is not None:
                 values.zero_()
             else:
-                values.normal_(0.0, 1 / (self._initial_scaling() * math.sqrt(self.rank)), generator=generator)
+                values.normal_(0.0, 1 / (self.initial_scaling() * math.sqrt(self.rank)), generator=generator)
             yield parameter_name, values
 
-    def _initial_scaling(self) -> float:
+    def initial_scaling(self) -> float:
+        """The factor of B A before training."""
         return self.alpha / self.rank if self.scaling is None else math.tanh(1.0)
 
     def effective_scaling(self) -> float | Tensor:

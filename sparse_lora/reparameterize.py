@@ -1,12 +1,13 @@
 """Replace a model's linears by low-rank plus sparse ones, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .linear import SparseLowRankLinear, hyperparameter_problems
+from .relora import ReLoRALinear
 
 # What the method leaves dense (arXiv 2406.02214, section 5.1): no linear with one of these in its name is replaced.
 KEPT_DENSE = ("lm_head", "embed", "norm")
@@ -60,23 +61,68 @@ def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
     Raises:
         ValueError: no linear matches, or one of the targets (unless they are the default ones) matches none.
     """
+    return _replace_targets(
+        model, config.target_modules, lambda linear, name: _sparse_lowrank_like(linear, name, config)
+    )
+
+
+def attach_relora(
+    model: nn.Module, *, rank: int, alpha: float = 32.0, trainable_scaling: bool = False, seed: int = 0
+) -> list[str]:
+    """Freezes, in place, the linears of attention and MLP and adds factors to them; arguments: see ReLoRALinear.
+
+    Weights and biases are kept, so that the model computes what it did. Each factor is drawn with (seed, its qualified name); a
+    model on the meta device stays there, undrawn.
+
+    Returns:
+        Qualified names of the changed modules, in the model's order.
+
+    Raises:
+        ValueError: no linear matches, or a value is out of its range.
+    """
+
+    def with_factors(linear: nn.Linear, name: str) -> nn.Module:
+        layer = ReLoRALinear(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha=alpha,
+            bias=linear.bias is not None,
+            trainable_scaling=trainable_scaling,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        layer.bias = linear.bias
+        if not linear.weight.is_meta:
+            with torch.no_grad():
+                for parameter_name, values in layer.initial_values(seed, name):
+                    layer.get_parameter(parameter_name).copy_(values)
+        return layer.train(linear.training)
+
+    return _replace_targets(model, DEFAULT_TARGETS, with_factors)
+
+
+def _replace_targets(
+    model: nn.Module, targets: tuple[str, ...], change: Callable[[nn.Linear, str], nn.Module]
+) -> list[str]:
+    """Puts change(linear, name) in the place of every linear that matches; returns and raises what `reparameterize` does."""
     eligible = _eligible_linears(model)
-    replaced = [name for name in eligible if any(target in name for target in config.target_modules)]
-    unmatched = [t for t in config.target_modules if not any(t in name for name in eligible)]
+    replaced = [name for name in eligible if any(target in name for target in targets)]
+    unmatched = [t for t in targets if not any(t in name for name in eligible)]
     # A model without one of the two default blocks is no mistake; a target that somebody wrote is meant.
-    if not replaced or (unmatched and config.target_modules != DEFAULT_TARGETS):
+    if not replaced or (unmatched and targets != DEFAULT_TARGETS):
         names = ", ".join(list(eligible)[:5]) or "none"
         raise ValueError(
             f"target_modules {', '.join(map(repr, unmatched))} match no linear of the model that can be replaced "
             f"({', '.join(KEPT_DENSE)} are left dense): choose parts of names such as: {names}"
         )
-    replacements = {id(eligible[name]): _sparse_lowrank_like(eligible[name], name, config) for name in replaced}
-    _replace(model, replacements)
+    _replace(model, {id(eligible[name]): change(eligible[name], name) for name in replaced})
     return replaced
 
 
 def merge(model: nn.Module) -> list[str]:
-    """Replaces, in place, every SparseLowRankLinear by an nn.Linear with its dense_weight() and bias.
+    """Replaces, in place, every SparseLowRankLinear and ReLoRALinear by an nn.Linear with its dense_weight() and bias.
 
     Returns:
         Qualified names of the replaced modules; empty when the model has none.
@@ -84,9 +130,12 @@ def merge(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model is itself such a layer, which cannot be replaced in place.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLowRankLinear)}
+    kinds = (SparseLowRankLinear, ReLoRALinear)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if "" in layers:
-        raise ValueError("the model is itself a SparseLowRankLinear: wrap it in a module, or use its dense_weight()")
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}: wrap it in a module, or use its dense_weight()"
+        )
     _replace(model, {id(layer): _linear_like(layer) for layer in layers.values()})
     return list(layers)
 
@@ -129,7 +178,7 @@ def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) ->
 
 
 @torch.no_grad()
-def _linear_like(layer: SparseLowRankLinear) -> nn.Linear:
+def _linear_like(layer: SparseLowRankLinear | ReLoRALinear) -> nn.Linear:
     weight = layer.dense_weight()
     with torch.device("meta"):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=weight.dtype)

@@ -25,7 +25,7 @@ def setting(size: str = "7b", **changes) -> Setting:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"])
-@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain", "galore"])
+@pytest.mark.parametrize("method", ["full", "lowrank", "relora", "sltrain", "galore"])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_every_combination_has_an_account(optimizer, method, per_layer, accumulation):
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adam8bit", "adamw4bit"])
-@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain"])
+@pytest.mark.parametrize("method", ["full", "lowrank", "relora", "sltrain"])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -208,6 +208,31 @@ def test_sharding_is_proposed_to_several_processes():
         assert "parallel" not in {saving.flag for saving in savings(other)}
     kept = replace(found.setting, reshard_after_forward=False)
     assert "--reshard_after_forward true" in {saving.text for saving in savings(kept)}
+
+
+def test_relora_at_7b_takes_what_its_tensors_take():
+    """Gradients and moments of what is trained; parameters, gathered layers and nothing else of what is frozen."""
+    trained, frozen = 2_820_935_680, 6_476_005_376
+    found = account(setting(peft_model="relora", optimizer="adamw", embedding_bits=None))
+    assert found["parameters"] == 2 * (trained + frozen)
+    assert found["gradients"] == 2 * trained
+    tensors = 2 + 2 * 32 + 1 + 2 * 7 * 32
+    assert found["optimizer"] == 2 * 2 * trained + 4 * tensors
+    assert found["support"] == 0
+    sharded = account(setting(peft_model="relora", optimizer="adamw", parallel="fsdp", world_size=8))
+    assert sharded["parameters"] == pytest.approx(found["parameters"] / 8, rel=1e-3)
+    assert sharded["gradients"] == pytest.approx(found["gradients"] / 8, rel=1e-3)
+
+
+def test_what_a_restart_takes_is_in_the_peak():
+    """Where an update takes little else: balanced factors in float32, and before the run starts a decomposition in float64."""
+    small = setting("60m", rank=512, optimizer="sgd", batch_size=1, max_length=2, per_layer=True, support="block")
+    plain = account(small)["peak"]
+    factors = 512 * (1376 + 512)
+    assert account(replace(small, rebalance=True))["peak"] >= plain + 4 * (2 * factors - 32_000 * 512)
+    assert account(replace(small, init="svd"))["peak"] >= plain + 8 * 1376 * 512 - 4 * 32_000 * 512
+    for other in (replace(small, peft_model="full"), replace(small, device_type="cuda")):
+        assert account(replace(other, init="svd")) == account(other)
 
 
 def test_malloc_leaves_gaps_between_blocks_that_it_keeps():

@@ -12,7 +12,8 @@ FLOORS = [
     ["sparse_lora"],
     [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
-        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire", "allocator"),
+        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
+        *("allocator", "svd_start"),
     ],
     ["data", "optim", "methods", "tensor_store", "checkpoint", "summary", "metrics"],
     [
@@ -26,6 +27,7 @@ FLOORS = [
         "build",
         "late_record",
         "compile_cache",
+        "restarts",
     ],
     ["assemble"],
     ["ending"],

@@ -42,7 +42,7 @@ from peft_pretraining.optim import (
     build_galore,
     build_optimizer,
 )
-from sparse_lora import SLTrainConfig, reparameterize
+from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 from sparse_lora.kinds import make_support
 from sparse_lora.uniform import UniformSupport
 
@@ -98,9 +98,11 @@ def tiny(**changes: Any) -> ModelConfig:
 
 def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, **options: Any) -> Any:
     """options: of SLTrainConfig."""
-    sparsity = {"full": None, "galore": None, "lowrank": 0.0, "sltrain": 0.05}[method]
+    sparsity = {"full": None, "galore": None, "relora": None, "lowrank": 0.0, "sltrain": 0.05}[method]
 
     def change(model: nn.Module) -> None:
+        if method == "relora":
+            attach_relora(model, rank=rank, trainable_scaling=options.get("trainable_scaling", False))
         if sparsity is not None:
             reparameterize(model, SLTrainConfig(rank=rank, sparsity=sparsity, **options))
 
@@ -109,7 +111,7 @@ def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, *
 
 @pytest.mark.parametrize(
     ("method", "support"),
-    [("full", "uniform"), ("galore", "uniform"), ("lowrank", "uniform"), ("sltrain", "uniform"), ("sltrain", "block")],
+    [*((name, "uniform") for name in ("full", "galore", "lowrank", "relora", "sltrain")), ("sltrain", "block")],
 )
 @pytest.mark.parametrize("train_scaling", [False, True])
 @pytest.mark.parametrize(
@@ -125,6 +127,8 @@ def test_groups_are_the_models_parameters(
     groups = tensor_groups(cfg, method=method, **choice)
     listed = [shape for g in groups for shape in [g.shape] * g.count]
     assert sorted(listed) == sorted(tuple(p.shape) for p in model.parameters())
+    trained = [shape for g in groups if g.trained for shape in [g.shape] * g.count]
+    assert sorted(trained) == sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -141,7 +145,7 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "lowrank", "sltrain"])
+@pytest.mark.parametrize("method", ["full", "lowrank", "relora", "sltrain"])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize(
     ("optimizer", "settings"),
@@ -169,7 +173,7 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
     rounding = StochasticRounding(0) if settings.get("stochastic_rounding") else None
     make = partial(build_optimizer, optimizer, lr=1e-3, weight_decay=0.0, rounding=rounding, **choice)
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     updates = (PerLayerUpdate if per_layer else WholeUpdate)(make, parameters, World())
     ids = torch.randint(0, 300, (2, 16))
     updates.begin(1e-3)
@@ -274,6 +278,9 @@ def test_the_support_of_any_size_is_counted_as_it_is_stored(sparsity: float, byt
         *itertools.product(["full", "sltrain"], ["float32", "bfloat16"], [False]),
         ("full", "float32", True),
         ("sltrain", "bfloat16", True),
+        ("relora", "float32", False),
+        ("relora", "bfloat16", False),
+        ("relora", "bfloat16", True),
     ],
 )
 def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, compiled: bool, path: str) -> None:
@@ -281,7 +288,7 @@ def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, com
     no more than dense ones, and x A^T of all seven where they are factored."""
     cfg = tiny(hidden_size=128, intermediate_size=352, num_hidden_layers=4)
     model = build(cfg, method, getattr(torch, dtype), rank=32, path=path)
-    factored_rank = 7 * 32 if path == "factored" and method != "full" else 0
+    factored_rank = 7 * 32 if method == "relora" or (path == "factored" and method == "sltrain") else 0
     if compiled:
         for layer in model.model.layers:
             layer.compile()
@@ -425,7 +432,7 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="'lora'"):
         paper_estimate(full, "lora")
     for changes in (
-        {"method": "relora"},
+        {"method": "lora"},
         {"proj_type": "diagonal", "method": "galore"},
         {"dtype": "float16"},
         {"optimizer": "lion"},

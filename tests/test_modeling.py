@@ -12,7 +12,7 @@ from torch import nn
 from peft_pretraining.loss import TokenLoss
 from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.modeling import build_model, hf_config, initialize, materialize
-from sparse_lora import SLTrainConfig, SparseLowRankLinear, generator_for, merge, reparameterize
+from sparse_lora import SLTrainConfig, SparseLowRankLinear, attach_relora, generator_for, merge, reparameterize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +35,10 @@ def sltrain(model: nn.Module) -> None:
 
 def lowrank(model: nn.Module) -> None:
     reparameterize(model, SLTrainConfig(rank=4, sparsity=0.0, alpha=4.0))
+
+
+def relora(model: nn.Module) -> None:
+    attach_relora(model, rank=4, seed=11)
 
 
 def build(cfg: ModelConfig, **changes: Any) -> Any:
@@ -139,7 +143,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("method", [None, lowrank, sltrain])
+@pytest.mark.parametrize("method", [None, lowrank, relora, sltrain])
 def test_initial_values_depend_on_seed_and_name_only(method: Any) -> None:
     """Not on the default generator, its device of construction, the order of modules, or other layers."""
     torch.manual_seed(1)
@@ -171,7 +175,7 @@ def test_initial_values_depend_on_seed_and_name_only(method: Any) -> None:
     assert all(not torch.equal(first[k], other[k]) for k in drawn)
 
 
-@pytest.mark.parametrize("method", [None, lowrank, sltrain])
+@pytest.mark.parametrize("method", [None, lowrank, relora, sltrain])
 def test_bfloat16_starts_from_the_rounded_float32_values(method: Any) -> None:
     wide, narrow = (state(build(tiny(), reparameterize=method, dtype=d)) for d in (torch.float32, torch.bfloat16))
     for name, value in wide.items():

@@ -2,6 +2,7 @@
 
 from peft_pretraining.optim.build import OptimizerUnavailable, build_galore, build_optimizer
 from peft_pretraining.optim.galore import Subspace
+from peft_pretraining.optim.resets import Pruning, reset_moments_
 from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
 from peft_pretraining.optim.updates import GrowthLimit, HasState, PerLayerUpdate, Updates, WholeUpdate
@@ -11,6 +12,7 @@ __all__ = [
     "HasState",
     "OptimizerUnavailable",
     "PerLayerUpdate",
+    "Pruning",
     "StochasticRounding",
     "Subspace",
     "Updates",
@@ -19,4 +21,5 @@ __all__ = [
     "build_optimizer",
     "load_optimizer_state",
     "optimizer_state",
+    "reset_moments_",
 ]

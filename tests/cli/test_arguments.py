@@ -47,7 +47,7 @@ BAD = [
     (["--linear_path", "dense", "--peft_model", "sltrain"], ["--linear_path dense", "factored"]),
     (["--lora_alpha", "0", "--peft_model", "sltrain"], ["--lora_alpha 0", "above 0"]),
     (["--peft_model", "lora"], ["--peft_model lora", "sltrain"]),
-    (["--peft_model", "relora"], ["--peft_model relora", "not in this version"]),
+    (["--peft_model", "relora"], ["--peft_model relora", "--relora 1000"]),
     (["--optimizer", "adamx"], ["--optimizer adamx", "adamw"]),
     (["--optimizer", "galore_lion"], ["--optimizer galore_lion"]),
     (

@@ -23,6 +23,8 @@ WORDS = [
     "sltrain",
     "galore",
     "galore_adamw",
+    "relora",
+    "svd",
     "adam8bit",
     "cosine",
     "c4",

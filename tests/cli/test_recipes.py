@@ -125,3 +125,62 @@ def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, tmp_pat
     for command in (alone, one_of_several):
         assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
         assert command.index("--signals-to-handle") < command.index("torchrun_main.py")
+
+
+# ReLoRA's own repository: scripts and README of its sizes, as published.
+PUBLISHED_RELORA = {
+    "60m": "--lr 0.001 --relora 1000 --cycle_length 1000 --num_training_steps 10000",
+    "130m": "--lr 0.001 --relora 2000 --cycle_length 2000 --num_training_steps 20000",
+    "350m": "--lr 0.001 --relora 5000 --cycle_length 5000 --num_training_steps 20000",
+    "1b": "--lr 0.0004 --relora 5320 --cycle_length 5320 --num_training_steps 133000 --optimizer_magnitude_pruning 0.9",
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED_RELORA)
+def test_relora_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
+    """But for the length, which is the other recipes', and at 1B the interval, which has to divide it."""
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "scripts" / "llm_pretrain"
+    common = f"--model_config configs/llama_{size}.json --peft_model relora --scheduler cosine_restarts --batch_size 1"
+    cycles = "--warmup_steps 500 --restart_warmup_steps 100 --min_lr_ratio 0.1"
+    published = parse_args(f"{common} {cycles} {PUBLISHED_RELORA[size]}".split())
+    ours = parse_args(recipe_flags(folder / f"relora{size}.sh"))
+    free = {"num_training_steps"} | ({"relora", "cycle_length"} if size == "1b" else set())
+    names = [
+        "lr",
+        "relora",
+        "cycle_length",
+        "num_training_steps",
+        "warmup_steps",
+        "restart_warmup_steps",
+        "min_lr_ratio",
+    ]
+    names += ["scheduler", "optimizer_magnitude_pruning"]
+    assert {name for name in names if getattr(published, name) != getattr(ours, name)} <= free
+    twin = parse_args(recipe_flags(folder / f"sltrain{size}.sh"))
+    for name in ("rank", "num_training_steps", "total_batch_size", "batch_size", "max_length", "dtype", "weight_decay"):
+        assert getattr(ours, name) == getattr(twin, name)
+    assert make_plan(ours, World(size=1)).warnings == () or size == "1b"  # whose checkpoints are large
+
+
+@pytest.mark.parametrize("size", PUBLISHED_RELORA)
+def test_low_rank_twin_differs_in_the_sparse_part_only(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "scripts" / "llm_pretrain"
+    sltrain, lowrank = (vars(parse_args(recipe_flags(folder / f"{kind}{size}.sh"))) for kind in ("sltrain", "lowrank"))
+    assert {name for name in lowrank if lowrank[name] != sltrain[name]} - {"given"} == {"peft_model", "sp_ratio"}
+
+
+@pytest.mark.parametrize("size", PUBLISHED_RELORA)
+def test_the_full_rank_warm_up_in_reloras_header_fits_it(size, monkeypatch):
+    """Its command parses, and ends where a cycle of the recipe does."""
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "scripts" / "llm_pretrain" / f"relora{size}.sh"
+    found = re.search(r"bash (scripts/llm_pretrain/full\w+\.sh) (.*),$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    warm = parse_args([*recipe_flags(ROOT / found[1]), *found[2].split()])
+    ours = parse_args(recipe_flags(path))
+    make_plan(warm, World())
+    assert warm.peft_model == "full"
+    assert warm.num_training_steps % ours.cycle_length == 0
+    names = ("model_config", "max_length", "dtype", "seed", "total_batch_size", "packing", "dataset")
+    assert all(getattr(warm, name) == getattr(ours, name) for name in names)

@@ -24,7 +24,7 @@ from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.modeling import build_model
 from peft_pretraining.optim import PerLayerUpdate, WholeUpdate, build_optimizer
 from peft_pretraining.wire import full_rank, traffic
-from sparse_lora import SLTrainConfig, reparameterize
+from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -57,9 +57,15 @@ def token_loss(found: Setting) -> TokenLoss:
     def change(model):
         if found.peft_model == "sltrain":
             reparameterize(model, SLTrainConfig(rank=RANK, sparsity=SPARSITY))
+        if found.peft_model == "relora":
+            attach_relora(model, rank=RANK)
 
     dtype = getattr(torch, found.dtype)
     return TokenLoss(build_model(found.model, dtype=dtype, device="cpu", seed=0, reparameterize=change))
+
+
+def trained(module: TokenLoss) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in module.model.named_parameters() if parameter.requires_grad}
 
 
 def sharded(found: Setting) -> TokenLoss:
@@ -85,7 +91,7 @@ def bytes_held(found: Setting, world: World) -> dict[str, int]:
     choice = {name: value for name in ("beta1", "embedding_bits") if (value := getattr(found, name))}
     build = partial(build_optimizer, found.optimizer, lr=1e-3, weight_decay=0.0, **choice)
     kind = PerLayerUpdate if found.per_layer else WholeUpdate
-    updates = kind(build, dict(module.model.named_parameters()), world)
+    updates = kind(build, trained(module), world)
     updates.begin(1e-3)
     updates.before_backward(True)
     module(*micro_batch(found)).backward()
@@ -153,7 +159,7 @@ def working_peak(found: Setting, world: World) -> int:
     with PeakBytes() as measured:
         module = sharded(found)
         build = partial(build_optimizer, found.optimizer, lr=1e-3, weight_decay=0.0)
-        updates = WholeUpdate(build, dict(module.model.named_parameters()), world)
+        updates = WholeUpdate(build, trained(module), world)
         peaks = []
         for _ in range(5):
             measured.peak = 0
@@ -182,7 +188,7 @@ def held_settings(world_size: int) -> list[Setting]:
     return [
         setting(method, world_size, optimizer=optimizer, parallel="fsdp", dtype=dtype, per_layer=per_layer, **choice)
         for (optimizer, choice), method, (dtype, per_layer) in itertools.product(
-            OPTIMIZERS, ("full", "sltrain"), (("float32", False), ("bfloat16", True))
+            OPTIMIZERS, ("full", "relora", "sltrain"), (("float32", False), ("bfloat16", True))
         )
     ]
 
@@ -197,7 +203,7 @@ def exchanged_settings(world_size: int) -> list[Setting]:
     choices = [{"parallel": "ddp"}, {"parallel": "ddp", "dtype": "bfloat16"}, *({"parallel": "fsdp"} | c for c in fsdp)]
     return [
         setting(method, world_size, gradient_accumulation=accumulation, **choice)
-        for method, accumulation, choice in itertools.product(("full", "sltrain"), (1, 3), choices)
+        for method, accumulation, choice in itertools.product(("full", "relora", "sltrain"), (1, 3), choices)
     ]
 
 

@@ -1,0 +1,100 @@
+"""ReLoRALinear: a frozen dense weight plus a trained low-rank part that is merged into it from time to time."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import hyperparameter_problems
+from .support import generator_for
+
+
+class ReLoRALinear(nn.Module):
+    """y = x (W0 + (alpha / rank) B A)^T + bias, W0 frozen (arXiv 2307.05695, section 3).
+
+    Parameters: `weight` (out, in), W0, which gets no gradient; `lora_A` (rank, in), `lora_B` (out, rank), optional `scaling` (1,)
+    and `bias` (out,), trained. The names of W0 and bias are nn.Linear's, so that a full-rank checkpoint names them alike.
+
+    Initial values of the factors: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, as published: attaching them changes nothing.
+
+    Args:
+        in_features, out_features: shape of the weight, (out_features, in_features).
+        rank: of B A, at least 1.
+        alpha: the low-rank part is scaled by alpha / rank.
+        bias: whether there is one.
+        trainable_scaling: scale by tanh(c) with c a trained scalar, initially 1, instead of alpha / rank.
+        device, dtype: of the parameters. Nothing is drawn here: see `initial_values`.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        alpha: float = 32.0,
+        bias: bool = False,
+        trainable_scaling: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        problems = hyperparameter_problems(rank, 0.0, alpha, "uniform", "auto")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.in_features, self.out_features, self.rank, self.alpha = in_features, out_features, rank, alpha
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        self.weight = nn.Parameter(empty(out_features, in_features), requires_grad=False)
+        self.lora_A = nn.Parameter(empty(rank, in_features))
+        self.lora_B = nn.Parameter(empty(out_features, rank))
+        self.scaling = nn.Parameter(empty(1)) if trainable_scaling else None
+        self.bias = nn.Parameter(empty(out_features)) if bias else None
+
+    def initial_values(self, seed: int, name: str, restart: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Yields (parameter name, float32 CPU tensor) of factors and scale.
+
+        Args:
+            seed: of the run.
+            name: the layer's qualified name in its model.
+            restart: how often the factors were merged before; each time A is another one.
+        """
+        bound = 1 / math.sqrt(self.in_features)
+        key = f"{name}.lora_A" if restart == 0 else f"{name}.lora_A/restart/{restart}"
+        values = torch.empty(self.rank, self.in_features, dtype=torch.float32, device="cpu")
+        yield "lora_A", values.uniform_(-bound, bound, generator=generator_for(seed, key))
+        yield "lora_B", torch.zeros(self.out_features, self.rank, device="cpu")
+        if self.scaling is not None:
+            yield "scaling", torch.ones(1, device="cpu")
+
+    def effective_scaling(self) -> float | Tensor:
+        """The factor of B A: alpha / rank, or tanh(scaling), (1,), where it is trained."""
+        return self.alpha / self.rank if self.scaling is None else torch.tanh(self.scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features). Kept for backward: x, and x A^T, rank numbers for each row."""
+        dense = F.linear(x, self.weight, self.bias)
+        h = F.linear(x, self.lora_A).reshape(-1, self.rank)
+        scaling = self.effective_scaling()
+        B: Tensor = self.lora_B
+        if isinstance(scaling, Tensor):
+            scaling, B = 1.0, (B * scaling).to(B.dtype)
+        return torch.addmm(dense.reshape(-1, self.out_features), h, B.t(), alpha=scaling).view(dense.shape)
+
+    def dense_weight(self) -> Tensor:
+        """The weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
+        return self.weight + (self.effective_scaling() * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        scaling = f"alpha={self.alpha}" if self.scaling is None else "trainable_scaling=True"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, {scaling}, "
+            f"bias={self.bias is not None}"
+        )

@@ -1,0 +1,239 @@
+"""Runs of ReLoRA, and SLTrain's restarts, through the whole program: exact resume, and a start from full-rank weights."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from outcomes import tensors_of, without_times
+
+import torchrun_main
+from peft_pretraining.__main__ import main as command
+from peft_pretraining.build import load_model
+from peft_pretraining.checkpoint import list_checkpoints
+from peft_pretraining.config import parse_args
+from peft_pretraining.distributed import World
+from peft_pretraining.plan import learning_rate, make_plan
+from sparse_lora import ReLoRALinear, SparseLowRankLinear
+
+BF16 = ("--dtype", "bfloat16")
+RELORA = ("--peft_model", "relora", "--relora", "2")
+CYCLES = ("--scheduler", "cosine_restarts", "--cycle_length", "2", "--restart_warmup_steps", "1", "--warmup_steps", "1")
+SLTRAIN = ("--peft_model", "sltrain", "--restart_every", "2", "--rebalance", "--restart_warmup_steps", "1")
+
+
+@pytest.fixture
+def flags(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
+        *("--lr", "0.003", "--warmup_steps", "1", "--num_training_steps", "6", "--batch_size", "4"),
+        *("--total_batch_size", "8", "--max_length", "64", "--eval_every", "3", "--save_every", "3"),
+        *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32", "--workers", "0"),
+    ]
+
+
+def train(folder: Path, *flags: str) -> list[dict]:
+    assert torchrun_main.main([*flags, "--save_dir", str(folder)]) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(rows: list[dict]) -> dict[int, float]:
+    return {row["update_step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        # Continued in the middle of a cycle, with one more restart to come; and at a restart.
+        [*RELORA, *CYCLES],
+        [*RELORA, "--relora", "3", "--restart_warmup_steps", "1", "--train_scaling"],
+        [*RELORA, "--optimizer", "adam8bit_per_layer", "--grad_norm_growth", "1.01"],
+        [*RELORA, "--optimizer", "adamw4bit", "--stochastic_rounding", *BF16],
+        pytest.param([*RELORA, "--optimizer", "adafactor", "--beta1", "0.9"], marks=pytest.mark.full),
+        [*RELORA, "--optimizer", "sgd", "--beta1", "0.9", "--optimizer_random_pruning", "0.5"],
+        [*RELORA, "--reset_optimizer_on_relora", "false", "--optimizer_magnitude_pruning", "0.9", "--per_layer"],
+        [*SLTRAIN],
+        [*SLTRAIN, "--restart_every", "3", "--init", "svd", "--support", "block", "--optimizer", "adam8bit"],
+        [*SLTRAIN, "--peft_model", "lowrank", "--per_layer", "--init", "svd", "--train_scaling"],
+    ],
+)
+def test_run_goes_on_exactly(tmp_path, flags, extra):
+    """Continued from update 3, a run has the same losses, parameters and optimizer state as never stopped."""
+    whole = train(tmp_path / "whole", *flags, *extra)
+    middle, end = list_checkpoints(tmp_path / "whole")
+    continued = train(tmp_path / "continued", *flags, *extra, "--continue_from", str(middle))
+    assert without_times(continued) == without_times(whole)
+    expected, found = tensors_of(end), tensors_of(list_checkpoints(tmp_path / "continued")[-1])
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    states = [json.loads((path / "state.json").read_text()) for path in (end, tmp_path / "continued" / end.name)]
+    assert states[0] == states[1]
+    account = next(row for row in whole if "memory_parameters_measured" in row)
+    assert account["memory_parameters_measured"] == account["memory_parameters_predicted"]
+    if "adafactor" not in extra:  # a root mean square per parameter, for its log only
+        assert account["memory_optimizer_measured"] == account["memory_optimizer_predicted"]
+
+
+@pytest.mark.parametrize("method", [RELORA, SLTRAIN])
+def test_a_restart_changes_the_course_and_not_the_loss_at_once(tmp_path, flags, method):
+    """The first loss after it is that of a run without; those after the next update are not."""
+    never = [word if word != "2" else "1000" for word in method]
+    restarted, plain = (
+        losses(train(tmp_path / name, *flags, *kind, "--warmup_steps", "0", "--restart_warmup_steps", "0"))
+        for name, kind in (("restarted", method), ("plain", never))
+    )
+    for step in (1, 2):
+        assert restarted[step] == plain[step]
+    assert restarted[3] == pytest.approx(plain[3], rel=1e-5)
+    assert restarted[5] != pytest.approx(plain[5], rel=1e-5)
+
+
+def test_a_full_rank_start(tmp_path, flags, capsys):
+    """Weights, update step, data and record come from the full-rank run; the same command goes on with its own checkpoints."""
+    full = [*flags, "--peft_model", "full", "--optimizer", "sgd", "--lr", "0.01"]
+    train(tmp_path / "warm", *full, "--num_training_steps", "2", "--eval_every", "2")
+    longer = losses(train(tmp_path / "longer", *full, "--scheduler", "linear", "--allow_changes", "scheduler,num_training_steps",
+                          "--continue_from", str(tmp_path / "warm")))  # fmt: skip
+    warm = [*flags, *RELORA, *CYCLES, "--warmed_up_model", str(tmp_path / "warm"), "--save_every", "1"]
+    rows = train(tmp_path / "relora", *warm)
+    found = losses(rows)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert found[3] == pytest.approx(longer[3], rel=1e-5)  # the same sequences through the same function
+    assert found[4] != longer[4]
+    start, end = tensors_of(tmp_path / "warm"), tensors_of(tmp_path / "relora" / "step_00000004")
+    name = "model/model.layers.0.mlp.up_proj"
+    assert torch.equal(start[f"{name}.weight"], end[f"{name}.weight"])
+    assert not torch.equal(start["model/lm_head.weight"], end["model/lm_head.weight"])
+    # Resumed by the very same command, from its own checkpoint and not from the full-rank one.
+    reference = tensors_of(tmp_path / "relora" / "step_00000006")
+    for step in (5, 6):
+        damaged = tmp_path / "relora" / f"step_{step:08d}"
+        damaged.rename(tmp_path / f"away-{step}")
+    capsys.readouterr()
+    again = train(tmp_path / "relora", *warm)
+    assert without_times(again) == without_times(rows)
+    again_end = tensors_of(tmp_path / "relora" / "step_00000006")
+    assert all(torch.equal(reference[key], again_end[key]) for key in reference)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "extra", "words"),
+    [
+        ("sltrain", ["--warmed_up_model", "{}"], ["--warmed_up_model", "--peft_model sltrain", "full"]),
+        ("full", ["--warmed_up_model", "{}", "--num_training_steps", "2"], ["has 2 updates", "--num_training_steps 2"]),
+        ("full", ["--continue_from", "{}"], ["--peft_model relora", "made with full", "--warmed_up_model"]),
+        ("full", ["--warmed_up_model", "{}", "--max_length", "32"], ["--max_length 32", "made with 64"]),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(tmp_path, flags, capsys, prepare, extra, words):
+    train(tmp_path / "before", *flags, "--peft_model", prepare, "--num_training_steps", "2", "--eval_every", "2")
+    capsys.readouterr()
+    given = [word.format(tmp_path / "before") for word in extra]
+    assert torchrun_main.main([*flags, *RELORA, "--save_dir", str(tmp_path / "run"), *given]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
+
+
+def test_checkpoints_are_models(tmp_path, flags):
+    """What evaluates and generates builds the layers anew and fills them."""
+    for method, kind in ((RELORA, ReLoRALinear), (SLTRAIN, SparseLowRankLinear)):
+        folder = tmp_path / method[1]
+        train(folder, *flags, *method, "--init", "svd")
+        model, _, _ = load_model(folder, torch.device("cpu"))
+        saved = tensors_of(folder)
+        assert any(isinstance(module, kind) for module in model.modules())
+        assert all(torch.equal(saved[f"model/{name}"], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ([], ["--peft_model relora needs --relora"]),
+        (["--relora", "0"], ["--relora 0", "at least 1"]),
+        (["--relora", "5", "--optimizer_random_pruning", "1.5"], ["--optimizer_random_pruning 1.5", "at most 1"]),
+        (["--relora", "5", "--optimizer_random_pruning", "0"], ["--optimizer_random_pruning 0", "above 0"]),
+        (
+            ["--relora", "5", "--optimizer_magnitude_pruning", "0.9", "--optimizer", "adam8bit"],
+            ["--optimizer_magnitude_pruning 0.9 with --optimizer adam8bit", "quantised", "--reset_optimizer_on_relora"],
+        ),
+        (
+            ["--relora", "5", "--optimizer_magnitude_pruning", "0.9", "--reset_optimizer_on_relora", "true"],
+            ["--optimizer_magnitude_pruning 0.9 with --reset_optimizer_on_relora", "drop one"],
+        ),
+        (
+            ["--relora", "5", "--optimizer_magnitude_pruning", "0.9", "--optimizer_random_pruning", "0.9"],
+            ["--optimizer_random_pruning with --optimizer_magnitude_pruning"],
+        ),
+        (["--relora", "5", "--restart_every", "5"], ["--restart_every 5 with --peft_model relora"]),
+        (["--relora", "5", "--restart_warmup_steps", "5"], ["--restart_warmup_steps 5", "below --relora 5"]),
+        (["--relora", "5", "--warmed_up_model", "nowhere"], ["--warmed_up_model nowhere", "no such folder"]),
+        (["--relora", "5", "--warmed_up_model", ".", "--continue_from", "."], ["drop one of the two"]),
+        (
+            ["--relora", "5", *CYCLES, "--max_train_tokens", "1M"],
+            ["--max_train_tokens", "cosine_restarts", "--num_training_steps"],
+        ),
+        (["--peft_model", "sltrain", "--restart_every", "0"], ["--restart_every 0", "at least 1"]),
+        (["--peft_model", "sltrain", "--rebalance"], ["--rebalance needs --restart_every"]),
+        (
+            ["--peft_model", "sltrain", "--restart_every", "4", *CYCLES],
+            ["--restart_every 4 with --scheduler cosine_restarts", "cosine or linear"],
+        ),
+        (["--peft_model", "sltrain", "--init", "pca"], ["--init pca", "svd"]),
+        (
+            ["--peft_model", "sltrain", "--init", "svd", "--rank", "40"],
+            ["--rank 40 with --init svd", "--rank 32 or less"],
+        ),
+        (
+            ["--peft_model", "lowrank", "--restart_every", "4", "--rebalance", "--rank", "40"],
+            ["--rank 40 with --rebalance", "--rank 32 or less"],
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_one_message(flags, capsys, extra, words):
+    assert torchrun_main.main([*flags, "--peft_model", "relora", *extra, "--dry_run"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ([*RELORA], ["--relora 2 with --scheduler cosine", "--restart_warmup_steps"]),
+        ([*RELORA, "--relora", "6"], ["--relora 6 with --num_training_steps 6", "never merged"]),
+        ([*RELORA, *CYCLES, "--relora", "3"], ["--relora 3 with --cycle_length 2", "--cycle_length 3"]),
+        ([*RELORA, *CYCLES], ["factors merged every 2 updates, their moments zeroed", "are frozen"]),
+        ([*RELORA, "--optimizer_magnitude_pruning", "0.9"], ["90% zeroed (magnitude)"]),
+        ([*SLTRAIN], ["every 2 updates moments from zero, balanced factors"]),
+        (["--peft_model", "full", "--restart_every", "2"], ["--restart_every has no effect with --peft_model full"]),
+        (["--peft_model", "sltrain", "--relora", "2"], ["--relora has no effect with --peft_model sltrain"]),
+        ([*RELORA, "--sp_ratio", "0.1"], ["--sp_ratio has no effect with --peft_model relora"]),
+    ],
+)
+def test_the_plan_and_the_notices_say_what_happens(flags, capsys, extra, words):
+    assert torchrun_main.main([*flags, *extra, "--dry_run"]) == 0
+    said = capsys.readouterr()
+    assert all(word in said.out + said.err for word in words), said
+
+
+def test_the_rate_after_a_restart(flags):
+    args = parse_args([*flags, *SLTRAIN, "--restart_every", "3", "--warmup_steps", "0", "--scheduler", "linear"])
+    plan = make_plan(args, World())
+    rates = [learning_rate(args, plan, step, 0) / (0.003 * (6 - step) / 6) for step in range(6)]
+    assert rates == pytest.approx([1, 1, 1, 0.5, 1, 1])
+
+
+def test_estimate_needs_no_interval(flags, capsys):
+    """ReLoRA's row of the paper's table from the command line."""
+    flags = ["--model_config", "configs/llama_60m.json", "--peft_model", "relora", "--rank", "128", "--json"]
+    assert command(["estimate", *flags, "--dtype", "bfloat16", "--optimizer", "adamw"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    factors = found["parameters"]["low_rank"]
+    assert found["parameters"]["total"] == 58_073_600 + factors == 58_073_600 + 42_770_944 - 32_776_704
+    assert found["paper"] == {"parameters_G": 0.14, "optimizer_G": 0.04, "total_G": 0.18}
+    assert found["bytes"]["gradients"] == 2 * (32_776_704 + factors)
+    assert found["bytes"]["parameters"] == 2 * found["parameters"]["total"]
+    assert math.isclose(found["bytes"]["optimizer"], 4 * (32_776_704 + factors), rel_tol=1e-4)

@@ -1,0 +1,83 @@
+"""Merges and restarts in two processes, each with all of the model or with a part of it: the course of one process."""
+
+import json
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+
+from benchmarks.compare_runs import deviations
+from peft_pretraining.build import load_model
+from sparse_lora import merge
+
+RELORA = ["--peft_model", "relora", "--relora", "2", "--restart_warmup_steps", "1"]
+SLTRAIN = ["--peft_model", "sltrain", "--restart_every", "2", "--rebalance"]
+TOLERANCES = {"loss": 1e-5, "gradnorm": 1e-4, "final_eval_loss": 1e-5}
+
+
+@pytest.fixture
+def common(tiny_run) -> list[str]:
+    return [
+        *tiny_run,
+        *("--max_length", "48", "--total_batch_size", "8", "--data_lanes", "6", "--workers", "0"),
+        *("--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw", "--lr", "0.001"),
+        *("--warmup_steps", "0", "--num_training_steps", "6", "--save_every", "3", "--eval_every", "6"),
+        *("--dtype", "float32", "--device", "cpu", "--wandb", "disabled"),
+    ]
+
+
+def train(folder: Path, processes: int, *flags: str) -> None:
+    argv = ["--save_dir", str(folder), *flags]
+    code, output = forked.run(argv, folder.with_suffix(".log"), processes=processes)
+    assert code == 0, output[-3000:]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update_step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    account = next(row for row in rows if "memory_parameters_measured" in row)
+    for name in ("parameters", "optimizer"):
+        assert account[f"memory_{name}_measured"] == account[f"memory_{name}_predicted"]
+
+
+def assert_near(one: Path, other: Path) -> None:
+    """Losses and norms, and the weights that layers apply: B and A alone have the signs of singular vectors, which are
+    arbitrary, and just after a merge Adam makes steps of full size of gradients that are nothing but rounding."""
+    apart = deviations(one, other)
+    assert all(apart[key] <= tolerance for key, tolerance in TOLERANCES.items()), apart
+    models = [load_model(folder, torch.device("cpu"))[0] for folder in (one, other)]
+    assert all(len(merge(model)) == 14 for model in models)
+    expected, found = (dict(model.named_parameters()) for model in models)
+    for name in expected:
+        distance = float((expected[name] - found[name]).detach().norm() / expected[name].detach().norm())
+        assert distance < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("parallel", "method"),
+    [
+        pytest.param("ddp", RELORA, marks=pytest.mark.full),
+        ("ddp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--per_layer"]),
+        ("ddp", [*SLTRAIN, "--init", "svd"]),
+        pytest.param("fsdp", RELORA, marks=pytest.mark.full),
+        # Evaluated just before each merge, layers are still gathered then.
+        ("fsdp", [*RELORA, "--reshard_after_forward", "false", "--eval_every", "2", "--eval_tokens", "200"]),
+        ("fsdp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--train_scaling"]),
+        pytest.param("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"], marks=pytest.mark.full),
+        ("fsdp", [*SLTRAIN, "--init", "svd", "--per_layer"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(word.strip("-") for word in value[1::2]),
+)
+def test_two_processes_have_the_course_of_one(tmp_path, common, parallel, method):
+    """And, stopped in the middle of a cycle, in two processes go on to the same bits."""
+    train(tmp_path / "one", 1, *common, "--batch_size", "8", *method)
+    two = [*common, "--batch_size", "4", "--parallel", parallel, *method]
+    train(tmp_path / "two", 2, *two)
+    assert_near(tmp_path / "one", tmp_path / "two")
+    train(tmp_path / "resumed", 2, *two, "--continue_from", str(tmp_path / "two" / "step_00000003"))
+    assert set(deviations(tmp_path / "two", tmp_path / "resumed").values()) == {0.0}
+
+
+def test_accumulation_in_two_processes_that_share_a_frozen_model(tmp_path, common):
+    """FSDP2 sums gradients over micro-batches where some parameters of a layer have none."""
+    train(tmp_path / "one", 1, *common, "--batch_size", "8", *RELORA)
+    train(tmp_path / "two", 2, *common, "--batch_size", "2", "--parallel", "fsdp", *RELORA)
+    assert_near(tmp_path / "one", tmp_path / "two")

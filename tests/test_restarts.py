@@ -1,0 +1,456 @@
+"""Merges of ReLoRA and restarts of factors: the network's function stays, moments become what was asked for."""
+
+import itertools
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from peft_pretraining.config import Arguments, moments_at_a_merge
+from peft_pretraining.distributed import World
+from peft_pretraining.methods import METHODS
+from peft_pretraining.model_config import ModelConfig, load_model_config
+from peft_pretraining.modeling import build_model
+from peft_pretraining.optim import (
+    GrowthLimit,
+    PerLayerUpdate,
+    Pruning,
+    StochasticRounding,
+    WholeUpdate,
+    build_optimizer,
+    reset_moments_,
+)
+from peft_pretraining.restarts import Restarts
+from peft_pretraining.schedule import after_restart
+from peft_pretraining.svd_start import start_from_svd
+from sparse_lora import ReLoRALinear, SparseLowRankLinear, attach_relora, generator_for, merge
+from sparse_lora.decomposition import balanced, best_low_rank
+
+OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
+FACTORS = ("lora_A", "lora_B", "scaling")
+
+
+def config() -> ModelConfig:
+    small = {"vocab_size": 120, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
+    return replace(load_model_config("configs/llama_9m.json"), **small, num_attention_heads=4, num_key_value_heads=2)
+
+
+def arguments(**values) -> Arguments:
+    return Arguments(**({"rank": 48, "sp_ratio": 0.1, "lora_alpha": 8.0, "seed": 3} | values))
+
+
+def build(args: Arguments, dtype=torch.float32):
+    method = METHODS[args.peft_model]
+    return build_model(config(), dtype=dtype, device="cpu", seed=args.seed, reparameterize=lambda m: method(m, args))
+
+
+def updates_of(model, optimizer="adamw", *, per_layer=False, growth=False, rounding=None):
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    make = partial(build_optimizer, optimizer, lr=0.0, weight_decay=0.0, beta1=0.9, rounding=rounding)
+    limit = GrowthLimit(1.01, len(parameters), torch.device("cpu")) if growth else None
+    return (PerLayerUpdate if per_layer else WholeUpdate)(make, parameters, World(), growth=limit)
+
+
+def train(model, updates, numbers=range(3), lr=0.01):
+    for number in numbers:
+        ids = torch.randint(0, 120, (2, 12), generator=torch.Generator().manual_seed(number))
+        updates.begin(lr)
+        updates.before_backward(True)
+        model(input_ids=ids, labels=ids).loss.backward()
+        updates.finish(torch.zeros(()))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    ids = torch.randint(0, 120, (4, 16), generator=torch.Generator().manual_seed(99))
+    return model(input_ids=ids).logits.float()
+
+
+def assert_same_function(before: torch.Tensor, after: torch.Tensor) -> None:
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("train_scaling", [False, True])
+def test_a_merge_leaves_the_function_and_draws_anew(train_scaling):
+    args = arguments(peft_model="relora", relora=3, train_scaling=train_scaling)
+    model = build(args)
+    updates = updates_of(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, updates)
+    layer = model.model.layers[0].mlp.up_proj
+    assert torch.equal(layer.weight, start["model.layers.0.mlp.up_proj.weight"])  # frozen
+    assert float(layer.lora_B.detach().abs().max()) > 0.01
+    before = logits(model)
+    assert Restarts(args, model, updates, World()).before_update(3)
+    assert_same_function(before, logits(model))
+    for name, layer in model.named_modules():
+        if isinstance(layer, ReLoRALinear):
+            assert not layer.lora_B.any()
+            assert not torch.equal(layer.weight, start[f"{name}.weight"])
+            assert not torch.equal(layer.lora_A, start[f"{name}.lora_A"])
+            # Drawn as the first one was: uniform up to 1 / sqrt(in).
+            bound = 1 / math.sqrt(layer.in_features)
+            assert 0.97 * bound < float(layer.lora_A.detach().abs().max()) <= bound
+            assert layer.scaling is None or float(layer.scaling) == 1.0
+
+
+def test_every_merge_draws_other_factors_and_the_same_on_every_course():
+    """Keyed by seed, name and number of the merge: nothing of what came before is in it."""
+    found = []
+    for numbers, seed in (((1, 2), 3), ((2,), 3), ((2,), 4)):
+        args = arguments(peft_model="relora", relora=5, seed=seed)
+        model = build(args)
+        restarts = Restarts(args, model, updates_of(model), World())
+        drawn = [model.model.layers[1].mlp.down_proj.lora_A.detach().clone()]
+        for number in numbers:
+            assert restarts.before_update(5 * number)
+            drawn.append(model.model.layers[1].mlp.down_proj.lora_A.detach().clone())
+        found.append(drawn)
+    assert torch.equal(found[0][-1], found[1][-1])
+    assert not torch.equal(found[1][-1], found[2][-1])
+    for one, other in itertools.combinations(found[0], 2):
+        assert not torch.equal(one, other)
+
+
+def test_restarts_come_before_the_update_after_a_multiple():
+    args = arguments(peft_model="relora", relora=4)
+    model = build(args)
+    restarts = Restarts(args, model, updates_of(model), World())
+    assert [step for step in range(14) if restarts.before_update(step)] == [4, 8, 12]
+    for other in (arguments(peft_model="full", restart_every=4), arguments(peft_model="sltrain")):
+        assert not Restarts(other, build(other), updates_of(build(other)), World()).before_update(4)
+
+
+def test_a_merge_twice_is_a_merge_once():
+    """A run that was saved between restart and update makes the restart again."""
+    args = arguments(peft_model="relora", relora=3)
+    model = build(args)
+    updates = updates_of(model)
+    train(model, updates)
+    restarts = Restarts(args, model, updates, World())
+    states = []
+    for _ in range(2):
+        restarts.before_update(3)
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_bfloat16_merge_rounds_once_and_at_random_where_asked():
+    """Most of a merge is below half of a bfloat16's spacing: to nearest it is lost, at random it is right on average."""
+    torch.manual_seed(0)
+    found = {}
+    for rounding in (False, True):
+        args = arguments(peft_model="relora", relora=1, stochastic_rounding=rounding)
+        model = build(args, torch.bfloat16)
+        layer = model.model.layers[0].mlp.up_proj
+        with torch.no_grad():
+            layer.lora_B.normal_(0, 1e-4)
+        before = layer.weight.double()
+        change = (layer.effective_scaling() * layer.lora_B.double() @ layer.lora_A.double()).detach()
+        Restarts(args, model, updates_of(model), World()).before_update(1)
+        found[rounding] = (layer.weight.double() - before, change)
+    for error, change in found.values():
+        assert float((error - change).abs().max()) < 2**-8 * 0.1  # a spacing, for weights below 0.1
+    nearest, random = (
+        (moved.flatten() @ change.flatten() / change.norm() ** 2).item() for moved, change in found.values()
+    )
+    assert nearest < 0.5
+    assert random == pytest.approx(1.0, abs=0.4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_moments_of_factors_are_as_if_never_stepped(optimizer, per_layer):
+    """After a reset the next step is that of a new optimizer, bit for bit; other moments stay."""
+    args = arguments(peft_model="relora", relora=3, optimizer=optimizer)
+    model = build(args)
+    updates = updates_of(model, optimizer, per_layer=per_layer, growth=True)
+    train(model, updates)
+    kept = "model.layers.0.input_layernorm.weight"
+    state = updates.optimizer.state[updates.stepped[kept]]
+    before = {key: value.clone() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    steps = state.get("step")
+    Restarts(args, model, updates, World()).before_update(3)
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    assert state.get("step") == steps
+    limits = dict(zip(updates.stepped, updates.growth.previous.tolist(), strict=True))
+    assert all((limit == 0) == name.endswith(FACTORS) for name, limit in limits.items())
+
+    fresh = build(args)
+    fresh.load_state_dict(model.state_dict())
+    others = updates_of(fresh, optimizer, per_layer=per_layer)
+    updates.growth = None
+    train(model, updates, numbers=[7])
+    train(fresh, others, numbers=[7])
+    ours, theirs = dict(model.named_parameters()), dict(fresh.named_parameters())
+    for name in ours:
+        if name.endswith(FACTORS):
+            assert torch.equal(ours[name], theirs[name]), name
+    if optimizer != "adafactor":  # whose first steps are all of one size
+        assert not torch.equal(ours[kept], theirs[kept])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["magnitude", "random"])
+def test_moments_are_pruned_to_the_share_that_was_asked_for(kind, optimizer):
+    args = arguments(peft_model="relora", relora=3, optimizer=optimizer, **{f"optimizer_{kind}_pruning": 0.75})
+    found = []
+    for _ in range(2):
+        model = build(args)
+        updates = updates_of(model, optimizer)
+        train(model, updates)
+        before = {
+            (name, key): value.clone()
+            for name, stepped in updates.stepped.items()
+            for key, value in updates.optimizer.state[stepped].items()
+            if value.dim()
+        }
+        Restarts(args, model, updates, World()).before_update(3)
+        found.append({(name, key): updates.optimizer.state[updates.stepped[name]][key].clone() for name, key in before})
+    for (name, key), old in before.items():
+        new = found[0][name, key]
+        assert torch.equal(new, found[1][name, key])  # deterministic
+        if not name.endswith(FACTORS):
+            assert torch.equal(new, old)
+            continue
+        kept = new != 0
+        assert torch.equal(new[kept], old[kept])
+        assert float(kept.float().mean()) == pytest.approx(0.25, abs=0.02)
+        if kind == "magnitude":
+            assert float(new[kept].abs().min()) >= float(old[~kept].abs().max())
+    steps = [state["step"] for state in updates.optimizer.state.values() if "step" in state]
+    assert all(float(step) == 3 for step in steps)
+
+
+def test_what_becomes_of_moments_follows_from_the_flags():
+    assert moments_at_a_merge(arguments()) == ("zero", 1.0)
+    assert moments_at_a_merge(arguments(reset_optimizer_on_relora=True)) == ("zero", 1.0)
+    assert moments_at_a_merge(arguments(reset_optimizer_on_relora=False)) == ("keep", 0.0)
+    assert moments_at_a_merge(arguments(optimizer_random_pruning=0.9)) == ("random", 0.9)
+    assert (
+        moments_at_a_merge(arguments(reset_optimizer_on_relora=False, optimizer_magnitude_pruning=0.9))[0]
+        == "magnitude"
+    )
+
+
+def test_kept_moments_stay():
+    args = arguments(peft_model="relora", relora=3, reset_optimizer_on_relora=False)
+    model = build(args)
+    updates = updates_of(model)
+    train(model, updates)
+    states = [updates.optimizer.state[p]["exp_avg"] for p in updates.stepped.values()]
+    before = [state.clone() for state in states]
+    Restarts(args, model, updates, World()).before_update(3)
+    assert all(map(torch.equal, before, states))
+
+
+def test_pruning_all_of_a_tensor_and_next_to_nothing():
+    state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([[1.0, -2.0], [3.0, 0.5]])}
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    Pruning("magnitude", 0.2).prune_(state, parameter, 0, "p", World())
+    assert state["exp_avg"].count_nonzero() == 4
+    Pruning("magnitude", 0.5).prune_(state, parameter, 0, "p", World())
+    assert torch.equal(state["exp_avg"], torch.tensor([[0.0, -2.0], [3.0, 0.0]]))
+    for kind in ("magnitude", "random"):
+        Pruning(kind, 1.0).prune_(state, parameter, 0, "p", World())
+        assert not state["exp_avg"].any()
+    assert float(state["step"]) == 4
+
+
+def test_a_reset_keeps_code_books():
+    state = {"step": 5, "state1": torch.ones(3, dtype=torch.uint8), "qmap1": torch.ones(256), "absmax1": torch.ones(1)}
+    reset_moments_(state)
+    assert state["step"] == 0
+    assert state["qmap1"].all()
+    assert not state["state1"].any()
+    assert not state["absmax1"].any()
+
+
+@pytest.mark.parametrize("method", ["lowrank", "sltrain"])
+@pytest.mark.parametrize("train_scaling", [False, True])
+def test_rebalancing_leaves_the_function(method, train_scaling):
+    args = arguments(peft_model=method, restart_every=3, rebalance=True, train_scaling=train_scaling)
+    model = build(args)
+    updates = updates_of(model, growth=True)
+    train(model, updates)
+    before = logits(model)
+    factors = [(layer.lora_B.clone(), layer.lora_A.clone()) for layer in layers_of(model)]
+    assert Restarts(args, model, updates, World()).before_update(3)
+    assert_same_function(before, logits(model))
+    for (old_B, old_A), layer in zip(factors, layers_of(model), strict=True):
+        assert not torch.equal(old_B, layer.lora_B)
+        left, right = (layer.lora_B.t() @ layer.lora_B).detach(), (layer.lora_A @ layer.lora_A.t()).detach()
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-5 * float(right.max()))
+        # And not only balanced: with singular values on the diagonal.
+        values = torch.linalg.svdvals((old_B @ old_A).detach())[: layer.rank]
+        torch.testing.assert_close(left.diagonal(), values, rtol=1e-3, atol=1e-5 * float(values[0]))
+    for state in updates.optimizer.state.values():  # of all parameters
+        assert not any(value.any() for value in state.values())
+    assert not updates.growth.previous.any()
+
+
+def test_a_restart_without_rebalancing_leaves_the_factors():
+    args = arguments(peft_model="sltrain", restart_every=3)
+    model = build(args)
+    updates = updates_of(model)
+    train(model, updates)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert Restarts(args, model, updates, World()).before_update(3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(value.any() for state in updates.optimizer.state.values() for value in state.values())
+
+
+def layers_of(model) -> list[SparseLowRankLinear]:
+    return [module for module in model.modules() if isinstance(module, SparseLowRankLinear)]
+
+
+@pytest.mark.parametrize("shape", [(40, 30, 8), (30, 40, 8), (20, 20, 20), (25, 60, 1)])
+def test_balanced_factors(shape):
+    rows, columns, rank = shape
+    torch.manual_seed(0)
+    B, A = torch.randn(rows, rank) * 100, torch.randn(rank, columns) / 100
+    new_B, new_A = balanced(B, A)
+    assert new_B.shape == B.shape
+    assert new_A.shape == A.shape
+    torch.testing.assert_close(new_B @ new_A, B @ A, rtol=1e-4, atol=1e-4)
+    values = torch.linalg.svdvals(B @ A)[:rank]
+    torch.testing.assert_close(new_B.t() @ new_B, values.diag(), rtol=1e-3, atol=1e-4 * float(values[0]))
+    torch.testing.assert_close(new_A @ new_A.t(), values.diag(), rtol=1e-3, atol=1e-4 * float(values[0]))
+
+
+def test_a_direction_that_is_not_used_stays_trainable():
+    """Where the product lacks rank, or is zero as at the start, a row of A lives on for B's gradient."""
+    torch.manual_seed(0)
+    for B in (torch.zeros(30, 6), torch.randn(30, 2) @ torch.randn(2, 6)):
+        A = torch.randn(6, 40)
+        new_B, new_A = balanced(B, A)
+        torch.testing.assert_close(new_B @ new_A, B @ A, rtol=1e-4, atol=1e-4)
+        idle = new_B.abs().amax(dim=0) < 1e-6
+        assert idle.sum() == (6 if not B.any() else 4)
+        torch.testing.assert_close(new_A[idle].norm(dim=1), torch.full((int(idle.sum()),), 3**-0.5))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (20, 20)])
+def test_the_best_of_a_rank_is_the_truncated_svd(shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    left, right = best_low_rank(weight, 7)
+    U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(left @ right, (U[:, :7] * S[:7]) @ Vt[:7], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left.t() @ left, S[:7].diag(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(right @ right.t(), S[:7].diag(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("lowrank", {}), ("sltrain", {}), ("sltrain", {"support": "block"}), ("sltrain", {"train_scaling": True})],
+)
+def test_a_start_from_svd_is_the_nearest_to_the_dense_one(method, changes):
+    """The full-rank run's own weight: its best rank-r part, and all of it where the support lets S have the rest."""
+    args = arguments(peft_model=method, rank=16, **changes)
+    model = build(args)
+    full = build(arguments(peft_model="full"))
+    start_from_svd(model, config().initializer_range, args.seed, World())
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLowRankLinear):
+            dense = full.get_submodule(name).weight.detach()
+            U, S, Vt = torch.linalg.svd(dense, full_matrices=False)
+            best = (U[:, :16] * S[:16]) @ Vt[:16]
+            expected = best.clone()
+            if layer.support is not None:
+                positions = layer.support.flat_indices()
+                expected.view(-1)[positions] = dense.flatten()[positions]
+            torch.testing.assert_close(layer.dense_weight().detach(), expected, rtol=0, atol=1e-6)
+            gram = (layer.lora_B.t() @ layer.lora_B).detach()
+            torch.testing.assert_close(gram, (layer.lora_A @ layer.lora_A.t()).detach(), rtol=0, atol=1e-5)
+
+
+def test_attaching_factors_keeps_a_models_function_and_merging_them_its_linears():
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.Linear(12, 20)
+            self.mlp = nn.Linear(20, 9, bias=False)
+            self.lm_head = nn.Linear(9, 5)
+
+        def forward(self, x):
+            return self.lm_head(self.mlp(torch.tanh(self.attn(x))))
+
+    model, x = Block(), torch.randn(3, 4, 12)
+    before = model(x)
+    assert attach_relora(model, rank=4, seed=1) == ["attn", "mlp"]
+    torch.testing.assert_close(model(x), before)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"attn.weight", "mlp.weight"}
+    assert "attn.bias" in {name for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        model.attn.lora_B.normal_()
+    changed = model(x)
+    assert not torch.allclose(changed, before)
+    assert merge(model) == ["attn", "mlp"]
+    assert type(model.attn) is nn.Linear
+    torch.testing.assert_close(model(x), changed)
+
+
+@pytest.mark.parametrize("train_scaling", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_layers_gradients_are_those_of_its_formula(train_scaling, autocast):
+    torch.manual_seed(0)
+    layer = ReLoRALinear(12, 20, 4, alpha=8.0, bias=True, trainable_scaling=train_scaling)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    reference = {name: p.detach().clone().requires_grad_(name != "weight") for name, p in layer.named_parameters()}
+    x, g = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 20)
+    other = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", enabled=autocast):
+        y = layer(x)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    (y * g).sum().backward()
+    scale = torch.tanh(reference["scaling"]) if train_scaling else 2.0
+    W = reference["weight"] + scale * (reference["lora_B"] @ reference["lora_A"])
+    expected = other @ W.t() + reference["bias"]
+    (expected * g).sum().backward()
+    tolerance = {"rtol": 0.05, "atol": 0.5} if autocast else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y.float(), expected, **tolerance)
+    torch.testing.assert_close(x.grad, other.grad, **tolerance)
+    for name, parameter in layer.named_parameters():
+        if name == "weight":
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, reference[name].grad, **tolerance)
+    torch.testing.assert_close(layer.dense_weight(), W)
+
+
+def test_relora_starts_as_full_rank_does():
+    """Weights of the same seed are the same numbers; factors add nothing yet."""
+    relora, full = build(arguments(peft_model="relora")), build(arguments(peft_model="full"))
+    ours = dict(relora.named_parameters())
+    assert all(torch.equal(ours[name], tensor) for name, tensor in full.named_parameters())
+    torch.testing.assert_close(logits(relora), logits(full))
+    A = ours["model.layers.0.mlp.up_proj.lora_A"]
+    drawn = torch.empty_like(A).uniform_(
+        -1 / math.sqrt(96), 1 / math.sqrt(96), generator=generator_for(3, "model.layers.0.mlp.up_proj.lora_A")
+    )
+    assert torch.equal(A.detach(), drawn)
+
+
+def test_stochastic_rounding_goes_on_after_a_reset():
+    args = arguments(peft_model="sltrain", restart_every=3, rebalance=True, stochastic_rounding=True)
+    model = build(args, torch.bfloat16)
+    updates = updates_of(model, "adamw", rounding=StochasticRounding(3))
+    train(model, updates)
+    Restarts(args, model, updates, World()).before_update(3)
+    train(model, updates, numbers=[4])
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_the_rate_warms_up_after_each_restart_but_not_before_the_first():
+    rates = [after_restart(step, 5, 3) for step in range(12)]
+    assert rates == [1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 0.25, 0.5]
+    assert {after_restart(step, None, 3) for step in range(12)} == {1.0}
+    assert {after_restart(step, 5, None) for step in range(12)} == {1.0}
