@@ -272,6 +272,12 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     uniform = sparse and setting.support == "uniform"
     positions = nnz * (4 if rows * columns <= 2**31 else 8) if uniform else 0
     dense = rows * columns * width if _builds_matrix(setting, shape) else 0
+    if uniform and setting.device_type == "cuda" and width == 2:
+        from sparse_lora.kernels import (
+            scratch_bytes,
+        )  # whether Triton is there is not asked: it may be another machine's
+
+        dense += scratch_bytes(rows, columns)
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
     return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
 

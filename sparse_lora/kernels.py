@@ -176,7 +176,7 @@ def pays_off(num_rows: int, in_features: int, out_features: int, rank: int) -> b
     """Whether gather_gradient, with the gradients of A and B from factored products, should beat one dense G^T x for all three.
 
     In multiply-adds: T I O at the kernel's speed and 2 T R (I + O) against T I O + 2 R I O and what it takes to write a
-    16-bit matrix of G^T x once and to read it three times. From assumed speeds; benchmarks/kernels.py measures them.
+    16-bit matrix of G^T x once and to read it three times. From assumed speeds; benchmarks/triton_kernels.py measures them.
     """
     dense = num_rows * in_features * out_features
     apart = dense / _RELATIVE_SPEED + 2 * num_rows * rank * (in_features + out_features)

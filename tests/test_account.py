@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.account import CLASSES, Setting, account
+from peft_pretraining.account import CLASSES, Setting, _linear_scratch, account
 from peft_pretraining.config import parse_args
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.memory import parameter_counts
@@ -50,6 +50,21 @@ def test_embeddings_with_32_bit_moments_cost_what_is_said():
     """1.57e9 bytes at 7B: 262M elements, 8 bytes instead of 2 and a share of a scale."""
     cost = account(setting(embedding_bits=32))["optimizer"] - account(setting())["optimizer"]
     assert cost == pytest.approx(262_144_000 * (8 - 2 - 8 / 256), rel=1e-6)
+
+
+def test_kernels_of_a_gpu_need_a_table_of_where_blocks_begin():
+    """Four bytes for 32 entries of the weight; in bfloat16 and for a uniform support alone."""
+
+    def more_than_on_a_cpu(**changes) -> int:
+        on_gpu, on_cpu = (
+            _linear_scratch(setting("60m", device_type=device_type, **changes), (1376, 512))
+            for device_type in ("cuda", "cpu")
+        )
+        return on_gpu - on_cpu
+
+    assert more_than_on_a_cpu(dtype="bfloat16", linear_path="materialised") == 4 * (1376 * 512 // 32 + 1)
+    assert more_than_on_a_cpu(dtype="float32", linear_path="materialised") == 0
+    assert more_than_on_a_cpu(support="block", linear_path="factored") == 0
 
 
 def test_a_save_in_the_background_costs_a_copy_of_the_state():

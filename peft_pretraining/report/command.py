@@ -106,7 +106,7 @@ def format_groups(groups: Sequence[Group]) -> str:
         "setting": "setting",
         tables.PERPLEXITY: "perplexity",
         "published perplexity": "published",
-        tables.GAP: "against full-rank, %",
+        tables.GAP: "against baseline, %",
         "parameters, 10⁶": "parameters, M",
         "memory by the paper's convention, 10⁹ bytes": "memory, G",
         "tokens/s": "tokens/s",

@@ -1,4 +1,4 @@
-"""Runs of one setting and different seeds together: mean and interval, and the gap to full-rank training, paired by seed."""
+"""Runs of one setting and different seeds together: mean and interval, and the gap to a baseline, paired by seed."""
 
 from __future__ import annotations
 
@@ -172,23 +172,26 @@ def _shown(name: str, value: Any) -> str:
     return f"{_SHORT.get(name, name)} = {text}"
 
 
-def against_full(group: Group, groups: Sequence[Group]) -> tuple[Group, Interval] | None:
-    """The best full-rank group of the same task, and this group's perplexity over its, paired by seed; None where there is none.
-
-    With several full-rank groups (a sweep of learning rates) the one of the lowest mean.
-    """
-    task = task_of(group.settings)
-    rivals = [
-        (other.perplexity.mean, number, other)
-        for number, other in enumerate(groups)
-        if other.method == "full" and other.perplexity is not None and task_of(other.settings) == task
+def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:
+    """What the groups of a task are compared with: full-rank training, of several settings the one of the lowest mean, or else
+    the setting that was named first. None where none was evaluated at its end."""
+    evaluated = [
+        (group.perplexity.mean, number, group)
+        for number, group in enumerate(groups)
+        if group.perplexity is not None and task_of(group.settings) == task
     ]
-    if not rivals or group.perplexity is None:
+    full = [entry for entry in evaluated if entry[2].method == "full"]
+    if full:
+        return min(full)[2]
+    return evaluated[0][2] if evaluated else None
+
+
+def against_baseline(group: Group, groups: Sequence[Group]) -> tuple[Group, Interval] | None:
+    """The baseline of the group's task, and this group's perplexity over its, paired by seed; None for the baseline itself."""
+    baseline = baseline_of(task_of(group.settings), groups)
+    if baseline is None or baseline is group or group.perplexity is None:
         return None
-    full = min(rivals)[2]
-    if full is group:
-        return None
-    theirs = {run.seed: run.final_perplexity for run in full.counted}
+    theirs = {run.seed: run.final_perplexity for run in baseline.counted}
     pairs = [(run.final_perplexity, theirs[run.seed]) for run in group.counted if run.seed in theirs]
     both = [(own, other) for own, other in pairs if own is not None and other is not None]
-    return (full, ratio_interval(both)) if both else None
+    return (baseline, ratio_interval(both)) if both else None

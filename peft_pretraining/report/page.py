@@ -123,8 +123,9 @@ def _methods(groups: Sequence[Group]) -> str:
     took = [heading for heading in table.headings if heading in ("setting", *tables.COSTS)]
     return (
         f"{_html_table(table.columns(reached))}\n{_html_table(table.columns(took))}\n"
-        "<p>States: parameters, support and moments, measured after the first update. Against full-rank: ratio of perplexities, "
-        "minus one, paired by seed, to the best full-rank setting of the same model, data, batch and length. "
+        "<p>States: parameters, support and moments, measured after the first update. Against the baseline: ratio of "
+        "perplexities, minus one, paired by seed, to the best full-rank setting of the same model, data, batch and length, or to "
+        "the first setting of these where none is full-rank. "
         f"{tables.MISSING}: not known, or not published.</p>"
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_pretraining.account import CLASSES
 from peft_pretraining.config import Arguments
-from peft_pretraining.report.groups import METHOD_NAMES, Group, against_full, task_of
+from peft_pretraining.report.groups import METHOD_NAMES, Group, against_baseline, task_of
 from peft_pretraining.report.intervals import Interval
 from peft_pretraining.report.published import LATER, PEAKS, RANK_AND_DELTA, SEVEN_B, TABLE
 from peft_pretraining.report.read import RunRecord
@@ -19,7 +19,7 @@ MISSING = "—"
 PERPLEXITY = "held-out perplexity ± 95 % interval"
 # What a run took, shown in a table of its own beside what it reached.
 COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", "updates", "tokens, 10⁶")
-GAP = "against full-rank, % [95 % interval]"
+GAP = "against the baseline, % [95 % interval]"
 # Arguments that say where a run lies or how it is watched; a command that makes the run again names its own.
 _NOT_REPEATED = ("save_dir", "continue_from", "resume", "allow_changes", "config", "name", "tags", "wandb", "dry_run")
 
@@ -76,14 +76,14 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
     first, published = group.first, group.published
     parameters, whole = group.figure("parameters"), group.figure("full_rank_parameters")
     states, peak, tokens = (group.figure(name) for name in ("states_bytes", "peak_memory_bytes", "tokens"))
-    full = against_full(group, groups)
+    baseline = against_baseline(group, groups)
     paper = first.paper_memory
     return {
         "setting": group.label,
         "model": first.model,
         PERPLEXITY: perplexity_text(group.perplexity),
         "published perplexity": number(published.perplexity if published else None, ".2f"),
-        GAP: gap_text(full[1] if full else None),
+        GAP: gap_text(baseline[1] if baseline else None),
         "parameters, 10⁶": number(parameters and parameters / 1e6, ",.2f"),
         "of full-rank, %": number(100 * parameters / whole if parameters and whole else None, ".0f"),
         "published parameters, 10⁶": number(published.parameters if published else None),
@@ -255,7 +255,7 @@ def as_json(groups: Sequence[Group]) -> dict[str, Any]:
     """Groups and runs with their figures, JSON-able."""
 
     def group_entry(group: Group) -> dict[str, Any]:
-        full = against_full(group, groups)
+        baseline = against_baseline(group, groups)
         return {
             "label": group.label,
             "method": group.method,
@@ -263,7 +263,7 @@ def as_json(groups: Sequence[Group]) -> dict[str, Any]:
             "settings": group.settings,
             "seeds": [run.seed for run in group.counted],
             "perplexity": None if group.perplexity is None else dataclasses.asdict(group.perplexity),
-            "against_full": None if full is None else {"label": full[0].label, **dataclasses.asdict(full[1])},
+            "against": None if baseline is None else {"label": baseline[0].label, **dataclasses.asdict(baseline[1])},
             "paper_memory_G": group.first.paper_memory,
             "published": None if group.published is None else dataclasses.asdict(group.published),
             "runs": [

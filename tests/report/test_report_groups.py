@@ -5,7 +5,7 @@ import itertools
 import pytest
 from run_records import change_document, evaluation, rows_of, write_rows, write_run
 
-from peft_pretraining.report.groups import against_full, group_runs
+from peft_pretraining.report.groups import against_baseline, group_runs
 from peft_pretraining.report.intervals import t_quantile
 from peft_pretraining.report.read import read_run
 from peft_pretraining.report.tables import command_of, methods_table, problems, published_memory_table, rank_delta_table
@@ -33,17 +33,30 @@ def test_seeds_are_grouped_with_mean_and_interval(three):
 def test_gap_to_full_rank_is_paired_by_seed(three):
     """Ten percent in each pair is ten percent without scatter, though the perplexities scatter."""
     groups = groups_of(*three)
-    rival, gap = against_full(groups[1], groups)
+    rival, gap = against_baseline(groups[1], groups)
     assert rival is groups[0]
     assert (gap.mean, gap.low, gap.high, gap.n) == pytest.approx((1.1, 1.1, 1.1, 3))
-    assert against_full(groups[0], groups) is None
+    assert against_baseline(groups[0], groups) is None
 
 
 def test_gap_is_to_the_best_full_rank_setting(tmp_path):
     better = write_run(tmp_path / "a", method="full", lr=0.001, perplexity=30.0)
     worse = write_run(tmp_path / "b", method="full", lr=0.01, perplexity=60.0)
     groups = groups_of(worse, better, write_run(tmp_path / "c", perplexity=33.0))
-    assert against_full(groups[2], groups)[1].mean == pytest.approx(1.1)
+    assert against_baseline(groups[2], groups)[1].mean == pytest.approx(1.1)
+
+
+def test_without_full_rank_the_first_setting_is_the_baseline(tmp_path):
+    plain = [write_run(tmp_path / f"p{seed}", seed=seed, perplexity=30.0 + seed) for seed in (1, 2)]
+    other = [
+        write_run(tmp_path / f"o{seed}", "--lr", "0.01", seed=seed, perplexity=0.9 * (30.0 + seed)) for seed in (1, 2)
+    ]
+    longer = write_run(tmp_path / "l", "--num_training_steps", "20", perplexity=20.0)
+    groups = groups_of(*plain, *other, longer)
+    baseline, gap = against_baseline(groups[1], groups)
+    assert baseline is groups[0]
+    assert (gap.mean, gap.n) == pytest.approx((0.9, 2))
+    assert against_baseline(groups[0], groups) is against_baseline(groups[2], groups) is None
 
 
 @pytest.mark.parametrize(
