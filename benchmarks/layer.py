@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from peft_pretraining.allocator import set_allocator
 from peft_pretraining.memory import linear_shapes
 from peft_pretraining.model_config import load_model_config
 from peft_pretraining.run_folder import versions
@@ -220,6 +221,7 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
         return 2
+    set_allocator()  # as the trainer does
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     found: dict[str, Any] = {

@@ -6,15 +6,15 @@ Each run is the trainer's, on the quickstart's model and text (scripts/quickstar
 to 1), float32, one after another; those that FILE.json already has are not made again. S has int(delta * out * in) values in all
 patterns but "block", whose slices leave up to 2 % more. Patterns, k = round(1 / delta):
 
-  uniform    anywhere, as published (`--support uniform`)
-  block      k blocks on the diagonal: consecutive rows by consecutive columns (`--support block`)
-  strided    k blocks: rows b, b + k, b + 2 k, ... by consecutive columns
-  attention  as strided in attention's square weights, whose rows are those of heads, and as block in the others
-  matched    k blocks: consecutive rows by consecutive columns, which slices meet drawn for each matrix
-  permuted   k blocks after a random permutation of the rows and one of the columns, drawn for each matrix
-  diagonals  4 k smaller blocks in each direction; each row of blocks has four, by random matchings
-  columns    the same delta * in columns in every row, drawn for each matrix (as LOST has them, arXiv 2508.02668)
-  balanced   delta * in random entries in each row
+  uniform      anywhere, as published (`--support uniform`)
+  block        k blocks: rows b, b + k, b + 2 k, ... by consecutive columns (`--support block`)
+  consecutive  k blocks on the diagonal: consecutive rows by consecutive columns
+  attention    as block in attention's square weights, whose rows are those of heads, and consecutive in the others
+  matched      as consecutive, but which slices meet is drawn for each matrix
+  permuted     k blocks after a random permutation of the rows and one of the columns, drawn for each matrix
+  diagonals    4 k smaller blocks in each direction; each row of blocks has four, by random matchings
+  columns      the same delta * in columns in every row, drawn for each matrix (as LOST has them, arXiv 2508.02668)
+  balanced     delta * in random entries in each row
 
 Printed: for each pattern the seeds' perplexities, their mean, and the 95 % interval of the mean ratio to uniform, paired by seed
 (Student's t of the logarithms). The patterns other than the program's two exist for this comparison only.
@@ -57,16 +57,16 @@ def consecutive(size: int, count: int) -> Tensor:
     return torch.arange(size) * count // size
 
 
-def strided(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def on_the_diagonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     blocks = round(1 / DELTA)
-    return (torch.arange(rows) % blocks)[:, None] == consecutive(columns, blocks)[None, :]
+    return consecutive(rows, blocks)[:, None] == consecutive(columns, blocks)[None, :]
 
 
 def attention(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    if rows == columns:
-        return strided(rows, columns, generator)
+    if rows != columns:
+        return on_the_diagonal(rows, columns, generator)
     blocks = round(1 / DELTA)
-    return consecutive(rows, blocks)[:, None] == consecutive(columns, blocks)[None, :]
+    return (torch.arange(rows) % blocks)[:, None] == consecutive(columns, blocks)[None, :]
 
 
 def matched(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -106,7 +106,7 @@ def balanced(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 Pattern = Callable[[int, int, torch.Generator], Tensor]
 PATTERNS: dict[str, Pattern] = {
-    "strided": strided,
+    "consecutive": on_the_diagonal,
     "attention": attention,
     "matched": matched,
     "permuted": permuted,
@@ -200,7 +200,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
         against = (
             "" if ratio is None or pattern == "uniform" else "  {:.4f} of uniform's [{:.4f}, {:.4f}]".format(*ratio)
         )
-        print(f"{pattern:<10}{mean:8.2f}  {each}{against}", flush=True)
+        print(f"{pattern:<12}{mean:8.2f}  {each}{against}", flush=True)
 
 
 def main() -> int:

@@ -246,14 +246,15 @@ def _layer_scratch(setting: Setting) -> int:
 
 
 def _lasting_scratch(setting: Setting) -> int:
-    """What stays of the largest weight that is built: a CPU's scratch memory."""
+    """What stays of the largest weight that is built, or of the largest outputs put in order: a CPU's scratch memory."""
     if not setting.replaces_linears or setting.device_type != "cpu":
         return 0
     from sparse_lora.scratch import large_bytes
 
-    width = memory.DTYPE_BYTES[setting.computes_in]
-    built = [shape for shape in memory.linear_shapes(setting.model) if _builds_matrix(setting, shape)]
-    return max((large_bytes(shape, width) for shape in built), default=0)
+    width, shapes = memory.DTYPE_BYTES[setting.computes_in], memory.linear_shapes(setting.model)
+    used = [shape for shape in shapes if _builds_matrix(setting, shape)]
+    used += [_arranged(setting, shape) for shape in shapes]
+    return max(large_bytes(shape, width) for shape in used)
 
 
 def _builds_matrix(setting: Setting, shape: tuple[int, int]) -> bool:
@@ -262,9 +263,15 @@ def _builds_matrix(setting: Setting, shape: tuple[int, int]) -> bool:
     return uniform or not _is_factored(setting, shape)
 
 
+def _arranged(setting: Setting, shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a linear's outputs, or of their gradients, that blocks have in an order of their own."""
+    blocks = setting.peft_model == "sltrain" and setting.support == "block"
+    return (setting.batch_size * setting.max_length if blocks and _is_factored(setting, shape) else 0, shape[0])
+
+
 def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     """Of a linear (out, in): its weight or that weight's gradient, where it is built; the decoded support, values and factors
-    with their gradients; and the gradient of x A^T where it is computed by its factors."""
+    with their gradients; and the gradients of x A^T and, put in order, of the outputs, where it is computed by its factors."""
     rows, columns = shape
     width, factored = memory.DTYPE_BYTES[setting.computes_in], _is_factored(setting, shape)
     sparse = setting.peft_model == "sltrain"
@@ -279,6 +286,7 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
 
         dense += scratch_bytes(rows, columns)
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
+    kept += width * math.prod(_arranged(setting, shape))
     return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
 
 

@@ -88,7 +88,7 @@ class MethodArguments:
     support: str = _arg(
         "uniform",
         "where the sparse entries lie: uniform (at random over the whole weight, as published) | block (1/sp_ratio "
-        "dense blocks on the diagonal: faster, nothing to store)",
+        "dense blocks, rows interleaved: faster, nothing to store)",
         choices=SUPPORT_KINDS,
     )
     linear_path: str = _arg(

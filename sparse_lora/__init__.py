@@ -5,7 +5,7 @@ functional.py      sparse_lowrank_linear (memory-saving autograd) and dense_refe
 cost.py            which of its two paths takes less time
 support.py         Support: which entries the sparse part has, and the arithmetic of that part; generator_for
 uniform.py         anywhere, as published; layout.py: in how many bytes they are stored
-block.py           on the diagonal
+block.py           in dense blocks of consecutive inputs and interleaved outputs
 kinds.py           their names
 scratch.py         memory for one passing matrix at a time
 kernels.py         W, and the values' gradient, by Triton kernels (kernels_triton.py) where there are Triton and a GPU

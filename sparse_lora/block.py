@@ -1,7 +1,9 @@
-"""The block support: S is block-diagonal, so that its products are small dense ones and nothing is stored of its positions.
+"""The block support: S is block-diagonal up to a fixed order of the outputs: its products are small dense ones, and nothing is
+stored of its positions.
 
-With k blocks, outputs and inputs are cut into k consecutive slices each, of sizes that differ by one at most, and slice b of the
-outputs reads slice b of the inputs. Values lie block after block, each row-major: the order of the sorted positions.
+With k blocks, inputs are cut into k consecutive slices, of sizes that differ by one at most, and output o reads slice o mod k.
+Neighbouring outputs thus read different slices: those of an attention head read all of them, which consecutive outputs by
+consecutive inputs do not, and end worse (docs/results.md). Values lie row after row: the order of the sorted positions.
 
 Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S; n blocks of a run, r rows and c columns of each.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .scratch import scratch_matrix
 from .support import Support
 
 # 1 / k must be this near to the share that was asked for, relative to it.
@@ -38,14 +41,16 @@ def block_count(sparsity: float) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive blocks of one shape: `count` of (rows, columns), the first at (row, column), its values from `value` on."""
+    """Neighbouring blocks of one shape: `count` of (rows, columns), from number `first` on.
 
+    column: how many columns the blocks before them have together.
+    """
+
+    first: int
     count: int
     rows: int
     columns: int
-    row: int
     column: int
-    value: int
 
     @property
     def num_values(self) -> int:
@@ -55,20 +60,21 @@ class Run:
 
 @functools.cache
 def runs(out_features: int, in_features: int, blocks: int) -> tuple[Run, ...]:
-    """All blocks, in at most three runs: the first out % k slices are one longer than the others, and so the first in % k."""
+    """All blocks, in at most three runs: the first out % k blocks have one row more than the others, and the first in % k one
+    column more."""
     found: list[Run] = []
-    row = column = value = 0
+    column = 0
     bounds = sorted({0, out_features % blocks, in_features % blocks, blocks})
     for first, end in itertools.pairwise(bounds):
         rows = out_features // blocks + (first < out_features % blocks)
         columns = in_features // blocks + (first < in_features % blocks)
-        found.append(Run(end - first, rows, columns, row, column, value))
-        row, column, value = row + (end - first) * rows, column + (end - first) * columns, value + found[-1].num_values
+        found.append(Run(first, end - first, rows, columns, column))
+        column += (end - first) * columns
     return tuple(found)
 
 
 class BlockSupport(Support):
-    """k dense blocks on the diagonal: full rank, out * in / k positions to within rounding, nothing stored of them."""
+    """k dense blocks: full rank, out * in / k positions to within rounding, nothing stored of them."""
 
     kind = "block"
 
@@ -98,69 +104,110 @@ class BlockSupport(Support):
 
 
 class BlockPart:
-    """The arithmetic of S with a block support; see support.SparsePart. Batched products on views of all that is there."""
+    """The arithmetic of S with a block support; see support.SparsePart. Batched products of slices, which are views.
+
+    The outputs of a block lie k apart, which no matrix product takes: outputs are computed block after block and put in order
+    once, and so are their gradients before a backward pass. Arranged like that, each block has room for ceil(O / k) outputs;
+    what lies in room that a block does not need is never read.
+    """
 
     def __init__(self, blocks: int, out_features: int, in_features: int) -> None:
         """blocks: k."""
+        self.blocks, self.out_features, self.in_features = blocks, out_features, in_features
         self.runs = runs(out_features, in_features, blocks)
+        self._room = -(-out_features // blocks)
 
-    def _with_values(self, values: Tensor) -> Iterator[tuple[Run, Tensor]]:
-        for run in self.runs:
-            yield run, values[run.value :][: run.num_values].view(run.count, run.rows, run.columns)
+    def _in_values(self, values: Tensor, run: Run) -> Tensor:
+        """View (n, r, c) of the values: k rows after each other have one of every column, I values together."""
+        offset = values.storage_offset() + run.column
+        return values.as_strided((run.count, run.rows, run.columns), (run.columns, self.in_features, 1), offset)
+
+    def _in_weight(self, weight: Tensor, run: Run) -> Tensor:
+        """View (n, r, c) of a contiguous (O, I) matrix."""
+        offset = weight.storage_offset() + run.first * self.in_features + run.column
+        strides = (self.in_features + run.columns, self.blocks * self.in_features, 1)
+        return weight.as_strided((run.count, run.rows, run.columns), strides, offset)
+
+    def _outputs(self, arranged: Tensor, run: Run) -> Tensor:
+        """View (n, T, r) of the run's outputs where those of a block lie together."""
+        return _slices(arranged, run.first * self._room, run.count, self._room)[..., : run.rows]
+
+    def _pairs(self, ordered: Tensor, arranged: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of columns of (T, O) in the outputs' order and of the same ones of (T, k * room), arranged."""
+        rounds, rest = divmod(self.out_features, self.blocks)
+        by_block = arranged.unflatten(1, (self.blocks, self._room))
+        yield ordered[:, : rounds * self.blocks].unflatten(1, (rounds, self.blocks)), by_block[..., :rounds].mT
+        yield ordered[:, rounds * self.blocks :], by_block[:, :rest, self._room - 1]
+
+    def arranged(self, g_TO: Tensor) -> Tensor:
+        """G with the outputs of each block together, (T, k * room)."""
+        return self._arrange(g_TO, scratch_matrix(g_TO.shape[0], self.blocks * self._room, g_TO))
+
+    def _arrange(self, ordered: Tensor, into: Tensor) -> Tensor:
+        for columns, arranged in self._pairs(ordered, into):
+            arranged.copy_(columns)
+        return into
 
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
         """weight += S."""
-        for run, values_nrc in self._with_values(values):
-            _diagonal(weight, run).add_(values_nrc)
+        for run in self.runs:
+            self._in_weight(weight, run).add_(self._in_values(values, run))
 
     def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> None:
         """No quicker way."""
 
     def gather(self, grad_weight: Tensor) -> Tensor:
-        """The blocks of a gradient of the weight, (O, I), one after another."""
-        return torch.cat([_diagonal(grad_weight, run).reshape(-1) for run in self.runs])
-
-    def add_output_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
-        """y += x S^T."""
-        for run, values_nrc in self._with_values(values):
-            _slices(y_TO, run.row, run.count, run.rows).baddbmm_(
-                _slices(x_TI, run.column, run.count, run.columns), values_nrc.mT
-            )
-
-    def add_input_gradient_(self, grad_TI: Tensor, g_TO: Tensor, values: Tensor) -> None:
-        """dx += G S."""
-        for run, values_nrc in self._with_values(values):
-            _slices(grad_TI, run.column, run.count, run.columns).baddbmm_(
-                _slices(g_TO, run.row, run.count, run.rows), values_nrc
-            )
-
-    def value_gradient(self, g_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """The blocks of G^T x, one after another, and nothing else of it."""
-        found = []
+        """The blocks' entries of a gradient of the weight, (O, I), in the order of the values."""
+        found = grad_weight.new_empty(sum(run.num_values for run in self.runs))
         for run in self.runs:
-            g_nTr = _slices(g_TO, run.row, run.count, run.rows)
-            x_nTc = _slices(x_TI, run.column, run.count, run.columns)
-            if g_TO.device.type == "cpu":
-                # Batched, a CPU first turns the whole of a factor that is transposed around: 2 to 8 times slower.
-                found += [(g_Tr.t() @ x_Tc).view(-1) for g_Tr, x_Tc in zip(g_nTr, x_nTc, strict=True)]
-            else:
-                found.append((g_nTr.mT @ x_nTc).view(-1))
-        return torch.cat(found)
+            self._in_values(found, run).copy_(self._in_weight(grad_weight, run))
+        return found
+
+    def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
+        """h scaled_B^T + bias + x S^T."""
+        factor = self._arrange(scaled_B.t(), scaled_B.new_zeros(scaled_B.shape[1], self.blocks * self._room))
+        by_block = torch.mm(h_TR, factor, out=scratch_matrix(h_TR.shape[0], factor.shape[1], h_TR))
+        for run in self.runs:
+            _add_products_(self._outputs(by_block, run), _inputs(x_TI, run), self._in_values(values, run).mT)
+        y_TO = h_TR.new_empty(h_TR.shape[0], self.out_features)
+        for columns, arranged in self._pairs(y_TO, by_block):
+            columns.copy_(arranged)
+        return y_TO if bias is None else y_TO.add_(bias)
+
+    def add_input_gradient_(self, grad_TI: Tensor, arranged_TO: Tensor, values: Tensor) -> None:
+        """dx += G S."""
+        for run in self.runs:
+            _add_products_(_inputs(grad_TI, run), self._outputs(arranged_TO, run), self._in_values(values, run))
+
+    def value_gradient(self, arranged_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """The blocks' entries of G^T x, in the order of the values, and nothing else of it."""
+        found = arranged_TO.new_empty(sum(run.num_values for run in self.runs))
+        for run in self.runs:
+            g_nTr, x_nTc = self._outputs(arranged_TO, run), _inputs(x_TI, run)
+            _add_products_(self._in_values(found, run), g_nTr.mT, x_nTc, beta=0)
+        return found
 
     def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
         """Then the factored path would have been taken."""
         return False
 
 
+def _add_products_(result: Tensor, left: Tensor, right: Tensor, beta: float = 1) -> None:
+    """result = beta result + left @ right, of n matrices each; beta = 0 where nothing is in result yet."""
+    if result.device.type != "cpu":
+        result.baddbmm_(left, right, beta=beta)
+        return
+    # Batched, a CPU first copies factors and results that are views: up to 8 times slower.
+    for block in range(result.shape[0]):
+        result[block].addmm_(left[block], right[block], beta=beta)
+
+
+def _inputs(tensor_TI: Tensor, run: Run) -> Tensor:
+    """View (n, T, c) of the slices of the inputs that the run's blocks read."""
+    return _slices(tensor_TI, run.column, run.count, run.columns)
+
+
 def _slices(tensor: Tensor, start: int, count: int, size: int) -> Tensor:
     """View (count, T, size) of `count` neighbouring slices of the columns of a (T, ...) tensor."""
     sliced: Tensor = tensor[:, start : start + count * size].unflatten(1, (count, size))
     return sliced.transpose(0, 1)
-
-
-def _diagonal(weight: Tensor, run: Run) -> Tensor:
-    """View (n, r, c) of a run's blocks in a contiguous (O, I) matrix."""
-    stride = weight.shape[1]
-    offset = weight.storage_offset() + run.row * stride + run.column
-    strides = (run.rows * stride + run.columns, stride, 1)
-    return weight.as_strided((run.count, run.rows, run.columns), strides, offset)

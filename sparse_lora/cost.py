@@ -2,8 +2,9 @@
 
 PATHS = ("materialised", "factored")
 
-# A multiplication of a thin block takes so many times one of a large matrix; of the blocks of one support.
-_BLOCK_OVERHEAD = {"cpu": 2.5, "cuda": 4.0}
+# Products of thin blocks are as fast as memory: so many multiplications of large products are made while an element of a block's
+# inputs or outputs is moved. Measured with blocks of 15 x 15 to 550 x 204 on a CPU (docs/speed.md), assumed for a GPU.
+_PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 200.0}
 
 
 def multiplications(
@@ -13,8 +14,9 @@ def multiplications(
 
     With T rows, r the rank, d x p the weight:
       materialised: 3 T d p for y, dx and dW, and 4 r d p for building W twice and for dA and dB by way of dW.
-      factored: 3 T r (d + p) for the factors, and for S 3 T d p where it is computed as a dense matrix ("uniform"), 3 T nnz times
-      an overhead for small products where it is blocks ("block"), nothing where there is none ("none").
+      factored: 3 T r (d + p) for the factors, and for S 3 T d p where it is computed as a dense matrix ("uniform"), 3 T nnz and
+      what moving 3 T (2 d + p) elements takes where it is blocks ("block"): inputs and outputs of the blocks in three products,
+      and outputs that are put in order. Nothing where there is none ("none").
     Adding and gathering the nonzeros costs about the same on both, and much less.
     """
     dense = out_features * in_features
@@ -22,7 +24,7 @@ def multiplications(
         return 3 * num_rows * dense + 4 * rank * dense
     sparse = {
         "none": 0.0,
-        "block": _BLOCK_OVERHEAD.get(device_type, _BLOCK_OVERHEAD["cuda"]) * nnz,
+        "block": nnz + _PER_MOVED_ELEMENT.get(device_type, 200.0) * (2 * out_features + in_features),
         "uniform": float(dense),
     }
     return 3 * num_rows * (rank * (out_features + in_features) + sparse[kind])

@@ -184,10 +184,9 @@ def _output(
                 out_shape
             ), x_TI.new_empty(0)
         h_TR = x_TI @ A.t()
-        y_TO = F.linear(h_TR, scaled_B, bias)
-        if part is not None and values is not None:
-            part.add_output_(y_TO, x_TI, values)
-        return y_TO.view(out_shape), h_TR
+        if part is None or values is None:
+            return F.linear(h_TR, scaled_B, bias).view(out_shape), h_TR
+        return part.output(h_TR, scaled_B, bias, x_TI, values).view(out_shape), h_TR
 
 
 @dataclass(frozen=True)
@@ -276,16 +275,20 @@ def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
 def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
     """With G scaling B shared by those of x and A, and x A^T kept from the forward pass."""
     need_x, need_A, need_B, need_values = needed
-    grad_x = grad_A = None
+    grad_x = grad_A = arranged_TO = None
+    if o.part is not None and (need_x or need_values):
+        arranged_TO = o.part.arranged(o.g_TO)
     if need_x or need_A:
         grad_h_TR = o.g_TO @ o.scaled_B
         if need_x:
             grad_x = grad_h_TR @ o.A
-            if o.part is not None and o.values is not None:
-                o.part.add_input_gradient_(grad_x, o.g_TO, o.values)
+            if o.part is not None and o.values is not None and arranged_TO is not None:
+                o.part.add_input_gradient_(grad_x, arranged_TO, o.values)
         grad_A = grad_h_TR.t() @ o.x_TI if need_A else None
     grad_B = o.g_TO.t() @ o.h_TR if need_B else None
-    grad_values = o.part.value_gradient(o.g_TO, o.x_TI) if need_values and o.part is not None else None
+    grad_values = None
+    if need_values and o.part is not None and arranged_TO is not None:
+        grad_values = o.part.value_gradient(arranged_TO, o.x_TI)
     return _Gradients(grad_x, grad_A, grad_B, grad_values)
 
 

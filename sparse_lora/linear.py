@@ -30,7 +30,7 @@ class SparseLowRankLinear(nn.Module):
         alpha: the low-rank part is scaled by alpha / rank.
         bias: whether there is one.
         support: which positions S has; "uniform": int(sparsity * out * in), drawn without replacement over the whole matrix, as
-            published; "block": round(1 / sparsity) blocks on the diagonal, which take less time and nothing to store.
+            published; "block": round(1 / sparsity) dense blocks, which take less time and nothing to store.
         trainable_scaling: scale by tanh(c) with c a trained scalar, initially 1, instead of alpha / rank.
         path: how it is computed, "materialised", "factored" or "auto" (sparse_lora.functional).
         seed: of the initial values and the support; None draws one from torch's default generator.

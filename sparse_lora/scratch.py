@@ -10,8 +10,9 @@ import threading
 import torch
 from torch import Tensor
 
-# glibc never keeps a freed block of this size (DEFAULT_MMAP_THRESHOLD_MAX).
-LARGE_BYTES = 32 * 2**20
+# From here on the trainer's allocator gives blocks back (peft_pretraining/allocator.py); glibc by itself does from 128 KiB to
+# 32 MiB on, depending on what was freed before.
+LARGE_BYTES = 4 * 2**20
 
 
 class _Kept(threading.local):

@@ -40,7 +40,7 @@ class Support(nn.Module, ABC):
     """
 
     kind: str
-    blocks = 0  # blocks on S's diagonal, 0 where it has no such structure
+    blocks = 0  # how many S consists of, 0 where it has no such structure
     code: Tensor | None  # what is stored of the positions, if anything
 
     def __init__(self, out_features: int, in_features: int, nnz: int) -> None:
@@ -88,13 +88,16 @@ class SparsePart(Protocol):
     def gather(self, grad_weight: Tensor) -> Tensor:
         """The values' gradient (N,) out of the weight's (O, I)."""
 
-    def add_output_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
-        """y += x S^T."""
+    def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
+        """y = h scaled_B^T + bias + x S^T, (T, O)."""
 
-    def add_input_gradient_(self, grad_TI: Tensor, g_TO: Tensor, values: Tensor) -> None:
+    def arranged(self, g_TO: Tensor) -> Tensor:
+        """G with its columns in the order in which the next two take it; the same tensor where that is no other."""
+
+    def add_input_gradient_(self, grad_TI: Tensor, arranged_TO: Tensor, values: Tensor) -> None:
         """dx += G S."""
 
-    def value_gradient(self, g_TO: Tensor, x_TI: Tensor) -> Tensor:
+    def value_gradient(self, arranged_TO: Tensor, x_TI: Tensor) -> Tensor:
         """The values' gradient (N,), without the weight's where that is possible."""
 
     def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:

@@ -6,6 +6,7 @@ Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
@@ -221,19 +222,23 @@ class UniformPart:
         self.add_to_(weight, values)
         return weight
 
-    def add_output_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
-        """y += x S^T."""
-        y_TO.addmm_(x_TI, self._dense(values).t())
+    def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
+        """h scaled_B^T + bias + x S^T."""
+        return F.linear(h_TR, scaled_B, bias).addmm_(x_TI, self._dense(values).t())
 
-    def add_input_gradient_(self, grad_TI: Tensor, g_TO: Tensor, values: Tensor) -> None:
+    def arranged(self, g_TO: Tensor) -> Tensor:
+        """As it is."""
+        return g_TO
+
+    def add_input_gradient_(self, grad_TI: Tensor, arranged_TO: Tensor, values: Tensor) -> None:
         """dx += G S."""
-        grad_TI.addmm_(g_TO, self._dense(values))
+        grad_TI.addmm_(arranged_TO, self._dense(values))
 
-    def value_gradient(self, g_TO: Tensor, x_TI: Tensor) -> Tensor:
+    def value_gradient(self, arranged_TO: Tensor, x_TI: Tensor) -> Tensor:
         """G^T x at the positions, (N,)."""
-        if self.spares_weight_gradient(g_TO, x_TI, 0):
-            return kernels.gather_gradient(g_TO, x_TI, self.positions())
-        return self.gather(passing_product(g_TO.t(), x_TI))
+        if self.spares_weight_gradient(arranged_TO, x_TI, 0):
+            return kernels.gather_gradient(arranged_TO, x_TI, self.positions())
+        return self.gather(passing_product(arranged_TO.t(), x_TI))
 
     def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
         """Where the kernels run, for few rows."""

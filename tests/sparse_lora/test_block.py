@@ -20,10 +20,10 @@ def slice_numbers(size: int, blocks: int) -> Tensor:
 
 @settings(deadline=None, max_examples=200)
 @given(sizes, sizes, st.data())
-def test_an_entry_is_in_it_where_its_slices_have_the_same_number(rows: int, columns: int, data: st.DataObject) -> None:
+def test_output_o_reads_slice_o_modulo_the_number_of_blocks(rows: int, columns: int, data: st.DataObject) -> None:
     blocks = data.draw(st.integers(1, min(rows, columns)))
     support = BlockSupport(rows, columns, blocks)
-    expected = slice_numbers(rows, blocks)[:, None] == slice_numbers(columns, blocks)[None, :]
+    expected = (torch.arange(rows) % blocks)[:, None] == slice_numbers(columns, blocks)[None, :]
     assert torch.equal(support.flat_indices(), expected.flatten().nonzero().squeeze(1))
     assert support.nnz == expected.sum()
     assert len(runs(rows, columns, blocks)) <= 3
@@ -47,16 +47,20 @@ def test_its_products_are_those_of_the_matrix(
         .view(rows, columns)
     )
     part = BlockPart(blocks, rows, columns)
-    y, dx, W = g.clone(), x.clone(), weight.clone()
-    part.add_output_(y, x, values)
-    part.add_input_gradient_(dx, g, values)
+    dx, W = x.clone(), weight.clone()
+    h, B, bias = (
+        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((num_rows, 2), (rows, 2), (rows,))
+    )
+    part.add_input_gradient_(dx, part.arranged(g), values)
     part.add_to_(W, values)
-    assert torch.allclose(y, g + x @ S.t(), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(part.output(h, B, bias, x, values), h @ B.t() + bias + x @ S.t(), rtol=1e-12, atol=1e-12)
     assert torch.allclose(dx, x + g @ S, rtol=1e-12, atol=1e-12)
     assert torch.equal(W, weight + S)
     dW = g.t() @ x
     assert torch.equal(part.gather(dW), dW.flatten()[support.flat_indices()])
-    assert torch.allclose(part.value_gradient(g, x), dW.flatten()[support.flat_indices()], rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        part.value_gradient(part.arranged(g), x), dW.flatten()[support.flat_indices()], rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(

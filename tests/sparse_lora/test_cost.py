@@ -12,13 +12,12 @@ def count(path: str, kind: str = "none", nnz: int = 0) -> float:
 
 
 def test_multiplications_by_hand() -> None:
-    """Dense products take 10 * 4 * 6 = 240 each, W and the like 2 * 4 * 6 = 48, both factors 10 * 2 * (4 + 6) = 200."""
+    """Dense products take 10 * 4 * 6 = 240 each, W and the like 2 * 4 * 6 = 48, both factors 10 * 2 * (4 + 6) = 200; blocks move
+    6 + 4 elements of each row in a product, and 4 to be in order."""
     assert count("materialised") == 3 * 240 + 4 * 48
     assert count("factored") == 3 * 200
     assert count("factored", "uniform", 5) == 3 * (200 + 240)
-    blocks = count("factored", "block", 5) - 3 * 200
-    assert 3 * 10 * 5 <= blocks < 3 * 240
-    assert blocks == count("factored", "block", 10) - count("factored", "block", 5)
+    assert count("factored", "block", 5) - 3 * 200 == 3 * 10 * (5 + 100 * (6 + 4 + 4))
 
 
 @pytest.mark.parametrize(
@@ -41,11 +40,13 @@ def test_a_rank_too_large_for_factors_builds_the_weight() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_blocks_are_never_built_where_the_rank_is_small(device: str) -> None:
-    for shape, rank in (((512, 512), 128), ((1024, 2736), 256), ((5461, 2048), 512), ((4096, 11008), 1024)):
-        nnz = shape[0] * shape[1] // 20
-        for num_rows in (1, 256, 2048, 32768):
-            assert cheaper_path(num_rows, *shape, rank, "block", nnz, device) == "factored"
+def test_blocks_of_large_weights_are_never_built_and_thin_ones_for_few_rows_alone(device: str) -> None:
+    """512 x 512 in 33 blocks of 15 x 15: measured 1.4 times nn.Linear's time factored and 1.1 times built, on a CPU."""
+    for num_rows in (1, 64, 2048, 32768):
+        for shape, rank in (((1024, 2736), 256), ((5461, 2048), 512), ((4096, 11008), 1024)):
+            assert cheaper_path(num_rows, *shape, rank, "block", shape[0] * shape[1] // 20, device) == "factored"
+        thin = cheaper_path(num_rows, 512, 512, 128, "block", 512 * 512 // 33, device)
+        assert thin == ("factored" if num_rows <= 64 else "materialised")
 
 
 def test_auto_takes_the_cheaper_path(monkeypatch: pytest.MonkeyPatch) -> None:
