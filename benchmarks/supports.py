@@ -41,6 +41,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchrun_main
+from peft_pretraining.report.intervals import ratio_interval
 from peft_pretraining.run_folder import versions
 from sparse_lora import uniform
 from sparse_lora.layout import Layout
@@ -48,8 +49,6 @@ from sparse_lora.layout import Layout
 ROOT = Path(__file__).resolve().parent.parent
 DELTA = 0.03
 OWN = ("uniform", "block")  # of the program
-# 97.5 % quantiles of Student's t by degrees of freedom.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def consecutive(size: int, count: int) -> Tensor:
@@ -178,29 +177,20 @@ def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, 
     }
 
 
-def ratio_to_uniform(losses: dict[int, float], uniform_losses: dict[int, float]) -> tuple[float, float, float] | None:
-    """Geometric mean of the perplexity ratios over the seeds that both have, and its 95 % interval; None for fewer than two."""
-    differences = [losses[seed] - uniform_losses[seed] for seed in losses.keys() & uniform_losses.keys()]
-    if len(differences) < 2:
-        return None
-    mean, freedom = statistics.mean(differences), len(differences) - 1
-    half = STUDENT_T[min(freedom, 9)] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
 def print_table(runs: list[dict[str, Any]]) -> None:
     """A line per pattern, the best mean first."""
-    losses: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, float]] = {}
     for run in runs:
-        losses.setdefault(run["pattern"], {})[run["seed"]] = run["loss"]
-    for pattern in sorted(losses, key=lambda name: statistics.mean(losses[name].values())):
-        mean = math.exp(statistics.mean(losses[pattern].values()))
-        each = ", ".join(f"{math.exp(loss):.2f} ({seed})" for seed, loss in losses[pattern].items())
-        ratio = ratio_to_uniform(losses[pattern], losses.get("uniform", {}))
-        against = (
-            "" if ratio is None or pattern == "uniform" else "  {:.4f} of uniform's [{:.4f}, {:.4f}]".format(*ratio)
-        )
-        print(f"{pattern:<12}{mean:8.2f}  {each}{against}", flush=True)
+        found.setdefault(run["pattern"], {})[run["seed"]] = run["perplexity"]
+    uniform_ones = found.get("uniform", {})
+    for pattern in sorted(found, key=lambda name: statistics.geometric_mean(found[name].values())):
+        each = ", ".join(f"{perplexity:.2f} ({seed})" for seed, perplexity in found[pattern].items())
+        line = f"{pattern:<12}{statistics.geometric_mean(found[pattern].values()):8.2f}  {each}"
+        pairs = [(found[pattern][seed], uniform_ones[seed]) for seed in found[pattern].keys() & uniform_ones.keys()]
+        if pattern != "uniform" and len(pairs) > 1:
+            ratio = ratio_interval(pairs)
+            line += f"  {ratio.mean:.4f} of uniform's [{ratio.low:.4f}, {ratio.high:.4f}]"
+        print(line, flush=True)
 
 
 def main() -> int:
