@@ -10,11 +10,13 @@ from typing import Any
 import peft_pretraining.data.command as data
 from peft_pretraining import estimate, generate, report, sweep
 from peft_pretraining.analysis import pruning, spectra
+from peft_pretraining.export import command as export
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
     "data": data,
     "estimate": estimate,
+    "export": export,
     "generate": generate,
     "pruning": pruning,
     "report": report,

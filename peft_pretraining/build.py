@@ -180,6 +180,19 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
     )
 
 
+def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
+    """The arguments in a checkpoint's run.json, and all of it. Raises CheckpointError."""
+    run = checkpoint.read_json(folder / "run.json")
+    try:
+        args = arguments_of_record(run["arguments"])
+        known = run["plan"]["dtype"] in DTYPES and args.peft_model in METHODS
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
+    if not known:
+        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: of a method or dtype that this version does not know")
+    return args, run
+
+
 def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
     """Model, tokenizer and run.json of a checkpoint (or of the newest in a run's folder), in the run's dtype.
 
@@ -187,20 +200,14 @@ def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Toke
         CheckpointError: not a checkpoint, or not a sound one.
     """
     folder = checkpoint.resolve(path)
-    run = checkpoint.read_json(folder / "run.json")
-    try:
-        args = arguments_of_record(run["arguments"])
-        dtype = DTYPES[run["plan"]["dtype"]]
-        method = METHODS[args.peft_model]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
+    args, run = checkpoint_record(folder)
     try:
         model = build_model(
             load_model_config(folder / "config.json"),
-            dtype=dtype,
+            dtype=DTYPES[run["plan"]["dtype"]],
             device=device,
             seed=args.seed,
-            reparameterize=lambda model: method(model, args),
+            reparameterize=lambda model: METHODS[args.peft_model](model, args),
         )
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # numbers that no run was ever started with
         raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None

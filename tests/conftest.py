@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny_model import TINY_MODEL
+from tiny_runs import train
 
 # Two test processes share two cores; more threads only make timings worse. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -89,3 +91,16 @@ def tiny_run(tmp_path_factory) -> list[str]:
         *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model")),
         *("--dataset", str(folder / "corpus")),
     ]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run by its name in tiny_runs.METHODS, trained once a session where a test asks for it."""
+    runs: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in runs:
+            runs[name] = train(name, tiny_run, tmp_path_factory.mktemp(name) / "run")
+        return runs[name]
+
+    return run

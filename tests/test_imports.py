@@ -31,7 +31,7 @@ FLOORS = [
     ],
     ["assemble"],
     ["ending"],
-    ["analysis", "estimate", "generate", "report"],
+    ["analysis", "estimate", "export", "generate", "report"],
     ["sweep"],
     ["__main__", "torchrun_main"],
 ]

@@ -92,6 +92,32 @@ class Tokenizer:
         except Exception as error:  # the tokenizers package has no other class for a disk that is full
             raise OSError(f"{folder}: the tokenizer could not be written ({error})") from None
 
+    def save_for_inference(self, folder: str | Path, max_length: int) -> None:
+        """Write a folder that AutoTokenizer loads, whose ids of a text are those of training: nothing is added to them.
+
+        T5's own tokenizer ends every text, and so a prompt, with the end token; others begin with one that no document had.
+        Prompts of a batch are padded on the left. max_length: positions of the model. Raises OSError.
+        """
+        from tokenizers import Tokenizer as BackendTokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        state = json.loads(self._pretrained.backend_tokenizer.to_str())
+        state.update(truncation=None, padding=None, post_processor=None)
+        tokens = {f"{role}_token": getattr(self._pretrained, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
+        tokens["pad_token"] = tokens["pad_token"] or tokens["eos_token"]
+        plain = PreTrainedTokenizerFast(
+            tokenizer_object=BackendTokenizer.from_str(json.dumps(state)),
+            clean_up_tokenization_spaces=False,
+            model_max_length=max_length,
+            padding_side="left",
+            model_input_names=["input_ids", "attention_mask"],
+            **{name: token for name, token in tokens.items() if token is not None},
+        )
+        try:
+            plain.save_pretrained(str(folder))
+        except Exception as error:  # as in save
+            raise OSError(f"{folder}: the tokenizer could not be written ({error})") from None
+
     def _check_special_text_is_plain(self) -> None:
         special = [token for token, index in self._pretrained.get_vocab().items() if index in self._special_ids]
         for token, ids in zip(special, self.encode_batch(special), strict=True):

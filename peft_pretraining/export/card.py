@@ -1,0 +1,92 @@
+"""README.md of an exported model: what it is, how it was made, what it reached, how to load it. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+_METHODS = {
+    "full": "full-rank",
+    "galore": "GaLore (arXiv 2403.03507)",
+    "lowrank": "low-rank, W = (alpha/r) B A",
+    "relora": "ReLoRA (arXiv 2307.05695)",
+    "sltrain": "SLTrain (arXiv 2406.02214), W = (alpha/r) B A + S",
+}
+_LOAD_DENSE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+_LOAD_FACTORED = """from peft_pretraining.export import load_factored
+
+model, tokenizer = load_factored("{name}")"""
+# Flags that say where, not what; what a --config file said is in the others.
+_PLACES = ("config", "save_dir", "continue_from", "resume", "dry_run", "device", "wandb", "wandb_project", "wandb_name")
+
+
+def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: bool, dtype: str) -> str:
+    """record: the checkpoint's run.json. folder: the checkpoint. name: of the export."""
+    args, plan = record["arguments"], record["plan"]
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["train"]
+    parameters, whole = plan["parameters"]["total"], plan["full_rank_parameters"]
+    rows = [
+        ("architecture", f"LLaMA, {plan['model']['name']}: {whole:,} parameters as a dense model"),
+        ("trained as", f"{_METHODS[args['peft_model']]}: {parameters:,} parameters"),
+        ("stored as", f"{'factors' if factored else 'dense weights'}, {dtype}"),
+        ("data", _data(record)),
+        ("trained on", f"{state['tokens_seen']:,} tokens in {state['update_step']:,} updates"),
+        ("held-out perplexity", _perplexity(folder, state["update_step"])),
+        ("context", f"{plan['model']['max_position_embeddings']:,} positions; trained with {args['max_length']:,}"),
+        ("made with", ", ".join(f"{key} {value}" for key, value in record["versions"].items())),
+    ]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    load = (_LOAD_FACTORED if factored else _LOAD_DENSE).format(name=name)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {name}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"```python\n{load}\n```\n\n"
+        "A base model: it continues text. Documents were tokenised without a token before them and end with the end token.\n\n"
+        f"The command, but for folders:\n\n```bash\n{_command(args)}\n```\n"
+    )
+
+
+def _data(record: dict[str, Any]) -> str:
+    source = record.get("dataset") or {}
+    args = record["arguments"]
+    return f"{args['dataset']} (fingerprint {source.get('fingerprint', 'not known')}), tokenizer beside this file"
+
+
+def _perplexity(folder: Path, step: int) -> str:
+    """The evaluation after this update in the run's metrics.jsonl, where that is still beside the checkpoint."""
+    try:
+        lines = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "not known: the run's metrics.jsonl was not beside the checkpoint"
+    found = None
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # a last line that was never finished
+            continue
+        for kind in ("eval", "final_eval"):
+            loss = row.get(f"{kind}_loss")
+            if row.get("update_step") == step and isinstance(loss, float) and math.isfinite(loss):
+                found = f"{math.exp(min(loss, 700)):,.2f} over {row.get(f'{kind}_tokens', 0):,} tokens"
+    return found or "not evaluated after this update"
+
+
+def _command(args: dict[str, Any]) -> str:
+    """Flags that differ from their defaults."""
+    import dataclasses
+
+    from peft_pretraining.config import Arguments
+
+    defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
+    flags = [
+        f"--{name} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}"
+        for name, value in args.items()
+        if name in defaults and name not in _PLACES and value is not None and value != defaults[name]
+    ]
+    return " \\\n    ".join(["torchrun --nproc_per_node N torchrun_main.py", *flags])

@@ -1,0 +1,58 @@
+"""From an export, or any LLaMA in transformers' layout, to a model for inference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_pretraining.export.shards import INDEX, SINGLE, ExportError, read_tensors
+from peft_pretraining.export.write import FACTORS_CONFIG, LLAMA_CONFIG
+from peft_pretraining.model_config import ModelConfigError, load_model_config
+from peft_pretraining.modeling import materialize, meta_model
+from sparse_lora import SLTrainConfig, reparameterize
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is meant as one, factored or dense."""
+    return (folder / FACTORS_CONFIG).exists() or any((folder / name).exists() for name in (SINGLE, INDEX))
+
+
+def load_export(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[LlamaForCausalLM, SLTrainConfig | None]:
+    """The model, in eval mode and with a key-value cache, and how its linears are made; None for a dense one.
+
+    dtype: of the parameters; that of the export by default.
+
+    Raises:
+        ExportError: files that are missing, damaged or do not fit each other.
+    """
+    factored = (folder / FACTORS_CONFIG).exists()
+    config_file = folder / (LLAMA_CONFIG if factored else "config.json")
+    try:
+        cfg = load_model_config(config_file)
+        stored = json.loads(config_file.read_text(encoding="utf-8"))
+        name = str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
+        factors = None
+        if factored:
+            values = json.loads((folder / FACTORS_CONFIG).read_text(encoding="utf-8"))
+            factors = SLTrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
+        dtype = dtype or getattr(torch, name)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype {name!r} is none of torch's")
+    except (ModelConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{folder}: its configuration cannot be used ({error})") from None
+    model = meta_model(cfg, dtype, None if factors is None else lambda model: reparameterize(model, factors))
+    materialize(model, device)
+    wanted = model.state_dict()
+    if cfg.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+    read_tensors(folder, wanted)
+    model.config.use_cache = True
+    return model.eval(), factors

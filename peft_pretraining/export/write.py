@@ -1,0 +1,173 @@
+"""From a checkpoint to an export, one part of the model at a time: no more than a decoder layer and a shard are in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft_pretraining import checkpoint
+from peft_pretraining.build import DTYPES, checkpoint_record
+from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.export.card import model_card
+from peft_pretraining.export.shards import ExportError, ShardWriter
+from peft_pretraining.methods import METHODS
+from peft_pretraining.model_config import load_model_config
+from peft_pretraining.modeling import meta_model
+from sparse_lora import SLTrainConfig, merge
+from sparse_lora.reparameterize import DEFAULT_TARGETS
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peft_pretraining.config import Arguments
+
+# Not config.json: nobody is to load a factored model as a dense one, whose weights would then be missing.
+LLAMA_CONFIG, FACTORS_CONFIG = "llama_config.json", "sltrain_config.json"
+FACTORED_METHODS = ("lowrank", "sltrain")
+_SHARD_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. num_bytes: of all tensors."""
+
+    folder: Path
+    num_bytes: int
+    parameters: int
+    dtype: str
+
+
+def export(
+    path: Path, out: Path, *, keep_factors: bool = False, dtype: str | None = None, shard_bytes: int = _SHARD_BYTES
+) -> Exported:
+    """Write the checkpoint's model to the folder `out`, complete or not at all.
+
+    Args:
+        path: a checkpoint, or a run's folder, whose newest sound one is taken.
+        keep_factors: B, A, the sparse values and the support instead of dense weights.
+        dtype: of the weights; that of the run by default. Merged in the wider one of both.
+        shard_bytes: the most in one file.
+
+    Raises:
+        CheckpointError: not a checkpoint, or not a sound one.
+        ExportError: `out` holds something, or a method without factors.
+        OSError: no room, or a file that cannot be written.
+    """
+    folder = checkpoint.resolve(path)
+    args, record = checkpoint_record(folder)
+    if keep_factors and args.peft_model not in FACTORED_METHODS:
+        raise ExportError(
+            f"{folder}: a run of --peft_model {args.peft_model} has no factors to keep; leave --keep_factors out"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"--out {out}: holds something already; name another folder, or remove it")
+    model = meta_model(
+        load_model_config(folder / "config.json"),
+        DTYPES[record["plan"]["dtype"]],
+        lambda model: METHODS[args.peft_model](model, args),
+    )
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    dtype = dtype or record["plan"]["dtype"]
+    _check_room(out, record, dtype, keep_factors)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        exported = _write(partial, folder, model, args, tokenizer, dtype, keep_factors, shard_bytes)
+        text = model_card(record, folder, out.name, factored=keep_factors, dtype=dtype)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Exported(out, exported.num_bytes, sum(p.numel() for p in model.parameters()), dtype)
+
+
+def _check_room(out: Path, record: dict[str, Any], dtype: str, keep_factors: bool) -> None:
+    """Raises OSError where the disk cannot take it."""
+    plan = record["plan"]
+    numel = plan["parameters"]["total"] if keep_factors else plan["full_rank_parameters"]
+    needed = DTYPES[dtype].itemsize * numel + (plan["bytes"]["support"] if keep_factors else 0)
+    there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(f"--out {out}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB are free there")
+
+
+def _write(
+    out: Path,
+    folder: Path,
+    model: LlamaForCausalLM,
+    args: Arguments,
+    tokenizer: Tokenizer,
+    dtype: str,
+    keep_factors: bool,
+    shard_bytes: int,
+) -> ShardWriter:
+    writer = ShardWriter(out, shard_bytes)
+    for prefix, part in _parts(model):
+        part.to_empty(device="cpu")
+        tensors = part.state_dict()
+        checkpoint.load_tensors(folder, {f"model/{prefix}.{name}": tensor for name, tensor in tensors.items()})
+        if DTYPES[dtype].itemsize > next(part.parameters()).element_size():
+            part.to(DTYPES[dtype])
+        if not keep_factors:
+            merge(part)
+        for name, tensor in part.to(DTYPES[dtype]).state_dict().items():
+            writer.add(f"{prefix}.{name}", tensor)
+        part.to("meta")
+    writer.close()
+    _config(model, tokenizer, DTYPES[dtype]).save_pretrained(out)
+    if keep_factors:
+        (out / "config.json").rename(out / LLAMA_CONFIG)
+        (out / FACTORS_CONFIG).write_text(json.dumps(_factors(args), indent=1) + "\n", encoding="utf-8")
+    _generation_config(tokenizer).save_pretrained(out)
+    tokenizer.save_for_inference(out, model.config.max_position_embeddings)
+    return writer
+
+
+def _parts(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
+    """Embedding, each decoder layer, last norm, head; a tied head is the embedding."""
+    yield "model.embed_tokens", model.model.embed_tokens
+    for number, layer in enumerate(model.model.layers):
+        yield f"model.layers.{number}", layer
+    yield "model.norm", model.model.norm
+    if not model.config.tie_word_embeddings:
+        yield "lm_head", model.lm_head
+
+
+def _config(model: LlamaForCausalLM, tokenizer: Tokenizer, dtype: torch.dtype) -> LlamaConfig:
+    """With the token ids that training used: documents end with eos, nothing comes before their first token."""
+    config = model.config
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_id, tokenizer.pad_id, None
+    config.use_cache, config.dtype = True, dtype
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+def _generation_config(tokenizer: Tokenizer) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, use_cache=True)
+
+
+def _factors(args: Arguments) -> dict[str, Any]:
+    config = SLTrainConfig(
+        rank=args.rank,
+        sparsity=args.sp_ratio if args.peft_model == "sltrain" else 0.0,
+        alpha=args.lora_alpha,
+        support=args.support,
+        target_modules=DEFAULT_TARGETS,
+        trainable_scaling=args.train_scaling,
+        seed=args.seed,
+    )
+    return asdict(config)

@@ -1,0 +1,247 @@
+"""`python -m peft_pretraining export`: the same model elsewhere, or a refusal that leaves nothing behind."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_pretraining import memory
+from peft_pretraining.__main__ import main
+from peft_pretraining.build import load_model
+from peft_pretraining.checkpoint import resolve
+from peft_pretraining.export import load_factored, shards, write
+from peft_pretraining.export.shards import ExportError, ShardWriter
+from peft_pretraining.model_config import load_model_config
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Trained = Callable[[str], Path]
+EVERY_METHOD = ["full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block"]
+PROMPT = "Fox 3 jumps over dog"
+ELSEWHERE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompt = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer(prompt, return_tensors="pt")
+with torch.inference_mode():
+    logits = model(**inputs).logits
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+ours = [name for name in sys.modules if name.split(".")[0] in ("peft_pretraining", "sparse_lora", "torchrun_main")]
+print(json.dumps({"ids": inputs["input_ids"].tolist(), "logits": logits.float().tolist(), "text": tokenizer.decode(ids[0]),
+                  "dtype": str(logits.dtype), "ours": ours}))
+"""
+
+
+def export(checkpoint: Path, out: Path, *flags: str) -> int:
+    return main(["export", "--checkpoint", str(checkpoint), "--out", str(out), *flags])
+
+
+def expected_logits(run: Path) -> tuple[list[int], torch.Tensor]:
+    """Ids of the prompt as training had them, and what the checkpoint's own model makes of them."""
+    model, tokenizer, _ = load_model(run, torch.device("cpu"))
+    ids = tokenizer.encode_batch([PROMPT])[0]
+    with torch.inference_mode():
+        return ids, model(torch.tensor([ids])).logits
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("sltrain", 1e-5), ("sltrain_bf16", 1e-2)])
+def test_a_process_without_our_code_gets_the_same_logits_and_text(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, tolerance: float
+) -> None:
+    run = trained(name)
+    assert export(run, tmp_path / "dense") == 0
+    command = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path / "dense"), PROMPT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    found = json.loads(done.stdout.splitlines()[-1])
+    ids, logits = expected_logits(run)
+    assert (found["ids"], found["ours"]) == ([ids], [])
+    assert found["dtype"] == str(logits.dtype)
+    torch.testing.assert_close(torch.tensor(found["logits"]), logits.float(), rtol=tolerance, atol=tolerance)
+    capsys.readouterr()
+    flags = ["--prompt", PROMPT, "--max_new_tokens", "12", "--temperature", "0", "--device", "cpu"]
+    assert main(["generate", "--checkpoint", str(run), *flags]) == 0
+    assert found["text"].removesuffix("</s>") == capsys.readouterr().out.removesuffix("\n")
+
+
+@pytest.mark.parametrize("name", EVERY_METHOD)
+def test_dense_exports_of_every_method(trained: Trained, tmp_path: Path, name: str) -> None:
+    assert export(trained(name), tmp_path / "dense") == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info.values())
+    ids, logits = expected_logits(trained(name))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.tensor([ids])).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lowrank", "sltrain", "sltrain_scaled", "sltrain_block"])
+def test_factored_exports_load_with_one_line(trained: Trained, tmp_path: Path, name: str) -> None:
+    assert export(trained(name), tmp_path / "factored", "--keep_factors") == 0
+    model, tokenizer = load_factored(tmp_path / "factored")
+    ids, logits = expected_logits(trained(name))
+    assert tokenizer(PROMPT)["input_ids"] == ids
+    with torch.inference_mode():
+        assert torch.equal(model(torch.tensor([ids])).logits, logits)
+        generated = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, len(ids) + 3)
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):  # rather than a dense model with weights that nobody trained
+        AutoModelForCausalLM.from_pretrained(tmp_path / "factored")
+
+
+def test_a_factored_1b_model_is_half_the_dense_one() -> None:
+    """Published rank and sparsity; bfloat16, the stored positions included."""
+    model = load_model_config(ROOT / "configs/llama_1b.json")
+    counts = memory.parameter_counts(model, method="sltrain", rank=512, sparsity=0.03)
+    dense = memory.parameter_counts(model, method="full", rank=512, sparsity=0.03)
+    shapes = memory.linear_shapes(model)
+    each = [memory.support_bytes(memory.nonzeros("uniform", *shape, 0.03), math.prod(shape)) for shape in shapes]
+    support = model.num_hidden_layers * sum(each)
+    assert (2 * counts.total + support) / (2 * dense.total) <= 0.52
+
+
+def test_prompts_of_t5_are_not_ended(t5_model: Path, tmp_path: Path) -> None:
+    from peft_pretraining.data.tokenizer import load_tokenizer
+
+    ours = load_tokenizer(t5_model)
+    ours.save(tmp_path / "saved")
+    load_tokenizer(tmp_path / "saved").save_for_inference(tmp_path / "exported", 1024)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    text = "The  quick brown fox\n12,345 naïve 你好"
+    assert theirs(text)["input_ids"] == ours.encode_batch([text])[0]
+    batch = theirs(["a", "a longer text"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"][0, 0] == 0
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
+
+
+def test_shards_hold_the_model_that_one_file_would(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert export(trained("sltrain"), tmp_path / "one") == 0
+    waiting: list[int] = []
+    honest = ShardWriter.add
+
+    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        honest(self, name, tensor)
+        waiting.append(sum(each.nbytes for each in self._waiting.values()))
+
+    monkeypatch.setattr(ShardWriter, "add", add)
+    write.export(trained("sltrain"), tmp_path / "many", shard_bytes=20_000)
+    index = json.loads((tmp_path / "many" / shards.INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert max(waiting) <= max(20_000, 320 * 32 * 4)  # the embedding alone is larger
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in models[0].values())
+
+
+def test_one_part_of_the_model_is_in_memory_at_a_time(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, honest = [], write.meta_model
+    monkeypatch.setattr(write, "meta_model", lambda *args: models.append(honest(*args)) or models[0])
+    parts: set[str] = set()
+
+    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        present = {key for key, value in models[0].state_dict().items() if not value.is_meta}
+        parts.add(name.split(".")[2] if "layers" in name else name)
+        assert present
+        assert len({key.split(".")[2] if "layers" in key else key for key in present}) == 1
+
+    monkeypatch.setattr(ShardWriter, "add", add)
+    monkeypatch.setattr(ShardWriter, "close", lambda self: None)
+    write.export(trained("sltrain"), tmp_path / "out")
+    assert {"0", "1", "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} == parts
+
+
+def test_another_dtype(trained: Trained, tmp_path: Path) -> None:
+    assert export(trained("sltrain"), tmp_path / "half", "--dtype", "bfloat16") == 0
+    assert export(trained("sltrain_bf16"), tmp_path / "whole", "--dtype", "float32") == 0
+    half, whole = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "whole"))
+    assert (half.dtype, whole.dtype) == (torch.bfloat16, torch.float32)
+    ids, logits = expected_logits(trained("sltrain"))
+    with torch.inference_mode():
+        torch.testing.assert_close(half(torch.tensor([ids])).logits.float(), logits, rtol=3e-2, atol=3e-2)
+
+
+def test_the_card_says_what_was_trained(trained: Trained, tmp_path: Path) -> None:
+    run = trained("sltrain")
+    assert export(run, tmp_path / "my-model") == 0
+    text = (tmp_path / "my-model" / "README.md").read_text()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['final_eval_perplexity']:,.2f} over {last['final_eval_tokens']:,} tokens" in text
+    for part in ("SLTrain", "8 updates", 'from_pretrained("my-model")', "--sp_ratio 0.1", "library_name: transformers"):
+        assert part in text
+    assert str(run) not in text
+
+
+def test_nothing_is_overwritten_and_nothing_kept_that_is_not(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert export(trained("sltrain"), tmp_path / "full") == 2
+    assert "holds something already; name another folder" in capsys.readouterr().err
+    assert export(trained("full"), tmp_path / "new", "--keep_factors") == 2
+    assert "--peft_model full has no factors to keep; leave --keep_factors out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_full_disk_is_seen_before_and_leaves_nothing_after(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert export(trained("sltrain"), tmp_path / "out") == 2
+    assert "0.0 GiB to write, 0.0 GiB are free there" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    def no_room(*args: object, **kwargs: object) -> None:
+        raise shards.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(shards, "save_file", no_room)
+    assert export(trained("sltrain"), tmp_path / "out") == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_named(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(resolve(trained("sltrain")), tmp_path / "step_00000008")
+    with next((tmp_path / "step_00000008" / "tensors").glob("*.distcp")).open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff")
+    assert export(tmp_path / "step_00000008", tmp_path / "out") == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert export(trained("sltrain"), tmp_path / "factored", "--keep_factors") == 0
+    weights = tmp_path / "factored" / shards.SINGLE
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ExportError, match=r"weights cannot be read"):
+        load_factored(tmp_path / "factored")
+    config = json.loads((tmp_path / "factored" / write.FACTORS_CONFIG).read_text())
+    (tmp_path / "factored" / write.FACTORS_CONFIG).write_text(json.dumps(config | {"rank": 4}))
+    weights.write_bytes(whole)
+    with pytest.raises(ExportError, match=r"lora_A is \(8, 32\) there and \(4, 32\) here"):
+        load_factored(tmp_path / "factored")
+    with pytest.raises(ExportError, match="configuration cannot be used"):
+        load_factored(tmp_path)
+    assert export(trained("sltrain"), tmp_path / "dense") == 0
+    with pytest.raises(ExportError, match=r"a dense export; AutoModelForCausalLM.from_pretrained loads it"):
+        load_factored(tmp_path / "dense")
+
+
+def test_files_are_read_by_whoever_may(trained: Trained, tmp_path: Path) -> None:
+    assert export(trained("sltrain"), tmp_path / "dense") == 0
+    assert (tmp_path / "dense" / shards.SINGLE).stat().st_mode & 0o077 == 0o044
+    with safe_open(str(tmp_path / "dense" / shards.SINGLE), framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
