@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import peft_pretraining.data.command as data
-from peft_pretraining import estimate, generate, report, sweep
+from peft_pretraining import estimate, evaluation, generate, report, sweep
 from peft_pretraining.analysis import pruning, spectra
 from peft_pretraining.export import command as export
 
@@ -16,6 +16,7 @@ from peft_pretraining.export import command as export
 COMMANDS: dict[str, Any] = {
     "data": data,
     "estimate": estimate,
+    "evaluate": evaluation,
     "export": export,
     "generate": generate,
     "pruning": pruning,

@@ -32,6 +32,10 @@ class EvalResult:
     bits_per_byte: float | None = None
 
 
+# Of each batch: the sum of its token losses, and how many there are.
+Batches = list[tuple[Tensor, Tensor]]
+
+
 class NothingToEvaluate(ValueError):
     """An evaluation set without a target token."""
 
@@ -43,6 +47,7 @@ def evaluate(
     *,
     world_reduce: Callable[[Tensor], object] | None = None,
     bytes_per_id: Tensor | None = None,
+    each: Batches | None = None,
 ) -> EvalResult:
     """Mean token loss over `batches`, in eval mode (each module's mode is restored), sums in float64.
 
@@ -52,6 +57,7 @@ def evaluate(
         batches: token ids and labels on any device; labels as in transformers, -100 where nothing is predicted.
         world_reduce: adds a small float64 tensor over all processes, in place; called once, at the end.
         bytes_per_id: (V,), UTF-8 bytes that each id stands for; with it bits per byte are computed.
+        each: gets the sum of losses and the number of targets of every batch, scalars on the device.
 
     Raises:
         NothingToEvaluate: no target token in all of `batches`.
@@ -67,8 +73,11 @@ def evaluate(
             labels = batch.labels.to(device, non_blocking=True)
             targets = labels[:, 1:]
             valid = targets != IGNORE_INDEX
-            sums[0] += loss_module(input_ids, labels, batch.num_targets).double()
-            sums[1] += valid.sum()
+            loss, count = loss_module(input_ids, labels, batch.num_targets).double(), valid.sum()
+            sums[0] += loss
+            sums[1] += count
+            if each is not None:
+                each.append((loss, count))
             if sizes is not None:
                 sums[2] += (sizes[targets.clamp(min=0)] * valid).sum()
     finally:

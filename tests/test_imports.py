@@ -31,7 +31,9 @@ FLOORS = [
     ],
     ["assemble"],
     ["ending"],
-    ["analysis", "estimate", "export", "generate", "report"],
+    ["analysis", "estimate", "export", "report"],
+    ["load"],
+    ["evaluation", "generate"],
     ["sweep"],
     ["__main__", "torchrun_main"],
 ]

@@ -93,7 +93,9 @@ def test_factored_exports_load_with_one_line(trained: Trained, tmp_path: Path, n
         assert torch.equal(model(torch.tensor([ids])).logits, logits)
         generated = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, len(ids) + 3)
-    with pytest.raises((OSError, ValueError), match=r"config\.json"):  # rather than a dense model with weights that nobody trained
+    with pytest.raises(
+        (OSError, ValueError), match=r"config\.json"
+    ):  # rather than a dense model with weights that nobody trained
         AutoModelForCausalLM.from_pretrained(tmp_path / "factored")
 
 

@@ -1,0 +1,129 @@
+"""`python -m peft_pretraining evaluate`: the same figure from every form of a model, and from transformers alone."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_pretraining.__main__ import main
+from peft_pretraining.evaluation import interval
+
+Trained = Callable[[str], Path]
+Captured = pytest.CaptureFixture[str]
+
+
+def evaluate(capsys: Captured, *flags: object) -> dict | list:
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, flags), "--device", "cpu", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def held_out(tiny_run: list[str]) -> Path:
+    return Path(tiny_run[tiny_run.index("--dataset") + 1]) / "words-validation.jsonl"
+
+
+@pytest.fixture
+def forms(trained: Trained, tmp_path: Path) -> list[Path]:
+    """A run, its checkpoint, and both of its exports."""
+    run = trained("sltrain")
+    assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "dense")]) == 0
+    assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "factored"), "--keep_factors"]) == 0
+    return [run, run / "step_00000008", tmp_path / "dense", tmp_path / "factored"]
+
+
+def test_every_form_of_a_model_has_its_perplexity(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
+    last = json.loads((forms[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    found = evaluate(capsys, "--checkpoint", *forms, "--dataset", held_out(tiny_run), "--max_length", 64)
+    assert [each["checkpoint"] for each in found] == [str(form) for form in forms]
+    for each in found:
+        assert each["loss"] == pytest.approx(last["final_eval_loss"], rel=1e-5)
+        assert each["perplexity"] == pytest.approx(last["final_eval_perplexity"], rel=1e-4)
+        assert each["bits_per_byte"] == pytest.approx(last["final_eval_bits_per_byte"], rel=1e-5)
+        assert each["tokens"] == last["final_eval_tokens"]
+        assert each["perplexity_low"] < each["perplexity"] < each["perplexity_high"]
+    flat = evaluate(capsys, "--checkpoint", forms[0])  # its own data, sequence length and tokenizer
+    assert flat == found[0]
+
+
+def test_transformers_alone_finds_the_same(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
+    """Documents one by one, in the layout of padded training: an end token after each, cut at 64 tokens."""
+    model, tokenizer = (kind.from_pretrained(forms[2]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    total, count = 0.0, 0
+    for line in held_out(tiny_run).read_text().splitlines():
+        ids = [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+        for start in range(0, len(ids), 64):
+            piece = torch.tensor([ids[start : start + 64]])
+            if piece.shape[1] > 1:
+                with torch.inference_mode():
+                    total += float(model(piece, labels=piece).loss) * (piece.shape[1] - 1)
+                count += piece.shape[1] - 1
+            break  # padded: a document is one sequence
+    found = evaluate(capsys, "--checkpoint", forms[2], "--dataset", held_out(tiny_run), "--max_length", 64)
+    assert found["tokens"] == count
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_packed_and_shortened(trained: Trained, capsys: Captured) -> None:
+    run = trained("sltrain_packed")
+    packed, padded = (evaluate(capsys, "--checkpoint", run, *flags) for flags in ((), ("--no-packing",)))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert packed["perplexity"] == pytest.approx(last["final_eval_perplexity"], rel=1e-5)
+    assert padded["tokens"] != packed["tokens"]
+    few = evaluate(capsys, "--checkpoint", run, "--eval_tokens", 70, "--batch_size", 1)
+    assert 70 <= few["tokens"] < packed["tokens"]
+    one = evaluate(capsys, "--checkpoint", run, "--eval_tokens", 1)
+    assert one["perplexity_low"] is one["perplexity_high"] is None
+
+
+def test_the_table_has_a_line_for_each(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", *map(str, forms[:2]), "--eval_tokens", "200", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert [line.split()[0] for line in lines[1:]] == [str(forms[0]), str(forms[1])]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_interval_covers_what_it_says() -> None:
+    """2,000 sets of 12 batches of unequal sizes: the true mean lies within in 95 % of them, to the error of the count."""
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(2000):
+        counts = torch.randint(50, 200, (12,), generator=generator)
+        losses = counts * (3 + 0.3 * torch.randn(12, generator=generator))
+        low, high = interval(list(zip(losses.tolist(), counts.tolist(), strict=True)))
+        assert low is not None
+        assert high is not None
+        inside += low <= math.exp(3) <= high
+    assert 0.92 <= inside / 2000 <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max_length", "65"], ["--max_length 65", "64 positions"]),
+        (["--max_length", "1"], ["--max_length 1", "at least 2"]),
+        (["--batch_size", "0"], ["--batch_size 0"]),
+        (["--dataset", "nowhere-at-all"], ["nowhere-at-all"]),
+    ],
+)
+def test_what_cannot_work_is_named(trained: Trained, capsys: Captured, flags: list[str], words: list[str]) -> None:
+    assert main(["evaluate", "--checkpoint", str(trained("sltrain")), *flags, "--device", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+
+
+def test_what_an_export_does_not_say(forms: list[Path], tmp_path: Path, capsys: Captured) -> None:
+    assert main(["evaluate", "--checkpoint", str(forms[2])]) == 2
+    assert "--dataset: an export does not say what to evaluate on" in capsys.readouterr().err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (forms[2] / name).unlink()
+    assert main(["evaluate", "--checkpoint", str(forms[2]), "--dataset", "demo"]) == 2
+    assert "no tokenizer lies beside the model; give --tokenizer" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "empty")]) == 2
+    assert "holds no model" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""`python -m peft_pretraining generate`: the same text alone, in a batch, from every form of a model; whole characters only."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining.__main__ import main
+from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.generate import Printer, printable
+
+Trained = Callable[[str], Path]
+Captured = pytest.CaptureFixture[str]
+GREEDY = ["--temperature", "0", "--max_new_tokens", "10", "--device", "cpu"]
+
+
+def generated(capsys: Captured, *flags: object) -> str:
+    capsys.readouterr()
+    assert main(["generate", *map(str, flags)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sltrain", "sltrain_block"])
+def test_every_form_writes_the_same(trained: Trained, tmp_path: Path, capsys: Captured, name: str) -> None:
+    forms = [trained(name), tmp_path / "dense", tmp_path / "factored"]
+    for form, more in zip(forms[1:], ([], ["--keep_factors"]), strict=True):
+        assert main(["export", "--checkpoint", str(forms[0]), "--out", str(form), *more]) == 0
+    texts = {generated(capsys, "--checkpoint", form, "--prompt", "Fox 3 jumps", *GREEDY) for form in forms}
+    assert len(texts) == 1
+
+
+def test_a_prompt_in_a_batch_is_continued_as_alone(trained: Trained, capsys: Captured) -> None:
+    prompts = ["Fox", "Fox 3 jumps over dog 21 in"]
+    alone = [generated(capsys, "--checkpoint", trained("sltrain"), "--prompt", prompt, *GREEDY) for prompt in prompts]
+    together = generated(capsys, "--checkpoint", trained("sltrain"), "--prompt", *prompts, *GREEDY)
+    assert together == f"[1] {alone[0]}\n[2] {alone[1]}"
+
+
+def test_prompts_from_a_file_and_from_standard_input(
+    trained: Trained, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Fox 3")
+    expected = generated(capsys, "--checkpoint", trained("sltrain"), "--prompt", "Fox 3", *GREEDY)
+    assert generated(capsys, "--checkpoint", trained("sltrain"), "--file", tmp_path / "prompt.txt", *GREEDY) == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("Fox 3"))
+    assert generated(capsys, "--checkpoint", trained("sltrain"), "--file", "-", *GREEDY) == expected
+
+
+def test_sampling_depends_on_the_seed_and_on_what_is_left_to_choose_from(trained: Trained, capsys: Captured) -> None:
+    flags = ["--checkpoint", trained("sltrain"), "--prompt", "Fox", "--max_new_tokens", 20, "--temperature", 1.5]
+    texts = [generated(capsys, *flags, "--top_k", 0, "--seed", seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    greedy = generated(capsys, *flags[:-2], "--temperature", 0)
+    assert generated(capsys, *flags, "--top_k", 1) == greedy
+    assert generated(capsys, *flags, "--top_k", 0, "--top_p", 1e-6) == greedy
+
+
+def test_a_character_of_several_tokens_is_written_once_it_is_whole(tiny_run: list[str]) -> None:
+    tokenizer = load_tokenizer(tiny_run[tiny_run.index("--tokenizer") + 1])
+    text = "Fox 你好 3"
+    pieces: list[str] = []
+    printer = Printer(tokenizer, pieces.append)
+    ids = tokenizer.encode_batch([text])[0]
+    for index in ids:
+        printer.put(torch.tensor([index]))
+    printer.end()
+    assert len(ids) > len(text)  # three bytes, and so tokens, for each of the two characters
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_what_a_terminal_would_obey_is_spelled_out() -> None:
+    assert printable("a\tb\x1b[2J\r\n") == "a\tb\\x1b[2J\\r\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top_p", "0"], "--top_p 0.0: must be above 0 and at most 1"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--prompt", ""], "prompt '' has 0 tokens: must be 1 to 54"),
+        (
+            ["--prompt", "Fox " * 100],
+            "tokens: must be 1 to 54, so that prompt and continuation fit the model's 64 positions",
+        ),
+        (["--file", "not-there.txt"], "not-there.txt"),
+    ],
+)
+def test_what_cannot_work_is_named(trained: Trained, capsys: Captured, flags: list[str], message: str) -> None:
+    base = ["generate", "--checkpoint", str(trained("sltrain")), "--max_new_tokens", "10", "--device", "cpu"]
+    assert main([*base, *flags]) == 2
+    assert message in capsys.readouterr().err
