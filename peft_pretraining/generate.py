@@ -47,8 +47,10 @@ def run(args: argparse.Namespace) -> int:
 
     from peft_pretraining.distributed import World, pick_device
     from peft_pretraining.load import load_for_inference
+    from sparse_lora import prepare_for_inference
 
     loaded = load_for_inference(args.checkpoint, pick_device(args.device, World()), args.dtype)
+    prepare_for_inference(loaded.model)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint}: no tokenizer lies beside the model, which cannot read a prompt without")

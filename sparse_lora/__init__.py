@@ -7,6 +7,7 @@ support.py         Support: which entries the sparse part has, and the arithmeti
 uniform.py         anywhere, as published; layout.py: in how many bytes they are stored
 block.py           in dense blocks of consecutive inputs and interleaved outputs
 kinds.py           their names
+few_rows.py        products of few rows without gradients, as text is generated
 scratch.py         memory for one passing matrix at a time
 kernels.py         W, and the values' gradient, by Triton kernels (kernels_triton.py) where there are Triton and a GPU
 relora.py          ReLoRALinear: a frozen dense weight plus factors that are merged into it
@@ -14,6 +15,7 @@ decomposition.py   balanced factors of a product, the best ones of a dense matri
 reparameterize.py  SLTrainConfig, reparameterize(model, config), attach_relora(model), merge(model)
 """
 
+from .few_rows import prepare_for_inference
 from .functional import dense_reference, sparse_lowrank_linear
 from .linear import SparseLowRankLinear
 from .relora import ReLoRALinear
@@ -29,6 +31,7 @@ __all__ = [
     "dense_reference",
     "generator_for",
     "merge",
+    "prepare_for_inference",
     "reparameterize",
     "sparse_lowrank_linear",
 ]

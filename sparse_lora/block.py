@@ -99,6 +99,10 @@ class BlockSupport(Support):
         numbers = torch.arange(self.numel).view(self.out_features, self.in_features)
         return BlockPart(self.blocks, self.out_features, self.in_features).gather(numbers)
 
+    def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
+        """y += x S^T."""
+        BlockPart(self.blocks, self.out_features, self.in_features).add_few_rows_(y_TO, x_TI, values)
+
     def draw_(self, generator: torch.Generator) -> None:
         """Nothing is drawn."""
 
@@ -141,12 +145,18 @@ class BlockPart:
 
     def arranged(self, g_TO: Tensor) -> Tensor:
         """G with the outputs of each block together, (T, k * room)."""
-        return self._arrange(g_TO, scratch_matrix(g_TO.shape[0], self.blocks * self._room, g_TO))
-
-    def _arrange(self, ordered: Tensor, into: Tensor) -> Tensor:
-        for columns, arranged in self._pairs(ordered, into):
+        found = scratch_matrix(g_TO.shape[0], self.blocks * self._room, g_TO)
+        for columns, arranged in self._pairs(g_TO, found):
             arranged.copy_(columns)
-        return into
+        return found
+
+    def _arranged_rows(self, matrix: Tensor) -> Tensor:
+        """(k * room, R) of the rows of (O, R), which are copied as wholes; zeros where there is room for more."""
+        rounds, rest = divmod(self.out_features, self.blocks)
+        found = matrix.new_zeros(self.blocks, self._room, matrix.shape[1])
+        found[:, :rounds] = matrix[: rounds * self.blocks].unflatten(0, (rounds, self.blocks)).transpose(0, 1)
+        found[:rest, self._room - 1] = matrix[rounds * self.blocks :]
+        return found.flatten(0, 1)
 
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
         """weight += S."""
@@ -165,14 +175,21 @@ class BlockPart:
 
     def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
         """h scaled_B^T + bias + x S^T."""
-        factor = self._arrange(scaled_B.t(), scaled_B.new_zeros(scaled_B.shape[1], self.blocks * self._room))
-        by_block = torch.mm(h_TR, factor, out=scratch_matrix(h_TR.shape[0], factor.shape[1], h_TR))
+        rows = self._arranged_rows(scaled_B)
+        by_block = torch.mm(h_TR, rows.t(), out=scratch_matrix(h_TR.shape[0], rows.shape[0], h_TR))
         for run in self.runs:
             _add_products_(self._outputs(by_block, run), _inputs(x_TI, run), self._in_values(values, run).mT)
         y_TO = h_TR.new_empty(h_TR.shape[0], self.out_features)
         for columns, arranged in self._pairs(y_TO, by_block):
             columns.copy_(arranged)
         return y_TO if bias is None else y_TO.add_(bias)
+
+    def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
+        """y += x S^T, straight to where a block's outputs lie."""
+        for run in self.runs:
+            shape, strides = (run.count, y_TO.shape[0], run.rows), (1, self.out_features, self.blocks)
+            outputs = y_TO.as_strided(shape, strides, y_TO.storage_offset() + run.first)
+            outputs += _inputs(x_TI, run) @ self._in_values(values, run).mT
 
     def add_input_gradient_(self, grad_TI: Tensor, arranged_TO: Tensor, values: Tensor) -> None:
         """dx += G S."""

@@ -40,6 +40,7 @@ class Support(nn.Module, ABC):
     """
 
     kind: str
+    ready_for_few_rows = True  # whether add_few_rows_ may be called
     blocks = 0  # how many S consists of, 0 where it has no such structure
     code: Tensor | None  # what is stored of the positions, if anything
 
@@ -64,6 +65,10 @@ class Support(nn.Module, ABC):
     @abstractmethod
     def flat_indices(self) -> Tensor:
         """Sorted int64 positions (nnz,) in the row-major weight."""
+
+    @abstractmethod
+    def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
+        """y += x S^T, contiguous y, without gradients, by reading the values once: for few rows."""
 
     @abstractmethod
     def draw_(self, generator: torch.Generator) -> None:

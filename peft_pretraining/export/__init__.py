@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def load_factored(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LlamaForCausalLM, Any]:
-    """Model, in eval mode, and transformers' tokenizer of what `export --keep_factors` wrote.
+    """Model, prepared for inference, and transformers' tokenizer of what `export --keep_factors` wrote.
 
     Args:
         dtype: of the parameters; as exported by default.
@@ -31,10 +31,12 @@ def load_factored(
     from transformers import AutoTokenizer
 
     from peft_pretraining.export.read import load_export
+    from sparse_lora import prepare_for_inference
 
     model, config = load_export(Path(folder), device, dtype)
     if config is None:
         from peft_pretraining.export.shards import ExportError
 
         raise ExportError(f"{folder}: a dense export; AutoModelForCausalLM.from_pretrained loads it")
+    prepare_for_inference(model)
     return model, AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

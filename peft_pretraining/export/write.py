@@ -114,7 +114,7 @@ def _write(
     shard_bytes: int,
 ) -> ShardWriter:
     writer = ShardWriter(out, shard_bytes)
-    for prefix, part in _parts(model):
+    for prefix, part in parts_of(model):
         part.to_empty(device="cpu")
         tensors = part.state_dict()
         checkpoint.load_tensors(folder, {f"model/{prefix}.{name}": tensor for name, tensor in tensors.items()})
@@ -135,7 +135,7 @@ def _write(
     return writer
 
 
-def _parts(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
+def parts_of(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
     """Embedding, each decoder layer, last norm, head; a tied head is the embedding."""
     yield "model.embed_tokens", model.model.embed_tokens
     for number, layer in enumerate(model.model.layers):

@@ -1,0 +1,116 @@
+"""Products of few rows without gradients: the same numbers by another way, where it may be gone, and what it takes."""
+
+import pytest
+import torch
+
+from sparse_lora import SparseLowRankLinear, dense_reference, few_rows, prepare_for_inference
+from sparse_lora.uniform import UniformSupport
+
+KINDS = [(0.1, "uniform"), (0.1, "block"), (0.0, "uniform")]
+
+
+def layer_of(sparsity: float, support: str, **changes: object) -> SparseLowRankLinear:
+    layer = SparseLowRankLinear(46, 37, 5, sparsity, support=support, seed=1, **changes)
+    torch.nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def reference(layer: SparseLowRankLinear, x: torch.Tensor) -> torch.Tensor:
+    values = (layer.lora_A, layer.lora_B, layer.sparse_value, layer.support, layer.effective_scaling(), layer.bias)
+    return dense_reference(x, *values)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every call of few_rows_output."""
+    calls: list[int] = []
+    honest = few_rows.few_rows_output
+
+    def spy(x: torch.Tensor, *others: object) -> torch.Tensor:
+        calls.append(x.shape[:-1].numel())
+        return honest(x, *others)
+
+    monkeypatch.setattr(few_rows, "few_rows_output", spy)
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1, 46), (3, 46), (2, 5, 46), (32, 46)])
+@pytest.mark.parametrize(("sparsity", "support"), KINDS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_same_numbers(
+    served: list[int], shape: tuple[int, ...], sparsity: float, support: str, scaled: bool
+) -> None:
+    layer = prepare_for_inference(layer_of(sparsity, support, bias=True, trainable_scaling=scaled))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = layer(x)
+        expected = reference(layer, x)
+    assert served == [x.shape[:-1].numel()]
+    assert found.shape == (*shape[:-1], 37)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sparsity", "support"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(served: list[int], sparsity: float, support: str, dtype: torch.dtype) -> None:
+    layer = prepare_for_inference(layer_of(sparsity, support, dtype=dtype))
+    x = torch.randn(2, 46, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = layer(x)
+        expected = reference(layer.double(), x.double())
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-12
+    assert served == [2]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_only_where_nobody_needs_more_than_the_numbers(served: list[int]) -> None:
+    """With gradients, for many rows, under autocast, on the materialised path, and before the table of rows is there."""
+    layer = layer_of(0.1, "uniform")
+    x = torch.randn(33, 46)
+    with torch.no_grad():
+        layer(x[:1])
+    layer.support.keep_rows()
+    layer(x[:1]).sum().backward()
+    with torch.no_grad():
+        layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(x[:1])
+        layer.path = "materialised"
+        layer(x[:1])
+        assert served == []
+        layer.path = "auto"
+        layer(x[:32])
+    assert served == [32]
+    assert layer.lora_A.grad is not None
+
+
+def test_preparing_changes_no_state_and_takes_four_bytes_a_nonzero() -> None:
+    layer = layer_of(0.1, "uniform")
+    before = list(layer.state_dict())
+    assert prepare_for_inference(layer) is layer
+    assert list(layer.state_dict()) == before
+    assert not layer.training
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    support = layer.support
+    assert isinstance(support, UniformSupport)
+    assert support.columns.nbytes + support.starts.nbytes == 4 * (support.nnz + 37)
+    assert layer.to(torch.bfloat16).support.columns.dtype == torch.int32
+
+
+def test_rows_without_entries() -> None:
+    """The first rows, the last ones and some between have none."""
+    layer = layer_of(0.1, "uniform")
+    nnz = layer.support.nnz
+    rows = torch.tensor([3, 4, 9]).repeat_interleave(46)[:nnz] if nnz <= 138 else torch.arange(nnz) // 46 + 3
+    layer.support.place_((rows * 46 + torch.arange(nnz) % 46).msort())
+    prepare_for_inference(layer)
+    x = torch.randn(1, 46)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_support_without_its_table_says_so() -> None:
+    layer = layer_of(0.1, "uniform")
+    with pytest.raises(RuntimeError, match=r"call keep_rows, or sparse_lora\.prepare_for_inference"):
+        layer.support.add_few_rows_(torch.zeros(1, 37), torch.zeros(1, 46), layer.sparse_value.detach())
