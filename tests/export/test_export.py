@@ -90,7 +90,8 @@ def test_factored_exports_load_with_one_line(trained: Trained, tmp_path: Path, n
     ids, logits = expected_logits(trained(name))
     assert tokenizer(PROMPT)["input_ids"] == ids
     with torch.inference_mode():
-        assert torch.equal(model(torch.tensor([ids])).logits, logits)
+        # Few rows go another way in a model that is prepared for inference.
+        torch.testing.assert_close(model(torch.tensor([ids])).logits, logits, rtol=1e-5, atol=1e-5)
         generated = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, len(ids) + 3)
     with pytest.raises(
