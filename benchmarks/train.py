@@ -5,14 +5,13 @@
 
 One micro-batch of random tokens per update, bfloat16, the trainer's own model, loss and optimizer. A method and full-rank each
 live in a process of their own and take turns, an update each; "throughput" is the median over the rounds of full-rank's seconds
-by the method's. Before the rounds come --warm_up updates: a new process is still getting its memory from the system (130m:
-142,000, 106,000, 76,000 page faults in its second to fourth update), while full-rank's has been there since the first method.
-"of floor": how much of the speed that the linears' multiplications alone would allow was reached: full-rank's update with its
-linears (timed alone) times the floor of benchmarks/layer.py, and its optimizer's step times the share of parameters; not for
-GaLore, whose linears are dense. GaLore's SVDs fall into the first update, which does not count as a round: what it took longer
-is spread over --update_proj_gap updates and added to each. "mfu": multiplications that the full-rank model needs for the
-tokens, in the time taken, over the fastest large matrix product timed here (on a GPU --peak_flops, 989e12 for an H100's dense
-bfloat16). Peak memory is that of the method's process.
+by the method's. Before the rounds come --warm_up updates: a new process is still getting its memory from the system, while
+full-rank's has been there since the first method. "of floor": how much of the speed that the linears' multiplications alone
+would allow was reached: full-rank's update with its linears (timed alone) times the floor of benchmarks/layer.py, and its
+optimizer's step times the share of parameters; not for GaLore, whose linears are dense. GaLore's SVDs fall into the first
+update, which does not count as a round: what it took longer is spread over --update_proj_gap updates and added to each. "mfu":
+multiplications that the full-rank model needs for the tokens, in the time taken, over the fastest large matrix product timed
+here (on a GPU --peak_flops, 989e12 for an H100's dense bfloat16). Peak memory is that of the method's process.
 """
 
 from __future__ import annotations

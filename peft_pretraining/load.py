@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,7 +27,11 @@ class Loaded:
     model: LlamaForCausalLM
     tokenizer: Tokenizer | None
     args: Arguments | None
-    dtype: str
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameters, by torch's name."""
+        return str(self.model.dtype).removeprefix("torch.")
 
 
 def load_for_inference(path: Path, device: torch.device, dtype: str | None = None) -> Loaded:
@@ -42,7 +46,7 @@ def load_for_inference(path: Path, device: torch.device, dtype: str | None = Non
     if is_export(path):
         model, _ = load_export(path, device, None if dtype is None else DTYPES[dtype])
         beside = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-        return Loaded(model, load_tokenizer(str(path)) if beside else None, None, _name(model.dtype))
+        return Loaded(model, load_tokenizer(str(path)) if beside else None, None)
     if not is_checkpoint(path) and not list_checkpoints(path):
         raise CheckpointError(
             f"{path} holds no model: no checkpoint (step_XXXXXXXX), no run with one, and no export (model.safetensors)"
@@ -50,12 +54,4 @@ def load_for_inference(path: Path, device: torch.device, dtype: str | None = Non
     model, tokenizer, record = load_model(path, device)
     if dtype is not None:
         torch.nn.Module.to(model, DTYPES[dtype])
-    return Loaded(model, tokenizer, _arguments(record), _name(model.dtype))
-
-
-def _arguments(record: dict[str, Any]) -> Arguments:
-    return arguments_of_record(record["arguments"])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return Loaded(model, tokenizer, arguments_of_record(record["arguments"]))

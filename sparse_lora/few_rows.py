@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .support import Support
 from .uniform import UniformSupport
 
-# Beyond, dense products of the other paths win (docs/speed.md).
+# A choice, not a measured crossover: text is generated for a few prompts at a time.
 MOST_ROWS = 32
 
 

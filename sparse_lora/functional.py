@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import few_rows
 from .cost import PATHS, cheaper_path
 from .kinds import sparse_part
 from .scratch import passing_product
@@ -58,6 +59,8 @@ def sparse_lowrank_linear(
     """
     _check(x, lora_A, lora_B, sparse_value, support, scaling, bias, path)
     dtype = _compute_dtype(x, lora_A)
+    if path != "materialised" and few_rows.serves(x, support):
+        return few_rows.few_rows_output(x, lora_A, lora_B, sparse_value, support, scaling, bias)
     code, blocks = (None, 0) if support is None else (support.code, support.blocks)
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
     if path == "auto":

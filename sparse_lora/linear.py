@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from . import few_rows
 from .cost import PATHS
 from .functional import build_weight, sparse_lowrank_linear, without_autocast
 from .kinds import SUPPORT_KINDS, make_support, part_of
@@ -129,10 +128,6 @@ class SparseLowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         scaling = self.effective_scaling()
-        if self.path != "materialised" and few_rows.serves(x, self.support):
-            return few_rows.few_rows_output(
-                x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias
-            )
         return sparse_lowrank_linear(
             x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path
         )

@@ -40,7 +40,6 @@ class Exported:
 
     folder: Path
     num_bytes: int
-    parameters: int
     dtype: str
 
 
@@ -89,7 +88,7 @@ def export(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Exported(out, exported.num_bytes, sum(p.numel() for p in model.parameters()), dtype)
+    return Exported(out, exported.num_bytes, dtype)
 
 
 def _check_room(out: Path, record: dict[str, Any], dtype: str, keep_factors: bool) -> None:

@@ -1,0 +1,49 @@
+"""Full-rank training with scaled steps of attention's and the MLP's matrices, as alpha / rank and GaLore's scale do for theirs.
+
+`python benchmarks/matrix_rate.py --scale 0.25 [flags of torchrun_main.py]`
+
+After each update every such matrix is moved to where `scale` times its step leads; embedding, head and norms step as they are. For
+one process and whole updates. It exists to tell why full-rank trails at one learning rate for all (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torchrun_main
+from peft_pretraining.optim.updates import WholeUpdate
+
+
+def scale_steps(scale: float) -> None:
+    """From now on in every WholeUpdate of this process."""
+    honest = WholeUpdate.finish
+
+    def finish(self: WholeUpdate, loss: torch.Tensor) -> Any:
+        matrices = [parameter for name, parameter in self.stepped.items() if "_proj" in name]
+        before = [matrix.detach().clone() for matrix in matrices]
+        outcome = honest(self, loss)
+        with torch.no_grad():
+            for matrix, start in zip(matrices, before, strict=True):
+                matrix.copy_(start + (matrix - start) * scale)
+        return outcome
+
+    WholeUpdate.finish = finish  # type: ignore[method-assign]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--scale", type=float, required=True)
+    own, flags = parser.parse_known_args()
+    scale_steps(own.scale)
+    return torchrun_main.main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
