@@ -2,8 +2,8 @@
 
 `python benchmarks/matrix_rate.py --scale 0.25 [flags of torchrun_main.py]`
 
-After each update every such matrix is moved to where `scale` times its step leads; embedding, head and norms step as they are. For
-one process and whole updates. It exists to tell why full-rank trails at one learning rate for all (docs/results.md).
+After each update every such matrix is moved to where `scale` times its step leads; embedding, head and norms step as they are.
+For one process and whole updates. It exists to tell why full-rank trails at one learning rate for all (docs/results.md).
 """
 
 from __future__ import annotations
