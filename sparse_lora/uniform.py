@@ -126,10 +126,8 @@ class UniformSupport(Support):
 
     kind = "uniform"
     code: Tensor
-    columns: (
-        Tensor | None
-    )  # of the positions, row after row, int32 (nnz,); where each row begins among them, int32 (out,)
-    starts: Tensor | None
+    columns: Tensor | None  # of the positions, row after row: (nnz,), int16 where in_features allows, else int32
+    starts: Tensor | None  # where each row begins among them: (out,), int32
 
     def __init__(self, out_features: int, in_features: int, nnz: int, device: torch.device | str | None = None) -> None:
         """device: of the buffer; "meta" allocates nothing."""
@@ -162,7 +160,8 @@ class UniformSupport(Support):
     def keep_rows(self) -> None:
         """Make `columns` and `starts` for add_few_rows_; they are those of the positions as they are now."""
         positions = self.flat_indices()
-        self.columns = (positions % self.in_features).to(torch.int32)
+        narrow = self.in_features <= torch.iinfo(torch.int16).max + 1
+        self.columns = (positions % self.in_features).to(torch.int16 if narrow else torch.int32)
         beginnings = torch.arange(self.out_features, device=positions.device) * self.in_features
         self.starts = torch.searchsorted(positions, beginnings).to(torch.int32)
 
@@ -175,7 +174,8 @@ class UniformSupport(Support):
         num_rows = x_TI.shape[0]
         # With fewer than four columns torch takes another way, five times slower.
         inputs_IT = F.pad(x_TI, (0, 0, 0, max(0, 4 - num_rows))).t().contiguous()
-        sums_OT = F.embedding_bag(self.columns, inputs_IT, self.starts, mode="sum", per_sample_weights=values)
+        columns = self.columns.to(torch.int32)  # what embedding_bag takes; kept narrow, a table takes half the memory
+        sums_OT = F.embedding_bag(columns, inputs_IT, self.starts, mode="sum", per_sample_weights=values)
         y_TO += sums_OT[:, :num_rows].t()
 
     @torch.no_grad()

@@ -85,7 +85,7 @@ def test_only_where_nobody_needs_more_than_the_numbers(served: list[int]) -> Non
     assert layer.lora_A.grad is not None
 
 
-def test_preparing_changes_no_state_and_takes_four_bytes_a_nonzero() -> None:
+def test_preparing_changes_no_state_and_takes_two_bytes_a_nonzero() -> None:
     layer = layer_of(0.1, "uniform")
     before = list(layer.state_dict())
     assert prepare_for_inference(layer) is layer
@@ -94,8 +94,25 @@ def test_preparing_changes_no_state_and_takes_four_bytes_a_nonzero() -> None:
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     support = layer.support
     assert isinstance(support, UniformSupport)
-    assert support.columns.nbytes + support.starts.nbytes == 4 * (support.nnz + 37)
-    assert layer.to(torch.bfloat16).support.columns.dtype == torch.int32
+    assert support.columns.nbytes + support.starts.nbytes == 2 * support.nnz + 4 * 37
+    assert layer.to(torch.bfloat16).support.columns.dtype == torch.int16
+
+
+@pytest.mark.parametrize("in_features", [2**15, 2**15 + 1])
+def test_columns_of_wide_weights(in_features: int) -> None:
+    """The last input has the greatest column that is kept in 16 bits, or one more than that."""
+    support = UniformSupport(3, in_features, 40)
+    support.draw_(torch.Generator().manual_seed(0))
+    flat = support.flat_indices()
+    flat[-1] = 3 * in_features - 1
+    support.place_(flat.msort())
+    support.keep_rows()
+    assert support.columns.dtype == (torch.int16 if in_features == 2**15 else torch.int32)
+    x, values = torch.randn(2, in_features), torch.randn(40)
+    found = torch.zeros(2, 3)
+    support.add_few_rows_(found, x, values)
+    dense = torch.zeros(3 * in_features).index_put((support.flat_indices(),), values).view(3, in_features)
+    torch.testing.assert_close(found, x @ dense.T, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_without_entries() -> None:
