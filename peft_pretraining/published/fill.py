@@ -130,9 +130,9 @@ def _position_problem(name: str, support: UniformSupport, index: Tensor) -> str 
 
 
 def matching_sparsity(sp_ratio: float, tensors: Mapping[str, Tensor]) -> float:
-    """sp_ratio, or its neighbour among the numbers for which int(sp_ratio * out * in) is the published count of every layer.
+    """sp_ratio, or the next number above it where int(sp_ratio * out * in) is the published count of every layer for that only.
 
-    The published program multiplies out * in first, which may round to the other side of a whole number.
+    The published program multiplies out * in first, which may round up to a whole number that is otherwise just missed.
     """
     counts = []
     for name, index in tensors.items():
@@ -140,7 +140,7 @@ def matching_sparsity(sp_ratio: float, tensors: Mapping[str, Tensor]) -> float:
         lora_A, lora_B = tensors.get(f"{layer}lora_A"), tensors.get(f"{layer}lora_B")
         if name.endswith(f".{_INDEX}") and lora_A is not None and lora_B is not None:
             counts.append((lora_B.shape[0], lora_A.shape[-1], index.numel()))
-    for candidate in (sp_ratio, math.nextafter(sp_ratio, 1.0), math.nextafter(sp_ratio, 0.0)):
+    for candidate in (sp_ratio, math.nextafter(sp_ratio, 1.0)):
         if all(int(candidate * rows * columns) == count for rows, columns, count in counts):
             return candidate
     return sp_ratio

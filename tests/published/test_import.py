@@ -287,19 +287,19 @@ def test_a_head_that_is_the_embedding_need_not_be_there(tmp_path: Path, capsys: 
     assert len(gone_on(done)) == 5
 
 
-@pytest.mark.parametrize(("rows", "columns", "share"), [(640, 640, 0.05), (1708, 640, 0.07), (100, 29, 0.01)])
+@pytest.mark.parametrize(("rows", "columns", "share"), [(116, 100, 0.01), (820, 100, 0.01), (640, 640, 0.03)])
 def test_the_published_count_is_met_whatever_is_multiplied_first(rows: int, columns: int, share: float) -> None:
-    for shift in (-1, 0, 1):
-        count = int(share * (rows * columns)) + shift
-        tensors = {
-            "q.lora_A": torch.empty(1, columns),
-            "q.lora_B": torch.empty(rows, 1),
-            "q.sparse_index": torch.empty(count),
-        }
-        found = matching_sparsity(share, tensors)
-        assert found == pytest.approx(share, rel=1e-15)
-        if shift == 0:
-            assert int(found * rows * columns) == count
+    count = int(share * (rows * columns))
+    tensors = {
+        "q.lora_A": torch.empty(1, columns),
+        "q.lora_B": torch.empty(rows, 1),
+        "q.sparse_index": torch.empty(count),
+    }
+    found = matching_sparsity(share, tensors)
+    assert found == pytest.approx(share, rel=1e-15)
+    assert int(found * rows * columns) == count
+    if rows != columns:  # one less as it stands
+        assert int(share * rows * columns) == count - 1
 
 
 Q = "model.layers.0.self_attn.q_proj"
