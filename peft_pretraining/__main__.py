@@ -11,6 +11,7 @@ import peft_pretraining.data.command as data
 from peft_pretraining import estimate, evaluation, generate, report, sweep
 from peft_pretraining.analysis import pruning, spectra
 from peft_pretraining.export import command as export
+from peft_pretraining.published import command as published
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluation,
     "export": export,
     "generate": generate,
+    "import": published,
     "pruning": pruning,
     "report": report,
     "spectra": spectra,

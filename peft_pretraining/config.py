@@ -507,16 +507,27 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     Raises:
         ConfigError: an unknown flag, a value of the wrong kind or out of range, a name that is none of the choices.
     """
-    parser = build_parser()
-    parsed, unknown = parser.parse_known_args(list(argv))
-    if parsed.config is not None:
-        from_file = _file_to_argv(parsed.config, _read_config_file(parsed.config))
-        parsed, unknown = parser.parse_known_args(from_file + list(argv))
+    parsed, unknown = build_parser().parse_known_args(list(argv))
+    given = with_config_file(given_flags(parsed))
     flags = {f"--{field.name}" for field in dataclasses.fields(Arguments)}
     if unknown:
         first = unknown[0].split("=")[0]
         raise ConfigError([f"unknown argument {' '.join(unknown)}{_suggestion(first, flags)}; --help lists every flag"])
-    return arguments_from({name: value for name, value in vars(parsed).items() if value is not None})
+    return arguments_from(given)
+
+
+def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What was said of `add_flags`' flags, by name."""
+    names = {field.name for field in dataclasses.fields(Arguments)}
+    return {name: value for name, value in vars(parsed).items() if name in names and value is not None}
+
+
+def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
+    """What was said, over what the --config file that it may name says. Raises ConfigError."""
+    if "config" not in given:
+        return given
+    said = _file_to_argv(given["config"], _read_config_file(given["config"]))
+    return {**given_flags(build_parser().parse_args(said)), **given}
 
 
 def arguments_from(given: dict[str, Any]) -> Arguments:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 from typing import Any
 
-from peft_pretraining.config import Arguments, add_flags, arguments_from
+from peft_pretraining.config import Arguments, add_flags, arguments_from, given_flags
 from peft_pretraining.distributed import World
 from peft_pretraining.memory import paper_estimate, parameter_counts
 from peft_pretraining.wire import format_scaling, format_wire, wire_figures
@@ -35,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the account. Raises ConfigError."""
-    names = {field.name for field in dataclasses.fields(Arguments)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    given = given_flags(args)
     if args.world < 1:
         raise ValueError(f"--world {args.world}: must be at least 1")
     for name in ("bandwidth", "rate"):

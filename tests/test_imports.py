@@ -32,7 +32,7 @@ FLOORS = [
     ["assemble"],
     ["ending"],
     ["analysis", "estimate", "export", "report"],
-    ["load"],
+    ["load", "published"],
     ["evaluation", "generate"],
     ["sweep"],
     ["__main__", "torchrun_main"],

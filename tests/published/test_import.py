@@ -1,0 +1,438 @@
+"""`python -m peft_pretraining import`: a published checkpoint goes on as it would have there, or is refused with the reason."""
+
+import json
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import published_models
+import pytest
+import torch
+from outcomes import tensors_of
+from published_models import HF_MLP, PUBLISHED_MLP, Reference, reference, trained_a_while, write
+from transformers.optimization import Adafactor
+
+import torchrun_main
+from peft_pretraining.__main__ import main
+from peft_pretraining.build import build_data, load_model
+from peft_pretraining.config import parse_args
+from peft_pretraining.distributed import World
+from peft_pretraining.plan import make_plan
+from peft_pretraining.published.fill import matching_sparsity
+from peft_pretraining.published.moments import _plain
+
+Captured = pytest.CaptureFixture[str]
+RELORA = ("--relora", "100")
+OWN_SETTINGS: dict[Any, dict[str, Any]] = {
+    torch.optim.SGD: {"momentum": 0.9},
+    Adafactor: {"relative_step": False, "scale_parameter": False, "warmup_init": False},
+}
+METHOD_FLAGS = {"relora": RELORA, "relora_scaled": RELORA}
+
+
+@pytest.fixture
+def flags(tiny_run: list[str]) -> list[str]:
+    """The trainer's, but for the model's."""
+    return [
+        *tiny_run[2:],
+        *("--batch_size", "8", "--max_length", "64", "--optimizer", "adamw", "--lr", "0.003", "--warmup_steps", "2"),
+        *("--num_training_steps", "8", "--eval_every", "100", "--save_every", "100", "--wandb", "disabled"),
+        *("--device", "cpu", "--workers", "0"),
+    ]
+
+
+def imported(capsys: Captured, published: Path, run: Path, *flags: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["import", "--published", str(published), "--save_dir", str(run), "--json", *flags]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def gone_on(done: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lines of metrics of what the printed command trains."""
+    words = shlex.split(done["command"])
+    argv = words[words.index("torchrun_main.py") + 1 :]
+    assert torchrun_main.main(argv) == 0
+    run = Path(done["checkpoint"]).parent
+    return [row for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
+
+
+def reference_losses(model: Reference, optimizer: Any, done: dict[str, Any], rows: list[dict[str, Any]]) -> list[float]:
+    """What the published program's arithmetic makes of the same batches at the same rates."""
+    words = shlex.split(done["command"])
+    args = parse_args(words[words.index("torchrun_main.py") + 1 :])
+    world = World()
+    loader = build_data(args, make_plan(args, world, "float32"), world, torch.device("cpu")).loader
+    losses = []
+    for batch, row in zip(loader, rows, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = row["lr"]
+        losses.append(model.step(optimizer, batch.input_ids, batch.labels))
+    loader.close()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        ("sltrain", {}),
+        ("sltrain", {"safe": True, "prefix": "module.wrapped_model."}),
+        ("sltrain", {"shards": 3}),
+        ("sltrain_scaled", {"prefix": "wrapped_model."}),
+        ("relora", {"safe": True, "shards": 2}),
+        ("relora_scaled", {}),
+        ("lowrank", {}),
+        ("full", {}),
+    ],
+)
+def test_the_model_computes_what_the_published_one_does(
+    tmp_path: Path, capsys: Captured, flags: list[str], method: str, form: dict[str, Any]
+) -> None:
+    model = reference(method)
+    published = write(tmp_path / "published", model, **form)
+    done = imported(capsys, published, tmp_path / "run", *flags, *METHOD_FLAGS.get(method, ()))
+    ours, _, record = load_model(tmp_path / "run", torch.device("cpu"))
+    ids = torch.randint(0, 320, (2, 24))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids).logits, model.logits(ids), rtol=1e-5, atol=1e-5)
+    assert done["method"] == method.removesuffix("_scaled")
+    assert (done["update_step"], done["tokens_seen"], Path(done["checkpoint"]).name) == (3, 12345, "step_00000003")
+    assert record["continued_from"] == str(published)
+    assert any("no optimizer.pt" in line for line in done["not_carried_over"])
+
+
+@pytest.mark.parametrize("mlp", [PUBLISHED_MLP, HF_MLP])
+@pytest.mark.parametrize("method", ["sltrain", "sltrain_scaled", "relora_scaled", "lowrank", "full"])
+def test_moments_go_to_the_parameters_they_are_of(
+    tmp_path: Path, capsys: Captured, flags: list[str], method: str, mlp: tuple[str, ...]
+) -> None:
+    """Whichever of the published LLaMA classes numbered them."""
+    model = reference(method, mlp)
+    optimizer = trained_a_while(model)
+    published = write(tmp_path / "published", model, optimizer, safe=True)
+    imported(capsys, published, tmp_path / "run", *flags, *METHOD_FLAGS.get(method, ()))
+    found = tensors_of(tmp_path / "run")
+    assert sum(name.endswith("/exp_avg") for name in found) == len(model.parameters)
+    for name, parameter in model.parameters.items():
+        ours = name.replace(".lora_A.weight", ".lora_A").replace(".lora_B.weight", ".lora_B")
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(found[f"optimizer/{ours}/{key}"], optimizer.state[parameter][key])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "more"),
+    [
+        ("sltrain", torch.optim.AdamW, ["--weight_decay", "0.1", "--total_batch_size", "8"]),
+        ("sltrain_scaled", torch.optim.Adam, ["--optimizer", "adam"]),
+        ("sltrain", torch.optim.Adam, ["--optimizer", "adam_per_layer"]),
+        ("relora", torch.optim.AdamW, [*RELORA, "--weight_decay", "0"]),
+        ("full", torch.optim.SGD, ["--optimizer", "sgd", "--beta1", "0.9"]),
+        ("sltrain", Adafactor, ["--optimizer", "adafactor"]),
+        ("sltrain", bitsandbytes.optim.Adam8bit, ["--optimizer", "adam8bit", "--embedding_states", "8bit"]),
+    ],
+)
+def test_training_goes_on_with_the_same_losses(
+    tmp_path: Path, capsys: Captured, flags: list[str], method: str, kind: Any, more: list[str]
+) -> None:
+    """As long as moments come along: without them the same weights have other losses."""
+    model = reference(method)
+    settings = {"weight_decay": 0.1 if "0.1" in more else 0.0, **OWN_SETTINGS.get(kind, {})}
+    optimizer = trained_a_while(model, kind, **settings)
+    with_moments = write(tmp_path / "published", model, optimizer)
+    without = write(tmp_path / "without", model)
+    done = imported(capsys, with_moments, tmp_path / "run", *flags, *more)
+    assert "optimizer: moments and step counts" in done["carried_over"]
+    rows = gone_on(done)
+    assert [row["update_step"] for row in rows] == [4, 5, 6, 7, 8]
+    assert rows[0]["tokens_seen"] > 12345
+    # Published: linear warm-up, then a cosine down to a tenth; the rate of the update after k finished ones is that of k.
+    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * (k - 2) / (8 - 2))) for k in range(3, 8)]
+    assert [row["lr"] for row in rows] == pytest.approx([0.003 * share for share in cosine])
+    losses = [row["loss"] for row in rows]
+    expected = reference_losses(model, optimizer, done, rows)
+    assert losses == pytest.approx(expected, rel=2e-6)
+    others = [row["loss"] for row in gone_on(imported(capsys, without, tmp_path / "other", *flags, *more))]
+    assert others[0] == pytest.approx(losses[0], rel=2e-6)
+    assert others[-1] != pytest.approx(losses[-1], rel=1e-4)
+
+
+def test_bfloat16_stays_or_is_widened_with_a_word(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    model = reference("sltrain")
+    model.parameters = {name: tensor.detach().bfloat16() for name, tensor in model.parameters.items()}
+    published = write(tmp_path / "published", model)
+    done = imported(capsys, published, tmp_path / "run", *flags)
+    assert "--dtype=bfloat16" in done["argv"]
+    wide = imported(capsys, published, tmp_path / "wide", *flags, "--dtype", "float32")
+    assert any(line.startswith("dtype bfloat16: ") for line in wide["not_carried_over"])
+    narrow, widened = tensors_of(tmp_path / "run"), tensors_of(tmp_path / "wide")
+    for name in (name for name in narrow if name.startswith("model/") and not name.endswith(".code")):
+        assert narrow[name].dtype == torch.bfloat16
+        assert torch.equal(narrow[name].float(), widened[name])
+
+
+def test_moments_of_another_kind_are_converted_or_named(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    model = reference("sltrain")
+    optimizer = trained_a_while(model)
+    published = write(tmp_path / "published", model, optimizer)
+    imported(capsys, published, tmp_path / "quantised", *flags, "--optimizer", "adam8bit")
+    found = tensors_of(tmp_path / "quantised")
+    norm = model.parameters["model.norm.weight"]  # too small to be quantised
+    assert torch.equal(found["optimizer/model.norm.weight/state1"].flatten(), optimizer.state[norm]["exp_avg"])
+    done = imported(capsys, published, tmp_path / "other", *flags, "--optimizer", "sgd")
+    assert (
+        "moments: optimizer.pt is of adam, whose state --optimizer sgd cannot use; they begin at zero"
+        in done["not_carried_over"]
+    )
+    assert not any(name.startswith("optimizer/") for name in tensors_of(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("block", [256, 2048])
+def test_8_bit_moments_are_read_in_old_and_new_blocks(block: int) -> None:
+    numel = 5000
+    codes = torch.randint(0, 256, (numel,), dtype=torch.uint8)
+    book, scales = torch.linspace(-1, 1, 256), torch.rand(-(-numel // block))
+    expected = torch.tensor([book[int(code)] * scales[place // block] for place, code in enumerate(codes)])
+    assert torch.equal(_plain({"state1": codes, "qmap1": book, "absmax1": scales}, 1), expected)
+
+
+def test_a_galore_checkpoint_goes_on_as_galore(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    """Its optimizer.pt holds objects of GaLore's own class: left alone, and named."""
+    published = write(tmp_path / "published", reference("full"))
+    torch.save({"optimizer": {"state": {0: {"projector": Projector()}}}}, published / "optimizer.pt")
+    done = imported(capsys, published, tmp_path / "run", *flags, "--optimizer", "galore_adamw", "--rank", "4")
+    assert done["method"] == "galore"
+    named = "\n".join(done["not_carried_over"])
+    assert "test_import.Projector, code that is not run here; they begin at zero" in named
+    assert "projections: the first update computes them" in named
+    assert [row["update_step"] for row in gone_on(done)] == [4, 5, 6, 7, 8]
+
+
+class Projector:
+    """Stands for galore_torch's."""
+
+
+class Evil:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capsys: Captured, flags: list[str], legacy: bool) -> None:
+    published = write(tmp_path / "published", reference("sltrain"))
+    file = published / "pytorch_model.bin"
+    torch.save({"a": Evil(tmp_path / "ran")}, file, _use_new_zipfile_serialization=not legacy)
+    assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags]) == 2
+    message = capsys.readouterr().err
+    assert "code that is not run here" in message
+    assert "safetensors.torch.save_file as model.safetensors" in message
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "run").exists()
+    torch.load(file, weights_only=False)  # what the refusal is about
+    assert (tmp_path / "ran").exists()
+
+
+def test_the_command_says_what_it_did_and_how_to_go_on(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    model = reference("sltrain")
+    published = write(tmp_path / "published", model, trained_a_while(model, betas=(0.9, 0.95)), state=False)
+    (tmp_path / "more.json").write_text(json.dumps({"lr": 0.001, "grad_clipping": 1.0, "seed": 5}))
+    more = ["--config", str(tmp_path / "more.json"), "--num_training_steps", "3", "--lr", "0.002"]
+    capsys.readouterr()
+    assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "a run"), *flags, *more]) == 0
+    said, noted = capsys.readouterr()
+    for line in (
+        "updates made: 3",  # from optimizer.pt
+        "tokens seen: no training_state.json says; counted from 0",
+        "betas (0.9, 0.95): (0.9, 0.999) from now on",
+        "lr 0.002 (then 0.003)",
+        "grad_clipping 1.0 (then 0.0)",
+        "nothing is left to train",
+        "random states: those of --seed 5",
+    ):
+        assert line in said
+    assert "total_batch_size" not in said.partition("go on with")[0]
+    command = shlex.split(said.splitlines()[-1])
+    assert command[0] == "torchrun"
+    argv = command[command.index("torchrun_main.py") + 1 :]
+    assert torchrun_main.main([*argv, "--num_training_steps", "4", "--allow_changes", "num_training_steps"]) == 0
+    rows = (tmp_path / "a run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["update_step"] == 4
+    assert "error" not in noted
+
+
+def test_without_any_count_the_run_begins_at_0(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    done = imported(capsys, write(tmp_path / "published", reference("full"), state=False), tmp_path / "run", *flags)
+    assert Path(done["checkpoint"]).name == "step_00000000"
+    assert [row["update_step"] for row in gone_on(done)] == list(range(1, 9))
+
+
+def test_a_head_that_is_the_embedding_need_not_be_there(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    model = reference("full")
+    del model.parameters["lm_head.weight"]
+    published = write(tmp_path / "published", model)
+    settings("config.json", tie_word_embeddings=True)(published)
+    done = imported(capsys, published, tmp_path / "run", *flags)
+    ours, _, _ = load_model(tmp_path / "run", torch.device("cpu"))
+    model.fixed["lm_head.weight"] = model.parameters["model.embed_tokens.weight"]
+    ids = torch.randint(0, 320, (2, 24))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids).logits, model.logits(ids), rtol=1e-5, atol=1e-5)
+    assert len(gone_on(done)) == 5
+
+
+@pytest.mark.parametrize(("rows", "columns", "share"), [(116, 100, 0.01), (820, 100, 0.01), (640, 640, 0.03)])
+def test_the_published_count_is_met_whatever_is_multiplied_first(rows: int, columns: int, share: float) -> None:
+    count = int(share * (rows * columns))
+    tensors = {
+        "q.lora_A": torch.empty(1, columns),
+        "q.lora_B": torch.empty(rows, 1),
+        "q.sparse_index": torch.empty(count),
+    }
+    found = matching_sparsity(share, tensors)
+    assert found == pytest.approx(share, rel=1e-15)
+    assert int(found * rows * columns) == count
+    if rows != columns:  # one less as it stands
+        assert int(share * rows * columns) == count - 1
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        tensors = torch.load(folder / "pytorch_model.bin")
+        change(tensors)
+        torch.save(tensors, folder / "pytorch_model.bin")
+
+    return act
+
+
+def positions(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return change_weights(lambda tensors: tensors.update({f"{Q}.sparse_index": change(tensors[f"{Q}.sparse_index"])}))
+
+
+def settings(name: str = "splora_config.json", **values: Any) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        found = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(found | values))
+
+    return act
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def truncate(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+
+
+def with_entry(index: torch.Tensor, place: int, value: int) -> torch.Tensor:
+    changed = index.clone()
+    changed[place] = value
+    return changed
+
+
+COUNT = int(0.1 * 32 * 32)
+WRONG: list[tuple[Callable[[Path], object], list[str], str]] = [
+    (lambda folder: (folder / "pytorch_model.bin").unlink(), [], "holds neither model.safetensors nor pytorch_model.bin"),
+    (lambda folder: (folder / "config.json").unlink(), [], "has no config.json"),
+    (lambda folder: (folder / "splora_config.json").unlink(), [], "but neither splora_config.json nor relora_config.json"),
+    (truncate("pytorch_model.bin"), [], "it is damaged or no file of torch.save: copy it anew"),
+    (truncate("optimizer.pt"), [], "or move it away to import the weights without it"),
+    (text("model.safetensors", "x" * 100), [], "model.safetensors: cannot be read"),
+    (text("splora_config.json", "{"), [], "splora_config.json: cannot be read"),
+    (text("relora_config.json", "{}"), [], "has splora_config.json and relora_config.json"),
+    (text("config.json", "[]"), [], "must hold one JSON object"),
+    (settings(sp_ratio=1.5), [], "sp_ratio 1.5: must lie strictly between 0 and 1"),
+    (settings(r=0, lora_alpha="2"), [], "r 0: must be a whole number of at least 1; lora_alpha '2': must be a number above 0"),
+    (settings(trainable_scaling=True), [], "the weights hold no `scaling`"),
+    (settings(sp_ratio=0.2), [], f"sparse_index has {COUNT} positions, sp_ratio in splora_config.json makes it 204 of 32 x 32"),
+    (settings(r=4), [], f"{Q}.lora_A is (8, 32) there, config.json and the rank make it (4, 32)"),
+    (settings("training_state.json", update_step=-1), [], "update_step -1: must be a whole number from 0 to 99999999"),
+    (settings("training_state.json", tokens_seen=1.5), [], "tokens_seen 1.5: must be a whole number"),
+    (settings("config.json", tie_word_embeddings=True), [], "config.json ties lm_head to the embedding, but they differ"),
+    (settings("config.json", hidden_size=30), [], "hidden_size = 30, num_attention_heads = 4"),
+    (change_weights(lambda t: t.pop(f"{Q}.lora_B")), [], f"{Q}.lora_B: missing; the linears of attention and MLP"),
+    (change_weights(lambda t: t.update({"model.extra": torch.ones(1)})), [], "model.extra: not known"),
+    (change_weights(lambda t: t.update({f"module.{Q}.lora_A": torch.ones(1)})), [], f"holds {Q}.lora_A twice"),
+    (change_weights(lambda t: t[f"{Q}.lora_A"][0, 0].fill_(torch.nan)), [], f"{Q}.lora_A holds numbers that are not finite"),
+    (change_weights(lambda t: t.update({f"{Q}.lora_A": t[f"{Q}.lora_A"].int()})), [], f"{Q}.lora_A is torch.int32, not"),
+    (positions(lambda index: index.float()), [], "sparse_index is torch.float32 of shape"),
+    (positions(lambda index: index.flip(0)), [], "positions must increase strictly"),
+    (positions(lambda index: with_entry(index, 1, int(index[0]))), [], "twice at 0: positions must increase strictly"),
+    (positions(lambda index: with_entry(index, -1, 1024)), [], "holds 1024, positions are 0 .. 1023"),
+    (positions(lambda index: with_entry(index, 0, -5).int()), [], "holds -5, overflowed 32 bits, positions are 0 .. 1023"),
+    (lambda folder: torch.save([1], folder / "pytorch_model.bin"), [], "holds no tensors by name"),
+    (lambda folder: torch.save({"a": 1}, folder / "optimizer.pt"), [], "holds no state under `optimizer`"),
+    (lambda folder: torch.save({"optimizer": {"state": 3}}, folder / "optimizer.pt"), [], "not the state of an optimizer"),
+    (lambda folder: None, ["--rank", "4"], "--rank 4: "),
+    (lambda folder: None, ["--sp_ratio", "0.2"], "--sp_ratio 0.2: "),
+    (lambda folder: None, ["--peft_model", "full"], "and the weights make it sltrain; leave the flag out"),
+    (lambda folder: None, ["--support", "block"], "and the weights make it uniform"),
+    (lambda folder: None, ["--train_scaling"], "--train_scaling True: "),
+    (lambda folder: None, ["--continue_from", "."], "--continue_from .: has no place in an import"),
+    (lambda folder: None, ["--max_length", "4096"], "--max_length 4096"),
+    (lambda folder: None, ["--model_config", "configs/llama_9m.json"], "hidden_size is 128, "),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound() -> tuple[Reference, Any]:
+    model = reference("sltrain")
+    return model, trained_a_while(model)
+
+
+@pytest.mark.parametrize(("damage", "more", "message"), WRONG, ids=[message[:40] for _, _, message in WRONG])
+def test_what_cannot_work_is_named_and_leaves_nothing(
+    tmp_path: Path,
+    capsys: Captured,
+    flags: list[str],
+    sound: tuple[Reference, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    more: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)
+    published = write(tmp_path / "published", *sound)
+    damage(published)
+    assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags, *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_support_that_is_not_uniform_is_refused(
+    tmp_path: Path, capsys: Captured, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored as gaps of a byte, with room for the few long ones that a drawn support has: 60 of these are too many."""
+    monkeypatch.setattr(published_models, "CONFIG", published_models.CONFIG | {"hidden_size": 256})
+    model = reference("sltrain")
+    index = model.fixed[f"{Q}.sparse_index"]
+    near = len(index) - 60
+    index.copy_(torch.cat((torch.arange(near), near + 700 * torch.arange(60))))
+    published = write(tmp_path / "published", model)
+    assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags]) == 2
+    assert "its gaps are not those of positions drawn uniformly" in capsys.readouterr().err
+
+
+def test_folders_that_hold_something_are_left_alone(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    published = write(tmp_path / "published" / "model_3", reference("sltrain"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kept").write_text("mine")
+    assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags]) == 2
+    assert "holds something already" in capsys.readouterr().err
+    assert (tmp_path / "run" / "kept").read_text() == "mine"
+    assert main(["import", "--published", str(published.parent), "--save_dir", str(tmp_path / "new"), *flags]) == 2
+    assert "name a checkpoint in it: model_3" in capsys.readouterr().err
+    assert main(["import", "--published", str(published), *flags]) == 2
+    assert "--save_dir is required" in capsys.readouterr().err
