@@ -1,13 +1,15 @@
 """Peak memory, size and fit of an export: `python benchmarks/export.py [--config 7b] [--folder FOLDER] [--out FILE.json]`.
 
 The program itself makes a checkpoint of one update of 1 x 64 tokens (bfloat16, 8-bit Adam per layer, layer checkpointing), which
-is exported dense and with its factors, each in a process of its own whose ru_maxrss is the peak. The dense folder is then loaded by
-plain transformers on the meta device, in a process without our code, and its keys compared with the model's. 7b writes 33 GB.
+is exported dense and with its factors, each in a process of its own whose ru_maxrss is the peak. The dense folder is then loaded
+by plain transformers on the meta device (for which it wants `accelerate`), in a process without our code, and its keys compared
+with the model's. 7b writes 33 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,19 +22,22 @@ from typing import Any
 
 from memory_table import SIZES, SLTRAIN
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.run_folder import versions
 
+ROOT = Path(__file__).resolve().parent.parent
+ONE_UPDATE = (
+    "--optimizer adam8bit_per_layer --max_length 64 --total_batch_size 1 --num_training_steps 1 --warmup_steps 0"
+)
+DATA = "--dataset demo --eval_tokens 64 --workers 0 --wandb disabled"
 META = """
 import json, sys, torch
 from pathlib import Path
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 folder = Path(sys.argv[1])
-with torch.device("meta"):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, device_map="meta")
+model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, device_map="meta")
 wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 there = {}
 for file in folder.glob("*.safetensors"):
@@ -58,11 +63,10 @@ def command(*argv: str) -> tuple[float, int]:
 def make_checkpoint(config: str, run: Path) -> None:
     """A run of one update."""
     rank, sparsity = SIZES[config]
-    command(
-        "torchrun_main.py", "--model_config", f"configs/llama_{config}.json", *SLTRAIN.split(), "--optimizer", "adam8bit_per_layer",
-        "--rank", str(rank), "--sp_ratio", str(sparsity), "--max_length", "64", "--total_batch_size", "1", "--dataset", "demo",
-        "--num_training_steps", "1", "--warmup_steps", "0", "--eval_tokens", "64", "--workers", "0", "--wandb", "disabled", "--save_dir", str(run),
-    )  # fmt: skip
+    words = (
+        f"--model_config configs/llama_{config}.json {SLTRAIN} --rank {rank} --sp_ratio {sparsity} {ONE_UPDATE} {DATA}"
+    )
+    command("torchrun_main.py", *words.split(), "--save_dir", str(run))
 
 
 def measure(config: str, folder: Path) -> dict[str, Any]:
@@ -76,8 +80,13 @@ def measure(config: str, folder: Path) -> dict[str, Any]:
         seconds, peak = command("-m", "peft_pretraining", "export", "--checkpoint", str(run), "--out", str(out), *flags)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         row[form] = {"bytes": size, "peak": peak, "seconds": round(seconds, 1)}
-        print(f"{config} {form}: {size / 2**30:.2f} GiB written in {seconds:.0f} s, peak {peak / 2**30:.2f} GiB", flush=True)
-    done = subprocess.run([sys.executable, "-c", META, str(folder / "dense")], capture_output=True, text=True, cwd=folder)
+        print(
+            f"{config} {form}: {size / 2**30:.2f} GiB written in {seconds:.0f} s, peak {peak / 2**30:.2f} GiB",
+            flush=True,
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", META, str(folder / "dense")], capture_output=True, text=True, cwd=folder
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     row["meta"] = json.loads(done.stdout.splitlines()[-1])
@@ -91,6 +100,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where run and exports go and stay (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
     own = parser.parse_args()
+    if importlib.util.find_spec("accelerate") is None:
+        parser.error("transformers loads on the meta device with accelerate alone: pip install accelerate")
     found = {
         "command": ["benchmarks/export.py", "--config", own.config],
         "versions": versions(),

@@ -1,7 +1,7 @@
 """Generating text: tokens/s and resident memory of a dense model and of factored ones, one token at a time.
 
 `python benchmarks/generate.py [--configs 1b] [--forms dense uniform block] [--prompt 16] [--new 64] [--rounds 3] [--threads 1]
-[--dtype bfloat16] [--out FILE.json]`
+[--dtype bfloat16] [--one_at_a_time] [--out FILE.json]`
 
 Each form is written as export writes it, with a config's shapes and drawn values, and loaded and run in a process of its own:
 transformers' generate, greedy, with its key-value cache; AutoModelForCausalLM for the dense one, what load_factored does for
@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -111,12 +112,12 @@ def work(pipe: Connection, folder: Path, form: str, threads: int, prompt: int, n
         pipe.send((time.perf_counter() - start, resident() - before))
 
 
-def measure(config: str, own: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(config: str, forms: Sequence[str], own: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each form, in turns."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         workers = []
-        for form in own.forms:
+        for form in forms:
             folder = Path(scratch) / form
             folder.mkdir()
             size = write_model(config, form, own.dtype, folder)
@@ -162,6 +163,11 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=16, help="its tokens (default: %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens generated (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: %(default)s)")
+    parser.add_argument(
+        "--one_at_a_time",
+        action="store_true",
+        help="a form after the other, not in turns: where memory holds no two of them",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
@@ -176,7 +182,8 @@ def main() -> int:
         "rows": [],
     }
     for config in own.configs:
-        rows = measure(config, own)
+        groups = [[form] for form in own.forms] if own.one_at_a_time else [own.forms]
+        rows = [row for forms in groups for row in measure(config, forms, own)]
         print_rows(rows, own.new)
         found["rows"] += rows
     if own.out is not None:
