@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="entries of S: anywhere at random | in 1/sp_ratio blocks | those of W0 of the largest magnitude "
         "(default: %(default)s)",
     )
-    add("--lr", type=float, default=5e-5, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--lr", type=float, default=3e-5, help="peak learning rate of AdamW (default: %(default)s)")
     add("--weight_decay", type=float, default=0.0, help="of AdamW (default: %(default)s)")
     add(
         "--scheduler",

@@ -102,11 +102,11 @@ def read_table(path: Path) -> dict[str, list[Any]]:
             table = pyarrow.parquet.read_table(path)
         else:
             raise DataError(f"{path}: of no known kind; give {_FILES}")
+        columns: dict[str, list[Any]] = table.to_pydict()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is empty, or no table ({first_line(error)}); give {_FILES}") from None
-    columns: dict[str, list[Any]] = table.to_pydict()
     return columns
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ class Task:
         return max(1, len(self.labels))
 
 
+_MOST_CLASSES = 1000  # larger numbers are amounts, not classes
 _PAIR = ("sentence1", "sentence2")
 _ENTAILED = ("entailment", "not_entailment")
 
@@ -56,15 +58,16 @@ def task_of(table: Mapping[str, Sequence[Any]], where: str) -> Task:
         raise ValueError(
             f"{where}: columns {', '.join(table)}; a column label is needed, and of text one of: {choices}"
         )
-    labels = set(table["label"])
-    if labels and all(isinstance(label, str) for label in labels):
-        names = tuple(sorted(labels))
-    elif all(isinstance(label, (int, float)) and label == int(label) and 0 <= label < 1000 for label in labels):
-        names = tuple(str(number) for number in range(int(max(labels, default=0)) + 1))
-    elif all(isinstance(label, (int, float)) for label in labels):
-        return Task(columns, (), ("pearson", "spearman"))
+    given = table["label"]
+    if given and all(isinstance(label, str) for label in given):
+        names = tuple(sorted(set(given)))
+    elif all(isinstance(label, (int, float)) and math.isfinite(label) for label in given):
+        if not all(label == int(label) and 0 <= label < _MOST_CLASSES for label in given):
+            return Task(columns, (), ("pearson", "spearman"))
+        names = tuple(str(number) for number in range(int(max(given, default=0)) + 1))
     else:
-        raise ValueError(f"{where}: the column label mixes words and numbers, or lacks some")
+        raise ValueError(f"{where}: the column label has neither a word in each row nor a number in each")
+    labels = set(given)
     if len(labels) < 2:
         raise ValueError(f"{where}: all labels are {', '.join(map(repr, labels))}: there is nothing to tell apart")
     return Task(columns, names, ("accuracy", "f1") if len(names) == 2 else ("accuracy",))

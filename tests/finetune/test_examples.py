@@ -79,7 +79,12 @@ BAD: dict[str, tuple[str | None, list[dict[str, Any]], str]] = {
     "no label": ("stsb", [{"sentence1": "a", "sentence2": "b", "label": None}], "label None is no number"),
     "no text": ("sst2", [{"sentence": "a", "label": 0}, {"sentence": None, "label": 0}], "row 2: sentence is None"),
     "one class": (None, [{"sentence": "a", "label": 0}], "nothing to tell apart"),
-    "mixed": (None, [{"sentence": "a", "label": "x"}, {"sentence": "a", "label": None}], "mixes words and numbers"),
+    "mixed": (
+        None,
+        [{"sentence": "a", "label": "x"}, {"sentence": "a", "label": None}],
+        "neither a word in each row nor a number",
+    ),
+    "lists": (None, [{"sentence": "a", "label": [1]}], "neither a word in each row nor a number"),
     "empty": ("sst2", [], "is empty"),
 }
 
@@ -100,6 +105,8 @@ def test_what_is_no_training_set_is_refused(
         ("a.csv", "sentence,label\na,1\nb\n", "no table"),
         ("a.json", json.dumps({"sentence": "a"})[:-1], "no table"),
         ("a.csv", "sentence,label\n", "has no rows"),
+        ("a.json", '{"sentence": "a", "label": 0, "label": 1}', "no table"),
+        ("a.parquet", "PAR1", "no table"),
         ("missing.json", None, "cannot be read"),
     ],
 )

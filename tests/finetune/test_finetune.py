@@ -143,7 +143,7 @@ def test_a_trained_base_in_bfloat16(here: Path) -> None:
 
 
 def test_a_decoder_rates_pairs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A LLaMA as `export` writes it, on a regression with files of another format; a tokenizer without padding is served."""
+    """A LLaMA, on a regression, with files of another format and a tokenizer without padding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -161,6 +161,18 @@ def test_a_decoder_rates_pairs(here: Path, capsys: pytest.CaptureFixture[str]) -
     # q, k, v, o; gate and up; down
     assert result["parameters"]["adapter"] == 4 * (8 * 32 + 12) + 3 * (8 * 40 + 19)
     assert result["parameters"]["head"] == 16
+
+
+def test_a_pretrained_run_is_exported_and_fine_tuned(
+    trained: Callable[[str], Path], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Our own LLaMA with our own tokenizer, texts longer than they may be."""
+    assert main(["export", "--checkpoint", str(trained("sltrain")), "--out", str(here / "export")]) == 0
+    settings = ["--model", str(here / "export"), "--sp_ratio", "0.05", "--epochs", "1", "--max_length", "8"]
+    capsys.readouterr()
+    assert main(flags(here, "of_export", *settings, data="few")) == 0
+    assert "cut at 8 tokens" in capsys.readouterr().out
+    assert score(here / "of_export", here)[1].shape == (400, 2)
 
 
 def test_what_a_language_model_lacks_trains_with_the_classifier(here: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora import SparseLowRankLinear
+from sparse_lora import AdaptedLinear, SparseLowRankLinear
 from sparse_lora.functional import _gradients_op, _output_op
 from sparse_lora.support import generator_for
 
@@ -94,3 +94,17 @@ def test_the_compilers_operators_keep_their_contract(
         grad_output = torch.randn(*x.shape[:-1], 9)
         arguments = (grad_output, kept, *tensors, scaling, base, *settings, needed)
         torch.library.opcheck(_gradients_op, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_linear_compiles_to_one_graph(dtype: torch.dtype) -> None:
+    """With W0 in W, and beside it (bfloat16): eager's outputs and gradients."""
+    layer = AdaptedLinear(nn.Linear(26, 43).requires_grad_(False).to(dtype), 4, 0.1, support="largest")
+    for parameter in layer.adapter:
+        nn.init.normal_(parameter)
+    x = torch.randn(50, 26, dtype=dtype)
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")):
+        y = function(x)
+        found.append([y, *torch.autograd.grad(y.sum(), layer.adapter)])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*found, strict=True))
