@@ -44,7 +44,7 @@ def write_model(folder: Path, model: Any = None) -> Path:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=30, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names).save_pretrained(folder)
     if model is None:
         torch.manual_seed(0)
         sizes = {

@@ -153,6 +153,21 @@ def test_the_largest_entries_are_the_largest(count: int, dtype: torch.dtype) -> 
     assert largest_entries(weight, count).tolist() == expected
 
 
+def test_of_equal_entries_the_first_are_taken() -> None:
+    weight = torch.ones(4, 5)
+    weight[3, 4] = -2
+    assert largest_entries(weight, 3).tolist() == [0, 1, 19]
+
+
+def test_the_gradient_of_a_trained_base_is_not_in_passing_memory() -> None:
+    """Of two layers so large that matrices share their memory (scratch.py): each has the gradient of its own."""
+    layers = [AdaptedLinear(nn.Linear(1024, 1100, bias=False), 2, 0.001, path="materialised") for _ in range(2)]
+    x = torch.randn(3, 1024, generator=generator_for(0, "x"))
+    grads = [torch.autograd.grad(layer(x).square().sum(), layer.weight)[0] for layer in layers]
+    for layer, grad in zip(layers, grads, strict=True):
+        assert torch.allclose(grad, 2 * (x @ layer.weight.t()).t() @ x, atol=1e-4)
+
+
 def test_largest_entries_may_lie_anywhere() -> None:
     """All of them in one row, which the storage of drawn positions does not provide for."""
     plain = nn.Linear(1000, 300, bias=False)
