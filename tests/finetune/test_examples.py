@@ -11,7 +11,7 @@ import pytest
 from small_task import rows, write_json
 
 from peft_pretraining.data.errors import DataError
-from peft_pretraining.finetune.examples import load_files, read_table
+from peft_pretraining.finetune.examples import load_files, load_glue, read_table
 from peft_pretraining.finetune.tasks import TASKS
 
 PAIRS = [
@@ -116,6 +116,25 @@ def test_what_is_no_table_is_refused(tmp_path: Path, name: str, content: str | N
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         load_files("sst2", path, [path])
+
+
+def test_the_hubs_splits_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As datasets gives them; the test splits, whose labels are hidden, are left alone."""
+    import datasets
+
+    def split(count: int, label: int) -> Any:
+        return datasets.Dataset.from_list([{"premise": "a", "hypothesis": "b", "label": label, "idx": 0}] * count)
+
+    names = {"train": (3, 2), "validation_matched": (2, 0), "validation_mismatched": (1, 1), "test_matched": (4, -1)}
+    glue = datasets.DatasetDict({name: split(*made) for name, made in names.items()})
+    monkeypatch.setattr("peft_pretraining.finetune.examples.hub_problem", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: glue if name == ("nyu-mll/glue", "mnli") else None)
+    data = load_glue("mnli")
+    assert (data.train.columns, data.train.labels) == ((["a"] * 3, ["b"] * 3), [2, 2, 2])
+    assert {name: found.labels for name, found in data.validation.items()} == {
+        "validation_matched": [0, 0],
+        "validation_mismatched": [1],
+    }
 
 
 def test_every_task_of_glue_is_there() -> None:
