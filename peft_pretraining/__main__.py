@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import peft_pretraining.data.command as data
-from peft_pretraining import estimate, evaluation, generate, report, sweep
+from peft_pretraining import estimate, evaluation, finetune, generate, report, sweep
 from peft_pretraining.analysis import pruning, spectra
 from peft_pretraining.export import command as export
 from peft_pretraining.published import command as published
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "estimate": estimate,
     "evaluate": evaluation,
     "export": export,
+    "finetune": finetune,
     "generate": generate,
     "import": published,
     "pruning": pruning,

@@ -1,4 +1,4 @@
-"""y = x W^T + bias with W = scaling * B A + S, without keeping W or its gradient; plain autograd beside it.
+"""y = x W^T + bias with W = scaling * B A + S (+ W0), without keeping W or its gradient; plain autograd beside it.
 
 Two paths compute the same (cost.py chooses): the materialised one builds W, and its gradient once, and multiplies by it; the
 factored one keeps x A^T and multiplies by the factors, and by S in the way that suits its support.
@@ -33,8 +33,11 @@ def sparse_lowrank_linear(
     scaling: Scaling,
     bias: Tensor | None = None,
     path: str = "auto",
+    base: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias with W = scaling * B A + S (arXiv 2406.02214, section 3.2); saves no dense weight for backward.
+
+    With a base W = W0 + scaling * B A + S, built the same way; W0's gradient, which is dense, only where it is asked for.
 
     Saved are x, A, B, the values, the stored support and, on the factored path, x A^T, (T, R). At most one matrix of W's size
     is alive at a time, in forward and in backward, compiled or not; on the factored path none, but for a uniform support. Under
@@ -50,6 +53,8 @@ def sparse_lowrank_linear(
         scaling: factor of B A, a number or a tensor of one element (which then gets a gradient).
         bias: (O,) or None.
         path: "materialised", "factored", or "auto" for the one that takes less time by the model of cost.py.
+        base: (O, I), W0, or None. On the factored path its product is one of its own, and so it is wherever products are of
+            fewer than 32 bits: in a sum of that precision small changes of large entries would be rounded away.
 
     Returns:
         (..., O) in x's dtype, or in the autocast dtype under autocast.
@@ -57,20 +62,24 @@ def sparse_lowrank_linear(
     Raises:
         ValueError: shapes or dtypes do not fit each other, or the path has another name.
     """
-    _check(x, lora_A, lora_B, sparse_value, support, scaling, bias, path)
+    _check(x, lora_A, lora_B, sparse_value, support, scaling, bias, path, base)
     dtype = _compute_dtype(x, lora_A)
-    if path != "materialised" and few_rows.serves(x, support):
+    few = path != "materialised" and few_rows.serves(x, support)
+    if path == "auto" and not few and (base is None or dtype.itemsize >= 4):
+        kind, nnz = ("none", 0) if support is None else (support.kind, support.nnz)
+        sizes = (x.shape[:-1].numel(), lora_B.shape[0], x.shape[-1], lora_B.shape[1])
+        path = cheaper_path(*sizes, kind, nnz, x.device.type, with_base=base is not None)
+    if base is not None and (few or path == "factored" or dtype.itemsize < 4):
+        adapted = sparse_lowrank_linear(x, lora_A, lora_B, sparse_value, support, scaling, None, path)
+        return F.linear(x, base, bias) + adapted
+    if few:
         return few_rows.few_rows_output(x, lora_A, lora_B, sparse_value, support, scaling, bias)
     code, blocks = (None, 0) if support is None else (support.code, support.blocks)
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
-    if path == "auto":
-        kind, nnz = ("none", 0) if support is None else (support.kind, support.nnz)
-        out_features, rank = lora_B.shape
-        path = cheaper_path(x.shape[:-1].numel(), out_features, x.shape[-1], rank, kind, nnz, x.device.type)
     factored = path == "factored"
     y: Tensor
     y, _ = _SparseLowRankLinear.apply(
-        x, lora_A, lora_B, sparse_value, code, tensor, bias, number, dtype, blocks, factored
+        x, lora_A, lora_B, sparse_value, code, tensor, base, bias, number, dtype, blocks, factored
     )
     return y
 
@@ -83,9 +92,12 @@ def dense_reference(
     support: Support | None,
     scaling: Scaling,
     bias: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
     """The same value as `sparse_lowrank_linear`, by plain autograd that keeps W: what the tests compare with."""
     weight = scaling * (lora_B @ lora_A)
+    if base is not None:
+        weight = weight + base
     if sparse_value is not None and support is not None:
         zeros = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
         weight = weight + zeros.index_put((support.flat_indices(),), sparse_value).view_as(weight)
@@ -93,12 +105,19 @@ def dense_reference(
 
 
 def build_weight(
-    lora_A: Tensor, scaled_B: Tensor, values: Tensor | None, part: SparsePart | None, passing: bool = False
+    lora_A: Tensor,
+    scaled_B: Tensor,
+    values: Tensor | None,
+    part: SparsePart | None,
+    passing: bool = False,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """W = scaled_B A + S, (O, I), all of one dtype; `passing`: gone before the next one is built (scratch.py)."""
+    """W = scaled_B A + S (+ base), (O, I), all of one dtype; `passing`: gone before the next one is built (scratch.py)."""
     if values is not None and part is not None and (built := part.weight(scaled_B, lora_A, values)) is not None:
-        return built
+        return built if base is None else built.add_(base)
     weight = passing_product(scaled_B, lora_A) if passing else scaled_B @ lora_A
+    if base is not None:
+        weight += base
     if values is not None and part is not None:
         part.add_to_(weight, values)
     return weight
@@ -122,6 +141,7 @@ class _SparseLowRankLinear(torch.autograd.Function):
         values: Tensor | None,
         code: Tensor | None,
         scaling: Tensor | None,
+        base: Tensor | None,
         bias: Tensor | None,
         scaling_number: float,
         dtype: torch.dtype,
@@ -129,25 +149,25 @@ class _SparseLowRankLinear(torch.autograd.Function):
         factored: bool,
     ) -> tuple[Tensor, Tensor]:
         compute = _output_op if torch.compiler.is_compiling() else _output
-        return compute(x, lora_A, lora_B, values, code, scaling, bias, scaling_number, dtype, blocks, factored)
+        return compute(x, lora_A, lora_B, values, code, scaling, base, bias, scaling_number, dtype, blocks, factored)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, lora_A, lora_B, values, code, scaling, bias, *ctx.settings = inputs
+        x, lora_A, lora_B, values, code, scaling, base, bias, *ctx.settings = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], x, lora_A, lora_B, values, code, scaling)
+        ctx.save_for_backward(output[1], x, lora_A, lora_B, values, code, scaling, base)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         compiling = torch.compiler.is_compiling()
         grad_output, grad_h = grad_outputs
-        need_x, need_A, need_B, need_values, _, need_scaling, need_bias, *_ = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * 5
+        need_x, need_A, need_B, need_values, _, need_scaling, need_base, need_bias, *_ = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 6
         grad_bias = None
         if grad_output is not None:
             compute: Callable[..., list[Tensor]] = _gradients_op if compiling else _gradients
-            needed = [need_x, need_A, need_B, need_values, need_scaling]
+            needed = [need_x, need_A, need_B, need_values, need_scaling, need_base]
             found = iter(compute(grad_output, *ctx.saved_tensors, *ctx.settings, needed))
             grads = [next(found) if need else None for need in needed]
             if need_bias:
@@ -157,8 +177,8 @@ class _SparseLowRankLinear(torch.autograd.Function):
             of_x, of_A = _gradients_of_h(grad_h, x, lora_A)
             grads[0] = of_x if grads[0] is None else grads[0] + of_x
             grads[1] = of_A if grads[1] is None else grads[1] + of_A
-        grad_x, grad_A, grad_B, grad_values, grad_scaling = grads
-        return grad_x, grad_A, grad_B, grad_values, None, grad_scaling, grad_bias, None, None, None, None
+        grad_x, grad_A, grad_B, grad_values, grad_scaling, grad_base = grads
+        return grad_x, grad_A, grad_B, grad_values, None, grad_scaling, grad_base, grad_bias, None, None, None, None
 
 
 def _output(
@@ -168,6 +188,7 @@ def _output(
     values: Tensor | None,
     code: Tensor | None,
     scaling: Tensor | None,
+    base: Tensor | None,
     bias: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
@@ -180,12 +201,12 @@ def _output(
     x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), lora_A.to(dtype)
     values = None if values is None else values.to(dtype)
     bias = None if bias is None else bias.to(dtype)
+    base = None if base is None else base.to(dtype)
     part = _part(values, code, blocks, lora_B, lora_A)
     with without_autocast(x):
         if not factored:
-            return F.linear(x_TI, build_weight(A, scaled_B, values, part, passing=True), bias).view(
-                out_shape
-            ), x_TI.new_empty(0)
+            weight = build_weight(A, scaled_B, values, part, passing=True, base=base)
+            return F.linear(x_TI, weight, bias).view(out_shape), x_TI.new_empty(0)
         h_TR = x_TI @ A.t()
         if part is None or values is None:
             return F.linear(h_TR, scaled_B, bias).view(out_shape), h_TR
@@ -204,6 +225,7 @@ class _Operands:
     values: Tensor | None
     part: SparsePart | None
     h_TR: Tensor
+    base: Tensor | None
 
 
 def _gradients(
@@ -215,13 +237,14 @@ def _gradients(
     values: Tensor | None,
     code: Tensor | None,
     scaling: Tensor | None,
+    base: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
     blocks: int,
     factored: bool,
     needed: list[bool],
 ) -> list[Tensor]:
-    """Those of the gradients of x, A, B, values and scaling that are needed, each in its tensor's shape and dtype."""
+    """Those of the gradients of x, A, B, values, scaling and base that are needed, each in its tensor's shape and dtype."""
     factor = scaling_number if scaling is None else scaling
     operands = _Operands(
         grad_output.reshape(-1, lora_B.shape[0]),
@@ -232,12 +255,13 @@ def _gradients(
         None if values is None else values.to(dtype),
         _part(values, code, blocks, lora_B, lora_A),
         h_TR,
+        None if base is None else base.to(dtype),
     )
-    need_x, need_A, need_B, need_values, need_scaling = needed
+    need_x, need_A, need_B, need_values, need_scaling, need_base = needed
     compute = _factored_gradients if factored else _materialised_gradients
     with without_autocast(x):
-        grad_x, grad_A, unscaled_grad_B, grad_values = compute(
-            operands, (need_x, need_A, need_B or need_scaling, need_values)
+        grad_x, grad_A, unscaled_grad_B, grad_values, grad_base = compute(
+            operands, (need_x, need_A, need_B or need_scaling, need_values, need_base)
         )
         grads: list[tuple[Tensor | None, Tensor | None]] = [(grad_x, x), (grad_A, lora_A)]
         if need_B and unscaled_grad_B is not None:
@@ -247,6 +271,7 @@ def _gradients(
             # <dW, B A> = <dW A^T, B>, summed in float32 at least.
             product = (unscaled_grad_B * operands.B).sum(dtype=torch.promote_types(dtype, torch.float32))
             grads.append((product, scaling))
+        grads.append((grad_base, base))
     return [grad.to(of.dtype).view(of.shape) for grad, of in grads if grad is not None and of is not None]
 
 
@@ -257,27 +282,32 @@ class _Gradients(NamedTuple):
     A: Tensor | None = None
     B: Tensor | None = None
     values: Tensor | None = None
+    base: Tensor | None = None
 
 
 def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
     """By way of W and dW = G^T x."""
-    need_x, need_A, need_B, need_values = needed
-    grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, passing=True) if need_x else None
-    if not (need_A or need_B or need_values):
+    need_x, need_A, need_B, need_values, need_base = needed
+    grad_x = None
+    if need_x:
+        grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, passing=True, base=o.base)
+    if not (need_A or need_B or need_values or need_base):
         return _Gradients(grad_x)
-    if need_values and o.part is not None and o.part.spares_weight_gradient(o.g_TO, o.x_TI, o.A.shape[0]):
+    spared = need_values and o.part is not None and o.part.spares_weight_gradient(o.g_TO, o.x_TI, o.A.shape[0])
+    if spared and not need_base:
         o = replace(o, h_TR=o.x_TI @ o.A.t())
-        return _factored_gradients(o, (False, need_A, need_B, True))._replace(x=grad_x)
-    grad_W = passing_product(o.g_TO.t(), o.x_TI)  # only now, when W is gone
+        return _factored_gradients(o, (False, need_A, need_B, True, False))._replace(x=grad_x)
+    # Only now, when W is gone; in memory of its own where it is the base's gradient, which stays.
+    grad_W = o.g_TO.t() @ o.x_TI if need_base else passing_product(o.g_TO.t(), o.x_TI)
     grad_A = o.scaled_B.t() @ grad_W if need_A else None
     grad_B = grad_W @ o.A.t() if need_B else None
     grad_values = o.part.gather(grad_W) if need_values and o.part is not None else None
-    return _Gradients(grad_x, grad_A, grad_B, grad_values)
+    return _Gradients(grad_x, grad_A, grad_B, grad_values, grad_W if need_base else None)
 
 
 def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
-    """With G scaling B shared by those of x and A, and x A^T kept from the forward pass."""
-    need_x, need_A, need_B, need_values = needed
+    """With G scaling B shared by those of x and A, and x A^T kept from the forward pass. A base never comes here."""
+    need_x, need_A, need_B, need_values, _ = needed
     grad_x = grad_A = arranged_TO = None
     if o.part is not None and (need_x or need_values):
         arranged_TO = o.part.arranged(o.g_TO)
@@ -322,6 +352,7 @@ def _output_fake(
     values: Tensor | None,
     code: Tensor | None,
     scaling: Tensor | None,
+    base: Tensor | None,
     bias: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
@@ -342,13 +373,14 @@ def _gradients_fake(
     values: Tensor | None,
     code: Tensor | None,
     scaling: Tensor | None,
+    base: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
     blocks: int,
     factored: bool,
     needed: list[bool],
 ) -> list[Tensor]:
-    inputs = (x, lora_A, lora_B, values, scaling)
+    inputs = (x, lora_A, lora_B, values, scaling, base)
     return [t.new_empty(t.shape) for t, need in zip(inputs, needed, strict=True) if need and t is not None]
 
 
@@ -374,6 +406,7 @@ def _check(
     scaling: Scaling,
     bias: Tensor | None,
     path: str,
+    base: Tensor | None,
 ) -> None:
     if path not in ("auto", *PATHS):
         raise ValueError(f"path is {path!r}, but it must be one of: auto, {', '.join(PATHS)}")
@@ -401,3 +434,5 @@ def _check(
         raise ValueError(f"scaling has shape {tuple(scaling.shape)}, but it must be a number or hold one element")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, but out_features is {out_features}")
+    if base is not None and base.shape != (out_features, in_features):
+        raise ValueError(f"base has shape {tuple(base.shape)}, but the weight is ({out_features}, {in_features})")

@@ -96,14 +96,14 @@ class SparseLowRankLinear(nn.Module):
     def draw_support(self, seed: int, name: str) -> None:
         """Draws the support alone; arguments as of `reset_parameters`."""
         if self.support is not None:
-            self.support.draw_(generator_for(seed, _join(name, "support")))
+            self.support.draw_(generator_for(seed, join_name(name, "support")))
 
     def initial_values(self, seed: int, name: str) -> Iterator[tuple[str, Tensor]]:
         """Yields (parameter name, float32 CPU tensor) one parameter at a time; arguments as of `reset_parameters`."""
         in_bound = 1 / math.sqrt(self.in_features)
         for parameter_name, parameter in self.named_parameters(recurse=False):
             values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            generator = generator_for(seed, _join(name, parameter_name))
+            generator = generator_for(seed, join_name(name, parameter_name))
             if parameter_name == "scaling":
                 values.fill_(1.0)
             elif parameter_name == "bias":
@@ -167,5 +167,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _join(prefix: str, name: str) -> str:
+def join_name(prefix: str, name: str) -> str:
+    """Qualified name of a tensor of the layer called `prefix`, "" outside a model."""
     return f"{prefix}.{name}" if prefix else name

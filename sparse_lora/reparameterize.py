@@ -1,11 +1,12 @@
 """Replace a model's linears by low-rank plus sparse ones, and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .adapted import LARGEST, AdaptedLinear
 from .linear import SparseLowRankLinear, hyperparameter_problems
 from .relora import ReLoRALinear
 
@@ -13,6 +14,11 @@ from .relora import ReLoRALinear
 KEPT_DENSE = ("lm_head", "embed", "norm")
 
 DEFAULT_TARGETS = ("attn", "mlp")
+# Every linear that may be replaced, whatever its name: models differ in what they call attention.
+ALL_LINEARS = ("*",)
+
+# What becomes of the weights that a model has: "frozen" stays as it is, "trained" stays and trains.
+BASES = ("frozen", "trained")
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,16 @@ class SLTrainConfig:
     """How `reparameterize` replaces linears; the values are explained at SparseLowRankLinear.
 
     target_modules: a linear is replaced when its qualified name contains one of these strings, as that of
-    model.layers.0.self_attn.q_proj contains "attn".
+    model.layers.0.self_attn.q_proj contains "attn"; "*" is in every name.
+
+    base: None for pretraining, W = (alpha/r) B A + S with nothing left of the model's weights. For fine-tuning the weight W0 that
+    a linear has stays, W = W0 + (alpha/r) B A + S (AdaptedLinear), and the model computes what it did until it is trained: with
+    "frozen" the adapters and trained_modules are all that trains, in the whole model; with "trained" nothing is frozen.
+
+    support: with a base also "largest", its entries of the largest magnitude.
+
+    trained_modules: with a base, qualified names of modules, such as a new classifier, whose linears stay as they are and which
+    train in full.
 
     Raises:
         ValueError: a value is out of its range (all problems in one message).
@@ -34,9 +49,13 @@ class SLTrainConfig:
     trainable_scaling: bool = False
     seed: int = 0
     path: str = "auto"
+    base: str | None = None
+    trained_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = hyperparameter_problems(self.rank, self.sparsity, self.alpha, self.support, self.path)
+        drawn = "uniform" if self.support == LARGEST and self.base is not None else self.support
+        problems = hyperparameter_problems(self.rank, self.sparsity, self.alpha, drawn, self.path)
+        problems += self._base_problems()
         targets = self.target_modules
         if isinstance(targets, str) or not targets or not all(isinstance(t, str) and t for t in targets):
             problems.append(f"target_modules is {targets!r}, but it must be names, such as {DEFAULT_TARGETS}")
@@ -47,23 +66,58 @@ class SLTrainConfig:
         if problems:
             raise ValueError("; ".join(problems))
 
+    def _base_problems(self) -> list[str]:
+        problems = []
+        if self.base not in (None, *BASES):
+            problems.append(f"base is {self.base!r}, but it must be None or one of: {', '.join(BASES)}")
+        if self.base is None and self.support == LARGEST:
+            problems.append("support 'largest' is that of a base's entries: give base='frozen' or 'trained' too")
+        modules = self.trained_modules
+        if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
+            problems.append(f"trained_modules is {modules!r}, but it must be names, such as ('classifier',)")
+        else:
+            object.__setattr__(self, "trained_modules", tuple(modules))
+        if self.base is None and modules:
+            problems.append(f"trained_modules is {modules!r}, but without a base everything trains: leave it out")
+        return problems
+
 
 def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
-    """Replaces, in place, the model's targeted nn.Linear modules by SparseLowRankLinear with newly drawn weights.
+    """Replaces, in place, the model's targeted nn.Linear modules by SparseLowRankLinear with newly drawn weights, or, with
+    config.base, by AdaptedLinear with the weights they have.
 
-    Device, dtype, training mode and the presence of a bias are kept; the old weights and biases are dropped. Every new
-    tensor is drawn with (config.seed, its qualified name); a model on the meta device stays there, undrawn. Embedding,
+    Device, dtype, training mode and the presence of a bias are kept; without a base the old weights and biases are dropped.
+    Every new tensor is drawn with (config.seed, its qualified name); a model on the meta device stays there, undrawn. Embedding,
     lm_head, norms, weights tied to an embedding, and subclasses of nn.Linear are left alone.
 
     Returns:
         Qualified names of the replaced modules, in the model's order.
 
     Raises:
-        ValueError: no linear matches, or one of the targets (unless they are the default ones) matches none.
+        ValueError: no linear matches, one of the targets (unless they are the default ones) matches none, or the model has no
+            module of a name in trained_modules.
     """
-    return _replace_targets(
-        model, config.target_modules, lambda linear, name: _sparse_lowrank_like(linear, name, config)
+    for name in config.trained_modules:
+        if name not in dict(model.named_modules()):
+            there = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(f"trained_modules {name!r}: the model has no such module; at its top there are: {there}")
+    like = _sparse_lowrank_like if config.base is None else _adapted
+    replaced = _replace_targets(
+        model, config.target_modules, lambda linear, name: like(linear, name, config), config.trained_modules
     )
+    if config.base == "frozen":
+        freeze_but(model, config.trained_modules)
+    return replaced
+
+
+def freeze_but(model: nn.Module, trained_modules: Sequence[str]) -> None:
+    """No parameter requires a gradient but those of adapters and of these modules, by qualified name."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        for parameter in module.adapter if isinstance(module, AdaptedLinear) else ():
+            parameter.requires_grad_(True)
+    for name in trained_modules:
+        model.get_submodule(name).requires_grad_(True)
 
 
 def attach_relora(
@@ -104,25 +158,35 @@ def attach_relora(
 
 
 def _replace_targets(
-    model: nn.Module, targets: tuple[str, ...], change: Callable[[nn.Linear, str], nn.Module]
+    model: nn.Module,
+    targets: tuple[str, ...],
+    change: Callable[[nn.Linear, str], nn.Module],
+    kept_modules: Sequence[str] = (),
 ) -> list[str]:
-    """Puts change(linear, name) in the place of every linear that matches; returns and raises what `reparameterize` does."""
-    eligible = _eligible_linears(model)
-    replaced = [name for name in eligible if any(target in name for target in targets)]
-    unmatched = [t for t in targets if not any(t in name for name in eligible)]
+    """Puts change(linear, name) in the place of every linear that matches and is not inside one of kept_modules, by qualified
+    name; returns and raises what `reparameterize` does."""
+    inside = tuple(f"{module}." for module in kept_modules)
+    eligible = {name: linear for name, linear in _eligible_linears(model).items() if not f"{name}.".startswith(inside)}
+    replaced = [name for name in eligible if any(_matches(target, name) for target in targets)]
+    unmatched = [t for t in targets if not any(_matches(t, name) for name in eligible)]
     # A model without one of the two default blocks is no mistake; a target that somebody wrote is meant.
     if not replaced or (unmatched and targets != DEFAULT_TARGETS):
         names = ", ".join(list(eligible)[:5]) or "none"
         raise ValueError(
             f"target_modules {', '.join(map(repr, unmatched))} match no linear of the model that can be replaced "
-            f"({', '.join(KEPT_DENSE)} are left dense): choose parts of names such as: {names}"
+            f"({', '.join([*KEPT_DENSE, *kept_modules])} are left dense): choose parts of names such as: {names}"
         )
     _replace(model, {id(eligible[name]): change(eligible[name], name) for name in replaced})
     return replaced
 
 
+def _matches(target: str, name: str) -> bool:
+    return target in ALL_LINEARS or target in name
+
+
 def merge(model: nn.Module) -> list[str]:
-    """Replaces, in place, every SparseLowRankLinear and ReLoRALinear by an nn.Linear with its dense_weight() and bias.
+    """Replaces, in place, every SparseLowRankLinear (AdaptedLinear is one) and ReLoRALinear by an nn.Linear with its
+    dense_weight() and bias.
 
     Returns:
         Qualified names of the replaced modules; empty when the model has none.
@@ -175,6 +239,20 @@ def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) ->
         layer.to_empty(device=linear.weight.device)
         layer.reset_parameters(config.seed, name)
     return layer.train(linear.training)
+
+
+def _adapted(linear: nn.Linear, name: str, config: SLTrainConfig) -> AdaptedLinear:
+    return AdaptedLinear(
+        linear,
+        config.rank,
+        config.sparsity,
+        alpha=config.alpha,
+        support=config.support,
+        trainable_scaling=config.trainable_scaling,
+        path=config.path,
+        seed=config.seed,
+        name=name,
+    )
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ FLOORS = [
     ["ending"],
     ["analysis", "estimate", "export", "report"],
     ["load", "published"],
-    ["evaluation", "generate"],
+    ["evaluation", "finetune", "generate"],
     ["sweep"],
     ["__main__", "torchrun_main"],
 ]

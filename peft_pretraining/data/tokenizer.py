@@ -170,7 +170,7 @@ def _from_hub(name: str) -> Any:
     from transformers import AutoTokenizer
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    unreachable = None if offline else _hub_problem()
+    unreachable = None if offline else hub_problem()
     try:
         # Without this, a hub that cannot be reached costs a minute of retries, even if the tokenizer is in the cache.
         local_only = offline or unreachable is not None
@@ -193,7 +193,7 @@ def _from_hub(name: str) -> Any:
         ) from error
 
 
-def _hub_problem() -> str | None:
+def hub_problem() -> str | None:
     """Why the hub cannot be reached, None if it can."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session

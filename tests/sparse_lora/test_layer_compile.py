@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora import SparseLowRankLinear
+from sparse_lora import AdaptedLinear, SparseLowRankLinear
 from sparse_lora.functional import _gradients_op, _output_op
 from sparse_lora.support import generator_for
 
@@ -74,21 +74,37 @@ def test_compiled_equals_eager_and_keeps_no_dense_weight(backend: str, autocast:
         assert max(saved) <= max(2 * num_rows * 43, 4 * 43)
 
 
-@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize(("factored", "with_base"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("sparsity", "kind"), [(0.0, "uniform"), (0.1, "uniform"), (0.2, "block")])
-def test_the_compilers_operators_keep_their_contract(sparsity: float, kind: str, factored: bool) -> None:
+def test_the_compilers_operators_keep_their_contract(
+    sparsity: float, kind: str, factored: bool, with_base: bool
+) -> None:
     """torch's own check: no input is changed or returned, and shapes, dtypes and strides are foretold rightly."""
     layer = SparseLowRankLinear(13, 9, 4, sparsity, support=kind, bias=True, trainable_scaling=True, seed=0)
     code, blocks = (None, 0) if layer.support is None else (layer.support.code, layer.support.blocks)
     scaling = torch.tanh(layer.scaling.detach())
     for x in (torch.randn(2, 30, 13), torch.randn(30, 2, 13).transpose(0, 1), torch.randn(13)):
         tensors = [t if t is None else t.detach() for t in (x, layer.lora_A, layer.lora_B, layer.sparse_value, code)]
-        bias = layer.bias.detach()
+        base, bias = torch.randn(9, 13) if with_base else None, layer.bias.detach()
         checks = ("test_schema", "test_faketensor")
         settings = (1.0, torch.float32, blocks, factored)
-        torch.library.opcheck(_output_op, (*tensors, scaling, bias, *settings), test_utils=checks)
-        _, kept = _output_op(*tensors, scaling, bias, *settings)
-        needed = [True, True, True, sparsity > 0, True]
+        torch.library.opcheck(_output_op, (*tensors, scaling, base, bias, *settings), test_utils=checks)
+        _, kept = _output_op(*tensors, scaling, base, bias, *settings)
+        needed = [True, True, True, sparsity > 0, True, with_base]
         grad_output = torch.randn(*x.shape[:-1], 9)
-        arguments = (grad_output, kept, *tensors, scaling, *settings, needed)
+        arguments = (grad_output, kept, *tensors, scaling, base, *settings, needed)
         torch.library.opcheck(_gradients_op, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_linear_compiles_to_one_graph(dtype: torch.dtype) -> None:
+    """With W0 in W, and beside it (bfloat16): eager's outputs and gradients."""
+    layer = AdaptedLinear(nn.Linear(26, 43).requires_grad_(False).to(dtype), 4, 0.1, support="largest")
+    for parameter in layer.adapter:
+        nn.init.normal_(parameter)
+    x = torch.randn(50, 26, dtype=dtype)
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")):
+        y = function(x)
+        found.append([y, *torch.autograd.grad(y.sum(), layer.adapter)])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*found, strict=True))

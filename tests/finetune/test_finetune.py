@@ -1,0 +1,291 @@
+"""Fine-tuning as a user has it: on a task that a frozen encoder cannot do, from the command to the merged model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_task import HIDDEN, INNER, LAYERS, rows, write_json, write_model
+
+from peft_pretraining.__main__ import main
+from peft_pretraining.finetune import train
+from peft_pretraining.finetune.adapter import ADAPTER_FILE, load_adapter
+from sparse_lora import adapter_parameters, merge
+
+SEEDS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    write_model(folder / "model")
+    write_json(folder / "train.json", rows(800, seed=1))
+    write_json(folder / "validation.json", rows(400, seed=2))
+    write_json(folder / "few.json", rows(40, seed=3))
+    return folder
+
+
+def flags(here: Path, out: str, *more: str, data: str = "train") -> list[str]:
+    """Of a run in the paper's setting, r = 8 and delta = .005, at a rate for a model that knows nothing yet."""
+    files = ["--train_file", str(here / f"{data}.json"), "--validation_file", str(here / "validation.json")]
+    settings = ["--task", "sst2", "--rank", "8", "--sp_ratio", "0.005", "--lora_alpha", "32"]
+    settings += ["--lr", "0.005", "--epochs", "4", "--batch_size", "32"]
+    return ["finetune", "--model", str(here / "model"), "--out", str(here / out), *files, *settings, *more]
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(here: Path) -> Run:
+    """(seed, further flags) -> results.json, each trained once."""
+    done: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def once(seed: int, *more: str) -> dict[str, Any]:
+        if (seed, *more) not in done:
+            out = f"out{len(done)}"
+            assert main(flags(here, out, "--seed", str(seed), *more)) == 0
+            done[seed, *more] = json.loads((here / out / "results.json").read_text()) | {"folder": here / out}
+        return done[seed, *more]
+
+    return once
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_adapters_beat_the_head_alone(run: Run, seed: int) -> None:
+    """Which word comes first is in no sum over words: the frozen encoder's classifier stays near a guess of one half."""
+    adapted, head_only = run(seed)["last"]["accuracy"], run(seed, "--head_only")["last"]["accuracy"]
+    print(f"seed {seed}: adapters {adapted:.3f}, head only {head_only:.3f}")
+    assert adapted >= head_only + 0.2
+    assert head_only < 0.75
+
+
+def test_the_largest_entries_serve_as_well(run: Run) -> None:
+    assert run(1, "--support", "largest")["last"]["accuracy"] >= run(1, "--head_only")["last"]["accuracy"] + 0.2
+
+
+def test_parameters_are_counted_exactly(run: Run) -> None:
+    """r (in + out) + int(delta in out) in the four square, the widening and the narrowing linear of each layer."""
+    square = 8 * 2 * HIDDEN + int(0.005 * HIDDEN * HIDDEN)
+    other = 8 * (HIDDEN + INNER) + int(0.005 * HIDDEN * INNER)
+    expected = LAYERS * (4 * square + 2 * other)
+    head = HIDDEN * HIDDEN + HIDDEN + 2 * HIDDEN + 2
+    found, baseline = run(1)["parameters"], run(1, "--head_only")["parameters"]
+    assert (found["adapter"], found["head"], found["trained"]) == (expected, head, expected + head)
+    assert baseline == {"total": found["total"] - expected, "trained": head, "adapter": 0, "head": head}
+
+
+def test_results_say_what_was_done(run: Run) -> None:
+    result = run(1)
+    assert [row["epoch"] for row in result["epochs"]] == [1, 2, 3, 4]
+    assert result["updates"] == 4 * 25
+    assert result["metric"] == "accuracy"
+    assert result["best"]["accuracy"] == max(row["accuracy"] for row in result["epochs"])
+    assert result["last"] == result["epochs"][-1]
+    assert result["settings"]["sp_ratio"] == 0.005
+    assert result["settings"]["seed"] == 1
+    assert result["examples"] == {"train": 800, "validation": 400}
+
+
+def score(folder: Path, here: Path, model: Any = None) -> tuple[float, torch.Tensor]:
+    """Accuracy and logits on the validation examples, by transformers alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval() if model is None else model.eval()
+    table = [json.loads(line) for line in (here / "validation.json").read_text().splitlines()]
+    inputs = AutoTokenizer.from_pretrained(folder)(
+        [row["sentence"] for row in table], return_tensors="pt", padding=True
+    )
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    return (logits.argmax(1) == torch.tensor([row["label"] for row in table])).double().mean().item(), logits
+
+
+def test_the_merged_model_needs_none_of_our_code(run: Run, here: Path) -> None:
+    """It scores what the training wrote down; the kept adapter, on the pretrained model, gives the same logits."""
+    from transformers import AutoModelForSequenceClassification
+
+    result = run(2, "--keep_adapter")
+    accuracy, logits = score(result["folder"], here)
+    assert accuracy == result["last"]["accuracy"]
+    assert not list(result["folder"].glob("*lora*"))
+    model = AutoModelForSequenceClassification.from_pretrained(here / "model")
+    config = load_adapter(model, result["folder"] / ADAPTER_FILE)
+    assert (config.rank, config.sparsity, config.base) == (8, 0.005, "frozen")
+    assert sum(adapter_parameters(model).values()) == result["parameters"]["adapter"]
+    assert torch.allclose(score(result["folder"], here, model)[1], logits, atol=1e-4)
+    merge(model)
+    assert torch.allclose(score(result["folder"], here, model)[1], logits, atol=1e-4)
+    assert run(2)["last"] == result["last"], "the same seed, the same figures"
+
+
+def test_an_adapter_for_another_model_is_refused(here: Path, tmp_path: Path, run: Run) -> None:
+    from safetensors.torch import save_file
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    small = RobertaConfig(
+        hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    model = RobertaForSequenceClassification(small)
+    with pytest.raises(ValueError, match="is for another model"):
+        load_adapter(model, run(2, "--keep_adapter")["folder"] / ADAPTER_FILE)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="holds no adapter"):
+        load_adapter(model, tmp_path / "x.safetensors")
+
+
+def test_a_trained_base_in_bfloat16(here: Path) -> None:
+    assert main(flags(here, "base", "--base", "trained", "--dtype", "bfloat16", "--epochs", "1", data="few")) == 0
+    result = json.loads((here / "base" / "results.json").read_text())
+    assert result["parameters"]["trained"] == result["parameters"]["total"]
+
+
+def test_a_decoder_rates_pairs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A LLaMA, on a regression, with files of another format and a tokenizer without padding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    write_model(here / "llama", LlamaForCausalLM(LlamaConfig(vocab_size=26, max_position_embeddings=32, **sizes)))
+    special = here / "llama" / "tokenizer_config.json"
+    special.write_text(json.dumps({k: v for k, v in json.loads(special.read_text()).items() if k != "pad_token"}))
+    table = here / "pairs.tsv"
+    table.write_text("sentence1\tsentence2\tlabel\n" + "".join(f"red w{i}\tblue\t{i / 4}\n" for i in range(12)))
+    capsys.readouterr()
+    command = ["finetune", "--model", str(here / "llama"), "--task", "stsb", "--out", str(here / "rated"), "--json"]
+    files = ["--train_file", str(table), "--validation_file", str(table), "--epochs", "2", "--sp_ratio", "0.05"]
+    assert main([*command, *files]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["last"]) == {"epoch", "loss", "pearson", "spearman"}
+    # q, k, v, o; gate and up; down
+    assert result["parameters"]["adapter"] == 4 * (8 * 32 + 12) + 3 * (8 * 40 + 19)
+    assert result["parameters"]["head"] == 16
+
+
+def test_a_pretrained_run_is_exported_and_fine_tuned(
+    trained: Callable[[str], Path], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Our own LLaMA with our own tokenizer, texts longer than they may be."""
+    assert main(["export", "--checkpoint", str(trained("sltrain")), "--out", str(here / "export")]) == 0
+    settings = ["--model", str(here / "export"), "--sp_ratio", "0.05", "--epochs", "1", "--max_length", "8"]
+    capsys.readouterr()
+    assert main(flags(here, "of_export", *settings, data="few")) == 0
+    assert "cut at 8 tokens" in capsys.readouterr().out
+    assert score(here / "of_export", here)[1].shape == (400, 2)
+
+
+def test_what_a_language_model_lacks_trains_with_the_classifier(here: Path) -> None:
+    """A BERT without its pooler, which would otherwise stay frozen as it was drawn."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    write_model(here / "bert", BertModel(BertConfig(vocab_size=26, **sizes), add_pooling_layer=False))
+    settings = ["--model", str(here / "bert"), "--sp_ratio", "0.05", "--epochs", "1", "--head_only"]
+    assert main(flags(here, "pooled", *settings, data="few")) == 0
+    found = json.loads((here / "pooled" / "results.json").read_text())["parameters"]
+    assert found["head"] == found["trained"] == 16 * 16 + 16 + 2 * 16 + 2
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that cannot work says; nothing is left of it."""
+    capsys.readouterr()
+    out = Path(arguments[arguments.index("--out") + 1])
+    before = list(out.iterdir()) if out.exists() else None
+    assert main(arguments) == 2
+    assert (list(out.iterdir()) if out.exists() else None) == before
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (["--rank", "0", "--lr", "-1"], ["--rank 0: must be at least 1", "--lr -1.0: must be above 0"]),
+        (["--sp_ratio", "2"], ["--sp_ratio 2.0"]),
+        (["--lora_alpha", "nan"], ["--lora_alpha nan"]),
+        (["--epochs", "0"], ["--epochs 0"]),
+        (["--max_length", "31"], ["--max_length 31: the model has positions for 30 tokens"]),
+        (["--keep_adapter", "--head_only"], ["--keep_adapter"]),
+        (["--sp_ratio", "0.0001"], ["leaves no entry"]),
+        (["--device", "cuda:77"], ["--device cuda:77"]),
+        (["--task", "rte"], ["no column sentence1, sentence2"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_cannot_work_is_refused(
+    here: Path, more: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the value, the reason and the flag; of several problems all at once."""
+    said = refused(flags(here, "none", *more, data="few"), capsys)
+    assert all(part in said for part in parts), said
+
+
+def test_a_task_that_does_not_exist_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(flags(here, "none", "--task", "sst3"))
+    assert ended.value.code == 2
+    assert "'sst3'" in capsys.readouterr().err
+
+
+def test_nothing_to_train_on_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["finetune", "--model", str(here / "model"), "--out", str(here / "none")]
+    assert "give --task" in refused(command, capsys)
+    assert "give both" in refused([*command, "--train_file", str(here / "few.json")], capsys)
+
+
+def test_a_folder_with_something_in_it_is_not_touched(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "full").mkdir()
+    (here / "full" / "file").write_text("mine")
+    assert "holds something already" in refused(flags(here, "full"), capsys)
+
+
+def test_models_that_cannot_be_adapted_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No folder, no tokenizer, no linears (GPT-2's are of another class), weights that are missing."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config, GPT2Model
+
+    def said(folder: Path) -> str:
+        return refused([*flags(here, "none", data="few"), "--model", str(folder)], capsys)
+
+    assert "tokenizer cannot be loaded" in said(here / "full")
+    write_model(here / "gpt2", GPT2Model(GPT2Config(vocab_size=26, n_positions=32, n_embd=16, n_layer=1, n_head=2)))
+    assert "match no linear of the model" in said(here / "gpt2")
+    write_model(here / "partly")
+    weights = here / "partly" / "model.safetensors"
+    left = {key: tensor for key, tensor in load_file(weights).items() if "layer.1.output.dense" not in key}
+    save_file(left, weights, metadata={"format": "pt"})
+    assert "2 of its weights are missing" in said(here / "partly")
+    (here / "partly" / "config.json").unlink()
+    assert "no sequence classifier can be made of it" in said(here / "partly")
+
+
+def test_glue_without_a_network_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_pretraining.finetune.examples.hub_problem", lambda: "no route")
+    command = ["finetune", "--model", str(here / "model"), "--out", str(here / "none"), "--task", "rte"]
+    said = refused(command, capsys)
+    assert "--task rte" in said
+    assert "no route" in said
+    assert "--train_file" in said
+
+
+def test_ctrl_c_ends_it_with_a_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_update", interrupt)
+    assert main(flags(here, "none", data="few")) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert not (here / "none").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_it(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_update", lambda *_: torch.tensor(float("nan")))
+    assert "the loss is nan; lower --lr" in refused(flags(here, "none", data="few"), capsys)
