@@ -164,10 +164,12 @@ def _at(step: int, steps: list[int], positions: list[float]) -> float:
 def find_runs(paths: list[Path]) -> list[Path]:
     """Folders of runs: those named, and those one level below a named folder of runs; each once, in order.
 
-    Raises ValueError naming a path with neither.
+    A sweep's log, FOLDER.log beside a named folder, is passed over: runs/sltrain* names it too. Raises ValueError naming a path
+    that is neither.
     """
     found: dict[Path, Path] = {}
-    for path in paths:
+    logs = {path.with_name(f"{path.name}.log") for path in paths}
+    for path in (path for path in paths if path not in logs):
         inside = [path] if (path / "run.json").is_file() else []
         if not inside and path.is_dir():
             inside = sorted(child for child in path.iterdir() if (child / "run.json").is_file())

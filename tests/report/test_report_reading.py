@@ -116,5 +116,9 @@ def test_folder_of_runs_stands_for_its_runs(tmp_path):
     (tmp_path / "report").mkdir()
     assert find_runs([tmp_path]) == runs
     assert find_runs([tmp_path / "a", tmp_path]) == runs  # each once
+    (tmp_path / "a.log").touch()
+    assert find_runs([tmp_path / "a", tmp_path / "a.log"]) == [tmp_path / "a"]  # as a* names them
+    with pytest.raises(ValueError, match=r"a\.log"):
+        find_runs([tmp_path / "a.log"])
     with pytest.raises(ValueError, match=r"report: no run\.json"):
         find_runs([tmp_path / "report"])
