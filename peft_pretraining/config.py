@@ -115,7 +115,8 @@ class MethodArguments:
         choices=INITS,
     )
     restart_every: int | None = _arg(
-        None, "lowrank, sltrain: update steps between restarts, which set all moments to zero (default: none)"
+        None,
+        "lowrank, sltrain: update steps between restarts, which set the moments of the factored linears to zero (default: none)",
     )
     rebalance: bool = _arg(
         False, "with --restart_every: a restart replaces B and A by balanced factors of the same product"

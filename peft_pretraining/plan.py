@@ -384,7 +384,7 @@ def _restarts(args: Arguments) -> str:
         return ""
     if args.peft_model != "relora":
         balanced = ", balanced factors" if args.rebalance else ""
-        return f"; every {interval:,} updates moments from zero{balanced}"
+        return f"; every {interval:,} updates the linears' moments from zero{balanced}"
     kind, share = moments_at_a_merge(args)
     moments = {"zero": "zeroed", "keep": "kept"}.get(kind, f"{share:.0%} zeroed ({kind})")
     return f"; factors merged every {interval:,} updates, their moments {moments}"

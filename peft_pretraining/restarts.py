@@ -47,8 +47,11 @@ class Restarts:
         else:
             if self._args.rebalance:
                 self._rebalance()
-            for name in self._updates.stepped:
-                self._reset(name)
+            # Not embedding, head and norms: of rare tokens the second moment would start anew at next to nothing, and their
+            # rows take steps of full size (docs/results.md: what that costs).
+            for name, layer in self._layers(SparseLowRankLinear):
+                for own, _ in layer.named_parameters(recurse=False):
+                    self._reset(f"{name}.{own}")
         return True
 
     def _merge(self, number: int) -> None:

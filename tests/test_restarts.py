@@ -287,9 +287,10 @@ def test_rebalancing_leaves_the_function(method, train_scaling):
         # And not only balanced: with singular values on the diagonal.
         values = torch.linalg.svdvals((old_B @ old_A).detach())[: layer.rank]
         torch.testing.assert_close(left.diagonal(), values, rtol=1e-3, atol=1e-5 * float(values[0]))
-    for state in updates.optimizer.state.values():  # of all parameters
-        assert not any(value.any() for value in state.values())
-    assert not updates.growth.previous.any()
+    limits = dict(zip(updates.stepped, updates.growth.previous.tolist(), strict=True))
+    for name, parameter in updates.stepped.items():
+        zero = not any(value.any() for value in updates.optimizer.state[parameter].values())
+        assert zero == (limits[name] == 0) == in_a_linear(name), name
 
 
 def test_a_restart_without_rebalancing_leaves_the_factors():
@@ -300,7 +301,14 @@ def test_a_restart_without_rebalancing_leaves_the_factors():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert Restarts(args, model, updates, World()).before_update(3)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(value.any() for state in updates.optimizer.state.values() for value in state.values())
+    for name, parameter in updates.stepped.items():
+        zero = not any(value.any() for value in updates.optimizer.state[parameter].values())
+        assert zero == in_a_linear(name), name
+
+
+def in_a_linear(name: str) -> bool:
+    """Whether a parameter is one of a factored linear: B, A, the sparse values or the scale."""
+    return name.rpartition(".")[2] in (*FACTORS, "sparse_value", "scaling")
 
 
 def layers_of(model) -> list[SparseLowRankLinear]:
