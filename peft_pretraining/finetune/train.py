@@ -289,12 +289,17 @@ def _evaluate(tuned: Tuned, task: Task, validation: dict[str, _Encoded], args: a
 
 
 def save(tuned: Tuned, folder: Path, *, keep_adapter: bool) -> None:
-    """Write the dense model and the tokenizer as transformers load them; the model is merged from then on."""
+    """Write the dense model and the tokenizer as transformers load them; the model is merged from then on. Raises OSError."""
     if keep_adapter and tuned.config is not None:
         save_adapter(tuned.model, tuned.config, folder / ADAPTER_FILE)
     merge(tuned.model)
-    tuned.model.save_pretrained(folder)
-    tuned.tokenizer.save_pretrained(folder)
+    try:
+        tuned.model.save_pretrained(folder)
+        tuned.tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors and tokenizers have classes of their own for a disk that is full
+        raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # they are made for their owner alone
 
 
 def _progress_bar(total: int) -> Any:
