@@ -177,6 +177,17 @@ def test_a_pretrained_run_is_exported_and_fine_tuned(
     assert main(flags(here, "of_export", *settings, data="few")) == 0
     assert "cut at 8 tokens" in capsys.readouterr().out
     assert score(here / "of_export", here)[1].shape == (400, 2)
+    table = rows(40, seed=3)
+    table[4]["sentence"] = ""
+    write_json(here / "gap.json", table)
+    said = refused(flags(here, "none", *settings, data="gap"), capsys)
+    assert "train examples, row 5: its text has no tokens" in said
+    run = trained("sltrain")
+    assert main(["export", "--checkpoint", str(run), "--out", str(here / "factors"), "--keep_factors"]) == 0
+    for folder in (run, run / "step_00000008", here / "factors"):
+        said = refused(flags(here, "none", *settings, "--model", str(folder), data="few"), capsys)
+        assert f"--model {folder}: is" in said
+        assert "`export` writes without --keep_factors" in said
 
 
 def test_what_a_language_model_lacks_trains_with_the_classifier(here: Path) -> None:
