@@ -70,7 +70,13 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < (2 if name == "max_length" else 1):
             raise ValueError(f"--{name} {value}: must be at least {2 if name == 'max_length' else 1}")
     from peft_pretraining.distributed import World, pick_device
+    from peft_pretraining.load import holds_export
 
+    for path in args.checkpoint:  # all of them, before hours go into the first
+        if holds_export(path) and args.dataset is None:
+            raise ValueError(
+                f"--dataset: an export does not say what to evaluate on ({path}); name a data set, such as c4 or a folder"
+            )
     device = pick_device(args.device, World())
     found = [evaluate_one(path, device, args) for path in args.checkpoint]
     if args.json:
@@ -134,10 +140,6 @@ def _eval_set(
     from peft_pretraining.data.source import open_source
 
     run = loaded.args
-    if args.dataset is None and run is None:
-        raise ValueError(
-            "--dataset: an export does not say what to evaluate on; name a data set, such as c4 or a folder"
-        )
     own = None if run is None else run.eval_dataset
     dataset = args.dataset or own or (run.dataset if run is not None else "")
     field = args.text_field or (run.text_field if run is not None else "text")

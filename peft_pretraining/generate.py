@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from peft_pretraining.data.tokenizer import Tokenizer
     from peft_pretraining.load import Loaded
 
+_LEAST_TEMPERATURE = 1e-6
 HELP = "continue prompts with the model of a checkpoint or an export"
 
 
@@ -70,8 +72,13 @@ def check_values(args: argparse.Namespace) -> None:
     """Raises ValueError with the value that cannot work."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    if args.temperature < 0 or args.top_k < 0:
-        raise ValueError(f"--temperature {args.temperature} --top_k {args.top_k}: must be at least 0")
+    # Logits over a smaller temperature may overflow.
+    if args.temperature != 0 and not _LEAST_TEMPERATURE <= args.temperature < math.inf:
+        raise ValueError(
+            f"--temperature {args.temperature}: must be 0 (the likeliest token), or a number of at least {_LEAST_TEMPERATURE}"
+        )
+    if args.top_k < 0:
+        raise ValueError(f"--top_k {args.top_k}: must be at least 0")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if not -(2**63) <= args.seed < 2**63:
@@ -80,16 +87,25 @@ def check_values(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """What was given as arguments, in a file or on standard input. Raises ValueError and OSError."""
-    if args.file is None:
-        return args.prompt or ["The "]
+    given = "--prompt" if args.file is None else f"--file {args.file}"
     try:
-        return [sys.stdin.read() if str(args.file) == "-" else args.file.read_text(encoding="utf-8")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--file {args.file}: is not UTF-8 text ({error})") from None
+        if args.file is None:
+            prompts: list[str] = args.prompt or ["The "]
+        else:
+            prompts = [sys.stdin.read() if str(args.file) == "-" else args.file.read_text(encoding="utf-8")]
+        for prompt in prompts:
+            prompt.encode()  # Python reads bytes of arguments, and of standard input, that are no text as surrogates
+    except UnicodeError as error:
+        raise ValueError(f"{given}: is not UTF-8 text ({error})") from None
+    return prompts
 
 
 def encode(prompts: Sequence[str], tokenizer: Tokenizer, positions: int, new: int) -> list[list[int]]:
     """Ids of each. Raises ValueError where one is empty or too long for a model with so many positions."""
+    if new >= positions:
+        raise ValueError(
+            f"--max_new_tokens {new}: must be below {positions}, the model's positions, which the prompt shares"
+        )
     found = tokenizer.encode_batch(prompts)
     for prompt, ids in zip(prompts, found, strict=True):
         if not 1 <= len(ids) <= positions - new:

@@ -41,17 +41,26 @@ def load_for_inference(path: Path, device: torch.device, dtype: str | None = Non
         CheckpointError, ExportError: nothing that can be loaded, or files that are damaged.
         TokenizerError: the one beside the model cannot be read.
     """
-    from peft_pretraining.export.read import is_export, load_export
+    from peft_pretraining.export.read import load_export
 
-    if is_export(path):
+    if holds_export(path):
         model, _ = load_export(path, device, None if dtype is None else DTYPES[dtype])
         beside = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
         return Loaded(model, load_tokenizer(str(path)) if beside else None, None)
-    if not is_checkpoint(path) and not list_checkpoints(path):
-        raise CheckpointError(
-            f"{path} holds no model: no checkpoint (step_XXXXXXXX), no run with one, and no export (model.safetensors)"
-        )
     model, tokenizer, record = load_model(path, device)
     if dtype is not None:
         torch.nn.Module.to(model, DTYPES[dtype])
     return Loaded(model, tokenizer, arguments_of_record(record["arguments"]))
+
+
+def holds_export(path: Path) -> bool:
+    """True: an export, or a LLaMA in transformers' layout. False: a run or a checkpoint. Raises CheckpointError: neither."""
+    from peft_pretraining.export.read import is_export
+
+    if is_export(path):
+        return True
+    if not is_checkpoint(path) and not list_checkpoints(path):
+        raise CheckpointError(
+            f"{path} holds no model: no checkpoint (step_XXXXXXXX), no run with one, and no export (model.safetensors)"
+        )
+    return False

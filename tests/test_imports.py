@@ -12,7 +12,7 @@ FLOORS = [
     ["sparse_lora"],
     [
         *("config", "model_config", "memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
-        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire"),
+        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire", "new_folder"),
         *("allocator", "svd_start"),
     ],
     ["data", "optim", "methods", "tensor_store", "checkpoint", "summary", "metrics"],

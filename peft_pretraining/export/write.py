@@ -20,6 +20,7 @@ from peft_pretraining.export.shards import ExportError, ShardWriter
 from peft_pretraining.methods import METHODS
 from peft_pretraining.model_config import load_model_config
 from peft_pretraining.modeling import meta_model
+from peft_pretraining.new_folder import folder_problem, new_folder
 from sparse_lora import SLTrainConfig, merge
 from sparse_lora.reparameterize import DEFAULT_TARGETS
 
@@ -65,8 +66,8 @@ def export(
         raise ExportError(
             f"{folder}: a run of --peft_model {args.peft_model} has no factors to keep; leave --keep_factors out"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"--out {out}: holds something already; name another folder, or remove it")
+    if (problem := folder_problem(out)) is not None:
+        raise ExportError(problem)
     model = meta_model(
         load_model_config(folder / "config.json"),
         DTYPES[record["plan"]["dtype"]],
@@ -75,19 +76,10 @@ def export(
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     dtype = dtype or record["plan"]["dtype"]
     _check_room(out, record, dtype, keep_factors)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         exported = _write(partial, folder, model, args, tokenizer, dtype, keep_factors, shard_bytes)
         text = model_card(record, folder, out.name, factored=keep_factors, dtype=dtype)
         (partial / "README.md").write_text(text, encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Exported(out, exported.num_bytes, dtype)
 
 

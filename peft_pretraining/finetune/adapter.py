@@ -15,11 +15,15 @@ _CONFIG_KEY = "sltrain_config"
 
 
 def save_adapter(model: nn.Module, config: SLTrainConfig, path: Path) -> None:
-    """model: reparameterised with `config`, whose base is frozen."""
+    """model: reparameterised with `config`, whose base is frozen. Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    save_file(state, path, metadata={_CONFIG_KEY: json.dumps(asdict(config))})
+    try:
+        save_file(state, path, metadata={_CONFIG_KEY: json.dumps(asdict(config))})
+    except SafetensorError as error:  # its own class for a disk that is full
+        raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> SLTrainConfig:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from pathlib import Path
 
 from peft_pretraining.finetune.tasks import TASKS
+from peft_pretraining.new_folder import folder_problem, new_folder
 
 HELP = "fine-tune a sequence classifier, its linears W0 + (alpha/r) B A + S, on a GLUE task or on files in that format"
 
@@ -83,19 +83,10 @@ def run(args: argparse.Namespace) -> int:
     tuned = build(args, data.task)
     if not args.json:
         print(describe(tuned, data))
-    record = fine_tune(tuned, data, args, None if args.json else print)
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(args.out) as partial:
+        record = fine_tune(tuned, data, args, None if args.json else print)
         (partial / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         save(tuned, partial, keep_adapter=args.keep_adapter)
-        if args.out.exists():
-            args.out.rmdir()
-        partial.rename(args.out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     print(json.dumps(record) if args.json else f"{args.out}: merged model, tokenizer, results.json")
     return 0
 
@@ -107,8 +98,8 @@ def problems(args: argparse.Namespace) -> list[str]:
         found.append("--train_file and --validation_file: one without the other; give both, or neither and --task")
     if args.task is None and args.train_file is None:
         found.append(f"nothing to train on: give --task {' | '.join(TASKS)}, or --train_file and --validation_file")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        found.append(f"--out {args.out}: holds something already; name another folder, or remove it")
+    if (problem := folder_problem(args.out)) is not None:
+        found.append(problem)
     for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("max_length", 2), ("warmup_steps", 0)):
         value = getattr(args, name)
         if value is not None and value < least:

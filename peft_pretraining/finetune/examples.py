@@ -46,6 +46,8 @@ def load_files(task_name: str | None, train: Path, validation: Sequence[Path]) -
     names: Sequence[str] = task.validation
     if len(validation) != len(names):
         names = ["validation"] if len(validation) == 1 else [f"validation_{path.stem}" for path in validation]
+        if len(set(names)) < len(names):
+            names = [f"validation_{number}" for number in range(1, len(names) + 1)]
     splits = {name: checked(read_table(path), task, str(path)) for name, path in zip(names, validation, strict=True)}
     return Dataset(task, checked(table, task, str(train)), splits)
 

@@ -51,7 +51,7 @@ def task_of(table: Mapping[str, Sequence[Any]], where: str) -> Task:
     Raises:
         ValueError: other columns, or labels that make no task.
     """
-    known = sorted({task.columns for task in TASKS.values()}, key=len, reverse=True)
+    known = sorted(dict.fromkeys(task.columns for task in TASKS.values()), key=len, reverse=True)
     columns = next((columns for columns in known if set(columns) <= set(table)), None)
     if columns is None or "label" not in table:
         choices = "; ".join(", ".join(columns) for columns in known)
@@ -59,12 +59,14 @@ def task_of(table: Mapping[str, Sequence[Any]], where: str) -> Task:
             f"{where}: columns {', '.join(table)}; a column label is needed, and of text one of: {choices}"
         )
     given = table["label"]
-    if given and all(isinstance(label, str) for label in given):
+    if not given:
+        raise ValueError(f"{where}: has no rows")
+    if all(isinstance(label, str) for label in given):
         names = tuple(sorted(set(given)))
     elif all(isinstance(label, (int, float)) and math.isfinite(label) for label in given):
         if not all(label == int(label) and 0 <= label < _MOST_CLASSES for label in given):
             return Task(columns, (), ("pearson", "spearman"))
-        names = tuple(str(number) for number in range(int(max(given, default=0)) + 1))
+        names = tuple(str(number) for number in range(int(max(given)) + 1))
     else:
         raise ValueError(f"{where}: the column label has neither a word in each row nor a number in each")
     labels = set(given)

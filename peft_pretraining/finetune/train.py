@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.checkpoint import is_checkpoint, list_checkpoints
 from peft_pretraining.data.errors import TokenizerError, first_line
 from peft_pretraining.data.tokenizer import hub_problem
 from peft_pretraining.distributed import World, pick_device
+from peft_pretraining.export.write import FACTORS_CONFIG
 from peft_pretraining.finetune.adapter import ADAPTER_FILE, save_adapter
 from peft_pretraining.finetune.examples import Dataset, Examples
 from peft_pretraining.finetune.metrics import METRICS
@@ -60,6 +62,8 @@ def build(args: argparse.Namespace, task: Task) -> Tuned:
     Raises:
         ValueError: model or tokenizer cannot be loaded, there is no linear to adapt, or settings do not fit the model.
     """
+    if (form := _other_form(Path(args.model))) is not None:
+        raise ValueError(f"--model {args.model}: is {form}; give what `export` writes without --keep_factors")
     local = Path(args.model).is_dir() or hub_problem() is not None
     tokenizer = _load_tokenizer(args.model, local)
     torch.manual_seed(args.seed)
@@ -85,6 +89,13 @@ def build(args: argparse.Namespace, task: Task) -> Tuned:
         raise ValueError(f"--max_length {args.max_length}: the model has positions for {longest} tokens")
     torch.nn.Module.to(model, pick_device(args.device, World()))
     return Tuned(model, tokenizer, config, head, args.max_length or min(_LONGEST, longest))
+
+
+def _other_form(folder: Path) -> str | None:
+    """What a folder of ours is that transformers does not read, if it is such."""
+    if (folder / FACTORS_CONFIG).exists():
+        return "an export with its factors kept"
+    return "a run, or a checkpoint of one" if is_checkpoint(folder) or list_checkpoints(folder) else None
 
 
 def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -179,8 +190,12 @@ class _Encoded:
     labels: Tensor
 
 
-def _encode(tuned: Tuned, examples: Examples) -> _Encoded:
+def _encode(tuned: Tuned, examples: Examples, split: str) -> _Encoded:
+    """Raises ValueError where a text has no tokens: not every tokenizer puts one before or after it."""
     found = tuned.tokenizer(*examples.columns, truncation=True, max_length=tuned.max_length)
+    empty = next((row for row, ids in enumerate(found["input_ids"], 1) if not ids), None)
+    if empty is not None:
+        raise ValueError(f"{split} examples, row {empty}: its text has no tokens; remove the row")
     inputs = [{key: found[key][row] for key in found} for row in range(len(examples))]
     dtype = torch.float32 if tuned.model.config.problem_type == "regression" else torch.int64
     return _Encoded(inputs, torch.tensor(examples.labels, dtype=dtype))
@@ -203,9 +218,10 @@ def fine_tune(
         args: the command's. say: gets a line after each epoch.
 
     Raises:
-        ValueError: the loss is not finite any more.
+        ValueError: a text without tokens, or the loss is not finite any more.
     """
-    train, validation = (_encode(tuned, data.train), {k: _encode(tuned, v) for k, v in data.validation.items()})
+    train = _encode(tuned, data.train, "train")
+    validation = {split: _encode(tuned, examples, split) for split, examples in data.validation.items()}
     trained = [parameter for parameter in tuned.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
     total = math.ceil(len(data.train) / args.batch_size) * args.epochs
@@ -289,12 +305,17 @@ def _evaluate(tuned: Tuned, task: Task, validation: dict[str, _Encoded], args: a
 
 
 def save(tuned: Tuned, folder: Path, *, keep_adapter: bool) -> None:
-    """Write the dense model and the tokenizer as transformers load them; the model is merged from then on."""
+    """Write the dense model and the tokenizer as transformers load them; the model is merged from then on. Raises OSError."""
     if keep_adapter and tuned.config is not None:
         save_adapter(tuned.model, tuned.config, folder / ADAPTER_FILE)
     merge(tuned.model)
-    tuned.model.save_pretrained(folder)
-    tuned.tokenizer.save_pretrained(folder)
+    try:
+        tuned.model.save_pretrained(folder)
+        tuned.tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors and tokenizers have classes of their own for a disk that is full
+        raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # they are made for their owner alone
 
 
 def _progress_bar(total: int) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_pretraining import evaluation
 from peft_pretraining.__main__ import main
 from peft_pretraining.evaluation import interval
 
@@ -127,3 +128,13 @@ def test_what_an_export_does_not_say(forms: list[Path], tmp_path: Path, capsys: 
     (tmp_path / "empty").mkdir()
     assert main(["evaluate", "--checkpoint", str(tmp_path / "empty")]) == 2
     assert "holds no model" in capsys.readouterr().err
+
+
+def test_what_cannot_be_evaluated_is_refused_before_the_first(
+    forms: list[Path], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate_one", lambda *args: pytest.fail("it evaluated"))
+    assert main(["evaluate", "--checkpoint", str(forms[0]), str(tmp_path / "nowhere"), "--device", "cpu"]) == 2
+    assert "nowhere holds no model" in capsys.readouterr().err
+    assert main(["evaluate", "--checkpoint", *map(str, forms[:3]), "--device", "cpu"]) == 2
+    assert f"an export does not say what to evaluate on ({forms[2]})" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_the_card_says_what_was_trained(trained: Trained, tmp_path: Path) -> Non
 
 
 def test_nothing_is_overwritten_and_nothing_kept_that_is_not(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -198,14 +198,19 @@ def test_nothing_is_overwritten_and_nothing_kept_that_is_not(
     assert "holds something already; name another folder" in capsys.readouterr().err
     assert export(trained("full"), tmp_path / "new", "--keep_factors") == 2
     assert "--peft_model full has no factors to keep; leave --keep_factors out" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(trained("sltrain"), Path()) == 2
+    assert "--out .: is the folder that this runs in; name one inside it" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "here"]
 
 
 def test_a_full_disk_is_seen_before_and_leaves_nothing_after(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = trained("sltrain")
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert export(trained("sltrain"), tmp_path / "out") == 2
+    assert export(run, tmp_path / "out") == 2
     assert "0.0 GiB to write, 0.0 GiB are free there" in capsys.readouterr().err
     monkeypatch.undo()
 

@@ -118,6 +118,22 @@ def test_what_is_no_table_is_refused(tmp_path: Path, name: str, content: str | N
         load_files("sst2", path, [path])
 
 
+def test_a_header_alone_has_no_rows_whatever_the_task(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("sentence,label\n")
+    with pytest.raises(DataError, match=r"a.csv: has no rows"):
+        load_files(None, path, [path])
+
+
+def test_validation_files_of_one_name_are_all_there(tmp_path: Path) -> None:
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(write_json(tmp_path / folder / "dev.json", [{"sentence": folder, "label": n} for n in (0, 1)]))
+    found = load_files(None, paths[0], paths).validation
+    assert [examples.columns[0][0] for examples in found.values()] == ["a", "b"]
+
+
 def test_the_hubs_splits_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As datasets gives them; the test splits, whose labels are hidden, are left alone."""
     import datasets

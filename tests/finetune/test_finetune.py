@@ -1,12 +1,16 @@
 """Fine-tuning as a user has it: on a task that a frozen encoder cannot do, from the command to the merged model."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import transformers.modeling_utils
+from safetensors import SafetensorError
 from small_task import HIDDEN, INNER, LAYERS, rows, write_json, write_model
 
 from peft_pretraining.__main__ import main
@@ -173,6 +177,17 @@ def test_a_pretrained_run_is_exported_and_fine_tuned(
     assert main(flags(here, "of_export", *settings, data="few")) == 0
     assert "cut at 8 tokens" in capsys.readouterr().out
     assert score(here / "of_export", here)[1].shape == (400, 2)
+    table = rows(40, seed=3)
+    table[4]["sentence"] = ""
+    write_json(here / "gap.json", table)
+    said = refused(flags(here, "none", *settings, data="gap"), capsys)
+    assert "train examples, row 5: its text has no tokens" in said
+    run = trained("sltrain")
+    assert main(["export", "--checkpoint", str(run), "--out", str(here / "factors"), "--keep_factors"]) == 0
+    for folder in (run, run / "step_00000008", here / "factors"):
+        said = refused(flags(here, "none", *settings, "--model", str(folder), data="few"), capsys)
+        assert f"--model {folder}: is" in said
+        assert "`export` writes without --keep_factors" in said
 
 
 def test_what_a_language_model_lacks_trains_with_the_classifier(here: Path) -> None:
@@ -239,6 +254,41 @@ def test_a_folder_with_something_in_it_is_not_touched(here: Path, capsys: pytest
     (here / "full").mkdir()
     (here / "full" / "file").write_text("mine")
     assert "holds something already" in refused(flags(here, "full"), capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_update", lambda *args: pytest.fail("it trained"))
+    assert "cannot be made (Not a directory)" in refused(flags(here, "few.json/out", data="few"), capsys)
+    (here / "empty").mkdir()
+    monkeypatch.chdir(here / "empty")
+    assert "is the folder that this runs in" in refused(flags(here, "empty", data="few"), capsys)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(Path, "rmdir", lambda path: os.rmdir("/"))  # refused as for a mount point
+    assert "cannot be made (Device or resource busy)" in refused(flags(here, "empty", data="few"), capsys)
+
+
+def test_what_was_trained_goes_where_a_link_leads_and_all_may_read_it(here: Path) -> None:
+    (here / "there").mkdir()
+    (here / "link").symlink_to(here / "there")
+    assert main(flags(here, "link", "--epochs", "1", "--keep_adapter", data="few")) == 0
+    for name in ("model.safetensors", ADAPTER_FILE):
+        assert (here / "there" / name).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("more", [[], ["--keep_adapter"]], ids=["model", "adapter"])
+def test_a_full_disk_leaves_nothing(
+    here: Path, more: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", no_room)
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", no_room)
+    said = refused(flags(here, "nothing", "--epochs", "1", *more, data="few"), capsys)
+    assert "cannot be written (No space left on device)" in said
+    assert [path.name for path in here.iterdir() if "nothing" in path.name] == []
 
 
 def test_models_that_cannot_be_adapted_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
