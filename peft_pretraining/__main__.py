@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,14 +31,19 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted."""
+    """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted, 141 nobody reads the output any more."""
     parser = argparse.ArgumentParser(prog="python -m peft_pretraining", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         module.add_arguments(subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False))
     args = parser.parse_args(argv)
     try:
-        return int(COMMANDS[args.command].run(args))
+        code = int(COMMANDS[args.command].run(args))
+        sys.stdout.flush()  # here, where a closed pipe can still be dealt with
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
     except (ValueError, OSError) as error:
         print(f"peft_pretraining {args.command}: error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,8 @@ HELP = "perplexity of checkpoints and exports on a data set, with a 95 % interva
 @dataclass(frozen=True)
 class Evaluated:
     """loss: mean over target tokens, nats. perplexity: exp(loss), low and high the ends of its 95 % interval, None with one batch
-    alone. bits_per_byte: of their text, None where the tokenizer's pieces stand for no bytes."""
+    alone. bits_per_byte: of their text, None where the tokenizer's pieces stand for no bytes. max_length, packing: how text was
+    cut into sequences; perplexities of other cuts do not compare."""
 
     checkpoint: str
     loss: float
@@ -33,6 +34,7 @@ class Evaluated:
     tokens: int
     bits_per_byte: float | None
     max_length: int
+    packing: bool
     dtype: str
 
 
@@ -78,12 +80,19 @@ def run(args: argparse.Namespace) -> int:
                 f"--dataset: an export does not say what to evaluate on ({path}); name a data set, such as c4 or a folder"
             )
     device = pick_device(args.device, World())
-    found = [evaluate_one(path, device, args) for path in args.checkpoint]
-    if args.json:
-        print(json.dumps(asdict(found[0]) if len(found) == 1 else [asdict(each) for each in found]))
-    else:
-        print(format_table(found))
+    found: list[Evaluated] = []
+    try:
+        for path in args.checkpoint:
+            found.append(evaluate_one(path, device, args))  # what is found stays where a later one fails
+    finally:
+        if found:
+            one = len(args.checkpoint) == 1
+            print(_as_json(found, one) if args.json else format_table(found))
     return 0
+
+
+def _as_json(found: Sequence[Evaluated], one: bool) -> str:
+    return json.dumps(asdict(found[0]) if one else [asdict(each) for each in found])
 
 
 def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> Evaluated:
@@ -114,6 +123,7 @@ def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> 
         result.tokens,
         result.bits_per_byte,
         max_length,
+        packing,
         loaded.dtype,
     )
 
@@ -186,8 +196,12 @@ def format_table(found: Sequence[Evaluated]) -> str:
         yield f"{each.loss:.4f}"
         yield "-" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}"
         yield f"{each.tokens:,}"
+        yield f"{each.max_length}{', packed' if each.packing else ''}"
 
-    rows = [("model", "perplexity [95 %]", "loss", "bits per byte", "tokens"), *(tuple(cells(each)) for each in found)]
+    rows = [
+        ("model", "perplexity [95 %]", "loss", "bits per byte", "tokens", "length"),
+        *(tuple(cells(each)) for each in found),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

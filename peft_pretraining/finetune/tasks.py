@@ -61,6 +61,8 @@ def task_of(table: Mapping[str, Sequence[Any]], where: str) -> Task:
     given = table["label"]
     if not given:
         raise ValueError(f"{where}: has no rows")
+    if all(label == given[0] for label in given):
+        raise ValueError(f"{where}: all labels are {given[0]!r}: there is nothing to tell apart")
     if all(isinstance(label, str) for label in given):
         names = tuple(sorted(set(given)))
     elif all(isinstance(label, (int, float)) and math.isfinite(label) for label in given):
@@ -69,7 +71,4 @@ def task_of(table: Mapping[str, Sequence[Any]], where: str) -> Task:
         names = tuple(str(number) for number in range(int(max(given)) + 1))
     else:
         raise ValueError(f"{where}: the column label has neither a word in each row nor a number in each")
-    labels = set(given)
-    if len(labels) < 2:
-        raise ValueError(f"{where}: all labels are {', '.join(map(repr, labels))}: there is nothing to tell apart")
     return Task(columns, names, ("accuracy", "f1") if len(names) == 2 else ("accuracy",))

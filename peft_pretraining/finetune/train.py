@@ -64,6 +64,8 @@ def build(args: argparse.Namespace, task: Task) -> Tuned:
     """
     if (form := _other_form(Path(args.model))) is not None:
         raise ValueError(f"--model {args.model}: is {form}; give what `export` writes without --keep_factors")
+    if not Path(args.model).is_dir() and (args.model.startswith(("/", ".", "~")) or args.model.count("/") > 1):
+        raise ValueError(f"--model {args.model}: no such folder, and no name on the hub, which is OWNER/NAME")
     local = Path(args.model).is_dir() or hub_problem() is not None
     tokenizer = _load_tokenizer(args.model, local)
     torch.manual_seed(args.seed)
@@ -73,6 +75,7 @@ def build(args: argparse.Namespace, task: Task) -> Tuned:
     if args.head_only:
         freeze_but(model, head)
     else:
+        _refuse_rank(args.rank, model.base_model)
         config = SLTrainConfig(
             rank=args.rank,
             sparsity=args.sp_ratio,
@@ -96,6 +99,13 @@ def _other_form(folder: Path) -> str | None:
     if (folder / FACTORS_CONFIG).exists():
         return "an export with its factors kept"
     return "a run, or a checkpoint of one" if is_checkpoint(folder) or list_checkpoints(folder) else None
+
+
+def _refuse_rank(rank: int, model: torch.nn.Module) -> None:
+    """Raises ValueError where B A would be larger than what it is added to, in every linear."""
+    most = max((min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)), default=rank)
+    if rank > most:
+        raise ValueError(f"--rank {rank}: no linear of the model has a rank above {most}; the paper's is 8")
 
 
 def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:

@@ -138,3 +138,17 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first(
     assert "nowhere holds no model" in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", *map(str, forms[:3]), "--device", "cpu"]) == 2
     assert f"an export does not say what to evaluate on ({forms[2]})" in capsys.readouterr().err
+
+
+def test_what_was_found_is_kept_where_a_later_one_fails(
+    forms: list[Path], tiny_run: list[str], tmp_path: Path, capsys: Captured
+) -> None:
+    """The second export's weights are cut short, which nobody knows before reading them."""
+    weights = forms[2] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    capsys.readouterr()
+    flags = ["--checkpoint", *map(str, [forms[3], forms[2]]), "--dataset", str(held_out(tiny_run)), "--device", "cpu"]
+    assert main(["evaluate", *flags]) == 2
+    said = capsys.readouterr()
+    assert str(forms[3]) in said.out
+    assert f"{forms[2]}: its weights cannot be read" in said.err

@@ -1,6 +1,8 @@
 """`python -m peft_pretraining generate`: the same text alone, in a batch, from every form of a model; whole characters only."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from peft_pretraining.generate import Printer, printable
 
 Trained = Callable[[str], Path]
 Captured = pytest.CaptureFixture[str]
+ROOT = Path(__file__).resolve().parents[2]
 GREEDY = ["--temperature", "0", "--max_new_tokens", "10", "--device", "cpu"]
 
 
@@ -97,3 +100,17 @@ def test_what_cannot_work_is_named(trained: Trained, capsys: Captured, flags: li
     base = ["generate", "--checkpoint", str(trained("sltrain")), "--max_new_tokens", "10", "--device", "cpu"]
     assert main([*base, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough(trained: Trained) -> None:
+    """As `generate ... | head -c 1`: no traceback, and the exit code that a shell gives it."""
+    command = [sys.executable, "-m", "peft_pretraining", "generate", "--checkpoint", str(trained("sltrain"))]
+    flags = ["--prompt", "a", "b", "--max_new_tokens", "20", "--temperature", "0", "--device", "cpu"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert process.returncode == 141
+    assert "Traceback" not in said
+    assert "Errno" not in said

@@ -79,12 +79,21 @@ BAD: dict[str, tuple[str | None, list[dict[str, Any]], str]] = {
     "no label": ("stsb", [{"sentence1": "a", "sentence2": "b", "label": None}], "label None is no number"),
     "no text": ("sst2", [{"sentence": "a", "label": 0}, {"sentence": None, "label": 0}], "row 2: sentence is None"),
     "one class": (None, [{"sentence": "a", "label": 0}], "nothing to tell apart"),
+    "one value": (
+        None,
+        [{"sentence": "a", "label": -1}, {"sentence": "b", "label": -1}],
+        "all labels are -1: there is nothing",
+    ),
     "mixed": (
         None,
         [{"sentence": "a", "label": "x"}, {"sentence": "a", "label": None}],
         "neither a word in each row nor a number",
     ),
-    "lists": (None, [{"sentence": "a", "label": [1]}], "neither a word in each row nor a number"),
+    "lists": (
+        None,
+        [{"sentence": "a", "label": [1]}, {"sentence": "b", "label": [2]}],
+        "neither a word in each row nor a number",
+    ),
     "empty": ("sst2", [], "is empty"),
 }
 

@@ -219,6 +219,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["--rank", "0", "--lr", "-1"], ["--rank 0: must be at least 1", "--lr -1.0: must be above 0"]),
         (["--sp_ratio", "2"], ["--sp_ratio 2.0"]),
+        (["--rank", "100000"], ["--rank 100000: no linear of the model has a rank above"]),
+        (["--model", "/no/such/folder"], ["--model /no/such/folder: no such folder"]),
         (["--lora_alpha", "nan"], ["--lora_alpha nan"]),
         (["--epochs", "0"], ["--epochs 0"]),
         (["--max_length", "31"], ["--max_length 31: the model has positions for 30 tokens"]),
@@ -299,7 +301,9 @@ def test_models_that_cannot_be_adapted_are_refused(here: Path, capsys: pytest.Ca
     def said(folder: Path) -> str:
         return refused([*flags(here, "none", data="few"), "--model", str(folder)], capsys)
 
-    assert "tokenizer cannot be loaded" in said(here / "full")
+    assert "no such folder" in said(here / "full")
+    (here / "bare").mkdir()
+    assert "tokenizer cannot be loaded" in said(here / "bare")
     write_model(here / "gpt2", GPT2Model(GPT2Config(vocab_size=26, n_positions=32, n_embd=16, n_layer=1, n_head=2)))
     assert "match no linear of the model" in said(here / "gpt2")
     write_model(here / "partly")
