@@ -1,9 +1,10 @@
 """Full-rank training with scaled steps of attention's and the MLP's matrices, as alpha / rank and GaLore's scale do for theirs.
 
-`python benchmarks/matrix_rate.py --scale 0.25 [flags of torchrun_main.py]`
+`python benchmarks/matrix_rate.py --scale 0.25 [--start 0.25] [flags of torchrun_main.py]`
 
-After each update every such matrix is moved to where `scale` times its step leads; embedding, head and norms step as they are.
-For one process and whole updates. It exists to tell why full-rank trails at one learning rate for all (docs/results.md).
+After each update every such matrix is moved to where `scale` times its step leads; with `start` its initial values are multiplied
+by that. Embedding, head and norms are as they are. For one process and whole updates. It exists to tell why full-rank trails
+SLTrain at one learning rate for all (docs/results.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchrun_main
+from peft_pretraining import build
 from peft_pretraining.optim.updates import WholeUpdate
 
 
@@ -37,11 +39,27 @@ def scale_steps(scale: float) -> None:
     WholeUpdate.finish = finish  # type: ignore[method-assign]
 
 
+def scale_start(scale: float) -> None:
+    """From now on in every model that this process initialises."""
+    honest = build.initialize
+
+    def initialize(model: torch.nn.Module, seed: int) -> None:
+        honest(model, seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "_proj" in name:
+                    parameter.mul_(scale)
+
+    build.initialize = initialize
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--scale", type=float, required=True)
+    parser.add_argument("--scale", type=float, required=True, help="of the matrices' steps")
+    parser.add_argument("--start", type=float, default=1.0, help="of their initial values (default: %(default)s)")
     own, flags = parser.parse_known_args()
     scale_steps(own.scale)
+    scale_start(own.start)
     return torchrun_main.main(flags)
 
 
