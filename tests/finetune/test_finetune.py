@@ -301,7 +301,7 @@ def test_models_that_cannot_be_adapted_are_refused(here: Path, capsys: pytest.Ca
     def said(folder: Path) -> str:
         return refused([*flags(here, "none", data="few"), "--model", str(folder)], capsys)
 
-    assert "no such folder" in said(here / "full")
+    assert "no such folder" in said(here / "nowhere")
     (here / "bare").mkdir()
     assert "tokenizer cannot be loaded" in said(here / "bare")
     write_model(here / "gpt2", GPT2Model(GPT2Config(vocab_size=26, n_positions=32, n_embd=16, n_layer=1, n_head=2)))
