@@ -33,7 +33,8 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "evaluation_tokens": last.get("final_eval_tokens"),
         "tokens_per_second": statistics.median(rates) if rates else None,
         "training_seconds": seconds_of(updates)[-1] if rates else None,
-        "states_bytes": next((value for value in states if value is not None), None),
+        # The newest: ReLoRA's record begins with that of the full-rank run that it started from.
+        "states_bytes": next((value for value in reversed(states) if value is not None), None),
         "peak_memory_bytes": max((row["max_memory"] for row in updates if row.get("max_memory")), default=None),
     }
 

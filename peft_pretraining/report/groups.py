@@ -45,6 +45,8 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     found = {name: arguments[name] for name in names if _has_effect(name, run.method)}
     found |= {name: run.plan.get(name) for name in ("dtype", "data_lanes", "total_batch_size")}
     model = run.plan.get("model") or {}
+    if "warmed_up_model" in found:  # each seed has its own; that there is one is the setting
+        found["warmed_up_model"] = found["warmed_up_model"] is not None
     # Where a file lies does not matter; what is in it does.
     found["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
     found["data"] = (run.document.get("dataset") or {}).get("fingerprint") or arguments["dataset"]

@@ -118,7 +118,7 @@ class RunRecord:
         """Bytes of a class (or "peak") by the account, on the device that it ran on."""
         key = f"memory_{name}_predicted"
         found = [int(row[key]) for row in self.updates if row.get(key) is not None]
-        return found[0] if found else self._planned(name)
+        return found[-1] if found else self._planned(name)
 
     def _planned(self, name: str) -> int | None:
         value = (self.plan.get("bytes") or {}).get(name)
@@ -130,7 +130,7 @@ class RunRecord:
             peak: int | None = self.figures["peak_memory_bytes"]
             return peak
         key = f"memory_{name}_measured"
-        return next((int(row[key]) for row in self.updates if row.get(key) is not None), None)
+        return next((int(row[key]) for row in reversed(self.updates) if row.get(key) is not None), None)
 
     def axis(self, name: str) -> tuple[list[float], list[float]]:
         """Positions of updates and of evaluations on an axis: "steps", "tokens" or "seconds" of training."""

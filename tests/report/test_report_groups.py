@@ -78,6 +78,34 @@ def test_what_has_no_effect_is_no_difference(tmp_path):
     assert len(groups_of(first, second)) == 1
 
 
+def test_a_full_rank_start_of_ones_own_is_no_other_setting(tmp_path):
+    """Each seed of ReLoRA starts from a full-rank run of its own; to have one at all is a setting."""
+    first, second, without = (
+        write_run(tmp_path / name, "--relora", "5", *more, method="relora", seed=seed)
+        for name, more, seed in (
+            ("a", ("--warmed_up_model", str(tmp_path)), 0),
+            ("b", ("--warmed_up_model", str(tmp_path.parent)), 1),
+            ("c", (), 2),
+        )
+    )
+    groups = groups_of(first, second, without)
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert "warmed_up_model" in groups[0].label
+
+
+def test_memory_is_that_of_the_run_itself(tmp_path):
+    """Not of the full-rank run whose record it goes on with."""
+    folder = write_run(tmp_path / "a")
+    rows = rows_of(folder)
+    told = {f"memory_{name}_{side}": 1 for name in ("parameters", "support", "optimizer") for side in ("measured", "predicted")}
+    own = [number for number, row in enumerate(rows) if "loss" in row]
+    rows[own[0]] |= dict.fromkeys(told, 100)
+    rows[own[-1]] |= dict.fromkeys(told, 7)
+    write_rows(folder, rows)
+    run = read_run(folder)
+    assert (run.measured("parameters"), run.predicted("optimizer"), run.figures["states_bytes"]) == (7, 7, 21)
+
+
 def test_other_data_is_another_setting(tmp_path):
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
     change_document(second, lambda document: document["dataset"].update(fingerprint="e" * 32))
