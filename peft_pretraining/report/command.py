@@ -10,13 +10,12 @@ from typing import Any
 
 from peft_pretraining.report import tables
 from peft_pretraining.report.groups import Group, group_runs
-from peft_pretraining.report.read import RunRecord, find_runs, load_run, read_run
+from peft_pretraining.report.read import FIGURES, RunRecord, find_runs, load_run, read_run
 from peft_pretraining.summary import summary
 
 HELP = "table and curves of a run; of several, a page that compares them"
 CURVES = "curves.png"
 PAGE = "report.html"
-FIGURES = "report.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +104,7 @@ def format_groups(groups: Sequence[Group]) -> str:
     short = {
         "setting": "setting",
         tables.PERPLEXITY: "perplexity",
-        "published perplexity": "published",
+        tables.PUBLISHED: "published",
         tables.GAP: "against baseline, %",
         "parameters, 10⁶": "parameters, M",
         "memory by the paper's convention, 10⁹ bytes": "memory, G",
