@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.new_folder import make_folder
 from peft_pretraining.report import tables
 from peft_pretraining.report.groups import Group, group_runs
 from peft_pretraining.report.read import FIGURES, RunRecord, find_runs, load_run, read_run
@@ -58,7 +59,7 @@ def _one_run(args: argparse.Namespace) -> int:
     document, rows = load_run(folder)
     figures = summary(document, rows)
     out = args.out or folder
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     from peft_pretraining.report.curves import draw_curves
 
     record = read_run(folder)
@@ -92,7 +93,7 @@ def write_report(folders: Sequence[Path], out: Path, title: str) -> list[Group]:
 
     runs: list[RunRecord] = [read_run(folder) for folder in folders]
     groups = group_runs(runs)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_page(groups, draw_all(groups, out), out / PAGE, title)
     (out / FIGURES).write_text(json.dumps(tables.as_json(groups), indent=1) + "\n", encoding="utf-8")
     return groups

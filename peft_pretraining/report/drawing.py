@@ -63,9 +63,9 @@ def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
     ]
 
 
-def name_of(group: Group) -> str:
-    """Its label, and of how many seeds it is."""
-    seeds = len({run.seed for run in group.runs})
+def name_of(group: Group, counted: bool = False) -> str:
+    """Its label, and how many seeds there are; counted: of those alone that its mean is of."""
+    seeds = len({run.seed for run in (group.counted if counted else group.runs)})
     return f"{group.label} ({seeds} seeds)" if seeds > 1 else group.label
 
 

@@ -253,7 +253,7 @@ def _notes(run: RunRecord, rows: list[dict[str, Any]]) -> list[str]:
         return [f"no update is logged yet ({METRICS_FILE} is missing or empty)"]
     notes = []
     if not run.finished:
-        notes.append(f"{run.status}: its last perplexity is shown, and counts in no mean")
+        notes.append(f"{run.status}: its last perplexity is in the table of runs, and counts in no mean")
     if not run.evaluations:
         notes.append("never evaluated: no held-out perplexity")
     elif run.finished and run.final_perplexity is None:

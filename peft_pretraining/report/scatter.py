@@ -99,7 +99,9 @@ def _entries(
         Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=METHOD_COLOURS[method], markersize=9)
         for method in published
     ]
-    return handles, [name_of(group) for group in shown] + [f"published: {METHOD_NAMES[method]}" for method in published]
+    return handles, [name_of(group, counted=True) for group in shown] + [
+        f"published: {METHOD_NAMES[method]}" for method in published
+    ]
 
 
 def _circles(

@@ -89,6 +89,12 @@ def test_bytes_that_hardly_differ_lie_close(drawn, tmp_path):
     assert 3 <= len(found) == len(set(found))
 
 
+def test_legend_counts_the_seeds_that_the_mean_is_of(drawn, tmp_path):
+    folders = [write_run(tmp_path / str(seed), seed=seed, reached=10 if seed < 3 else 4) for seed in (1, 2, 3)]
+    figure = drawn(scatter, "draw_perplexity_memory", folders)
+    assert figure.legends[0].get_texts()[0].get_text() == "SLTrain (2 seeds)"
+
+
 @pytest.mark.parametrize("name", ["draw_perplexity_memory", "draw_learning_rate"])
 def test_whiskers_are_intervals_above_one(drawn, tmp_path, name):
     """Of 20 and 60 the interval is 40 +- 254: no perplexity is below 1, and none of it is drawn."""

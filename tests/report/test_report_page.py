@@ -111,6 +111,13 @@ def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
     assert "none: no run.json" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_named(runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for named in (runs, runs / "full1"):
+        assert command(["report", str(named), "--out", str(tmp_path / "file")]) == 2
+        assert f"--out {tmp_path / 'file'}: cannot be made (File exists)" in capsys.readouterr().err
+
+
 def test_one_run_keeps_its_table_and_curves(tmp_path, capsys):
     run = write_run(tmp_path / "run", method="full")
     assert command(["report", str(run)]) == 0
