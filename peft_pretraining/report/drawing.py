@@ -108,11 +108,11 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def whiskers(panel: Any, x: float, found: Interval, colour: str) -> None:
+def whiskers(panel: Any, x: float, found: Interval, colour: str, **more: Any) -> None:
     """The 95 % interval of a perplexity. That of two seeds can reach below 1, where no perplexity is."""
     if found.low is not None and found.high is not None:
         reach = [[found.mean - max(found.low, 1.0)], [found.high - found.mean]]
-        panel.errorbar([x], [found.mean], yerr=reach, color=colour, capsize=4)
+        panel.errorbar([x], [found.mean], yerr=reach, color=colour, capsize=4, **more)
 
 
 def digits(value: float) -> str:

@@ -20,7 +20,8 @@ _CAPTIONS = {
     "saving and stops.",
     "perplexity": "Held-out perplexity at every evaluation; what lies far above the end is cut off.",
     "perplexity_memory": "Final perplexity against memory (the paper's Fig. 1): filled circles are these runs, whiskers the "
-    "95 % interval over seeds, dashed circles the published results of the same configuration.",
+    "95 % interval over seeds, dashed circles the published results of the same model. Markers that would hide one "
+    "another, at the same memory, stand side by side; the circles are where they belong.",
     "memory": "Memory by class, as the account predicts it and as it was measured, the mean over seeds (the paper's Fig. 3). "
     "On a CPU the peak is what the process has resident, with Python and its libraries; on a GPU what torch has allocated.",
     "throughput": "Tokens of text per second; padding does not count.",

@@ -111,15 +111,38 @@ def _circles(
     area: Callable[[float], float],
     position: Callable[[Group], float],
 ) -> None:
-    for group, style in zip(groups, styles, strict=True):
-        found, x = group.perplexity, position(group)
-        if found is None or x <= 0:
-            continue
+    from matplotlib.transforms import ScaledTranslation
+
+    shown = [
+        (group, style, x, found)
+        for group, style in zip(groups, styles, strict=True)
+        if (found := group.perplexity) is not None and (x := position(group)) > 0
+    ]
+    aside = _apart([(x, found.mean) for _, _, x, found in shown])
+    for (group, style, x, found), points in zip(shown, aside, strict=True):
+        beside = panel.transData + ScaledTranslation(points / 72, 0, panel.figure.dpi_scale_trans)
         panel.scatter(
             [x], [found.mean], s=area(group.figure("parameters") or 0.0), color=style["color"], alpha=0.35, linewidths=0
         )
-        panel.plot([x], [found.mean], color=style["color"], marker=style["marker"], markersize=6, linestyle="")
-        whiskers(panel, x, found, style["color"])
+        marker = {"color": style["color"], "marker": style["marker"], "transform": beside}
+        panel.plot([x], [found.mean], markersize=6, linestyle="", **marker)
+        whiskers(panel, x, found, style["color"], transform=beside)
+
+
+def _apart(places: Sequence[tuple[float, float]], step: float = 9.0) -> list[float]:
+    """How far to the side each marker is drawn, in points: of those that would hide one another, side by side.
+
+    places: memory and perplexity. Markers hide one another at the same memory and perplexities less than 3 % apart.
+    """
+    found = [0.0] * len(places)
+    left = list(range(len(places)))
+    while left:
+        x, y = places[left[0]]
+        alike = [n for n in left if abs(places[n][0] - x) <= 1e-3 * x and abs(places[n][1] - y) <= 0.03 * y]
+        for rank, number in enumerate(alike):
+            found[number] = step * (rank - (len(alike) - 1) / 2)
+        left = [number for number in left if number not in alike]
+    return found
 
 
 def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:

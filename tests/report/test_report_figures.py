@@ -95,6 +95,19 @@ def test_legend_counts_the_seeds_that_the_mean_is_of(drawn, tmp_path):
     assert figure.legends[0].get_texts()[0].get_text() == "SLTrain (2 seeds)"
 
 
+def test_markers_that_would_hide_one_another_stand_side_by_side(drawn, tmp_path):
+    """At the same memory and about the same perplexity; another memory or another perplexity stays where it is."""
+    found = {0.001: 30.0, 0.002: 30.2, 0.003: 30.1, 0.004: 60.0}
+    folders = [write_run(tmp_path / str(lr), lr=lr, perplexity=value) for lr, value in found.items()]
+    panel = drawn(scatter, "draw_perplexity_memory", [*folders, write_run(tmp_path / "f", method="full")]).axes[1]
+    markers = [line for line in panel.get_lines() if line.get_linestyle() == "None" and line.get_markersize() == 6]
+    shown = [line.get_transform().transform((line.get_xdata()[0], line.get_ydata()[0]))[0] for line in markers]
+    true = [panel.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))[0] for line in markers]
+    moved = [72 / panel.figure.dpi * (one - other) for one, other in zip(shown, true, strict=True)]
+    assert moved == pytest.approx([0, -9, 0, 9, 0], abs=1e-6)  # full-rank first
+    assert len({line.get_xdata()[0] for line in markers}) == 2
+
+
 @pytest.mark.parametrize("name", ["draw_perplexity_memory", "draw_learning_rate"])
 def test_whiskers_are_intervals_above_one(drawn, tmp_path, name):
     """Of 20 and 60 the interval is 40 +- 254: no perplexity is below 1, and none of it is drawn."""
