@@ -17,6 +17,14 @@ def folder_problem(out: Path) -> str | None:
     return None
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder --out and those it lies in, where they are not there. Raises OSError, naming it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into. It becomes `out` once the block has ended, and is removed where it ends otherwise.

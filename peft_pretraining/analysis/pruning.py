@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config import Arguments, ConfigError, arguments_of_record, value_problems
 from peft_pretraining.manifest import MANIFEST
+from peft_pretraining.new_folder import make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +151,8 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
     data = build_data(values, plan, World(), device)
     settings = study_settings(values, folder, plan, data.source.fingerprint, args.steps)
     rows = rows_of(args.out, settings)
+    if args.out is not None:
+        make_folder(args.out.parent)
     found = {"settings": settings, "versions": versions(), "rows": rows}
     made = {row["row"] for row in rows}
     missing = [name for name, (_, trained) in ROWS.items() if name not in made and (args.steps or not trained)]
@@ -158,7 +161,6 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
         for row in make_rows(missing, module, values, plan, data, device):
             rows.append(row)
             if args.out is not None:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(args.out, found)
             print(f"{label(row['row'], settings)}: perplexity {shown(row['perplexity'])}", file=sys.stderr)
     finally:

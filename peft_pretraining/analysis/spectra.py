@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.analysis.figures import Images, drawn_names, plot_spectra
+from peft_pretraining.new_folder import make_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     linears = target_linears(model, args.only)
     method = record["arguments"]["peft_model"]
     check_residual_flags(args, method, linears)
+    make_folder(out)
     drawn = drawn_names(linears)
     figures: list[dict[str, Any]] = []
     images: Images = {}
@@ -81,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
             figures.append({"name": name, **measured})
             images |= {name: pictures} if pictures else {}
             print(f"{name} ({len(figures)} of {len(linears)})", file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
     write_table(figures, out / TABLE)
     title = f"{Path(record['arguments']['model_config']).stem}, {method}, {folder.name}"
     files = [out / TABLE, *plot_spectra(figures, images, out, title)]

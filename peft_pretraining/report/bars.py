@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.report.drawing import legend, line_styles, name_of, save, wrapped
+from peft_pretraining.report.drawing import digits, legend, line_styles, name_of, save, wrapped
 from peft_pretraining.report.groups import Group
 from peft_pretraining.report.published import THROUGHPUT, THROUGHPUT_MACHINE
-from peft_pretraining.report.read import RunRecord
 
 CLASS_COLOURS = {"parameters": "#0072B2", "support": "#D55E00", "optimizer": "#56B4E9", "rest": "#BBBBBB"}
 CLASS_NAMES = {
@@ -20,9 +19,12 @@ CLASS_NAMES = {
 }
 
 
-def memory_parts(run: RunRecord, side: str) -> dict[str, int] | None:
-    """Bytes of parameters, support, optimizer and the rest up to the peak; side: "predicted" or "measured". None: unknown."""
-    read = run.predicted if side == "predicted" else run.measured
+def memory_parts(group: Group, side: str) -> dict[str, int] | None:
+    """Bytes of parameters, support, optimizer and the rest up to the peak; side: "predicted", or "measured", the mean over runs.
+
+    None: unknown.
+    """
+    read = group.first.predicted if side == "predicted" else group.measured
     found = {name: read(name) for name in ("parameters", "support", "optimizer")}
     peak = read("peak")
     known = {name: value for name, value in found.items() if value is not None}
@@ -41,7 +43,7 @@ def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
         (group, side, parts)
         for group in groups
         for side in ("predicted", "measured")
-        if (parts := memory_parts(group.first, side)) is not None
+        if (parts := memory_parts(group, side)) is not None
     ]
     if not bars:
         return None
@@ -60,15 +62,15 @@ def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
     panels[0].invert_yaxis()
     handles = [Patch(color=CLASS_COLOURS[kind]) for kind in CLASS_COLOURS]
     names = [CLASS_NAMES[kind] for kind in CLASS_COLOURS]
-    if any(group.first.measured("parameters") is None and side == "measured" for group, side, _ in bars):
+    if any(group.measured("parameters") is None and side == "measured" for group, side, _ in bars):
         handles.append(Patch(facecolor=CLASS_COLOURS["rest"], hatch="///", edgecolor="white"))
         names.append("peak, not measured by class")
     legend(figure, handles, names, widest=3)
     return save(figure, path)
 
 
-def _has_peak(run: RunRecord, side: str) -> bool:
-    return (run.predicted if side == "predicted" else run.measured)("peak") is not None
+def _has_peak(group: Group, side: str) -> bool:
+    return (group.first.predicted if side == "predicted" else group.measured)("peak") is not None
 
 
 def _stacks(
@@ -84,7 +86,7 @@ def _stacks(
     for place, (group, side, parts) in zip(places, bars, strict=True):
         left = 0.0
         for kind in kinds:
-            whole = side == "measured" and group.first.measured("parameters") is None and kind == "rest"
+            whole = side == "measured" and group.measured("parameters") is None and kind == "rest"
             width = parts[kind] / unit
             hatch = "///" if whole else None
             panel.barh(
@@ -98,8 +100,8 @@ def _stacks(
                 linewidth=0.6,
             )
             left += width
-        known = f"{left:,.3g} {name}" if left else "not measured"
-        known += "" if "rest" not in kinds or _has_peak(group.first, side) else ", the rest not predicted"
+        known = f"{digits(left)} {name}" if left else "not measured"
+        known += "" if "rest" not in kinds or _has_peak(group, side) else ", the rest not predicted"
         panel.text(left + largest / unit * 0.01, place, known, va="center", fontsize=9.5)
     panel.grid(axis="y", visible=False)
     panel.set_xlim(0, largest / unit * 1.22)
@@ -120,15 +122,16 @@ def draw_throughput(groups: Sequence[Group], path: Path) -> Path | None:
     for number, ((group, rate), style) in enumerate(zip(bars, styles, strict=True)):
         rates = [run.figures["tokens_per_second"] for run in group.counted or group.runs]
         rates = [value for value in rates if value is not None]
-        panel.barh(number, rate, height=0.65, color=style["color"], alpha=0.75)
+        panel.barh(number, rate, height=0.65, color=style["color"], alpha=0.6)
         if len(rates) > 1:
-            panel.errorbar(rate, number, xerr=[[rate - min(rates)], [max(rates) - rate]], color="#444444", capsize=4)
-        published = THROUGHPUT.get((group.first.model, group.method))
+            panel.errorbar(rate, number, xerr=[[rate - min(rates)], [max(rates) - rate]], color="#000000", capsize=4)
+        published = THROUGHPUT.get((group.first.model, group.method)) if group.published else None
         beside = f"   (published: {published:,} on {THROUGHPUT_MACHINE[group.first.model]})" if published else ""
         panel.text(max(rates) + most * 0.015, number, f"{rate:,.0f}{beside}", va="center", fontsize=9.5)
     panel.set_yticks(range(len(bars)), [wrapped(name_of(group)) for group, _ in bars])
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
     panel.set_xlim(0, most * 1.35)
+    panel.xaxis.set_major_formatter("{x:,.0f}")
     panel.set_xlabel("tokens of text per second (median over logged updates; whiskers: lowest and highest run)")
     return save(figure, path)

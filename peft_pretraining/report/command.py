@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.new_folder import make_folder
 from peft_pretraining.report import tables
 from peft_pretraining.report.groups import Group, group_runs
-from peft_pretraining.report.read import RunRecord, find_runs, load_run, read_run
+from peft_pretraining.report.read import FIGURES, RunRecord, find_runs, load_run, read_run
 from peft_pretraining.summary import summary
 
 HELP = "table and curves of a run; of several, a page that compares them"
 CURVES = "curves.png"
 PAGE = "report.html"
-FIGURES = "report.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def _one_run(args: argparse.Namespace) -> int:
     document, rows = load_run(folder)
     figures = summary(document, rows)
     out = args.out or folder
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     from peft_pretraining.report.curves import draw_curves
 
     record = read_run(folder)
@@ -93,7 +93,7 @@ def write_report(folders: Sequence[Path], out: Path, title: str) -> list[Group]:
 
     runs: list[RunRecord] = [read_run(folder) for folder in folders]
     groups = group_runs(runs)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_page(groups, draw_all(groups, out), out / PAGE, title)
     (out / FIGURES).write_text(json.dumps(tables.as_json(groups), indent=1) + "\n", encoding="utf-8")
     return groups
@@ -105,7 +105,7 @@ def format_groups(groups: Sequence[Group]) -> str:
     short = {
         "setting": "setting",
         tables.PERPLEXITY: "perplexity",
-        "published perplexity": "published",
+        tables.PUBLISHED: "published",
         tables.GAP: "against baseline, %",
         "parameters, 10⁶": "parameters, M",
         "memory by the paper's convention, 10⁹ bytes": "memory, G",

@@ -30,6 +30,7 @@ def draw_loss(groups: Sequence[Group], path: Path) -> Path | None:
             if number == 0:
                 handles.append(line)
     ends = [row["loss"] for group in shown for run in group.runs for row in run.updates[-1:]]
+    _from_zero(panels)
     _cut_above(panels[0][1], min(ends) + 3.0)
     panels[0][1].set_ylabel("training loss (smoothed), nats per token")
     legend(figure, handles, [name_of(group) for group in shown])
@@ -54,6 +55,7 @@ def draw_perplexity(groups: Sequence[Group], path: Path) -> Path | None:
     ends = [row["final_eval_perplexity"] for group in shown for run in group.runs for row in run.evaluations[-1:]]
     for _, panel, _ in panels:
         panel.set_yscale("log")
+    _from_zero(panels)
     _cut_above(panels[0][1], 12 * min(ends))
     for _, panel, _ in panels:
         plain_log_ticks(panel.yaxis)
@@ -122,6 +124,12 @@ def _axes_by_position(groups: Sequence[Group], height: float) -> tuple[Any, list
         panel.set_xlabel(label)
     names = zip(("steps", "tokens", "seconds"), panels, (1.0, count, time), strict=True)
     return figure, list(names)
+
+
+def _from_zero(panels: Sequence[tuple[str, Any, float]]) -> None:
+    """Every axis of positions begins where training does, also where the first evaluation came late."""
+    for _, panel, _ in panels:
+        panel.set_xlim(left=0)
 
 
 def _cut_above(panel: Any, most: float) -> None:

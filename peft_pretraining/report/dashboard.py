@@ -22,17 +22,16 @@ def send(groups: Sequence[Group], out: Path, mode: Literal["online", "offline"],
 
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
-        run = wandb.init(
+        with wandb.init(
             project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT), mode=mode, dir=out, name=title, job_type="report"
-        )
-        table = tables.methods_table(groups)
-        content: dict[str, Any] = {
-            "methods": wandb.Table(columns=list(table.headings), data=[list(row) for row in table.rows])
-        }
-        content |= {path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))}
-        content["page"] = wandb.Html((out / "report.html").read_text(encoding="utf-8"))
-        run.log(content)
-        run.finish()
+        ) as run:
+            table = tables.methods_table(groups)
+            content: dict[str, Any] = {
+                "methods": wandb.Table(columns=list(table.headings), data=[list(row) for row in table.rows])
+            }
+            content |= {path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))}
+            content["page"] = wandb.Html((out / "report.html").read_text(encoding="utf-8"))
+            run.log(content)
     except Exception as error:  # whatever wandb suffers: a refused key, a lost network, a version that lacks something
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.report.groups import Group
+from peft_pretraining.report.intervals import Interval
 
 # Okabe & Ito's colours without the yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -62,9 +63,9 @@ def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
     ]
 
 
-def name_of(group: Group) -> str:
-    """Its label, and of how many seeds it is."""
-    seeds = len({run.seed for run in group.runs})
+def name_of(group: Group, counted: bool = False) -> str:
+    """Its label, and how many seeds there are; counted: of those alone that its mean is of."""
+    seeds = len({run.seed for run in (group.counted if counted else group.runs)})
     return f"{group.label} ({seeds} seeds)" if seeds > 1 else group.label
 
 
@@ -93,17 +94,28 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], widest: i
 
 def plain_log_ticks(axis: Any) -> None:
     """100 and 200 instead of 10^2 and 2 x 10^2; few enough to be read."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low) if low > 0 else 3.0
-    subs = (
-        (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
-        if decades < 0.7
-        else (1.0, 2.0, 5.0)
-        if decades < 3
-        else (1.0,)
-    )
-    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"))
+    if decades < 0.5:  # no power of ten, and few of its multiples, lie within
+        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(NullLocator())
+    else:
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1.0 else (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+        axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}" if value < 1e4 else f"{value:,.0f}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def whiskers(panel: Any, x: float, found: Interval, colour: str, **more: Any) -> None:
+    """The 95 % interval of a perplexity. That of two seeds can reach below 1, where no perplexity is."""
+    if found.low is not None and found.high is not None:
+        reach = [[found.mean - max(found.low, 1.0)], [found.high - found.mean]]
+        panel.errorbar([x], [found.mean], yerr=reach, color=colour, capsize=4, **more)
+
+
+def digits(value: float) -> str:
+    """Three digits or more, never an exponent: 0.123, 3.20, 62.4, 1,020."""
+    places = next((places for places, least in enumerate((100.0, 10.0, 1.0)) if abs(value) >= least), 3)
+    return f"{value:,.{places}f}"

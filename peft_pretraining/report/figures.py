@@ -28,7 +28,9 @@ def draw_all(groups: Sequence[Group], out: Path) -> dict[str, Path]:
     found = {}
     with matplotlib.rc_context(STYLE):
         for name, draw in figures.items():
-            path = draw(groups, out / f"{name}.png")
+            wanted = out / f"{name}.png"
+            wanted.unlink(missing_ok=True)  # of an earlier report, which perhaps had something to show
+            path = draw(groups, wanted)
             if path is not None:
                 found[name] = path
     return found

@@ -98,6 +98,11 @@ class Group:
         arguments = self.first.arguments
         return published_for(self.first.model, self.method, arguments["rank"], arguments["sp_ratio"])
 
+    def measured(self, name: str) -> int | None:
+        """Measured bytes of a class (or "peak"): the mean over the runs that have it."""
+        found = [value for run in self.counted or self.runs if (value := run.measured(name)) is not None]
+        return round(sum(found) / len(found)) if found else None
+
     def figure(self, name: str) -> float | None:
         """The mean of a figure of the summary over the runs that have it."""
         values = [run.figures[name] for run in self.counted or self.runs if run.figures.get(name) is not None]
@@ -163,13 +168,11 @@ def _labels(members: list[tuple[RunRecord, dict[str, Any]]]) -> list[str]:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A setting in a label: "lr = 0.002", the bare name or value where that says it; "" where it is off."""
-    if value is None or value is False:
+    """A setting in a label: "lr = 0.002", the bare name where that says it; "" where it is off, or as ever."""
+    if value is None or value is False or value == "default":
         return ""
     if value is True:
         return name
-    if isinstance(value, str):
-        return value
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return f"{_SHORT.get(name, name)} = {text}"
 

@@ -20,9 +20,10 @@ _CAPTIONS = {
     "saving and stops.",
     "perplexity": "Held-out perplexity at every evaluation; what lies far above the end is cut off.",
     "perplexity_memory": "Final perplexity against memory (the paper's Fig. 1): filled circles are these runs, whiskers the "
-    "95 % interval over seeds, dashed circles the published results of the same configuration.",
-    "memory": "Memory by class, as the account predicts it and as it was measured (the paper's Fig. 3). On a CPU the peak is "
-    "what the process has resident, with Python and its libraries; on a GPU what torch has allocated.",
+    "95 % interval over seeds, dashed circles the published results of the same model. Markers that would hide one "
+    "another, at the same memory, stand side by side; the circles are where they belong.",
+    "memory": "Memory by class, as the account predicts it and as it was measured, the mean over seeds (the paper's Fig. 3). "
+    "On a CPU the peak is what the process has resident, with Python and its libraries; on a GPU what torch has allocated.",
     "throughput": "Tokens of text per second; padding does not count.",
     "learning_rate": "Final perplexity against the learning rate, for settings that were run at several.",
 }
@@ -32,18 +33,26 @@ body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sa
   max-width: 1360px; margin: 2rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem } h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem }
 p, li { max-width: 60rem } figure { margin: 1.2rem 0 } figcaption { max-width: 60rem; color: #333; font-size: .93rem }
-img { max-width: 100%; height: auto }
-.scroll { overflow-x: auto; margin: .6rem 0 1.2rem }
+img { max-width: max(100%, 54rem); height: auto; display: block }
+.scroll { overflow-x: auto; margin: .6rem 0 1.2rem } figure .scroll { margin: 0 0 .4rem }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ccc; text-align: right; vertical-align: top }
-th { vertical-align: bottom; border-bottom: 2px solid #444; font-weight: 600; min-width: 4.2rem }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid #ccc; text-align: right; vertical-align: top }
+th { vertical-align: bottom; border-bottom: 2px solid #444; font-weight: 600; min-width: 3.6rem }
 th:first-child, td:first-child, td.text, th.text { text-align: left } td:first-child { font-weight: 600; min-width: 9rem }
-td.interval { white-space: nowrap }
+td.unbroken { white-space: nowrap } td.text { min-width: 5.5rem }
 tbody tr:nth-child(even) { background: #f5f6f8 }
 pre { background: #f5f6f8; padding: .7rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }
 details { margin: .4rem 0 } summary { cursor: pointer }
 dt { font-weight: 600 } dd { margin: 0 0 .3rem 1.2rem; overflow-wrap: anywhere }
-.missing { background: #fff4d6; border-left: 4px solid #b26a00; padding: .6rem 1rem }
+.missing { background: #fff4d6; border-left: 4px solid #b26a00; padding: .6rem 1rem; overflow-wrap: anywhere }
+@page { margin: 12mm }
+@media print {
+  html, body { font-size: 11px } body { max-width: none; margin: 0; padding: 0 } img { max-width: 100% }
+  .scroll { overflow: visible } table { font-size: 8px; width: 100% }
+  th, td { padding: .25rem .3rem; min-width: 0 !important } td.unbroken { white-space: normal }
+  figure, tr, .missing { break-inside: avoid } h2 { break-after: avoid }
+  details::details-content { content-visibility: visible; block-size: auto }
+}
 """
 
 
@@ -125,7 +134,7 @@ def _methods(groups: Sequence[Group]) -> str:
         f"{_html_table(table.columns(reached))}\n{_html_table(table.columns(took))}\n"
         "<p>States: parameters, support and moments, measured after the first update. Against the baseline: ratio of "
         "perplexities, minus one, paired by seed, to the best full-rank setting of the same model, data, batch and length, or to "
-        "the first setting of these where none is full-rank. "
+        "the first setting of these where none is full-rank. Published: with the tokens that it was trained on. "
         f"{tables.MISSING}: not known, or not published.</p>"
     )
 
@@ -139,7 +148,7 @@ def _html_table(table: Table) -> str:
 
     def cells(row: Sequence[str], tag: str) -> str:
         def kind(column: int, text: str) -> str:
-            return ' class="text"' if column in texts else ' class="interval"' if "n = " in text else ""
+            return ' class="text"' if column in texts else ' class="unbroken"' if text.endswith(")") else ""
 
         return "".join(f"<{tag}{kind(column, text)}>{escape(text)}</{tag}>" for column, text in enumerate(row))
 
@@ -155,17 +164,19 @@ def _figure(name: str, path: Path) -> str:
     # A PNG has its width in bytes 16 to 19; all figures are shown at one scale, so that their letters have one size.
     width = round(int.from_bytes(content[16:20], "big") / DPI * _PIXELS_PER_INCH)
     image = f'<img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    # On a narrow screen a figure is moved sideways, as a table is: shrunk to fit, its letters could not be read.
+    return f'<figure><div class="scroll">{image}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _commands(groups: Sequence[Group]) -> str:
     parts = ["<h2>Commands and versions</h2>\n<p>As recorded in each run.json; defaults are left out.</p>"]
+    names = tables.run_names([run for group in groups for run in group.runs])
     for group in groups:
         for run in group.runs:
             made = "\n".join(
                 f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in tables.made_with(run).items()
             )
-            summary = f"{run.folder.name or run.folder}: {group.label}, seed {run.seed}, {run.status}"
+            summary = f"{names[run.folder]}: {group.label}, seed {run.seed}, {run.status}"
             parts.append(
                 f"<details><summary>{escape(summary)}</summary>\n<pre>{escape(tables.command_of(run))}</pre>\n<dl>{made}</dl></details>"
             )

@@ -35,6 +35,9 @@ class Published:
 
 
 _SIZES = (("llama_60m", "1.1B"), ("llama_130m", "2.2B"), ("llama_350m", "6.4B"), ("llama_1b", "13.1B"))
+# Of all methods but full-rank training, and of SLTrain, in that table.
+_RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
+_DELTA = 0.03
 # Perplexity, parameters in millions, memory in G for each of _SIZES: SLTrain's comparison of methods (Table 2).
 _COMPARISON = {
     "full": ((34.06, 58, 0.35), (24.36, 134, 0.81), (18.80, 368, 2.21), (15.56, 1339, 8.04)),
@@ -90,13 +93,13 @@ MISPRINTS = (
 )
 
 
-def published_for(model: str, method: str, rank: int | None = None, delta: float | None = None) -> Published | None:
-    """The published result of a method at a size; of SLTrain at 60M with this rank and delta, where the ablation has it."""
+def published_for(model: str, method: str, rank: int, delta: float) -> Published | None:
+    """The published result of a method at a size, rank and delta (of the methods that have them); None where there is none."""
     found = next((entry for entry in TABLE if (entry.model, entry.method) == (model, method)), None)
-    if found is None or (model, method) != ("llama_60m", "sltrain") or (rank, delta) == (128, 0.03):
+    if found is None or method == "full" or (rank == _RANKS[model] and (method != "sltrain" or delta == _DELTA)):
         return found
-    perplexity = RANK_AND_DELTA.get((rank or 0, delta or 0.0))
+    perplexity = RANK_AND_DELTA.get((rank, delta)) if (model, method) == ("llama_60m", "sltrain") else None
     if perplexity is None:
-        return found
+        return None
     note = f"r = {rank}, delta = {delta:g} (Tables 6 and 7)"
     return Published(method, model, found.tokens, perplexity, None, None, SLTRAIN, note)

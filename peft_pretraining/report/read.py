@@ -15,6 +15,7 @@ from peft_pretraining.model_config import ModelConfig
 from peft_pretraining.stop import MARKER_FILE
 from peft_pretraining.summary import Row, seconds_of, summary
 
+FIGURES = "report.json"  # what a report's folder has
 _PRINTED_FROM = 0.1  # 10^9 bytes; the paper prints two digits behind the point
 
 
@@ -164,15 +165,20 @@ def _at(step: int, steps: list[int], positions: list[float]) -> float:
 def find_runs(paths: list[Path]) -> list[Path]:
     """Folders of runs: those named, and those one level below a named folder of runs; each once, in order.
 
-    A sweep's log, FOLDER.log beside a named folder, is passed over: runs/sltrain* names it too. Raises ValueError naming a path
-    that is neither.
+    A sweep's log, FOLDER.log beside a named folder, and its report are passed over: runs/my-sweep/* names them too. Of a folder
+    of runs those come first whose names say least, as a sweep gives them: the plain setting before those with something added.
+
+    Raises ValueError naming a path that is neither.
     """
     found: dict[Path, Path] = {}
-    logs = {path.with_name(f"{path.name}.log") for path in paths}
-    for path in (path for path in paths if path not in logs):
+    passed_over = {path.with_name(f"{path.name}.log") for path in paths}
+    if len(paths) > 1:
+        passed_over |= {path for path in paths if (path / FIGURES).is_file() and not (path / "run.json").is_file()}
+    for path in (path for path in paths if path not in passed_over):
         inside = [path] if (path / "run.json").is_file() else []
         if not inside and path.is_dir():
-            inside = sorted(child for child in path.iterdir() if (child / "run.json").is_file())
+            inside = [child for child in path.iterdir() if (child / "run.json").is_file()]
+            inside.sort(key=lambda child: (child.name.count("-"), child.name))
         if not inside:
             raise ValueError(
                 f"{path}: no run.json in it or in a folder below; name runs' folders, such as the --save_dir of "
@@ -247,7 +253,7 @@ def _notes(run: RunRecord, rows: list[dict[str, Any]]) -> list[str]:
         return [f"no update is logged yet ({METRICS_FILE} is missing or empty)"]
     notes = []
     if not run.finished:
-        notes.append(f"{run.status}: its last perplexity is shown, and counts in no mean")
+        notes.append(f"{run.status}: its last perplexity is in the table of runs, and counts in no mean")
     if not run.evaluations:
         notes.append("never evaluated: no held-out perplexity")
     elif run.finished and run.final_perplexity is None:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.report.drawing import METHOD_COLOURS, legend, line_styles, name_of, plain_log_ticks, save
+from peft_pretraining.report.drawing import (
+    METHOD_COLOURS,
+    legend,
+    line_styles,
+    name_of,
+    plain_log_ticks,
+    save,
+    whiskers,
+)
 from peft_pretraining.report.groups import METHOD_NAMES, Group
 from peft_pretraining.report.published import TABLE
 
@@ -60,12 +68,22 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
         panels[1].set_xlabel("parameters, support and moments as measured, MiB")
     for panel in panels:
         panel.margins(0.18)
+        _widen(panel)
         panel.set_yscale("log")
         plain_log_ticks(panel.yaxis)
     handles, labels = _entries(shown, styles, list(dict.fromkeys(entry.method for entry in theirs)))
     figure.suptitle("Circle area: number of parameters. Lower left is better.", fontsize=10.5)
     legend(figure, handles, labels)
     return save(figure, path)
+
+
+def _widen(panel: Any) -> None:
+    """To at least a tenth of what is shown: bytes that differ by less are as good as the same."""
+    low, high = panel.get_xlim()
+    short = 0.05 * (low + high) / 2 - (high - low) / 2
+    if short > 0:
+        panel.set_xlim(low - short, high + short)
+    panel.ticklabel_format(axis="x", useOffset=False, style="plain")
 
 
 def _entries(
@@ -81,7 +99,9 @@ def _entries(
         Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=METHOD_COLOURS[method], markersize=9)
         for method in published
     ]
-    return handles, [name_of(group) for group in shown] + [f"published: {METHOD_NAMES[method]}" for method in published]
+    return handles, [name_of(group, counted=True) for group in shown] + [
+        f"published: {METHOD_NAMES[method]}" for method in published
+    ]
 
 
 def _circles(
@@ -91,18 +111,38 @@ def _circles(
     area: Callable[[float], float],
     position: Callable[[Group], float],
 ) -> None:
-    for group, style in zip(groups, styles, strict=True):
-        found, x = group.perplexity, position(group)
-        if found is None or x <= 0:
-            continue
+    from matplotlib.transforms import ScaledTranslation
+
+    shown = [
+        (group, style, x, found)
+        for group, style in zip(groups, styles, strict=True)
+        if (found := group.perplexity) is not None and (x := position(group)) > 0
+    ]
+    aside = _apart([(x, found.mean) for _, _, x, found in shown])
+    for (group, style, x, found), points in zip(shown, aside, strict=True):
+        beside = panel.transData + ScaledTranslation(points / 72, 0, panel.figure.dpi_scale_trans)
         panel.scatter(
             [x], [found.mean], s=area(group.figure("parameters") or 0.0), color=style["color"], alpha=0.35, linewidths=0
         )
-        panel.plot([x], [found.mean], color=style["color"], marker=style["marker"], markersize=6, linestyle="")
-        if found.low is not None and found.high is not None:
-            # A t-interval of two seeds can reach below 1, where no perplexity is.
-            down = found.mean - max(found.low, 1.0)
-            panel.errorbar([x], [found.mean], yerr=[[down], [found.high - found.mean]], color=style["color"], capsize=4)
+        marker = {"color": style["color"], "marker": style["marker"], "transform": beside}
+        panel.plot([x], [found.mean], markersize=6, linestyle="", **marker)
+        whiskers(panel, x, found, style["color"], transform=beside)
+
+
+def _apart(places: Sequence[tuple[float, float]], step: float = 9.0) -> list[float]:
+    """How far to the side each marker is drawn, in points: of those that would hide one another, side by side.
+
+    places: memory and perplexity. Markers hide one another at the same memory and perplexities less than 3 % apart.
+    """
+    found = [0.0] * len(places)
+    left = list(range(len(places)))
+    while left:
+        x, y = places[left[0]]
+        alike = [n for n in left if abs(places[n][0] - x) <= 1e-3 * x and abs(places[n][1] - y) <= 0.03 * y]
+        for rank, number in enumerate(alike):
+            found[number] = step * (rank - (len(alike) - 1) / 2)
+        left = [number for number in left if number not in alike]
+    return found
 
 
 def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
@@ -120,12 +160,10 @@ def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
     figure, panel = pyplot.subplots(figsize=(8.5, 5.0), layout="constrained")
     handles, labels = [], []
     for members, style in zip(swept, line_styles([members[0] for members in swept]), strict=True):
-        found = [group.perplexity for group in members]
-        rates, means = [group.settings["lr"] for group in members], [value.mean for value in found if value]
-        (line,) = panel.plot(rates, means, **style, markersize=6)
-        halves = [(value.half or 0.0) if value else 0.0 for value in found]
-        if any(halves):
-            panel.errorbar(rates, means, yerr=halves, color=style["color"], linestyle="", capsize=4)
+        points = [(group.settings["lr"], group.perplexity) for group in members if group.perplexity is not None]
+        (line,) = panel.plot([rate for rate, _ in points], [found.mean for _, found in points], **style, markersize=6)
+        for rate, found in points:
+            whiskers(panel, rate, found, style["color"])
         handles.append(line)
         parts = [part for part in members[0].label.split(", ") if not part.startswith("lr = ")]
         labels.append(", ".join(parts))

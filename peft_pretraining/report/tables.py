@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft_pretraining.account import CLASSES
 from peft_pretraining.config import Arguments
-from peft_pretraining.report.groups import METHOD_NAMES, Group, against_baseline, task_of
+from peft_pretraining.report.groups import METHOD_NAMES, Group, against_baseline, baseline_of, task_of
 from peft_pretraining.report.intervals import Interval
 from peft_pretraining.report.published import LATER, PEAKS, RANK_AND_DELTA, SEVEN_B, TABLE
 from peft_pretraining.report.read import RunRecord
 
 MISSING = "—"
 PERPLEXITY = "held-out perplexity ± 95 % interval"
+PUBLISHED = "published perplexity (tokens)"
 # What a run took, shown in a table of its own beside what it reached.
 COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", "updates", "tokens, 10⁶")
 GAP = "against the baseline, % [95 % interval]"
@@ -77,13 +80,14 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
     parameters, whole = group.figure("parameters"), group.figure("full_rank_parameters")
     states, peak, tokens = (group.figure(name) for name in ("states_bytes", "peak_memory_bytes", "tokens"))
     baseline = against_baseline(group, groups)
+    is_baseline = len(groups) > 1 and baseline_of(task_of(group.settings), groups) is group
     paper = first.paper_memory
     return {
         "setting": group.label,
         "model": first.model,
         PERPLEXITY: perplexity_text(group.perplexity),
-        "published perplexity": number(published.perplexity if published else None, ".2f"),
-        GAP: gap_text(baseline[1] if baseline else None),
+        PUBLISHED: f"{published.perplexity:.2f} ({published.tokens})" if published else MISSING,
+        GAP: "baseline" if is_baseline else gap_text(baseline[1] if baseline else None),
         "parameters, 10⁶": number(parameters and parameters / 1e6, ",.2f"),
         "of full-rank, %": number(100 * parameters / whole if parameters and whole else None, ".0f"),
         "published parameters, 10⁶": number(published.parameters if published else None),
@@ -145,7 +149,7 @@ def rank_delta_table(groups: Sequence[Group]) -> Table | None:
 
 
 def memory_table(groups: Sequence[Group]) -> Table:
-    """Every class of the memory account, and beside it what was measured."""
+    """Every class of the memory account, and beside it what was measured, the mean over runs."""
     both = ("parameters", "support", "optimizer", "peak")
     names = (*CLASSES, "peak")
     headings = tuple(f"{name}, MiB" + (": predicted / measured" if name in both else "") for name in names)
@@ -153,16 +157,27 @@ def memory_table(groups: Sequence[Group]) -> Table:
     def mebibytes(value: int | None) -> str:
         return number(None if value is None else value / 2**20, ",.1f")
 
-    def cell(run: RunRecord, name: str) -> str:
-        predicted = mebibytes(run.predicted(name))
-        return f"{predicted} / {mebibytes(run.measured(name))}" if name in both else predicted
+    def cell(group: Group, name: str) -> str:
+        predicted = mebibytes(group.first.predicted(name))
+        return f"{predicted} / {mebibytes(group.measured(name))}" if name in both else predicted
 
-    rows = [(group.label, *(cell(group.first, name) for name in names)) for group in groups]
+    rows = [(group.label, *(cell(group, name) for name in names)) for group in groups]
     return Table(("setting", *headings), tuple(rows))
+
+
+def run_names(runs: Sequence[RunRecord]) -> dict[Path, str]:
+    """By folder: its name, with that of the folder it lies in where sweeps have runs of one name."""
+    found = {run.folder: run.folder.resolve() for run in runs}
+    counts = Counter(path.name for path in found.values())
+    return {
+        folder: path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}"
+        for folder, path in found.items()
+    }
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:
     """A line for each run."""
+    names = run_names(runs)
     headings = (
         *("run", "method", "lr", "seed", "state", "updates", "first perplexity", "last perplexity", "bits per byte"),
         *("tokens evaluated", "tokens/s", "training, minutes", "peak, MiB"),
@@ -172,7 +187,7 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
         figures = run.figures
         seconds, peak = figures["training_seconds"], figures["peak_memory_bytes"]
         return (
-            run.folder.name or str(run.folder),
+            names[run.folder],
             METHOD_NAMES.get(run.method, run.method),
             f"{run.arguments['lr']:g}",
             str(run.seed),
@@ -221,11 +236,12 @@ def made_with(run: RunRecord) -> dict[str, str]:
 
 def problems(groups: Sequence[Group]) -> list[str]:
     """What is missing in the runs or does not compare, one sentence each."""
+    names_of = run_names([run for group in groups for run in group.runs])
     runs_by_note: dict[str, list[str]] = {}
     for group in groups:
         for run in group.runs:
             for note in run.notes:
-                runs_by_note.setdefault(note, []).append(run.folder.name or str(run.folder))
+                runs_by_note.setdefault(note, []).append(names_of[run.folder])
     lines = [f"{', '.join(names)}: {note}" for note, names in runs_by_note.items()]
     lines += [note for group in groups for note in group.notes]
     evaluated = {

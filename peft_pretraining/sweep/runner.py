@@ -16,6 +16,7 @@ from types import FrameType
 from typing import IO
 
 from peft_pretraining.config import RUN_DEFINING
+from peft_pretraining.metrics import read_metrics
 from peft_pretraining.plan import is_finished
 from peft_pretraining.report.read import read_run
 from peft_pretraining.stop import MARKER_FILE
@@ -33,7 +34,6 @@ class State:
 
     kind: str
     text: str
-    perplexity: float | None = None
 
 
 def state_of(wanted: Wanted) -> State:
@@ -55,11 +55,20 @@ def state_of(wanted: Wanted) -> State:
     if differing:
         return State("other", f"was made with {', '.join(differing)}; remove it, or name another `folder`")
     figures = record.figures
-    if is_finished(wanted.plan, record.reached, figures["tokens"]) and record.final_perplexity is not None:
-        return State("finished", f"finished, perplexity {record.final_perplexity:,.2f}", record.final_perplexity)
+    if is_finished(wanted.plan, record.reached, figures["tokens"]):
+        if record.final_perplexity is not None:
+            return State("finished", f"finished, perplexity {record.final_perplexity:,.2f}")
+        if _evaluated_without_result(wanted.folder, record.reached):
+            return State("finished", "finished, its perplexity is not finite")
     if not any(wanted.folder.glob("step_*")):
         return State("begun", f"{record.status}, no checkpoint: begins anew")
     return State("begun", f"{record.status}: goes on from its newest checkpoint")
+
+
+def _evaluated_without_result(folder: Path, step: int) -> bool:
+    """Whether the evaluation at this update gave no finite perplexity: to start the run again would change nothing."""
+    rows = read_metrics(folder)
+    return any("final_eval_perplexity" in row and row.get("update_step") == step for row in rows)
 
 
 def command_line(wanted: Wanted, processes: int) -> list[str]:

@@ -263,6 +263,7 @@ def test_files_that_cannot_work(trained: Trained, tmp_path: Path, capsys: Capsys
         (checkpoint, checkpoint / "study.json", f"lies in the checkpoint {checkpoint}"),
         (checkpoint, tmp_path, f"--out {tmp_path}: is a folder; name a file"),
         (checkpoint, tmp_path / "other.json", "holds something else than a study's rows"),
+        (checkpoint, tmp_path / "other.json" / "x.json", f"--out {tmp_path / 'other.json'}: cannot be made"),
     ]:
         argv = ["pruning", "--checkpoint", str(checkpoint_flag), "--rank", str(R), "--out", str(out)]
         assert main(argv) == 2

@@ -155,6 +155,46 @@ def test_folders_that_cannot_work(trained: Trained, tmp_path: Path, capsys: pyte
     assert resolve(checkpoint) == checkpoint
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = trained("full"), tmp_path / "file"
+    file.touch()
+    capsys.readouterr()
+    assert main(["spectra", "--checkpoint", str(run), "--out", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()  # no line of a linear before it
+    assert f"--out {file}: cannot be made (File exists); name another folder" in line
+
+
+@pytest.mark.parametrize("name", ["full", "sltrain"])
+def test_pictures_show_the_figures(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Singular values, contributions and residual magnitudes are drawn as measured, a row for each layer."""
+    from matplotlib import pyplot
+
+    kept: list = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    flags = ["--checkpoint", str(trained(name)), "--out", str(tmp_path), "--only", "q_proj"]
+    linears = spectra(capsys, *flags)["linears"]
+    monkeypatch.undo()
+    (figure,) = kept
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    lines = [[list(line.get_ydata()) for line in axes.get_lines()] for axes in figure.axes]
+    for layer, linear in enumerate(linears):
+        own = panels[f"layer {layer}, 32 x 32"]
+        shown = {str(line.get_label()): list(line.get_ydata()) for line in own.get_lines()}
+        found = linear["singular_values"]
+        assert shown["W"] == found["weight"]
+        assert own.get_yscale() == "log"
+        if name == "sltrain":
+            assert (shown["low-rank part"], shown["S"]) == (found["low_rank"], found["sparse"])
+            assert any(linear["contributions"]["sparse"] in axes for axes in lines)
+        else:
+            assert any(linear["residual"]["below"] in axes for axes in lines)
+    pyplot.close(figure)
+
+
 def test_of_many_layers_four_are_drawn() -> None:
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(24)]
     assert [kind_and_layer(name) for name in sorted(drawn_names(names))] == [

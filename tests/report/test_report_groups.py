@@ -8,7 +8,14 @@ from run_records import change_document, evaluation, rows_of, write_rows, write_
 from peft_pretraining.report.groups import against_baseline, group_runs
 from peft_pretraining.report.intervals import t_quantile
 from peft_pretraining.report.read import read_run
-from peft_pretraining.report.tables import command_of, methods_table, problems, published_memory_table, rank_delta_table
+from peft_pretraining.report.tables import (
+    command_of,
+    methods_table,
+    problems,
+    published_memory_table,
+    rank_delta_table,
+    run_names,
+)
 
 
 def groups_of(*folders):
@@ -97,7 +104,11 @@ def test_memory_is_that_of_the_run_itself(tmp_path):
     """Not of the full-rank run whose record it goes on with."""
     folder = write_run(tmp_path / "a")
     rows = rows_of(folder)
-    told = {f"memory_{name}_{side}": 1 for name in ("parameters", "support", "optimizer") for side in ("measured", "predicted")}
+    told = {
+        f"memory_{name}_{side}": 1
+        for name in ("parameters", "support", "optimizer")
+        for side in ("measured", "predicted")
+    }
     own = [number for number, row in enumerate(rows) if "loss" in row]
     rows[own[0]] |= dict.fromkeys(told, 100)
     rows[own[-1]] |= dict.fromkeys(told, 7)
@@ -141,8 +152,53 @@ def test_published_figures_stand_beside_the_same_configuration(tmp_path):
     groups = groups_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", "--rank", "160"), other)
     published = [group.published and group.published.perplexity for group in groups]
     assert published == [34.15, 33.20, None]  # Table 2, Table 6 or 7, not published
-    column = methods_table(groups).headings.index("published perplexity")
-    assert [row[column] for row in methods_table(groups).rows] == ["34.15", "33.20", "—"]
+    column = methods_table(groups).headings.index("published perplexity (tokens)")
+    assert [row[column] for row in methods_table(groups).rows] == ["34.15 (1.1B)", "33.20 (1.1B)", "—"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "method", "model", "perplexity"),
+    [
+        ((), "lowrank", "llama_60m", 78.18),
+        (("--rank", "64"), "lowrank", "llama_60m", None),
+        (("--rank", "64"), "full", "llama_60m", 34.06),  # has no rank
+        (("--rank", "64"), "sltrain", "llama_60m", None),
+        (("--sp_ratio", "0.1"), "sltrain", "llama_60m", None),
+        (("--sp_ratio", "0.1"), "galore", "llama_60m", 34.88),  # has no delta
+        (("--rank", "256"), "sltrain", "llama_130m", 26.04),
+        ((), "sltrain", "llama_130m", None),
+    ],
+)
+def test_another_rank_or_delta_was_not_published(tmp_path, flags, method, model, perplexity):
+    """The method's figure at the rank that the paper took says nothing of another."""
+    (group,) = groups_of(write_run(tmp_path / "a", *flags, method=method, model=model))
+    assert (group.published and group.published.perplexity) == perplexity
+
+
+def test_the_table_names_the_baseline(three):
+    table = methods_table(groups_of(*three))
+    column = next(number for number, heading in enumerate(table.headings) if "baseline" in heading)
+    assert [row[column] for row in table.rows] == ["baseline", "+10.0 [+10.0, +10.0] (n = 3)"]
+
+
+def test_a_setting_that_is_as_ever_is_not_named(tmp_path):
+    groups = groups_of(*(write_run(tmp_path / init, "--init", init) for init in ("default", "svd")))
+    assert [group.label for group in groups] == ["SLTrain", "SLTrain, init = svd"]
+
+
+def test_measured_memory_is_the_mean_over_seeds(tmp_path):
+    folders = [write_run(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    for folder, value in zip(folders, (10, 30), strict=True):
+        rows = rows_of(folder)
+        rows[1] |= {"memory_parameters_measured": value, "max_memory": 2**31 + value}
+        write_rows(folder, rows)
+    (group,) = groups_of(*folders)
+    assert (group.measured("parameters"), group.measured("peak")) == (20, 2**31 + 20)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [read_run(write_run(tmp_path / name)) for name in ("one/a", "two/a", "two/b")]
+    assert list(run_names(runs).values()) == ["one/a", "two/a", "b"]
 
 
 def test_published_peaks_are_of_the_models_that_were_run(tmp_path):

@@ -93,6 +93,13 @@ def test_runs_with_nothing_in_common_but_gaps(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["groups"][0]["perplexity"] is None
 
 
+def test_figures_of_an_earlier_report_do_not_stay(runs, tmp_path):
+    """One setting has nothing to show against the learning rate."""
+    (tmp_path / "learning_rate.png").write_bytes(b"old")
+    write_report([runs / "full1"], tmp_path, "again")
+    assert not (tmp_path / "learning_rate.png").exists()
+
+
 def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("peft_pretraining.report.figures.draw_all", lambda groups, out: {})
     assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--json"]) == 0
@@ -102,6 +109,13 @@ def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
     assert "--out DIR" in capsys.readouterr().err
     assert command(["report", str(runs / "full1"), str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert "none: no run.json" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named(runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for named in (runs, runs / "full1"):
+        assert command(["report", str(named), "--out", str(tmp_path / "file")]) == 2
+        assert f"--out {tmp_path / 'file'}: cannot be made (File exists)" in capsys.readouterr().err
 
 
 def test_one_run_keeps_its_table_and_curves(tmp_path, capsys):
@@ -154,6 +168,31 @@ def test_browser_shows_the_page_without_complaint(report, tmp_path, browser):
     ended = browse(browser, page.as_uri(), tmp_path, "--dump-dom")
     assert ended.stdout.count("<img") == text_count(page, "<img")
     assert "held-out perplexity" in ended.stdout
+
+
+def test_a_narrow_screen_moves_figures_sideways_not_the_page(report, tmp_path, browser):
+    """At 400 pixels the page is as wide as the screen, and a figure's letters keep a size that can be read."""
+    measure = (
+        "<script>const image = document.querySelector('img').getBoundingClientRect();"
+        "document.title = [innerWidth, document.documentElement.scrollWidth, Math.round(image.width)]</script></body>"
+    )
+    (tmp_path / "page.html").write_text((report / "report.html").read_text().replace("</body>", measure))
+    told = browse(browser, (tmp_path / "page.html").as_uri(), tmp_path, "--window-size=400,900", "--dump-dom").stdout
+    window, page, image = map(int, re.search(r"<title>(\d+),(\d+),(\d+)<", told).groups())
+    assert page == window < image
+
+
+def test_printing_shows_the_commands(report, tmp_path, browser):
+    """On paper nothing can be opened: as many sheets as with every command open, more than without them."""
+    text = (report / "report.html").read_text()
+    unfold = "details::details-content"
+    pages = {"as it is": text, "open": text.replace("<details>", "<details open>"), "closed": text.replace(unfold, "x")}
+    sheets = {}
+    for name, content in pages.items():
+        (tmp_path / "page.html").write_text(content)
+        browse(browser, (tmp_path / "page.html").as_uri(), tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
+        sheets[name] = len(re.findall(rb"/Type /Page\b", (tmp_path / "page.pdf").read_bytes()))
+    assert sheets["as it is"] == sheets["open"] > sheets["closed"]
 
 
 def text_count(path, part):

@@ -111,6 +111,23 @@ def test_evaluation_between_logged_updates_lies_between_them(tmp_path):
     assert read_run(folder).axis("tokens")[1] == [7_000.0, 10_000.0]
 
 
+def test_a_sweeps_report_beside_its_runs_is_passed_over(tmp_path):
+    """runs/my-sweep/* names it too; alone it is no run."""
+    run, report = write_run(tmp_path / "a"), tmp_path / "report"
+    report.mkdir()
+    (report / "report.json").write_text("{}")
+    assert find_runs([run, report]) == [run]
+    with pytest.raises(ValueError, match=r"report: no run\.json"):
+        find_runs([report])
+
+
+def test_of_a_folder_the_plain_setting_comes_first(tmp_path):
+    """It is what others are compared with where none is full-rank."""
+    names = ["s-lr0.1-seed1", "s-lr0.1-seed2", "s-lr0.1-initsvd-seed1", "s-lr0.1-rebalance-seed1"]
+    runs = [write_run(tmp_path / name) for name in names]
+    assert find_runs([tmp_path]) == runs
+
+
 def test_folder_of_runs_stands_for_its_runs(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("a", "b")]
     (tmp_path / "report").mkdir()

@@ -1,8 +1,8 @@
 """Stands in for torchrun_main.py: leaves a run's record within milliseconds, fails or waits where its settings say so.
 
 --weight_decay 1: fails with exit code 1. --weight_decay 2: makes half its updates, saves, and waits for a signal.
---weight_decay 3: makes half its updates, saves and is killed. A run that goes on makes the rest. Every start is a line in
-starts.txt beside its folder.
+--weight_decay 3: makes half its updates, saves and is killed. --weight_decay 4: ends with a perplexity that is not finite.
+A run that goes on makes the rest. Every start is a line in starts.txt beside its folder.
 """
 
 import json
@@ -39,7 +39,7 @@ def main() -> int:
     document = {"arguments": as_dict(args), "plan": {**asdict(plan), "save_dir": str(folder)}}
     (folder / "run.json").write_text(json.dumps(document))
     half = args.num_training_steps // 2
-    if args.weight_decay >= 2 and not goes_on:
+    if args.weight_decay in (2, 3) and not goes_on:
         (folder / f"step_{half:08d}").mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, half + 1)))
         if args.weight_decay == 3:
@@ -49,7 +49,8 @@ def main() -> int:
     with (folder / "metrics.jsonl").open("a") as file:
         for step in range(half + 1 if goes_on else 1, args.num_training_steps + 1):
             file.write(json.dumps(row(step)) + "\n")
-        last = {"update_step": args.num_training_steps, "final_eval_loss": 3.0, "final_eval_perplexity": 20.0}
+        perplexity = None if args.weight_decay == 4 else 20.0
+        last = {"update_step": args.num_training_steps, "final_eval_loss": 3.0, "final_eval_perplexity": perplexity}
         file.write(json.dumps({**last, "final_eval_tokens": 100}) + "\n")
     (folder / f"step_{args.num_training_steps:08d}").mkdir(exist_ok=True)
     return 0

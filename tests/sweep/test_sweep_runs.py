@@ -75,6 +75,17 @@ def test_a_killed_run_goes_on_the_next_time(tmp_path, stub, capfd):
     assert starts(tmp_path) == ["weight_decay3-seed42", "weight_decay0-seed42", "weight_decay3-seed42"]
 
 
+def test_a_run_that_ends_without_a_finite_perplexity_is_finished(tmp_path, stub, capfd):
+    """As at a learning rate far too high: it is not started again and again, and the report says what it lacks."""
+    path = write_sweep(tmp_path, [{"weight_decay": [0, 4]}])
+    assert command(["sweep", str(path)]) == 0
+    told = capfd.readouterr().out
+    assert "weight_decay4-seed42: finished, its perplexity is not finite" in told
+    assert "1 evaluations gave no finite perplexity" in told
+    assert command(["sweep", str(path)]) == 0
+    assert starts(tmp_path) == ["weight_decay0-seed42", "weight_decay4-seed42"]
+
+
 def test_a_folder_made_with_other_arguments_is_left_alone(tmp_path, stub, capfd):
     """The name says lr 0.1; what changed stands in the base. To train on would mix two settings."""
     settings = [{"lr": 0.1}]
