@@ -405,6 +405,26 @@ def test_attaching_factors_keeps_a_models_function_and_merging_them_its_linears(
 
 
 @pytest.mark.parametrize("train_scaling", [False, True])
+def test_the_dense_weight_is_rounded_once(train_scaling):
+    """As a merge rounds it, under autocast too: what is exported is as near as bfloat16 allows."""
+    torch.manual_seed(0)
+    layer = ReLoRALinear(64, 48, 8, alpha=2.4, trainable_scaling=train_scaling, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    # A trained scale is multiplied into B, as in the forward pass.
+    scaled_B = (layer.lora_B * torch.tanh(layer.scaling)).double() if train_scaling else 0.3 * layer.lora_B.double()
+    exact = (layer.weight.double() + scaled_B @ layer.lora_A.double()).detach()
+    with torch.autocast("cpu"):
+        found = layer.dense_weight()
+    assert found.dtype == torch.bfloat16
+    nearest = float((exact.bfloat16().double() - exact).norm())
+    assert float((found.double() - exact).detach().norm()) < 1.01 * nearest
+    with torch.autocast("cpu"):
+        assert layer.float().dense_weight().dtype == torch.float32
+
+
+@pytest.mark.parametrize("train_scaling", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_layers_gradients_are_those_of_its_formula(train_scaling, autocast):
     torch.manual_seed(0)
