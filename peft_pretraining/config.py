@@ -875,7 +875,23 @@ def _method_notices(args: Arguments) -> list[str]:
     ]
     if args.train_scaling and args.peft_model in ("lowrank", "relora", "sltrain") and "lora_alpha" in args.given:
         lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
-    return lines
+    return lines + _no_moments_notices(args)
+
+
+def _no_moments_notices(args: Arguments) -> list[str]:
+    """Flags that say what becomes of moments at a restart, with an optimizer that keeps none."""
+    if args.optimizer != "sgd" or args.beta1:
+        return []
+    names = []
+    if args.peft_model == "relora":
+        names = ["reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning"]
+    elif args.peft_model in RESTARTED and not (args.rebalance or args.restart_warmup_steps or args.grad_norm_growth):
+        names = ["restart_every"]
+    return [
+        f"--{name} has no effect with --optimizer sgd without --beta1: it keeps no moments"
+        for name in names
+        if name in args.given
+    ]
 
 
 def notices(args: Arguments) -> list[str]:

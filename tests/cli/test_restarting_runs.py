@@ -211,12 +211,43 @@ def test_what_cannot_work_is_refused_with_one_message(flags, capsys, extra, word
         (["--peft_model", "full", "--restart_every", "2"], ["--restart_every has no effect with --peft_model full"]),
         (["--peft_model", "sltrain", "--relora", "2"], ["--relora has no effect with --peft_model sltrain"]),
         ([*RELORA, "--sp_ratio", "0.1"], ["--sp_ratio has no effect with --peft_model relora"]),
+        ([*SLTRAIN, "--restart_every", "6"], ["--restart_every 6 with --num_training_steps 6", "no restart"]),
+        (
+            [*RELORA, "--optimizer", "sgd", "--optimizer_random_pruning", "0.5"],
+            ["--optimizer_random_pruning has no effect with --optimizer sgd without --beta1", "no moments"],
+        ),
+        (
+            ["--peft_model", "lowrank", "--restart_every", "2", "--optimizer", "sgd"],
+            ["--restart_every has no effect with --optimizer sgd without --beta1"],
+        ),
+        (
+            ["--peft_model", "galore", "--rank", "32"],
+            ["--rank 32 with --peft_model galore", "shorter side", "--rank 8"],
+        ),
     ],
 )
 def test_the_plan_and_the_notices_say_what_happens(flags, capsys, extra, words):
     assert torchrun_main.main([*flags, *extra, "--dry_run"]) == 0
     said = capsys.readouterr()
     assert all(word in said.out + said.err for word in words), said
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        # The cosine's own cycles warm up where factors are merged.
+        [*RELORA, "--cycle_length", "2"],
+        [*RELORA, "--optimizer", "sgd", "--beta1", "0.9", "--optimizer_random_pruning", "0.5", *CYCLES],
+        [*SLTRAIN, "--optimizer", "sgd"],
+        [*SLTRAIN, "--restart_every", "5"],
+        ["--peft_model", "galore"],
+    ],
+)
+def test_what_has_its_effect_is_not_warned_of(flags, capsys, extra):
+    assert torchrun_main.main([*flags, *extra, "--dry_run"]) == 0
+    said = capsys.readouterr()
+    assert "warning: --" not in said.out
+    assert not any(f"--{name} has no effect" in said.err for name in ("restart_every", "optimizer_random_pruning"))
 
 
 def test_the_rate_after_a_restart(flags):
