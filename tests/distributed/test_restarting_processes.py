@@ -63,6 +63,7 @@ def assert_near(one: Path, other: Path) -> None:
         ("fsdp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--train_scaling"]),
         pytest.param("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"], marks=pytest.mark.full),
         ("fsdp", [*SLTRAIN, "--init", "svd", "--per_layer"]),
+        ("fsdp", [*SLTRAIN, "--peft_model", "lowrank", "--train_scaling"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(word.strip("-") for word in value[1::2]),
 )
