@@ -112,8 +112,7 @@ def test_the_step_is_that_of_galore_torch(proj_type, shape, decay):
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
 @pytest.mark.parametrize("name", ["adafactor", "adam8bit"])
 def test_the_other_published_optimizers_step_as_in_galore_torch(name, shape, monkeypatch):
-    """Ten updates, projected anew after the fourth and eighth. What is projected is above the size from which moments have 8 bits:
-    a rounding of the gradient may move one by a code, which is seldom seen in a weight and never accumulates."""
+    """Ten updates, projected anew after the fourth and eighth; what is projected is large enough for moments of 8 bits."""
     theirs = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # theirs waits for a GPU
     torch.manual_seed(0)
