@@ -257,6 +257,21 @@ def test_the_rate_after_a_restart(flags):
     assert rates == pytest.approx([1, 1, 1, 0.5, 1, 1])
 
 
+def test_the_rate_after_a_merge(flags):
+    """A schedule that restarts is taken as it is; one that does not is multiplied by a warm-up."""
+    relora = ["--peft_model", "relora", "--relora", "3", "--restart_warmup_steps", "2", "--warmup_steps", "2"]
+
+    def rates(*schedule: str) -> list[float]:
+        args = parse_args([*flags, *relora, "--scheduler", *schedule])
+        return [learning_rate(args, make_plan(args, World()), step, 0) / 0.003 for step in range(6)]
+
+    assert rates("linear") == pytest.approx([0, 1 / 2, 1, 3 / 4 / 3, 2 / 4 * 2 / 3, 1 / 4])
+    # One cosine from update 2 to 6; after the merge from 0 to its value there.
+    at_merge = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 3 / 4))
+    restarting = rates("cosine_restarts", "--cycle_length", "3", "--min_lr_ratio", "0.2")
+    assert restarting == pytest.approx([0, 1 / 2, 1, 0, at_merge / 2, at_merge])
+
+
 def test_estimate_needs_no_interval(flags, capsys):
     """ReLoRA's row of the paper's table from the command line."""
     flags = ["--model_config", "configs/llama_60m.json", "--peft_model", "relora", "--rank", "128", "--json"]
