@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft_pretraining.memory import PROJ_TYPES, SUPPORT_KINDS, block_count
+from peft_pretraining.memory import METHODS, OPTIMIZERS, PROJ_TYPES, SUPPORT_KINDS, block_count
 
-METHODS = ("full", "lowrank", "relora", "sltrain", "galore")
 # Methods whose linears are factors that a restart can act on.
 RESTARTED = ("lowrank", "sltrain")
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 LOW_BIT = ("adam8bit", "adamw4bit")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
