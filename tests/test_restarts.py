@@ -247,6 +247,26 @@ def test_kept_moments_stay():
     assert all(map(torch.equal, before, states))
 
 
+def test_every_merge_prunes_and_rounds_by_other_draws_and_the_same_on_every_course():
+    """Elements that are always the same ones, or weights that are always rounded alike, would not be random."""
+    name = "model.layers.0.mlp.up_proj"
+    found = {}
+    for course, number in (("one", 1), ("one", 2), ("other", 2)):
+        args = arguments(peft_model="relora", relora=5, stochastic_rounding=True, optimizer_random_pruning=0.5)
+        model = build(args, torch.bfloat16)
+        updates = updates_of(model, rounding=StochasticRounding(args.seed))
+        train(model, updates, numbers=range(1))
+        moment = updates.optimizer.state[updates.stepped[f"{name}.lora_A"]]["moment1"].fill_(1.0)
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            layer.lora_B.fill_(1e-3)
+        assert Restarts(args, model, updates, World()).before_update(5 * number)
+        found[course, number] = (moment.clone(), layer.weight.detach().clone())
+    for first, second, again in zip(found["one", 1], found["one", 2], found["other", 2], strict=True):
+        assert not torch.equal(first, second)
+        assert torch.equal(second, again)
+
+
 def test_pruning_all_of_a_tensor_and_next_to_nothing():
     state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([[1.0, -2.0], [3.0, 0.5]])}
     parameter = nn.Parameter(torch.zeros(2, 2))
