@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft_pretraining.memory import PROJ_TYPES, SUPPORT_KINDS, block_count
+from peft_pretraining.memory import METHODS, OPTIMIZERS, PROJ_TYPES, SUPPORT_KINDS, block_count
 
-METHODS = ("full", "lowrank", "relora", "sltrain", "galore")
 # Methods whose linears are factors that a restart can act on.
 RESTARTED = ("lowrank", "sltrain")
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 LOW_BIT = ("adam8bit", "adamw4bit")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
@@ -875,7 +873,23 @@ def _method_notices(args: Arguments) -> list[str]:
     ]
     if args.train_scaling and args.peft_model in ("lowrank", "relora", "sltrain") and "lora_alpha" in args.given:
         lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
-    return lines
+    return lines + _no_moments_notices(args)
+
+
+def _no_moments_notices(args: Arguments) -> list[str]:
+    """Flags that say what becomes of moments at a restart, with an optimizer that keeps none."""
+    if args.optimizer != "sgd" or args.beta1:
+        return []
+    names = []
+    if args.peft_model == "relora":
+        names = ["reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning"]
+    elif args.peft_model in RESTARTED and not (args.rebalance or args.restart_warmup_steps or args.grad_norm_growth):
+        names = ["restart_every"]
+    return [
+        f"--{name} has no effect with --optimizer sgd without --beta1: it keeps no moments"
+        for name in names
+        if name in args.given
+    ]
 
 
 def notices(args: Arguments) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from peft_pretraining.model_config import ModelConfig
 
-METHODS = ("full", "lowrank", "sltrain", "relora", "galore")
+METHODS = ("full", "lowrank", "relora", "sltrain", "galore")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 SUPPORT_KINDS = ("uniform", "block")
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")

@@ -105,7 +105,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
-        warnings=(*_warnings(args, world), *_slow_save(found)),
+        warnings=(*_warnings(args, world), *_wide_subspace(args, model), *_slow_save(found)),
     )
 
 
@@ -261,7 +261,7 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     lines = []
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
-    lines += _relora_warnings(args)
+    lines += _relora_warnings(args) + _restart_warnings(args)
     scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
     if args.peft_model in ("lowrank", "sltrain") and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
         what = (
@@ -281,6 +281,17 @@ def _warnings(args: Arguments, world: World) -> list[str]:
     return lines
 
 
+def _wide_subspace(args: Arguments, model: ModelConfig) -> list[str]:
+    """A warning where GaLore's projections leave the gradients as large as they are."""
+    largest = max(min(shape) for shape in memory.linear_shapes(model))
+    if args.peft_model != "galore" or args.rank < largest:
+        return []
+    return [
+        f"--rank {args.rank} with --peft_model galore: no weight's shorter side is above {largest}, so that projected "
+        f"gradients are as large as whole ones, and projections come on top; use --rank {largest // 4}, or --peft_model full"
+    ]
+
+
 def _relora_warnings(args: Arguments) -> list[str]:
     """Where merges and the schedule do not go together."""
     if args.peft_model != "relora" or args.relora is None:
@@ -291,7 +302,7 @@ def _relora_warnings(args: Arguments) -> list[str]:
             "run trains one low-rank change of the weights it starts from; lower --relora"
         ]
     if args.scheduler != "cosine_restarts":
-        if args.restart_warmup_steps:
+        if args.restart_warmup_steps or _cycles_warm_up(args):
             return []
         return [
             f"--relora {args.relora} with --scheduler {args.scheduler}: after a merge the new factors are trained at the full "
@@ -304,6 +315,23 @@ def _relora_warnings(args: Arguments) -> list[str]:
             f"warms up again at other updates than those after merges; use --cycle_length {args.relora} --adjust_step 0"
         ]
     return []
+
+
+def _cycles_warm_up(args: Arguments) -> bool:
+    """Whether the cosine schedule's own cycles begin with a warm-up where factors are merged."""
+    return args.scheduler == "cosine" and args.cycle_length == args.relora and args.warmup_steps > 0
+
+
+def _restart_warnings(args: Arguments) -> list[str]:
+    """Where restarts never come."""
+    if args.peft_model not in RESTARTED or args.restart_every is None or args.max_train_tokens is not None:
+        return []
+    if args.restart_every < args.num_training_steps:
+        return []
+    return [
+        f"--restart_every {args.restart_every} with --num_training_steps {args.num_training_steps}: there is no restart; lower "
+        "--restart_every, or leave it out"
+    ]
 
 
 def _slow_save(found: dict[str, int]) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .functional import without_autocast
 from .linear import hyperparameter_problems
 from .support import generator_for
 
@@ -82,15 +83,21 @@ class ReLoRALinear(nn.Module):
         """(..., in_features) -> (..., out_features). Kept for backward: x, and x A^T, rank numbers for each row."""
         dense = F.linear(x, self.weight, self.bias)
         h = F.linear(x, self.lora_A).reshape(-1, self.rank)
-        scaling = self.effective_scaling()
-        B: Tensor = self.lora_B
-        if isinstance(scaling, Tensor):
-            scaling, B = 1.0, (B * scaling).to(B.dtype)
+        scaling, B = self._scaling_and_B()
         return torch.addmm(dense.reshape(-1, self.out_features), h, B.t(), alpha=scaling).view(dense.shape)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
-        return self.weight + (self.effective_scaling() * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+        scaling, B = self._scaling_and_B()
+        with without_autocast(B):
+            return torch.addmm(self.weight, B, self.lora_A, alpha=scaling)
+
+    def _scaling_and_B(self) -> tuple[float, Tensor]:
+        """A factor and (out, rank), together B with its scale: a trained one is multiplied in."""
+        scaling = self.effective_scaling()
+        if isinstance(scaling, Tensor):
+            return 1.0, (self.lora_B * scaling).to(self.lora_B.dtype)
+        return scaling, self.lora_B
 
     def extra_repr(self) -> str:
         scaling = f"alpha={self.alpha}" if self.scaling is None else "trainable_scaling=True"

@@ -247,6 +247,26 @@ def test_kept_moments_stay():
     assert all(map(torch.equal, before, states))
 
 
+def test_every_merge_prunes_and_rounds_by_other_draws_and_the_same_on_every_course():
+    """Elements that are always the same ones, or weights that are always rounded alike, would not be random."""
+    name = "model.layers.0.mlp.up_proj"
+    found = {}
+    for course, number in (("one", 1), ("one", 2), ("other", 2)):
+        args = arguments(peft_model="relora", relora=5, stochastic_rounding=True, optimizer_random_pruning=0.5)
+        model = build(args, torch.bfloat16)
+        updates = updates_of(model, rounding=StochasticRounding(args.seed))
+        train(model, updates, numbers=range(1))
+        moment = updates.optimizer.state[updates.stepped[f"{name}.lora_A"]]["moment1"].fill_(1.0)
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            layer.lora_B.fill_(1e-3)
+        assert Restarts(args, model, updates, World()).before_update(5 * number)
+        found[course, number] = (moment.clone(), layer.weight.detach().clone())
+    for first, second, again in zip(found["one", 1], found["one", 2], found["other", 2], strict=True):
+        assert not torch.equal(first, second)
+        assert torch.equal(second, again)
+
+
 def test_pruning_all_of_a_tensor_and_next_to_nothing():
     state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([[1.0, -2.0], [3.0, 0.5]])}
     parameter = nn.Parameter(torch.zeros(2, 2))
@@ -402,6 +422,26 @@ def test_attaching_factors_keeps_a_models_function_and_merging_them_its_linears(
     assert merge(model) == ["attn", "mlp"]
     assert type(model.attn) is nn.Linear
     torch.testing.assert_close(model(x), changed)
+
+
+@pytest.mark.parametrize("train_scaling", [False, True])
+def test_the_dense_weight_is_rounded_once(train_scaling):
+    """As a merge rounds it, under autocast too: what is exported is as near as bfloat16 allows."""
+    torch.manual_seed(0)
+    layer = ReLoRALinear(64, 48, 8, alpha=2.4, trainable_scaling=train_scaling, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    # A trained scale is multiplied into B, as in the forward pass.
+    scaled_B = (layer.lora_B * torch.tanh(layer.scaling)).double() if train_scaling else 0.3 * layer.lora_B.double()
+    exact = (layer.weight.double() + scaled_B @ layer.lora_A.double()).detach()
+    with torch.autocast("cpu"):
+        found = layer.dense_weight()
+    assert found.dtype == torch.bfloat16
+    nearest = float((exact.bfloat16().double() - exact).norm())
+    assert float((found.double() - exact).detach().norm()) < 1.01 * nearest
+    with torch.autocast("cpu"):
+        assert layer.float().dense_weight().dtype == torch.float32
 
 
 @pytest.mark.parametrize("train_scaling", [False, True])

@@ -36,7 +36,7 @@ def build_optimizer(
         name: adam | adamw | sgd | adafactor | adam8bit | adamw4bit.
         parameters: trainable ones by qualified name, all on one device.
         lr: learning rate of the first update; the trainer sets it anew before every update.
-        weight_decay: decoupled for adamw and adamw4bit, added to the gradient for the others (as their libraries do).
+        weight_decay: added to the gradient for adam and sgd, decoupled for the others (as their libraries do).
         beta1: sgd's momentum and adafactor's first moment; 0 is off. The Adam family keeps (0.9, 0.999), as published.
         embedding_bits: 32 for float32 moments of embedding and output head with adam8bit and adamw4bit; None: as the others.
         rounding: stochastic rounding of bfloat16 parameters, for the Adam family.
@@ -50,7 +50,9 @@ def build_optimizer(
         kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
         return kind(trained, lr=lr, weight_decay=weight_decay, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(trained, lr=lr, weight_decay=weight_decay, momentum=beta1, fused=True)
+        # torch's fused kernel for CPUs leaves 16-bit parameters as they are (2.13; its issue 191763).
+        fused = all(p.device.type != "cpu" or p.dtype in (torch.float32, torch.float64) for p in trained)
+        return torch.optim.SGD(trained, lr=lr, weight_decay=weight_decay, momentum=beta1, fused=fused)
     if name == "adafactor":
         return _adafactor(trained, lr, weight_decay, beta1)
     if name not in ("adam", "adamw", "adam8bit", "adamw4bit"):

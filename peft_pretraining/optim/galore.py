@@ -120,12 +120,13 @@ class GaLore(torch.optim.Optimizer):
         kept = 1 - lr * weight_decay if self._decoupled else 1.0
         left, right = _factors(state, update)
         if self._rounding is None or matrix.dtype != torch.bfloat16:
-            matrix.addmm_(left, right, alpha=self._subspace.scale).mul_(kept)
+            # Decay and step are rounded together: of bfloat16 weights decay alone is below half a spacing, and would be lost.
+            matrix.addmm_(left, right, beta=kept, alpha=kept * self._subspace.scale)
             return
         noise = self._rounding.generator(self._names[matrix], state[_UPDATES], matrix.device)
         right, rows = right.float(), max(1, SLICE_ELEMENTS // matrix.shape[1])
         for some, factor in zip(matrix.split(rows), left.split(rows), strict=True):
-            target = some.float().addmm_(factor.float(), right, alpha=self._subspace.scale).mul_(kept)
+            target = some.float().addmm_(factor.float(), right, beta=kept, alpha=kept * self._subspace.scale)
             round_stochastically_(some, target, noise)
 
     def _project_anew(self, state: dict[str, Any], gradient: torch.Tensor) -> None:

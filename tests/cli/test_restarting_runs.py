@@ -211,6 +211,19 @@ def test_what_cannot_work_is_refused_with_one_message(flags, capsys, extra, word
         (["--peft_model", "full", "--restart_every", "2"], ["--restart_every has no effect with --peft_model full"]),
         (["--peft_model", "sltrain", "--relora", "2"], ["--relora has no effect with --peft_model sltrain"]),
         ([*RELORA, "--sp_ratio", "0.1"], ["--sp_ratio has no effect with --peft_model relora"]),
+        ([*SLTRAIN, "--restart_every", "6"], ["--restart_every 6 with --num_training_steps 6", "no restart"]),
+        (
+            [*RELORA, "--optimizer", "sgd", "--optimizer_random_pruning", "0.5"],
+            ["--optimizer_random_pruning has no effect with --optimizer sgd without --beta1", "no moments"],
+        ),
+        (
+            ["--peft_model", "lowrank", "--restart_every", "2", "--optimizer", "sgd"],
+            ["--restart_every has no effect with --optimizer sgd without --beta1"],
+        ),
+        (
+            ["--peft_model", "galore", "--rank", "32"],
+            ["--rank 32 with --peft_model galore", "shorter side", "--rank 8"],
+        ),
     ],
 )
 def test_the_plan_and_the_notices_say_what_happens(flags, capsys, extra, words):
@@ -219,11 +232,44 @@ def test_the_plan_and_the_notices_say_what_happens(flags, capsys, extra, words):
     assert all(word in said.out + said.err for word in words), said
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        # The cosine's own cycles warm up where factors are merged.
+        [*RELORA, "--cycle_length", "2"],
+        [*RELORA, "--optimizer", "sgd", "--beta1", "0.9", "--optimizer_random_pruning", "0.5", *CYCLES],
+        [*SLTRAIN, "--optimizer", "sgd"],
+        [*SLTRAIN, "--restart_every", "5"],
+        ["--peft_model", "galore"],
+    ],
+)
+def test_what_has_its_effect_is_not_warned_of(flags, capsys, extra):
+    assert torchrun_main.main([*flags, *extra, "--dry_run"]) == 0
+    said = capsys.readouterr()
+    assert "warning: --" not in said.out
+    assert not any(f"--{name} has no effect" in said.err for name in ("restart_every", "optimizer_random_pruning"))
+
+
 def test_the_rate_after_a_restart(flags):
     args = parse_args([*flags, *SLTRAIN, "--restart_every", "3", "--warmup_steps", "0", "--scheduler", "linear"])
     plan = make_plan(args, World())
     rates = [learning_rate(args, plan, step, 0) / (0.003 * (6 - step) / 6) for step in range(6)]
     assert rates == pytest.approx([1, 1, 1, 0.5, 1, 1])
+
+
+def test_the_rate_after_a_merge(flags):
+    """A schedule that restarts is taken as it is; one that does not is multiplied by a warm-up."""
+    relora = ["--peft_model", "relora", "--relora", "3", "--restart_warmup_steps", "2", "--warmup_steps", "2"]
+
+    def rates(*schedule: str) -> list[float]:
+        args = parse_args([*flags, *relora, "--scheduler", *schedule])
+        return [learning_rate(args, make_plan(args, World()), step, 0) / 0.003 for step in range(6)]
+
+    assert rates("linear") == pytest.approx([0, 1 / 2, 1, 3 / 4 / 3, 2 / 4 * 2 / 3, 1 / 4])
+    # One cosine from update 2 to 6; after the merge from 0 to its value there.
+    at_merge = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 3 / 4))
+    restarting = rates("cosine_restarts", "--cycle_length", "3", "--min_lr_ratio", "0.2")
+    assert restarting == pytest.approx([0, 1 / 2, 1, 0, at_merge / 2, at_merge])
 
 
 def test_estimate_needs_no_interval(flags, capsys):

@@ -1,15 +1,22 @@
 """Merges and restarts in two processes, each with all of the model or with a part of it: the course of one process."""
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import forked
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.compare_runs import deviations
+from peft_pretraining import restarts
 from peft_pretraining.build import load_model
-from sparse_lora import merge
+from peft_pretraining.config import Arguments
+from peft_pretraining.distributed import World, process_group
+from peft_pretraining.optim import WholeUpdate, build_optimizer
+from sparse_lora import attach_relora, merge
 
 RELORA = ["--peft_model", "relora", "--relora", "2", "--restart_warmup_steps", "1"]
 SLTRAIN = ["--peft_model", "sltrain", "--restart_every", "2", "--rebalance"]
@@ -63,6 +70,7 @@ def assert_near(one: Path, other: Path) -> None:
         ("fsdp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--train_scaling"]),
         pytest.param("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"], marks=pytest.mark.full),
         ("fsdp", [*SLTRAIN, "--init", "svd", "--per_layer"]),
+        ("fsdp", [*SLTRAIN, "--peft_model", "lowrank", "--train_scaling"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(word.strip("-") for word in value[1::2]),
 )
@@ -81,3 +89,40 @@ def test_accumulation_in_two_processes_that_share_a_frozen_model(tmp_path, commo
     train(tmp_path / "one", 1, *common, "--batch_size", "8", *RELORA)
     train(tmp_path / "two", 2, *common, "--batch_size", "2", "--parallel", "fsdp", *RELORA)
     assert_near(tmp_path / "one", tmp_path / "two")
+
+
+def add_product_as_elsewhere_(add_product_, layer, noise=None) -> None:
+    """What another machine's library may make of the same merge."""
+    add_product_(layer, noise)
+    layer.weight.mul_(1 + 2**-20)
+
+
+def merging(rank: int, port: int, results: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    world = World(rank, 2, rank, 2)
+    if rank == 1:
+        restarts.add_product_ = partial(add_product_as_elsewhere_, restarts.add_product_)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": nn.Linear(12, 20)})
+    attach_relora(model, rank=4)
+    nn.init.normal_(model["mlp"].lora_B)
+    start = model["mlp"].weight.clone()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    updates = WholeUpdate(partial(build_optimizer, "adamw", lr=0.0, weight_decay=0.0), trained, world)
+    with process_group(world, torch.device("cpu"), 60.0):
+        restarts.Restarts(Arguments(peft_model="relora", relora=1), model, updates, world).before_update(1)
+    assert not torch.equal(start, model["mlp"].weight)
+    torch.save(model["mlp"].weight, results / f"{rank}.pt")
+
+
+def test_a_merge_that_machines_round_differently_leaves_one_model(tmp_path):
+    """Nothing else would ever bring frozen weights together again."""
+    port = forked.free_port()
+    processes = [forked.SERVER.Process(target=merging, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)

@@ -109,6 +109,70 @@ def test_the_step_is_that_of_galore_torch(proj_type, shape, decay):
     assert float((ours.detach() - start).abs().max()) > 0.02  # far above the tolerance
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+@pytest.mark.parametrize("name", ["adafactor", "adam8bit"])
+def test_the_other_published_optimizers_step_as_in_galore_torch(name, shape, monkeypatch):
+    """Ten updates, projected anew after the fourth and eighth; what is projected is large enough for moments of 8 bits."""
+    theirs = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # theirs waits for a GPU
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(shape))
+    reference = nn.Parameter(ours.detach().clone())
+    build = partial(build_galore, name, matrices=("m",), subspace=Subspace(48, gap=4), world=World(), lr=0.0)
+    updates = WholeUpdate(partial(build, weight_decay=0.0), {"m": ours}, World())
+    groups = [{"params": [reference], "rank": 48, "update_proj_gap": 4, "scale": 0.25, "proj_type": "std"}]
+    if name == "adafactor":
+        other = theirs.GaLoreAdafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
+    else:
+        other = theirs.GaLoreAdamW8bit(groups, lr=1e-3, weight_decay=0.0)
+    start = ours.detach().clone()
+    for number in range(10):
+        gradient = torch.randn(shape) * torch.linspace(0.5, 2, shape[1])
+        updates.begin(0.01 * (1 + number))
+        ours.grad, reference.grad = gradient.clone(), gradient.clone()
+        updates.finish(torch.zeros(()))
+        for group in other.param_groups:
+            group["lr"] = 0.01 * (1 + number)
+        other.step()
+    moved, wanted = ours.detach() - start, reference.detach() - start
+    assert float((moved - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])
+def test_weight_decay_is_that_of_the_optimizer_itself(name, dtype):
+    """Of a gradient of zeros nothing else is left, where the subspace is the whole space."""
+    found = []
+    for matrices in (("m",), ()):
+        matrix = nn.Parameter(torch.full((8, 8), 1.5, dtype=dtype))
+        subspace = Subspace(8, scale=1.0)
+        build = partial(build_galore, name, matrices=matrices, subspace=subspace, world=World(), lr=0.0)
+        updates = WholeUpdate(partial(build, weight_decay=0.5), {"m": matrix}, World())
+        updates.begin(0.1)
+        matrix.grad = torch.zeros_like(matrix)
+        updates.finish(torch.zeros(()))
+        found.append(matrix.detach().float())
+    torch.testing.assert_close(*found, rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=0)
+    assert float(found[0].mean()) == pytest.approx(1.5 * 0.95, rel=2**-8)
+
+
+def test_a_small_decay_of_bfloat16_weights_is_rounded_together_with_the_step():
+    """Rounded after it, a decay below half of a bfloat16's spacing would be lost whole."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16()
+    ends = {}
+    for decay in (0.0, 0.01):
+        matrix = nn.Parameter(start.clone())
+        build = partial(build_galore, "adamw", matrices=("m",), subspace=Subspace(8), world=World(), lr=0.0)
+        updates = WholeUpdate(partial(build, weight_decay=decay), {"m": matrix}, World())
+        updates.begin(0.1)
+        matrix.grad = gradient.clone()
+        updates.finish(torch.zeros(()))
+        ends[decay] = matrix.detach().double()
+    shrunk = ((ends[0.01] - ends[0.0]) * ends[0.0]).sum() / ends[0.0].square().sum()
+    assert float(shrunk) == pytest.approx(-0.1 * 0.01, rel=0.1)
+
+
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 def test_the_projection_is_the_best_of_its_rank(proj_type):
     """By its definition, without the sign of a singular vector: what it leaves of the gradient is the smaller singular values."""
