@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from peft_pretraining.allocator import set_allocator
-from peft_pretraining.config import Arguments, ConfigError, notices, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.distributed import World
+from peft_pretraining.notices import notices
 
 if TYPE_CHECKING:
     import torch

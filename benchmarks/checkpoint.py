@@ -26,7 +26,8 @@ from memory import random_batch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.build import build_module, build_updates, resolve_dtype
-from peft_pretraining.config import Arguments, ConfigError, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.distributed import World, pick_device
 from peft_pretraining.loss import TokenLoss
 from peft_pretraining.plan import Plan, make_plan

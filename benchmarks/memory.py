@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.allocator import set_allocator
 from peft_pretraining.build import build_module, build_updates, resolve_dtype
-from peft_pretraining.config import ConfigError, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import ConfigError
 from peft_pretraining.distributed import World, device_memory, pick_device
 from peft_pretraining.footprint import measured_bytes
 from peft_pretraining.loss import TokenLoss

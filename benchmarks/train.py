@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft_pretraining import memory
 from peft_pretraining.allocator import set_allocator
 from peft_pretraining.build import resolve_dtype
-from peft_pretraining.config import ConfigError, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import ConfigError
 from peft_pretraining.distributed import World, pick_device
 from peft_pretraining.metrics import peak_memory_bytes
 from peft_pretraining.model_config import load_model_config

@@ -1,34 +1,50 @@
-"""The program's arguments: one dataclass per topic, parsed with plain argparse, checked before anything heavy is loaded.
+"""The program's arguments: one dataclass per topic, what each may be, and what they say of a run.
 
-`Arguments` holds what the user asked for; what follows from it (accumulation, steps, tokens) is `plan.Plan`. No torch in
-here: `--help` and every argument error must answer in about a second.
+`Arguments` holds what the user asked for (read by `command_line`, checked by `refusals`); what follows from it (accumulation,
+steps, tokens) is `plan.Plan`. No torch in here: `--help` and every argument error must answer in about a second.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from peft_pretraining.memory import METHODS, OPTIMIZERS, PROJ_TYPES, SUPPORT_KINDS, block_count
+from peft_pretraining.memory import METHODS, OPTIMIZERS, PROJ_TYPES, SUPPORT_KINDS
 
 # Methods whose linears are factors that a restart can act on.
 RESTARTED = ("lowrank", "sltrain")
+
+
 LOW_BIT = ("adam8bit", "adamw4bit")
+
+
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
+
+
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+
+
 INITS = ("default", "svd")
+
+
 LINEAR_PATHS = ("auto", "materialised", "factored")
+
+
 PARALLEL = ("ddp", "fsdp")
+
+
 EMBEDDING_STATES = ("32bit", "8bit")
+
+
 ON_BAD_RECORD = ("skip", "fail")
+
+
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -320,6 +336,7 @@ class Arguments(SystemArguments, RunArguments, OptimizationArguments, DataArgume
 
 GROUPS = (ModelArguments, MethodArguments, DataArguments, OptimizationArguments, RunArguments, SystemArguments)
 
+
 # Arguments that say which run this is; the default save_dir is keyed by them, so that the same script finds its run.
 RUN_DEFINING = (
     *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
@@ -332,6 +349,7 @@ RUN_DEFINING = (
     *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding", "reduce_dtype", "compute_dtype"),
     *("warmup_steps", "cycle_length", "restart_warmup_steps", "adjust_step"),
 )
+
 
 # Of a run that goes on, these can be other than before where --allow_changes names them ("dataset": its contents too).
 CHANGEABLE = (
@@ -349,12 +367,15 @@ CHANGEABLE = (
     *("optimizer_random_pruning", "optimizer_magnitude_pruning"),
     *("lora_alpha", "document_mask", "dataset", "text_field", "tokenizer", "reduce_dtype", "compute_dtype"),
 )
+
+
 # These cannot: the checkpoint's tensors or its data position would not fit.
 UNCHANGEABLE = (
     *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "train_scaling", "support", "proj_type", "seed"),
     *("max_length", "packing", "data_lanes"),
     *("optimizer", "beta1", "embedding_states", "stochastic_rounding"),
 )
+
 
 # What --warmed_up_model takes from the full-rank run is its weights and how far it has come: method, optimizer and schedule
 # are the new run's own.
@@ -370,193 +391,10 @@ def allowed_changes(args: Arguments) -> frozenset[str]:
     return frozenset(name.strip() for name in (args.allow_changes or "").split(",") if name.strip())
 
 
-def _allow_changes_problems(args: Arguments) -> list[str]:
-    problems = []
-    for name in sorted(allowed_changes(args) - set(CHANGEABLE)):
-        if name in UNCHANGEABLE:
-            reason = "cannot change in a run that goes on: what the checkpoint holds would not fit"
-        elif name in {field.name for field in dataclasses.fields(Arguments)}:
-            reason = "may always change, it is not compared; leave it out"
-        else:
-            reason = f"is no argument{_suggestion(name, set(CHANGEABLE))}"
-        problems.append(f"--allow_changes {name}: {reason}; names that can be given: {', '.join(sorted(CHANGEABLE))}")
-    return problems
-
-
-def parse_tokens(text: str) -> int:
-    """Number of tokens from `150M`, `1.1B`, `2k` or plain digits (powers of 1000). Raises ValueError."""
-    units = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-    number, unit = (text[:-1], units.get(text[-1:].lower())) if text[-1:].lower() in units else (text, 1)
-    value = float(number) * (unit or 1)
-    if not math.isfinite(value) or value != int(value):
-        raise ValueError(f"{text!r} is not a whole number of tokens")
-    return int(value)
-
-
-def _parse_bool(text: str) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return words[text.lower()]
-
-
-def _tokens_argument(text: str) -> int:
-    try:
-        return parse_tokens(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 150M, 1.1B or 20000") from None
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that reports an error as one line instead of the whole usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])
-
-
-def _parser_for(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """argparse keywords for one dataclass field."""
-    annotation = str(field.type)
-    metadata = field.metadata
-    if metadata.get("const"):
-        return {"nargs": "?", "const": metadata["const"]}
-    if annotation.startswith("bool"):
-        return {"nargs": "?", "const": True, "type": _parse_bool, "metavar": "true|false"}
-    if metadata.get("type") == "tokens":
-        return {"type": _tokens_argument, "metavar": "TOKENS"}
-    for name, kind in (("int", int), ("float", float)):
-        if annotation.startswith(name):
-            return {"type": kind, "metavar": name.upper()}
-    return {"metavar": "NAME" if metadata.get("choices") else "TEXT"}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, grouped by topic; defaults stay None here, which tells what was given from what was not."""
-    parser = _Parser(
-        prog="torchrun_main.py",
-        description="Pretrain a LLaMA from a JSON config, its linears full-rank, low-rank, or sparse plus low-rank (SLTrain).",
-        epilog="Every flag can also stand in a YAML or JSON file (--config FILE). Start: bash scripts/quickstart.sh",
-        allow_abbrev=False,
-    )
-    add_flags(parser)
-    return parser
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """All flags, grouped by topic, their defaults None."""
-    for group_class in GROUPS:
-        group = parser.add_argument_group(str(group_class.__doc__))
-        for field in dataclasses.fields(group_class):
-            shown = field.default not in (None, False, "") and not field.metadata.get("required")
-            default = f" (default: {field.default})" if shown else ""
-            note = " (required)" if field.metadata.get("required") else default
-            text = (field.metadata["help"] + note).replace("%", "%%")
-            group.add_argument(f"--{field.name}", default=None, help=text, **_parser_for(field))
-
-
-def _read_config_file(path: str) -> dict[str, Any]:
-    """Values of a --config file, checked for unknown names. Raises ConfigError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config {path}: cannot be read ({error})"]) from None
-    try:
-        if path.endswith((".yaml", ".yml")):
-            import yaml
-
-            values = yaml.safe_load(text)
-        else:
-            values = json.loads(text)
-    except ValueError as error:
-        raise ConfigError([f"--config {path}: not valid JSON ({error})"]) from None
-    except Exception as error:  # yaml.YAMLError, named without importing yaml above
-        raise ConfigError([f"--config {path}: not valid YAML ({' '.join(str(error).split())})"]) from None
-    if not isinstance(values, dict):
-        raise ConfigError([f"--config {path}: must hold names and values, not a {type(values).__name__}"])
-    return values
-
-
-def _file_to_argv(path: str, values: dict[str, Any]) -> list[str]:
-    """A config file's values as the command line that says the same, so that both are parsed by one rule."""
-    names = {field.name for field in dataclasses.fields(Arguments)} - {"given", "config"}
-    bare = {field.name for field in dataclasses.fields(Arguments) if field.metadata.get("const")}
-    problems, argv = [], []
-    for key, value in values.items():
-        if key not in names:
-            problems.append(f"--config {path}: unknown name {key!r}{_suggestion(str(key), names)}")
-        elif isinstance(value, (dict, list)):
-            problems.append(f"--config {path}: {key} must be a single value, not {value!r}")
-        elif isinstance(value, bool) and key in bare:
-            argv += [f"--{key}"] if value else []
-        elif value is not None:
-            argv.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
-    if problems:
-        raise ConfigError(problems)
-    return argv
-
-
-def _suggestion(name: str, known: set[str]) -> str:
+def suggestion(name: str, known: set[str]) -> str:
+    """What to add to a message about an unknown name: the known one that is close, if any."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def parse_args(argv: Sequence[str]) -> Arguments:
-    """Arguments from a command line, with values normalised and every problem of a single value reported.
-
-    Raises:
-        ConfigError: an unknown flag, a value of the wrong kind or out of range, a name that is none of the choices.
-    """
-    parsed, unknown = build_parser().parse_known_args(list(argv))
-    given = with_config_file(given_flags(parsed))
-    flags = {f"--{field.name}" for field in dataclasses.fields(Arguments)}
-    if unknown:
-        first = unknown[0].split("=")[0]
-        raise ConfigError([f"unknown argument {' '.join(unknown)}{_suggestion(first, flags)}; --help lists every flag"])
-    return arguments_from(given)
-
-
-def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
-    """What was said of `add_flags`' flags, by name."""
-    names = {field.name for field in dataclasses.fields(Arguments)}
-    return {name: value for name, value in vars(parsed).items() if name in names and value is not None}
-
-
-def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """What was said, over what the --config file that it may name says. Raises ConfigError."""
-    if "config" not in given:
-        return given
-    said = _file_to_argv(given["config"], _read_config_file(given["config"]))
-    return {**given_flags(build_parser().parse_args(said)), **given}
-
-
-def arguments_from(given: dict[str, Any]) -> Arguments:
-    """Arguments from what was said, by name. Raises ConfigError."""
-    problems = [
-        f"--{field.name} is required: {field.metadata['help']}"
-        for field in dataclasses.fields(Arguments)
-        if field.metadata.get("required") and field.name not in given
-    ]
-    values, more = _without_galore_names(given)
-    values = _without_per_layer_names(values)
-    problems += more + _normalise_choices(values)
-    if problems:
-        raise ConfigError(problems)
-    args = Arguments(**values, given=frozenset(given))
-    problems = value_problems(args)
-    if problems:
-        raise ConfigError(problems)
-    if args.grad_clipping == 0:
-        args.grad_clipping = None
-    return args
-
-
-# Published optimizer names of GaLore, and the optimizer in the subspace.
-GALORE_NAMES = {
-    "galore_adamw": "adamw",
-    "galore_adafactor": "adafactor",
-    "galore_adamw8bit": "adam8bit",
-    "galore_adamw8bit_per_layer": "adam8bit_per_layer",
-}
 
 
 def embedding_bits(args: Arguments) -> int | None:
@@ -564,52 +402,6 @@ def embedding_bits(args: Arguments) -> int | None:
     if args.optimizer not in LOW_BIT:
         return None
     return 8 if args.embedding_states == "8bit" else 32
-
-
-def _without_galore_names(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values with a published name such as galore_adamw as adamw and --peft_model galore; a problem where another was given."""
-    name = str(given.get("optimizer", "")).lower()
-    if name not in GALORE_NAMES:
-        return dict(given), []
-    inside = GALORE_NAMES[name]
-    method = given.get("peft_model", "galore")
-    values = {**given, "optimizer": inside, "peft_model": method}
-    if str(method).lower() == "galore":
-        return values, []
-    return values, [
-        f"--optimizer {given['optimizer']} with --peft_model {method}: it steps dense weights in a subspace, which is "
-        f"--peft_model galore; leave --peft_model out, or use --optimizer {inside}"
-    ]
-
-
-def _without_per_layer_names(given: dict[str, Any]) -> dict[str, Any]:
-    """Values with a published name such as adam8bit_per_layer as adam8bit and --per_layer.
-
-    Published scripts pass --grad_clipping to these, where it had no effect; it has none here either, with a notice.
-    """
-    name = str(given.get("optimizer", "")).lower()
-    if not name.endswith("_per_layer"):
-        return dict(given)
-    values = {**given, "optimizer": name.removesuffix("_per_layer")}
-    if "per_layer" not in given:
-        values |= {"per_layer": True, "grad_clipping": None}
-    return values
-
-
-def _normalise_choices(given: dict[str, Any]) -> list[str]:
-    """Lower-case the names that are chosen from a list, in place; problems for those that are none of them."""
-    problems = []
-    for field in dataclasses.fields(Arguments):
-        choices = field.metadata.get("choices")
-        if choices is None or field.name not in given:
-            continue
-        value = str(given[field.name]).lower()
-        if value in choices:
-            given[field.name] = choices[value] if isinstance(choices, dict) else value
-        else:
-            hint = _suggestion(value, set(choices))
-            problems.append(f"--{field.name} {given[field.name]}: must be one of {', '.join(choices)}{hint}")
-    return problems
 
 
 def arguments_of_record(values: dict[str, Any]) -> Arguments:
@@ -632,70 +424,6 @@ def arguments_of_record(values: dict[str, Any]) -> Arguments:
     return Arguments(**known)
 
 
-def value_problems(args: Arguments) -> list[str]:
-    """Problems of single values and of pairs that need neither the model nor the number of processes."""
-    problems = _range_problems(args)
-    if args.peft_model == "sltrain" and not 0 < args.sp_ratio < 1:
-        problems.append(
-            f"--sp_ratio {args.sp_ratio}: must lie strictly between 0 and 1 (e.g. 0.03); "
-            "for no sparse part use --peft_model lowrank"
-        )
-    elif args.peft_model == "sltrain" and args.support == "block":
-        problems += _block_problems(args.sp_ratio)
-    if not 0 <= args.beta1 < 1:
-        problems.append(f"--beta1 {args.beta1}: must be at least 0 and below 1")
-    if not 0 <= args.min_lr_ratio <= 1:
-        problems.append(f"--min_lr_ratio {args.min_lr_ratio}: must lie between 0 and 1")
-    if not Path(args.model_config).is_file():
-        problems.append(
-            f"--model_config {args.model_config}: no such file (configs/ holds llama_9m.json to llama_13b.json)"
-        )
-    if args.single_gpu and "parallel" in args.given:
-        problems.append(
-            f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two"
-        )
-    if args.per_layer and args.grad_clipping:
-        problems.append(
-            f"--grad_clipping {args.grad_clipping} with --per_layer: the global norm is not known before the first parameter is "
-            "stepped; use --grad_norm_growth 1.01, which limits each tensor's norm, or drop one of the two"
-        )
-    problems += _parallel_problems(args)
-    problems += _relora_problems(args) + _restart_problems(args)
-    if args.stochastic_rounding and args.optimizer not in ("adam", "adamw", *LOW_BIT):
-        problems.append(
-            f"--stochastic_rounding with --optimizer {args.optimizer}: works with adam, adamw, adam8bit and adamw4bit"
-        )
-    if args.grad_norm_growth is not None and not 1 <= args.grad_norm_growth < math.inf:
-        problems.append(f"--grad_norm_growth {args.grad_norm_growth}: must be at least 1 and finite, e.g. 1.01")
-    problems += _allow_changes_problems(args)
-    if args.continue_from is not None and not Path(args.continue_from).is_dir():
-        problems.append(f"--continue_from {args.continue_from}: no such folder")
-    device, _, index = args.device.partition(":")
-    if device not in ("auto", "cpu", "cuda") or (index and not (device == "cuda" and index.isdigit())):
-        problems.append(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
-    return problems
-
-
-def _parallel_problems(args: Arguments) -> list[str]:
-    problems = []
-    if args.parallel == "fsdp" and args.peft_model == "galore":
-        problems.append(
-            "--parallel fsdp with --peft_model galore: the projection is the SVD of a weight's whole gradient, of which a "
-            "process has a part; use --parallel ddp, with --per_layer and adam8bit where memory is short, or --peft_model sltrain"
-        )
-    if args.parallel == "fsdp" and args.optimizer == "adafactor":
-        problems.append(
-            "--parallel fsdp with --optimizer adafactor: its second moments are means over whole rows and columns, of which a "
-            "process has a part; use adam8bit or adamw4bit, whose moments are as small, or --parallel ddp"
-        )
-    if args.compute_dtype is not None and args.parallel != "fsdp":
-        problems.append(
-            f"--compute_dtype {args.compute_dtype} with --parallel {args.parallel}: parameters are cast as they are gathered; "
-            "use --parallel fsdp, or --dtype bfloat16"
-        )
-    return problems
-
-
 def restart_interval(args: Arguments) -> int | None:
     """Update steps from one restart to the next: ReLoRA's merges, or those of a method with factors; None without."""
     if args.peft_model == "relora":
@@ -712,145 +440,10 @@ def moments_at_a_merge(args: Arguments) -> tuple[str, float]:
     return ("keep", 0.0) if args.reset_optimizer_on_relora is False else ("zero", 1.0)
 
 
-def _relora_problems(args: Arguments) -> list[str]:
-    if args.peft_model != "relora":
-        return []
-    problems = []
-    if args.relora is None:
-        problems.append(
-            "--peft_model relora needs --relora N (update steps between merges), e.g. --relora 1000; without merges it "
-            "would train one low-rank change of random weights"
-        )
-    prunings = {
-        name: getattr(args, name)
-        for name in ("optimizer_random_pruning", "optimizer_magnitude_pruning")
-        if getattr(args, name) is not None
-    }
-    for name, share in prunings.items():
-        if not 0 < share <= 1:
-            problems.append(f"--{name} {share}: must be a share above 0 and at most 1, e.g. 0.9")
-        if args.optimizer not in ("adam", "adamw", "sgd"):
-            problems.append(
-                f"--{name} {share} with --optimizer {args.optimizer}: its moments are quantised or factored, and not pruned one "
-                "by one; use --reset_optimizer_on_relora true, or --optimizer adamw"
-            )
-        if args.reset_optimizer_on_relora:
-            problems.append(
-                f"--{name} {share} with --reset_optimizer_on_relora true: nothing is left to prune; drop one of the two"
-            )
-    if len(prunings) == 2:
-        problems.append(
-            "--optimizer_random_pruning with --optimizer_magnitude_pruning: moments are pruned in one way; drop one of the two"
-        )
-    if args.max_train_tokens is not None and args.scheduler == "cosine_restarts":
-        problems.append(
-            f"--max_train_tokens {args.max_train_tokens} with --relora and --scheduler cosine_restarts: the schedule would "
-            "restart by tokens and the factors by updates; use --num_training_steps"
-        )
-    if args.warmed_up_model is not None and not Path(args.warmed_up_model).is_dir():
-        problems.append(f"--warmed_up_model {args.warmed_up_model}: no such folder")
-    if args.warmed_up_model is not None and args.continue_from is not None:
-        problems.append(
-            f"--warmed_up_model {args.warmed_up_model} with --continue_from {args.continue_from}: a run begins from one of them; "
-            "drop one of the two"
-        )
-    return problems
-
-
-def _restart_problems(args: Arguments) -> list[str]:
-    problems = []
-    if args.restart_every is not None and args.peft_model == "relora":
-        problems.append(
-            f"--restart_every {args.restart_every} with --peft_model relora: it restarts at its merges; use --relora N"
-        )
-    if args.restart_every is not None and args.peft_model in RESTARTED and args.scheduler == "cosine_restarts":
-        problems.append(
-            f"--restart_every {args.restart_every} with --scheduler cosine_restarts: that schedule has restarts of its own, at "
-            "other updates; use --scheduler cosine or linear"
-        )
-    if args.rebalance and args.peft_model in RESTARTED and args.restart_every is None:
-        problems.append(
-            "--rebalance needs --restart_every N: factors are replaced at restarts, e.g. --restart_every 200"
-        )
-    interval, warmup = restart_interval(args), args.restart_warmup_steps
-    if interval and warmup is not None and args.scheduler != "cosine_restarts" and warmup >= interval:
-        name = "relora" if args.peft_model == "relora" else "restart_every"
-        problems.append(
-            f"--restart_warmup_steps {warmup}: must be below --{name} {interval}, or the rate never comes back to the schedule's"
-        )
-    return problems
-
-
-def _block_problems(sp_ratio: float) -> list[str]:
-    """Blocks have a share 1 / k of a weight's entries; it must be near what was asked for (sparse_lora.block.block_count)."""
-    blocks = block_count(sp_ratio)
-    if abs(1 / blocks - sp_ratio) <= 0.05 * sp_ratio:
-        return []
-    below, above = 1 / (int(1 / sp_ratio) + 1), 1 / int(1 / sp_ratio)
-    return [
-        f"--sp_ratio {sp_ratio} with --support block: k blocks have a share 1/k of a weight's entries, the nearest are "
-        f"{below:.4g} and {above:.4g}; choose one of them, or --support uniform"
-    ]
-
-
-def _range_problems(args: Arguments) -> list[str]:
-    at_least_one = (
-        "rank",
-        "update_proj_gap",
-        "max_length",
-        "batch_size",
-        "num_training_steps",
-        "save_every",
-        "eval_every",
-        "log_every",
-    )
-    optional_at_least_one = (
-        "gradient_accumulation",
-        "total_batch_size",
-        "max_train_tokens",
-        "eval_tokens",
-        "data_lanes",
-        "cycle_length",
-        "keep_checkpoints",
-        "restart_every",
-        "relora",
-    )
-    not_negative = (
-        "warmup_steps",
-        "weight_decay",
-        "grad_clipping",
-        "workers",
-        "seed",
-        "restart_warmup_steps",
-        "adjust_step",
-    )
-    problems = []
-    for name in (
-        at_least_one
-        + optional_at_least_one
-        + not_negative
-        + ("lr", "lora_alpha", "galore_scale", "sp_ratio", "min_lr_ratio", "beta1")
-    ):
-        value = getattr(args, name)
-        if value is None:
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"--{name} {value}: must be a finite number")
-        elif name in at_least_one + optional_at_least_one and value < 1:
-            problems.append(f"--{name} {value}: must be at least 1")
-        elif name in not_negative and value < 0:
-            problems.append(f"--{name} {value}: must not be negative")
-        elif name in ("lr", "lora_alpha", "galore_scale") and value <= 0:
-            problems.append(f"--{name} {value}: must be above 0")
-    if args.seed >= 2**63:
-        problems.append(f"--seed {args.seed}: must be below 2^63")
-    if args.max_length == 1:
-        problems.append("--max_length 1: a sequence of one token has nothing to predict; use at least 2")
-    return problems
-
-
 # Flags that several methods read and this one does not; those of a single method say so in their own metadata.
 _RESTARTS = ("init", "restart_every", "rebalance")
+
+
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path", *_RESTARTS),
     "galore": ("sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path", *_RESTARTS),
@@ -858,87 +451,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "relora": ("sp_ratio", "support", "linear_path", "init", "rebalance"),
     "sltrain": (),
 }
-
-
-def _method_notices(args: Arguments) -> list[str]:
-    lines = []
-    for field in dataclasses.fields(MethodArguments):
-        method = field.metadata.get("method")
-        if method not in (None, args.peft_model) and field.name in args.given:
-            lines.append(f"--{field.name} has no effect with --peft_model {args.peft_model}: it belongs to {method}")
-    lines += [
-        f"--{name} has no effect with --peft_model {args.peft_model}"
-        for name in WITHOUT_EFFECT[args.peft_model]
-        if name in args.given
-    ]
-    if args.train_scaling and args.peft_model in ("lowrank", "relora", "sltrain") and "lora_alpha" in args.given:
-        lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
-    return lines + _no_moments_notices(args)
-
-
-def _no_moments_notices(args: Arguments) -> list[str]:
-    """Flags that say what becomes of moments at a restart, with an optimizer that keeps none."""
-    if args.optimizer != "sgd" or args.beta1:
-        return []
-    names = []
-    if args.peft_model == "relora":
-        names = ["reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning"]
-    elif args.peft_model in RESTARTED and not (args.rebalance or args.restart_warmup_steps or args.grad_norm_growth):
-        names = ["restart_every"]
-    return [
-        f"--{name} has no effect with --optimizer sgd without --beta1: it keeps no moments"
-        for name in names
-        if name in args.given
-    ]
-
-
-def notices(args: Arguments) -> list[str]:
-    """One line for each flag that was given and has no effect in this run."""
-    lines = _method_notices(args)
-    if args.use_hf_model:
-        lines.append("--use_hf_model has no effect: the model always is transformers' LLaMA")
-    if args.lora_dropout:
-        lines.append(f"--lora_dropout {args.lora_dropout} has no effect: the published layer never applied it")
-    if args.document_mask and not args.packing:
-        lines.append("--document_mask has no effect without --packing: a sequence holds one document")
-    if "beta1" in args.given and args.optimizer not in ("sgd", "adafactor"):
-        lines.append(f"--beta1 {args.beta1} has no effect with --optimizer {args.optimizer}: the Adam family keeps 0.9")
-    if (
-        args.per_layer
-        and "grad_clipping" in args.given
-        and args.grad_clipping is None
-        and "per_layer" not in args.given
-    ):
-        lines.append(
-            "--grad_clipping has no effect with an optimizer named *_per_layer, as published; --grad_norm_growth 1.01 limits "
-            "each tensor's gradient"
-        )
-    if args.embedding_states is not None and args.optimizer not in LOW_BIT:
-        lines.append(
-            f"--embedding_states has no effect with --optimizer {args.optimizer}: its moments are not quantised"
-        )
-    if args.stochastic_rounding and args.dtype == "float32":
-        lines.append("--stochastic_rounding has no effect with --dtype float32: nothing is rounded")
-    if args.compute_dtype is not None and args.dtype == args.compute_dtype:
-        lines.append(f"--compute_dtype has no effect with --dtype {args.dtype}: that is what parameters have")
-    if "reshard_after_forward" in args.given and args.parallel != "fsdp":
-        lines.append(
-            f"--reshard_after_forward has no effect with --parallel {args.parallel}: every process holds all layers"
-        )
-    if args.wandb == "disabled":
-        lines += [f"--{name} has no effect with --wandb disabled" for name in ("name", "tags") if name in args.given]
-    restarts = args.scheduler == "cosine_restarts" or restart_interval(args) is not None
-    cycles = ("cycle_length", "min_lr_ratio") if args.scheduler == "linear" else ()
-    lines += [
-        f"--{name} has no effect with --scheduler {args.scheduler}"
-        for name in (*(() if restarts else ("restart_warmup_steps",)), *cycles)
-        if name in args.given
-    ]
-    if args.max_train_tokens is not None and "num_training_steps" in args.given:
-        lines.append(
-            f"--max_train_tokens {args.max_train_tokens} replaces --num_training_steps {args.num_training_steps}"
-        )
-    return lines
 
 
 def default_save_dir(args: Arguments, total_batch_size: int) -> Path:

@@ -7,7 +7,8 @@ import json
 import math
 from typing import Any
 
-from peft_pretraining.config import Arguments, add_flags, arguments_from, given_flags
+from peft_pretraining.command_line import add_flags, arguments_from, given_flags
+from peft_pretraining.config import Arguments
 from peft_pretraining.distributed import World
 from peft_pretraining.memory import paper_estimate, parameter_counts
 from peft_pretraining.wire import format_scaling, format_wire, wire_figures

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_pretraining.account import CLASSES, Setting, _linear_scratch, account
-from peft_pretraining.config import parse_args
+from peft_pretraining.command_line import parse_args
 from peft_pretraining.distributed import DeviceMemory, World
 from peft_pretraining.memory import parameter_counts
 from peft_pretraining.model_config import load_model_config

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_pretraining.account import Setting
-from peft_pretraining.config import parse_args
+from peft_pretraining.command_line import parse_args
 from peft_pretraining.distributed import World
 from peft_pretraining.model_config import ModelConfig, load_model_config
 from peft_pretraining.plan import format_plan, make_plan

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.config import Arguments, ConfigError, arguments_of_record, value_problems
+from peft_pretraining.config import Arguments, ConfigError, arguments_of_record
 from peft_pretraining.manifest import MANIFEST
 from peft_pretraining.new_folder import make_folder
+from peft_pretraining.refusals import value_problems
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,11 @@ import torch
 
 from peft_pretraining.assemble import Run, assemble
 from peft_pretraining.checkpoint import save_checkpoint, write_json
-from peft_pretraining.config import Arguments, ConfigError, arguments_from, notices
+from peft_pretraining.command_line import arguments_from
+from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.distributed import World, pick_device
 from peft_pretraining.model_config import load_model_config
+from peft_pretraining.notices import notices
 from peft_pretraining.plan import is_finished
 from peft_pretraining.published.fill import fill, matching_sparsity
 from peft_pretraining.published.moments import carry_moments, other_betas

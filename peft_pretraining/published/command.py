@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from peft_pretraining.config import add_flags, given_flags, with_config_file
+from peft_pretraining.command_line import add_flags, given_flags, with_config_file
 
 HELP = (
     "make a checkpoint of the published SLTrain, ReLoRA or GaLore program one of ours, in a new run's folder (--save_dir); all "

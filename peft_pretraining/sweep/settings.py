@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config import Arguments, ConfigError, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import Plan, make_plan
 

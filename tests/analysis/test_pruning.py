@@ -13,7 +13,7 @@ from peft_pretraining.analysis import study
 from peft_pretraining.analysis.decompose import target_linears
 from peft_pretraining.build import load_model
 from peft_pretraining.checkpoint import list_checkpoints, resolve
-from peft_pretraining.config import parse_args
+from peft_pretraining.command_line import parse_args
 from peft_pretraining.data.loader import EvalSet
 from peft_pretraining.data.source import open_source
 from peft_pretraining.evaluate import evaluate

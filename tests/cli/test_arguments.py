@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.config import (
-    CHANGEABLE,
-    RUN_DEFINING,
-    UNCHANGEABLE,
-    ConfigError,
-    arguments_of_record,
-    as_dict,
-    build_parser,
-    notices,
-    parse_args,
-    parse_tokens,
-)
+from peft_pretraining.command_line import build_parser, parse_args, parse_tokens
+from peft_pretraining.config import CHANGEABLE, RUN_DEFINING, UNCHANGEABLE, ConfigError, arguments_of_record, as_dict
 from peft_pretraining.distributed import World
+from peft_pretraining.notices import notices
 from peft_pretraining.plan import is_finished, learning_rate, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]

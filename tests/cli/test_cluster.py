@@ -18,7 +18,7 @@ import torch
 import yaml
 from outcomes import record, tensors_of
 
-from peft_pretraining.config import parse_args
+from peft_pretraining.command_line import parse_args
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import make_plan
 

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_model import TINY_MODEL
 
-from peft_pretraining.config import Arguments, ConfigError, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.distributed import World
 from peft_pretraining.model_config import ModelConfigError, load_model_config
 from peft_pretraining.plan import make_plan

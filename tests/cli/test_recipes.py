@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.config import parse_args
+from peft_pretraining.command_line import parse_args
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import make_plan
 

@@ -12,7 +12,7 @@ import torchrun_main
 from peft_pretraining.__main__ import main as command
 from peft_pretraining.build import load_model
 from peft_pretraining.checkpoint import list_checkpoints
-from peft_pretraining.config import parse_args
+from peft_pretraining.command_line import parse_args
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import learning_rate, make_plan
 from sparse_lora import ReLoRALinear, SparseLowRankLinear

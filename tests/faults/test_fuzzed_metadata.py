@@ -16,7 +16,8 @@ from resealing import reseal
 import torchrun_main
 from peft_pretraining.build import build_data, build_module, build_updates, load_model
 from peft_pretraining.checkpoint import CheckpointError, list_checkpoints
-from peft_pretraining.config import Arguments, ConfigError, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.distributed import World
 from peft_pretraining.model_config import ModelConfigError
 from peft_pretraining.plan import Plan, make_plan

@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor
 import torchrun_main
 from peft_pretraining.__main__ import main
 from peft_pretraining.build import build_data, load_model
-from peft_pretraining.config import parse_args
+from peft_pretraining.command_line import parse_args
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import make_plan
 from peft_pretraining.published.fill import matching_sparsity

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config import as_dict, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import as_dict
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import make_plan
 

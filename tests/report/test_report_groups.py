@@ -233,7 +233,8 @@ def test_rank_and_delta_make_a_table(tmp_path):
 
 def test_command_makes_the_same_run(tmp_path):
     """Parsed again, it gives the arguments that were recorded, but for where the run lies."""
-    from peft_pretraining.config import as_dict, parse_args
+    from peft_pretraining.command_line import parse_args
+    from peft_pretraining.config import as_dict
 
     run = read_run(write_run(tmp_path / "a", "--packing", "--activation_checkpointing", "--dtype", "bf16"))
     words = command_of(run).split()

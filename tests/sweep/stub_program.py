@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from peft_pretraining.config import as_dict, parse_args
+from peft_pretraining.command_line import parse_args
+from peft_pretraining.config import as_dict
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import make_plan
 
