@@ -42,7 +42,18 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 # Modules about one slow package, which nobody imports at the top of a file.
 LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py"}
 WITHOUT_TORCH = [
-    *("config", "command_line", "refusals", "notices", "model_config", "memory", "account", "schedule", "manifest", "plan"),
+    *(
+        "config",
+        "command_line",
+        "refusals",
+        "notices",
+        "model_config",
+        "memory",
+        "account",
+        "schedule",
+        "manifest",
+        "plan",
+    ),
     *("fsdp_units", "peak", "savings", "wire", "allocator", "summary"),
 ]
 

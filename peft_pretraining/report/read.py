@@ -16,16 +16,31 @@ from peft_pretraining.stop import MARKER_FILE
 from peft_pretraining.summary import Row, seconds_of, summary
 
 FIGURES = "report.json"  # what a report's folder has
+# How the names begin of what a report reads from metrics.jsonl; numbers, or null.
+_NUMBERS = ("update_step", "tokens_seen", "loss", "throughput_", "max_memory", "memory_", "final_eval_")
 _PRINTED_FROM = 0.1  # 10^9 bytes; the paper prints two digits behind the point
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """run.json and the metrics of a run. Raises ValueError with what is missing."""
     document = _document(folder)
-    rows = read_metrics(folder)
+    rows = _rows(folder)
     if not rows:
         raise ValueError(f"{folder}: {METRICS_FILE} is missing or empty; the run has not logged an update yet")
     return document, rows
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. Raises ValueError naming the line of a figure that is none."""
+    rows = read_metrics(folder)
+    for number, row in enumerate(rows, 1):
+        for name, value in row.items():
+            if name.startswith(_NUMBERS) and not isinstance(value, int | float | None):
+                raise ValueError(
+                    f"{folder / METRICS_FILE}: line {number}: {name} {value!r} is no number; the record is damaged there, and a "
+                    "report needs it mended or that line taken out"
+                )
+    return rows
 
 
 def _document(folder: Path) -> dict[str, Any]:
@@ -190,9 +205,9 @@ def find_runs(paths: list[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of a run, with notes on what it lacks. Raises ValueError where run.json is none."""
+    """The record of a run, with notes on what it lacks. Raises ValueError where run.json is none, or a figure no number."""
     document = _document(folder)
-    rows = read_metrics(folder)
+    rows = _rows(folder)
     updates = [row for row in rows if _is_number(row.get("loss"))]
     evaluations = [row for row in rows if _is_number(row.get("final_eval_perplexity"))]
     run = RunRecord(

@@ -95,6 +95,16 @@ def test_damaged_record_is_refused_by_name(tmp_path, content):
         read_run(folder)
 
 
+@pytest.mark.parametrize(("name", "value"), [("update_step", "ten"), ("memory_support_measured", [1]), ("loss", {})])
+def test_a_damaged_line_is_refused_by_name(tmp_path, name, value):
+    folder = write_run(tmp_path / "run")
+    rows = rows_of(folder)
+    rows[1][name] = value
+    write_rows(folder, rows)
+    with pytest.raises(ValueError, match=rf"run.metrics\.jsonl: line 2: {name} .* is no number"):
+        read_run(folder)
+
+
 def test_axes_count_tokens_and_training_time(tmp_path):
     """1,000 tokens an update at 500 per second are 2 s each; an evaluation lies where its update does."""
     run = read_run(write_run(tmp_path / "run"))
