@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from peft_pretraining.command_line import add_flags, arguments_from, given_flags
+from peft_pretraining.command_line import add_flags, arguments_from, given_flags, with_config_file
 from peft_pretraining.config import Arguments
 from peft_pretraining.distributed import World
 from peft_pretraining.memory import paper_estimate, parameter_counts
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the account. Raises ConfigError."""
-    given = given_flags(args)
+    given = with_config_file(given_flags(args))
     if args.world < 1:
         raise ValueError(f"--world {args.world}: must be at least 1")
     for name in ("bandwidth", "rate"):
@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
             f"--rate {args.rate:g}: says nothing of several processes without --bandwidth (10^9 bytes per second)"
         )
     # What a run of relora must say, and memory does not depend on.
-    values = arguments_from({"batch_size": 1, **({"relora": 1} if args.peft_model == "relora" else {}), **given})
+    values = arguments_from(
+        {"batch_size": 1, **({"relora": 1} if given.get("peft_model") == "relora" else {}), **given}
+    )
     figures = estimate(values, args.device_type, args.world, args.bandwidth, args.rate)
     print(json.dumps(figures) if args.json else format_estimate(figures))
     return 0
