@@ -55,8 +55,13 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
     for number, wanted in enumerate(sweep.runs, start=1):
         if stopping.signal_name is not None:
             break
-        state = state_of(wanted)
         head = f"[{number}/{len(sweep.runs)}] {wanted.name}"
+        if wanted.after is not None and outcomes[wanted.after.name].kind != "finished":
+            # It would begin with the weights of an unfinished run, and look like any other.
+            outcomes[wanted.name] = Outcome("failed", f"{wanted.after.name}, which it begins with, did not finish")
+            print(f"{head}: FAILED: {outcomes[wanted.name].text}", flush=True)
+            continue
+        state = state_of(wanted)
         if state.kind == "finished":
             outcomes[wanted.name] = Outcome("finished", state.text)
             print(f"{head}: {state.text}, skipped", flush=True)
@@ -74,7 +79,7 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
 
 
 def _report(sweep: Sweep) -> None:
-    folders = [wanted.folder for wanted in sweep.runs if (wanted.folder / "run.json").is_file()]
+    folders = [wanted.folder for wanted in sweep.compared if (wanted.folder / "run.json").is_file()]
     if not folders:
         print("no run left a record: nothing to report")
         return

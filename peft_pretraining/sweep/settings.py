@@ -26,27 +26,35 @@ _OWN = {
     "dry_run": "give it to the sweep command",
 }
 _KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node")
+_WARM_UP = "warm_up"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run that the sweep asks for. `argv`: what follows torchrun_main.py."""
+    """A run that the sweep asks for. argv: what follows torchrun_main.py; after: the full-rank run that it begins with."""
 
     name: str
     folder: Path
     argv: tuple[str, ...]
     args: Arguments
     plan: Plan
+    after: Wanted | None = None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep's file says. nproc_per_node: processes of each run, by torchrun from 2 on."""
+    """What a sweep's file says. runs: in their order; nproc_per_node: processes of each, by torchrun from 2 on."""
 
     path: Path
     folder: Path
     nproc_per_node: int
     runs: tuple[Wanted, ...]
+
+    @property
+    def compared(self) -> tuple[Wanted, ...]:
+        """The runs that settings ask for: those that other runs begin with belong to these."""
+        helping = {run.after.name for run in self.runs if run.after is not None}
+        return tuple(run for run in self.runs if run.name not in helping)
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -78,9 +86,9 @@ def load_sweep(path: Path) -> Sweep:
         raise ConfigError(problems)
     runs: list[Wanted] = []
     for seed, entry in itertools.product(seeds or (), settings or ()):
-        for own, shown in _combinations(path, base or {}, entry, problems):
-            wanted = _wanted(path, Path(str(folder)), own, shown, seed, processes, problems)
-            runs += [wanted] if wanted is not None else []
+        for setting in _combinations(path, base or {}, entry, problems):
+            runs += _wanted(path, Path(str(folder)), setting, seed, processes, problems)
+    runs = _once(runs)
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     problems += [f"{path}: {name} is asked for twice: two entries of settings say the same" for name in twice]
     if problems:
@@ -107,19 +115,24 @@ def _is_seeds(seeds: Any) -> bool:
     return whole and len(set(seeds)) == len(seeds)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """flags: every one; shown: those that the run's name is made of; first: the full-rank run that it begins with, if any."""
+
+    flags: dict[str, Any]
+    shown: dict[str, Any]
+    first: _Setting | None = None
+
+
 def _combinations(
     path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(every flag, the flags that the run's name is made of): the grid over all lists of an entry and of the base."""
-    merged = {**base, **entry}
-    unusable = [f"{path}: {name}: {_OWN[name]}" for name in merged if name in _OWN]
-    unusable += [f"{path}: {name}: is an empty list" for name, value in merged.items() if value == []]
-    unusable += [
-        f"{path}: {name}: must be a value or a list of values, not {value!r}"
-        for name, value in merged.items()
-        if isinstance(value, dict)
-        or (isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value))
-    ]
+) -> Iterator[_Setting]:
+    """The grid over all lists of an entry and of the base."""
+    first = entry.get(_WARM_UP)
+    merged = {name: value for name, value in {**base, **entry}.items() if name != _WARM_UP}
+    unusable = _unusable(path, merged)
+    if _WARM_UP in base or _WARM_UP in entry:
+        unusable += _warm_up_problems(path, base, merged, first)
     if unusable:
         problems += unusable
         return
@@ -127,19 +140,73 @@ def _combinations(
     named = {name for name in merged if name in entry or isinstance(merged[name], list)}
     for values in itertools.product(*lists.values()):
         flags = dict(zip(lists, values, strict=True))
-        yield flags, {name: value for name, value in flags.items() if name in named}
+        shown = {name: value for name, value in flags.items() if name in named}
+        if first is None:
+            yield _Setting(flags, shown)
+            continue
+        varied = {name: flags[name] for name, value in base.items() if isinstance(value, list)}
+        begun = _Setting({**base, **varied, **first, "peft_model": "full"}, {**varied, **first})
+        summed = "-".join(f"{name}{value}" for name, value in first.items())
+        yield _Setting(flags, {**shown, f"{_WARM_UP}-": summed}, begun)
+
+
+def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
+    problems = [f"{path}: {name}: {_OWN[name]}" for name in flags if name in _OWN]
+    problems += [f"{path}: {name}: is an empty list" for name, value in flags.items() if value == []]
+    problems += [
+        f"{path}: {name}: must be a value or a list of values, not {value!r}"
+        for name, value in flags.items()
+        if isinstance(value, dict)
+        or (isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value))
+    ]
+    return problems
+
+
+def _warm_up_problems(path: Path, base: Mapping[str, Any], flags: Mapping[str, Any], first: Any) -> list[str]:
+    """`first`: what the entry gives as `warm_up`; `flags`: the run's own."""
+    if _WARM_UP in base:
+        return [f"{path}: base: {_WARM_UP} belongs to an entry of settings, beside peft_model: relora"]
+    if flags.get("peft_model") != "relora":
+        return [f"{path}: {_WARM_UP}: only runs of peft_model: relora begin with a full-rank run's weights"]
+    if flags.get("warmed_up_model") is not None:
+        return [f"{path}: {_WARM_UP} and warmed_up_model: a run begins with one of them; drop one of the two"]
+    if not isinstance(first, dict) or not first or any(isinstance(value, (dict, list)) for value in first.values()):
+        return [
+            f"{path}: {_WARM_UP}: must map flags of the full-rank run to one value each, "
+            f"e.g. {{lr: 0.001, num_training_steps: 150}}, not {first!r}"
+        ]
+    if first.get("peft_model", "full") != "full":
+        return [f"{path}: {_WARM_UP}: peft_model {first['peft_model']}: ReLoRA begins with full-rank weights"]
+    return _unusable(path, first)
 
 
 def _wanted(
+    path: Path, folder: Path, setting: _Setting, seed: int, processes: int, problems: list[str]
+) -> Iterator[Wanted]:
+    """The run of a setting with this seed, after the one that it begins with; what cannot work goes to `problems`."""
+    name = run_name(setting.shown, seed)
+    wanted = _planned(path, folder, setting.flags, name, seed, processes, problems)
+    if setting.first is None:
+        yield from [] if wanted is None else [wanted]
+        return
+    name = f"{_WARM_UP}/{run_name(setting.first.shown, seed)}"  # a level deeper: not among the runs of a report on the folder
+    after = _planned(path, folder, setting.first.flags, name, seed, processes, problems)
+    if wanted is not None and after is not None:
+        # Its folder is not there yet, so that it is named once the rest has been checked.
+        args = dataclasses.replace(wanted.args, warmed_up_model=str(after.folder))
+        argv = (*wanted.argv, f"--warmed_up_model={after.folder}")
+        yield from (after, dataclasses.replace(wanted, args=args, argv=argv, after=after))
+
+
+def _planned(
     path: Path,
     folder: Path,
-    flags: dict[str, Any],
-    shown: dict[str, Any],
+    flags: Mapping[str, Any],
+    name: str,
     seed: int,
     processes: int,
     problems: list[str],
 ) -> Wanted | None:
-    name = run_name(shown, seed)
     argv = (*_argv(flags), f"--seed={seed}", f"--save_dir={folder / name}")
     try:
         args = parse_args(argv)
@@ -147,6 +214,18 @@ def _wanted(
     except ConfigError as error:
         problems += [f"{path}, {name}: {problem}" for problem in error.problems]
         return None
+
+
+def _once(runs: list[Wanted]) -> list[Wanted]:
+    """Without what several runs begin with a second time."""
+    helping = {run.after.name for run in runs if run.after is not None}
+    seen: set[str] = set()
+    kept = []
+    for run in runs:
+        if run.name not in helping or run.name not in seen:
+            kept.append(run)
+        seen.add(run.name)
+    return kept
 
 
 def _argv(flags: Mapping[str, Any]) -> Iterator[str]:

@@ -35,8 +35,8 @@ def write_sweep(tmp_path, settings, seeds=(42,), base=BASE):
     return path
 
 
-def starts(tmp_path):
-    path = tmp_path / "runs" / "starts.txt"
+def starts(tmp_path, inner="."):
+    path = tmp_path / "runs" / inner / "starts.txt"
     return path.read_text().split() if path.exists() else []
 
 
@@ -73,6 +73,23 @@ def test_a_killed_run_goes_on_the_next_time(tmp_path, stub, capfd):
     assert "unfinished after update 2 of 4: goes on from its newest checkpoint" in capfd.readouterr().out
     assert command(["sweep", str(path)]) == 0
     assert starts(tmp_path) == ["weight_decay3-seed42", "weight_decay0-seed42", "weight_decay3-seed42"]
+
+
+def test_nothing_begins_with_an_unfinished_run(tmp_path, stub, capfd):
+    """A run that began with half a warm-up's weights would look like any other."""
+    entry = {"peft_model": "relora", "relora": 2, "lr": 0.1, "warm_up": {"weight_decay": 3}}
+    path = write_sweep(tmp_path, [entry, {"peft_model": "full"}])
+    assert command(["sweep", str(path)]) == 1
+    told = capfd.readouterr().out
+    assert "warm_up/weight_decay3-seed42, which it begins with, did not finish" in told
+    assert "2 of 3 runs failed" in told
+    assert starts(tmp_path) == ["full-seed42"]
+    assert command(["sweep", str(path)]) == 0  # the stub finishes it at the second start
+    relora = "relora-lr0.1-relora2-warm_up-weight_decay3-seed42"
+    assert starts(tmp_path) == ["full-seed42", relora]
+    assert starts(tmp_path, "warm_up") == ["weight_decay3-seed42"] * 2
+    report = json.loads((tmp_path / "runs" / "report" / "report.json").read_text())
+    assert sorted(group["method"] for group in report["groups"]) == ["full", "relora"]
 
 
 def test_a_run_that_ends_without_a_finite_perplexity_is_finished(tmp_path, stub, capfd):
@@ -185,3 +202,20 @@ def test_the_program_itself_in_a_sweep(tmp_path, tiny_run, capfd):
     path = write_sweep(tmp_path, [{"peft_model": "sltrain"}], base=base)
     assert command(["sweep", str(path)]) == 0
     assert losses(run / "metrics.jsonl") == first
+
+
+def test_the_program_itself_begins_with_the_full_rank_run(tmp_path, tiny_run, capfd):
+    base = {flag.removeprefix("--"): value for flag, value in zip(tiny_run[::2], tiny_run[1::2], strict=True)}
+    base |= {"batch_size": 4, "max_length": 64, "num_training_steps": 2, "warmup_steps": 1, "rank": 8, "lora_alpha": 2}
+    base |= {"wandb": "disabled", "device": "cpu", "workers": 0, "eval_every": 2}
+    entry = {"peft_model": "relora", "relora": 2, "num_training_steps": 4, "warm_up": {"lr": 0.01}}
+    path = write_sweep(tmp_path, [entry], base=base)
+    assert command(["sweep", str(path)]) == 0
+    assert "2/2" in capfd.readouterr().out
+    (relora,) = (tmp_path / "runs").glob("relora-*-seed42")
+    (warm,) = (tmp_path / "runs").glob("warm_up/lr0.01-seed42")
+    both = losses(relora / "metrics.jsonl")[0]
+    assert len(both) == 4
+    assert both[:2] == losses(warm / "metrics.jsonl")[0]
+    assert command(["sweep", str(path)]) == 0
+    assert capfd.readouterr().out.count("skipped") == 2

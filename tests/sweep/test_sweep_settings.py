@@ -11,6 +11,8 @@ from peft_pretraining.sweep.settings import load_sweep
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"model_config": str(ROOT / "configs/llama_demo.json"), "dataset": "demo", "batch_size": 4, "max_length": 64}
 
+RELORA = {"peft_model": "relora", "relora": 4}
+
 
 def sweep_of(tmp_path, **changes):
     values = {"folder": str(tmp_path / "runs"), "seeds": [42], "base": BASE, "settings": [{"peft_model": "full"}]}
@@ -47,6 +49,33 @@ def test_an_entry_wins_over_the_base(tmp_path):
     assert all(run.args.compile for run in found.runs)
 
 
+def test_a_full_rank_run_comes_before_the_runs_that_begin_with_it(tmp_path):
+    """Once for all settings that share it, with the base's flags and not the entry's; it is not compared with them."""
+    entry = {**RELORA, "lr": [0.1, 0.2], "rank": 8, "num_training_steps": 12, "warm_up": {"lr": 0.5, "warmup_steps": 2}}
+    found = sweep_of(
+        tmp_path, settings=[entry], seeds=[1, 2], base={**BASE, "num_training_steps": 6, "warmup_steps": 1}
+    )
+    assert [run.args.peft_model for run in found.runs] == ["full", "relora", "relora"] * 2
+    warm, first, second = found.runs[:3]
+    assert (warm.args.lr, warm.args.warmup_steps, warm.args.num_training_steps, warm.args.relora) == (0.5, 2, 6, None)
+    assert [run.args.lr for run in (first, second)] == [0.1, 0.2]
+    assert {run.args.num_training_steps for run in (first, second)} == {12}
+    assert {run.args.warmed_up_model for run in (first, second)} == {str(warm.folder)}
+    assert f"--warmed_up_model={warm.folder}" in first.argv
+    assert found.runs[3].folder != warm.folder  # each seed begins with its own
+    assert found.compared == (first, second, *found.runs[4:])
+
+
+def test_full_rank_runs_differ_where_a_list_of_the_base_says_so(tmp_path):
+    entry = {**RELORA, "warm_up": {"lr": 0.5}}
+    found = sweep_of(tmp_path, settings=[entry], base={**BASE, "max_length": [32, 64]})
+    assert [(run.args.peft_model, run.args.max_length) for run in found.runs] == [
+        *(("full", 32), ("relora", 32)),
+        *(("full", 64), ("relora", 64)),
+    ]
+    assert len({run.name for run in found.runs}) == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -64,6 +93,14 @@ def test_an_entry_wins_over_the_base(tmp_path):
         ({"settings": [{"lr": [-1.0, 0.1]}]}, "lr-1.0-seed42: --lr -1.0: must be above 0"),
         ({"settings": [{"max_length": 10**6}]}, "max_length1000000-seed42: --max_length 1000000"),
         ({"settings": [{"lr": 0.1}, {"lr": 0.1}]}, "lr0.1-seed42 is asked for twice"),
+        ({"settings": [{**RELORA, "warm_up": 150}]}, "warm_up: must map flags of the full-rank run to one value each"),
+        ({"settings": [{**RELORA, "warm_up": {"lr": [1, 2]}}]}, "warm_up: must map flags of the full-rank run"),
+        ({"settings": [{**RELORA, "warm_up": {"lr": -1.0}}]}, "warm_up/lr-1.0-seed42: --lr -1.0: must be above 0"),
+        ({"settings": [{**RELORA, "warm_up": {"seed": 1}}]}, "seed: give the seeds as `seeds`"),
+        ({"settings": [{**RELORA, "warm_up": {"peft_model": "lowrank"}}]}, "peft_model lowrank: ReLoRA begins with"),
+        ({"settings": [{**RELORA, "warm_up": {"lr": 1.0}, "warmed_up_model": "x"}]}, "warm_up and warmed_up_model"),
+        ({"settings": [{"peft_model": "full", "warm_up": {"lr": 1.0}}]}, "only runs of peft_model: relora begin"),
+        ({"base": {**BASE, "warm_up": {"lr": 1.0}}}, "warm_up belongs to an entry of settings"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tmp_path, changes, words):
