@@ -11,6 +11,10 @@ from .functional import build_weight, sparse_lowrank_linear, without_autocast
 from .kinds import SUPPORT_KINDS, make_support, part_of
 from .support import generator_for
 
+# Of the variance that nn.Linear's weights start with, what a layer without S starts with: that of a layer with S at the published
+# delta. With the whole variance it trains far worse (docs/results.md).
+LOW_RANK_START = 0.03
+
 
 class SparseLowRankLinear(nn.Module):
     """y = x W^T + bias with W = (alpha / rank) B A + S, S having a fixed support (arXiv 2406.02214, section 3).
@@ -20,8 +24,8 @@ class SparseLowRankLinear(nn.Module):
 
     Initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, values ~
     U(-1/sqrt(in), 1/sqrt(in)), bias ~ U(-1/sqrt(out), 1/sqrt(out)), as published. With `sparsity=0` the layer is
-    low-rank only; B = 0 in every layer would then make every gradient zero, so B ~ N(0, 1 / (scaling^2 rank)), which
-    gives the entries of scaling * B A the variance 1 / (3 in) that nn.Linear's own initialisation gives its weight.
+    low-rank only; B = 0 in every layer would then make every gradient zero, so B ~ N(0, .03 / (scaling^2 rank)), which
+    gives the entries of scaling * B A the variance .03 / (3 in) that S alone gives W with `sparsity=0.03`.
 
     Args:
         in_features, out_features: shape of the weight, (out_features, in_features).
@@ -114,7 +118,8 @@ class SparseLowRankLinear(nn.Module):
             elif self.sparse_value is not None:
                 values.zero_()
             else:
-                values.normal_(0.0, 1 / (self.initial_scaling() * math.sqrt(self.rank)), generator=generator)
+                spread = math.sqrt(LOW_RANK_START / self.rank) / self.initial_scaling()
+                values.normal_(0.0, spread, generator=generator)
             yield parameter_name, values
 
     def initial_scaling(self) -> float:

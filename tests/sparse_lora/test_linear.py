@@ -82,12 +82,14 @@ def test_initial_values_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("trainable_scaling", [False, True])
 @pytest.mark.parametrize("rank", [4, 64])
-def test_low_rank_only_starts_with_the_variance_of_an_ordinary_linear(rank: int, trainable_scaling: bool) -> None:
-    """(scaling B A) has variance 1 / (3 in) for any rank and alpha, and gradients reach A at once."""
+def test_low_rank_only_starts_with_the_variance_that_s_would_give(rank: int, trainable_scaling: bool) -> None:
+    """(scaling B A) has variance .03 / (3 in) for any rank and alpha, as S with delta = .03, and gradients reach A at once."""
     layer = SparseLowRankLinear(300, 500, rank, 0.0, alpha=7.0, trainable_scaling=trainable_scaling, seed=2)
     weight = layer.dense_weight()
     # The entries share rows of B and A: about rank * (in + out) / 2 independent draws.
-    assert standard_deviations(weight.var().item(), 1 / (3 * 300), rank * 400) < 5
+    assert standard_deviations(weight.var().item(), 0.03 / (3 * 300), rank * 400) < 5
+    sparse = SparseLowRankLinear(300, 500, rank, 0.03, seed=2).dense_weight()
+    assert standard_deviations(sparse.var().item(), 0.03 / (3 * 300), 0.03 * 300 * 500) < 5
     layer(torch.randn(4, 300)).square().sum().backward()
     assert layer.lora_A.grad is not None
     assert layer.lora_A.grad.any()
