@@ -1,10 +1,10 @@
-"""Full-rank training with scaled steps of attention's and the MLP's matrices, as alpha / rank and GaLore's scale do for theirs.
+"""Training with scaled steps, or a scaled start, of attention's and the MLP's matrices.
 
-`python benchmarks/matrix_rate.py --scale 0.25 [--start 0.25] [flags of torchrun_main.py]`
+`python benchmarks/matrix_rate.py [--scale 0.25] [--start 0.25 [--start_names lora_B]] [flags of torchrun_main.py]`
 
-After each update every such matrix is moved to where `scale` times its step leads; with `start` its initial values are multiplied
-by that. Embedding, head and norms are as they are. For one process and whole updates. It exists to tell why full-rank trails
-SLTrain at one learning rate for all (docs/results.md).
+After each update every such matrix is moved to where `scale` times its step leads, as alpha / rank and GaLore's scale do for
+theirs; `start` multiplies initial values. Embedding, head and norms are as they are. For one process and whole updates. It exists
+to tell methods from their rates and starts (docs/results.md).
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def scale_steps(scale: float) -> None:
     WholeUpdate.finish = finish  # type: ignore[method-assign]
 
 
-def scale_start(scale: float) -> None:
-    """From now on in every model that this process initialises."""
+def scale_start(scale: float, part: str) -> None:
+    """From now on, of the parameters whose names hold `part`, in every model that this process initialises."""
     honest = build.initialize
 
     def initialize(model: torch.nn.Module, seed: int) -> None:
         honest(model, seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "_proj" in name:
+                if part in name:
                     parameter.mul_(scale)
 
     build.initialize = initialize
@@ -55,11 +55,15 @@ def scale_start(scale: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--scale", type=float, required=True, help="of the matrices' steps")
-    parser.add_argument("--start", type=float, default=1.0, help="of their initial values (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the matrices' steps (default: %(default)s)")
+    parser.add_argument("--start", type=float, default=1.0, help="of initial values (default: %(default)s)")
+    parser.add_argument(
+        "--start_names", default="_proj", help="part of the names of what --start scales (default: %(default)s)"
+    )
     own, flags = parser.parse_known_args()
-    scale_steps(own.scale)
-    scale_start(own.start)
+    if own.scale != 1:
+        scale_steps(own.scale)
+    scale_start(own.start, own.start_names)
     return torchrun_main.main(flags)
 
 

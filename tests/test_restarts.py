@@ -94,7 +94,7 @@ def test_a_merge_leaves_the_function_and_draws_anew(train_scaling):
             # Drawn as the first one was: uniform up to 1 / sqrt(in).
             bound = 1 / math.sqrt(layer.in_features)
             assert 0.97 * bound < float(layer.lora_A.detach().abs().max()) <= bound
-            assert layer.scaling is None or float(layer.scaling) == 1.0
+            assert layer.scaling is None or layer.scaling.item() == 1.0
 
 
 def test_every_merge_draws_other_factors_and_the_same_on_every_course():
