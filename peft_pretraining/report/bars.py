@@ -50,16 +50,14 @@ def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
     figure, panels = pyplot.subplots(
         1, 2, figsize=(14, 1.7 + 0.42 * len(bars)), layout="constrained", sharey=True, width_ratios=(2, 3)
     )
-    places, labels, position, last = [], [], 0.0, None
-    for group, side, _ in bars:
+    places, position, last = [], 0.0, None
+    for group, _, _ in bars:
         position += 1.0 if group is last else 1.5
         last = group
         places.append(position)
-        labels.append(f"{wrapped(group.label)}: {side}")
     _stacks(panels[0], places, bars, ("parameters", "support", "optimizer"), "parameters, support and moments")
     _stacks(panels[1], places, bars, tuple(CLASS_COLOURS), "peak of one process")
-    panels[0].set_yticks(places, labels)
-    panels[0].invert_yaxis()
+    _name_groups(panels[0], places, [group for group, _, _ in bars])
     handles = [Patch(color=CLASS_COLOURS[kind]) for kind in CLASS_COLOURS]
     names = [CLASS_NAMES[kind] for kind in CLASS_COLOURS]
     if any(group.measured("parameters") is None and side == "measured" for group, side, _ in bars):
@@ -67,6 +65,16 @@ def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
         names.append("peak, not measured by class")
     legend(figure, handles, names, widest=3)
     return save(figure, path)
+
+
+def _name_groups(panel: Any, places: Sequence[float], groups: Sequence[Group]) -> None:
+    """One label for all bars of a group, at their middle: a long one would run into itself beside each bar."""
+    middles = {}
+    for group in groups:
+        own = [place for place, other in zip(places, groups, strict=True) if other is group]
+        middles[sum(own) / len(own)] = wrapped(group.label)
+    panel.set_yticks(list(middles), list(middles.values()))
+    panel.invert_yaxis()
 
 
 def _has_peak(group: Group, side: str) -> bool:
@@ -80,7 +88,7 @@ def _stacks(
     kinds: Sequence[str],
     what: str,
 ) -> None:
-    """A stack of `kinds` for each bar, with its sum beside it."""
+    """A stack of `kinds` for each bar; beside it its sum, and whether that is predicted or measured."""
     largest = max(sum(parts[kind] for kind in kinds) for _, _, parts in bars)
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
     for place, (group, side, parts) in zip(places, bars, strict=True):
@@ -100,11 +108,11 @@ def _stacks(
                 linewidth=0.6,
             )
             left += width
-        known = f"{digits(left)} {name}" if left else "not measured"
+        known = f"{side} {digits(left)} {name}" if left else f"not {side}"
         known += "" if "rest" not in kinds or _has_peak(group, side) else ", the rest not predicted"
         panel.text(left + largest / unit * 0.01, place, known, va="center", fontsize=9.5)
     panel.grid(axis="y", visible=False)
-    panel.set_xlim(0, largest / unit * 1.22)
+    panel.set_xlim(0, largest / unit * 1.45)
     panel.set_xlabel(f"{what}, {name}")
 
 

@@ -135,7 +135,23 @@ def test_memory_bars_are_the_classes_predicted_and_measured(drawn, tmp_path):
     widths = [round(bar.get_width(), 6) for bar in states.patches]
     assert widths == [4, 5, 6, 1, 2, 3]  # predicted above measured, MiB
     assert [round(bar.get_width(), 6) for bar in peak.patches] == [4, 5, 6, 35, 1, 2, 3, 94]  # the last: up to the peak
-    assert [text.get_text() for text in peak.texts] == ["50.0 MiB", "100 MiB"]
+    assert [text.get_text() for text in peak.texts] == ["predicted 50.0 MiB", "measured 100 MiB"]
+
+
+def test_memory_bars_of_a_group_share_a_label_at_their_middle(drawn, tmp_path):
+    """A label beside each bar, of three lines, ran into the next one."""
+    folders = [write_run(tmp_path / str(lr), lr=lr) for lr in (0.001, 0.002)]
+    for folder in folders:
+        rows = rows_of(folder)
+        sides = {"measured": 2**20, "predicted": 2**20}
+        classes = ("parameters", "support", "optimizer")
+        rows[1] |= {f"memory_{name}_{side}": value for name in classes for side, value in sides.items()}
+        write_rows(folder, rows)
+    panel = drawn(bars, "draw_memory", folders).axes[0]
+    middles = sorted({bar.get_y() + bar.get_height() / 2 for bar in panel.patches})
+    assert len(middles) == 4
+    assert list(panel.get_yticks()) == pytest.approx([sum(middles[:2]) / 2, sum(middles[2:]) / 2])
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["SLTrain, lr = 0.001", "SLTrain, lr = 0.002"]
 
 
 def test_throughput_is_the_median_with_the_published_beside(drawn, tmp_path):
