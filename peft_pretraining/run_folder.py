@@ -274,7 +274,11 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, s
         "dataset": {"description": source.describe(), "fingerprint": source.fingerprint},
         "versions": versions(),
         "git_commit": _git_commit(),
-        "world": {"processes": world.size, "threads": torch.get_num_threads()},
+        "world": {
+            "processes": world.size,
+            "local_processes": world.local_size,  # on process 0's machine
+            "threads": torch.get_num_threads(),
+        },
         "machine": _machine(),
         # What else the bits depend on (docs/resume.md).
         "numerics": {

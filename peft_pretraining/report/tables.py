@@ -206,16 +206,27 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def command_of(run: RunRecord) -> str:
-    """The command line that makes the run again: every argument that was not its default, several processes by torchrun."""
+    """The command line that makes the run again: every argument that was not its default, several processes by torchrun.
+
+    Of a run on several machines it is one machine's, HOST the name of one of them.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
     words = []
     for name, value in run.document["arguments"].items():
         if name in _NOT_REPEATED or value is None or value == defaults.get(name):
             continue
         words.append(f"--{name} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
-    processes = int((run.document.get("world") or {}).get("processes") or run.plan.get("world_size") or 1)
-    start = f"torchrun --standalone --nproc_per_node {processes}" if processes > 1 else "python"
-    return " ".join([start, "torchrun_main.py", *words])
+    return " ".join([_start_of(run), "torchrun_main.py", *words])
+
+
+def _start_of(run: RunRecord) -> str:
+    world = run.document.get("world") or {}
+    processes = int(world.get("processes") or run.plan.get("world_size") or 1)
+    local = int(world.get("local_processes") or processes)  # older records lack it
+    if processes > local:
+        meeting = "--rdzv_backend c10d --rdzv_endpoint HOST:29400"
+        return f"torchrun --nnodes {processes // local} --nproc_per_node {local} {meeting}"
+    return f"torchrun --standalone --nproc_per_node {processes}" if processes > 1 else "python"
 
 
 def made_with(run: RunRecord) -> dict[str, str]:

@@ -245,6 +245,24 @@ def test_command_makes_the_same_run(tmp_path):
     assert differing == {"save_dir"}
 
 
+@pytest.mark.parametrize(
+    ("world", "start"),
+    [
+        ({"processes": 1, "local_processes": 1}, "python"),
+        ({"processes": 4, "local_processes": 4}, "torchrun --standalone --nproc_per_node 4"),
+        ({"processes": 4}, "torchrun --standalone --nproc_per_node 4"),  # a record of before
+        (
+            {"processes": 16, "local_processes": 8},
+            "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400",
+        ),
+    ],
+)
+def test_command_starts_as_many_processes(tmp_path, world, start):
+    folder = write_run(tmp_path / "a")
+    change_document(folder, lambda document: document.update(world=world))
+    assert command_of(read_run(folder)).startswith(f"{start} torchrun_main.py --")
+
+
 def test_labels_tell_all_groups_apart(tmp_path):
     number = itertools.count()
     folders = [
