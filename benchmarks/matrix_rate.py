@@ -10,6 +10,7 @@ to tell methods from their rates and starts (docs/results.md).
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchrun_main
 from peft_pretraining import build
+from peft_pretraining.config import ConfigError
 from peft_pretraining.optim.updates import WholeUpdate
 
 
@@ -45,12 +47,29 @@ def scale_start(scale: float, part: str) -> None:
 
     def initialize(model: torch.nn.Module, seed: int) -> None:
         honest(model, seed)
+        scaled = [parameter for name, parameter in model.named_parameters() if part in name]
+        if not scaled:
+            names = ", ".join(list(dict(model.named_parameters()))[:4])
+            raise ConfigError([f"--start_names {part}: no parameter has that in its name; they are {names}, ..."])
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if part in name:
-                    parameter.mul_(scale)
+            for parameter in scaled:
+                parameter.mul_(scale)
 
     build.initialize = initialize
+
+
+def keep_apart(folder: Path, own: dict[str, Any]) -> str | None:
+    """Note in the run's folder how it is scaled, which run.json does not say; why it cannot be used, if it cannot."""
+    note = folder / "scaled.json"
+    if note.is_file():
+        before = json.loads(note.read_text(encoding="utf-8"))
+    else:
+        before = None if (folder / "run.json").is_file() else own
+    if before != own:
+        return f"--save_dir {folder}: it holds a run made with {before or 'no scaling'}, not {own}; name another"
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(own), encoding="utf-8")
+    return None
 
 
 def main() -> int:
@@ -60,11 +79,16 @@ def main() -> int:
     parser.add_argument(
         "--start_names", default="_proj", help="part of the names of what --start scales (default: %(default)s)"
     )
+    parser.add_argument("--save_dir", type=Path, required=True, help="the run's folder, for this scaling alone")
     own, flags = parser.parse_known_args()
+    scaling = {"scale": own.scale, "start": own.start, "start_names": own.start_names}
+    if (problem := keep_apart(own.save_dir, scaling)) is not None:
+        parser.error(problem)
     if own.scale != 1:
         scale_steps(own.scale)
-    scale_start(own.start, own.start_names)
-    return torchrun_main.main(flags)
+    if own.start != 1:
+        scale_start(own.start, own.start_names)
+    return torchrun_main.main([*flags, "--save_dir", str(own.save_dir)])
 
 
 if __name__ == "__main__":

@@ -453,6 +453,12 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 }
 
 
+def has_effect(name: str, method: str) -> bool:
+    """Whether a run of this method reads the argument."""
+    own = {field.name: field.metadata.get("method") for field in dataclasses.fields(Arguments)}.get(name)
+    return own == method if own else name not in WITHOUT_EFFECT.get(method, ())
+
+
 def default_save_dir(args: Arguments, total_batch_size: int) -> Path:
     """checkpoints/<config>-<method>-<8 hex digits of the run-defining arguments>, the same for any number of processes."""
     defining = {name: getattr(args, name) for name in RUN_DEFINING} | {"total_batch_size": total_batch_size}

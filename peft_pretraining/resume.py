@@ -71,7 +71,7 @@ def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: P
         return None
     if checkpoint.read_json(path / "run.json")["arguments"].get("dataset") != args.dataset:
         return None
-    state = _train_state(path)
+    state = train_state(path)
     evaluated = any(
         row.get("update_step") == state.update_step for row in read_metrics(run_folder) if "final_eval_loss" in row
     )
@@ -80,7 +80,7 @@ def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: P
 
 def refuse_if_over(path: Path, plan: Plan) -> None:
     """Raise ConfigError where the full-rank checkpoint `path` leaves no update of the plan to make."""
-    state = _train_state(path)
+    state = train_state(path)
     if is_finished(plan, state.update_step, state.tokens_seen):
         raise ConfigError(
             [
@@ -90,7 +90,8 @@ def refuse_if_over(path: Path, plan: Plan) -> None:
         )
 
 
-def _train_state(path: Path) -> TrainState:
+def train_state(path: Path) -> TrainState:
+    """How far the checkpoint `path` has come. Raises CheckpointError."""
     try:
         state = TrainState(**checkpoint.read_json(path / "state.json")["train"])
         _check_counts(asdict(state).values())
@@ -148,7 +149,7 @@ def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = Fa
         _set_random_states({name.rsplit("/", 1)[1]: tensor for name, tensor in states.items()})
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise checkpoint.CheckpointError(f"{path}: its random states are none ({error})") from None
-    state = _train_state(path)
+    state = train_state(path)
     for name, value in asdict(state).items():
         setattr(parts.state, name, value)
 

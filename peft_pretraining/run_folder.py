@@ -17,7 +17,6 @@ import torch
 from peft_pretraining import checkpoint
 from peft_pretraining.config import (
     CHANGEABLE,
-    UNCHANGEABLE,
     WARM_START_CHANGES,
     Arguments,
     ConfigError,
@@ -28,6 +27,8 @@ from peft_pretraining.data.source import Source
 from peft_pretraining.distributed import World, broadcast_object
 from peft_pretraining.metrics import METRICS_FILE
 from peft_pretraining.plan import Plan
+from peft_pretraining.resume import train_state
+from peft_pretraining.same_run import differing_arguments, differing_shape
 from peft_pretraining.stop import MARKER_FILE
 
 _PACKAGES = (
@@ -48,12 +49,14 @@ class RunFolder:
     """Where a run writes, and the checkpoint it starts from (None: from the seed's initial values).
 
     warm_start: that checkpoint is a full-rank run's, of which weights and position are taken (--warmed_up_model).
+    warm_up: what is recorded of the full-rank run, for a run that began with one: its arguments, and its updates.
     """
 
     path: Path
     checkpoint: Path | None
     wandb_id: str
     warm_start: bool = False
+    warm_up: dict[str, Any] | None = None
 
     @property
     def goes_on_in_place(self) -> bool:
@@ -97,12 +100,15 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     if warm_start:
         newest = checkpoint.resolve(Path(str(args.warmed_up_model)))
     wandb_id = secrets.token_hex(4)
+    warm_up = None
     if newest is None and args.allow_changes:
         print(f"notice: --allow_changes {args.allow_changes} has no effect: the run starts afresh", file=sys.stderr)
     if newest is not None:
         before = _read_record(newest)
+        warm_up = before["warm_up"]
         if warm_start:
             _check_full_rank(newest, before)
+            warm_up = {"updates": train_state(newest).update_step, "arguments": before["arguments"]}
         _check_same_run(newest, before, args, plan, WARM_START_CHANGES if warm_start else frozenset())
         _say_what_breaks_bits(newest, before, plan)
         if path.resolve() == newest.parent.resolve():
@@ -118,7 +124,7 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     (path / MARKER_FILE).unlink(
         missing_ok=True
     )  # also where this start fails: what a script reads there is of the last one
-    return RunFolder(path, newest, wandb_id, warm_start)
+    return RunFolder(path, newest, wandb_id, warm_start, warm_up)
 
 
 def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
@@ -195,6 +201,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         "machine": machine,
         "fingerprint": fingerprint,
         "wandb_id": wandb_id,
+        "warm_up": record.get("warm_up"),
     }
 
 
@@ -205,28 +212,20 @@ def _check_same_run(
 
     Raises ConfigError with both values.
     """
-    then, now = dict(before["arguments"]), as_dict(args)
-    for name in ("data_lanes", "total_batch_size", "dtype"):  # as resolved: their defaults depend on where it runs
-        then[name], now[name] = before["plan"].get(name), getattr(plan, name)
-    compared = {*CHANGEABLE, *UNCHANGEABLE} - {"model_config", "dataset"}
-    if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
-        compared.remove("num_training_steps")  # has no effect in either
+    differing = differing_arguments(before["arguments"], before["plan"], args, plan)
     problems = []
-    differing = {name for name in compared if then[name] != now[name]}
-    if unused := sorted(allowed_changes(args) - differing - {"dataset"}):  # of the data it is not known yet
+    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):  # of the data it is not known yet
         print(f"notice: --allow_changes {','.join(unused)} has no effect: the same in {path}", file=sys.stderr)
-    for name in sorted(differing - allowed_changes(args) - free):
+    for name, (then, now) in differing.items():
+        if name in allowed_changes(args) | free:
+            continue
         way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
-        if name == "peft_model" and (then[name], now[name]) == ("full", "relora"):
+        if name == "peft_model" and (then, now) == ("full", "relora"):
             way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
-        problems.append(
-            f"--{name} {now[name]}: {path} was made with {then[name]}; use that, {way_out}or another --save_dir"
-        )
-    shape = {key: value for key, value in asdict(plan.model).items() if key not in ("name", "path")}
+        problems.append(f"--{name} {now}: {path} was made with {then}; use that, {way_out}or another --save_dir")
     problems += [
-        f"{args.model_config}: {key} is {value}, {path} was made with {before['plan']['model'].get(key)}"
-        for key, value in shape.items()
-        if before["plan"]["model"].get(key) != value
+        f"{args.model_config}: {key} is {now}, {path} was made with {then}"
+        for key, (then, now) in differing_shape(before["plan"], plan).items()
     ]
     if problems:
         raise ConfigError(problems)
@@ -271,6 +270,7 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, s
         "plan": plan_document(plan),
         "wandb_id": folder.wandb_id,
         "continued_from": None if folder.checkpoint is None else str(folder.checkpoint),
+        "warm_up": folder.warm_up,
         "dataset": {"description": source.describe(), "fingerprint": source.fingerprint},
         "versions": versions(),
         "git_commit": _git_commit(),

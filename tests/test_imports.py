@@ -24,6 +24,7 @@ FLOORS = [
         "footprint",
         "resume",
         "run_folder",
+        "same_run",
         "saver",
         "build",
         "late_record",

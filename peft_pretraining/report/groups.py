@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining.config import RUN_DEFINING, WITHOUT_EFFECT, Arguments
+from peft_pretraining.config import RUN_DEFINING, Arguments, has_effect
 from peft_pretraining.report.intervals import Interval, mean_interval, ratio_interval
 from peft_pretraining.report.published import Published, published_for
 from peft_pretraining.report.read import RunRecord
@@ -22,12 +22,13 @@ METHOD_NAMES = {
     "sltrain": "SLTrain",
 }
 ORDER = tuple(METHOD_NAMES)
-_OWN_METHOD = {
-    field.name: field.metadata["method"] for field in dataclasses.fields(Arguments) if field.metadata.get("method")
-}
 # What makes perplexities comparable: everything but the method and how it is tuned.
 _TASK = ("model", "data", "tokenizer", "text_field", "max_length", "packing", "document_mask", "total_batch_size")
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
+# What a setting is made of; seeds are its repetitions, the others are taken from the plan, as resolved.
+_SETTINGS = tuple(
+    name for name in RUN_DEFINING if name not in ("seed", "model_config", "dataset", "dtype", "data_lanes")
+)
 _SHORT = {
     "rank": "r",
     "sp_ratio": "δ",
@@ -40,13 +41,14 @@ _SHORT = {
 def settings_of(run: RunRecord) -> dict[str, Any]:
     """What defines a run but its seed: by name, flags without effect in its method left out, JSON-able."""
     arguments = run.arguments
-    names = [name for name in RUN_DEFINING if name not in ("seed", "model_config", "dataset", "dtype", "data_lanes")]
+    names = list(_SETTINGS)
     names += sorted(set(run.document["arguments"]) - {field.name for field in dataclasses.fields(Arguments)})
-    found = {name: arguments[name] for name in names if _has_effect(name, run.method)}
+    found = {name: arguments[name] for name in names if has_effect(name, run.method)}
     found |= {name: run.plan.get(name) for name in ("dtype", "data_lanes", "total_batch_size")}
     model = run.plan.get("model") or {}
-    if "warmed_up_model" in found:  # each seed has its own; that there is one is the setting
+    if "warmed_up_model" in found:  # each seed has its own: what it was is the setting
         found["warmed_up_model"] = found["warmed_up_model"] is not None
+        found |= _warm_up_of(run)
     # Where a file lies does not matter; what is in it does.
     found["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
     found["data"] = (run.document.get("dataset") or {}).get("fingerprint") or arguments["dataset"]
@@ -55,10 +57,16 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     return found
 
 
-def _has_effect(name: str, method: str) -> bool:
-    if name in _OWN_METHOD:
-        return bool(_OWN_METHOD[name] == method)
-    return name not in WITHOUT_EFFECT.get(method, ())
+def _warm_up_of(run: RunRecord) -> dict[str, Any]:
+    """Settings of the full-rank run that a ReLoRA run began with; none where an older version did not record them."""
+    warm_up = run.document.get("warm_up") or {}
+    arguments = warm_up.get("arguments") or {}
+    found = {
+        f"warm-up {name}": arguments[name]
+        for name in _SETTINGS
+        if name in arguments and has_effect(name, "full") and name not in _TASK
+    }
+    return found | ({"warm-up updates": warm_up["updates"]} if "updates" in warm_up else {})
 
 
 def task_of(settings: dict[str, Any]) -> str:

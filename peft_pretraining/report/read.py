@@ -62,11 +62,12 @@ def _document(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as it is recorded. `updates` and `evaluations`: rows of metrics.jsonl that have a loss, a held-out perplexity."""
+    """A run as it is recorded. rows: of metrics.jsonl; updates, evaluations: those that have a loss, a held-out perplexity."""
 
     folder: Path
     document: dict[str, Any]
     arguments: dict[str, Any]  # all of this version's, those of an older record by their defaults
+    rows: Sequence[Row]
     updates: Sequence[Row]
     evaluations: Sequence[Row]
     figures: dict[str, Any]  # summary.summary
@@ -95,16 +96,20 @@ class RunRecord:
 
     @property
     def reached(self) -> int:
-        """The last update step that the record knows of."""
-        return max((int(row.get("update_step") or 0) for row in (*self.updates, *self.evaluations)), default=0)
+        """The last update step that the record knows of, whether its loss was finite or not."""
+        return max((int(row.get("update_step") or 0) for row in self.rows), default=0)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of text up to there."""
+        return max((int(row.get("tokens_seen") or 0) for row in self.rows), default=0)
 
     @property
     def finished(self) -> bool:
         """Whether it made all its updates."""
         most = self.plan.get("max_train_tokens")
         if most is not None:
-            seen = (int(row.get("tokens_seen") or 0) for row in (*self.updates, *self.evaluations))
-            return max(seen, default=0) >= int(most)
+            return self.tokens_seen >= int(most)
         return self.reached >= int(self.plan.get("num_training_steps") or self.arguments["num_training_steps"])
 
     @property
@@ -214,6 +219,7 @@ def read_run(folder: Path) -> RunRecord:
         folder=folder,
         document=document,
         arguments=_with_defaults(document["arguments"]),
+        rows=rows,
         updates=updates,
         evaluations=evaluations,
         figures=summary(document, rows),
@@ -269,18 +275,18 @@ def _notes(run: RunRecord, rows: list[dict[str, Any]]) -> list[str]:
     notes = []
     if not run.finished:
         notes.append(f"{run.status}: its last perplexity is in the table of runs, and counts in no mean")
-    if not run.evaluations:
+    infinite = sum("final_eval_perplexity" in row and row["final_eval_perplexity"] is None for row in rows)
+    if infinite:
+        notes.append(f"{infinite:,} evaluations gave no finite perplexity")
+    elif not run.evaluations:
         notes.append("never evaluated: no held-out perplexity")
-    elif run.finished and run.final_perplexity is None:
+    if run.evaluations and run.finished and run.final_perplexity is None:
         notes.append(
-            f"not evaluated after its last update; the last perplexity is that of update {run.figures['final_evaluation_step']:,}"
+            f"no perplexity after its last update; the last one is that of update {run.figures['final_evaluation_step']:,}"
         )
     spoilt = sum("loss" in row and row["loss"] is None for row in rows)
     if spoilt:
         notes.append(f"{spoilt:,} logged updates had a loss that was not finite")
-    infinite = sum("final_eval_perplexity" in row and row["final_eval_perplexity"] is None for row in rows)
-    if infinite:
-        notes.append(f"{infinite:,} evaluations gave no finite perplexity")
     skipped = max((int(row.get("skipped_updates") or 0) for row in rows), default=0)
     if skipped:
         notes.append(f"{skipped:,} updates were skipped (numbers that were not finite)")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft_pretraining.report.command import PAGE, format_groups, write_report
-from peft_pretraining.sweep.runner import Outcome, Stopping, command_line, log_path, make_run, state_of
-from peft_pretraining.sweep.settings import Sweep, load_sweep
+from peft_pretraining.sweep.runner import Outcome, State, Stopping, command_line, log_path, make_run, state_of
+from peft_pretraining.sweep.settings import Sweep, Wanted, load_sweep
 
 HELP = "run a file's settings over seeds, one after another: finished ones are skipped, broken ones go on; ends in a report"
 REPORT = "report"
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     with stopping.listening():
         outcomes = _run_all(sweep, stopping)
     if stopping.signal_name is not None or any(outcome.kind == "stopped" for outcome in outcomes.values()):
-        finished = sum(outcome.kind == "finished" for outcome in outcomes.values())
+        finished = sum(outcome.kind in ("finished", "diverged") for outcome in outcomes.values())
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(sweep.runs)} runs are finished; "
             "what the one under way had done is saved. The same command goes on:\n"
@@ -56,19 +57,18 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
         if stopping.signal_name is not None:
             break
         head = f"[{number}/{len(sweep.runs)}] {wanted.name}"
-        if wanted.after is not None and outcomes[wanted.after.name].kind != "finished":
-            # It would begin with the weights of an unfinished run, and look like any other.
-            outcomes[wanted.name] = Outcome("failed", f"{wanted.after.name}, which it begins with, did not finish")
-            print(f"{head}: FAILED: {outcomes[wanted.name].text}", flush=True)
-            continue
         state = state_of(wanted)
-        if state.kind == "finished":
-            outcomes[wanted.name] = Outcome("finished", state.text)
+        if state.kind in ("finished", "diverged"):
+            outcomes[wanted.name] = Outcome(state.kind, state.text)
             print(f"{head}: {state.text}, skipped", flush=True)
             continue
-        if state.kind == "other":
-            outcomes[wanted.name] = Outcome("failed", f"{wanted.folder} {state.text}")
-            print(f"{head}: FAILED: {wanted.folder} {state.text}", flush=True)
+        if not _is_needed(wanted, sweep):
+            outcomes[wanted.name] = Outcome("finished", "what begins with it is finished")
+            print(f"{head}: {outcomes[wanted.name].text}, skipped", flush=True)
+            continue
+        if (problem := _why_not(wanted, state, outcomes)) is not None:
+            outcomes[wanted.name] = Outcome("failed", problem)
+            print(f"{head}: FAILED: {problem}", flush=True)
             continue
         print(f"{head}: {state.text}; output in {log_path(wanted)}", flush=True)
         outcome = outcomes[wanted.name] = make_run(wanted, sweep.nproc_per_node, stopping)
@@ -76,6 +76,23 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
         if outcome.kind == "stopped":
             break
     return outcomes
+
+
+def _is_needed(wanted: Wanted, sweep: Sweep) -> bool:
+    """False for a full-rank run that is there for others only, all of which are made."""
+    others = [run for run in sweep.runs if run.after is not None and run.after.name == wanted.name]
+    return not others or any(state_of(run).kind not in ("finished", "diverged") for run in others)
+
+
+def _why_not(wanted: Wanted, state: State, outcomes: Mapping[str, Outcome]) -> str | None:
+    """Why a run that is not finished is not started."""
+    if state.kind == "other":
+        return f"{wanted.folder} {state.text}"
+    if wanted.after is None:
+        return None
+    # It would begin with weights of an unfinished run, or of one without a finite loss, and look like any other.
+    why = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[wanted.after.name].kind)
+    return None if why is None else f"{wanted.after.name}, which it begins with, {why}"
 
 
 def _report(sweep: Sweep) -> None:
@@ -92,7 +109,13 @@ def format_sweep(sweep: Sweep) -> str:
     """Every run with the state of its folder and the command that makes it."""
     states = {wanted.name: state_of(wanted) for wanted in sweep.runs}
     counts = Counter(state.kind for state in states.values())
-    words = {"new": "not begun", "begun": "to go on", "finished": "finished", "other": "made with other arguments"}
+    words = {
+        "new": "not begun",
+        "begun": "to go on",
+        "finished": "finished",
+        "diverged": "finished without a finite perplexity",
+        "other": "made with other arguments",
+    }
     lines = [f"{len(sweep.runs)} runs: " + ", ".join(f"{count} {words[kind]}" for kind, count in counts.items())]
     for wanted in sweep.runs:
         lines.append(f"\n{wanted.name}: {states[wanted.name].text}")

@@ -25,12 +25,13 @@ from peft_pretraining.sweep.settings import Wanted
 PROGRAM = Path(__file__).resolve().parents[2] / "torchrun_main.py"
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 # Where a file lies may be said in another way the next time.
-_PATHS = ("model_config", "tokenizer", "dataset")
+_PATHS = ("model_config", "tokenizer", "dataset", "warmed_up_model")
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a run's folder. kind: "new", "begun" (it goes on), "finished", or "other" (made with other arguments)."""
+    """Of a run's folder. kind: "new", "begun" (it goes on), "finished", "diverged" (finished, its perplexity not finite), or
+    "other" (made with other arguments)."""
 
     kind: str
     text: str
@@ -54,12 +55,11 @@ def state_of(wanted: Wanted) -> State:
     differing += [f"total_batch_size {batch} (now {total})"] if batch != (total := wanted.plan.total_batch_size) else []
     if differing:
         return State("other", f"was made with {', '.join(differing)}; remove it, or name another `folder`")
-    figures = record.figures
-    if is_finished(wanted.plan, record.reached, figures["tokens"]):
+    if is_finished(wanted.plan, record.reached, record.tokens_seen):
         if record.final_perplexity is not None:
             return State("finished", f"finished, perplexity {record.final_perplexity:,.2f}")
         if _evaluated_without_result(wanted.folder, record.reached):
-            return State("finished", "finished, its perplexity is not finite")
+            return State("diverged", "finished, its perplexity is not finite")
     if not any(wanted.folder.glob("step_*")):
         return State("begun", f"{record.status}, no checkpoint: begins anew")
     return State("begun", f"{record.status}: goes on from its newest checkpoint")
@@ -122,7 +122,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. kind: "finished", "stopped" or "failed"; text: in words."""
+    """How a run ended. kind: "finished", "diverged", "stopped" or "failed"; text: in words."""
 
     kind: str
     text: str
@@ -138,8 +138,8 @@ def make_run(wanted: Wanted, processes: int, stopping: Stopping) -> Outcome:
         begin = log.tell()
         code = stopping.run(command, log)
     state = state_of(wanted)
-    if code == 0 and state.kind == "finished":
-        return Outcome("finished", state.text)
+    if code == 0 and state.kind in ("finished", "diverged"):
+        return Outcome(state.kind, state.text)
     if stopping.signal_name is not None or (wanted.folder / MARKER_FILE).is_file():
         return Outcome("stopped", state.text)
     if code == 0:

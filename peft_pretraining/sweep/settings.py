@@ -16,6 +16,7 @@ from peft_pretraining.command_line import parse_args
 from peft_pretraining.config import Arguments, ConfigError
 from peft_pretraining.distributed import World
 from peft_pretraining.plan import Plan, make_plan
+from peft_pretraining.sweep.warm_up import WARM_UP, disagreements, unusable_warm_up, warm_up_flags
 
 # The sweep itself says these, or they would undo what it does.
 _OWN = {
@@ -26,7 +27,6 @@ _OWN = {
     "dry_run": "give it to the sweep command",
 }
 _KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node")
-_WARM_UP = "warm_up"
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,12 @@ def _combinations(
     path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]
 ) -> Iterator[_Setting]:
     """The grid over all lists of an entry and of the base."""
-    first = entry.get(_WARM_UP)
-    merged = {name: value for name, value in {**base, **entry}.items() if name != _WARM_UP}
+    first = entry.get(WARM_UP)
+    merged = {name: value for name, value in {**base, **entry}.items() if name != WARM_UP}
     unusable = _unusable(path, merged)
-    if _WARM_UP in base or _WARM_UP in entry:
-        unusable += _warm_up_problems(path, base, merged, first)
+    if WARM_UP in base or WARM_UP in entry:
+        problem = unusable_warm_up(base, entry)
+        unusable += _unusable(path, entry[WARM_UP]) if problem is None else [f"{path}: {problem}"]
     if unusable:
         problems += unusable
         return
@@ -144,10 +145,8 @@ def _combinations(
         if first is None:
             yield _Setting(flags, shown)
             continue
-        varied = {name: flags[name] for name, value in base.items() if isinstance(value, list)}
-        begun = _Setting({**base, **varied, **first, "peft_model": "full"}, {**varied, **first})
-        summed = "-".join(f"{name}{value}" for name, value in first.items())
-        yield _Setting(flags, {**shown, f"{_WARM_UP}-": summed}, begun)
+        summed = "-".join(f"{name}{value}" for name, value in sorted(first.items()))
+        yield _Setting(flags, {**shown, f"{WARM_UP}-": summed}, _Setting(*warm_up_flags(base, entry, flags)))
 
 
 def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
@@ -162,24 +161,6 @@ def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _warm_up_problems(path: Path, base: Mapping[str, Any], flags: Mapping[str, Any], first: Any) -> list[str]:
-    """`first`: what the entry gives as `warm_up`; `flags`: the run's own."""
-    if _WARM_UP in base:
-        return [f"{path}: base: {_WARM_UP} belongs to an entry of settings, beside peft_model: relora"]
-    if flags.get("peft_model") != "relora":
-        return [f"{path}: {_WARM_UP}: only runs of peft_model: relora begin with a full-rank run's weights"]
-    if flags.get("warmed_up_model") is not None:
-        return [f"{path}: {_WARM_UP} and warmed_up_model: a run begins with one of them; drop one of the two"]
-    if not isinstance(first, dict) or not first or any(isinstance(value, (dict, list)) for value in first.values()):
-        return [
-            f"{path}: {_WARM_UP}: must map flags of the full-rank run to one value each, "
-            f"e.g. {{lr: 0.001, num_training_steps: 150}}, not {first!r}"
-        ]
-    if first.get("peft_model", "full") != "full":
-        return [f"{path}: {_WARM_UP}: peft_model {first['peft_model']}: ReLoRA begins with full-rank weights"]
-    return _unusable(path, first)
-
-
 def _wanted(
     path: Path, folder: Path, setting: _Setting, seed: int, processes: int, problems: list[str]
 ) -> Iterator[Wanted]:
@@ -189,9 +170,13 @@ def _wanted(
     if setting.first is None:
         yield from [] if wanted is None else [wanted]
         return
-    name = f"{_WARM_UP}/{run_name(setting.first.shown, seed)}"  # a level deeper: not among the runs of a report on the folder
+    name = f"{WARM_UP}/{run_name(setting.first.shown, seed)}"  # a level deeper: not among the runs of a report on the folder
     after = _planned(path, folder, setting.first.flags, name, seed, processes, problems)
     if wanted is not None and after is not None:
+        problems += [
+            f"{path}, {wanted.name}: {problem}"
+            for problem in disagreements(wanted.args, wanted.plan, after.args, after.plan)
+        ]
         # Its folder is not there yet, so that it is named once the rest has been checked.
         args = dataclasses.replace(wanted.args, warmed_up_model=str(after.folder))
         argv = (*wanted.argv, f"--warmed_up_model={after.folder}")
@@ -219,12 +204,12 @@ def _planned(
 def _once(runs: list[Wanted]) -> list[Wanted]:
     """Without what several runs begin with a second time."""
     helping = {run.after.name for run in runs if run.after is not None}
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     kept = []
     for run in runs:
-        if run.name not in helping or run.name not in seen:
+        if run.name not in helping or run.argv not in seen:
             kept.append(run)
-        seen.add(run.name)
+        seen.add(run.argv)
     return kept
 
 

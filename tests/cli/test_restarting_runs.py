@@ -116,6 +116,12 @@ def test_a_full_rank_start(tmp_path, flags, capsys):
     assert without_times(again) == without_times(rows)
     again_end = tensors_of(tmp_path / "relora" / "step_00000006")
     assert all(torch.equal(reference[key], again_end[key]) for key in reference)
+    # What it began with stays in its record, for reports: also where the folder has moved or is written in another way.
+    warm_up = json.loads((tmp_path / "relora" / "run.json").read_text())["warm_up"]
+    assert (warm_up["updates"], warm_up["arguments"]["lr"], warm_up["arguments"]["peft_model"]) == (2, 0.01, "full")
+    (tmp_path / "relora" / "step_00000006").rename(tmp_path / "away-again")
+    warm[warm.index("--warmed_up_model") + 1] = str(tmp_path / "relora" / ".." / "warm")
+    assert without_times(train(tmp_path / "relora", *warm)) == without_times(rows)
 
 
 @pytest.mark.parametrize(

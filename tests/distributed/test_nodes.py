@@ -84,4 +84,7 @@ def test_a_hung_machine_ends_the_other_and_the_run_goes_on_exactly(tmp_path, fla
     assert record(tmp_path / "run") == record(tmp_path / "whole")
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "run")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["world_size"] == 2
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert document["plan"]["world_size"] == 2
+    world = document["world"]
+    assert (world["processes"], world["local_processes"]) == (2, 1)

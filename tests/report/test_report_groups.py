@@ -263,6 +263,27 @@ def test_command_starts_as_many_processes(tmp_path, world, start):
     assert command_of(read_run(folder)).startswith(f"{start} torchrun_main.py --")
 
 
+def test_what_relora_began_with_tells_settings_apart(tmp_path):
+    """The folders of a setting's full-rank runs differ by seed; what counts is how they were made."""
+    groups = {}
+    for lr, updates, seed in itertools.product((0.001, 0.002), (50, 100), (1, 2)):
+        folder = write_run(
+            tmp_path / f"{lr}-{updates}-{seed}",
+            "--relora",
+            "5",
+            "--warmed_up_model",
+            str(tmp_path),
+            method="relora",
+            seed=seed,
+        )
+        warm_up = {"updates": updates, "arguments": {"peft_model": "full", "lr": lr, "rank": seed, "seed": seed}}
+        change_document(folder, lambda document, found=warm_up: document.update(warm_up=found))
+        groups.setdefault((lr, updates), []).append(folder)
+    found = groups_of(*(folder for folders in groups.values() for folder in folders))
+    assert [[run.folder for run in group.runs] for group in found] == list(groups.values())
+    assert found[1].label == "ReLoRA, warm-up lr = 0.001, warm-up updates = 100"
+
+
 def test_labels_tell_all_groups_apart(tmp_path):
     number = itertools.count()
     folders = [

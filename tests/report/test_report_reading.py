@@ -36,7 +36,7 @@ def test_unfinished_and_stopped_runs_say_so_and_count_in_no_mean(tmp_path):
 
 def test_run_without_evaluation(tmp_path):
     folder = write_run(tmp_path / "run", perplexity=None)
-    assert "not evaluated after its last update; the last perplexity is that of update 0" in notes_of(folder)
+    assert "no perplexity after its last update; the last one is that of update 0" in notes_of(folder)
     write_rows(folder, [row for row in rows_of(folder) if "loss" in row])
     run = read_run(folder)
     assert run.final_perplexity is None

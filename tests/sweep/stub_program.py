@@ -1,7 +1,7 @@
 """Stands in for torchrun_main.py: leaves a run's record within milliseconds, fails or waits where its settings say so.
 
 --weight_decay 1: fails with exit code 1. --weight_decay 2: makes half its updates, saves, and waits for a signal.
---weight_decay 3: makes half its updates, saves and is killed. --weight_decay 4: ends with a perplexity that is not finite.
+--weight_decay 3: makes half its updates, saves and is killed. --weight_decay 4: its losses and perplexity are not finite.
 A run that goes on makes the rest. Every start is a line in starts.txt beside its folder.
 """
 
@@ -21,8 +21,8 @@ from peft_pretraining.distributed import World
 from peft_pretraining.plan import make_plan
 
 
-def row(step: int) -> dict:
-    return {"update_step": step, "loss": 5.0, "tokens_seen": 10 * step, "throughput_tokens": 5.0, "max_memory": 2**20}
+def row(step: int, loss: float | None = 5.0) -> dict:
+    return {"update_step": step, "loss": loss, "tokens_seen": 10 * step, "throughput_tokens": 5.0, "max_memory": 2**20}
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def main() -> int:
             time.sleep(0.05)
     with (folder / "metrics.jsonl").open("a") as file:
         for step in range(half + 1 if goes_on else 1, args.num_training_steps + 1):
-            file.write(json.dumps(row(step)) + "\n")
+            file.write(json.dumps(row(step, None if args.weight_decay == 4 else 5.0)) + "\n")
         perplexity = None if args.weight_decay == 4 else 20.0
         last = {"update_step": args.num_training_steps, "final_eval_loss": 3.0, "final_eval_perplexity": perplexity}
         file.write(json.dumps({**last, "final_eval_tokens": 100}) + "\n")

@@ -77,19 +77,46 @@ def test_a_killed_run_goes_on_the_next_time(tmp_path, stub, capfd):
 
 def test_nothing_begins_with_an_unfinished_run(tmp_path, stub, capfd):
     """A run that began with half a warm-up's weights would look like any other."""
-    entry = {"peft_model": "relora", "relora": 2, "lr": 0.1, "warm_up": {"weight_decay": 3}}
+    entry = {"peft_model": "relora", "relora": 2, "lr": 0.1, "warm_up": {"weight_decay": 3, "num_training_steps": 2}}
     path = write_sweep(tmp_path, [entry, {"peft_model": "full"}])
     assert command(["sweep", str(path)]) == 1
     told = capfd.readouterr().out
-    assert "warm_up/weight_decay3-seed42, which it begins with, did not finish" in told
+    warm = "num_training_steps2-weight_decay3-seed42"
+    assert f"warm_up/{warm}, which it begins with, did not finish" in told
     assert "2 of 3 runs failed" in told
     assert starts(tmp_path) == ["full-seed42"]
     assert command(["sweep", str(path)]) == 0  # the stub finishes it at the second start
-    relora = "relora-lr0.1-relora2-warm_up-weight_decay3-seed42"
+    relora = "relora-lr0.1-relora2-warm_up-num_training_steps2-weight_decay3-seed42"
     assert starts(tmp_path) == ["full-seed42", relora]
-    assert starts(tmp_path, "warm_up") == ["weight_decay3-seed42"] * 2
+    assert starts(tmp_path, "warm_up") == [warm] * 2
     report = json.loads((tmp_path / "runs" / "report" / "report.json").read_text())
     assert sorted(group["method"] for group in report["groups"]) == ["full", "relora"]
+
+
+def test_nothing_begins_with_weights_that_are_not_finite(tmp_path, stub, capfd):
+    entry = {"peft_model": "relora", "relora": 2, "warm_up": {"weight_decay": 4, "num_training_steps": 2}}
+    path = write_sweep(tmp_path, [entry])
+    for _ in range(2):
+        assert command(["sweep", str(path)]) == 1
+        assert "which it begins with, has no finite perplexity" in capfd.readouterr().out
+    assert starts(tmp_path) == []
+    assert len(starts(tmp_path, "warm_up")) == 1
+
+
+def test_a_full_rank_run_is_made_only_where_something_needs_it(tmp_path, stub, capfd):
+    """Its folder may go once all that began with it is finished; and the sweep's folder may be written in another way."""
+    path = write_sweep(tmp_path, [{"peft_model": "relora", "relora": 2, "warm_up": {"num_training_steps": 2}}])
+    assert command(["sweep", str(path)]) == 0
+    made = starts(tmp_path)
+    shutil.rmtree(tmp_path / "runs" / "warm_up")
+    capfd.readouterr()
+    for folder in (tmp_path / "runs", tmp_path / "runs" / ".." / "runs"):
+        values = yaml.safe_load(path.read_text()) | {"folder": str(folder)}
+        path.write_text(yaml.safe_dump(values))
+        assert command(["sweep", str(path)]) == 0
+        assert capfd.readouterr().out.count("skipped") == 2
+    assert starts(tmp_path) == made
+    assert starts(tmp_path, "warm_up") == []
 
 
 def test_a_run_that_ends_without_a_finite_perplexity_is_finished(tmp_path, stub, capfd):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = {"model_config": str(ROOT / "configs/llama_demo.json"), "dataset": "demo", "batch_size": 4, "max_length": 64}
 
 RELORA = {"peft_model": "relora", "relora": 4}
+SHORT = {"num_training_steps": 50, "warmup_steps": 5}
 
 
 def sweep_of(tmp_path, **changes):
@@ -67,13 +68,24 @@ def test_a_full_rank_run_comes_before_the_runs_that_begin_with_it(tmp_path):
 
 
 def test_full_rank_runs_differ_where_a_list_of_the_base_says_so(tmp_path):
-    entry = {**RELORA, "warm_up": {"lr": 0.5}}
+    entry = {**RELORA, "warm_up": {"lr": 0.5, "num_training_steps": 5000}}
     found = sweep_of(tmp_path, settings=[entry], base={**BASE, "max_length": [32, 64]})
     assert [(run.args.peft_model, run.args.max_length) for run in found.runs] == [
         *(("full", 32), ("relora", 32)),
         *(("full", 64), ("relora", 64)),
     ]
     assert len({run.name for run in found.runs}) == 4
+
+
+def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
+    """Whatever order their flags are written in, and where they differ in what full-rank training does not read."""
+    first = {"lr": 0.5, **SHORT}
+    entries = [
+        {**RELORA, "lr": lr, "warm_up": dict(order)}
+        for lr, order in ((0.1, first.items()), (0.2, reversed(first.items())))
+    ]
+    found = sweep_of(tmp_path, settings=entries, base={**BASE, "rank": [8, 16]})
+    assert [run.args.peft_model for run in found.runs] == ["full", *["relora"] * 4]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +113,33 @@ def test_full_rank_runs_differ_where_a_list_of_the_base_says_so(tmp_path):
         ({"settings": [{**RELORA, "warm_up": {"lr": 1.0}, "warmed_up_model": "x"}]}, "warm_up and warmed_up_model"),
         ({"settings": [{"peft_model": "full", "warm_up": {"lr": 1.0}}]}, "only runs of peft_model: relora begin"),
         ({"base": {**BASE, "warm_up": {"lr": 1.0}}}, "warm_up belongs to an entry of settings"),
+        (
+            {"settings": [{**RELORA, "warm_up": {"lr": 1.0}}]},
+            "the 10,000 updates of its warm_up count, and leave it none",
+        ),
+        ({"settings": [{**RELORA, "max_length": 32, "warm_up": SHORT}]}, "max_length 32: its warm_up has 64"),
+        ({"settings": [{**RELORA, "total_batch_size": 8, "warm_up": SHORT}]}, "total_batch_size 8: its warm_up has 4"),
+        (
+            {"settings": [{**RELORA, "model_config": str(ROOT / "configs/llama_9m.json"), "warm_up": SHORT}]},
+            "that of its warm_up is",
+        ),
+        (
+            {"settings": [{**RELORA, "dataset": "elsewhere", "warm_up": SHORT}]},
+            "dataset elsewhere: its warm_up has demo",
+        ),
+        (
+            {"base": {**BASE, "lr": [0.1, 0.2]}, "settings": [{**RELORA, "lr": 0.3, "warm_up": SHORT}]},
+            "warm_up: lr: the base has a list and this entry its own value",
+        ),
+        (
+            {
+                "settings": [
+                    {**RELORA, "lr": 1 + number, "warm_up": {**SHORT, "tags": name}}
+                    for number, name in enumerate(("a/b", "a_b"))
+                ]
+            },
+            "num_training_steps50-tagsa_b-warmup_steps5-seed42 is asked for twice",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tmp_path, changes, words):
