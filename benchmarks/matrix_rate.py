@@ -42,11 +42,10 @@ def scale_steps(scale: float) -> None:
 
 
 def scale_start(scale: float, part: str) -> None:
-    """From now on, of the parameters whose names hold `part`, in every model that this process initialises."""
-    honest = build.initialize
+    """From now on, of the parameters whose names hold `part`, in every model of this process once its start is complete."""
+    honest = build.prepare_to_train
 
-    def initialize(model: torch.nn.Module, seed: int) -> None:
-        honest(model, seed)
+    def prepare(model: torch.nn.Module, *how: Any) -> None:
         scaled = [parameter for name, parameter in model.named_parameters() if part in name]
         if not scaled:
             names = ", ".join(list(dict(model.named_parameters()))[:4])
@@ -54,8 +53,9 @@ def scale_start(scale: float, part: str) -> None:
         with torch.no_grad():
             for parameter in scaled:
                 parameter.mul_(scale)
+        honest(model, *how)
 
-    build.initialize = initialize
+    build.prepare_to_train = prepare
 
 
 def keep_apart(folder: Path, own: dict[str, Any]) -> str | None:
