@@ -62,7 +62,7 @@ def assert_same(first: Path, second: Path, tolerances: dict[str, float]) -> None
         assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
 
 
-@pytest.mark.parametrize("method", ["full", "sltrain"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.full), "sltrain"])
 def test_equal_training(tmp_path, flags, method):
     """Padded micro-batches with very unequal token counts: one process, ddp and fsdp, with and without accumulation."""
     flags += ["--peft_model", method, "--optimizer", "adamw", "--num_training_steps", "20", "--grad_clipping", "0.5"]
@@ -94,7 +94,9 @@ def test_document_masks_in_several_processes(tmp_path, flags):
     assert deviations(tmp_path / "one", tmp_path / "unmasked")["loss"] > ROUNDING["loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw-rounded", "adam8bit", "adamw4bit"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("adamw", marks=pytest.mark.full), "adamw-rounded", "adam8bit", "adamw4bit"]
+)
 def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
     """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""
     rounding = ["--dtype", "bfloat16", "--stochastic_rounding"] if optimizer == "adamw-rounded" else []

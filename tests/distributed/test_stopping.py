@@ -155,7 +155,7 @@ sys.stdout.write(f"sum {float(total)} at restart {restart}\\n")  # whole lines: 
 """
 
 
-@pytest.mark.parametrize("shared_store", ["0", "1"])
+@pytest.mark.parametrize("shared_store", ["0", pytest.param("1", marks=pytest.mark.full)])
 def test_restarted_processes_do_not_take_their_predecessors_addresses(tmp_path, shared_store):
     """torchrun's store still has them when one of the processes is slower to come back than the other."""
     (tmp_path / "late.py").write_text(LATE)
