@@ -61,12 +61,10 @@ def scale_start(scale: float, part: str) -> None:
 def keep_apart(folder: Path, own: dict[str, Any]) -> str | None:
     """Note in the run's folder how it is scaled, which run.json does not say; why it cannot be used, if it cannot."""
     note = folder / "scaled.json"
-    if note.is_file():
-        before = json.loads(note.read_text(encoding="utf-8"))
-    else:
-        before = None if (folder / "run.json").is_file() else own
-    if before != own:
-        return f"--save_dir {folder}: it holds a run made with {before or 'no scaling'}, not {own}; name another"
+    if (folder / "run.json").is_file():  # without one the last start was refused
+        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else "no scaling"
+        if before != own:
+            return f"--save_dir {folder}: it holds a run made with {before}, not {own}; name another"
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(own), encoding="utf-8")
     return None

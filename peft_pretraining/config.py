@@ -453,10 +453,16 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 }
 
 
+_OWN_METHOD = {
+    field.name: field.metadata["method"] for field in dataclasses.fields(Arguments) if field.metadata.get("method")
+}
+
+
 def has_effect(name: str, method: str) -> bool:
     """Whether a run of this method reads the argument."""
-    own = {field.name: field.metadata.get("method") for field in dataclasses.fields(Arguments)}.get(name)
-    return own == method if own else name not in WITHOUT_EFFECT.get(method, ())
+    if name in _OWN_METHOD:
+        return bool(_OWN_METHOD[name] == method)
+    return name not in WITHOUT_EFFECT.get(method, ())
 
 
 def default_save_dir(args: Arguments, total_batch_size: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -62,17 +63,25 @@ def _document(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as it is recorded. rows: of metrics.jsonl; updates, evaluations: those that have a loss, a held-out perplexity."""
+    """A run as it is recorded."""
 
     folder: Path
     document: dict[str, Any]
     arguments: dict[str, Any]  # all of this version's, those of an older record by their defaults
-    rows: Sequence[Row]
-    updates: Sequence[Row]
-    evaluations: Sequence[Row]
+    rows: Sequence[Row]  # of metrics.jsonl
     figures: dict[str, Any]  # summary.summary
     stopped: dict[str, Any] | None  # stopped.json
     notes: tuple[str, ...]  # what is missing, one sentence each
+
+    @functools.cached_property
+    def updates(self) -> Sequence[Row]:
+        """The rows that have a loss."""
+        return [row for row in self.rows if _is_number(row.get("loss"))]
+
+    @functools.cached_property
+    def evaluations(self) -> Sequence[Row]:
+        """The rows that have a held-out perplexity."""
+        return [row for row in self.rows if _is_number(row.get("final_eval_perplexity"))]
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -213,20 +222,16 @@ def read_run(folder: Path) -> RunRecord:
     """The record of a run, with notes on what it lacks. Raises ValueError where run.json is none, or a figure no number."""
     document = _document(folder)
     rows = _rows(folder)
-    updates = [row for row in rows if _is_number(row.get("loss"))]
-    evaluations = [row for row in rows if _is_number(row.get("final_eval_perplexity"))]
     run = RunRecord(
         folder=folder,
         document=document,
         arguments=_with_defaults(document["arguments"]),
         rows=rows,
-        updates=updates,
-        evaluations=evaluations,
         figures=summary(document, rows),
         stopped=_stopped(folder),
         notes=(),
     )
-    return replace(run, notes=tuple(_notes(run, rows)))
+    return replace(run, notes=tuple(_notes(run)))
 
 
 def _with_defaults(said: dict[str, Any]) -> dict[str, Any]:
@@ -268,14 +273,14 @@ def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | No
     return (2 * counts.total + index_bytes + 4 * counts.moments + 2 * counts.projections) / 1e9
 
 
-def _notes(run: RunRecord, rows: list[dict[str, Any]]) -> list[str]:
+def _notes(run: RunRecord) -> list[str]:
     """What is missing in a run's record, one sentence each."""
-    if not rows:
+    if not run.rows:
         return [f"no update is logged yet ({METRICS_FILE} is missing or empty)"]
     notes = []
     if not run.finished:
         notes.append(f"{run.status}: its last perplexity is in the table of runs, and counts in no mean")
-    infinite = sum("final_eval_perplexity" in row and row["final_eval_perplexity"] is None for row in rows)
+    infinite = sum("final_eval_perplexity" in row and row["final_eval_perplexity"] is None for row in run.rows)
     if infinite:
         notes.append(f"{infinite:,} evaluations gave no finite perplexity")
     elif not run.evaluations:
@@ -284,10 +289,10 @@ def _notes(run: RunRecord, rows: list[dict[str, Any]]) -> list[str]:
         notes.append(
             f"no perplexity after its last update; the last one is that of update {run.figures['final_evaluation_step']:,}"
         )
-    spoilt = sum("loss" in row and row["loss"] is None for row in rows)
+    spoilt = sum("loss" in row and row["loss"] is None for row in run.rows)
     if spoilt:
         notes.append(f"{spoilt:,} logged updates had a loss that was not finite")
-    skipped = max((int(row.get("skipped_updates") or 0) for row in rows), default=0)
+    skipped = max((int(row.get("skipped_updates") or 0) for row in run.rows), default=0)
     if skipped:
         notes.append(f"{skipped:,} updates were skipped (numbers that were not finite)")
     if run.updates and run.figures["states_bytes"] is None:

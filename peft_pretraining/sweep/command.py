@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft_pretraining.report.command import PAGE, format_groups, write_report
-from peft_pretraining.sweep.runner import Outcome, State, Stopping, command_line, log_path, make_run, state_of
+from peft_pretraining.sweep.runner import MADE, Outcome, State, Stopping, command_line, log_path, make_run, state_of
 from peft_pretraining.sweep.settings import Sweep, Wanted, load_sweep
 
 HELP = "run a file's settings over seeds, one after another: finished ones are skipped, broken ones go on; ends in a report"
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     with stopping.listening():
         outcomes = _run_all(sweep, stopping)
     if stopping.signal_name is not None or any(outcome.kind == "stopped" for outcome in outcomes.values()):
-        finished = sum(outcome.kind in ("finished", "diverged") for outcome in outcomes.values())
+        finished = sum(outcome.kind in MADE for outcome in outcomes.values())
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(sweep.runs)} runs are finished; "
             "what the one under way had done is saved. The same command goes on:\n"
@@ -58,7 +58,7 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
             break
         head = f"[{number}/{len(sweep.runs)}] {wanted.name}"
         state = state_of(wanted)
-        if state.kind in ("finished", "diverged"):
+        if state.kind in MADE:
             outcomes[wanted.name] = Outcome(state.kind, state.text)
             print(f"{head}: {state.text}, skipped", flush=True)
             continue
@@ -81,7 +81,7 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
 def _is_needed(wanted: Wanted, sweep: Sweep) -> bool:
     """False for a full-rank run that is there for others only, all of which are made."""
     others = [run for run in sweep.runs if run.after is not None and run.after.name == wanted.name]
-    return not others or any(state_of(run).kind not in ("finished", "diverged") for run in others)
+    return not others or any(state_of(run).kind not in MADE for run in others)
 
 
 def _why_not(wanted: Wanted, state: State, outcomes: Mapping[str, Outcome]) -> str | None:

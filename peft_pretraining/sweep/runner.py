@@ -25,7 +25,9 @@ from peft_pretraining.sweep.settings import Wanted
 PROGRAM = Path(__file__).resolve().parents[2] / "torchrun_main.py"
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 # Where a file lies may be said in another way the next time.
-_PATHS = ("model_config", "tokenizer", "dataset", "warmed_up_model")
+_PATHS = ("model_config", "tokenizer", "dataset")
+# Kinds of State and Outcome that there is nothing left to do for.
+MADE = ("finished", "diverged")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def state_of(wanted: Wanted) -> State:
         record = read_run(wanted.folder)
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
-    mine = {name: getattr(wanted.args, name) for name in RUN_DEFINING if name not in _PATHS}
+    # What the sweep itself makes first lies where the sweep does; how it was made is in the run's name.
+    elsewhere = {*_PATHS, *(["warmed_up_model"] if wanted.after is not None else [])}
+    mine = {name: getattr(wanted.args, name) for name in RUN_DEFINING if name not in elsewhere}
     differing = [
         f"{name} {record.arguments.get(name)} (now {value})"
         for name, value in mine.items()
@@ -138,7 +142,7 @@ def make_run(wanted: Wanted, processes: int, stopping: Stopping) -> Outcome:
         begin = log.tell()
         code = stopping.run(command, log)
     state = state_of(wanted)
-    if code == 0 and state.kind in ("finished", "diverged"):
+    if code == 0 and state.kind in MADE:
         return Outcome(state.kind, state.text)
     if stopping.signal_name is not None or (wanted.folder / MARKER_FILE).is_file():
         return Outcome("stopped", state.text)

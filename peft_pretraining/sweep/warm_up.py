@@ -61,22 +61,22 @@ def warm_up_flags(
 
 def disagreements(args: Arguments, plan: Plan, first: Arguments, first_plan: Plan) -> list[str]:
     """Why the run of `args` could not begin with the weights of `first`: what the program would refuse once they are there."""
-    now_then = differing_arguments(as_dict(first), asdict(first_plan), args, plan)
+    planned = asdict(first_plan)
+    differing = differing_arguments(as_dict(first), planned, args, plan)
     if args.dataset != first.dataset:
-        now_then["dataset"] = (first.dataset, args.dataset)
+        differing["dataset"] = (first.dataset, args.dataset)
     problems = [
         f"{name} {now}: its {WARM_UP} has {then}, and they must be the same"
-        for name, (then, now) in now_then.items()
+        for name, (then, now) in differing.items()
         if name not in WARM_START_CHANGES
     ]
     problems += [
         f"{args.model_config}: {key} is {now}, that of its {WARM_UP} is {then}; they must be the same"
-        for key, (then, now) in differing_shape(asdict(first_plan), plan).items()
+        for key, (then, now) in differing_shape(planned, plan).items()
     ]
-    steps = first_plan.num_training_steps
-    if is_finished(plan, steps, first.max_train_tokens or 0):
+    if is_finished(plan, first_plan.num_training_steps, first.max_train_tokens or 0):
         problems.append(
-            f"num_training_steps {plan.num_training_steps}: the {steps:,} updates of its {WARM_UP} count, and leave it none; "
-            f"give {WARM_UP} a num_training_steps of its own"
+            f"num_training_steps {plan.num_training_steps}: the {first_plan.num_training_steps:,} updates of its {WARM_UP} "
+            f"count, and leave it none; give {WARM_UP} a num_training_steps of its own"
         )
     return problems

@@ -104,3 +104,4 @@ def test_a_folder_is_for_one_scaling(trained, capsys):
 def test_names_that_match_nothing_are_refused(trained, capsys):
     trained("run", "--peft_model", "sltrain", "--start", "0.5", "--start_names", "lora_b", expected=2)
     assert "--start_names lora_b: no parameter has that in its name" in capsys.readouterr().err
+    trained("run", "--peft_model", "sltrain", "--start", "0.5", "--start_names", "lora_B")  # nothing was made there

@@ -142,6 +142,17 @@ def test_a_folder_made_with_other_arguments_is_left_alone(tmp_path, stub, capfd)
     assert starts(tmp_path) == ["lr0.1-seed42"]
 
 
+def test_runs_that_began_with_another_folder_are_left_alone(tmp_path, stub, capfd):
+    """Where the file itself names the full-rank run, nothing else says which one it was."""
+    settings = [{"peft_model": "relora", "relora": 2}]
+    for name, expected in (("one", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        path = write_sweep(tmp_path, settings, base={**BASE, "warmed_up_model": str(tmp_path / name)})
+        assert command(["sweep", str(path)]) == expected
+    assert f"was made with warmed_up_model {tmp_path / 'one'} (now {tmp_path / 'other'})" in capfd.readouterr().out
+    assert len(starts(tmp_path)) == 1
+
+
 def test_dry_run_starts_nothing(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
     assert command(["sweep", str(path), "--dry_run"]) == 0
