@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 
 from peft_pretraining.manifest import Digest
 
@@ -125,6 +125,13 @@ def no_single_process_warning() -> Iterator[None]:
         yield
 
 
+def _memory_format(kind: Any, name: Any) -> Any:
+    """The one use of `getattr` that an index has: a member of DCP's memory formats by its name."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) has no place in a checkpoint's index")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Reads DCP's index and nothing else: any other class in the pickle is refused."""
 
@@ -147,6 +154,8 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._ALLOWED:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format  # how Python before 3.11.4 pickles a member of an enumeration
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from resealing import reseal
+from torch.distributed.checkpoint import metadata
 
 from peft_pretraining.checkpoint import (
     CheckpointError,
@@ -128,6 +129,37 @@ def test_index_of_a_stranger_cannot_run_code(tmp_path):
     with pytest.raises(CheckpointError, match="not the index of a checkpoint"):
         tensor_index(path)
     assert not (tmp_path / "it-ran").exists()
+
+
+class _ByGetattr:
+    """Pickled as Python before 3.11.4 pickles a member of an enumeration: as a call of getattr."""
+
+    def __init__(self, owner, name):
+        self.arguments = (owner, name)
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_what_an_older_python_saves_is_read(tmp_path, monkeypatch):
+    kind = metadata._MEM_FORMAT_ENCODING
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "__reduce_ex__", lambda member, protocol: (getattr, (kind, member.name)))
+        path = save(tmp_path)
+    assert b"getattr" in (path / "tensors" / ".metadata").read_bytes()
+    back = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    load_tensors(path, back)
+    assert all(torch.equal(back[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(metadata.TensorProperties, "__init__"), (metadata._MEM_FORMAT_ENCODING, "__class__")]
+)
+def test_index_gets_no_other_attribute(tmp_path, owner, name):
+    path = save(tmp_path)
+    (path / "tensors" / ".metadata").write_bytes(pickle.dumps(_ByGetattr(owner, name)))
+    with pytest.raises(CheckpointError, match=r"getattr\(.*has no place in a checkpoint's index"):
+        tensor_index(path)
 
 
 def damage(path, how):
