@@ -1,13 +1,11 @@
 """Fixtures shared by all tests: few threads, and the real C4 sample where a checkout has one beside it."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_model import TINY_MODEL
-from tiny_runs import train
+from tiny_runs import train, write_inputs
 
 # Two test processes share two cores; more threads only make timings worse. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,47 +48,10 @@ def t5_model() -> Path:
     return _real_data("t5_spiece.model")
 
 
-TEXT = "Fox {} jumps over dog {} in month {}. "
-
-
-def _write_corpus(folder: Path) -> list[str]:
-    """120 documents of very unequal lengths in 3 shards, 12 held out; returns the training texts."""
-    documents = [
-        "".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)
-    ]
-    for shard in range(3):
-        lines = [json.dumps({"text": text}) for text in documents[shard:120:3]]
-        (folder / f"words-train.{shard}.jsonl").write_text("\n".join(lines) + "\n")
-    held_out = "\n".join(json.dumps({"text": text}) for text in documents[120:])
-    (folder / "words-validation.jsonl").write_text(held_out + "\n")
-    return documents[:120]
-
-
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> list[str]:
     """Flags for a model, a tokenizer and a corpus small enough that an update takes milliseconds."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "corpus").mkdir()
-    texts = _write_corpus(folder / "corpus")
-    (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_prefix=str(folder / "tiny"),
-        model_type="bpe",
-        vocab_size=320,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return [
-        *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model")),
-        *("--dataset", str(folder / "corpus")),
-    ]
+    return write_inputs(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,11 @@
-"""Tiny runs of every method: 8 updates, which take a second or two."""
+"""Tiny inputs, and tiny runs of every method: an update takes milliseconds, 8 updates a second or two."""
 
+import json
 from pathlib import Path
+
+from tiny_model import TINY_MODEL
+
+TEXT = "Fox {} jumps over dog {} in month {}. "
 
 METHODS = {
     "full": ["--peft_model", "full"],
@@ -15,6 +20,44 @@ METHODS = {
     "sltrain_bf16": ["--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--dtype", "bfloat16"],
     "sltrain_packed": ["--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--packing"],
 }
+
+
+def write_corpus(folder: Path) -> list[str]:
+    """120 documents of very unequal lengths in 3 shards, 12 held out; returns the training texts."""
+    documents = [
+        "".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)
+    ]
+    for shard in range(3):
+        lines = [json.dumps({"text": text}) for text in documents[shard:120:3]]
+        (folder / f"words-train.{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    held_out = "\n".join(json.dumps({"text": text}) for text in documents[120:])
+    (folder / "words-validation.jsonl").write_text(held_out + "\n")
+    return documents[:120]
+
+
+def write_inputs(folder: Path) -> list[str]:
+    """Writes a model's JSON, a corpus and a tokenizer trained on it; returns the flags that name them."""
+    import sentencepiece
+
+    (folder / "corpus").mkdir()
+    texts = write_corpus(folder / "corpus")
+    (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tiny"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return [
+        *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model")),
+        *("--dataset", str(folder / "corpus")),
+    ]
 
 
 def train(name: str, tiny_run: list[str], folder: Path) -> Path:
