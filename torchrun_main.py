@@ -15,18 +15,18 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from peft_pretraining.allocator import set_allocator
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.config import Arguments, ConfigError
-from peft_pretraining.distributed import World
-from peft_pretraining.notices import notices
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.plan.notices import notices
 
 if TYPE_CHECKING:
     import torch
 
-    from peft_pretraining.assemble import Run
-    from peft_pretraining.late_record import LateRecord
-    from peft_pretraining.metrics import Recorder
+    from peft_pretraining.record.late_record import LateRecord
+    from peft_pretraining.record.recorder import Recorder
+    from peft_pretraining.run.assemble import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,15 +67,15 @@ def tell_torchrun(message: str) -> None:
 
 def dry_run(args: Arguments, world: World) -> int:
     """Print the plan and stop; needs no network and no data."""
-    from peft_pretraining.plan import make_plan
+    from peft_pretraining.plan.plan import make_plan
 
     make_plan(args, world)  # problems are found before torch is imported
 
-    from peft_pretraining.build import resolve_dtype
     from peft_pretraining.data.errors import DataError
     from peft_pretraining.data.source import open_source
-    from peft_pretraining.distributed import DeviceError, device_memory, pick_device
-    from peft_pretraining.plan import format_plan
+    from peft_pretraining.distributed.world import DeviceError, device_memory, pick_device
+    from peft_pretraining.plan.plan import format_plan
+    from peft_pretraining.run.build import resolve_dtype
 
     try:
         device = pick_device(args.device, world)
@@ -91,22 +91,22 @@ def dry_run(args: Arguments, world: World) -> int:
 
 def run(args: Arguments, world: World) -> int:
     """Train; returns the exit code."""
-    from peft_pretraining.plan import make_plan
+    from peft_pretraining.plan.plan import make_plan
 
     make_plan(args, world)  # problems are found before torch is imported
     set_allocator()
 
     import torch
 
-    from peft_pretraining.build import resolve_dtype
-    from peft_pretraining.checkpoint import CheckpointError
+    from peft_pretraining.checkpoint.saver import SavingFailed
+    from peft_pretraining.checkpoint.step_folder import CheckpointError
     from peft_pretraining.data.errors import DataError, TokenizerError
-    from peft_pretraining.distributed import DeviceError, LostProcess, pick_device, process_group
-    from peft_pretraining.ending import out_of_memory
-    from peft_pretraining.evaluate import NothingToEvaluate
-    from peft_pretraining.health import TrainingError
+    from peft_pretraining.distributed.world import DeviceError, LostProcess, pick_device, process_group
     from peft_pretraining.optim import OptimizerUnavailable
-    from peft_pretraining.saver import SavingFailed
+    from peft_pretraining.run.build import resolve_dtype
+    from peft_pretraining.run.ending import out_of_memory
+    from peft_pretraining.training.evaluate import NothingToEvaluate
+    from peft_pretraining.training.health import TrainingError
 
     try:
         device = pick_device(args.device, world)
@@ -129,11 +129,11 @@ def run(args: Arguments, world: World) -> int:
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Build, restore, loop, end; the exit code."""
-    from peft_pretraining.assemble import assemble, open_record, say_finished, say_passed_over
-    from peft_pretraining.ending import end_early
-    from peft_pretraining.late_record import LateRecord
-    from peft_pretraining.metrics import Throughput
-    from peft_pretraining.stop import StopRun
+    from peft_pretraining.record.late_record import LateRecord
+    from peft_pretraining.record.recorder import Throughput
+    from peft_pretraining.run.assemble import assemble, open_record, say_finished, say_passed_over
+    from peft_pretraining.run.ending import end_early
+    from peft_pretraining.training.stop import StopRun
 
     run = assemble(args, world, device)
     if run is None:
@@ -165,12 +165,12 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
 def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
     """Evaluate where due, update, record, save where due; until the plan is fulfilled or the run has to stop."""
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
-    from peft_pretraining.assemble import next_micro_batches, run_evaluation
-    from peft_pretraining.ending import keep_for_inspection
-    from peft_pretraining.late_record import Logged
-    from peft_pretraining.metrics import peak_memory_bytes
-    from peft_pretraining.plan import is_finished, learning_rate
-    from peft_pretraining.train import train_step
+    from peft_pretraining.plan.plan import is_finished, learning_rate
+    from peft_pretraining.record.late_record import Logged
+    from peft_pretraining.record.recorder import peak_memory_bytes
+    from peft_pretraining.run.assemble import next_micro_batches, run_evaluation
+    from peft_pretraining.run.ending import keep_for_inspection
+    from peft_pretraining.training.update import train_step
 
     plan, device, state = run.plan, run.device, run.parts.state
     scheduled = False  # a checkpoint that is still to be made
@@ -187,9 +187,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         run.restarts.before_update(state.update_step)
         lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
-        if args.on_nonfinite == "stop" and bool(
-            step.skipped
-        ):  # this waits for the device, as nothing else in an update
+        if args.on_nonfinite == "stop" and bool(step.skipped):  # this waits for the device, as nothing else in an update
             late_record.settle()
             keep_for_inspection(run, args, world, micro_batches, step)
         state.update_step += 1

@@ -20,10 +20,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from peft_pretraining.commands.report import load_run
 from peft_pretraining.data.loader import EvalSet
 from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import load_tokenizer
-from peft_pretraining.report import load_run
 
 
 def token_pairs(sequences: EvalSet) -> tuple[np.ndarray, np.ndarray]:
@@ -74,9 +74,7 @@ def score(dataset: str, eval_dataset: str | None, tokenizer_name: str | None, ma
     tokenizer = load_tokenizer(tokenizer_name or train.default_tokenizer)
 
     def pairs(source: Source) -> tuple[np.ndarray, np.ndarray]:
-        return token_pairs(
-            EvalSet(source, tokenizer, max_length=max_length, packing=packing, max_tokens=None, batch_size=64)
-        )
+        return token_pairs(EvalSet(source, tokenizer, max_length=max_length, packing=packing, max_tokens=None, batch_size=64))
 
     previous, targets = pairs(train)
     model = KneserNeyBigram(previous, targets, tokenizer.text_vocab_size)

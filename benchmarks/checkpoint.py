@@ -25,16 +25,16 @@ from memory import random_batch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.build import build_module, build_updates, resolve_dtype
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.config import Arguments, ConfigError
-from peft_pretraining.distributed import World, pick_device
-from peft_pretraining.loss import TokenLoss
-from peft_pretraining.plan import Plan, make_plan
-from peft_pretraining.resume import RunParts, run_content
-from peft_pretraining.run_folder import versions
-from peft_pretraining.saver import Saver
-from peft_pretraining.train import TrainState, train_step
+from peft_pretraining.checkpoint.saver import Saver
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World, pick_device
+from peft_pretraining.model.loss import TokenLoss
+from peft_pretraining.plan.plan import Plan, make_plan
+from peft_pretraining.run.build import build_module, build_updates, resolve_dtype
+from peft_pretraining.run.folder import versions
+from peft_pretraining.run.resume import RunParts, run_content
+from peft_pretraining.training.update import TrainState, train_step
 
 
 class NoData:
@@ -63,9 +63,7 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
     return parts, update
 
 
-def saving(
-    saver: Saver, update: Callable[[], float], num_saves: int, num_updates: int
-) -> list[tuple[float, list[float]]]:
+def saving(saver: Saver, update: Callable[[], float], num_saves: int, num_updates: int) -> list[tuple[float, list[float]]]:
     """For each save the seconds inside the saver, and those of each of the updates that follow it."""
     found = []
     for _ in range(num_saves):
@@ -141,9 +139,7 @@ def main() -> int:
         return 2
     if own.out is not None:
         own.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"update {statistics.median(found['seconds_per_update']):.2f} s, checkpoint {found['checkpoint_bytes'] / 1e9:.2f} GB"
-    )
+    print(f"update {statistics.median(found['seconds_per_update']):.2f} s, checkpoint {found['checkpoint_bytes'] / 1e9:.2f} GB")
     for name in ("waiting", "async_save"):
         kind = found[name]
         print(

@@ -24,12 +24,10 @@ from memory_table import SIZES, SLTRAIN
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.run_folder import versions
+from peft_pretraining.run.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
-ONE_UPDATE = (
-    "--optimizer adam8bit_per_layer --max_length 64 --total_batch_size 1 --num_training_steps 1 --warmup_steps 0"
-)
+ONE_UPDATE = "--optimizer adam8bit_per_layer --max_length 64 --total_batch_size 1 --num_training_steps 1 --warmup_steps 0"
 DATA = "--dataset demo --eval_tokens 64 --workers 0 --wandb disabled"
 META = """
 import json, sys, torch
@@ -63,9 +61,7 @@ def command(*argv: str) -> tuple[float, int]:
 def make_checkpoint(config: str, run: Path) -> None:
     """A run of one update."""
     rank, sparsity = SIZES[config]
-    words = (
-        f"--model_config configs/llama_{config}.json {SLTRAIN} --rank {rank} --sp_ratio {sparsity} {ONE_UPDATE} {DATA}"
-    )
+    words = f"--model_config configs/llama_{config}.json {SLTRAIN} --rank {rank} --sp_ratio {sparsity} {ONE_UPDATE} {DATA}"
     command("torchrun_main.py", *words.split(), "--save_dir", str(run))
 
 
@@ -84,9 +80,7 @@ def measure(config: str, folder: Path) -> dict[str, Any]:
             f"{config} {form}: {size / 2**30:.2f} GiB written in {seconds:.0f} s, peak {peak / 2**30:.2f} GiB",
             flush=True,
         )
-    done = subprocess.run(
-        [sys.executable, "-c", META, str(folder / "dense")], capture_output=True, text=True, cwd=folder
-    )
+    done = subprocess.run([sys.executable, "-c", META, str(folder / "dense")], capture_output=True, text=True, cwd=folder)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     row["meta"] = json.loads(done.stdout.splitlines()[-1])

@@ -31,9 +31,9 @@ from layer import SETTINGS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.allocator import set_allocator
-from peft_pretraining.model_config import load_model_config
-from peft_pretraining.run_folder import versions
+from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.run.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMS = ("dense", "uniform", "block")
@@ -43,7 +43,7 @@ def write_model(config: str, form: str, dtype: str, folder: Path) -> int:
     """A folder as export makes it, without a tokenizer; its bytes."""
     from peft_pretraining.export.shards import ShardWriter
     from peft_pretraining.export.write import FACTORS_CONFIG, LLAMA_CONFIG, parts_of
-    from peft_pretraining.modeling import hf_config, meta_model
+    from peft_pretraining.model.llama import hf_config, meta_model
     from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 
     rank, sparsity, _ = SETTINGS[config]
@@ -126,9 +126,7 @@ def measure(config: str, forms: Sequence[str], own: argparse.Namespace) -> list[
             process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
             process.start()
             workers.append((pipe, process))
-            rows.append(
-                {"config": config, "form": form, "bytes": size, "loaded": pipe.recv(), "seconds": [], "memory": 0}
-            )
+            rows.append({"config": config, "form": form, "bytes": size, "loaded": pipe.recv(), "seconds": [], "memory": 0})
         for number in range(own.rounds + 1):
             for (pipe, _), row in zip(workers, rows, strict=True):
                 pipe.send("generate")

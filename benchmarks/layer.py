@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.allocator import set_allocator
-from peft_pretraining.memory import linear_shapes
-from peft_pretraining.model_config import load_model_config
-from peft_pretraining.run_folder import versions
+from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.memory.counts import linear_shapes
+from peft_pretraining.run.folder import versions
 from sparse_lora import SparseLowRankLinear
 from sparse_lora.cost import PATHS, cheaper_path
 
@@ -69,9 +69,7 @@ def shapes_of(config: str, tokens: int | None) -> list[Shape]:
     """The distinct linears of a config's decoder layer. Raises KeyError for a config without settings."""
     rank, sparsity, usual = SETTINGS[config]
     all_shapes = linear_shapes(load_model_config(str(CONFIGS / f"llama_{config}.json")))
-    return [
-        Shape(*shape, all_shapes.count(shape), rank, sparsity, tokens or usual) for shape in dict.fromkeys(all_shapes)
-    ]
+    return [Shape(*shape, all_shapes.count(shape), rank, sparsity, tokens or usual) for shape in dict.fromkeys(all_shapes)]
 
 
 def step_of(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -146,9 +144,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int)
     }
     for support in SUPPORTS:
         nnz = _nnz(shape, support)
-        ratios = {
-            path: [one / whole for one, whole in zip(seconds[support, path], dense, strict=True)] for path in PATHS
-        }
+        ratios = {path: [one / whole for one, whole in zip(seconds[support, path], dense, strict=True)] for path in PATHS}
         medians = {path: statistics.median(ratios[path]) for path in PATHS}
         sizes = (shape.tokens, shape.out_features, shape.in_features, shape.rank)
         chosen = cheaper_path(*sizes, support, nnz, device.type)
@@ -201,8 +197,7 @@ def print_config(config: str, rows: list[dict[str, Any]], together: dict[str, An
                 f"slower by {100 * found['slower_than_best']:.0f} %: {paths}"
             )
     print(
-        f"{config} all: "
-        + ", ".join(f"{s} {together[s]['ratio']:.3f} (floor {together[s]['floor']:.3f})" for s in SUPPORTS),
+        f"{config} all: " + ", ".join(f"{s} {together[s]['ratio']:.3f} (floor {together[s]['floor']:.3f})" for s in SUPPORTS),
         flush=True,
     )
 

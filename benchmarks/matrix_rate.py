@@ -20,9 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchrun_main
-from peft_pretraining import build
-from peft_pretraining.config import ConfigError
+from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.optim.updates import WholeUpdate
+from peft_pretraining.run import build
 
 
 def scale_steps(scale: float) -> None:
@@ -74,9 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--scale", type=float, default=1.0, help="of the matrices' steps (default: %(default)s)")
     parser.add_argument("--start", type=float, default=1.0, help="of initial values (default: %(default)s)")
-    parser.add_argument(
-        "--start_names", default="_proj", help="part of the names of what --start scales (default: %(default)s)"
-    )
+    parser.add_argument("--start_names", default="_proj", help="part of the names of what --start scales (default: %(default)s)")
     parser.add_argument("--save_dir", type=Path, required=True, help="the run's folder, for this scaling alone")
     own, flags = parser.parse_known_args()
     scaling = {"scale": own.scale, "start": own.start, "start_names": own.start_names}

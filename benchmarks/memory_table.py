@@ -54,9 +54,7 @@ def measure(argv: list[str], num_updates: int) -> dict:
 def run(sizes: list[str], out: Path | None) -> None:
     """Measure, print a table in Markdown, write JSON."""
     found = []
-    print(
-        "| model | setting | parameters | support | optimizer | peak predicted | peak measured | predicted / measured |"
-    )
+    print("| model | setting | parameters | support | optimizer | peak predicted | peak measured | predicted / measured |")
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         for name, argv in settings(size).items():

@@ -41,8 +41,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchrun_main
-from peft_pretraining.report.intervals import ratio_interval
-from peft_pretraining.run_folder import versions
+from peft_pretraining.record.intervals import ratio_interval
+from peft_pretraining.run.folder import versions
 from sparse_lora import uniform
 from sparse_lora.layout import Layout
 

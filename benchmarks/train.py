@@ -36,16 +36,16 @@ from memory import load_what_the_trainer_loads
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining import memory
-from peft_pretraining.allocator import set_allocator
-from peft_pretraining.build import resolve_dtype
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.config import ConfigError
-from peft_pretraining.distributed import World, pick_device
-from peft_pretraining.metrics import peak_memory_bytes
-from peft_pretraining.model_config import load_model_config
-from peft_pretraining.plan import make_plan
-from peft_pretraining.run_folder import versions
+from peft_pretraining.config.arguments import ConfigError
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.distributed.world import World, pick_device
+from peft_pretraining.memory import counts as memory
+from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.plan.plan import make_plan
+from peft_pretraining.record.recorder import peak_memory_bytes
+from peft_pretraining.run.build import resolve_dtype
+from peft_pretraining.run.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {
@@ -161,9 +161,7 @@ def floor_of_linears(config: str, method: str, rows: int) -> float:
     """Of a decoder layer's seven linears together, relative to dense ones; see benchmarks/layer.py."""
     shapes = shapes_of(config, rows)
     work_of = {shape: shape.count * shape.entries for shape in shapes}
-    return sum(floor(shape, SUPPORT_OF[method], _nnz(method, shape)) * work_of[shape] for shape in shapes) / sum(
-        work_of.values()
-    )
+    return sum(floor(shape, SUPPORT_OF[method], _nnz(method, shape)) * work_of[shape] for shape in shapes) / sum(work_of.values())
 
 
 def _nnz(method: str, shape: Shape) -> int:
@@ -175,9 +173,7 @@ def model_flops(config: str, batch_size: int, length: int) -> float:
     """Of the full-rank model's update: 6 per weight of a matrix product and token, and attention's 12 L h T per token, halved for
     its causal mask."""
     cfg = load_model_config(str(ROOT / f"configs/llama_{config}.json"))
-    weights = (
-        cfg.num_hidden_layers * sum(o * i for o, i in memory.linear_shapes(cfg)) + cfg.vocab_size * cfg.hidden_size
-    )
+    weights = cfg.num_hidden_layers * sum(o * i for o, i in memory.linear_shapes(cfg)) + cfg.vocab_size * cfg.hidden_size
     attention = 12 * cfg.num_hidden_layers * cfg.hidden_size * length / 2
     return batch_size * length * (6 * weights + attention)
 
@@ -195,9 +191,7 @@ def fastest_product(device: torch.device) -> float:
     return 2 * 4096**3 / min(times)
 
 
-def compare(
-    config: str, method: str, optimizer: str, full: Worker, own: argparse.Namespace, peak_flops: float
-) -> dict[str, Any]:
+def compare(config: str, method: str, optimizer: str, full: Worker, own: argparse.Namespace, peak_flops: float) -> dict[str, Any]:
     """A method and full-rank in turns, after the updates that do not count."""
     worker = Worker(trainer_flags(config, method, optimizer, own), own.threads)
     device = torch.device(own.device)
@@ -222,9 +216,7 @@ def compare(
             whole - alone - step + alone * floors + step * share
             for (whole, step), alone in zip(times["full"], linears, strict=True)
         ]
-        found["of_floor"] = statistics.median(
-            one / taken for one, (taken, _) in zip(least, times["method"], strict=True)
-        )
+        found["of_floor"] = statistics.median(one / taken for one, (taken, _) in zip(least, times["method"], strict=True))
     found |= {"optimizer": optimizer, "peak_measured": worker.peak(), **worker.facts, "arguments": worker.argv}
     worker.end()
     return found

@@ -33,8 +33,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.model_config import load_model_config
-from peft_pretraining.run_folder import versions
+from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.run.folder import versions
 from sparse_lora import kernels
 from sparse_lora.kernels import LARGE_TILE, SMALL_TILE, Tile
 from sparse_lora.uniform import sample_positions
@@ -171,9 +171,7 @@ def print_row(size: str, row: dict) -> None:
     for thing in ("weight", "gradients", "values"):
         timed = {name: found for name, found in row[thing].items() if isinstance(found, dict)}
         kernel = timed["kernel"]["median_ms"]
-        others = ", ".join(
-            f"{name} {found['median_ms'] / kernel:.2f}" for name, found in timed.items() if name != "kernel"
-        )
+        others = ", ".join(f"{name} {found['median_ms'] / kernel:.2f}" for name, found in timed.items() if name != "kernel")
         chosen = f" (pays off: {'yes' if row['pays_off'] else 'no'})" if thing == "gradients" else ""
         print(f"{shape}  {thing:<10}kernel {kernel:.3f} ms; times as long: {others}{chosen}", flush=True)
 
@@ -181,9 +179,7 @@ def print_row(size: str, row: dict) -> None:
 def main() -> int:
     """Exit code 2 where there is no GPU that the kernels run on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "sizes", nargs="*", metavar="SIZE", help=f"models: {', '.join(SIZES)} (default: 350m, 1b and 7b)"
-    )
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"models: {', '.join(SIZES)} (default: 350m, 1b and 7b)")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, 8192], help="tokens (default: 2048 and 8192)")
     parser.add_argument("--rounds", type=int, default=30, help="timings of each way (default: %(default)s)")
     parser.add_argument("--tiles", action="store_true", help="also time tiles that the program does not take")

@@ -8,17 +8,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import peft_pretraining.data.command as data
-from peft_pretraining import estimate, evaluation, finetune, generate, report, sweep
-from peft_pretraining.analysis import pruning, spectra
-from peft_pretraining.export import command as export
-from peft_pretraining.published import command as published
+from peft_pretraining.commands import data, estimate, evaluate, export, finetune, generate, report, sweep
+from peft_pretraining.commands.analysis import pruning, spectra
+from peft_pretraining.commands.published import command as published
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
     "data": data,
     "estimate": estimate,
-    "evaluate": evaluation,
+    "evaluate": evaluate,
     "export": export,
     "finetune": finetune,
     "generate": generate,

@@ -190,9 +190,7 @@ class BlockPart:
             shape, strides = (run.count, y_TO.shape[0], run.rows), (1, self.out_features, self.blocks)
             outputs = y_TO.as_strided(shape, strides, y_TO.storage_offset() + run.first)
             blocks = self._in_values(values, run)
-            if (
-                blocks.device.type == "cpu"
-            ):  # which multiplies by strided ones up to four times slower than it copies them
+            if blocks.device.type == "cpu":  # which multiplies by strided ones up to four times slower than it copies them
                 blocks = blocks.contiguous()
             outputs += _inputs(x_TI, run) @ blocks.mT
 

@@ -78,9 +78,7 @@ def sparse_lowrank_linear(
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
     factored = path == "factored"
     y: Tensor
-    y, _ = _SparseLowRankLinear.apply(
-        x, lora_A, lora_B, sparse_value, code, tensor, base, bias, number, dtype, blocks, factored
-    )
+    y, _ = _SparseLowRankLinear.apply(x, lora_A, lora_B, sparse_value, code, tensor, base, bias, number, dtype, blocks, factored)
     return y
 
 
@@ -422,9 +420,7 @@ def _check(
         raise ValueError("sparse_value and support belong together: give both, or None for both")
     if sparse_value is not None and support is not None:
         if sparse_value.shape != (support.nnz,):
-            raise ValueError(
-                f"sparse_value has shape {tuple(sparse_value.shape)}, but the support has {support.nnz} positions"
-            )
+            raise ValueError(f"sparse_value has shape {tuple(sparse_value.shape)}, but the support has {support.nnz} positions")
         if (support.out_features, support.in_features) != (out_features, in_features):
             raise ValueError(
                 f"the support is for a {support.out_features} x {support.in_features} weight, "

@@ -73,9 +73,7 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     return _works(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def build_weight(
-    lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor, *, tile: Tile | None = None
-) -> Tensor:
+def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor, *, tile: Tile | None = None) -> Tensor:
     """W = scaled_B A + S, of lora_A's dtype, rounded once.
 
     Args:
@@ -244,9 +242,7 @@ def _check(tensors: dict[str, Tensor], positions: Tensor) -> None:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}, but the kernels know float32, bfloat16 and float16 only")
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name} wants a gradient, which the kernels do not give: call them under torch.no_grad()"
-            )
+            raise RuntimeError(f"{name} wants a gradient, which the kernels do not give: call them under torch.no_grad()")
         if tensor.device != positions.device:
             raise ValueError(f"{name} is on {tensor.device} and positions on {positions.device}: move one of them")
     if positions.dtype not in (torch.int32, torch.int64) or not positions.is_contiguous():

@@ -133,9 +133,7 @@ class SparseLowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         scaling = self.effective_scaling()
-        return sparse_lowrank_linear(
-            x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path
-        )
+        return sparse_lowrank_linear(x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""

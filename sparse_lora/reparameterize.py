@@ -197,9 +197,7 @@ def merge(model: nn.Module) -> list[str]:
     kinds = (SparseLowRankLinear, ReLoRALinear)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if "" in layers:
-        raise ValueError(
-            f"the model is itself a {type(model).__name__}: wrap it in a module, or use its dense_weight()"
-        )
+        raise ValueError(f"the model is itself a {type(model).__name__}: wrap it in a module, or use its dense_weight()")
     _replace(model, {id(layer): _linear_like(layer) for layer in layers.values()})
     return list(layers)
 

@@ -48,9 +48,7 @@ class Support(nn.Module, ABC):
         super().__init__()
         self.out_features, self.in_features, self.nnz = out_features, in_features, nnz
         if not 0 <= nnz <= self.numel:
-            raise ValueError(
-                f"nnz = {nnz} does not fit a {out_features} x {in_features} weight: choose 0 .. {self.numel}"
-            )
+            raise ValueError(f"nnz = {nnz} does not fit a {out_features} x {in_features} weight: choose 0 .. {self.numel}")
 
     @property
     def numel(self) -> int:

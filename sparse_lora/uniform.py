@@ -168,9 +168,7 @@ class UniformSupport(Support):
     def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
         """y += x S^T: each output is a weighted sum of inputs, as bags of an embedding are."""
         if self.columns is None or self.starts is None:
-            raise RuntimeError(
-                "the support has no table of its rows: call keep_rows, or sparse_lora.prepare_for_inference"
-            )
+            raise RuntimeError("the support has no table of its rows: call keep_rows, or sparse_lora.prepare_for_inference")
         num_rows = x_TI.shape[0]
         # With fewer than four columns torch takes another way, five times slower.
         inputs_IT = F.pad(x_TI, (0, 0, 0, max(0, 4 - num_rows))).t().contiguous()

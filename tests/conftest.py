@@ -30,9 +30,7 @@ def _real_data(name: str) -> Path:
     folder = Path(os.environ.get("SLTRAIN_REAL_DATA", ROOT.parent / "shared" / "data"))
     path = folder / name
     if not path.exists():
-        pytest.skip(
-            f"real data not at hand: {name} (set SLTRAIN_REAL_DATA to a folder with c4_sample/ and t5_spiece.model)"
-        )
+        pytest.skip(f"real data not at hand: {name} (set SLTRAIN_REAL_DATA to a folder with c4_sample/ and t5_spiece.model)")
     return path
 
 

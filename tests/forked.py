@@ -19,7 +19,12 @@ SERVER.set_forkserver_preload(
             "sentencepiece",
             "fsspec",
         ),
-        *("peft_pretraining.build", "peft_pretraining.resume", "peft_pretraining.run_folder", "peft_pretraining.saver"),
+        *(
+            "peft_pretraining.run.build",
+            "peft_pretraining.run.resume",
+            "peft_pretraining.run.folder",
+            "peft_pretraining.checkpoint.saver",
+        ),
     ]
 )
 
@@ -97,9 +102,7 @@ def run(argv: list[str], log: Path, **options) -> tuple[int, str]:
     return program.wait(), program.output
 
 
-def _child(
-    argv: list[str], log: Path, variables: dict[str, str], largest_file: int | None, sequences: Path | None
-) -> None:
+def _child(argv: list[str], log: Path, variables: dict[str, str], largest_file: int | None, sequences: Path | None) -> None:
     # Data workers are to be children of this process, which they watch, and not of the server.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(variables)
@@ -116,7 +119,7 @@ def _child(
 
 
 def _note_sequences(path: Path) -> None:
-    from peft_pretraining import train
+    from peft_pretraining.training import update as train
 
     step = train.train_step
 

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import torch
 
-from peft_pretraining.checkpoint import load_tensors, resolve, tensor_index
+from peft_pretraining.checkpoint.step_folder import load_tensors, resolve, tensor_index
 
 TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
 
 
 def without_times(rows: list[dict]) -> list[dict]:
     """No speeds, and none of the memory that each process measures at its start."""
-    return [
-        {key: value for key, value in row.items() if key not in TIMES and not key.startswith("memory_")} for row in rows
-    ]
+    return [{key: value for key, value in row.items() if key not in TIMES and not key.startswith("memory_")} for row in rows]
 
 
 def record(folder: Path) -> list[dict]:

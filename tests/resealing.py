@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peft_pretraining.manifest import MANIFEST, digest_of, render
+from peft_pretraining.checkpoint.manifest import MANIFEST, digest_of, render
 
 
 def reseal(checkpoint: Path) -> None:

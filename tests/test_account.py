@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.account import CLASSES, Setting, _linear_scratch, account
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.distributed import DeviceMemory, World
-from peft_pretraining.memory import parameter_counts
-from peft_pretraining.model_config import load_model_config
-from peft_pretraining.plan import format_plan, make_plan, memory_problems, setting_of
-from peft_pretraining.savings import fitting_flags, savings
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.distributed.world import DeviceMemory, World
+from peft_pretraining.memory.account import CLASSES, Setting, _linear_scratch, account
+from peft_pretraining.memory.counts import parameter_counts
+from peft_pretraining.memory.savings import fitting_flags, savings
+from peft_pretraining.plan.plan import format_plan, make_plan, memory_problems, setting_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -57,8 +57,7 @@ def test_kernels_of_a_gpu_need_a_table_of_where_blocks_begin():
 
     def more_than_on_a_cpu(**changes) -> int:
         on_gpu, on_cpu = (
-            _linear_scratch(setting("60m", device_type=device_type, **changes), (1376, 512))
-            for device_type in ("cuda", "cpu")
+            _linear_scratch(setting("60m", device_type=device_type, **changes), (1376, 512)) for device_type in ("cuda", "cpu")
         )
         return on_gpu - on_cpu
 
@@ -93,9 +92,7 @@ def test_fitting_flags_make_it_fit(gib):
     flags += ["--peft_model", "sltrain", "--rank", "1024", "--sp_ratio", "0.05", "--optimizer", "adamw"]
     start = make_plan(parse_args(flags), World())
     assert start.bytes["peak"] > gib * GIB
-    found = fitting_flags(
-        setting(optimizer="adamw", embedding_bits=None, batch_size=8, per_layer=False), limit=gib * GIB
-    )
+    found = fitting_flags(setting(optimizer="adamw", embedding_bits=None, batch_size=8, per_layer=False), limit=gib * GIB)
     printed = [word for saving in found for word in saving.text.split()] + ["--total_batch_size", "8"]
     assert make_plan(parse_args([*flags, *printed]), World()).bytes["peak"] <= gib * GIB
 
@@ -185,9 +182,7 @@ def test_what_is_divided_and_what_is_not():
 
 def test_accumulated_gradients_are_whole_on_every_process():
     """In the reduce dtype, however many processes there are; without accumulation a process has its part in the own dtype."""
-    sharded = setting(
-        "60m", peft_model="full", parallel="fsdp", world_size=4, dtype="float32", compute_dtype="bfloat16"
-    )
+    sharded = setting("60m", peft_model="full", parallel="fsdp", world_size=4, dtype="float32", compute_dtype="bfloat16")
     accumulating = replace(sharded, gradient_accumulation=2)
     assert account(sharded)["gradients"] == 4 * 58_073_600 / 4
     assert account(accumulating)["gradients"] == 2 * 58_073_600

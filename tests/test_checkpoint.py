@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from resealing import reseal
 from torch.distributed.checkpoint import metadata
 
-from peft_pretraining.checkpoint import (
+from peft_pretraining.checkpoint.step_folder import (
     CheckpointError,
     Content,
     list_checkpoints,
@@ -22,8 +22,8 @@ from peft_pretraining.checkpoint import (
     save_checkpoint,
     tensor_index,
 )
-from peft_pretraining.distributed import World
-from peft_pretraining.tensor_store import _HashingFile as HashingFile
+from peft_pretraining.checkpoint.tensor_store import _HashingFile as HashingFile
+from peft_pretraining.distributed.world import World
 
 TENSORS = {
     "model/a": torch.randn(5, 3),
@@ -53,7 +53,7 @@ def test_half_written_checkpoint_does_not_exist(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peft_pretraining.checkpoint._replace", broken)
+    monkeypatch.setattr("peft_pretraining.checkpoint.step_folder._replace", broken)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, step=2)
     assert list_checkpoints(tmp_path) == [old]
@@ -214,9 +214,7 @@ def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, capsys, how
 def test_nothing_sound_is_an_error_that_names_every_damage(tmp_path):
     for step in (1, 2):
         damage(save(tmp_path, step=step) / "state.json", "flip")
-    with pytest.raises(
-        CheckpointError, match=r"no sound checkpoint.*step_00000002 is damaged.*step_00000001 is damaged"
-    ):
+    with pytest.raises(CheckpointError, match=r"no sound checkpoint.*step_00000002 is damaged.*step_00000001 is damaged"):
         resolve(tmp_path)
 
 

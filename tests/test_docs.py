@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_pretraining.__main__ import COMMANDS
-from peft_pretraining.command_line import build_parser
+from peft_pretraining.config.command_line import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_pretraining.evaluate import evaluate
-from peft_pretraining.loss import TokenLoss
-from peft_pretraining.model_config import load_model_config
-from peft_pretraining.modeling import build_model
+from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.loss import TokenLoss
+from peft_pretraining.training.evaluate import evaluate
 from sparse_lora import SLTrainConfig, reparameterize
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from peft_pretraining.health import MAX_SKIPPED_IN_A_ROW, LossSpikes, SkippedUpdates, TrainingError
+from peft_pretraining.training.health import MAX_SKIPPED_IN_A_ROW, LossSpikes, SkippedUpdates, TrainingError
 
 
 def counted(pattern: list[int], so_far: int = 0) -> SkippedUpdates:

@@ -75,9 +75,7 @@ def part(path: Path) -> str:
 def imports(path: Path):
     """(module, is at the top of the file) for every import of ours or of torch, type-checking ones left out."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    hints = [
-        node for node in ast.walk(tree) if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-    ]
+    hints = [node for node in ast.walk(tree) if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
     skipped = {id(child) for node in hints for child in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in skipped:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pretraining.loss import TokenLoss, chunked_cross_entropy
-from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.modeling import build_model
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy
 from sparse_lora import SLTrainConfig, reparameterize
 
 ROOT = Path(__file__).resolve().parent.parent

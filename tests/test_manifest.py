@@ -5,7 +5,15 @@ import os
 
 import pytest
 
-from peft_pretraining.manifest import MANIFEST, DamagedError, digest_of, read_manifest, render, stays_inside, verify
+from peft_pretraining.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    digest_of,
+    read_manifest,
+    render,
+    stays_inside,
+    verify,
+)
 
 FILES = {"state.json": b'{"a": 1}', "tensors/__0_0.distcp": bytes(range(256)) * 40, "tokenizer/empty.txt": b""}
 

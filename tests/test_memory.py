@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pretraining.distributed import World
-from peft_pretraining.footprint import measured_bytes
-from peft_pretraining.forward import hidden_states
-from peft_pretraining.loss import TokenLoss, chunked_cross_entropy
-from peft_pretraining.memory import (
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.distributed.world import World
+from peft_pretraining.memory.counts import (
     PROJ_TYPES,
     SUPPORT_KINDS,
     activation_bytes,
@@ -31,9 +29,10 @@ from peft_pretraining.memory import (
     support_bytes,
     tensor_groups,
 )
-from peft_pretraining.methods import projected_matrices
-from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.modeling import build_model
+from peft_pretraining.methods.method import projected_matrices
+from peft_pretraining.model.forward import hidden_states
+from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy
 from peft_pretraining.optim import (
     PerLayerUpdate,
     StochasticRounding,
@@ -42,6 +41,7 @@ from peft_pretraining.optim import (
     build_galore,
     build_optimizer,
 )
+from peft_pretraining.record.measured_memory import measured_bytes
 from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 from sparse_lora.kinds import make_support
 from sparse_lora.uniform import UniformSupport
@@ -117,9 +117,7 @@ def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, *
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True, "attention_bias": True}]
 )
-def test_groups_are_the_models_parameters(
-    changes: dict[str, Any], method: str, support: str, train_scaling: bool
-) -> None:
+def test_groups_are_the_models_parameters(changes: dict[str, Any], method: str, support: str, train_scaling: bool) -> None:
     """Same shapes, each as often, for grouped queries, tied embeddings, biases and trained scales."""
     cfg = tiny(**changes)
     model = build(cfg, method, torch.float32, trainable_scaling=train_scaling, support=support)
@@ -400,9 +398,7 @@ def test_paper_totals_of_sltrain() -> None:
         ("galore", (0.28, 0.61, 1.39, 4.76), (0.28, 0.61, 1.59, 4.76)),
     ],
 )
-def test_paper_totals_of_the_other_methods(
-    method: str, by_formula: tuple[float, ...], printed: tuple[float, ...]
-) -> None:
+def test_paper_totals_of_the_other_methods(method: str, by_formula: tuple[float, ...], printed: tuple[float, ...]) -> None:
     """By formula; where the paper prints something else it is listed, within the rounding of two parts."""
     ours = tuple(paper_estimate(counts(size, method), method)["total_G"] for size in SIZES)
     assert ours == by_formula

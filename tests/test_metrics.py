@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from peft_pretraining.evaluate import EvalResult
-from peft_pretraining.metrics import METRICS_FILE, Recorder, Throughput, _has_wandb_key, _Lines, read_metrics
+from peft_pretraining.record.recorder import METRICS_FILE, Recorder, Throughput, _has_wandb_key, _Lines, read_metrics
+from peft_pretraining.training.evaluate import EvalResult
 
 ROW = {
     "loss": 2.5,
@@ -155,7 +155,7 @@ def test_stored_key_is_found(tmp_path, monkeypatch, machine):
 
 def test_throughput_leaves_pauses_out(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr("peft_pretraining.metrics.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("peft_pretraining.record.recorder.time.perf_counter", lambda: clock.now)
     throughput = Throughput(sequences_per_update=8, micro_batches_per_update=2)
     clock.now = 4.0
     with throughput.paused():

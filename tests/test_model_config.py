@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.model_config import ModelConfigError, load_model_config
+from peft_pretraining.config.model_config import ModelConfigError, load_model_config
 
 ROOT = Path(__file__).resolve().parent.parent
 # REFERENCE: hidden, MLP, layers, heads of the published files.
@@ -113,7 +113,7 @@ def test_hub_file_is_accepted(tmp_path: Path) -> None:
 def test_what_transformers_saves_loads_again(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
-    from peft_pretraining.modeling import hf_config
+    from peft_pretraining.model.llama import hf_config
 
     first = load_model_config(write(tmp_path, {"num_key_value_heads": 2, "rope_theta": 5e5}))
     hf_config(first).save_pretrained(tmp_path / "saved")
@@ -207,7 +207,8 @@ def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 def test_arithmetic_modules_import_no_torch() -> None:
     """`--help` and argument errors answer at once: these three are read before torch is."""
     code = (
-        "import sys; import peft_pretraining.model_config, peft_pretraining.memory, peft_pretraining.schedule; "
+        "import sys; import peft_pretraining.config.model_config, peft_pretraining.memory.counts; "
+        "import peft_pretraining.plan.schedule; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

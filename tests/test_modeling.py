@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.loss import TokenLoss
-from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.modeling import build_model, hf_config, initialize, materialize
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.model.llama import build_model, hf_config, initialize, materialize
+from peft_pretraining.model.loss import TokenLoss
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, attach_relora, generator_for, merge, reparameterize
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,14 +15,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchrun_main
-from peft_pretraining import assemble, late_record
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.data.loader import Batch
-from peft_pretraining.distributed import World
-from peft_pretraining.loss import TokenLoss
-from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.modeling import build_model
+from peft_pretraining.distributed.world import World
+from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim import GrowthLimit, WholeUpdate, build_optimizer
-from peft_pretraining.train import StepResult, train_step
+from peft_pretraining.record import late_record
+from peft_pretraining.run import assemble
+from peft_pretraining.training.update import StepResult, train_step
 from sparse_lora import SLTrainConfig, reparameterize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,9 +55,7 @@ def _picks_by_position(func, args) -> bool:
 
 def tiny() -> ModelConfig:
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return replace(
-        load_model_config(ROOT / "configs" / "llama_9m.json"), vocab_size=331, num_key_value_heads=4, **small
-    )
+    return replace(load_model_config(ROOT / "configs" / "llama_9m.json"), vocab_size=331, num_key_value_heads=4, **small)
 
 
 def padded_batches() -> list[Batch]:
@@ -70,9 +69,7 @@ def padded_batches() -> list[Batch]:
     return batches
 
 
-@pytest.mark.parametrize(
-    "ask", [lambda x: float(x), lambda x: bool(x > 0), lambda x: torch.nonzero(x), lambda x: x[x > 0]]
-)
+@pytest.mark.parametrize("ask", [lambda x: float(x), lambda x: bool(x > 0), lambda x: torch.nonzero(x), lambda x: x[x > 0]])
 def test_questions_are_seen(ask):
     """What people write when they ask, among it float(loss)."""
     with Questions() as questions:
@@ -127,9 +124,7 @@ def test_an_update_on_another_device_copies_its_input_without_waiting_and_nothin
     parameters = dict(model.named_parameters())
     updates = WholeUpdate(lambda stepped: Started(stepped.values()), parameters, World(), grad_clipping=1.0)
     with Questions() as questions:
-        result = train_step(
-            TokenLoss(model), updates, padded_batches(), lr=1e-3, world=World(), device=torch.device("meta")
-        )
+        result = train_step(TokenLoss(model), updates, padded_batches(), lr=1e-3, world=World(), device=torch.device("meta"))
     assert questions.copied == [True] * 4  # ids and labels of two micro-batches
     assert (result.num_tokens, result.num_bad_records) == (89, 0)
     assert result.loss.is_meta
@@ -185,9 +180,7 @@ def questions_by_update(monkeypatch, arguments: list[str]) -> dict[int, list[str
 def test_the_loop_asks_nothing_between_updates(tmp_path, flags, monkeypatch):
     asked = questions_by_update(monkeypatch, [*flags, "--log_every", "2", "--save_dir", str(tmp_path / "run")])
     assert list(asked) == [1, 2, 3, 4, 5, 6]
-    assert [asked[number] for number in (2, 3, 4, 5)] == [
-        []
-    ] * 4  # in the first moments are made, after the last all is saved
+    assert [asked[number] for number in (2, 3, 4, 5)] == [[]] * 4  # in the first moments are made, after the last all is saved
 
 
 def test_a_loss_that_is_read_at_once_is_found(tmp_path, flags, monkeypatch):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.config import Arguments, moments_at_a_merge
-from peft_pretraining.distributed import World
-from peft_pretraining.methods import METHODS
-from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.modeling import build_model
+from peft_pretraining.config.arguments import Arguments, moments_at_a_merge
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.distributed.world import World
+from peft_pretraining.methods.method import METHODS
+from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.svd_start import start_from_svd
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,
@@ -23,9 +24,8 @@ from peft_pretraining.optim import (
     build_optimizer,
     reset_moments_,
 )
-from peft_pretraining.restarts import Restarts
-from peft_pretraining.schedule import after_restart
-from peft_pretraining.svd_start import start_from_svd
+from peft_pretraining.plan.schedule import after_restart
+from peft_pretraining.training.restarts import Restarts
 from sparse_lora import ReLoRALinear, SparseLowRankLinear, attach_relora, generator_for, merge
 from sparse_lora.decomposition import balanced, best_low_rank
 
@@ -154,9 +154,7 @@ def test_a_bfloat16_merge_rounds_once_and_at_random_where_asked():
         found[rounding] = (layer.weight.double() - before, change)
     for error, change in found.values():
         assert float((error - change).abs().max()) < 2**-8 * 0.1  # a spacing, for weights below 0.1
-    nearest, random = (
-        (moved.flatten() @ change.flatten() / change.norm() ** 2).item() for moved, change in found.values()
-    )
+    nearest, random = ((moved.flatten() @ change.flatten() / change.norm() ** 2).item() for moved, change in found.values())
     assert nearest < 0.5
     assert random == pytest.approx(1.0, abs=0.4)
 
@@ -230,10 +228,7 @@ def test_what_becomes_of_moments_follows_from_the_flags():
     assert moments_at_a_merge(arguments(reset_optimizer_on_relora=True)) == ("zero", 1.0)
     assert moments_at_a_merge(arguments(reset_optimizer_on_relora=False)) == ("keep", 0.0)
     assert moments_at_a_merge(arguments(optimizer_random_pruning=0.9)) == ("random", 0.9)
-    assert (
-        moments_at_a_merge(arguments(reset_optimizer_on_relora=False, optimizer_magnitude_pruning=0.9))[0]
-        == "magnitude"
-    )
+    assert moments_at_a_merge(arguments(reset_optimizer_on_relora=False, optimizer_magnitude_pruning=0.9))[0] == "magnitude"
 
 
 def test_kept_moments_stay():

@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 
-from peft_pretraining import saver as module
-from peft_pretraining.checkpoint import Content, list_checkpoints, load_tensors, resolve
-from peft_pretraining.distributed import World
-from peft_pretraining.saver import MOST_FAILURES, Saver, SavingFailed
+from peft_pretraining.checkpoint import saver as module
+from peft_pretraining.checkpoint.saver import MOST_FAILURES, Saver, SavingFailed
+from peft_pretraining.checkpoint.step_folder import Content, list_checkpoints, load_tensors, resolve
+from peft_pretraining.distributed.world import World
 
 both_ways = pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "in the background"])
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from peft_pretraining.schedule import lr_at, validate
+from peft_pretraining.plan.schedule import lr_at, validate
 
 LR = 0.003
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from peft_pretraining.stop import Stopped, StopRequest
+from peft_pretraining.training.stop import Stopped, StopRequest
 
 
 class Clock:

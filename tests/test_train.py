@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_pretraining.distributed import World
-from peft_pretraining.loss import TokenLoss
-from peft_pretraining.model_config import ModelConfig
-from peft_pretraining.modeling import build_model
+from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.distributed.world import World
+from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim import WholeUpdate, build_optimizer
-from peft_pretraining.train import train_step
+from peft_pretraining.training.update import train_step
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 
 CPU = torch.device("cpu")
@@ -108,9 +108,7 @@ class DenseReference:
         return x @ (ALPHA / RANK * B @ A + sparse.view(B.shape[0], A.shape[1])).T
 
     def norm(self, name, x):
-        return (
-            self.leaves[f"{name}.weight"] * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        )
+        return self.leaves[f"{name}.weight"] * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
 
     def rotate(self, x):
         half = x.shape[-1] // 2

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.account import Setting
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.distributed import World
-from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.plan import format_plan, make_plan
-from peft_pretraining.wire import (
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.distributed.world import World
+from peft_pretraining.memory.account import Setting
+from peft_pretraining.memory.communication import (
     Link,
     backward_share,
     format_wire,
@@ -23,6 +22,7 @@ from peft_pretraining.wire import (
     wire_figures,
     world_sizes,
 )
+from peft_pretraining.plan.plan import format_plan, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 # Embedding and head 10 x 4, two layers: q, k, v, o 4 x 4, gate, up, down 6 x 4 and two norms, and a final norm.
@@ -86,8 +86,7 @@ def test_factors_of_fewer_rows_than_processes_are_padded():
     """A of rank 128 has a row for every second of 256 processes: what FSDP2 exchanges of it doubles."""
     model = load_model_config(ROOT / "configs/llama_60m.json")
     few, many = (
-        Setting(model, "lowrank", 128, 0.0, "adamw", "bfloat16", 1, 256, world_size=size, parallel="fsdp")
-        for size in (128, 256)
+        Setting(model, "lowrank", 128, 0.0, "adamw", "bfloat16", 1, 256, world_size=size, parallel="fsdp") for size in (128, 256)
     )
     rows_of_a = 128 * 8 * (6 * 512 + 1376)
     assert traffic(many).reduce_scattered - traffic(few).reduce_scattered >= 2 * rows_of_a
@@ -139,9 +138,7 @@ def test_efficiency_and_where_it_falls_below_a_half():
     assert at_32.efficiency < 0.5 < at_16.efficiency
     assert stops_scaling_at(start, 100, link) == 32
     # Hidden behind the last micro-batch's backward pass, 1/3 s of it: at 32 processes 1 s takes 1 + 1.94 - 1/3.
-    assert scaling(start, 32, 100, replace(link, overlap=1)).seconds_per_update == pytest.approx(
-        1 + 2 * 31 / 32 - 1 / 3
-    )
+    assert scaling(start, 32, 100, replace(link, overlap=1)).seconds_per_update == pytest.approx(1 + 2 * 31 / 32 - 1 / 3)
     assert stops_scaling_at(start, 100, Link(bytes_per_s=4e6 * TOTAL)) is None
 
 

@@ -24,9 +24,7 @@ METHODS = {
 
 def write_corpus(folder: Path) -> list[str]:
     """120 documents of very unequal lengths in 3 shards, 12 held out; returns the training texts."""
-    documents = [
-        "".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)
-    ]
+    documents = ["".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)]
     for shard in range(3):
         lines = [json.dumps({"text": text}) for text in documents[shard:120:3]]
         (folder / f"words-train.{shard}.jsonl").write_text("\n".join(lines) + "\n")

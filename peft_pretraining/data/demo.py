@@ -32,9 +32,7 @@ TRAIN_SHARDS = 4
 VALIDATION_ONE_IN = 50  # about 300 documents: a steadier perplexity than one in a hundred would give
 MIN_CHARACTERS = 200
 FORMAT_VERSION = 3  # part of the folder's name: raise it whenever the text or the tokenizer would come out differently
-_SKIPPED_PATHS = re.compile(
-    r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|dist-packages|__pycache__)/|(^|/)test_"
-)
+_SKIPPED_PATHS = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|dist-packages|__pycache__)/|(^|/)test_")
 _COMMON_WORDS = re.compile(
     r"\b(a|an|and|are|as|be|by|can|for|from|if|in|is|it|not|of|on|or|that|the|this|to|will|with)\b", re.IGNORECASE
 )

@@ -27,9 +27,7 @@ class Encoder(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
-def encode_documents(
-    tokenizer: Encoder, documents: Sequence[str | np.ndarray], enough: int | None = None
-) -> Iterator[Ids]:
+def encode_documents(tokenizer: Encoder, documents: Sequence[str | np.ndarray], enough: int | None = None) -> Iterator[Ids]:
     """The ids of each document, without eos; documents that are ids already (prepared data) are handed through.
 
     enough: ids of a document that are needed; of a long one no more parts are encoded than give so many.
@@ -84,9 +82,7 @@ def _cut(tokenizer: Encoder, text: str, first: int) -> tuple[int, int]:
     for blank in blanks[: -_TRIED_CUTS - 1 : -1]:
         at = blank.start()
         before, after = text[max(first, at - _AROUND_CUT) : at], text[at + 1 : at + 1 + _AROUND_CUT]
-        whole, left, with_blank, without = tokenizer.encode_batch(
-            [before + blank[0] + after, before, blank[0] + after, after]
-        )
+        whole, left, with_blank, without = tokenizer.encode_batch([before + blank[0] + after, before, blank[0] + after, after])
         if left + with_blank == whole:
             return at, at
         if left + without == whole:

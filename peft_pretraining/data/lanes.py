@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from peft_pretraining.data.bad_records import Health, OnBadRecord
 from peft_pretraining.data.encoding import Ids, encode_documents
-from peft_pretraining.data.health import Health, OnBadRecord
 from peft_pretraining.data.packing import Document, packed_sequences, padded_sequences
 from peft_pretraining.data.records import (
     UNREADABLE_FILE,
@@ -102,9 +102,7 @@ def _permutation(count: int, seed: int, epoch: int, *key: object) -> list[int]:
     return sorted(range(count), key=keys.__getitem__)
 
 
-def lane_sequences(
-    source: Source, tokenizer: Tokenizer, order: Order, lane: int, start: LaneState
-) -> Iterator[LaneSequence]:
+def lane_sequences(source: Source, tokenizer: Tokenizer, order: Order, lane: int, start: LaneState) -> Iterator[LaneSequence]:
     """The endless stream of a lane's sequences from `start` on.
 
     Raises DataError: bad record or unreadable file under on_bad_record "fail", too many of them, or a whole epoch without a
@@ -172,9 +170,7 @@ class _Lane:
                 at = after
             at = next_window
 
-    def _encoded(
-        self, records: list[RawRecord], shard_index: int
-    ) -> Iterator[tuple[RawRecord, Ids | BadRecord | None]]:
+    def _encoded(self, records: list[RawRecord], shard_index: int) -> Iterator[tuple[RawRecord, Ids | BadRecord | None]]:
         """Each record with its ids, with what is wrong with it, or with None if it is not of this split."""
         shard = self.source.shards[shard_index]
         enough = None if self.order.packing else self.order.max_length - 1

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peft_pretraining.data.bad_records import Health, OnBadRecord
 from peft_pretraining.data.encoding import encode_documents
 from peft_pretraining.data.errors import DataError, TokenizerError
-from peft_pretraining.data.health import Health, OnBadRecord
 from peft_pretraining.data.lanes import ORDER_VERSION, LaneSequence, LaneState, Order, lane_sequences, lane_units
 from peft_pretraining.data.packing import Document, packed_sequences, pad_and_label, padded_sequences
 from peft_pretraining.data.records import (
@@ -229,9 +229,7 @@ class TrainLoader:
         Raises ValueError: the state belongs to another order, lacks lanes, or cannot be divided among the ranks.
         """
         if state["order"] != self._order_document():
-            raise ValueError(
-                f"the data state is of another order: saved {state['order']}, now {self._order_document()}"
-            )
+            raise ValueError(f"the data state is of another order: saved {state['order']}, now {self._order_document()}")
         missing = [lane for lane in self._lanes if str(lane) not in state["lanes"]]
         if missing:
             raise ValueError(f"the data state lacks lanes {missing[:5]}: merge the states of all ranks first")
@@ -259,9 +257,7 @@ class TrainLoader:
             self._running = None
 
 
-def _in_turn(
-    rounds: Iterator[list[LaneSequence]], lanes: Sequence[int], workers: int
-) -> Iterator[tuple[int, LaneSequence]]:
+def _in_turn(rounds: Iterator[list[LaneSequence]], lanes: Sequence[int], workers: int) -> Iterator[tuple[int, LaneSequence]]:
     """(lane, its next sequence), lane after lane: one item of each worker makes a round over all lanes."""
     while True:
         items = [next(rounds) for _ in range(workers)]
@@ -325,10 +321,7 @@ class _SplitDocuments:
         skipped = SkippedRecords()
         for number, documents in enumerate(self._chunks(skipped)):
             if number % workers == worker:
-                ids = [
-                    np.asarray(each, dtype=np.int32)
-                    for each in encode_documents(self.tokenizer, documents, self.enough)
-                ]
+                ids = [np.asarray(each, dtype=np.int32) for each in encode_documents(self.tokenizer, documents, self.enough)]
                 flat = np.concatenate([np.empty(0, np.int32), *ids])
                 # Every worker meets every record; the first one reports the bad ones.
                 yield _EncodedTexts(flat, [len(document) for document in ids], skipped.take() if not worker else None)
@@ -377,9 +370,7 @@ class EvalSet:
         on_bad_record: OnBadRecord = "skip",
     ):
         """max_tokens: targets to stop at, None for the whole split. Otherwise as TrainLoader, errors included."""
-        _check_sizes(
-            max_length=max_length, lanes=world_size, world_size=world_size, batch_size=batch_size, workers=workers
-        )
+        _check_sizes(max_length=max_length, lanes=world_size, world_size=world_size, batch_size=batch_size, workers=workers)
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"--eval_tokens {max_tokens}: must be at least 1")
         self._source, self._tokenizer = source, tokenizer

@@ -161,9 +161,7 @@ class _Attempts:
             raise DataError(f"{self._url} cannot be read: {error}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         if not _is_transient(error):
-            raise DataError(
-                f"{self._url} cannot be read ({reason}); check the address and your access to it"
-            ) from error
+            raise DataError(f"{self._url} cannot be read ({reason}); check the address and your access to it") from error
         self._failures += 1
         tries = self._policy.later_tries if _Attempts._contact_made else self._policy.first_tries
         if self._failures >= tries:

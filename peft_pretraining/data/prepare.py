@@ -17,9 +17,9 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from peft_pretraining.data.bad_records import Health, OnBadRecord
 from peft_pretraining.data.encoding import Ids, encode_documents
 from peft_pretraining.data.errors import DataError
-from peft_pretraining.data.health import Health, OnBadRecord
 from peft_pretraining.data.prepared import (
     JOB,
     MANIFEST,
@@ -125,9 +125,7 @@ def _refuse_other_job(out: Path, there: Job, wanted: Job) -> None:
         raise DataError(f"{out} was begun with {changes}; prepare into another --out, or remove this one")
 
 
-def _go_on(
-    out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad_record: OnBadRecord, progress: bool
-) -> Manifest:
+def _go_on(out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad_record: OnBadRecord, progress: bool) -> Manifest:
     if (out / JOB).is_file():
         there = _read_job(out)
         _refuse_other_job(out, there, job)

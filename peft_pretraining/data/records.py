@@ -126,9 +126,7 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
     return content
 
 
-def _prepared_ids(
-    content: TokenRecord, record: RawRecord, shard: Shard, source: Source
-) -> np.ndarray | BadRecord | None:
+def _prepared_ids(content: TokenRecord, record: RawRecord, shard: Shard, source: Source) -> np.ndarray | BadRecord | None:
     if content.bad:
         return BadRecord(content.bad, "it was so when the data was prepared")
     if source.keep != "all" and content.held_out != (source.keep == "validation"):

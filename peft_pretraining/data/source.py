@@ -287,9 +287,7 @@ def _prepared_source(dataset: str, folder: Path, split: Split, text_field: str, 
         job.text_field,
         str(folder / TOKENIZER_FOLDER),
         str(folder),
-        prepared=PreparedWith(
-            job.tokenizer, job.tokenizer_fingerprint, manifest.vocab_size, _summary(manifest, chosen, split)
-        ),
+        prepared=PreparedWith(job.tokenizer, job.tokenizer_fingerprint, manifest.vocab_size, _summary(manifest, chosen, split)),
     )
 
 
@@ -320,18 +318,13 @@ def _remote_shards(url: str) -> list[Shard]:
     except Exception as error:  # every file system has its own exceptions
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"dataset {url!r} cannot be listed ({reason}); check the address and the network") from error
-    files = {
-        name: info for name, info in listing.items() if info.get("type") == "file" and not _is_hidden(name[len(root) :])
-    }
+    files = {name: info for name, info in listing.items() if info.get("type") == "file" and not _is_hidden(name[len(root) :])}
     if not files:
         raise DataError(f"dataset {url!r}: no file there")
     names = [(name if "://" in name else f"{protocol}://{name.lstrip('/')}", name) for name in files]
     shards = _with_known_extension([(address, name[len(root) :].lstrip("/")) for address, name in names], url)
     infos = {address: files[name] for address, name in names}
-    return [
-        Shard(s.url, s.name, s.format, s.compression, infos[s.url].get("size"), _server_mark(infos[s.url]))
-        for s in shards
-    ]
+    return [Shard(s.url, s.name, s.format, s.compression, infos[s.url].get("size"), _server_mark(infos[s.url])) for s in shards]
 
 
 def _server_mark(info: dict[str, object]) -> str:
@@ -344,9 +337,7 @@ def refuse_if_offline(url: str) -> None:
         return
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         if os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}:
-            raise DataError(
-                f"{url} is on the hub and {variable} is set: unset it, or give --dataset a local folder or demo"
-            )
+            raise DataError(f"{url} is on the hub and {variable} is set: unset it, or give --dataset a local folder or demo")
 
 
 def _is_hidden(relative_path: str) -> bool:

@@ -144,9 +144,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
             models = sorted(path.glob("*.model"))
             if len(models) != 1:
-                raise TokenizerError(
-                    f"no tokenizer in {name}: neither tokenizer.json nor one SentencePiece .model file"
-                )
+                raise TokenizerError(f"no tokenizer in {name}: neither tokenizer.json nor one SentencePiece .model file")
             return Tokenizer(_from_sentencepiece(models[0]), name)
         return Tokenizer(_from_folder(path), name)
     if path.is_file():
@@ -272,9 +270,7 @@ def _from_sentencepiece(path: Path) -> Any:
         )
         if 0 <= index < len(proto.pieces)
     }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_sentencepiece_backend(proto), clean_up_tokenization_spaces=False, **names
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_backend(proto), clean_up_tokenization_spaces=False, **names)
 
 
 def _sentencepiece_backend(proto: Any) -> "Backend":
@@ -292,9 +288,7 @@ def _sentencepiece_backend(proto: Any) -> "Backend":
         vocab = {piece: index for index, (piece, _) in enumerate(pieces)}
         mergeable = {piece: score for (piece, score), kind in zip(pieces, kinds, strict=True) if kind == normal}
         byte_fallback = proto.trainer_spec.byte_fallback
-        model = models.BPE(
-            vocab, _merges(mergeable), unk_token=pieces[unk][0], fuse_unk=True, byte_fallback=byte_fallback
-        )
+        model = models.BPE(vocab, _merges(mergeable), unk_token=pieces[unk][0], fuse_unk=True, byte_fallback=byte_fallback)
     backend = BackendTokenizer(model)
     spec = proto.normalizer_spec
     steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []

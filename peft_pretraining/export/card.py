@@ -81,7 +81,7 @@ def _command(args: dict[str, Any]) -> str:
     """Flags that differ from their defaults."""
     import dataclasses
 
-    from peft_pretraining.config import Arguments
+    from peft_pretraining.config.arguments import Arguments
 
     defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
     flags = [

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peft_pretraining.config.model_config import ModelConfigError, load_model_config
 from peft_pretraining.export.shards import INDEX, SINGLE, ExportError, read_tensors
 from peft_pretraining.export.write import FACTORS_CONFIG, LLAMA_CONFIG
-from peft_pretraining.model_config import ModelConfigError, load_model_config
-from peft_pretraining.modeling import materialize, meta_model
+from peft_pretraining.model.llama import materialize, meta_model
 from sparse_lora import SLTrainConfig, reparameterize
 
 if TYPE_CHECKING:

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_pretraining import checkpoint
-from peft_pretraining.build import DTYPES, checkpoint_record
+from peft_pretraining.checkpoint import step_folder as checkpoint
+from peft_pretraining.checkpoint.new_folder import folder_problem, new_folder
+from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.export.card import model_card
 from peft_pretraining.export.shards import ExportError, ShardWriter
-from peft_pretraining.methods import METHODS
-from peft_pretraining.model_config import load_model_config
-from peft_pretraining.modeling import meta_model
-from peft_pretraining.new_folder import folder_problem, new_folder
+from peft_pretraining.methods.method import METHODS
+from peft_pretraining.model.llama import meta_model
+from peft_pretraining.run.build import DTYPES, checkpoint_record
 from sparse_lora import SLTrainConfig, merge
 from sparse_lora.reparameterize import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from peft_pretraining.config import Arguments
+    from peft_pretraining.config.arguments import Arguments
 
 # Not config.json: nobody is to load a factored model as a dense one, whose weights would then be missing.
 LLAMA_CONFIG, FACTORS_CONFIG = "llama_config.json", "sltrain_config.json"
@@ -63,9 +63,7 @@ def export(
     folder = checkpoint.resolve(path)
     args, record = checkpoint_record(folder)
     if keep_factors and args.peft_model not in FACTORED_METHODS:
-        raise ExportError(
-            f"{folder}: a run of --peft_model {args.peft_model} has no factors to keep; leave --keep_factors out"
-        )
+        raise ExportError(f"{folder}: a run of --peft_model {args.peft_model} has no factors to keep; leave --keep_factors out")
     if (problem := folder_problem(out)) is not None:
         raise ExportError(problem)
     model = meta_model(

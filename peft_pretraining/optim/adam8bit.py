@@ -64,9 +64,7 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
                 round_stochastically_(values[part], target, noise)
 
 
-def _update_slice(
-    state: dict[str, Any], config: dict[str, Any], part: slice, values: torch.Tensor, grad: torch.Tensor
-) -> None:
+def _update_slice(state: dict[str, Any], config: dict[str, Any], part: slice, values: torch.Tensor, grad: torch.Tensor) -> None:
     first, second = (state[name].view(-1)[part] for name in ("state1", "state2"))
     (beta1, beta2), eps, lr, weight_decay = config["betas"][:2], config["eps"], config["lr"], config["weight_decay"]
     if first.dtype == torch.float32:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import World
+from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.slices import StochasticRounding
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import World, broadcast_
-from peft_pretraining.memory import subspace_shapes
+from peft_pretraining.distributed.world import World, broadcast_
+from peft_pretraining.memory.counts import subspace_shapes
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
 from peft_pretraining.optim.updates import PreparesStates, set_lr
 

@@ -54,9 +54,7 @@ def _quantise_(state: Mapping[str, torch.Tensor], number: int, values: torch.Ten
         return
     import bitsandbytes.functional as kernels
 
-    codes, found = kernels.quantize_blockwise(
-        values.contiguous(), code=state[f"qmap{number}"], blocksize=BNB_BLOCK_ELEMENTS
-    )
+    codes, found = kernels.quantize_blockwise(values.contiguous(), code=state[f"qmap{number}"], blocksize=BNB_BLOCK_ELEMENTS)
     target.copy_(codes.view(-1))
     state[f"absmax{number}"].copy_(found.absmax)
 

@@ -19,15 +19,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_pretraining.distributed.shards import Part, local, part_of, rows_of_part, whole_of
 from peft_pretraining.optim.moments import plain_moments, set_moments_
-from peft_pretraining.optim.shards import Part, local, part_of, rows_of_part, whole_of
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
 
 Scalars = dict[str, dict[str, Any]]
 Index = Mapping[str, tuple[torch.Size, torch.dtype]]  # <parameter>/<key> -> shape and dtype, of what was saved
-Saved = dict[
-    "Part | None", dict[str, tuple[torch.Size, torch.dtype]]
-]  # of one parameter: part -> key -> shape and dtype
+Saved = dict["Part | None", dict[str, tuple[torch.Size, torch.dtype]]]  # of one parameter: part -> key -> shape and dtype
 Read = Callable[[dict[str, torch.Tensor]], None]  # fills tensors in place
 
 _PARTIAL_NAME = re.compile(r"(.+)@(\d+)of(\d+)")

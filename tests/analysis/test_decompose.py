@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.analysis.decompose import (
+from peft_pretraining.commands.analysis.decompose import (
     Decomposition,
     check_rank,
     decompose,

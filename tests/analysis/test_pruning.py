@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.__main__ import main
-from peft_pretraining.analysis import study
-from peft_pretraining.analysis.decompose import target_linears
-from peft_pretraining.build import load_model
-from peft_pretraining.checkpoint import list_checkpoints, resolve
-from peft_pretraining.command_line import parse_args
+from peft_pretraining.checkpoint.step_folder import list_checkpoints, resolve
+from peft_pretraining.commands.analysis import study
+from peft_pretraining.commands.analysis.decompose import target_linears
+from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.data.loader import EvalSet
 from peft_pretraining.data.source import open_source
-from peft_pretraining.evaluate import evaluate
-from peft_pretraining.loss import TokenLoss
+from peft_pretraining.model.loss import TokenLoss
+from peft_pretraining.run.build import load_model
+from peft_pretraining.training.evaluate import evaluate
 from sparse_lora import SLTrainConfig, reparameterize
 
 CPU = torch.device("cpu")
@@ -123,9 +123,7 @@ def test_what_must_hold_among_the_errors(whole_study: dict) -> None:
     assert error["random_trained"] > error["random_pruned"]
 
 
-def test_the_same_command_gives_the_same_figures(
-    trained: Trained, tmp_path: Path, capsys: Capsys, whole_study: dict
-) -> None:
+def test_the_same_command_gives_the_same_figures(trained: Trained, tmp_path: Path, capsys: Capsys, whole_study: dict) -> None:
     again = pruning(capsys, trained("full"), "--steps", "6")
     assert again == whole_study
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from peft_pretraining.__main__ import main
-from peft_pretraining.analysis.figures import drawn_names, kind_and_layer
-from peft_pretraining.build import load_model
-from peft_pretraining.checkpoint import list_checkpoints, resolve
+from peft_pretraining.checkpoint.step_folder import list_checkpoints, resolve
+from peft_pretraining.commands.analysis.figures import drawn_names, kind_and_layer
+from peft_pretraining.run.build import load_model
 
 KINDS = [
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -26,12 +26,8 @@ def spectra(capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])  # the run was perhaps trained just before
 
 
-@pytest.mark.parametrize(
-    "name", ["full", "full_bf16", "galore", "lowrank", "sltrain", "sltrain_scaled", "sltrain_block"]
-)
-def test_figures_of_every_method(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+@pytest.mark.parametrize("name", ["full", "full_bf16", "galore", "lowrank", "sltrain", "sltrain_scaled", "sltrain_block"])
+def test_figures_of_every_method(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """W's singular values are those of the dense weights that the loaded model applies."""
     flags = ["--checkpoint", str(trained(name)), "--out", str(tmp_path)]
     figures = spectra(capsys, *flags, "--only", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
@@ -74,9 +70,7 @@ def test_files(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert values == pytest.approx(linear["contributions"][part], rel=1e-6)
 
 
-def test_figures_lie_beside_the_checkpoint_and_leave_it_sound(
-    trained: Trained, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_lie_beside_the_checkpoint_and_leave_it_sound(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained("sltrain")
     (checkpoint,) = list_checkpoints(run)
     first = spectra(capsys, "--checkpoint", str(run), "--only", "q_proj")
@@ -100,9 +94,7 @@ def test_only_some(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("name", "words"), [("full", ["||W-W_r||", "top 3.00%"]), ("sltrain", ["S of first r"]), ("lowrank", [])]
 )
-def test_table(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str]
-) -> None:
+def test_table(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str]) -> None:
     assert main(["spectra", "--checkpoint", str(trained(name)), "--out", str(tmp_path), "--only", "q_proj"]) == 0
     lines = capsys.readouterr().out.splitlines()
     while not lines[0].startswith("linear"):  # the run was perhaps trained just before
@@ -133,9 +125,7 @@ def test_flags_of_dense_weights_say_where_they_have_no_effect(
         (["--device", "tpu"], "tpu"),
     ],
 )
-def test_refusals(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
+def test_refusals(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
     run = trained("full")
     capsys.readouterr()
     assert main(["spectra", "--checkpoint", str(run), "--out", str(tmp_path / "out"), *flags]) == 2

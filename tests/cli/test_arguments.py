@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.command_line import build_parser, parse_args, parse_tokens
-from peft_pretraining.config import CHANGEABLE, RUN_DEFINING, UNCHANGEABLE, ConfigError, arguments_of_record, as_dict
-from peft_pretraining.distributed import World
-from peft_pretraining.notices import notices
-from peft_pretraining.plan import is_finished, learning_rate, make_plan
+from peft_pretraining.config.arguments import (
+    CHANGEABLE,
+    RUN_DEFINING,
+    UNCHANGEABLE,
+    ConfigError,
+    arguments_of_record,
+    as_dict,
+)
+from peft_pretraining.config.command_line import build_parser, parse_args, parse_tokens
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan.plan import is_finished, learning_rate, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "llama_60m.json")
@@ -111,9 +118,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None
-)
+@pytest.mark.parametrize(("extra", "words"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
 def test_bad_argument_is_refused_by_name_and_value(extra, words):
     with pytest.raises(ConfigError) as refused:
         make_plan(parse_args(BASE + extra), World())
@@ -167,9 +172,7 @@ def test_help_and_errors_load_no_heavy_package():
 
 def test_config_file_and_command_line_say_the_same_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.json"
-    path.write_text(
-        json.dumps({"model_config": CONFIG, "batch_size": 4, "lr": 0.5, "packing": True, "grad_clipping": 0})
-    )
+    path.write_text(json.dumps({"model_config": CONFIG, "batch_size": 4, "lr": 0.5, "packing": True, "grad_clipping": 0}))
     args = parse_args(["--config", str(path), "--lr", "0.25"])
     assert (args.batch_size, args.lr, args.packing, args.grad_clipping) == (4, 0.25, True, None)
 
@@ -192,9 +195,7 @@ def test_config_file_problems_name_the_file(tmp_path, content, words):
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000)]
-)
+@pytest.mark.parametrize(("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000)])
 def test_token_counts_are_read(text, tokens):
     assert parse_tokens(text) == tokens
 

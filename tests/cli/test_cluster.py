@@ -18,9 +18,9 @@ import torch
 import yaml
 from outcomes import record, tensors_of
 
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.distributed import World
-from peft_pretraining.plan import make_plan
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "scripts" / "cluster"
@@ -92,9 +92,7 @@ class Slurm:
         for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("sleep", FAKE_SLEEP)):
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PET_"))
-        }
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PET_"))}
         self.environment |= {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "FAKE_SLURM": str(folder),
@@ -113,9 +111,7 @@ class Slurm:
     def start(self, *arguments: str, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
         variables = self.environment | {"SLURM_RESTART_COUNT": str(restarts)} | environment
         command = ["bash", str(CLUSTER / "slurm.sh"), *arguments]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def run(self, *arguments: str, restarts: int = 0, **environment: str) -> tuple[int, str]:
         """Exit code and output of the batch script."""
@@ -202,9 +198,7 @@ def test_slurm_script_names_what_is_missing(slurm, tmp_path):
     code, output = slurm.run("runs/x", "--help", MAX_REQUEUES="many")
     assert (code, "MAX_REQUEUES=many" in output) == (2, True)
     command[1] = str(CLUSTER / "node.sh")
-    ended = subprocess.run(
-        command, cwd=ROOT, env=slurm.environment | {"NPROC": ""}, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run(command, cwd=ROOT, env=slurm.environment | {"NPROC": ""}, capture_output=True, text=True, check=False)
     assert (ended.returncode, "--gpus-per-node" in ended.stderr) == (2, True)
 
 
@@ -300,9 +294,7 @@ def test_a_recipe_runs_on_every_machine_with_the_runs_folder(slurm, tmp_path):
     assert "2 processes" in plan
 
 
-@pytest.mark.parametrize(
-    "program", [["scripts/llm_pretrain/sltrain1b.sh"], ["--model_config", "configs/llama_1b.json"]]
-)
+@pytest.mark.parametrize("program", [["scripts/llm_pretrain/sltrain1b.sh"], ["--model_config", "configs/llama_1b.json"]])
 def test_each_machine_takes_its_own_gpus_and_the_first_keeps_the_meeting_place(slurm, tmp_path, program):
     python = tmp_path / "python"
     python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PET_RDZV_CONF" "$@"\n')
@@ -381,9 +373,7 @@ def test_pytorchjob_has_the_documented_fields(validate):
         lambda job: job["spec"]["elasticPolicy"].update(rdzvBackend="static"),
         lambda job: job["spec"]["pytorchReplicaSpecs"]["Worker"].update(restartPolicy="onFailure"),
         lambda job: job["spec"]["pytorchReplicaSpecs"].update(Workers={}),
-        lambda job: job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0].update(
-            name="main"
-        ),
+        lambda job: job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0].update(name="main"),
         lambda job: job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["env"].append(
             {"name": "NPROC", "value": 8}
         ),

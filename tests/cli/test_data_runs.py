@@ -61,10 +61,7 @@ def test_a_run_on_prepared_data_is_the_run_on_its_source(tmp_path, tiny_run, tok
     for name in ("loss", "tokens_seen", "gradnorm", "final_eval_loss", "final_eval_bits_per_byte", "bad_records"):
         assert [row[name] for row in prepared if name in row] == [row[name] for row in rows if name in row] != []
     monkeypatch.undo()
-    assert (
-        command(["generate", "--checkpoint", str(tmp_path / "prepared"), "--prompt", "Fox", "--max_new_tokens", "3"])
-        == 0
-    )
+    assert command(["generate", "--checkpoint", str(tmp_path / "prepared"), "--prompt", "Fox", "--max_new_tokens", "3"]) == 0
 
 
 def test_what_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, capsys):
@@ -121,9 +118,7 @@ def test_counts_go_on_after_a_restart(tmp_path, tiny_run):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     source = Path(value(tiny_run, "--dataset"))
-    (corpus / "a-train.jsonl").write_text(
-        "broken\n".join((source / "words-train.0.jsonl").read_text().splitlines(True)[:9])
-    )
+    (corpus / "a-train.jsonl").write_text("broken\n".join((source / "words-train.0.jsonl").read_text().splitlines(True)[:9]))
     (corpus / "b-train.jsonl").write_text((source / "words-train.1.jsonl").read_text())
     (corpus / "a-validation.jsonl").write_text((source / "words-validation.jsonl").read_text())
     flags = [*tiny_run[:4], "--dataset", str(corpus), "--workers", "0"]

@@ -147,9 +147,7 @@ def test_a_config_file_is_read_and_the_command_line_wins(capsys, tmp_path):
     flags = [text for name, value in said.items() for text in (f"--{name}", str(value))]
     config = ["--config", str(tmp_path / "run.json")]
     assert figures(capsys, *config) == figures(capsys, *flags)
-    assert (
-        figures(capsys, *config, "--rank", "32") == figures(capsys, *flags, "--rank", "32") != figures(capsys, *flags)
-    )
+    assert figures(capsys, *config, "--rank", "32") == figures(capsys, *flags, "--rank", "32") != figures(capsys, *flags)
 
 
 SHARED = ["--model_config", str(ROOT / "configs/llama_60m.json"), "--dataset", "demo", "--dtype", "bfloat16"]

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_model import TINY_MODEL
 
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.config import Arguments, ConfigError
-from peft_pretraining.distributed import World
-from peft_pretraining.model_config import ModelConfigError, load_model_config
-from peft_pretraining.plan import make_plan
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.model_config import ModelConfigError, load_model_config
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [field.name for field in fields(Arguments) if field.name not in ("given", "config")]
@@ -41,9 +41,7 @@ WORDS = [
 ]
 VALUES = st.one_of(st.sampled_from(NUMBERS + WORDS), st.text(string.printable, max_size=8))
 FLAGS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(st.none(), VALUES)), max_size=5)
-QUICK = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
-)
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
 
 
 @QUICK

@@ -9,8 +9,8 @@ import pytest
 import torch
 from outcomes import tensors_of
 
-from peft_pretraining import build
 from peft_pretraining.optim.updates import WholeUpdate
+from peft_pretraining.run import build
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "matrix_rate.py"
 MATRIX = "model/model.layers.0.mlp.up_proj"

@@ -15,7 +15,7 @@ from resealing import reseal
 
 import torchrun_main
 from peft_pretraining.__main__ import main as command
-from peft_pretraining.checkpoint import list_checkpoints
+from peft_pretraining.checkpoint.step_folder import list_checkpoints
 
 PUBLISHED_KEYS = {
     *("update_step", "loss", "lr", "tokens_seen", "throughput_tokens", "throughput_examples", "throughput_batches"),
@@ -129,7 +129,7 @@ def test_same_command_goes_on_after_a_crash(tmp_path, flags):
 
 def ask_to_stop(monkeypatch, after_updates: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal in the midst of the update that follows."""
-    import peft_pretraining.train as training
+    import peft_pretraining.training.update as training
 
     honest, calls = training.train_step, itertools.count(1)
 
@@ -202,7 +202,7 @@ def test_stopped_by_a_signal_and_started_again(tmp_path, flags, monkeypatch, met
 
 def test_a_request_to_stop_ends_an_evaluation(tmp_path, flags, monkeypatch):
     """It is made again by the next start, at the same update."""
-    from peft_pretraining.loss import TokenLoss
+    from peft_pretraining.model.loss import TokenLoss
 
     whole = train(tmp_path / "whole", *flags, "--batch_size", "2", "--gradient_accumulation", "4")
     honest = TokenLoss.forward
@@ -366,7 +366,7 @@ def test_both_ways_of_saving_leave_the_same(tmp_path, flags, saving):
 
 def test_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):
     train(tmp_path / "run", *flags)
-    monkeypatch.setattr("peft_pretraining.build.open_source", lambda *_, **__: pytest.fail("the data was opened"))
+    monkeypatch.setattr("peft_pretraining.run.build.open_source", lambda *_, **__: pytest.fail("the data was opened"))
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 0
     assert "finished 6 updates" in capsys.readouterr().out
 
@@ -515,7 +515,7 @@ def test_divergence_ends_the_run_and_is_never_saved(tmp_path, flags, capsys, log
 
 def poison_loss(monkeypatch, bad_calls: set[int]) -> None:
     """Make the training loss of the given micro-batches (counted from 1) infinite, its gradient too."""
-    from peft_pretraining.loss import TokenLoss
+    from peft_pretraining.model.loss import TokenLoss
 
     honest, calls = TokenLoss.forward, itertools.count(1)
 
@@ -616,7 +616,7 @@ def test_what_goes_on_is_said_without_the_flags_that_go_back(tmp_path, flags, mo
 
 def test_memory_that_runs_out_is_explained(tmp_path, flags, monkeypatch, capsys):
     """The plan's largest entry, and the flags that lower the peak."""
-    import peft_pretraining.train as training
+    import peft_pretraining.training.update as training
 
     def step(*args, **kwargs):
         torch.empty(2**60, dtype=torch.int8)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.distributed import World
-from peft_pretraining.plan import make_plan
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "scripts" / "llm_pretrain").glob("*.sh"))
@@ -97,9 +97,7 @@ def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
     """But for the length, which is the other recipes', the rank that 1B's published figures belong to, and 7B's moments."""
     monkeypatch.chdir(ROOT)
     folder = ROOT / "scripts" / "llm_pretrain"
-    argv = (
-        f"--model_config configs/llama_{size}.json --optimizer galore_adamw {GALORE} {PUBLISHED_GALORE[size]}".split()
-    )
+    argv = f"--model_config configs/llama_{size}.json --optimizer galore_adamw {GALORE} {PUBLISHED_GALORE[size]}".split()
     published, ours = vars(parse_args(argv)), vars(parse_args(recipe_flags(folder / f"galore{size}.sh")))
     different = {name for name in published if published[name] != ours[name]} - {"given", "save_every"}
     assert different <= {"num_training_steps", "warmup_steps"} | {"1b": {"rank"}, "7b": {"optimizer"}}.get(size, set())

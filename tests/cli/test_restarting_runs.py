@@ -10,11 +10,11 @@ from outcomes import tensors_of, without_times
 
 import torchrun_main
 from peft_pretraining.__main__ import main as command
-from peft_pretraining.build import load_model
-from peft_pretraining.checkpoint import list_checkpoints
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.distributed import World
-from peft_pretraining.plan import learning_rate, make_plan
+from peft_pretraining.checkpoint.step_folder import list_checkpoints
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import learning_rate, make_plan
+from peft_pretraining.run.build import load_model
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
 
 BF16 = ("--dtype", "bfloat16")

@@ -50,9 +50,7 @@ def epoch(source: Source, num_lanes: int = 3, **options) -> tuple[Counter, Count
     documents: Counter = Counter()
     counts: Counter = Counter()
     for lane in range(num_lanes):
-        for sequence in lane_sequences(
-            source, ByteTokenizer(), Order(num_lanes, 3, 99, False, **options), lane, LaneState()
-        ):
+        for sequence in lane_sequences(source, ByteTokenizer(), Order(num_lanes, 3, 99, False, **options), lane, LaneState()):
             counts.update(sequence.skipped.counts if sequence.skipped else {})
             if sequence.state.epoch > 0:
                 break
@@ -184,9 +182,7 @@ PIECES = st.one_of(
     st.binary(max_size=40),
     st.sampled_from([line for kind, line in BAD_LINES.items() if kind != "oversized"]),
     st.text(max_size=20).map(lambda text: json_lines([text]).strip()),
-    st.sampled_from(
-        [b"\xef\xbb\xbf", b"\x00", b"\r", b"[" * 3000, b'{"text": NaN}', b'{"text": 1e999}', b"\x1f\x8b\x08", b"{}"]
-    ),
+    st.sampled_from([b"\xef\xbb\xbf", b"\x00", b"\r", b"[" * 3000, b'{"text": NaN}', b'{"text": 1e999}', b"\x1f\x8b\x08", b"{}"]),
 )
 
 

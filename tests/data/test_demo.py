@@ -82,9 +82,7 @@ def small_demo(tmp_path_factory) -> Path:
 
 
 def read(folder: Path, split: str) -> list[dict]:
-    return [
-        json.loads(line) for path in sorted(folder.glob(f"demo-{split}.*.json.gz")) for line in gzip.open(path, "rt")
-    ]
+    return [json.loads(line) for path in sorted(folder.glob(f"demo-{split}.*.json.gz")) for line in gzip.open(path, "rt")]
 
 
 def test_prose_keeps_sentences_and_drops_code_formulas_and_markup():
@@ -215,9 +213,7 @@ def test_two_processes_at_once_build_one_demo(tmp_path):
         """)
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPARSE_LORA_CACHE": str(tmp_path / "cache")}
-    started = [
-        subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    started = [subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     folders = {process.communicate(timeout=240)[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0]
     assert len(folders) == 1
@@ -228,9 +224,7 @@ def test_two_processes_at_once_build_one_demo(tmp_path):
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PACKAGES", ())
-    monkeypatch.setattr(
-        demo, "_train_tokenizer", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr(demo, "_train_tokenizer", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="No space left on device; set SPARSE_LORA_CACHE"):
         build_demo(tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]

@@ -67,9 +67,7 @@ def test_parts_have_the_ids_of_the_whole_with_byte_level_bpe(monkeypatch):
         show_progress=False,
     )
     backend.train_from_iterator([random_text(random.Random(1), 3000)], trainer)
-    check_parts(
-        OurTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), "bpe"), monkeypatch, 30
-    )
+    check_parts(OurTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), "bpe"), monkeypatch, 30)
 
 
 def test_a_text_without_blanks_is_cut_where_a_part_is_full(monkeypatch):
@@ -82,9 +80,7 @@ def test_documents_keep_their_order_whatever_their_lengths(monkeypatch):
     monkeypatch.setattr(encoding, "PART_CHARACTERS", 50)
     monkeypatch.setattr(encoding, "_TOGETHER_CHARACTERS", 120)
     documents = ["a b", "c d " * 40, np.array([7, 8], np.uint16), "", "e", "f g " * 20, "h" * 49, "i" * 50, "j" * 51]
-    expected = [
-        each.tolist() if isinstance(each, np.ndarray) else ByteTokenizer().encode_batch([each])[0] for each in documents
-    ]
+    expected = [each.tolist() if isinstance(each, np.ndarray) else ByteTokenizer().encode_batch([each])[0] for each in documents]
     assert [list(ids) for ids in encode_documents(ByteTokenizer(), documents)] == expected
 
 

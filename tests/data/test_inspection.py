@@ -42,9 +42,7 @@ def test_figures_follow_from_the_documents(folder):
 
 def test_prepared_data_has_the_figures_of_its_source(folder, tmp_path):
     prepare(str(folder), ByteTokenizer(), tmp_path / "tokens", progress=False)
-    whole, tokens = (
-        inspect_dataset(str(path), ByteTokenizer(), documents=None) for path in (folder, tmp_path / "tokens")
-    )
+    whole, tokens = (inspect_dataset(str(path), ByteTokenizer(), documents=None) for path in (folder, tmp_path / "tokens"))
     for split in ("train", "validation"):
         for name in (
             "documents",

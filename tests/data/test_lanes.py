@@ -57,9 +57,7 @@ def test_lanes_read_whole_files_where_enough_are_about_equal():
 
 def test_short_files_do_not_all_favour_the_first_lane():
     shards = tuple(Shard(f"{i}", f"{i}", "json", None, 100 * (1 + i)) for i in range(8))
-    first_records = Counter(
-        lane for lane in range(4) for unit in lane_units(shards, lane, order(4), 0) if unit.residue == 0
-    )
+    first_records = Counter(lane for lane in range(4) for unit in lane_units(shards, lane, order(4), 0) if unit.residue == 0)
     assert set(first_records.values()) == {2}
 
 
@@ -92,8 +90,7 @@ def test_every_document_comes_once_per_epoch_in_another_order_each_time(write_sh
 def test_another_seed_gives_another_order(write_shards, byte_tokenizer):
     source = open_source(str(write_shards(texts(90))), "train", hold_out=False)
     first, again, other = (
-        [s.ids.tolist() for s in first_epoch(source, byte_tokenizer, order(seed=seed, packing=False), 0)]
-        for seed in (1, 1, 2)
+        [s.ids.tolist() for s in first_epoch(source, byte_tokenizer, order(seed=seed, packing=False), 0)] for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
@@ -150,9 +147,7 @@ def test_fail_names_file_and_line_of_the_first_bad_record_met(tmp_path, byte_tok
     (tmp_path / "x.jsonl").write_bytes(json_lines(texts(2)) + b"broken\n" + json_lines(texts(2, start=2)))
     source = open_source(str(tmp_path), "train", hold_out=False)
     with pytest.raises(DataError, match=r"bad record in .*x\.jsonl, line 3: malformed json"):
-        list(
-            itertools.islice(lane_sequences(source, byte_tokenizer, order(1, on_bad_record="fail"), 0, LaneState()), 99)
-        )
+        list(itertools.islice(lane_sequences(source, byte_tokenizer, order(1, on_bad_record="fail"), 0, LaneState()), 99))
 
 
 def test_mostly_bad_records_stop_the_run(tmp_path, byte_tokenizer):
@@ -167,9 +162,7 @@ def test_mostly_bad_records_stop_the_run(tmp_path, byte_tokenizer):
     fine = open_source(str(tmp_path / "tenth"), "train", hold_out=False)
     assert len(list(itertools.islice(lane_sequences(fine, byte_tokenizer, order(1), 0, LaneState()), 5000))) == 5000
     source = open_source(str(tmp_path / "half"), "train", hold_out=False)
-    with pytest.raises(
-        DataError, match=r"\d+ of \d+ records are bad, the first one in .*x\.jsonl, line \d+: malformed"
-    ):
+    with pytest.raises(DataError, match=r"\d+ of \d+ records are bad, the first one in .*x\.jsonl, line \d+: malformed"):
         list(itertools.islice(lane_sequences(source, byte_tokenizer, order(1), 0, LaneState()), 5000))
 
 

@@ -106,9 +106,7 @@ def test_the_ranks_and_workers_of_an_epoch_see_each_document_once(
 
 
 @pytest.mark.parametrize(("ranks", "workers", "shards"), [(2, 3, 5), (1, 2, 1)])
-def test_real_worker_processes_see_each_document_once(
-    write_shards, byte_tokenizer, real_workers, ranks, workers, shards
-):
+def test_real_worker_processes_see_each_document_once(write_shards, byte_tokenizer, real_workers, ranks, workers, shards):
     documents = texts(84)
     source = open_source(str(write_shards(documents, shards)), "train", hold_out=False)
     assert Counter(one_epoch(source, byte_tokenizer, ranks, workers)) == Counter(documents)
@@ -141,9 +139,7 @@ def follow(chain, source, tokenizer, **options):
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize(("packing", "shards"), [(True, 1), (False, 3), (True, 7)])
-def test_a_chain_of_ranks_and_workers_equals_one_process(
-    tmp_path, byte_tokenizer, inline_workers, chain, packing, shards
-):
+def test_a_chain_of_ranks_and_workers_equals_one_process(tmp_path, byte_tokenizer, inline_workers, chain, packing, shards):
     """Same sequences, same final state, same counts of bad records, over several epochs and with bad lines."""
     source = open_source(str(corpus_with_bad_lines(tmp_path, shards)), "train", hold_out=False)
     total = sum(ranks * batches for ranks, _, batches in chain)
@@ -437,9 +433,7 @@ def rows(batches):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("max_tokens", [None, 1, 500])
-def test_the_eval_set_depends_on_neither_batch_size_nor_ranks_nor_workers(
-    write_shards, byte_tokenizer, packing, max_tokens
-):
+def test_the_eval_set_depends_on_neither_batch_size_nor_ranks_nor_workers(write_shards, byte_tokenizer, packing, max_tokens):
     source = open_source(str(write_shards(texts(150), 3)), "train", hold_out=False)
     options = {"packing": packing, "max_tokens": max_tokens}
     reference = eval_set(source, byte_tokenizer, batch_size=1, **options)

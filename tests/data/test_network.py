@@ -123,14 +123,11 @@ FAULTS = {
     "none": lambda number, handler: False,
     "503 every other time": every(2, status(503)),
     "429 every third time": every(3, status(429, Retry_After="0.02")),
-    "500, 502, 504": lambda number, handler: (
-        number % 5 in (1, 2, 3) and not status([500, 502, 504][number % 3])(handler)
-    ),
+    "500, 502, 504": lambda number, handler: number % 5 in (1, 2, 3) and not status([500, 502, 504][number % 3])(handler),
     "dropped after 4 kB every other time": every(2, lambda handler: handler.answer(True, cut=4096)),
     # Not the first two, at which a server without ranges shows that it has none; then from beyond where those ended.
     "a part as if that were all": lambda number, handler: (
-        number in (3, 5, 6)
-        and not handler.answer(True, cut=4096 if handler.headers.get("Range") else 20_000, admit=False)
+        number in (3, 5, 6) and not handler.answer(True, cut=4096 if handler.headers.get("Range") else 20_000, admit=False)
     ),
     "dropped before the answer": every(2, lambda handler: setattr(handler, "close_connection", True)),
 }

@@ -20,9 +20,7 @@ def stream(documents, start=(0, 0)):
 
 def pack(documents, max_length, start=(0, 0)):
     return list(
-        packed_sequences(
-            stream(documents, start), eos_id=EOS, max_length=max_length, inside=lambda here, used: (here[0], used)
-        )
+        packed_sequences(stream(documents, start), eos_id=EOS, max_length=max_length, inside=lambda here, used: (here[0], used))
     )
 
 

@@ -285,9 +285,7 @@ def test_flipped_bits_are_found_by_checksums_and_impossible_values_at_once(tmp_p
     assert verify_prepared(str(tmp_path / "tokens")) == 8
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"job": 3}', '{"job": {"format": 1}, "shards": [{}], "vocab_size": 1}']
-)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"job": 3}', '{"job": {"format": 1}, "shards": [{}], "vocab_size": 1}'])
 def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "prepared.json").write_text(content)
     with pytest.raises(DataError, match=r"prepared\.json is damaged"):

@@ -38,9 +38,7 @@ CONTENTS = {
     "x.jsonl.gz": lambda _: gzip.compress(json_lines(DOCUMENTS)),
     "x.json.zst": lambda _: zstandard.compress(json_lines(DOCUMENTS)),
     # Two frames, as parallel compressors write them.
-    "x.jsonl.zst": lambda _: (
-        zstandard.compress(json_lines(DOCUMENTS[:9])) + zstandard.compress(json_lines(DOCUMENTS[9:]))
-    ),
+    "x.jsonl.zst": lambda _: zstandard.compress(json_lines(DOCUMENTS[:9])) + zstandard.compress(json_lines(DOCUMENTS[9:])),
     "x.txt": lambda _: "\n\n \n".join(DOCUMENTS).encode(),
     "x.txt.gz": lambda _: gzip.compress("\n\n".join(DOCUMENTS).encode()),
     "x.parquet": parquet_bytes,
@@ -54,9 +52,7 @@ def test_every_format_gives_the_same_documents_from_any_start(tmp_path, name):
     stripped = [text.rstrip() for text in DOCUMENTS]
     assert [text.rstrip() for _, text in read(path)] == stripped
     for start in (1, 99, 100, 250, 700):
-        assert [(record.number, text.rstrip()) for record, text in read(path, start)] == list(
-            enumerate(stripped[start:], start)
-        )
+        assert [(record.number, text.rstrip()) for record, text in read(path, start)] == list(enumerate(stripped[start:], start))
 
 
 def test_fsspec_addresses_are_read_like_local_files(tmp_path):
@@ -68,9 +64,7 @@ def test_fsspec_addresses_are_read_like_local_files(tmp_path):
         file.write(json_lines(DOCUMENTS[5:9]))
     for address in ("memory://corpus", "memory://corpus/*", "memory://corpus/[ab].json*"):
         source = open_source(address, "train", hold_out=False)
-        found = [
-            document_text(record, shard, "text") for shard in source.shards for record in read_records(shard, source)
-        ]
+        found = [document_text(record, shard, "text") for shard in source.shards for record in read_records(shard, source)]
         assert found == DOCUMENTS[:9]
     assert [shard.name for shard in source.shards] == ["a.json.gz", "b.jsonl"]
 
@@ -142,9 +136,7 @@ def test_empty_files_hold_nothing(tmp_path):
 def test_a_missing_text_field_is_reported_with_the_fields_there_are(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"content": "one", "id": 1}\n' * 5)
-    with pytest.raises(
-        DataError, match=r"line 1: missing text: no field 'text'; the fields are 'content', 'id'.*--text_field"
-    ):
+    with pytest.raises(DataError, match=r"line 1: missing text: no field 'text'; the fields are 'content', 'id'.*--text_field"):
         check_source(open_source(str(path), "train"))
 
 

@@ -224,9 +224,7 @@ def test_an_unreachable_hub_is_said_soon(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(
-        TokenizerError, match=r"cannot load tokenizer 'someone/not-downloaded' from the hub .*check the network"
-    ):
+    with pytest.raises(TokenizerError, match=r"cannot load tokenizer 'someone/not-downloaded' from the hub .*check the network"):
         load_tokenizer("someone/not-downloaded")
 
 

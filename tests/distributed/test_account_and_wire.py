@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pretraining.account import Setting, account
-from peft_pretraining.distributed import World, process_group
-from peft_pretraining.footprint import measured_bytes
-from peft_pretraining.loss import TokenLoss
-from peft_pretraining.model_config import ModelConfig, load_model_config
-from peft_pretraining.modeling import build_model
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.distributed.world import World, process_group
+from peft_pretraining.memory.account import Setting, account
+from peft_pretraining.memory.communication import full_rank, traffic
+from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim import PerLayerUpdate, WholeUpdate, build_optimizer
-from peft_pretraining.wire import full_rank, traffic
+from peft_pretraining.record.measured_memory import measured_bytes
 from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +42,7 @@ OPTIMIZERS = [
 def tiny() -> ModelConfig:
     """Rows that three processes cannot share evenly; shards above and below 4,096 elements."""
     sizes = {"vocab_size": 301, "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2}
-    return replace(
-        load_model_config(ROOT / "configs/llama_9m.json"), **sizes, num_attention_heads=4, num_key_value_heads=2
-    )
+    return replace(load_model_config(ROOT / "configs/llama_9m.json"), **sizes, num_attention_heads=4, num_key_value_heads=2)
 
 
 def setting(method: str, world_size: int, **changes) -> Setting:

@@ -94,25 +94,19 @@ def test_document_masks_in_several_processes(tmp_path, flags):
     assert deviations(tmp_path / "one", tmp_path / "unmasked")["loss"] > ROUNDING["loss"]
 
 
-@pytest.mark.parametrize(
-    "optimizer", [pytest.param("adamw", marks=pytest.mark.full), "adamw-rounded", "adam8bit", "adamw4bit"]
-)
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.full), "adamw-rounded", "adam8bit", "adamw4bit"])
 def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
     """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""
     rounding = ["--dtype", "bfloat16", "--stochastic_rounding"] if optimizer == "adamw-rounded" else []
     flags += ["--peft_model", "sltrain", "--train_scaling", "--optimizer", optimizer.split("-")[0], *rounding]
     flags += ["--num_training_steps", "6", "--support", "block" if optimizer == "adamw" else "uniform"]
     flags += ["--parallel", "fsdp", "--batch_size", "3", "--save_every", "3"]
-    flags += (
-        ["--embedding_states", "8bit"] if "bit" in optimizer else []
-    )  # nothing else is large enough to be quantised
+    flags += ["--embedding_states", "8bit"] if "bit" in optimizer else []  # nothing else is large enough to be quantised
     train(tmp_path / "whole", 2, flags)
     train(tmp_path / "layered", 2, flags, "--per_layer")
     assert_same(tmp_path / "whole", tmp_path / "layered", EXACT)
     for kind, more in (("whole", []), ("layered", ["--per_layer", "--async_save"])):
-        output = train(
-            tmp_path / f"{kind}-resumed", 2, flags, *more, "--continue_from", str(tmp_path / kind / "step_00000003")
-        )
+        output = train(tmp_path / f"{kind}-resumed", 2, flags, *more, "--continue_from", str(tmp_path / kind / "step_00000003"))
         assert "quantised again" not in output
         assert_same(tmp_path / kind, tmp_path / f"{kind}-resumed", EXACT)
         assert_same_tensors(tmp_path / kind, tmp_path / f"{kind}-resumed")

@@ -10,9 +10,9 @@ import torch
 from forked import SERVER, free_port
 from torch import nn
 
-from peft_pretraining.distributed import World, process_group
+from peft_pretraining.distributed.parallel import average_
+from peft_pretraining.distributed.world import World, process_group
 from peft_pretraining.optim import PerLayerUpdate, Subspace, WholeUpdate, build_galore
-from peft_pretraining.parallel import average_
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from benchmarks.compare_runs import deviations
-from peft_pretraining import restarts
-from peft_pretraining.build import load_model
-from peft_pretraining.config import Arguments
-from peft_pretraining.distributed import World, process_group
+from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.distributed.world import World, process_group
 from peft_pretraining.optim import WholeUpdate, build_optimizer
+from peft_pretraining.run.build import load_model
+from peft_pretraining.training import restarts
 from sparse_lora import attach_relora, merge
 
 RELORA = ["--peft_model", "relora", "--relora", "2", "--restart_warmup_steps", "1"]

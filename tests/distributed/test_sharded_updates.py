@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed import World, process_group
+from peft_pretraining.distributed.world import World, process_group
 from peft_pretraining.optim import GrowthLimit, PerLayerUpdate, WholeUpdate, build_optimizer
-from peft_pretraining.train import train_step
+from peft_pretraining.training.update import train_step
 from sparse_lora import SparseLowRankLinear
 
 CPU = torch.device("cpu")

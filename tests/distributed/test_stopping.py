@@ -51,9 +51,7 @@ def start(folder: Path, *flags: str, processes: int = 2, restarts: int = 0) -> s
         *flags,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) -> None:
@@ -141,7 +139,7 @@ def test_torchrun_starts_again_after_a_kill_and_the_run_is_the_same(tmp_path, fl
 LATE = """
 import os, sys, time
 import torch
-from peft_pretraining.distributed import World, all_reduce_sum_, process_group
+from peft_pretraining.distributed.world import World, all_reduce_sum_, process_group
 
 world = World.from_environment()
 restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

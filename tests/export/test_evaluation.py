@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_pretraining import evaluation
 from peft_pretraining.__main__ import main
-from peft_pretraining.evaluation import interval
+from peft_pretraining.commands import evaluate as evaluation
+from peft_pretraining.commands.evaluate import interval
 
 Trained = Callable[[str], Path]
 Captured = pytest.CaptureFixture[str]

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_pretraining import memory
 from peft_pretraining.__main__ import main
-from peft_pretraining.build import load_model
-from peft_pretraining.checkpoint import resolve
+from peft_pretraining.checkpoint.step_folder import resolve
+from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.export import load_factored, shards, write
 from peft_pretraining.export.shards import ExportError, ShardWriter
-from peft_pretraining.model_config import load_model_config
+from peft_pretraining.memory import counts as memory
+from peft_pretraining.run.build import load_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Trained = Callable[[str], Path]
@@ -126,9 +126,7 @@ def test_prompts_of_t5_are_not_ended(t5_model: Path, tmp_path: Path) -> None:
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
 
 
-def test_shards_hold_the_model_that_one_file_would(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_hold_the_model_that_one_file_would(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export(trained("sltrain"), tmp_path / "one") == 0
     waiting: list[int] = []
     honest = ShardWriter.add
@@ -149,9 +147,7 @@ def test_shards_hold_the_model_that_one_file_would(
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in models[0].values())
 
 
-def test_one_part_of_the_model_is_in_memory_at_a_time(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_part_of_the_model_is_in_memory_at_a_time(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models, honest = [], write.meta_model
     monkeypatch.setattr(write, "meta_model", lambda *args: models.append(honest(*args)) or models[0])
     parts: set[str] = set()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from peft_pretraining.__main__ import main
+from peft_pretraining.commands.generate import Printer, printable
 from peft_pretraining.data.tokenizer import load_tokenizer
-from peft_pretraining.generate import Printer, printable
 
 Trained = Callable[[str], Path]
 Captured = pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 
-from peft_pretraining.checkpoint import list_checkpoints, resolve, verify
+from peft_pretraining.checkpoint.step_folder import list_checkpoints, resolve, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 12

@@ -14,22 +14,20 @@ from hypothesis import strategies as st
 from resealing import reseal
 
 import torchrun_main
-from peft_pretraining.build import build_data, build_module, build_updates, load_model
-from peft_pretraining.checkpoint import CheckpointError, list_checkpoints
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.config import Arguments, ConfigError
-from peft_pretraining.distributed import World
-from peft_pretraining.model_config import ModelConfigError
-from peft_pretraining.plan import Plan, make_plan
-from peft_pretraining.resume import RunParts, finished_state, restore_data, restore_run
-from peft_pretraining.run_folder import check_same_data, open_run_folder
-from peft_pretraining.train import TrainState
+from peft_pretraining.checkpoint.step_folder import CheckpointError, list_checkpoints
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.model_config import ModelConfigError
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import Plan, make_plan
+from peft_pretraining.run.build import build_data, build_module, build_updates, load_model
+from peft_pretraining.run.folder import check_same_data, open_run_folder
+from peft_pretraining.run.resume import RunParts, finished_state, restore_data, restore_run
+from peft_pretraining.training.update import TrainState
 
 CPU = torch.device("cpu")
 REFUSED = (CheckpointError, ConfigError, ModelConfigError)
-limited = settings(
-    max_examples=40, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck)
-)
+limited = settings(max_examples=40, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 
 
 @dataclass
@@ -84,12 +82,7 @@ def places(value, path=()):
 
 
 REMOVED = object()
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([2**63, -1, 1e308, float("nan"), "", "../../x", "9" * 30])
-)
+scalars = st.none() | st.booleans() | st.integers() | st.sampled_from([2**63, -1, 1e308, float("nan"), "", "../../x", "9" * 30])
 json_values = st.recursive(
     scalars | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -11,9 +11,7 @@ SECRETS = {
 def test_no_secret_in_a_runs_folder(tmp_path, tiny_run):
     flags = [*tiny_run, "--num_training_steps", "2", "--warmup_steps", "1", "--batch_size", "2", "--max_length", "32"]
     flags += ["--device", "cpu", "--workers", "0", "--wandb", "offline", "--save_dir", str(tmp_path / "run")]
-    code, output = forked.run(
-        flags, tmp_path / "log", environment={**SECRETS, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
-    )
+    code, output = forked.run(flags, tmp_path / "log", environment={**SECRETS, "WANDB_MODE": "offline", "HOME": str(tmp_path)})
     assert code == 0, output
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"run.json", "metrics.jsonl", "manifest.json"} <= {path.name for path in files}

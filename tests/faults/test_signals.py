@@ -10,7 +10,7 @@ import pytest
 import torch
 from outcomes import record, tensors_of
 
-from peft_pretraining.checkpoint import list_checkpoints, resolve
+from peft_pretraining.checkpoint.step_folder import list_checkpoints, resolve
 
 METHODS, OPTIMIZERS = ("sltrain", "full", "lowrank"), ("adamw", "adam8bit", "adam8bit_per_layer")
 COVER = [

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 from small_task import rows, write_json
 
+from peft_pretraining.commands.finetune.examples import load_files, load_glue, read_table
+from peft_pretraining.commands.finetune.tasks import TASKS
 from peft_pretraining.data.errors import DataError
-from peft_pretraining.finetune.examples import load_files, load_glue, read_table
-from peft_pretraining.finetune.tasks import TASKS
 
 PAIRS = [
     {"sentence1": "12", "sentence2": 'says "no, never"', "label": 1, "idx": 0},
@@ -99,9 +99,7 @@ BAD: dict[str, tuple[str | None, list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize(("task", "table", "message"), BAD.values(), ids=BAD.keys())
-def test_what_is_no_training_set_is_refused(
-    tmp_path: Path, task: str | None, table: list[dict[str, Any]], message: str
-) -> None:
+def test_what_is_no_training_set_is_refused(tmp_path: Path, task: str | None, table: list[dict[str, Any]], message: str) -> None:
     path = write_json(tmp_path / "train.json", table)
     with pytest.raises(DataError, match=message):
         load_files(task, path, [path])
@@ -152,7 +150,7 @@ def test_the_hubs_splits_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> N
 
     names = {"train": (3, 2), "validation_matched": (2, 0), "validation_mismatched": (1, 1), "test_matched": (4, -1)}
     glue = datasets.DatasetDict({name: split(*made) for name, made in names.items()})
-    monkeypatch.setattr("peft_pretraining.finetune.examples.hub_problem", lambda: None)
+    monkeypatch.setattr("peft_pretraining.commands.finetune.examples.hub_problem", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: glue if name == ("nyu-mll/glue", "mnli") else None)
     data = load_glue("mnli")
     assert (data.train.columns, data.train.labels) == ((["a"] * 3, ["b"] * 3), [2, 2, 2])

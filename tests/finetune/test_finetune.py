@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from small_task import HIDDEN, INNER, LAYERS, rows, write_json, write_model
 
 from peft_pretraining.__main__ import main
-from peft_pretraining.finetune import train
-from peft_pretraining.finetune.adapter import ADAPTER_FILE, load_adapter
+from peft_pretraining.commands.finetune import train
+from peft_pretraining.commands.finetune.adapter import ADAPTER_FILE, load_adapter
 from sparse_lora import adapter_parameters, merge
 
 SEEDS = (1, 2, 3)
@@ -99,9 +99,7 @@ def score(folder: Path, here: Path, model: Any = None) -> tuple[float, torch.Ten
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval() if model is None else model.eval()
     table = [json.loads(line) for line in (here / "validation.json").read_text().splitlines()]
-    inputs = AutoTokenizer.from_pretrained(folder)(
-        [row["sentence"] for row in table], return_tensors="pt", padding=True
-    )
+    inputs = AutoTokenizer.from_pretrained(folder)([row["sentence"] for row in table], return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = model(**inputs).logits
     return (logits.argmax(1) == torch.tensor([row["label"] for row in table])).double().mean().item(), logits
@@ -129,9 +127,7 @@ def test_an_adapter_for_another_model_is_refused(here: Path, tmp_path: Path, run
     from safetensors.torch import save_file
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    small = RobertaConfig(
-        hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
-    )
+    small = RobertaConfig(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     model = RobertaForSequenceClassification(small)
     with pytest.raises(ValueError, match="is for another model"):
         load_adapter(model, run(2, "--keep_adapter")["folder"] / ADAPTER_FILE)
@@ -231,9 +227,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_what_cannot_work_is_refused(
-    here: Path, more: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_work_is_refused(here: Path, more: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """With the value, the reason and the flag; of several problems all at once."""
     said = refused(flags(here, "none", *more, data="few"), capsys)
     assert all(part in said for part in parts), said
@@ -315,10 +309,8 @@ def test_models_that_cannot_be_adapted_are_refused(here: Path, capsys: pytest.Ca
     assert "no sequence classifier can be made of it" in said(here / "partly")
 
 
-def test_glue_without_a_network_says_so(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("peft_pretraining.finetune.examples.hub_problem", lambda: "no route")
+def test_glue_without_a_network_says_so(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_pretraining.commands.finetune.examples.hub_problem", lambda: "no route")
     command = ["finetune", "--model", str(here / "model"), "--out", str(here / "none"), "--task", "rte"]
     said = refused(command, capsys)
     assert "--task rte" in said
@@ -326,9 +318,7 @@ def test_glue_without_a_network_says_so(
     assert "--train_file" in said
 
 
-def test_ctrl_c_ends_it_with_a_line(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_ends_it_with_a_line(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 

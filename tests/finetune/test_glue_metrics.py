@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from peft_pretraining.finetune.metrics import METRICS, accuracy, f1, matthews, pearson, spearman
+from peft_pretraining.commands.finetune.metrics import METRICS, accuracy, f1, matthews, pearson, spearman
 
 # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives.
 PREDICTED = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])

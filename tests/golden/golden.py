@@ -42,8 +42,9 @@ def flags(method: str, per_layer: bool) -> list[str]:
 def measure() -> dict[str, dict[str, list[float]]]:
     """Losses and gradient norms by run; one more entry of each is the evaluation's loss at the end."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import torchrun_main
     from tiny_runs import write_inputs
+
+    import torchrun_main
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import World
-from peft_pretraining.memory import PROJ_TYPES, subspace_shapes
+from peft_pretraining.distributed.world import World
+from peft_pretraining.memory.counts import PROJ_TYPES, subspace_shapes
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,
@@ -35,9 +35,7 @@ def network(dtype=torch.float32) -> nn.Module:
 def updates_of(model, name, *, per_layer=False, growth=None, clipping=None, rounding=None, decay=0.01, **subspace):
     parameters = dict(model.named_parameters())
     chosen = Subspace(**({"rank": 8, "gap": 3} | subspace))
-    build = partial(
-        build_galore, name, matrices=MATRICES, subspace=chosen, world=World(), lr=0.0, weight_decay=decay, beta1=0.9
-    )
+    build = partial(build_galore, name, matrices=MATRICES, subspace=chosen, world=World(), lr=0.0, weight_decay=decay, beta1=0.9)
     build = partial(build, rounding=rounding)
     limit = None if growth is None else GrowthLimit(growth, len(parameters), torch.device("cpu"))
     if per_layer:
@@ -254,9 +252,7 @@ def test_a_projection_of_another_rank_is_refused():
     state = optimizer_state(updates, dict(model.named_parameters()))
     index = {key: (tensor.shape, tensor.dtype) for key, tensor in state.shared.items()}
     with pytest.raises(ValueError, match="projection"):
-        load_optimizer_state(
-            updates_of(other, "adamw", rank=4), dict(other.named_parameters()), index, state.scalars, print
-        )
+        load_optimizer_state(updates_of(other, "adamw", rank=4), dict(other.named_parameters()), index, state.scalars, print)
 
 
 def everything(model, updates):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import World
+from peft_pretraining.distributed.world import World
 from peft_pretraining.optim import WholeUpdate, build_optimizer, load_optimizer_state, optimizer_state
 
 NAMES = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]

@@ -9,16 +9,12 @@ from peft_pretraining.optim import StochasticRounding, adam8bit, adam_ao, build_
 from peft_pretraining.optim.slices import round_stochastically_, slices
 
 
-@pytest.mark.parametrize(
-    ("count", "size"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8192), (20_000, 8192), (30_000, 8192)]
-)
+@pytest.mark.parametrize(("count", "size"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8192), (20_000, 8192), (30_000, 8192)])
 def test_slices_cover_everything_once(count, size):
     parts = list(slices(count, size))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     assert all(part.start % size == 0 for part in parts)
-    assert all(
-        part.stop - part.start >= 4096 for part in parts[1:]
-    )  # never a tensor that a library takes for a small one
+    assert all(part.stop - part.start >= 4096 for part in parts[1:])  # never a tensor that a library takes for a small one
 
 
 def step_both(ours, theirs, left, right, dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import World
+from peft_pretraining.distributed.world import World
 from peft_pretraining.optim import GrowthLimit, PerLayerUpdate, WholeUpdate, build_optimizer
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
@@ -63,9 +63,7 @@ def test_per_layer_moments_are_made_before_the_first_backward_pass(name):
     states = updates.optimizer.state
 
     def places() -> dict[tuple[int, str], int]:
-        tensors = {
-            (n, k): v for n, p in enumerate(model.parameters()) for k, v in states[p].items() if torch.is_tensor(v)
-        }
+        tensors = {(n, k): v for n, p in enumerate(model.parameters()) for k, v in states[p].items() if torch.is_tensor(v)}
         return {key: tensor.data_ptr() for key, tensor in tensors.items() if tensor.numel()}
 
     before = places()
@@ -80,9 +78,7 @@ def test_gradients_are_gone_when_the_backward_pass_is():
     updates = updates_of(model, "adamw", True)
     alive = []
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(
-            lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
-        )
+        parameter.register_post_accumulate_grad_hook(lambda _: alive.append(sum(p.grad is not None for p in model.parameters())))
     train(model, updates, accumulation=1, num_updates=2)
     assert alive == [0] * len(alive)  # our hook came first and freed the gradient
     assert len(alive) == 2 * len(list(model.parameters()))

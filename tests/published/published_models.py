@@ -59,9 +59,7 @@ class Reference:
             weight = scale * (have[f"{layer}.lora_B{suffix}"] @ have[name])
             if self.method.startswith("sltrain"):
                 weight = (
-                    weight.flatten()
-                    .index_add(0, have[f"{layer}.sparse_index"], have[f"{layer}.sparse_value"])
-                    .view_as(weight)
+                    weight.flatten().index_add(0, have[f"{layer}.sparse_index"], have[f"{layer}.sparse_value"]).view_as(weight)
                 )
             elif self.method.startswith("relora"):
                 weight = weight + have[f"{layer}.weight"]

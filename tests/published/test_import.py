@@ -17,12 +17,12 @@ from transformers.optimization import Adafactor
 
 import torchrun_main
 from peft_pretraining.__main__ import main
-from peft_pretraining.build import build_data, load_model
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.distributed import World
-from peft_pretraining.plan import make_plan
-from peft_pretraining.published.fill import matching_sparsity
-from peft_pretraining.published.moments import _plain
+from peft_pretraining.commands.published.fill import matching_sparsity
+from peft_pretraining.commands.published.moments import _plain
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import make_plan
+from peft_pretraining.run.build import build_data, load_model
 
 Captured = pytest.CaptureFixture[str]
 RELORA = ("--relora", "100")
@@ -183,8 +183,7 @@ def test_moments_of_another_kind_are_converted_or_named(tmp_path: Path, capsys: 
     assert torch.equal(found["optimizer/model.norm.weight/state1"].flatten(), optimizer.state[norm]["exp_avg"])
     done = imported(capsys, published, tmp_path / "other", *flags, "--optimizer", "sgd")
     assert (
-        "moments: optimizer.pt is of adam, whose state --optimizer sgd cannot use; they begin at zero"
-        in done["not_carried_over"]
+        "moments: optimizer.pt is of adam, whose state --optimizer sgd cannot use; they begin at zero" in done["not_carried_over"]
     )
     assert not any(name.startswith("optimizer/") for name in tensors_of(tmp_path / "other"))
 

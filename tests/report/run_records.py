@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.config import as_dict
-from peft_pretraining.distributed import World
-from peft_pretraining.plan import make_plan
+from peft_pretraining.config.arguments import as_dict
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 10

@@ -4,10 +4,10 @@ import matplotlib
 import pytest
 from run_records import evaluation, rows_of, write_rows, write_run
 
-from peft_pretraining.report import bars, curves, scatter
-from peft_pretraining.report.drawing import digits, plain_log_ticks
-from peft_pretraining.report.groups import group_runs
-from peft_pretraining.report.read import read_run
+from peft_pretraining.commands.report import bars, curves, scatter
+from peft_pretraining.commands.report.drawing import digits, plain_log_ticks
+from peft_pretraining.commands.report.groups import group_runs
+from peft_pretraining.commands.report.read import read_run
 
 matplotlib.use("Agg")
 
@@ -33,9 +33,7 @@ def drawn(monkeypatch, tmp_path):
 def labels_of(axis):
     """The tick labels within the view, as they are read."""
     low, high = axis.get_view_interval()
-    ticks = [
-        (value, label.get_text()) for value, label in zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)
-    ]
+    ticks = [(value, label.get_text()) for value, label in zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)]
     return [text for value, text in ticks if low <= value <= high]
 
 

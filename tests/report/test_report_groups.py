@@ -5,10 +5,9 @@ import itertools
 import pytest
 from run_records import change_document, evaluation, rows_of, write_rows, write_run
 
-from peft_pretraining.report.groups import against_baseline, group_runs
-from peft_pretraining.report.intervals import t_quantile
-from peft_pretraining.report.read import read_run
-from peft_pretraining.report.tables import (
+from peft_pretraining.commands.report.groups import against_baseline, group_runs
+from peft_pretraining.commands.report.read import read_run
+from peft_pretraining.commands.report.tables import (
     command_of,
     methods_table,
     problems,
@@ -16,6 +15,7 @@ from peft_pretraining.report.tables import (
     rank_delta_table,
     run_names,
 )
+from peft_pretraining.record.intervals import t_quantile
 
 
 def groups_of(*folders):
@@ -55,9 +55,7 @@ def test_gap_is_to_the_best_full_rank_setting(tmp_path):
 
 def test_without_full_rank_the_first_setting_is_the_baseline(tmp_path):
     plain = [write_run(tmp_path / f"p{seed}", seed=seed, perplexity=30.0 + seed) for seed in (1, 2)]
-    other = [
-        write_run(tmp_path / f"o{seed}", "--lr", "0.01", seed=seed, perplexity=0.9 * (30.0 + seed)) for seed in (1, 2)
-    ]
+    other = [write_run(tmp_path / f"o{seed}", "--lr", "0.01", seed=seed, perplexity=0.9 * (30.0 + seed)) for seed in (1, 2)]
     longer = write_run(tmp_path / "l", "--num_training_steps", "20", perplexity=20.0)
     groups = groups_of(*plain, *other, longer)
     baseline, gap = against_baseline(groups[1], groups)
@@ -104,11 +102,7 @@ def test_memory_is_that_of_the_run_itself(tmp_path):
     """Not of the full-rank run whose record it goes on with."""
     folder = write_run(tmp_path / "a")
     rows = rows_of(folder)
-    told = {
-        f"memory_{name}_{side}": 1
-        for name in ("parameters", "support", "optimizer")
-        for side in ("measured", "predicted")
-    }
+    told = {f"memory_{name}_{side}": 1 for name in ("parameters", "support", "optimizer") for side in ("measured", "predicted")}
     own = [number for number, row in enumerate(rows) if "loss" in row]
     rows[own[0]] |= dict.fromkeys(told, 100)
     rows[own[-1]] |= dict.fromkeys(told, 7)
@@ -233,8 +227,8 @@ def test_rank_and_delta_make_a_table(tmp_path):
 
 def test_command_makes_the_same_run(tmp_path):
     """Parsed again, it gives the arguments that were recorded, but for where the run lies."""
-    from peft_pretraining.command_line import parse_args
-    from peft_pretraining.config import as_dict
+    from peft_pretraining.config.arguments import as_dict
+    from peft_pretraining.config.command_line import parse_args
 
     run = read_run(write_run(tmp_path / "a", "--packing", "--activation_checkpointing", "--dtype", "bf16"))
     words = command_of(run).split()

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from peft_pretraining.report.intervals import mean_interval, ratio_interval, t_quantile
+from peft_pretraining.record.intervals import mean_interval, ratio_interval, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from run_records import write_run
 
 from peft_pretraining.__main__ import main as command
-from peft_pretraining.report.command import write_report
+from peft_pretraining.commands.report.command import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -101,7 +101,7 @@ def test_figures_of_an_earlier_report_do_not_stay(runs, tmp_path):
 
 
 def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("peft_pretraining.report.figures.draw_all", lambda groups, out: {})
+    monkeypatch.setattr("peft_pretraining.commands.report.figures.draw_all", lambda groups, out: {})
     assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [group["method"] for group in found["groups"]] == ["full", "sltrain", "sltrain"]

@@ -5,7 +5,7 @@ import json
 import pytest
 from run_records import UPDATES, change_document, evaluation, rows_of, write_rows, write_run
 
-from peft_pretraining.report.read import find_runs, read_run
+from peft_pretraining.commands.report.read import find_runs, read_run
 
 
 def notes_of(folder):

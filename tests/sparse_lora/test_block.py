@@ -31,9 +31,7 @@ def test_output_o_reads_slice_o_modulo_the_number_of_blocks(rows: int, columns: 
 
 @settings(deadline=None, max_examples=100)
 @given(sizes, sizes, st.integers(1, 9), st.integers(0, 2**31), st.data())
-def test_its_products_are_those_of_the_matrix(
-    rows: int, columns: int, num_rows: int, seed: int, data: st.DataObject
-) -> None:
+def test_its_products_are_those_of_the_matrix(rows: int, columns: int, num_rows: int, seed: int, data: st.DataObject) -> None:
     blocks = data.draw(st.integers(1, min(rows, columns)))
     support = BlockSupport(rows, columns, blocks)
     generator = generator_for(seed, "x")
@@ -41,16 +39,10 @@ def test_its_products_are_those_of_the_matrix(
         torch.randn(shape, dtype=torch.float64, generator=generator)
         for shape in ((support.nnz,), (num_rows, columns), (num_rows, rows), (rows, columns))
     )
-    S = (
-        torch.zeros(rows * columns, dtype=torch.float64)
-        .index_put((support.flat_indices(),), values)
-        .view(rows, columns)
-    )
+    S = torch.zeros(rows * columns, dtype=torch.float64).index_put((support.flat_indices(),), values).view(rows, columns)
     part = BlockPart(blocks, rows, columns)
     dx, W = x.clone(), weight.clone()
-    h, B, bias = (
-        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((num_rows, 2), (rows, 2), (rows,))
-    )
+    h, B, bias = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((num_rows, 2), (rows, 2), (rows,)))
     part.add_input_gradient_(dx, part.arranged(g), values)
     part.add_to_(W, values)
     assert torch.allclose(part.output(h, B, bias, x, values), h @ B.t() + bias + x @ S.t(), rtol=1e-12, atol=1e-12)
@@ -58,9 +50,7 @@ def test_its_products_are_those_of_the_matrix(
     assert torch.equal(W, weight + S)
     dW = g.t() @ x
     assert torch.equal(part.gather(dW), dW.flatten()[support.flat_indices()])
-    assert torch.allclose(
-        part.value_gradient(part.arranged(g), x), dW.flatten()[support.flat_indices()], rtol=1e-12, atol=1e-12
-    )
+    assert torch.allclose(part.value_gradient(part.arranged(g), x), dW.flatten()[support.flat_indices()], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,7 @@ PAIRS = torch.cat([torch.arange(NNZ // 2) * 200, torch.arange(NNZ // 2) * 200 + 
 LONG = torch.cat([torch.arange(1000) * 300 + offset for offset in (0, 1, 2)]).msort()
 
 
-@pytest.mark.parametrize(
-    "positions", [FIRST, LAST, SPREAD, PAIRS, LONG], ids=["first", "last", "spread", "pairs", "long"]
-)
+@pytest.mark.parametrize("positions", [FIRST, LAST, SPREAD, PAIRS, LONG], ids=["first", "last", "spread", "pairs", "long"])
 def test_any_chosen_positions_are_read_back(positions: torch.Tensor) -> None:
     support = UniformSupport(ROWS, COLUMNS, NNZ)
     support.place_(positions)

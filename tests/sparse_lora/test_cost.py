@@ -20,9 +20,7 @@ def test_multiplications_by_hand() -> None:
     assert count("factored", "block", 5) - 3 * 200 == 3 * 10 * (5 + 100 * (6 + 4 + 4))
 
 
-@pytest.mark.parametrize(
-    ("out_features", "in_features", "rank"), [(512, 512, 128), (2048, 5461, 512), (11008, 4096, 1024)]
-)
+@pytest.mark.parametrize(("out_features", "in_features", "rank"), [(512, 512, 128), (2048, 5461, 512), (11008, 4096, 1024)])
 def test_a_uniform_support_is_factored_up_to_four_thirds_of_the_harmonic_size(
     out_features: int, in_features: int, rank: int
 ) -> None:

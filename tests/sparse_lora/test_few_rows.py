@@ -37,9 +37,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("shape", [(1, 46), (3, 46), (2, 5, 46), (32, 46)])
 @pytest.mark.parametrize(("sparsity", "support"), KINDS)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_same_numbers(
-    served: list[int], shape: tuple[int, ...], sparsity: float, support: str, scaled: bool
-) -> None:
+def test_the_same_numbers(served: list[int], shape: tuple[int, ...], sparsity: float, support: str, scaled: bool) -> None:
     layer = prepare_for_inference(layer_of(sparsity, support, bias=True, trainable_scaling=scaled))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -101,10 +101,7 @@ def test_the_dense_reference_is_the_formula_entry_by_entry() -> None:
     expected = [
         [
             bias[o]
-            + sum(
-                x[t][i] * (scaling[0] * sum(B[o][r] * A[r][i] for r in range(2)) + S.get(o * 3 + i, 0.0))
-                for i in range(3)
-            )
+            + sum(x[t][i] * (scaling[0] * sum(B[o][r] * A[r][i] for r in range(2)) + S.get(o * 3 + i, 0.0)) for i in range(3))
             for o in range(4)
         ]
         for t in range(2)
@@ -237,10 +234,7 @@ def test_gradients_that_are_not_needed_are_not_given_and_change_no_other(blocks:
     expected = output_and_gradients(function, arguments)
     names = ("x", "lora_A", "lora_B", "sparse_value", "support", "scaling", "bias")
     for wanted in itertools.chain.from_iterable(itertools.combinations((0, 1, 2, 3, 5, 6), n) for n in (1, 2, 5)):
-        leaves = [
-            a.detach().clone().requires_grad_(i in wanted) if isinstance(a, Tensor) else a
-            for i, a in enumerate(arguments)
-        ]
+        leaves = [a.detach().clone().requires_grad_(i in wanted) if isinstance(a, Tensor) else a for i, a in enumerate(arguments)]
         output = function(*leaves)
         form = torch.randn(output.shape, dtype=torch.float64, generator=generator_for(0, "form"))
         (output * form).sum().backward()

@@ -227,9 +227,7 @@ def test_the_table_of_starts_is_a_binary_search(call: Call, width: int, nnz: int
     assert kernels.scratch_bytes(67, 45) == 4 * (67 * 2 + 1)
 
 
-def _operator_and_compiled(
-    lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def _operator_and_compiled(lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     def build(lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         return kernels.build_weight(lora_A, scaled_B, values, positions, tile=TINY_TILE)
 
@@ -281,9 +279,7 @@ def _forward_and_backward(path: str, num_rows: int) -> tuple[list[Tensor], list[
         ("factored", 30, ["gather_gradient"]),
     ],
 )
-def test_the_layer_runs_them_where_they_pay(
-    interpreted: Call, path: str, num_rows: int, kernels_run: list[str]
-) -> None:
+def test_the_layer_runs_them_where_they_pay(interpreted: Call, path: str, num_rows: int, kernels_run: list[str]) -> None:
     """W by the kernel in forward and backward; few rows gather the values' gradient without dW."""
     found, expected, ran = interpreted(_forward_and_backward, path, num_rows)
     assert ran == kernels_run
@@ -385,9 +381,7 @@ def test_positions_beyond_32_bits_on_a_gpu() -> None:
     numel = out_features * in_features
     positions = torch.tensor([0, 5, 2**31 - 1, 2**31, numel - in_features, numel - 1], device="cuda")
     values = torch.arange(1, 7, dtype=torch.bfloat16, device="cuda")
-    A, B = (
-        torch.ones(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((16, in_features), (out_features, 16))
-    )
+    A, B = (torch.ones(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((16, in_features), (out_features, 16)))
     weight = kernels.build_weight(A, B, values, positions).view(-1)
     assert torch.equal(weight[positions], values + 16)
     assert (weight != 16).sum() == 6
@@ -482,8 +476,6 @@ def test_the_benchmark_compares_and_times_every_way(interpreted: Call) -> None:
 
 def test_the_benchmark_needs_a_gpu() -> None:
     command = [sys.executable, str(BENCHMARK)]
-    ended = subprocess.run(
-        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "on a GPU, and there is none here" in ended.stderr

@@ -76,9 +76,7 @@ def test_compiled_equals_eager_and_keeps_no_dense_weight(backend: str, autocast:
 
 @pytest.mark.parametrize(("factored", "with_base"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("sparsity", "kind"), [(0.0, "uniform"), (0.1, "uniform"), (0.2, "block")])
-def test_the_compilers_operators_keep_their_contract(
-    sparsity: float, kind: str, factored: bool, with_base: bool
-) -> None:
+def test_the_compilers_operators_keep_their_contract(sparsity: float, kind: str, factored: bool, with_base: bool) -> None:
     """torch's own check: no input is changed or returned, and shapes, dtypes and strides are foretold rightly."""
     layer = SparseLowRankLinear(13, 9, 4, sparsity, support=kind, bias=True, trainable_scaling=True, seed=0)
     code, blocks = (None, 0) if layer.support is None else (layer.support.code, layer.support.blocks)

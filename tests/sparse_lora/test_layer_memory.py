@@ -17,9 +17,7 @@ DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False)
 
 def make_layer(dtype: torch.dtype = torch.float32, sparsity: float = SPARSITY, **options: str) -> SparseLowRankLinear:
     options = {"path": "materialised", **options}
-    layer = SparseLowRankLinear(
-        *(IN, OUT, RANK, sparsity), bias=True, trainable_scaling=True, seed=0, dtype=dtype, **options
-    )
+    layer = SparseLowRankLinear(*(IN, OUT, RANK, sparsity), bias=True, trainable_scaling=True, seed=0, dtype=dtype, **options)
     with torch.no_grad():
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(0))
     return layer
@@ -82,9 +80,7 @@ def test_factors_and_blocks_build_no_dense_matrix(sparsity: float, support: str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("support", SUPPORT_KINDS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
-def test_backward_keeps_the_inputs_and_nothing_else(
-    path: str, support: str, dtype: torch.dtype, autocast: bool
-) -> None:
+def test_backward_keeps_the_inputs_and_nothing_else(path: str, support: str, dtype: torch.dtype, autocast: bool) -> None:
     """Saved are x, A, B, the values, what is stored of the support and the effective scaling: the very tensors, not copies; and
     x A^T, 48 x RANK, on the factored path."""
     layer = make_layer(dtype, support=support, path=path)

@@ -39,15 +39,11 @@ def test_parameters_have_the_published_names_and_shapes() -> None:
 def test_forward_scales_by_alpha_over_rank_or_by_tanh() -> None:
     x = torch.randn(5, 10, dtype=torch.float64)
     for trainable, scaling in ((False, 8.0 / 3), (True, math.tanh(0.7))):
-        layer = SparseLowRankLinear(
-            10, 7, 3, 0.25, alpha=8.0, bias=True, trainable_scaling=trainable, dtype=torch.float64
-        )
+        layer = SparseLowRankLinear(10, 7, 3, 0.25, alpha=8.0, bias=True, trainable_scaling=trainable, dtype=torch.float64)
         nn.init.normal_(layer.lora_B)
         if layer.scaling is not None:
             nn.init.constant_(layer.scaling, 0.7)
-        expected = dense_reference(
-            x, layer.lora_A, layer.lora_B, layer.sparse_value, layer.support, scaling, layer.bias
-        )
+        expected = dense_reference(x, layer.lora_A, layer.lora_B, layer.sparse_value, layer.support, scaling, layer.bias)
         assert torch.allclose(layer(x), expected, rtol=1e-12)
 
 

@@ -113,9 +113,7 @@ def test_numbers_depend_on_seed_and_qualified_name_only() -> None:
         (("embed_tokens", "norm"), r"'embed_tokens', 'norm' match no linear"),
     ],
 )
-def test_a_target_that_matches_nothing_is_refused_and_the_model_left_alone(
-    targets: tuple[str, ...], message: str
-) -> None:
+def test_a_target_that_matches_nothing_is_refused_and_the_model_left_alone(targets: tuple[str, ...], message: str) -> None:
     model = Model()
     with pytest.raises(ValueError, match=message):
         reparameterize(model, SLTrainConfig(rank=4, target_modules=targets))

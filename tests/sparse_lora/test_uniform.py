@@ -112,9 +112,7 @@ def test_another_process_draws_the_same_numbers() -> None:
         "print(sample_positions(50, 10_000, generator_for(7, 'layer.support')).tolist())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == str(sample_positions(50, 10_000, generator_for(7, "layer.support")).tolist())
 
 

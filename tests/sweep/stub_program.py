@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from peft_pretraining.command_line import parse_args
-from peft_pretraining.config import as_dict
-from peft_pretraining.distributed import World
-from peft_pretraining.plan import make_plan
+from peft_pretraining.config.arguments import as_dict
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import make_plan
 
 
 def row(step: int, loss: float | None = 5.0) -> dict:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from peft_pretraining.__main__ import main as command
-from peft_pretraining.sweep import runner
+from peft_pretraining.commands.sweep import runner
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = Path(__file__).resolve().parent / "stub_program.py"
@@ -25,7 +25,7 @@ BASE |= {"num_training_steps": 4, "warmup_steps": 1}
 def stub(monkeypatch):
     """Runs take milliseconds, and nobody looks at the figures."""
     monkeypatch.setattr(runner, "PROGRAM", STUB)
-    monkeypatch.setattr("peft_pretraining.report.figures.draw_all", lambda groups, out: {})
+    monkeypatch.setattr("peft_pretraining.commands.report.figures.draw_all", lambda groups, out: {})
 
 
 def write_sweep(tmp_path, settings, seeds=(42,), base=BASE):
@@ -169,7 +169,8 @@ def test_what_cannot_be_planned_starts_nothing(tmp_path, stub, capfd):
 
 
 SWEEP = (
-    "import sys; from pathlib import Path; from peft_pretraining.sweep import runner; runner.PROGRAM = Path(sys.argv[1]); "
+    "import sys; from pathlib import Path; from peft_pretraining.commands.sweep import runner; "
+    "runner.PROGRAM = Path(sys.argv[1]); "
     "from peft_pretraining.__main__ import main; sys.exit(main(['sweep', sys.argv[2]]))"
 )
 
@@ -222,9 +223,7 @@ def test_the_program_itself_in_a_sweep(tmp_path, tiny_run, capfd):
     base |= {"wandb": "disabled", "device": "cpu", "workers": 0, "eval_every": 4, "sp_ratio": 0.1, "lora_alpha": 2}
     missing = tmp_path / "no-data"
     missing.mkdir()
-    path = write_sweep(
-        tmp_path, [{"peft_model": "sltrain"}, {"peft_model": "full", "eval_dataset": str(missing)}], base=base
-    )
+    path = write_sweep(tmp_path, [{"peft_model": "sltrain"}, {"peft_model": "full", "eval_dataset": str(missing)}], base=base)
     assert command(["sweep", str(path)]) == 1
     told = capfd.readouterr().out
     assert "failed: full" in told
@@ -233,9 +232,7 @@ def test_the_program_itself_in_a_sweep(tmp_path, tiny_run, capfd):
     first = losses(run / "metrics.jsonl")
     assert len(first[0]) == 4
     shutil.rmtree(run / "step_00000004")
-    kept = (
-        (run / "metrics.jsonl").read_text().splitlines()[:3]
-    )  # updates 1 to 3: as if it had been killed in the fourth
+    kept = (run / "metrics.jsonl").read_text().splitlines()[:3]  # updates 1 to 3: as if it had been killed in the fourth
     (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
     path = write_sweep(tmp_path, [{"peft_model": "sltrain"}], base=base)
     assert command(["sweep", str(path)]) == 0

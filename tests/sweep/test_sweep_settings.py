@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peft_pretraining.config import ConfigError
-from peft_pretraining.sweep.settings import load_sweep
+from peft_pretraining.commands.sweep.settings import load_sweep
+from peft_pretraining.config.arguments import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"model_config": str(ROOT / "configs/llama_demo.json"), "dataset": "demo", "batch_size": 4, "max_length": 64}
@@ -53,9 +53,7 @@ def test_an_entry_wins_over_the_base(tmp_path):
 def test_a_full_rank_run_comes_before_the_runs_that_begin_with_it(tmp_path):
     """Once for all settings that share it, with the base's flags and not the entry's; it is not compared with them."""
     entry = {**RELORA, "lr": [0.1, 0.2], "rank": 8, "num_training_steps": 12, "warm_up": {"lr": 0.5, "warmup_steps": 2}}
-    found = sweep_of(
-        tmp_path, settings=[entry], seeds=[1, 2], base={**BASE, "num_training_steps": 6, "warmup_steps": 1}
-    )
+    found = sweep_of(tmp_path, settings=[entry], seeds=[1, 2], base={**BASE, "num_training_steps": 6, "warmup_steps": 1})
     assert [run.args.peft_model for run in found.runs] == ["full", "relora", "relora"] * 2
     warm, first, second = found.runs[:3]
     assert (warm.args.lr, warm.args.warmup_steps, warm.args.num_training_steps, warm.args.relora) == (0.5, 2, 6, None)
@@ -81,8 +79,7 @@ def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
     """Whatever order their flags are written in, and where they differ in what full-rank training does not read."""
     first = {"lr": 0.5, **SHORT}
     entries = [
-        {**RELORA, "lr": lr, "warm_up": dict(order)}
-        for lr, order in ((0.1, first.items()), (0.2, reversed(first.items())))
+        {**RELORA, "lr": lr, "warm_up": dict(order)} for lr, order in ((0.1, first.items()), (0.2, reversed(first.items())))
     ]
     found = sweep_of(tmp_path, settings=entries, base={**BASE, "rank": [8, 16]})
     assert [run.args.peft_model for run in found.runs] == ["full", *["relora"] * 4]
@@ -134,8 +131,7 @@ def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
         (
             {
                 "settings": [
-                    {**RELORA, "lr": 1 + number, "warm_up": {**SHORT, "tags": name}}
-                    for number, name in enumerate(("a/b", "a_b"))
+                    {**RELORA, "lr": 1 + number, "warm_up": {**SHORT, "tags": name}} for number, name in enumerate(("a/b", "a_b"))
                 ]
             },
             "num_training_steps50-tagsa_b-warmup_steps5-seed42 is asked for twice",
@@ -171,7 +167,7 @@ def test_ready_sweeps_plan_every_run(path, monkeypatch):
 
 def test_rank_delta_sweep_is_the_published_ablation(monkeypatch):
     """Every pair of the paper's Tables 6 and 7, at the published setting."""
-    from peft_pretraining.report.published import RANK_AND_DELTA
+    from peft_pretraining.commands.report.published import RANK_AND_DELTA
 
     monkeypatch.chdir(ROOT)
     runs = load_sweep(ROOT / "scripts/sweeps/rank_delta_60m.yaml").runs

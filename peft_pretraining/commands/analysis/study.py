@@ -1,0 +1,182 @@
+"""The pruning study's models (arXiv 2406.02214, table 1): best low-rank parts of dense weights, with a sparse part each.
+
+W = L0 + R with L0 = B A the best rank-r part of a trained dense weight. Every model of the study has the layers of SLTrain, B A
+with these factors and S with entries of R, so that what evaluates and trains SLTrain evaluates and trains them.
+
+Shapes: O out_features, I in_features, N nonzeros of S.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pretraining.commands.analysis.decompose import check_rank, decompose, target_linears
+from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.distributed.world import World
+from peft_pretraining.model.loss import TokenLoss
+from peft_pretraining.plan.plan import Plan, learning_rate
+from peft_pretraining.run.build import Data, build_updates
+from peft_pretraining.training.evaluate import evaluate
+from peft_pretraining.training.update import train_step
+from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
+from sparse_lora.uniform import UniformSupport
+
+# name -> (support of S, whether its values are trained), in the order of the paper's table
+ROWS: dict[str, tuple[str | None, bool]] = {
+    "full": (None, False),
+    "low_rank": (None, False),
+    "top_pruned": ("top", False),
+    "random_pruned": ("random", False),
+    "top_trained": ("top", True),
+    "random_trained": ("random", True),
+}
+
+
+def make_rows(
+    names: Sequence[str], module: TokenLoss, args: Arguments, plan: Plan, data: Data, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The figures of these ROWS in their order, "full" first; the model is taken apart after that one.
+
+    A row: held-out "loss" (nats), "perplexity" and "bits_per_byte" (None where not finite), "tokens" evaluated on,
+    "relative_error" (see `relative_error`), "updates" that its S was trained for, "skipped_updates" of them.
+    """
+    splits: dict[str, Split] = {}
+    for name in names:
+        support, trained = ROWS[name]
+        skipped = 0
+        if name != "full":
+            splits = splits or split_model(module.model, args.rank, args.sp_ratio, args.seed)
+            set_sparse_parts(splits, support)
+            if trained:
+                skipped = train_sparse_parts(module, args, plan, data, device)
+        result = evaluate(module, data.eval_set, bytes_per_id=data.tokenizer.bytes_per_id())
+        yield {
+            "row": name,
+            "loss": _finite(result.loss),
+            "perplexity": _finite(result.perplexity),
+            "bits_per_byte": _finite(result.bits_per_byte),
+            "tokens": result.tokens,
+            "relative_error": relative_error(splits, support) if splits else 0.0,
+            "updates": plan.num_training_steps if trained else 0,
+            "skipped_updates": skipped,
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A linear's layer with L0 in its factors, and what else there was of its weight.
+
+    positions, values: of R's entries on the "top" and on the "random" support, (N,) int64 and float64. squared_norm: ||W||_F^2.
+    squared_residual: ||R||_F^2.
+    """
+
+    layer: SparseLowRankLinear
+    positions: dict[str, Tensor]
+    values: dict[str, Tensor]
+    squared_norm: float
+    squared_residual: float
+
+
+@torch.no_grad()
+def split_model(model: nn.Module, rank: int, sparsity: float, seed: int) -> dict[str, Split]:
+    """Replaces, in place, the model's dense attention and MLP linears by layers of L0 and an S of int(sparsity * O * I) zeros.
+
+    L0's factors have the model's dtype, and R is what these leave of W. The random support is the one that SLTrain with this seed
+    draws. Everything but S's values is frozen.
+
+    Raises:
+        ValueError: the rank leaves nothing of a weight, or the sparsity no entry.
+    """
+    dense = target_linears(model)
+    check_rank(dense, rank)
+    replaced = reparameterize(model, SLTrainConfig(rank=rank, sparsity=sparsity, alpha=float(rank), seed=seed))
+    splits = {name: _split(dense.pop(name), model.get_submodule(name)) for name in replaced}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".sparse_value"))
+    return splits
+
+
+def _split(linear: nn.Module, layer: nn.Module) -> Split:
+    assert isinstance(layer, SparseLowRankLinear)
+    assert isinstance(layer.support, UniformSupport)
+    weight = linear.get_parameter("weight").double()
+    for parameter, factor in zip((layer.lora_B, layer.lora_A), decompose(weight).factors(layer.rank), strict=True):
+        parameter.copy_(factor)
+    if layer.bias is not None:
+        layer.bias.copy_(linear.get_parameter("bias"))
+    residual = weight - layer.lora_B.double() @ layer.lora_A.double()
+    flat = residual.flatten()
+    top = flat.abs().topk(layer.support.nnz, sorted=False).indices.sort().values
+    positions = {"top": top, "random": layer.support.flat_indices().to(top.device)}
+    return Split(
+        layer=layer,
+        positions=positions,
+        values={support: flat[where] for support, where in positions.items()},
+        squared_norm=float(weight.square().sum()),
+        squared_residual=float(flat.square().sum()),
+    )
+
+
+@torch.no_grad()
+def set_sparse_parts(splits: Mapping[str, Split], support: str | None) -> None:
+    """Give every S the residual's entries on the "top" or the "random" support; None: zeros, which leaves L0 alone."""
+    for split in splits.values():
+        sparse_value = split.layer.get_parameter("sparse_value")
+        if support is None:
+            sparse_value.zero_()
+            continue
+        assert isinstance(split.layer.support, UniformSupport)
+        split.layer.support.place_(split.positions[support])
+        sparse_value.copy_(split.values[support])
+
+
+@torch.no_grad()
+def relative_error(splits: Mapping[str, Split], support: str | None) -> float:
+    """||W - L0 - S||_F / ||W||_F over all replaced linears together, S with the values that it has now on this support."""
+    total = 0.0
+    for split in splits.values():
+        total += split.squared_residual
+        if support is not None:
+            values = split.values[support]
+            left = values - split.layer.get_parameter("sparse_value").double()
+            total += float(left.square().sum() - values.square().sum())
+    return math.sqrt(max(0.0, total) / sum(split.squared_norm for split in splits.values()))
+
+
+def train_sparse_parts(module: TokenLoss, args: Arguments, plan: Plan, data: Data, device: torch.device) -> int:
+    """Train what is not frozen for the plan's updates, by the trainer's own update and schedule, on the data from its beginning.
+
+    Returns:
+        Updates in which nothing was stepped because the loss or a gradient was not finite.
+    """
+    world = World()
+    beginning = data.loader.state_dict()
+    updates = build_updates(args, module.model, world, device)
+    module.train()
+    skipped = torch.zeros((), device=device)
+    tokens = 0
+    try:
+        batches = iter(data.loader)
+        for step in range(plan.num_training_steps):
+            micro_batches = [next(batches) for _ in range(plan.gradient_accumulation)]
+            lr = learning_rate(args, plan, step, tokens)
+            result = train_step(module, updates, micro_batches, lr=lr, world=world, device=device)
+            tokens += result.num_tokens
+            skipped += result.skipped > 0
+            if (step + 1) % max(1, plan.num_training_steps // 10) == 0:
+                print(f"  update {step + 1} of {plan.num_training_steps}: loss {float(result.loss):.4f}", file=sys.stderr)
+    finally:
+        data.loader.take_back(beginning)
+    return int(skipped)

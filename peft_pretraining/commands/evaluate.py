@@ -1,0 +1,208 @@
+"""`python -m peft_pretraining evaluate`: held-out perplexity of checkpoints and exports, with its interval."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from peft_pretraining.data.loader import EvalSet
+    from peft_pretraining.data.tokenizer import Tokenizer
+    from peft_pretraining.export.load import Loaded
+
+HELP = "perplexity of checkpoints and exports on a data set, with a 95 % interval, and bits per byte"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """loss: mean over target tokens, nats. perplexity: exp(loss), low and high the ends of its 95 % interval, None with one batch
+    alone. bits_per_byte: of their text, None where the tokenizer's pieces stand for no bytes. max_length, packing: how text was
+    cut into sequences; perplexities of other cuts do not compare."""
+
+    checkpoint: str
+    loss: float
+    perplexity: float
+    perplexity_low: float | None
+    perplexity_high: float | None
+    tokens: int
+    bits_per_byte: float | None
+    max_length: int
+    packing: bool
+    dtype: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument(
+        *("--checkpoint", "--checkpoints"),
+        type=Path,
+        nargs="+",
+        required=True,
+        help="run, step_XXXXXXXX folder, export, or LLaMA in transformers' layout; several make one table",
+    )
+    parser.add_argument("--dataset", help="as the trainer's --eval_dataset (default: the held-out data of the run)")
+    parser.add_argument("--text_field", help="key of a record's text (default: the run's, else text)")
+    parser.add_argument("--tokenizer", help="as the trainer's (default: the one beside the model)")
+    parser.add_argument("--max_length", type=int, help="tokens of a sequence (default: the run's, else the model's most)")
+    parser.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        help="documents end to end instead of one a sequence (default: as the run)",
+    )
+    parser.add_argument("--eval_tokens", type=int, help="targets to stop at (default: the whole set)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model (default: as stored)")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON: an object, of several checkpoints a list")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate one after another and print. Raises ValueError for what cannot work, and OSError."""
+    for name in ("max_length", "eval_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < (2 if name == "max_length" else 1):
+            raise ValueError(f"--{name} {value}: must be at least {2 if name == 'max_length' else 1}")
+    from peft_pretraining.distributed.world import World, pick_device
+    from peft_pretraining.export.load import holds_export
+
+    for path in args.checkpoint:  # all of them, before hours go into the first
+        if holds_export(path) and args.dataset is None:
+            raise ValueError(
+                f"--dataset: an export does not say what to evaluate on ({path}); name a data set, such as c4 or a folder"
+            )
+    device = pick_device(args.device, World())
+    found: list[Evaluated] = []
+    try:
+        for path in args.checkpoint:
+            found.append(evaluate_one(path, device, args))  # what is found stays where a later one fails
+    finally:
+        if found:
+            one = len(args.checkpoint) == 1
+            print(_as_json(found, one) if args.json else format_table(found))
+    return 0
+
+
+def _as_json(found: Sequence[Evaluated], one: bool) -> str:
+    return json.dumps(asdict(found[0]) if one else [asdict(each) for each in found])
+
+
+def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> Evaluated:
+    """One model. Raises ValueError for what cannot work, and OSError."""
+    from peft_pretraining.export.load import load_for_inference
+    from peft_pretraining.model.loss import TokenLoss
+    from peft_pretraining.training.evaluate import Batches, evaluate
+
+    loaded = load_for_inference(path, device, args.dtype)
+    tokenizer = _tokenizer(loaded, args, path)
+    most = loaded.model.config.max_position_embeddings
+    max_length = args.max_length or (loaded.args.max_length if loaded.args is not None else most)
+    if max_length > most:
+        raise ValueError(f"--max_length {max_length}: {path} has {most} positions")
+    packing = args.packing if args.packing is not None else bool(loaded.args is not None and loaded.args.packing)
+    masked = packing and loaded.args is not None and loaded.args.document_mask
+    module = TokenLoss(loaded.model, document_end=tokenizer.eos_id if masked else None)
+    batches: Batches = []
+    eval_set = _eval_set(loaded, tokenizer, args, max_length, packing)
+    result = evaluate(module, eval_set, bytes_per_id=tokenizer.bytes_per_id(), each=batches)
+    low, high = interval([(loss.item(), int(tokens)) for loss, tokens in batches])
+    return Evaluated(
+        str(path),
+        result.loss,
+        result.perplexity,
+        low,
+        high,
+        result.tokens,
+        result.bits_per_byte,
+        max_length,
+        packing,
+        loaded.dtype,
+    )
+
+
+def _tokenizer(loaded: Loaded, args: argparse.Namespace, path: Path) -> Tokenizer:
+    from peft_pretraining.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{path}: no tokenizer lies beside the model; give --tokenizer")
+    if tokenizer.text_vocab_size > loaded.model.config.vocab_size:
+        raise ValueError(
+            f"--tokenizer {tokenizer.name}: text needs ids up to {tokenizer.text_vocab_size - 1}, {path} has "
+            f"{loaded.model.config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, max_length: int, packing: bool) -> EvalSet:
+    """As the run's own evaluation has it, but for what was given."""
+    from peft_pretraining.data.loader import EvalSet
+    from peft_pretraining.data.source import open_source
+
+    run = loaded.args
+    own = None if run is None else run.eval_dataset
+    dataset = args.dataset or own or (run.dataset if run is not None else "")
+    field = args.text_field or (run.text_field if run is not None else "text")
+    # A data set that is named for evaluation is that as a whole; the run's own had a part held out.
+    named = own is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
+    source = open_source(dataset, "validation", text_field=field, hold_out=not named)
+    return EvalSet(
+        source,
+        tokenizer,
+        max_length=max_length,
+        packing=packing,
+        max_tokens=args.eval_tokens,
+        batch_size=args.batch_size,
+    )
+
+
+def interval(batches: Sequence[tuple[float, int]]) -> tuple[float | None, float | None]:
+    """Ends of the 95 % interval of exp(sum of losses / sum of tokens): batches as independent draws, a ratio of their means.
+
+    Variance of a ratio estimator by linearisation (Cochran, Sampling Techniques, 6.4), Student's t for the number of batches.
+    """
+    from peft_pretraining.record.intervals import t_quantile
+
+    n, tokens = len(batches), sum(count for _, count in batches)
+    if n < 2:
+        return None, None
+    mean = sum(loss for loss, _ in batches) / tokens
+    squares = sum((loss - mean * count) ** 2 for loss, count in batches)
+    half = t_quantile(n - 1) * math.sqrt(squares * n / (n - 1)) / tokens
+    return _exp(mean - half), _exp(mean + half)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf
+
+
+def format_table(found: Sequence[Evaluated]) -> str:
+    """A line per model for a terminal."""
+
+    def cells(each: Evaluated) -> Iterator[str]:
+        bounds = "" if each.perplexity_low is None else f" [{each.perplexity_low:,.2f}, {each.perplexity_high:,.2f}]"
+        yield each.checkpoint
+        yield f"{each.perplexity:,.2f}{bounds}"
+        yield f"{each.loss:.4f}"
+        yield "-" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}"
+        yield f"{each.tokens:,}"
+        yield f"{each.max_length}{', packed' if each.packing else ''}"
+
+    rows = [
+        ("model", "perplexity [95 %]", "loss", "bits per byte", "tokens", "length"),
+        *(tuple(cells(each)) for each in found),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

@@ -1,0 +1,36 @@
+"""`python -m peft_pretraining export`: a checkpoint as a model that others load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HELP = "write a checkpoint's model as a dense LLaMA for transformers, or with its factors kept"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="step_XXXXXXXX folder, or a run's folder")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the model")
+    parser.add_argument(
+        "--keep_factors",
+        action="store_true",
+        help="B, A and the sparse values instead of dense weights: half the size, loaded by "
+        "peft_pretraining.export.load_factored",
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: the run's)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the folder and say what is in it. Raises ValueError and OSError for what cannot work."""
+    from peft_pretraining.export.write import export
+
+    done = export(args.checkpoint, args.out, keep_factors=args.keep_factors, dtype=args.dtype)
+    if args.json:
+        print(json.dumps({"folder": str(done.folder), "bytes": done.num_bytes, "dtype": done.dtype}))
+        return 0
+    kind = "factored" if args.keep_factors else "dense"
+    print(f"{done.folder}: {kind} model, {done.num_bytes / 2**30:.2f} GiB of {done.dtype}; how to load it is in its README.md")
+    return 0

@@ -1,0 +1,169 @@
+"""`python -m peft_pretraining generate`: text from a checkpoint or an export."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from peft_pretraining.data.tokenizer import Tokenizer
+    from peft_pretraining.export.load import Loaded
+
+_LEAST_TEMPERATURE = 1e-6
+HELP = "continue prompts with the model of a checkpoint or an export"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run, step_XXXXXXXX folder, or export")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", nargs="+", help="text to continue; several are continued together (default: 'The ')")
+    given.add_argument("--file", type=Path, help="file whose whole text is the prompt; - for standard input")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest; 0: all (default: %(default)s)")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest that have this share (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model (default: as stored)")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print each prompt and its continuation, a single one while it is made. Raises ValueError for what cannot work."""
+    check_values(args)
+    prompts = read_prompts(args)
+    import torch
+
+    from peft_pretraining.distributed.world import World, pick_device
+    from peft_pretraining.export.load import load_for_inference
+    from sparse_lora import prepare_for_inference
+
+    loaded = load_for_inference(args.checkpoint, pick_device(args.device, World()), args.dtype)
+    prepare_for_inference(loaded.model)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint}: no tokenizer lies beside the model, which cannot read a prompt without")
+    ids = encode(prompts, tokenizer, loaded.model.config.max_position_embeddings, args.max_new_tokens)
+    torch.manual_seed(args.seed)
+    if len(ids) == 1:
+        printer = Printer(tokenizer, lambda text: print(text, end="", flush=True))
+        generate(loaded, tokenizer, ids, args, printer)
+        print()
+        return 0
+    for number, found in enumerate(generate(loaded, tokenizer, ids, args)):
+        print(f"{'' if number == 0 else chr(10)}[{number + 1}] {printable(tokenizer.decode(found))}")
+    return 0
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raises ValueError with the value that cannot work."""
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
+    # Logits over a smaller temperature may overflow.
+    if args.temperature != 0 and not _LEAST_TEMPERATURE <= args.temperature < math.inf:
+        raise ValueError(
+            f"--temperature {args.temperature}: must be 0 (the likeliest token), or a number of at least {_LEAST_TEMPERATURE}"
+        )
+    if args.top_k < 0:
+        raise ValueError(f"--top_k {args.top_k}: must be at least 0")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if not -(2**63) <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: must fit 64 bits")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """What was given as arguments, in a file or on standard input. Raises ValueError and OSError."""
+    given = "--prompt" if args.file is None else f"--file {args.file}"
+    try:
+        if args.file is None:
+            prompts: list[str] = args.prompt or ["The "]
+        else:
+            prompts = [sys.stdin.read() if str(args.file) == "-" else args.file.read_text(encoding="utf-8")]
+        for prompt in prompts:
+            prompt.encode()  # Python reads bytes of arguments, and of standard input, that are no text as surrogates
+    except UnicodeError as error:
+        raise ValueError(f"{given}: is not UTF-8 text ({error})") from None
+    return prompts
+
+
+def encode(prompts: Sequence[str], tokenizer: Tokenizer, positions: int, new: int) -> list[list[int]]:
+    """Ids of each. Raises ValueError where one is empty or too long for a model with so many positions."""
+    if new >= positions:
+        raise ValueError(f"--max_new_tokens {new}: must be below {positions}, the model's positions, which the prompt shares")
+    found = tokenizer.encode_batch(prompts)
+    for prompt, ids in zip(prompts, found, strict=True):
+        if not 1 <= len(ids) <= positions - new:
+            shown = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
+            raise ValueError(
+                f"prompt {shown!r} has {len(ids)} tokens: must be 1 to {positions - new}, so that prompt and continuation fit "
+                f"the model's {positions} positions"
+            )
+    return found
+
+
+def generate(
+    loaded: Loaded, tokenizer: Tokenizer, prompts: Sequence[list[int]], args: argparse.Namespace, streamer: Any = None
+) -> list[list[int]]:
+    """Each prompt's ids and those that follow, to the end token at most. Prompts are padded on the left to one length."""
+    import torch
+
+    longest, device = max(map(len, prompts)), next(loaded.model.parameters()).device
+    ids = torch.tensor([[tokenizer.pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    with torch.inference_mode():
+        output = loaded.model.generate(  # type: ignore[misc]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+            use_cache=True,
+            streamer=streamer,
+            **(sampling if args.temperature > 0 else {"do_sample": False}),
+        )
+    rows: list[list[int]] = output.tolist()  # type: ignore[union-attr]
+    return [row[longest - len(prompt) :] for prompt, row in zip(prompts, rows, strict=True)]
+
+
+class Printer:
+    """transformers calls `put` with the prompt's ids and each token after them; text goes out as soon as it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]):
+        """write: gets the pieces of text."""
+        self._tokenizer, self._write = tokenizer, write
+        self._ids: list[int] = []
+        self._written = 0
+
+    def put(self, ids: torch.Tensor) -> None:
+        """ids: of one sequence, any shape."""
+        self._ids += ids.flatten().tolist()
+        text = self._tokenizer.decode(self._ids)
+        # A character of several tokens reads as a replacement character until its last one is there.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._flush(text)
+
+    def end(self) -> None:
+        """Whatever is left."""
+        self._flush(self._tokenizer.decode(self._ids))
+
+    def _flush(self, text: str) -> None:
+        self._write(printable(text[self._written :]))
+        self._written = len(text)
+
+
+def printable(text: str) -> str:
+    """A model may write what a terminal would obey: such characters are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

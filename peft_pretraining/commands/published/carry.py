@@ -1,0 +1,254 @@
+"""A published checkpoint -> a run of ours with one checkpoint, from which torchrun_main.py goes on."""
+
+from __future__ import annotations
+
+import random
+import shlex
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_pretraining.checkpoint.step_folder import save_checkpoint, write_json
+from peft_pretraining.commands.published.fill import fill, matching_sparsity
+from peft_pretraining.commands.published.moments import carry_moments, other_betas
+from peft_pretraining.commands.published.read import (
+    CONFIG,
+    OPTIMIZER,
+    RELORA,
+    SLTRAIN,
+    STATE,
+    Published,
+    read_published,
+)
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.command_line import arguments_from
+from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.distributed.world import World, pick_device
+from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan.plan import is_finished
+from peft_pretraining.run.assemble import Run, assemble
+from peft_pretraining.run.folder import take_up
+from peft_pretraining.run.resume import run_content
+
+MODEL_CONFIG = "model_config.json"  # in the run's folder, a copy of the published one
+# What a dense checkpoint may go on as; GaLore's says nothing of itself.
+_DENSE = ("full", "galore")
+_STARTS = {
+    "continue_from": "the run goes on from the published checkpoint",
+    "warmed_up_model": "it is for torchrun_main.py, once the full-rank checkpoint is imported as --peft_model full",
+    "allow_changes": "there is no earlier run of ours to differ from; give the values that it is to have",
+    "resume": "torchrun_main.py goes on from the checkpoint without it",
+    "dry_run": "leave it out here, and give it to torchrun_main.py once the checkpoint is imported",
+}
+# Arguments that decide where a run ends up, by their names in the published optimizer.pt.
+_RECORDED = {
+    "max_lr": "lr",
+    **{name: name for name in ("optimizer", "scheduler", "warmup_steps", "min_lr_ratio", "num_training_steps")},
+    **{name: name for name in ("cycle_length", "restart_warmup_steps", "total_batch_size", "max_length")},
+    **{name: name for name in ("weight_decay", "grad_clipping")},
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of a published checkpoint. argv: of torchrun_main.py, to go on. finished: nothing is left to train."""
+
+    checkpoint: Path
+    method: str
+    update_step: int
+    tokens_seen: int
+    carried_over: list[str]
+    not_carried_over: list[str]
+    other_settings: list[str]
+    argv: list[str]
+    finished: bool
+
+    @property
+    def command(self) -> str:
+        """What starts the training."""
+        return shlex.join(["torchrun", "--standalone", "--nproc_per_node", "1", "torchrun_main.py", *self.argv])
+
+
+def import_published(folder: Path, given: dict[str, Any]) -> Imported:
+    """Make the published checkpoint in `folder` the first one of a new run's folder, complete or not at all.
+
+    Args:
+        given: the flags of torchrun_main.py that were said, by name; save_dir must be among them.
+
+    Raises:
+        PublishedError: the checkpoint is not whole, or cannot become one of ours.
+        ConfigError: flags that cannot work or contradict the checkpoint, or a save_dir that holds something.
+        DataError, TokenizerError, DeviceError, OptimizerUnavailable: as of torchrun_main.py.
+        OSError: no room, or a file that cannot be written.
+    """
+    save_dir = _new_folder(given)
+    published = read_published(folder)
+    args, flags = _arguments(published, given)
+    for line in notices(args):
+        print(f"notice: {line}", file=sys.stderr)
+    was_there = save_dir.exists()
+    save_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if "model_config" not in given:
+            args.model_config = flags["model_config"] = str(save_dir / MODEL_CONFIG)
+            shutil.copyfile(folder / CONFIG, save_dir / MODEL_CONFIG)
+        return _carry(published, args, flags)
+    except BaseException:
+        for path in save_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not was_there:
+            save_dir.rmdir()
+        raise
+
+
+def _new_folder(given: dict[str, Any]) -> Path:
+    if "save_dir" not in given:
+        raise ConfigError(["--save_dir is required: the new run's folder, which the imported checkpoint goes into"])
+    problems = [f"--{name} {given[name]}: has no place in an import: {why}" for name, why in _STARTS.items() if name in given]
+    save_dir = Path(given["save_dir"])
+    if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+        problems.append(f"--save_dir {save_dir}: holds something already; name another folder, or remove it")
+    if problems:
+        raise ConfigError(problems)
+    return save_dir
+
+
+def _implied(published: Published) -> dict[str, Any]:
+    """The flags that the checkpoint decides."""
+    if published.method == "full":
+        return {}
+    settings = published.settings
+    flags: dict[str, Any] = {"peft_model": published.method, "rank": settings["r"]}
+    flags["train_scaling"] = published.trained_scaling
+    if not published.trained_scaling:
+        flags["lora_alpha"] = float(settings["lora_alpha"])
+    if published.method == "sltrain":
+        flags |= {"sp_ratio": matching_sparsity(float(settings["sp_ratio"]), published.tensors), "support": "uniform"}
+    return flags
+
+
+def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
+    """The run's arguments, and the flags that say so: what the checkpoint decides, what was said, and the checkpoint's own model
+    and dtype where nothing was. Raises ConfigError where both do not agree."""
+    if given.get("sp_ratio") == published.settings.get("sp_ratio"):
+        given = {name: value for name, value in given.items() if name != "sp_ratio"}
+    implied = _implied(published)
+    weights = published.tensors.get("model.embed_tokens.weight", torch.empty(0))
+    flags = {
+        "model_config": str(published.folder / CONFIG),
+        "dtype": "bfloat16" if weights.dtype == torch.bfloat16 else "float32",
+        **{name: value for name, value in implied.items() if value is not False},
+        **given,
+    }
+    args = arguments_from(flags)
+    file = RELORA if published.method in ("relora", "lowrank") else SLTRAIN
+    problems = [
+        f"--{name} {given[name]}: {published.folder / file} and the weights make it {value}; leave the flag out"
+        for name, value in implied.items()
+        if name in given and getattr(args, name) != value
+    ]
+    if published.method == "full" and args.peft_model not in _DENSE:
+        problems.append(
+            f"--peft_model {args.peft_model}: {published.folder} holds dense weights, which go on as {' or '.join(_DENSE)}; for "
+            "relora import them as full, and start it with --warmed_up_model"
+        )
+    there, here = (load_model_config(path) for path in (published.folder / CONFIG, args.model_config))
+    problems += [
+        f"--model_config {args.model_config}: {key} is {value}, {there.path} has {getattr(there, key)}; leave the flag out"
+        for key, value in asdict(here).items()
+        if key not in ("name", "path") and value != getattr(there, key)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return args, flags
+
+
+def _carry(published: Published, args: Arguments, flags: dict[str, Any]) -> Imported:
+    """Build the run, fill it, save it."""
+    world = World()
+    device = pick_device(args.device, world)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    run = assemble(args, world, device)
+    assert run is not None  # nothing is finished in an empty folder
+    try:
+        parts = run.parts
+        fill(parts.model, published, tied=run.plan.model.tie_word_embeddings)
+        why_not = carry_moments(published, parts.model, parts.updates, args)
+        parts.state.update_step = published.update_step or 0
+        parts.state.tokens_seen = published.tokens_seen or 0
+        run.document["continued_from"] = str(published.folder)
+        take_up(run.folder)
+        run.data.tokenizer.save(run.folder.path / "tokenizer")
+        write_json(run.folder.path / "run.json", run.document)
+        checkpoint = save_checkpoint(run.folder.path, run_content(run.folder.path, parts, world, run.document), world)
+    finally:
+        run.data.loader.close()
+    return Imported(
+        checkpoint,
+        args.peft_model,
+        parts.state.update_step,
+        parts.state.tokens_seen,
+        _carried(published, why_not),
+        _not_carried(published, args, why_not),
+        _other_settings(published, args, run),
+        [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in flags.items()],
+        is_finished(run.plan, parts.state.update_step, parts.state.tokens_seen),
+    )
+
+
+def _carried(published: Published, why_not: str | None) -> list[str]:
+    weights = {
+        "sltrain": "weights: dense ones, B, A, values and positions of S",
+        "relora": "weights: frozen ones, B and A",
+        "lowrank": "weights: dense ones, B and A",
+        "full": "weights",
+    }
+    counts = {"updates made": published.update_step, "tokens seen": published.tokens_seen}
+    return [
+        weights[published.method],
+        *([] if why_not else ["optimizer: moments and step counts"]),
+        *(f"{name}: {count:,}" for name, count in counts.items() if count is not None),
+    ]
+
+
+def _not_carried(published: Published, args: Arguments, why_not: str | None) -> list[str]:
+    """What the run begins anew with, each by name and with what stands in its place."""
+    lines = [f"moments: {why_not}; they begin at zero"] if why_not else []
+    if published.update_step is None:
+        lines.append(f"updates made: no {STATE} or {OPTIMIZER} says; the schedule begins at update 0")
+    if published.tokens_seen is None:
+        lines.append(f"tokens seen: no {STATE} says; counted from 0")
+    weights = published.tensors["model.embed_tokens.weight"].dtype
+    if f"torch.{args.dtype}" != str(weights):
+        lines.append(f"dtype {str(weights).removeprefix('torch.')}: weights and moments are {args.dtype} from now on")
+    if (dropout := published.settings.get("lora_dropout")) and published.method in ("relora", "lowrank"):
+        lines.append(f"lora_dropout {dropout}: there is none here")
+    if args.peft_model == "galore":
+        lines.append("projections: the first update computes them from its gradients")
+    if (betas := other_betas(published, args)) is not None and not why_not:
+        lines.append(betas)
+    return [
+        *lines,
+        "scheduler's state: the rate follows from the number of updates and the flags",
+        "position and order of the data: the run begins with the first record, in the order of --seed and --data_lanes",
+        f"random states: those of --seed {args.seed}",
+    ]
+
+
+def _other_settings(published: Published, args: Arguments, run: Run) -> list[str]:
+    """What the published run recorded of its arguments and this one has otherwise."""
+    recorded = (published.optimizer or {}).get("config")
+    lines = []
+    for theirs, name in _RECORDED.items():
+        if not isinstance(recorded, dict) or theirs not in recorded:
+            continue
+        then, now = recorded[theirs], getattr(args if name != "total_batch_size" else run.plan, name)
+        then = then.lower() if isinstance(then, str) else then
+        if then != now and (then or now):  # 0 and None are both off
+            lines.append(f"{name} {now} (then {then})")
+    return lines

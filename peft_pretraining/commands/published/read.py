@@ -1,0 +1,228 @@
+"""A published checkpoint's folder: what is in it, read without running anybody's code and checked as far as it can be alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peft_pretraining.export.shards import INDEX, SINGLE
+
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CONFIG, SLTRAIN, RELORA = "config.json", "splora_config.json", "relora_config.json"
+OPTIMIZER, STATE = "optimizer.pt", "training_state.json"
+_WRAPPERS = ("module.", "_orig_mod.", "wrapped_model.")
+_LARGEST_STEP = 10**8 - 1  # a checkpoint's name has eight digits
+
+
+class PublishedError(ValueError):
+    """A published checkpoint that is not there, not whole, or cannot become one of ours."""
+
+
+class NeedsCode(PublishedError):
+    """A pickle that only code named in it could load."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint.
+
+    method: sltrain | relora | lowrank (ReLoRA without dense weights) | full, which GaLore's are too.
+    tensors: by their names in the LLaMA, without prefixes of wrappers; on the CPU.
+    settings: of splora_config.json or relora_config.json, of which r, lora_alpha and sp_ratio are known to be sound.
+    optimizer: of optimizer.pt; None where there is none, or where `moments_problem` says why it was left alone.
+    update_step, tokens_seen: None where no file says.
+    """
+
+    folder: Path
+    method: str
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] | None = None
+    moments_problem: str | None = None
+    update_step: int | None = None
+    tokens_seen: int | None = None
+
+    @property
+    def trained_scaling(self) -> bool:
+        """Whether the scale of B A is tanh of a tensor; the published splora_config.json does not say so."""
+        return any(name.endswith(".scaling") for name in self.tensors)
+
+
+def read_published(folder: Path) -> Published:
+    """Read the folder of one checkpoint (published: model_XXXX).
+
+    Raises:
+        PublishedError: files that are missing, damaged, would have to run code, or contradict each other.
+    """
+    files = _weight_files(folder)
+    if not (folder / CONFIG).is_file():
+        raise PublishedError(f"{folder}: has no {CONFIG}; copy it from where the checkpoint was made")
+    tensors = _plain_names([item for file in files for item in _read_weights(file).items()], folder)
+    method, settings = _method(folder, tensors)
+    optimizer, problem = _read_optimizer(folder / OPTIMIZER)
+    counts = {**_counts(folder / OPTIMIZER, optimizer or {}), **_counts(folder / STATE, _read_json(folder / STATE))}
+    return Published(folder, method, tensors, settings, optimizer, problem, counts.get("update_step"), counts.get("tokens_seen"))
+
+
+def load_pickle(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, as long as it is tensors in plain containers.
+
+    Raises:
+        NeedsCode: it holds something else, which is not run.
+        PublishedError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged file fails in every way there is
+        named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if named or "reduce" in str(error):
+            what = named[1] if named else "a function"
+            raise NeedsCode(
+                f"{path}: holds {what}, code that is not run here; on the machine that made it, load the file and save its "
+                f"tensors with safetensors.torch.save_file as {SINGLE}"
+            ) from None
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise PublishedError(
+            f"{path}: cannot be read ({type(error).__name__}: {reason}); it is damaged or no file of torch.save: copy it anew"
+        ) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise PublishedError(f"--published {folder}: no such folder")
+    for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            try:
+                shards = {Path(file).name for file in _read_json(folder / index)["weight_map"].values()}
+            except (KeyError, TypeError, AttributeError) as error:
+                raise PublishedError(f"{folder / index}: no index of weights ({error!r}); copy it anew") from None
+            return [folder / name for name in sorted(shards)]
+    inside = sorted(path.name for path in folder.glob("model_*") if path.is_dir())
+    hint = f"; name a checkpoint in it: {', '.join(inside[:5])}" if inside else ""
+    raise PublishedError(f"--published {folder}: holds neither {SINGLE} nor {BIN}{hint}")
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise PublishedError(f"{file}: no such file, but the index beside it names it; copy it too")
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise PublishedError(f"{file}: cannot be read ({error}); it is damaged: copy it anew") from None
+    loaded = load_pickle(file)
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+    ):
+        raise PublishedError(f"{file}: holds no tensors by name; it must be what save_pretrained wrote")
+    return loaded
+
+
+def _plain_names(items: list[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:
+    """Tensors by names without the prefixes that wrappers put before them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in items:
+        plain = name
+        while (prefix := next((each for each in _WRAPPERS if plain.startswith(each)), None)) is not None:
+            plain = plain.removeprefix(prefix)
+        if plain in found:
+            raise PublishedError(f"{folder}: holds {plain} twice, once as {name}; remove one of them")
+        found[plain] = tensor
+    return found
+
+
+def _method(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """The method and its settings, checked."""
+    names = [name for name in (SLTRAIN, RELORA) if (folder / name).is_file()]
+    if len(names) == 2:
+        raise PublishedError(f"{folder}: has {SLTRAIN} and {RELORA}; remove the one that is not of these weights")
+    if not names:
+        factor = next((name for name in tensors if ".lora_" in name or name.endswith(".sparse_value")), None)
+        if factor is not None:
+            raise PublishedError(
+                f"{folder}: holds {factor} but neither {SLTRAIN} nor {RELORA}, which says rank and alpha; copy that file too"
+            )
+        return "full", {}
+    settings = _read_json(folder / names[0])
+    problems = _setting_problems(settings, sparse=names[0] == SLTRAIN)
+    if settings.get("trainable_scaling") is True and not any(name.endswith(".scaling") for name in tensors):
+        problems.append("trainable_scaling true: but the weights hold no `scaling`")
+    if settings.get("quantize"):
+        problems.append(f"quantize {settings['quantize']!r}: frozen weights of 4 or 8 bits are not read; dequantise first")
+    if problems:
+        raise PublishedError(f"{folder / names[0]}: {'; '.join(problems)}")
+    if names[0] == SLTRAIN:
+        return "sltrain", settings
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    return ("relora" if any(f"{layer}.weight" in tensors for layer in layers) else "lowrank"), settings
+
+
+def _setting_problems(settings: Mapping[str, Any], *, sparse: bool) -> list[str]:
+    problems = []
+    if type(settings.get("r")) is not int or settings["r"] < 1:
+        problems.append(f"r {settings.get('r')!r}: must be a whole number of at least 1")
+    if not 0 < _number(settings.get("lora_alpha")) < math.inf:
+        problems.append(f"lora_alpha {settings.get('lora_alpha')!r}: must be a number above 0")
+    if sparse and not 0 < _number(settings.get("sp_ratio")) < 1:
+        problems.append(f"sp_ratio {settings.get('sp_ratio')!r}: must lie strictly between 0 and 1")
+    return problems
+
+
+def _number(value: Any) -> float:
+    """The value, NaN where it is no number."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if usable else math.nan
+
+
+def _read_optimizer(path: Path) -> tuple[Mapping[str, Any] | None, str | None]:
+    """What optimizer.pt holds, or why it was left alone."""
+    if not path.is_file():
+        return None, f"there is no {OPTIMIZER}"
+    try:
+        loaded = load_pickle(path)
+    except NeedsCode as error:  # GaLore's projectors are objects of its own class
+        return None, str(error).partition(";")[0]
+    except PublishedError as error:
+        raise PublishedError(f"{error}, or move it away to import the weights without it") from None
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("optimizer"), dict):
+        raise PublishedError(f"{path}: holds no state under `optimizer`; move it away to import the weights without it")
+    return loaded, None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PublishedError(f"{path}: cannot be read ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise PublishedError(f"{path}: must hold a JSON object, not a {type(found).__name__}")
+    return found
+
+
+def _counts(path: Path, values: Mapping[str, Any]) -> dict[str, int]:
+    """update_step and tokens_seen, where the file has them."""
+    found = {}
+    for name, most in (("update_step", _LARGEST_STEP), ("tokens_seen", 2**63 - 1)):
+        if name not in values:
+            continue
+        if type(values[name]) is not int or not 0 <= values[name] <= most:
+            raise PublishedError(f"{path}: {name} {values[name]!r}: must be a whole number from 0 to {most}")
+        found[name] = values[name]
+    return found

@@ -1,0 +1,151 @@
+"""`python -m peft_pretraining report RUN...`: what runs reached, as a table, a page and figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.checkpoint.new_folder import make_folder
+from peft_pretraining.commands.report import tables
+from peft_pretraining.commands.report.groups import Group, group_runs
+from peft_pretraining.commands.report.read import FIGURES, RunRecord, find_runs, load_run, read_run
+from peft_pretraining.record.summary import summary
+
+HELP = "table and curves of a run; of several, a page that compares them"
+CURVES = "curves.png"
+PAGE = "report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or a folder of runs' folders")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder for {PAGE}, {FIGURES} and the figures (default: one run's own folder, its curves alone)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
+    parser.add_argument("--title", default="Comparison of runs", help="the page's title (default: %(default)s)")
+    parser.add_argument(
+        "--wandb",
+        choices=("online", "offline"),
+        help="send page, figures and table to wandb too, as one run of type report",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was reached, and write page and figures. Raises ValueError where a folder holds no run."""
+    if len(args.runs) == 1 and ((args.runs[0] / "run.json").exists() or not args.runs[0].is_dir()):
+        return _one_run(args)
+    folders = find_runs(args.runs)
+    if args.out is None:
+        raise ValueError(f"{len(folders)} runs: where to? Name a folder for the page and its figures, --out DIR")
+    groups = _write(args, folders)
+    if args.json:
+        print(json.dumps(tables.as_json(groups)))
+    else:
+        print(format_groups(groups))
+        print(f"\npage     {args.out / PAGE}\nfigures  {args.out / FIGURES}")
+    return 0
+
+
+def _one_run(args: argparse.Namespace) -> int:
+    folder = args.runs[0]
+    document, rows = load_run(folder)
+    figures = summary(document, rows)
+    out = args.out or folder
+    make_folder(out)
+    from peft_pretraining.commands.report.curves import draw_curves
+
+    record = read_run(folder)
+    curves = draw_curves(record, out / CURVES, title=f"{record.model}, {record.method}")
+    if args.out is not None or args.wandb is not None:
+        args.out = out
+        _write(args, [folder])
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        print(format_summary(figures))
+        print(f"\nmetrics  {folder / 'metrics.jsonl'}\ncurves   {curves}")
+        if args.out is not None:
+            print(f"page     {out / PAGE}")
+    return 0
+
+
+def _write(args: argparse.Namespace, folders: Sequence[Path]) -> list[Group]:
+    groups = write_report(folders, args.out, args.title)
+    if args.wandb is not None:
+        from peft_pretraining.commands.report.dashboard import send
+
+        send(groups, args.out, args.wandb, args.title)
+    return groups
+
+
+def write_report(folders: Sequence[Path], out: Path, title: str) -> list[Group]:
+    """Page, figures and JSON of the runs in `folders`, in the folder `out`; returns the groups. Raises ValueError, OSError."""
+    from peft_pretraining.commands.report.figures import draw_all
+    from peft_pretraining.commands.report.page import write_page
+
+    runs: list[RunRecord] = [read_run(folder) for folder in folders]
+    groups = group_runs(runs)
+    make_folder(out)
+    write_page(groups, draw_all(groups, out), out / PAGE, title)
+    (out / FIGURES).write_text(json.dumps(tables.as_json(groups), indent=1) + "\n", encoding="utf-8")
+    return groups
+
+
+def format_groups(groups: Sequence[Group]) -> str:
+    """A line for each setting, aligned for a terminal, and below it what is missing."""
+    table = tables.methods_table(groups)
+    short = {
+        "setting": "setting",
+        tables.PERPLEXITY: "perplexity",
+        tables.PUBLISHED: "published",
+        tables.GAP: "against baseline, %",
+        "parameters, 10⁶": "parameters, M",
+        "memory by the paper's convention, 10⁹ bytes": "memory, G",
+        "tokens/s": "tokens/s",
+    }
+    shown = [column for column, heading in enumerate(table.headings) if heading in short]
+    rows = [
+        [short[table.headings[column]] for column in shown],
+        *([row[column] for column in shown] for row in table.rows),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(shown))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, *(f"note: {text}" for text in tables.problems(groups))])
+
+
+def format_summary(figures: dict[str, Any]) -> str:
+    """One run's summary as an aligned table for a terminal."""
+    total, whole = figures["parameters"], figures["full_rank_parameters"]
+    parameters = "not recorded" if total is None else f"{total:,}"
+    if total is not None and whole is not None:
+        parameters += f" ({total / whole:.1%} of full-rank {whole:,})"
+
+    def number(name: str, form: str) -> str:
+        return "not measured" if figures[name] is None else format(figures[name], form)
+
+    peak = figures["peak_memory_bytes"]
+    step = figures["first_evaluation_step"]
+    first = "before training" if step == 0 else f"after update {step}"
+    rows = [
+        ("parameters", parameters),
+        ("updates", f"{figures['updates']:,}"),
+        ("tokens seen", f"{figures['tokens']:,}"),
+        ("first perplexity", number("first_perplexity", ",.1f") + (f" ({first})" if step is not None else "")),
+        ("final perplexity", number("final_perplexity", ",.2f")),
+        ("final bits per byte", number("final_bits_per_byte", ".4f")),
+        ("tokens per second", number("tokens_per_second", ",.0f") + " (median)"),
+        ("peak memory", "not measured" if peak is None else f"{peak / 2**30:.2f} GiB"),
+    ]
+    return "\n".join(f"{name:<22}{text}" for name, text in rows)

@@ -1,0 +1,151 @@
+"""Loss and perplexity as a run goes on: against update steps, tokens and training time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.commands.report.drawing import COLOURS, STYLE, legend, line_styles, name_of, plain_log_ticks, save
+from peft_pretraining.commands.report.groups import Group
+from peft_pretraining.commands.report.read import RunRecord
+
+
+def draw_loss(groups: Sequence[Group], path: Path) -> Path | None:
+    """Smoothed training loss of every run against update steps, tokens and time."""
+    shown = [group for group in groups if any(run.updates for run in group.runs)]
+    if not shown:
+        return None
+    figure, panels = _axes_by_position(shown, 4.4)
+    handles = []
+    for group, style in zip(shown, line_styles(shown), strict=True):
+        for number, run in enumerate(run for run in group.runs if run.updates):
+            losses = smoothed([row["loss"] for row in run.updates])
+            for name, panel, unit in panels:
+                positions = [position / unit for position in run.axis(name)[0]]
+                (line,) = panel.plot(
+                    positions, losses, color=style["color"], linestyle=style["linestyle"], linewidth=1.5, alpha=0.9
+                )
+            if number == 0:
+                handles.append(line)
+    ends = [row["loss"] for group in shown for run in group.runs for row in run.updates[-1:]]
+    _from_zero(panels)
+    _cut_above(panels[0][1], min(ends) + 3.0)
+    panels[0][1].set_ylabel("training loss (smoothed), nats per token")
+    legend(figure, handles, [name_of(group) for group in shown])
+    return save(figure, path)
+
+
+def draw_perplexity(groups: Sequence[Group], path: Path) -> Path | None:
+    """Held-out perplexity of every run against update steps, tokens and time; logarithmic."""
+    shown = [group for group in groups if any(run.evaluations for run in group.runs)]
+    if not shown:
+        return None
+    figure, panels = _axes_by_position(shown, 4.4)
+    handles = []
+    for group, style in zip(shown, line_styles(shown), strict=True):
+        for number, run in enumerate(run for run in group.runs if run.evaluations):
+            values = [row["final_eval_perplexity"] for row in run.evaluations]
+            for name, panel, unit in panels:
+                positions = [position / unit for position in run.axis(name)[1]]
+                (line,) = panel.plot(positions, values, **style, markersize=4, linewidth=1.4, alpha=0.9)
+            if number == 0:
+                handles.append(line)
+    ends = [row["final_eval_perplexity"] for group in shown for run in group.runs for row in run.evaluations[-1:]]
+    for _, panel, _ in panels:
+        panel.set_yscale("log")
+    _from_zero(panels)
+    _cut_above(panels[0][1], 12 * min(ends))
+    for _, panel, _ in panels:
+        plain_log_ticks(panel.yaxis)
+    panels[0][1].set_ylabel("held-out perplexity")
+    legend(figure, handles, [name_of(group) for group in shown])
+    return save(figure, path)
+
+
+def draw_curves(run: RunRecord, path: Path, title: str) -> Path:
+    """One run: training loss and held-out perplexity against update steps; returns the path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = run.axis("steps")[0]
+    losses = [row["loss"] for row in run.updates]
+    with matplotlib.rc_context(STYLE):
+        figure, (loss_axis, perplexity_axis) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        figure.suptitle(title)
+        loss_axis.plot(steps, losses, color=COLOURS[0], alpha=0.35, linewidth=0.8, label="each update")
+        loss_axis.plot(steps, smoothed(losses), color=COLOURS[0], linewidth=1.8, label="smoothed")
+        loss_axis.set(xlabel="update step", ylabel="training loss, nats per token")
+        trained = [math.exp(min(loss, 50)) for loss in smoothed(losses)]
+        perplexity_axis.plot(steps, trained, color=COLOURS[0], linewidth=1.2, label="training, smoothed")
+        if run.evaluations:
+            values = [row["final_eval_perplexity"] for row in run.evaluations]
+            at = run.axis("steps")[1]
+            perplexity_axis.plot(at, values, color=COLOURS[1], marker="o", markersize=5, label="held-out")
+            perplexity_axis.annotate(
+                f"{values[-1]:.1f}", (at[-1], values[-1]), textcoords="offset points", xytext=(-4, 9), ha="right"
+            )
+        perplexity_axis.set(xlabel="update step", ylabel="perplexity", yscale="log")
+        plain_log_ticks(perplexity_axis.yaxis)
+        for axis in (loss_axis, perplexity_axis):
+            axis.legend(frameon=False)
+        return save(figure, path)
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    return next(
+        (size, unit)
+        for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        if seconds >= 2 * size or unit == "seconds"
+    )
+
+
+def _count_unit(count: float) -> tuple[float, str]:
+    return next(
+        (size, unit)
+        for size, unit in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, ""))
+        if count >= size or size == 1.0
+    )
+
+
+def _axes_by_position(groups: Sequence[Group], height: float) -> tuple[Any, list[tuple[str, Any, float]]]:
+    """A figure of three panels; (axis's name in RunRecord.axis, its panel, what a unit of it is worth)."""
+    from matplotlib import pyplot
+
+    runs = [run for group in groups for run in group.runs if run.updates]
+    time, time_name = _time_unit(max((run.figures["training_seconds"] or 0.0 for run in runs), default=1.0))
+    count, count_name = _count_unit(max((run.figures["tokens"] or 0 for run in runs), default=1))
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, height), layout="constrained", sharey=True)
+    labels = ("update step", f"tokens seen{', ' if count_name else ''}{count_name}", f"training time, {time_name}")
+    for panel, label in zip(panels, labels, strict=True):
+        panel.set_xlabel(label)
+    names = zip(("steps", "tokens", "seconds"), panels, (1.0, count, time), strict=True)
+    return figure, list(names)
+
+
+def _from_zero(panels: Sequence[tuple[str, Any, float]]) -> None:
+    """Every axis of positions begins where training does, also where the first evaluation came late."""
+    for _, panel, _ in panels:
+        panel.set_xlim(left=0)
+
+
+def _cut_above(panel: Any, most: float) -> None:
+    """What a run starts with would take nearly all of the axis; all panels share it."""
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, min(high, max(most, low)))
+
+
+def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Exponential moving average over about `share` of the series, without the bias of its start."""
+    window = max(1.0, share * len(values))
+    keep = 1.0 - 1.0 / window
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total = keep * total + value
+        weight = keep * weight + 1.0
+        result.append(total / weight)
+    return result

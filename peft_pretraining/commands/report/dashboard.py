@@ -1,0 +1,39 @@
+"""The report's panels in wandb: the same figures, table and page, in one run beside those that it compares."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from peft_pretraining.commands.report import tables
+from peft_pretraining.commands.report.groups import Group
+from peft_pretraining.record.recorder import WANDB_PROJECT
+
+
+def send(groups: Sequence[Group], out: Path, mode: Literal["online", "offline"], title: str) -> None:
+    """Log what lies in `out` to wandb; mode: "online" or "offline" (files below `out`, for `wandb sync`).
+
+    Raises ValueError where wandb does not take it: the page is written by then.
+    """
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        with wandb.init(
+            project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT), mode=mode, dir=out, name=title, job_type="report"
+        ) as run:
+            table = tables.methods_table(groups)
+            content: dict[str, Any] = {
+                "methods": wandb.Table(columns=list(table.headings), data=[list(row) for row in table.rows])
+            }
+            content |= {path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))}
+            content["page"] = wandb.Html((out / "report.html").read_text(encoding="utf-8"))
+            run.log(content)
+    except Exception as error:  # whatever wandb suffers: a refused key, a lost network, a version that lacks something
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"--wandb {mode}: {text}; the page is in {out}, and --wandb offline needs no network") from None
+    if mode == "offline":
+        print(f"recorded offline in {out / 'wandb'} (`wandb sync` uploads it)", file=sys.stderr)

@@ -1,0 +1,121 @@
+"""What the report's figures share: dark text, colours that the colour-blind tell apart, legends below what they explain."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.commands.report.groups import Group
+from peft_pretraining.record.intervals import Interval
+
+# Okabe & Ito's colours without the yellow, which is too light for a line on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+METHOD_COLOURS = {
+    "full": "#000000",
+    "lowrank": "#E69F00",
+    "relora": "#CC79A7",
+    "galore": "#009E73",
+    "sltrain": "#0072B2",
+}
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE: Any = {
+    "font.size": 10.5,
+    "axes.labelcolor": "#111111",
+    "axes.edgecolor": "#444444",
+    "text.color": "#111111",
+    "xtick.color": "#111111",
+    "ytick.color": "#111111",
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+}
+DPI = 140
+
+
+def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Colour, dashes and marker of each group.
+
+    Where several methods have a few settings each, the colour says the method and the dashes the setting; else every group has a
+    colour of its own, as long as there are some.
+    """
+    methods = [group.method for group in groups]
+    within = [methods[:number].count(method) for number, method in enumerate(methods)]
+    known = all(method in METHOD_COLOURS for method in methods)
+    if known and max(within, default=0) < len(_DASHES) and (len(set(methods)) > 1 or len(methods) == 1):
+        return [
+            {"color": METHOD_COLOURS[method], "linestyle": _DASHES[dashes], "marker": _MARKERS[number % len(_MARKERS)]}
+            for number, (method, dashes) in enumerate(zip(methods, within, strict=True))
+        ]
+    return [
+        {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": _DASHES[number // len(COLOURS) % len(_DASHES)],
+            "marker": _MARKERS[(number + number // len(COLOURS)) % len(_MARKERS)],
+        }
+        for number in range(len(groups))
+    ]
+
+
+def name_of(group: Group, counted: bool = False) -> str:
+    """Its label, and how many seeds there are; counted: of those alone that its mean is of."""
+    seeds = len({run.seed for run in (group.counted if counted else group.runs)})
+    return f"{group.label} ({seeds} seeds)" if seeds > 1 else group.label
+
+
+def wrapped(label: str) -> str:
+    """A label in lines of at most 44 letters."""
+    return "\n".join(textwrap.wrap(label, 44))
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write the figure and let it go; the path."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=DPI)
+    pyplot.close(figure)
+    return path
+
+
+def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], widest: int = 4) -> None:
+    """Below the panels, in as many columns as fit; the figure grows by its height, so that the panels keep theirs."""
+    width, height = figure.get_size_inches()
+    longest = max(map(len, labels))
+    columns = max(1, min(widest, len(labels), int(11 * width) // (longest + 8)))
+    figure.set_size_inches(width, height + 0.24 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """100 and 200 instead of 10^2 and 2 x 10^2; few enough to be read."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if low > 0 else 3.0
+    if decades < 0.5:  # no power of ten, and few of its multiples, lie within
+        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(NullLocator())
+    else:
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1.0 else (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+        axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}" if value < 1e4 else f"{value:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def whiskers(panel: Any, x: float, found: Interval, colour: str, **more: Any) -> None:
+    """The 95 % interval of a perplexity. That of two seeds can reach below 1, where no perplexity is."""
+    if found.low is not None and found.high is not None:
+        reach = [[found.mean - max(found.low, 1.0)], [found.high - found.mean]]
+        panel.errorbar([x], [found.mean], yerr=reach, color=colour, capsize=4, **more)
+
+
+def digits(value: float) -> str:
+    """Three digits or more, never an exponent: 0.123, 3.20, 62.4, 1,020."""
+    places = next((places for places, least in enumerate((100.0, 10.0, 1.0)) if abs(value) >= least), 3)
+    return f"{value:,.{places}f}"

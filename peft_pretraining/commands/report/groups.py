@@ -1,0 +1,203 @@
+"""Runs of one setting and different seeds together: mean and interval, and the gap to a baseline, paired by seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_pretraining.commands.report.published import Published, published_for
+from peft_pretraining.commands.report.read import RunRecord
+from peft_pretraining.config.arguments import RUN_DEFINING, Arguments, has_effect
+from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
+
+METHOD_NAMES = {
+    "full": "full-rank",
+    "lowrank": "low-rank",
+    "relora": "ReLoRA",
+    "galore": "GaLore",
+    "sltrain": "SLTrain",
+}
+ORDER = tuple(METHOD_NAMES)
+# What makes perplexities comparable: everything but the method and how it is tuned.
+_TASK = ("model", "data", "tokenizer", "text_field", "max_length", "packing", "document_mask", "total_batch_size")
+_TASK_LENGTH = ("num_training_steps", "max_train_tokens")
+# What a setting is made of; seeds are its repetitions, the others are taken from the plan, as resolved.
+_SETTINGS = tuple(name for name in RUN_DEFINING if name not in ("seed", "model_config", "dataset", "dtype", "data_lanes"))
+_SHORT = {
+    "rank": "r",
+    "sp_ratio": "δ",
+    "lora_alpha": "alpha",
+    "total_batch_size": "batch",
+    "num_training_steps": "updates",
+}
+
+
+def settings_of(run: RunRecord) -> dict[str, Any]:
+    """What defines a run but its seed: by name, flags without effect in its method left out, JSON-able."""
+    arguments = run.arguments
+    names = list(_SETTINGS)
+    names += sorted(set(run.document["arguments"]) - {field.name for field in dataclasses.fields(Arguments)})
+    found = {name: arguments[name] for name in names if has_effect(name, run.method)}
+    found |= {name: run.plan.get(name) for name in ("dtype", "data_lanes", "total_batch_size")}
+    model = run.plan.get("model") or {}
+    if "warmed_up_model" in found:  # each seed has its own: what it was is the setting
+        found["warmed_up_model"] = found["warmed_up_model"] is not None
+        found |= _warm_up_of(run)
+    # Where a file lies does not matter; what is in it does.
+    found["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
+    found["data"] = (run.document.get("dataset") or {}).get("fingerprint") or arguments["dataset"]
+    if arguments["max_train_tokens"] is not None:
+        found.pop("num_training_steps")
+    return found
+
+
+def _warm_up_of(run: RunRecord) -> dict[str, Any]:
+    """Settings of the full-rank run that a ReLoRA run began with; none where an older version did not record them."""
+    warm_up = run.document.get("warm_up") or {}
+    arguments = warm_up.get("arguments") or {}
+    found = {
+        f"warm-up {name}": arguments[name]
+        for name in _SETTINGS
+        if name in arguments and has_effect(name, "full") and name not in _TASK
+    }
+    return found | ({"warm-up updates": warm_up["updates"]} if "updates" in warm_up else {})
+
+
+def task_of(settings: dict[str, Any]) -> str:
+    """Equal for runs whose perplexities compare: same model shape, data, length and batch."""
+    return json.dumps([settings.get(name) for name in (*_TASK, *_TASK_LENGTH)], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one setting. `counted`: those finished and evaluated at the end, one per seed; the mean is theirs."""
+
+    label: str
+    settings: dict[str, Any]
+    runs: tuple[RunRecord, ...]
+    counted: tuple[RunRecord, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def first(self) -> RunRecord:
+        """One of them, for what all have in common."""
+        return (self.counted or self.runs)[0]
+
+    @property
+    def method(self) -> str:
+        """Of all its runs."""
+        return self.first.method
+
+    @property
+    def perplexity(self) -> Interval | None:
+        """Final held-out perplexity over seeds; None where no run got there."""
+        values = [run.final_perplexity for run in self.counted]
+        return mean_interval([value for value in values if value is not None]) if values else None
+
+    @property
+    def published(self) -> Published | None:
+        """The published result for this configuration and method."""
+        arguments = self.first.arguments
+        return published_for(self.first.model, self.method, arguments["rank"], arguments["sp_ratio"])
+
+    def measured(self, name: str) -> int | None:
+        """Measured bytes of a class (or "peak"): the mean over the runs that have it."""
+        found = [value for run in self.counted or self.runs if (value := run.measured(name)) is not None]
+        return round(sum(found) / len(found)) if found else None
+
+    def figure(self, name: str) -> float | None:
+        """The mean of a figure of the summary over the runs that have it."""
+        values = [run.figures[name] for run in self.counted or self.runs if run.figures.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
+    """Groups in the order of methods, then of appearance."""
+    settings = [settings_of(run) for run in runs]
+    keys = [json.dumps(values, sort_keys=True, default=str) for values in settings]
+    by_key: dict[str, tuple[dict[str, Any], list[RunRecord]]] = {}
+    for run, values, key in zip(runs, settings, keys, strict=True):
+        by_key.setdefault(key, (values, []))[1].append(run)
+    labels = _labels([(members[0], values) for values, members in by_key.values()])
+    groups = [_group(label, values, members) for label, (values, members) in zip(labels, by_key.values(), strict=True)]
+    return sorted(groups, key=lambda group: ORDER.index(group.method) if group.method in ORDER else len(ORDER))
+
+
+def _group(label: str, settings: dict[str, Any], runs: list[RunRecord]) -> Group:
+    counted: dict[int, RunRecord] = {}
+    notes = []
+    for run in runs:
+        if run.final_perplexity is None:
+            continue
+        if run.seed in counted:
+            notes.append(
+                f"{run.folder} has the settings and the seed ({run.seed}) of {counted[run.seed].folder}: not counted again"
+            )
+        counted.setdefault(run.seed, run)
+    evaluated = Counter(run.figures["evaluation_tokens"] for run in counted.values())
+    if len(evaluated) > 1:
+        sizes = ", ".join(f"{count:,}" for count in evaluated if count is not None)
+        notes.append(f"{label}: its seeds were evaluated on different numbers of tokens ({sizes})")
+    return Group(label, settings, tuple(runs), tuple(counted.values()), tuple(notes))
+
+
+def _labels(members: list[tuple[RunRecord, dict[str, Any]]]) -> list[str]:
+    """The method and what differs between the groups: "SLTrain, r = 64, lr = 0.002"."""
+    names = sorted({name for _, values in members for name in values if name != "peft_model"})
+
+    def varies(name: str) -> bool:
+        """Between groups that both have it: r = 64 says nothing where only one method has a rank."""
+        return len({json.dumps(values[name], sort_keys=True, default=str) for _, values in members if name in values}) > 1
+
+    differing = [name for name in names if varies(name) and name not in ("model", "data")]
+    order = ["rank", "sp_ratio", "lora_alpha", "lr"]
+    differing.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
+    several_models, several_data = varies("model"), varies("data")
+    labels = []
+    for run, values in members:
+        parts = [METHOD_NAMES.get(run.method, run.method)]
+        parts += [run.model] if several_models else []
+        parts += [text for name in differing if (text := _shown(name, values.get(name)))]
+        parts += [f"data {str(values['data'])[:6]}"] if several_data else []
+        labels.append(", ".join(parts))
+    twice = {label for label, count in Counter(labels).items() if count > 1}
+    return [f"{label}, {run.folder.name}" if label in twice else label for label, (run, _) in zip(labels, members, strict=True)]
+
+
+def _shown(name: str, value: Any) -> str:
+    """A setting in a label: "lr = 0.002", the bare name where that says it; "" where it is off, or as ever."""
+    if value is None or value is False or value == "default":
+        return ""
+    if value is True:
+        return name
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{_SHORT.get(name, name)} = {text}"
+
+
+def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:
+    """What the groups of a task are compared with: full-rank training, of several settings the one of the lowest mean, or else
+    the setting that was named first. None where none was evaluated at its end."""
+    evaluated = [
+        (group.perplexity.mean, number, group)
+        for number, group in enumerate(groups)
+        if group.perplexity is not None and task_of(group.settings) == task
+    ]
+    full = [entry for entry in evaluated if entry[2].method == "full"]
+    if full:
+        return min(full)[2]
+    return evaluated[0][2] if evaluated else None
+
+
+def against_baseline(group: Group, groups: Sequence[Group]) -> tuple[Group, Interval] | None:
+    """The baseline of the group's task, and this group's perplexity over its, paired by seed; None for the baseline itself."""
+    baseline = baseline_of(task_of(group.settings), groups)
+    if baseline is None or baseline is group or group.perplexity is None:
+        return None
+    theirs = {run.seed: run.final_perplexity for run in baseline.counted}
+    pairs = [(run.final_perplexity, theirs[run.seed]) for run in group.counted if run.seed in theirs]
+    both = [(own, other) for own, other in pairs if own is not None and other is not None]
+    return (baseline, ratio_interval(both)) if both else None

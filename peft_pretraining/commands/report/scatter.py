@@ -1,0 +1,170 @@
+"""Where runs ended: perplexity against memory (the paper's Fig. 1), and against the learning rate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.commands.report.drawing import (
+    METHOD_COLOURS,
+    legend,
+    line_styles,
+    name_of,
+    plain_log_ticks,
+    save,
+    whiskers,
+)
+from peft_pretraining.commands.report.groups import METHOD_NAMES, Group
+from peft_pretraining.commands.report.published import TABLE
+
+
+def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
+    """The paper's Fig. 1 (arXiv 2406.02214): perplexity against memory, circles whose area is the number of parameters.
+
+    Left by the paper's convention, with the published results of the same configurations; right what parameters, support and
+    moments really took. Whiskers: the 95 % interval over seeds.
+    """
+    from matplotlib import pyplot
+
+    shown = [group for group in groups if group.perplexity is not None and group.figure("parameters")]
+    if not shown:
+        return None
+    measured = any(group.figure("states_bytes") for group in shown)
+    models = {group.first.model for group in shown}
+    theirs = [entry for entry in TABLE if entry.model in models and entry.memory is not None]
+    most = max([group.figure("parameters") or 0.0 for group in shown] + [1e6 * (entry.parameters or 0) for entry in theirs])
+    styles = line_styles(shown)
+    figure, row = pyplot.subplots(
+        1,
+        1 + measured,
+        figsize=(6.8 * (1 + measured), 4.8),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    panels = list(row[0])
+
+    def area(parameters: float) -> float:
+        return 900 * parameters / most
+
+    unit, name = (1e9, "10⁹") if max(group.first.paper_memory or 0 for group in shown) >= 0.1 or theirs else (1e6, "10⁶")
+    _circles(panels[0], shown, styles, area, lambda group: (group.first.paper_memory or 0) * 1e9 / unit)
+    panels[0].set_xlabel(f"parameters and moments by the paper's convention (bfloat16), {name} bytes")
+    panels[0].set_ylabel("final held-out perplexity")
+    for entry in theirs:
+        colour = METHOD_COLOURS[entry.method]
+        panels[0].scatter(
+            [(entry.memory or 0) * 1e9 / unit], [entry.perplexity], s=area(1e6 * (entry.parameters or 0)),
+            facecolors="none", edgecolors=colour, linestyles="--", linewidths=1.5,
+        )  # fmt: skip
+    if measured:
+        _circles(panels[1], shown, styles, area, lambda group: (group.figure("states_bytes") or 0) / 2**20)
+        panels[1].set_xlabel("parameters, support and moments as measured, MiB")
+    for panel in panels:
+        panel.margins(0.18)
+        _widen(panel)
+        panel.set_yscale("log")
+        plain_log_ticks(panel.yaxis)
+    handles, labels = _entries(shown, styles, list(dict.fromkeys(entry.method for entry in theirs)))
+    figure.suptitle("Circle area: number of parameters. Lower left is better.", fontsize=10.5)
+    legend(figure, handles, labels)
+    return save(figure, path)
+
+
+def _widen(panel: Any) -> None:
+    """To at least a tenth of what is shown: bytes that differ by less are as good as the same."""
+    low, high = panel.get_xlim()
+    short = 0.05 * (low + high) / 2 - (high - low) / 2
+    if short > 0:
+        panel.set_xlim(low - short, high + short)
+    panel.ticklabel_format(axis="x", useOffset=False, style="plain")
+
+
+def _entries(shown: Sequence[Group], styles: Sequence[dict[str, Any]], published: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """The legend's handles and labels: groups, then the methods that have published results."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Any] = [
+        Line2D([], [], linestyle="", marker=style["marker"], color=style["color"], markersize=8) for style in styles
+    ]
+    handles += [
+        Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=METHOD_COLOURS[method], markersize=9)
+        for method in published
+    ]
+    return handles, [name_of(group, counted=True) for group in shown] + [
+        f"published: {METHOD_NAMES[method]}" for method in published
+    ]
+
+
+def _circles(
+    panel: Any,
+    groups: Sequence[Group],
+    styles: Sequence[dict[str, Any]],
+    area: Callable[[float], float],
+    position: Callable[[Group], float],
+) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
+    shown = [
+        (group, style, x, found)
+        for group, style in zip(groups, styles, strict=True)
+        if (found := group.perplexity) is not None and (x := position(group)) > 0
+    ]
+    aside = _apart([(x, found.mean) for _, _, x, found in shown])
+    for (group, style, x, found), points in zip(shown, aside, strict=True):
+        beside = panel.transData + ScaledTranslation(points / 72, 0, panel.figure.dpi_scale_trans)
+        panel.scatter(
+            [x], [found.mean], s=area(group.figure("parameters") or 0.0), color=style["color"], alpha=0.35, linewidths=0
+        )
+        marker = {"color": style["color"], "marker": style["marker"], "transform": beside}
+        panel.plot([x], [found.mean], markersize=6, linestyle="", **marker)
+        whiskers(panel, x, found, style["color"], transform=beside)
+
+
+def _apart(places: Sequence[tuple[float, float]], step: float = 9.0) -> list[float]:
+    """How far to the side each marker is drawn, in points: of those that would hide one another, side by side.
+
+    places: memory and perplexity. Markers hide one another at the same memory and perplexities less than 3 % apart.
+    """
+    found = [0.0] * len(places)
+    left = list(range(len(places)))
+    while left:
+        x, y = places[left[0]]
+        alike = [n for n in left if abs(places[n][0] - x) <= 1e-3 * x and abs(places[n][1] - y) <= 0.03 * y]
+        for rank, number in enumerate(alike):
+            found[number] = step * (rank - (len(alike) - 1) / 2)
+        left = [number for number in left if number not in alike]
+    return found
+
+
+def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
+    """Final perplexity against the learning rate: a line for each setting that was run at several; None where none was."""
+    from matplotlib import pyplot
+
+    lines: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.perplexity is not None:
+            others = {name: value for name, value in group.settings.items() if name != "lr"}
+            lines.setdefault(json.dumps(others, sort_keys=True, default=str), []).append(group)
+    swept = [sorted(members, key=lambda group: group.settings["lr"]) for members in lines.values() if len(members) > 1]
+    if not swept:
+        return None
+    figure, panel = pyplot.subplots(figsize=(8.5, 5.0), layout="constrained")
+    handles, labels = [], []
+    for members, style in zip(swept, line_styles([members[0] for members in swept]), strict=True):
+        points = [(group.settings["lr"], group.perplexity) for group in members if group.perplexity is not None]
+        (line,) = panel.plot([rate for rate, _ in points], [found.mean for _, found in points], **style, markersize=6)
+        for rate, found in points:
+            whiskers(panel, rate, found, style["color"])
+        handles.append(line)
+        parts = [part for part in members[0].label.split(", ") if not part.startswith("lr = ")]
+        labels.append(", ".join(parts))
+    panel.set(xscale="log", yscale="log", xlabel="peak learning rate", ylabel="final held-out perplexity")
+    rates_seen = sorted({group.settings["lr"] for members in swept for group in members})
+    panel.set_xticks(rates_seen, [f"{rate:g}" for rate in rates_seen], rotation=45 if len(rates_seen) > 6 else 0)
+    panel.minorticks_off()
+    plain_log_ticks(panel.yaxis)
+    legend(figure, handles, labels)
+    return save(figure, path)

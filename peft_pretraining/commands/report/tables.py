@@ -1,0 +1,298 @@
+"""The report's tables as plain values: rows of text under headings with units, the same for the page, JSON and the dashboard."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.commands.report.groups import METHOD_NAMES, Group, against_baseline, baseline_of, task_of
+from peft_pretraining.commands.report.published import LATER, PEAKS, RANK_AND_DELTA, SEVEN_B, TABLE
+from peft_pretraining.commands.report.read import RunRecord
+from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.memory.account import CLASSES
+from peft_pretraining.record.intervals import Interval
+
+MISSING = "—"
+PERPLEXITY = "held-out perplexity ± 95 % interval"
+PUBLISHED = "published perplexity (tokens)"
+# What a run took, shown in a table of its own beside what it reached.
+COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", "updates", "tokens, 10⁶")
+GAP = "against the baseline, % [95 % interval]"
+# Arguments that say where a run lies or how it is watched; a command that makes the run again names its own.
+_NOT_REPEATED = ("save_dir", "continue_from", "resume", "allow_changes", "config", "name", "tags", "wandb", "dry_run")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings with units, and rows of as many texts."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def columns(self, names: Sequence[str]) -> Table:
+        """The columns of these headings, those of them that there are, in this table's order."""
+        kept = [column for column, heading in enumerate(self.headings) if heading in names]
+        return Table(
+            tuple(self.headings[column] for column in kept),
+            tuple(tuple(row[column] for column in kept) for row in self.rows),
+        )
+
+
+def number(value: float | None, form: str = ",.0f") -> str:
+    """The value in a format, or a dash."""
+    return MISSING if value is None else format(value, form)
+
+
+def perplexity_text(found: Interval | None) -> str:
+    """Mean +- half the 95 % interval, and of how many seeds."""
+    if found is None:
+        return MISSING
+    scatter = "" if found.half is None else f" ± {found.half:,.2f}"
+    return f"{found.mean:,.2f}{scatter} (n = {found.n})"
+
+
+def gap_text(found: Interval | None) -> str:
+    """A ratio as a gap in percent with its interval."""
+    if found is None:
+        return MISSING
+    bounds = ""
+    if found.low is not None and found.high is not None:
+        bounds = f" [{100 * (found.low - 1):+.1f}, {100 * (found.high - 1):+.1f}]"
+    return f"{100 * (found.mean - 1):+.1f}{bounds} (n = {found.n})"
+
+
+def methods_table(groups: Sequence[Group]) -> Table:
+    """Method x parameters x memory x perplexity, the published figures beside; empty columns are left out."""
+    rows = [_methods_row(group, groups) for group in groups]
+    several_models = len({group.first.model for group in groups}) > 1
+    names = [name for name in rows[0] if name != "model" or several_models]
+    names = [name for name in names if name == "setting" or any(row[name] != MISSING for row in rows)]
+    return Table(tuple(names), tuple(tuple(row[name] for name in names) for row in rows))
+
+
+def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
+    first, published = group.first, group.published
+    parameters, whole = group.figure("parameters"), group.figure("full_rank_parameters")
+    states, peak, tokens = (group.figure(name) for name in ("states_bytes", "peak_memory_bytes", "tokens"))
+    baseline = against_baseline(group, groups)
+    is_baseline = len(groups) > 1 and baseline_of(task_of(group.settings), groups) is group
+    paper = first.paper_memory
+    return {
+        "setting": group.label,
+        "model": first.model,
+        PERPLEXITY: perplexity_text(group.perplexity),
+        PUBLISHED: f"{published.perplexity:.2f} ({published.tokens})" if published else MISSING,
+        GAP: "baseline" if is_baseline else gap_text(baseline[1] if baseline else None),
+        "parameters, 10⁶": number(parameters and parameters / 1e6, ",.2f"),
+        "of full-rank, %": number(100 * parameters / whole if parameters and whole else None, ".0f"),
+        "published parameters, 10⁶": number(published.parameters if published else None),
+        "memory by the paper's convention, 10⁹ bytes": number(paper, ".2f" if paper and paper >= 0.1 else ".3f"),
+        "published memory, 10⁹ bytes": number(published.memory if published else None, ".2f"),
+        "states measured, MiB": number(states and states / 2**20, ",.1f"),
+        "peak measured, MiB": number(peak and peak / 2**20, ",.0f"),
+        "tokens/s": number(group.figure("tokens_per_second")),
+        "updates": number(max(run.reached for run in group.runs)),
+        "tokens, 10⁶": number(tokens and tokens / 1e6, ",.2f"),
+    }
+
+
+def published_table(groups: Sequence[Group]) -> Table | None:
+    """Every published result of the configurations that were run; None where there is none."""
+    models = {group.first.model for group in groups}
+    entries = [entry for entry in (*TABLE, *LATER, *SEVEN_B) if entry.model in models]
+    if not entries:
+        return None
+    headings = ("method", "model", "tokens", "perplexity", "parameters, 10⁶", "memory, 10⁹ bytes", "source")
+    rows = [
+        (
+            entry.note or METHOD_NAMES[entry.method], entry.model, entry.tokens, f"{entry.perplexity:.2f}",
+            number(entry.parameters), number(entry.memory, ".2f"), entry.source,
+        )
+        for entry in entries
+    ]  # fmt: skip
+    return Table(headings, tuple(rows))
+
+
+def published_memory_table(groups: Sequence[Group]) -> Table | None:
+    """Published measurements of the peak for the configurations that were run; None where there are none."""
+    models = [model for model in dict.fromkeys(group.first.model for group in groups) if model in PEAKS]
+    if not models:
+        return None
+    headings = ("published setting", *(f"{model}: peak, GB" for model in models))
+    return Table(headings, tuple((name, *(f"{PEAKS[model][name]:.1f}" for model in models)) for name in PEAKS[models[0]]))
+
+
+def rank_delta_table(groups: Sequence[Group]) -> Table | None:
+    """SLTrain's perplexity by rank (rows) and delta (columns), published beside at llama_60m; None below two settings."""
+    shown = [group for group in groups if group.method == "sltrain" and group.perplexity is not None]
+    pairs = {(group.settings["rank"], group.settings["sp_ratio"]) for group in shown}
+    alike = {(task_of(group.settings), group.settings["lr"]) for group in shown}
+    if len(pairs) < 2 or len(alike) > 1 or len(pairs) < len(shown):
+        return None
+    ranks, deltas = sorted({rank for rank, _ in pairs}), sorted({delta for _, delta in pairs})
+    by_pair = {(group.settings["rank"], group.settings["sp_ratio"]): group for group in shown}
+    published = RANK_AND_DELTA if shown[0].first.model == "llama_60m" else {}
+
+    def cell(pair: tuple[int, float]) -> str:
+        text = perplexity_text(by_pair[pair].perplexity) if pair in by_pair else MISSING
+        return f"{text}; published {published[pair]:.2f}" if pair in published else text
+
+    rows = [(f"r = {rank}", *(cell((rank, delta)) for delta in deltas)) for rank in ranks]
+    return Table(("rank", *(f"δ = {delta:g}: perplexity" for delta in deltas)), tuple(rows))
+
+
+def memory_table(groups: Sequence[Group]) -> Table:
+    """Every class of the memory account, and beside it what was measured, the mean over runs."""
+    both = ("parameters", "support", "optimizer", "peak")
+    names = (*CLASSES, "peak")
+    headings = tuple(f"{name}, MiB" + (": predicted / measured" if name in both else "") for name in names)
+
+    def mebibytes(value: int | None) -> str:
+        return number(None if value is None else value / 2**20, ",.1f")
+
+    def cell(group: Group, name: str) -> str:
+        predicted = mebibytes(group.first.predicted(name))
+        return f"{predicted} / {mebibytes(group.measured(name))}" if name in both else predicted
+
+    rows = [(group.label, *(cell(group, name) for name in names)) for group in groups]
+    return Table(("setting", *headings), tuple(rows))
+
+
+def run_names(runs: Sequence[RunRecord]) -> dict[Path, str]:
+    """By folder: its name, with that of the folder it lies in where sweeps have runs of one name."""
+    found = {run.folder: run.folder.resolve() for run in runs}
+    counts = Counter(path.name for path in found.values())
+    return {folder: path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}" for folder, path in found.items()}
+
+
+def runs_table(runs: Sequence[RunRecord]) -> Table:
+    """A line for each run."""
+    names = run_names(runs)
+    headings = (
+        *("run", "method", "lr", "seed", "state", "updates", "first perplexity", "last perplexity", "bits per byte"),
+        *("tokens evaluated", "tokens/s", "training, minutes", "peak, MiB"),
+    )
+
+    def row(run: RunRecord) -> tuple[str, ...]:
+        figures = run.figures
+        seconds, peak = figures["training_seconds"], figures["peak_memory_bytes"]
+        return (
+            names[run.folder],
+            METHOD_NAMES.get(run.method, run.method),
+            f"{run.arguments['lr']:g}",
+            str(run.seed),
+            run.status,
+            number(run.reached),
+            number(figures["first_perplexity"], ",.2f"),
+            number(figures["final_perplexity"], ",.2f"),
+            number(figures["final_bits_per_byte"], ".4f"),
+            number(figures["evaluation_tokens"]),
+            number(figures["tokens_per_second"]),
+            number(seconds and seconds / 60, ",.1f"),
+            number(peak and peak / 2**20),
+        )
+
+    return Table(headings, tuple(map(row, runs)))
+
+
+def command_of(run: RunRecord) -> str:
+    """The command line that makes the run again: every argument that was not its default, several processes by torchrun.
+
+    Of a run on several machines it is one machine's, HOST the name of one of them.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
+    words = []
+    for name, value in run.document["arguments"].items():
+        if name in _NOT_REPEATED or value is None or value == defaults.get(name):
+            continue
+        words.append(f"--{name} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+    return " ".join([_start_of(run), "torchrun_main.py", *words])
+
+
+def _start_of(run: RunRecord) -> str:
+    world = run.document.get("world") or {}
+    processes = int(world.get("processes") or run.plan.get("world_size") or 1)
+    local = int(world.get("local_processes") or processes)  # older records lack it
+    if processes > local:
+        meeting = "--rdzv_backend c10d --rdzv_endpoint HOST:29400"
+        return f"torchrun --nnodes {processes // local} --nproc_per_node {local} {meeting}"
+    return f"torchrun --standalone --nproc_per_node {processes}" if processes > 1 else "python"
+
+
+def made_with(run: RunRecord) -> dict[str, str]:
+    """Versions, commit, data and machine, by name."""
+    document = run.document
+    machine, world, data = (document.get(name) or {} for name in ("machine", "world", "dataset"))
+    found = {
+        "versions": ", ".join(f"{name} {version}" for name, version in (document.get("versions") or {}).items()),
+        "git commit": document.get("git_commit"),
+        "data": data.get("description"),
+        "data fingerprint": data.get("fingerprint"),
+        "processes x threads": f"{world.get('processes', '?')} x {world.get('threads', '?')}" if world else None,
+        "machine": ", ".join(str(value) for value in (machine.get("platform"), machine.get("gpu")) if value),
+        "continued from": document.get("continued_from"),
+    }
+    return {name: str(value) for name, value in found.items() if value}
+
+
+def problems(groups: Sequence[Group]) -> list[str]:
+    """What is missing in the runs or does not compare, one sentence each."""
+    names_of = run_names([run for group in groups for run in group.runs])
+    runs_by_note: dict[str, list[str]] = {}
+    for group in groups:
+        for run in group.runs:
+            for note in run.notes:
+                runs_by_note.setdefault(note, []).append(names_of[run.folder])
+    lines = [f"{', '.join(names)}: {note}" for note, names in runs_by_note.items()]
+    lines += [note for group in groups for note in group.notes]
+    evaluated = {
+        run.figures["evaluation_tokens"] for group in groups for run in group.counted if run.figures["evaluation_tokens"]
+    }
+    if len(evaluated) > 1 and max(evaluated) > 1.01 * min(evaluated):
+        lines.append(f"the runs were evaluated on {min(evaluated):,} to {max(evaluated):,} tokens: small differences say nothing")
+    tasks = {task_of(group.settings) for group in groups}
+    if len(tasks) > 1:
+        lines.append("the runs differ in model, data, batch or length: perplexities compare within one of these only")
+    machines = {
+        (str(made_with(run).get("machine")), str(made_with(run).get("processes x threads")))
+        for group in groups
+        for run in group.runs
+    }
+    if len(machines) > 1:
+        lines.append("the runs were made on different machines or numbers of threads: their throughputs do not compare")
+    return lines
+
+
+def as_json(groups: Sequence[Group]) -> dict[str, Any]:
+    """Groups and runs with their figures, JSON-able."""
+
+    def group_entry(group: Group) -> dict[str, Any]:
+        baseline = against_baseline(group, groups)
+        return {
+            "label": group.label,
+            "method": group.method,
+            "model": group.first.model,
+            "settings": group.settings,
+            "seeds": [run.seed for run in group.counted],
+            "perplexity": None if group.perplexity is None else dataclasses.asdict(group.perplexity),
+            "against": None if baseline is None else {"label": baseline[0].label, **dataclasses.asdict(baseline[1])},
+            "paper_memory_G": group.first.paper_memory,
+            "published": None if group.published is None else dataclasses.asdict(group.published),
+            "runs": [
+                {
+                    "folder": str(run.folder),
+                    "seed": run.seed,
+                    "status": run.status,
+                    "notes": list(run.notes),
+                    **run.figures,
+                }
+                for run in group.runs
+            ],
+        }
+
+    return {"groups": [group_entry(group) for group in groups], "problems": problems(groups)}

@@ -1,0 +1,5 @@
+"""Many runs one after another: a YAML file of settings -> runs -> a report. `python -m peft_pretraining sweep FILE`."""
+
+from peft_pretraining.commands.sweep.command import HELP, add_arguments, run
+
+__all__ = ["HELP", "add_arguments", "run"]

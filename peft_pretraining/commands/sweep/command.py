@@ -1,0 +1,130 @@
+"""`python -m peft_pretraining sweep FILE`: settings x seeds as runs of the program, one after another, then a report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft_pretraining.commands.report.command import PAGE, format_groups, write_report
+from peft_pretraining.commands.sweep.runner import (
+    MADE,
+    Outcome,
+    State,
+    Stopping,
+    command_line,
+    log_path,
+    make_run,
+    state_of,
+)
+from peft_pretraining.commands.sweep.settings import Sweep, Wanted, load_sweep
+
+HELP = "run a file's settings over seeds, one after another: finished ones are skipped, broken ones go on; ends in a report"
+REPORT = "report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("file", type=Path, help="YAML file: folder, base, seeds, settings (examples: scripts/sweeps/)")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs, their state and commands, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0: all finished; 1: one failed; 130: stopped on request. Raises ConfigError."""
+    sweep = load_sweep(args.file)
+    if args.dry_run:
+        print(format_sweep(sweep))
+        return 0
+    stopping = Stopping()
+    with stopping.listening():
+        outcomes = _run_all(sweep, stopping)
+    if stopping.signal_name is not None or any(outcome.kind == "stopped" for outcome in outcomes.values()):
+        finished = sum(outcome.kind in MADE for outcome in outcomes.values())
+        print(
+            f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(sweep.runs)} runs are finished; "
+            "what the one under way had done is saved. The same command goes on:\n"
+            f"  python -m peft_pretraining sweep {shlex.quote(str(args.file))}"
+        )
+        return 130
+    _report(sweep)
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.kind == "failed"}
+    for name, outcome in failed.items():
+        print(f"failed: {name}: {outcome.text}")
+    if failed:
+        print(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command tries them again, and skips the others")
+    return 1 if failed else 0
+
+
+def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
+    """Every run in turn, until one is stopped; how each ended, by name."""
+    outcomes: dict[str, Outcome] = {}
+    for number, wanted in enumerate(sweep.runs, start=1):
+        if stopping.signal_name is not None:
+            break
+        head = f"[{number}/{len(sweep.runs)}] {wanted.name}"
+        state = state_of(wanted)
+        if state.kind in MADE:
+            outcomes[wanted.name] = Outcome(state.kind, state.text)
+            print(f"{head}: {state.text}, skipped", flush=True)
+            continue
+        if not _is_needed(wanted, sweep):
+            outcomes[wanted.name] = Outcome("finished", "what begins with it is finished")
+            print(f"{head}: {outcomes[wanted.name].text}, skipped", flush=True)
+            continue
+        if (problem := _why_not(wanted, state, outcomes)) is not None:
+            outcomes[wanted.name] = Outcome("failed", problem)
+            print(f"{head}: FAILED: {problem}", flush=True)
+            continue
+        print(f"{head}: {state.text}; output in {log_path(wanted)}", flush=True)
+        outcome = outcomes[wanted.name] = make_run(wanted, sweep.nproc_per_node, stopping)
+        print(f"{head}: {'FAILED: ' if outcome.kind == 'failed' else ''}{outcome.text}", flush=True)
+        if outcome.kind == "stopped":
+            break
+    return outcomes
+
+
+def _is_needed(wanted: Wanted, sweep: Sweep) -> bool:
+    """False for a full-rank run that is there for others only, all of which are made."""
+    others = [run for run in sweep.runs if run.after is not None and run.after.name == wanted.name]
+    return not others or any(state_of(run).kind not in MADE for run in others)
+
+
+def _why_not(wanted: Wanted, state: State, outcomes: Mapping[str, Outcome]) -> str | None:
+    """Why a run that is not finished is not started."""
+    if state.kind == "other":
+        return f"{wanted.folder} {state.text}"
+    if wanted.after is None:
+        return None
+    # It would begin with weights of an unfinished run, or of one without a finite loss, and look like any other.
+    why = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[wanted.after.name].kind)
+    return None if why is None else f"{wanted.after.name}, which it begins with, {why}"
+
+
+def _report(sweep: Sweep) -> None:
+    folders = [wanted.folder for wanted in sweep.compared if (wanted.folder / "run.json").is_file()]
+    if not folders:
+        print("no run left a record: nothing to report")
+        return
+    out = sweep.folder / REPORT
+    groups = write_report(folders, out, title=sweep.path.stem.replace("_", " "))
+    print(f"\n{format_groups(groups)}\n\npage     {out / PAGE}")
+
+
+def format_sweep(sweep: Sweep) -> str:
+    """Every run with the state of its folder and the command that makes it."""
+    states = {wanted.name: state_of(wanted) for wanted in sweep.runs}
+    counts = Counter(state.kind for state in states.values())
+    words = {
+        "new": "not begun",
+        "begun": "to go on",
+        "finished": "finished",
+        "diverged": "finished without a finite perplexity",
+        "other": "made with other arguments",
+    }
+    lines = [f"{len(sweep.runs)} runs: " + ", ".join(f"{count} {words[kind]}" for kind, count in counts.items())]
+    for wanted in sweep.runs:
+        lines.append(f"\n{wanted.name}: {states[wanted.name].text}")
+        lines.append(f"  {shlex.join(command_line(wanted, sweep.nproc_per_node))}")
+    return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""A sweep's file: which runs it asks for, every one checked before the first begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.commands.sweep.warm_up import WARM_UP, disagreements, unusable_warm_up, warm_up_flags
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan.plan import Plan, make_plan
+
+# The sweep itself says these, or they would undo what it does.
+_OWN = {
+    "save_dir": "the sweep names its runs' folders (`folder`)",
+    "seed": "give the seeds as `seeds`",
+    "resume": "a sweep goes on with what is there; remove a run's folder to make it anew",
+    "continue_from": "a sweep goes on with what is there",
+    "dry_run": "give it to the sweep command",
+}
+_KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that the sweep asks for. argv: what follows torchrun_main.py; after: the full-rank run that it begins with."""
+
+    name: str
+    folder: Path
+    argv: tuple[str, ...]
+    args: Arguments
+    plan: Plan
+    after: Wanted | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's file says. runs: in their order; nproc_per_node: processes of each, by torchrun from 2 on."""
+
+    path: Path
+    folder: Path
+    nproc_per_node: int
+    runs: tuple[Wanted, ...]
+
+    @property
+    def compared(self) -> tuple[Wanted, ...]:
+        """The runs that settings ask for: those that other runs begin with belong to these."""
+        helping = {run.after.name for run in self.runs if run.after is not None}
+        return tuple(run for run in self.runs if run.name not in helping)
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read and check a sweep's file. A value that is a list stands for each of its values in turn.
+
+    Raises ConfigError with all problems, each naming file, setting and way out.
+    """
+    values = _read(path)
+    problems = [
+        f"{path}: unknown key {key!r}{_suggestion(str(key))}; there are {', '.join(_KEYS)}" for key in values if key not in _KEYS
+    ]
+    folder, base, seeds, settings = (values.get(key) for key in _KEYS[:4])
+    processes = values.get("nproc_per_node", 1)
+    if not isinstance(folder, str) or not folder:
+        problems.append(f"{path}: folder {folder!r}: name the folder of the runs, e.g. runs/my-sweep")
+    if not _is_seeds(seeds):
+        problems.append(f"{path}: seeds {seeds!r}: must be a list of whole numbers, each once, e.g. [42, 1, 2]")
+    if not isinstance(settings, list) or not settings or not all(isinstance(entry, dict) for entry in settings):
+        problems.append(
+            f"{path}: settings: must be a list of mappings of flags to values, e.g. - {{peft_model: full, lr: 0.001}}"
+        )
+    if base is not None and not isinstance(base, dict):
+        problems.append(f"{path}: base: must map flags, which all runs have, to values")
+    if type(processes) is not int or processes < 1:
+        problems.append(f"{path}: nproc_per_node {processes!r}: must be a whole number of processes, at least 1")
+    if problems:
+        raise ConfigError(problems)
+    runs: list[Wanted] = []
+    for seed, entry in itertools.product(seeds or (), settings or ()):
+        for setting in _combinations(path, base or {}, entry, problems):
+            runs += _wanted(path, Path(str(folder)), setting, seed, processes, problems)
+    runs = _once(runs)
+    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    problems += [f"{path}: {name} is asked for twice: two entries of settings say the same" for name in twice]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return Sweep(path, Path(str(folder)), processes, tuple(runs))
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: not valid YAML ({' '.join(str(error).split())})"]) from None
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path}: must hold {', '.join(_KEYS)}, not a {type(values).__name__}"])
+    return values
+
+
+def _is_seeds(seeds: Any) -> bool:
+    whole = isinstance(seeds, list) and bool(seeds) and all(type(seed) is int for seed in seeds)
+    return whole and len(set(seeds)) == len(seeds)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """flags: every one; shown: those that the run's name is made of; first: the full-rank run that it begins with, if any."""
+
+    flags: dict[str, Any]
+    shown: dict[str, Any]
+    first: _Setting | None = None
+
+
+def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]) -> Iterator[_Setting]:
+    """The grid over all lists of an entry and of the base."""
+    first = entry.get(WARM_UP)
+    merged = {name: value for name, value in {**base, **entry}.items() if name != WARM_UP}
+    unusable = _unusable(path, merged)
+    if WARM_UP in base or WARM_UP in entry:
+        problem = unusable_warm_up(base, entry)
+        unusable += _unusable(path, entry[WARM_UP]) if problem is None else [f"{path}: {problem}"]
+    if unusable:
+        problems += unusable
+        return
+    lists = {name: value if isinstance(value, list) else [value] for name, value in merged.items()}
+    named = {name for name in merged if name in entry or isinstance(merged[name], list)}
+    for values in itertools.product(*lists.values()):
+        flags = dict(zip(lists, values, strict=True))
+        shown = {name: value for name, value in flags.items() if name in named}
+        if first is None:
+            yield _Setting(flags, shown)
+            continue
+        summed = "-".join(f"{name}{value}" for name, value in sorted(first.items()))
+        yield _Setting(flags, {**shown, f"{WARM_UP}-": summed}, _Setting(*warm_up_flags(base, entry, flags)))
+
+
+def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
+    problems = [f"{path}: {name}: {_OWN[name]}" for name in flags if name in _OWN]
+    problems += [f"{path}: {name}: is an empty list" for name, value in flags.items() if value == []]
+    problems += [
+        f"{path}: {name}: must be a value or a list of values, not {value!r}"
+        for name, value in flags.items()
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value))
+    ]
+    return problems
+
+
+def _wanted(path: Path, folder: Path, setting: _Setting, seed: int, processes: int, problems: list[str]) -> Iterator[Wanted]:
+    """The run of a setting with this seed, after the one that it begins with; what cannot work goes to `problems`."""
+    name = run_name(setting.shown, seed)
+    wanted = _planned(path, folder, setting.flags, name, seed, processes, problems)
+    if setting.first is None:
+        yield from [] if wanted is None else [wanted]
+        return
+    name = f"{WARM_UP}/{run_name(setting.first.shown, seed)}"  # a level deeper: not among the runs of a report on the folder
+    after = _planned(path, folder, setting.first.flags, name, seed, processes, problems)
+    if wanted is not None and after is not None:
+        problems += [
+            f"{path}, {wanted.name}: {problem}" for problem in disagreements(wanted.args, wanted.plan, after.args, after.plan)
+        ]
+        # Its folder is not there yet, so that it is named once the rest has been checked.
+        args = dataclasses.replace(wanted.args, warmed_up_model=str(after.folder))
+        argv = (*wanted.argv, f"--warmed_up_model={after.folder}")
+        yield from (after, dataclasses.replace(wanted, args=args, argv=argv, after=after))
+
+
+def _planned(
+    path: Path,
+    folder: Path,
+    flags: Mapping[str, Any],
+    name: str,
+    seed: int,
+    processes: int,
+    problems: list[str],
+) -> Wanted | None:
+    argv = (*_argv(flags), f"--seed={seed}", f"--save_dir={folder / name}")
+    try:
+        args = parse_args(argv)
+        return Wanted(name, folder / name, argv, args, make_plan(args, World(size=processes)))
+    except ConfigError as error:
+        problems += [f"{path}, {name}: {problem}" for problem in error.problems]
+        return None
+
+
+def _once(runs: list[Wanted]) -> list[Wanted]:
+    """Without what several runs begin with a second time."""
+    helping = {run.after.name for run in runs if run.after is not None}
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for run in runs:
+        if run.name not in helping or run.argv not in seen:
+            kept.append(run)
+        seen.add(run.argv)
+    return kept
+
+
+def _argv(flags: Mapping[str, Any]) -> Iterator[str]:
+    """Flags as on the command line. A flag whose kind is an optional value works bare; null leaves one out."""
+    bare = {field.name for field in dataclasses.fields(Arguments) if field.metadata.get("const")}
+    for name, value in flags.items():
+        if isinstance(value, bool) and name in bare:
+            yield from ([f"--{name}"] if value else [])
+        elif value is not None:
+            yield f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def run_name(shown: Mapping[str, Any], seed: int) -> str:
+    """The name of a run's folder: its method, what its setting says, its seed. The same setting finds its folder again."""
+    method = shown.get("peft_model")
+    parts = [] if method is None else [str(method)]
+    parts += [f"{name}{value}" for name, value in shown.items() if name != "peft_model"]
+    return re.sub(r"[^\w.+-]+", "_", "-".join([*parts, f"seed{seed}"]))
+
+
+def _suggestion(key: str) -> str:
+    close = difflib.get_close_matches(key, _KEYS, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,224 @@
+"""What processes exchange in an update, and how long updates take in many processes; arithmetic only, no torch.
+
+Payloads are what a collective is called with: the whole buffer that is summed, gathered or scattered. Over a ring each of N
+processes sends, and receives, (N - 1) / N of a gathered or scattered payload and twice that of one that is summed everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from peft_pretraining.memory.account import Setting, parameter_groups
+from peft_pretraining.memory.counts import DTYPE_BYTES
+from peft_pretraining.memory.fsdp_units import units_of
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Payloads of one update, bytes. gathered_forward and gathered_backward: of each micro-batch; the others once per update."""
+
+    world_size: int
+    micro_batches: int
+    all_reduced: int = 0
+    gathered_forward: int = 0
+    gathered_backward: int = 0
+    reduce_scattered: int = 0
+
+    @property
+    def all_gathered(self) -> int:
+        """Payload of all gathers of an update."""
+        return self.micro_batches * (self.gathered_forward + self.gathered_backward)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each process sends in an update."""
+        return self._share * (2 * self.all_reduced + self.all_gathered + self.reduce_scattered)
+
+    @property
+    def _share(self) -> float:
+        return (self.world_size - 1) / self.world_size
+
+    @property
+    def sent_forward(self) -> float:
+        """In the forward pass of a micro-batch."""
+        return self._share * self.gathered_forward
+
+    def sent_backward(self, last: bool) -> float:
+        """In the backward pass of a micro-batch; gradients are exchanged in the `last` one of an update."""
+        gradients = 2 * self.all_reduced + self.reduce_scattered if last else 0
+        return self._share * (self.gathered_backward + gradients)
+
+
+def traffic(setting: Setting) -> Traffic:
+    """What an update of this run exchanges. Left out: a few numbers for loss, token counts and norms, evaluation, checkpoints.
+
+    DDP sums all gradients, in the last micro-batch, in the reduce dtype. FSDP2 gathers every unit in the forward pass, and all
+    but the root's again in the backward pass where reshard_after_forward freed them, in the dtype of the arithmetic; it reduces
+    and scatters gradients in the last micro-batch, in the reduce dtype.
+    """
+    groups = parameter_groups(setting)
+    units = units_of(setting.model, groups, setting.parts)
+    trained = units_of(setting.model, [group for group in groups if group.trained], setting.parts)
+    size, accumulation = setting.world_size, setting.gradient_accumulation
+    if size == 1:
+        return Traffic(1, accumulation)
+    reduced = DTYPE_BYTES[setting.reduces_in] * trained.padded
+    if not setting.sharded:
+        return Traffic(size, accumulation, all_reduced=reduced)
+    compute = DTYPE_BYTES[setting.computes_in]
+    again = units.padded - units.root.padded if setting.reshard_after_forward else 0
+    return Traffic(size, accumulation, 0, compute * units.padded, compute * again, reduced)
+
+
+def full_rank(setting: Setting) -> Setting:
+    """The same run with dense weights."""
+    return replace(setting, peft_model="full")
+
+
+@dataclass(frozen=True)
+class Link:
+    """bytes_per_s: what a process sends, and receives at the same time. overlap: share of a pass's communication that can hide
+    behind its arithmetic, 1 for all of it and 0 for none."""
+
+    bytes_per_s: float
+    overlap: float = 1.0
+
+
+def backward_share(setting: Setting) -> float:
+    """The backward pass's share of a micro-batch's arithmetic: two products for each of forward's, and forward's once more
+    with activation checkpointing."""
+    return 3 / 4 if setting.activation_checkpointing else 2 / 3
+
+
+def update_seconds(setting: Setting, tokens_per_s: float, link: Link) -> float:
+    """Seconds of an update. tokens_per_s: of one process that need not wait for others, measured.
+
+    Forward and backward pass of every micro-batch take the longer of arithmetic and communication (overlap 1) or their sum
+    (overlap 0). Left out: latency, the step, and that a pass's first gather and last reduction have nothing to hide behind.
+    """
+    found = traffic(setting)
+    micro_batch = setting.batch_size * setting.max_length / tokens_per_s
+    backward = backward_share(setting) * micro_batch
+    forward = micro_batch - backward
+    earlier = setting.gradient_accumulation - 1
+    return (
+        setting.gradient_accumulation * _together(forward, found.sent_forward, link)
+        + earlier * _together(backward, found.sent_backward(last=False), link)
+        + _together(backward, found.sent_backward(last=True), link)
+    )
+
+
+def _together(arithmetic: float, sent: float, link: Link) -> float:
+    communication = sent / link.bytes_per_s
+    return arithmetic + communication - link.overlap * min(arithmetic, communication)
+
+
+def in_processes(setting: Setting, world_size: int) -> Setting:
+    """The same update, of as many sequences, in another number of processes.
+
+    The micro-batch stays where it can and shrinks where a process's share is smaller; shares are rounded up.
+    """
+    sequences = setting.batch_size * setting.gradient_accumulation * setting.world_size
+    share = math.ceil(sequences / world_size)
+    batch_size = min(setting.batch_size, share)
+    accumulation = math.ceil(share / batch_size)
+    return replace(setting, world_size=world_size, batch_size=batch_size, gradient_accumulation=accumulation)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """An update of a fixed number of sequences in `world_size` processes. efficiency: of tokens_per_s per process, against one
+    process that waits for nobody."""
+
+    world_size: int
+    seconds_per_update: float
+    tokens_per_s: float
+    efficiency: float
+
+
+def scaling(setting: Setting, world_size: int, tokens_per_s: float, link: Link) -> Scaling:
+    """How fast the setting's update would be in `world_size` processes."""
+    seconds = update_seconds(in_processes(setting, world_size), tokens_per_s, link)
+    tokens = setting.batch_size * setting.gradient_accumulation * setting.world_size * setting.max_length
+    return Scaling(world_size, seconds, tokens / seconds, tokens / seconds / (world_size * tokens_per_s))
+
+
+def stops_scaling_at(setting: Setting, tokens_per_s: float, link: Link) -> int | None:
+    """The smallest number of processes, of those that share the sequences evenly, whose efficiency is below a half; None where
+    there is none up to a sequence for each process."""
+    sequences = setting.batch_size * setting.gradient_accumulation * setting.world_size
+    even = (size for size in range(2, sequences + 1) if sequences % size == 0)
+    return next((size for size in even if scaling(setting, size, tokens_per_s, link).efficiency < 0.5), None)
+
+
+def world_sizes(setting: Setting) -> Iterator[int]:
+    """Powers of two up to a sequence for each process, that share the update's sequences evenly, and the setting's own."""
+    sequences = setting.batch_size * setting.gradient_accumulation * setting.world_size
+    powers = {2**exponent for exponent in range(sequences.bit_length()) if sequences % 2**exponent == 0}
+    return iter(sorted(powers | {setting.world_size}))
+
+
+def wire_figures(setting: Setting, bandwidth: float | None, tokens_per_s: float | None) -> dict[str, Any]:
+    """What `estimate` tells of communication, JSON-able.
+
+    bandwidth: 10^9 bytes/s that a process sends, None if unknown. tokens_per_s: of one process, measured; needs bandwidth.
+    """
+    own, dense = traffic(setting), traffic(full_rank(setting))
+    figures: dict[str, Any] = {
+        "parallel": setting.parallel,
+        **asdict(own),
+        "all_gathered": own.all_gathered,
+        "sent": round(own.sent),
+        "sent_full_rank": round(dense.sent),
+    }
+    if bandwidth is None:
+        return figures
+    link = Link(bandwidth * 1e9)
+    figures |= {"seconds": own.sent / link.bytes_per_s, "seconds_full_rank": dense.sent / link.bytes_per_s}
+    if tokens_per_s is not None:
+        figures["backward_share"] = backward_share(setting)
+        for name, overlap in (("overlapped", 1.0), ("not_overlapped", 0.0)):
+            at = replace(link, overlap=overlap)
+            rows = [asdict(scaling(setting, size, tokens_per_s, at)) for size in world_sizes(setting)]
+            figures[name] = {"scaling": rows, "stops_scaling_at": stops_scaling_at(setting, tokens_per_s, at)}
+    return figures
+
+
+def format_wire(figures: dict[str, Any]) -> str:
+    """One line of `wire_figures`' bytes for a terminal."""
+    if figures["world_size"] == 1:
+        return "nothing: one process"
+    parts = {
+        "all-reduce": figures["all_reduced"],
+        "all-gather": figures["all_gathered"],
+        "reduce-scatter": figures["reduce_scattered"],
+    }
+    payloads = " + ".join(f"{name} {size / 1e9:.3f}" for name, size in parts.items() if size)
+    share = figures["sent"] / figures["sent_full_rank"]
+    return (
+        f"{figures['sent'] / 1e9:.3f} GB sent per update and process by {figures['parallel']} ({payloads}), "
+        f"{share:.0%} of full-rank's {figures['sent_full_rank'] / 1e9:.3f}"
+    )
+
+
+def format_scaling(figures: dict[str, Any]) -> str:
+    """The table of `wire_figures` with a bandwidth, for a terminal."""
+    lines = []
+    if "seconds" in figures:
+        lines.append(
+            f"communication {figures['seconds']:.3f} s per update, full-rank {figures['seconds_full_rank']:.3f} s, unless hidden"
+        )
+    if "overlapped" in figures:
+        lines.append("the same update in more processes; hidden: all communication that fits behind its pass's arithmetic")
+        lines.append(f"{'processes':>9} {'tokens/s hidden':>17} {'efficiency':>10} {'not hidden':>12} {'efficiency':>10}")
+        for best, worst in zip(*(figures[name]["scaling"] for name in ("overlapped", "not_overlapped")), strict=True):
+            lines.append(
+                f"{best['world_size']:>9,} {best['tokens_per_s']:>17,.0f} {best['efficiency']:>10.0%} "
+                f"{worst['tokens_per_s']:>12,.0f} {worst['efficiency']:>10.0%}"
+            )
+        best, worst = (figures[name]["stops_scaling_at"] or "no number of" for name in ("overlapped", "not_overlapped"))
+        lines.append(f"efficiency below a half from {best} processes on (hidden), {worst} (not hidden)")
+    return "\n".join(lines)

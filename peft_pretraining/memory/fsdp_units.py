@@ -1,0 +1,76 @@
+"""What FSDP2 gathers and reduces together, in elements; no torch.
+
+A unit is a decoder layer, the embedding, or what belongs to neither: final norm and output head. Every parameter's rows are
+divided over the processes by torch.chunk, and padded to equal parts where something is communicated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.memory.counts import TensorGroup, first_part
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Elements of a unit's parameters: `whole`, and process 0's `part` of them, which all parts are padded to."""
+
+    whole: int = 0
+    part: int = 0
+    processes: int = 1
+
+    @property
+    def padded(self) -> int:
+        """Elements that are gathered or reduced."""
+        return self.part * self.processes
+
+
+@dataclass(frozen=True)
+class Units:
+    """Those of a model: one embedding (empty where it is tied to the head), `num_layers` equal layers, the root's own."""
+
+    embedding: Unit
+    layer: Unit
+    root: Unit
+    num_layers: int
+
+    @property
+    def whole(self) -> int:
+        """Elements of all units."""
+        return self.embedding.whole + self.num_layers * self.layer.whole + self.root.whole
+
+    @property
+    def part(self) -> int:
+        """Elements of process 0's parts of all units."""
+        return self.embedding.part + self.num_layers * self.layer.part + self.root.part
+
+    @property
+    def padded(self) -> int:
+        """Elements of all units, padded."""
+        return self.embedding.padded + self.num_layers * self.layer.padded + self.root.padded
+
+
+def units_of(cfg: ModelConfig, groups: list[TensorGroup], processes: int) -> Units:
+    """The units of a model whose parameters are `groups` (memory.tensor_groups)."""
+    layers = cfg.num_hidden_layers
+    embedding, layer, root = [], [], []
+    for group in groups:
+        if group.embedding:
+            root.append((group.shape, 1))
+            embedding.append((group.shape, group.count - 1))
+        else:
+            final_norm = group.count == 2 * layers + 1
+            root.append((group.shape, int(final_norm)))
+            layer.append((group.shape, (group.count - final_norm) // layers))
+    return Units(_unit(embedding, processes), _unit(layer, processes), _unit(root, processes), layers)
+
+
+def _unit(shapes: list[tuple[tuple[int, ...], int]], processes: int) -> Unit:
+    """(shape, how many of it) of each parameter."""
+    return Unit(
+        whole=sum(count * math.prod(shape) for shape, count in shapes),
+        part=sum(count * math.prod(first_part(shape, processes)) for shape, count in shapes),
+        processes=processes,
+    )

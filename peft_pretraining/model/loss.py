@@ -1,0 +1,149 @@
+"""Cross-entropy summed over tokens, without ever holding the logits of a whole micro-batch.
+
+Shape letters: B sequences, T positions, N rows, C rows of one chunk, D model width, V vocabulary.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_pretraining.memory.counts import loss_chunk_rows
+from peft_pretraining.model.forward import hidden_states
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+IGNORE_INDEX = -100
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None, num_counted: int | None = None
+) -> Tensor:
+    """Sum over rows of -log softmax(hidden @ weight.T)[label], a float32 scalar.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), the output head; any floating dtype, the same as hidden's.
+        labels: (N,) int64, -100 for rows that do not count (they cost nothing).
+        chunk_rows: rows whose logits exist at one time; default: memory.loss_chunk_rows of the device.
+        num_counted: rows that count, where that is known: exactly as many, or rows would be lost. Without it a GPU is waited
+            for.
+
+    The gradients of hidden and weight are computed chunk by chunk in the forward pass, while the logits are there: one
+    matrix product less than computing the logits again in backward. The weight's gradient is summed over chunks in
+    float32, whatever its dtype. Once differentiable.
+    """
+    chunk_rows = chunk_rows or loss_chunk_rows(hidden.device.type)
+    if not torch.compiler.is_compiling():
+        # A data-dependent shape; inside a compiled region the rows stay and are masked.
+        counted = _positions(labels != IGNORE_INDEX, num_counted)
+        hidden, labels = hidden[counted], labels[counted]
+    with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_rows, with_gradients)
+    return total
+
+
+def _positions(flags: Tensor, number: int | None) -> Tensor:
+    """Where the flags are set, `number` of them; if that is None it is asked of the device."""
+    if number is None:
+        return torch.nonzero(flags)[:, 0]
+    return torch.nonzero_static(flags, size=number)[:, 0]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_gradients: bool) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunks = list(zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True))
+        if not with_gradients:
+            for h_CD, labels_C in chunks:
+                total += _token_losses(_log_probabilities(h_CD, weight), labels_C).sum()
+            return total
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        for (h_CD, labels_C), grad_CD in zip(chunks, grad_hidden.split(chunk_rows), strict=True):
+            loss, product = _chunk_gradients(h_CD, weight, labels_C, grad_CD)
+            total += loss
+            if grad_weight is None:
+                # In bfloat16 an addend below 1/256 of the sum would be lost, and a late chunk is that small.
+                grad_weight = product if len(chunks) == 1 else product.to(_wide(product))
+            else:
+                grad_weight += product
+            del product  # or it would live through the next chunk's logits
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = _scaled(grad_hidden, grad_total, grad_hidden.dtype)
+        return grad_hidden, _scaled(grad_weight, grad_total, ctx.weight_dtype), None, None, None
+
+
+def _chunk_gradients(h_CD: Tensor, weight: Tensor, labels_C: Tensor, grad_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the chunk's losses, its gradient of the head); the gradient of h_CD is written to grad_CD."""
+    log_p_CV = _log_probabilities(h_CD, weight)
+    loss = _token_losses(log_p_CV, labels_C).sum()
+    grad_CV = _logit_gradients(log_p_CV, labels_C).to(h_CD.dtype)
+    grad_CD.copy_(grad_CV @ weight)
+    return loss, grad_CV.T @ h_CD
+
+
+def _log_probabilities(h_CD: Tensor, weight: Tensor) -> Tensor:
+    logits_CV = F.linear(h_CD, weight)
+    logits_CV = logits_CV.to(_wide(logits_CV))
+    return F.log_softmax(logits_CV, dim=-1)
+
+
+def _token_losses(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
+    picked = log_p_CV.gather(1, labels_C.clamp(min=0)[:, None])[:, 0]
+    return torch.where(labels_C == IGNORE_INDEX, 0.0, -picked)
+
+
+def _logit_gradients(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """softmax - onehot(label), 0 in rows that do not count; overwrites the log probabilities."""
+    counted_C1 = (labels_C != IGNORE_INDEX)[:, None]
+    grad_CV = log_p_CV.exp_()
+    grad_CV.scatter_add_(1, labels_C.clamp(min=0)[:, None], torch.full_like(counted_C1, -1.0, dtype=grad_CV.dtype))
+    return grad_CV.mul_(counted_C1)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, block_rows: int = 1024) -> Tensor:
+    """gradient * scale, multiplied in float32 block by block: a scale rounded to bfloat16 would bias every gradient."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    for source, target in zip(gradient.split(block_rows), out.split(block_rows), strict=True):
+        target.copy_(source.to(_wide(source), copy=True).mul_(scale))
+    return out
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """float32, or the tensor's own dtype where that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class TokenLoss(nn.Module):
+    """A causal language model together with its loss: what data parallelism wraps and the training step calls."""
+
+    def __init__(self, model: "LlamaForCausalLM", chunk_rows: int | None = None, document_end: int | None = None) -> None:
+        """model: its linears may be of any kind; chunk_rows: as in chunked_cross_entropy; document_end: as in hidden_states."""
+        super().__init__()
+        self.model = model
+        self.chunk_rows = chunk_rows
+        self.document_end = document_end
+
+    def forward(self, input_ids: Tensor, labels: Tensor, num_targets: int | None = None) -> Tensor:
+        """Sum of the losses of all valid targets, a float32 scalar.
+
+        input_ids, labels: (B, T), labels as in transformers: not shifted, -100 where nothing is to be predicted. Padding needs
+        no attention mask: it stands on the right and attention is causal, so no real token sees it. num_targets: valid targets
+        among them, where that is known; without it a GPU is waited for.
+        """
+        hidden = hidden_states(self.model.model, input_ids, self.document_end)
+        # Shift the labels, not the hidden states: those stay contiguous. The last position predicts nothing.
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self.chunk_rows, num_targets
+        )

@@ -1,0 +1,215 @@
+"""The parts of a run put together: plan, folder, data, model, updates and record, restored to where the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_pretraining.checkpoint.saver import Saver
+from peft_pretraining.checkpoint.step_folder import write_json
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.data.errors import DataError
+from peft_pretraining.data.loader import Batch, merge_states
+from peft_pretraining.distributed.parallel import is_sharded, replicate
+from peft_pretraining.distributed.world import (
+    World,
+    all_reduce_sum_,
+    broadcast_object,
+    device_memory,
+    gather_objects,
+    largest,
+)
+from peft_pretraining.model.compile_cache import keep_compiled_code
+from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
+from peft_pretraining.record.measured_memory import comparison, measured_bytes
+from peft_pretraining.record.recorder import Recorder, peak_memory_bytes
+from peft_pretraining.run.build import DTYPES, Data, build_data, build_module, build_updates, resolve_dtype
+from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
+from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_over, restore_data, restore_run, run_content
+from peft_pretraining.training.evaluate import EvalResult, NothingToEvaluate, evaluate
+from peft_pretraining.training.restarts import Restarts
+from peft_pretraining.training.stop import Stopped, StopRequest, StopRun
+from peft_pretraining.training.update import TrainState
+
+
+@dataclass
+class Run:
+    """The parts of a run, built and brought to where it goes on."""
+
+    plan: Plan
+    device: torch.device
+    folder: RunFolder
+    data: Data
+    batches: Iterator[Batch]
+    module: nn.Module  # maps (input_ids, labels, num_targets) to the sum of token losses
+    parts: RunParts
+    restarts: Restarts
+    document: dict[str, Any]  # run.json
+    stop: StopRequest
+    saver: Saver
+    memory_told: bool = False
+
+    def memory_row(self) -> dict[str, int]:
+        """Once, after the first update: measured beside predicted memory, for the record."""
+        if self.memory_told:
+            return {}
+        self.memory_told = True
+        measured = measured_bytes(self.parts.model, self.parts.updates.optimizer)
+        return comparison(self.plan.bytes, measured, peak_memory_bytes(self.device), self.device.type)
+
+
+def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
+    """Build everything and restore the checkpoint that the run goes on from; None where it is finished already."""
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
+    there = device_memory(device, world)
+    if not args.force and (problems := memory_problems(plan, args, there)):
+        raise ConfigError([*problems, "--force starts it all the same"])
+    folder = open_run_folder(args, plan, world)
+    if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
+        say_finished(world, state, folder)
+        return None
+    if folder.warm_start and folder.checkpoint is not None:
+        refuse_if_over(folder.checkpoint, plan)
+    data = build_data(args, plan, world, device)
+    if world.is_main:
+        print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
+
+    if folder.checkpoint is not None:
+        check_same_data(folder.checkpoint, args, data.source)
+        restore_data(folder.checkpoint, data.loader)
+    batches = iter(data.loader)  # its workers read and tokenise while the model is built
+    # torchao's 4-bit step is compiled too.
+    if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
+        print(f"notice: {problem}", file=sys.stderr)
+    restored = folder.checkpoint is not None
+    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id, restored=restored)
+    updates = build_updates(args, token_loss.model, world, device)
+    module: nn.Module = token_loss
+    if not is_sharded(token_loss) and not updates.averages_gradients:
+        module = replicate(token_loss, world, device, None if args.reduce_dtype is None else DTYPES[args.reduce_dtype])
+    parts = RunParts(token_loss.model, updates, data.loader, TrainState())
+    if folder.checkpoint is not None:
+        restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
+    document = run_document(args, plan, world, folder, data.source)
+    saver = Saver(
+        folder.path,
+        lambda: run_content(folder.path, parts, world, document),
+        world,
+        keep=args.keep_checkpoints,
+        asynchronous=args.async_save,
+        saved_step=parts.state.update_step if folder.goes_on_in_place else None,
+        timeout_s=args.timeout_s,
+    )
+    restarts = Restarts(args, token_loss.model, updates, world)
+    return Run(plan, device, folder, data, batches, module, parts, restarts, document, StopRequest(), saver)
+
+
+def next_micro_batches(run: Run, world: World) -> list[Batch]:
+    """This process's share of the next update. Raises as `_agreed`; data handed out is taken back then."""
+    loader = run.parts.loader
+    position = loader.state_dict()
+    micro_batches: list[Batch] = []
+    try:
+        with _agreed(run, world):
+            micro_batches = [next(run.batches) for _ in range(run.plan.gradient_accumulation)]
+    except (StopRun, DataError):
+        loader.take_back(position)
+        raise
+    return micro_batches
+
+
+@contextlib.contextmanager
+def _agreed(run: Run, world: World) -> Iterator[None]:
+    """Wait for data in the block; on leaving it all processes agree on whether to go on.
+
+    Raises StopRun where any of them was asked to stop or got no data, DataError if that was before the first update.
+    """
+    problem: str | None = None
+    try:
+        with run.stop.waiting():
+            yield
+    except Stopped:
+        pass
+    except DataError as error:
+        problem = str(error)
+    wanted = largest(2 if problem else int(run.stop.requested), world)
+    if wanted == 2:
+        problem = problem or "another process of this run has no more data, its own message says why"
+        raise StopRun(problem) if run.parts.state.update_step else DataError(problem)
+    if wanted:
+        raise StopRun
+
+
+def run_evaluation(run: Run, world: World) -> EvalResult:
+    """The held-out split's loss over all processes.
+
+    Raises StopRun where any of them is asked to stop meanwhile or cannot read its data, and NothingToEvaluate.
+    """
+    with _agreed(run, world):
+        run.data.eval_set.prepare()
+    # DDP's own forward would exchange what evaluation does not need. FSDP2's is one of all processes: they have the same number
+    # of batches, and stop at the same one.
+    inner = getattr(run.module, "module", run.module)
+    together = world if is_sharded(run.module) else World()
+    problem: NothingToEvaluate | None = None
+    try:
+        result = evaluate(
+            inner,
+            takewhile(lambda _: not largest(int(run.stop.requested), together), run.data.eval_set),
+            world_reduce=lambda sums: all_reduce_sum_(sums, world),
+            bytes_per_id=run.data.tokenizer.bytes_per_id(),
+        )
+    except NothingToEvaluate as error:  # all processes alike
+        problem = error
+    if largest(int(run.stop.requested), world):
+        raise StopRun
+    if problem is not None:
+        raise problem
+    return result
+
+
+def open_record(args: Arguments, world: World, run: Run) -> Recorder:
+    """Write run.json and the tokenizer beside it, and open metrics.jsonl, wandb and the bar at the run's position."""
+    folder = run.folder
+    if world.is_main:
+        take_up(folder)
+        write_json(folder.path / "run.json", run.document)
+        run.data.tokenizer.save(folder.path / "tokenizer")
+    record = Recorder(
+        folder.path,
+        enabled=world.is_main,
+        total_updates=run.plan.num_training_steps,
+        start_step=run.parts.state.update_step,
+        wandb_settings={
+            "mode": args.wandb,
+            "id": folder.wandb_id,
+            "name": args.name or folder.path.name,
+            "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
+            "config": run.document,
+            "group": f"{run.plan.model.name}-{args.peft_model}",
+        },
+    )
+    # Other nodes may not see this folder, and every process must agree on whether an evaluation is due.
+    record.last_evaluated_step = broadcast_object(record.last_evaluated_step, world)
+    return record
+
+
+def say_finished(world: World, state: TrainState, folder: RunFolder) -> None:
+    """The last line of a run, and the only one of a run that was finished before."""
+    if world.is_main:
+        print(f"finished {state.update_step:,} updates, {state.tokens_seen:,} tokens; everything is in {folder.path}")
+
+
+def say_passed_over(record: Recorder, run: Run, world: World) -> None:
+    """Records of the data that the run did without, by kind, if there were any; every process calls it."""
+    counts = merge_states(gather_objects(run.parts.loader.state_dict(), world))["bad_records"]
+    if counts:
+        kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items())
+        record.say(f"records passed over since the run began: {kinds}")

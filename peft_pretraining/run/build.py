@@ -1,0 +1,215 @@
+"""From arguments to the parts of a run: data, tokenizer, model, optimizer; and from a checkpoint back to a model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft_pretraining.checkpoint import step_folder as checkpoint
+from peft_pretraining.config.arguments import Arguments, ConfigError, arguments_of_record, embedding_bits
+from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.data.bad_records import OnBadRecord
+from peft_pretraining.data.loader import EvalSet, TrainLoader
+from peft_pretraining.data.source import Source, open_source
+from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
+from peft_pretraining.distributed.world import World
+from peft_pretraining.methods.method import METHODS, projected_matrices
+from peft_pretraining.model.llama import build_model, initialize, materialize, meta_model, prepare_to_train
+from peft_pretraining.model.loss import TokenLoss
+from peft_pretraining.model.svd_start import start_from_svd
+from peft_pretraining.optim import (
+    GrowthLimit,
+    PerLayerUpdate,
+    StochasticRounding,
+    Subspace,
+    Updates,
+    WholeUpdate,
+    build_galore,
+    build_optimizer,
+)
+from peft_pretraining.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> str:
+    """The dtype's name: as asked, or bfloat16 on a GPU that computes in it, else float32."""
+    if name is not None:
+        return name
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def default_workers(device: torch.device, world: World) -> int:
+    """Tokenising processes per rank: up to 8, and one core left to each trainer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // world.local_size - 1))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokenizer and both splits."""
+
+    source: Source
+    tokenizer: Tokenizer
+    loader: TrainLoader
+    eval_set: EvalSet
+
+
+def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) -> Data:
+    """Open the data and the tokenizer, and check that they fit the model.
+
+    Raises:
+        DataError, TokenizerError: what cannot be opened, and why.
+        ConfigError: the tokenizer produces ids that the model does not have.
+    """
+    source = open_source(args.dataset, "train", text_field=args.text_field)
+    held_out = open_source(
+        args.eval_dataset or args.dataset, "validation", text_field=args.text_field, hold_out=args.eval_dataset is None
+    )
+    # Prepared data brings a copy of its tokenizer: for the run's folder and bits per byte, nothing is encoded with it.
+    tokenizer = load_tokenizer(args.tokenizer or source.default_tokenizer)
+    check_vocabulary(plan.model, tokenizer)
+    workers = default_workers(device, world) if args.workers is None else args.workers
+    on_bad_record: OnBadRecord = "fail" if args.on_bad_record == "fail" else "skip"
+    loader = TrainLoader(
+        source,
+        tokenizer,
+        max_length=args.max_length,
+        packing=args.packing,
+        lanes=plan.data_lanes,
+        seed=args.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=0 if source.prepared is not None and args.workers is None else workers,
+        batch_size=args.batch_size,
+        pin_memory=device.type == "cuda",
+        on_bad_record=on_bad_record,
+    )
+    eval_set = EvalSet(
+        held_out,
+        tokenizer,
+        max_length=args.max_length,
+        packing=args.packing,
+        max_tokens=plan.eval_tokens,
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=args.batch_size,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+        on_bad_record=on_bad_record,
+    )
+    return Data(source, tokenizer, loader, eval_set)
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a model whose embedding lacks ids that ordinary text produces. Raises ConfigError."""
+    if model.vocab_size < tokenizer.text_vocab_size:
+        raise ConfigError(
+            [
+                f"{model.path}: vocab_size {model.vocab_size} is too small, text of tokenizer {tokenizer.name} needs ids "
+                f"up to {tokenizer.text_vocab_size - 1}; set vocab_size to at least {tokenizer.text_vocab_size}, or choose "
+                "another --tokenizer"
+            ]
+        )
+
+
+def build_module(
+    args: Arguments, plan: Plan, world: World, device: torch.device, eos_id: int | None = None, restored: bool = False
+) -> TokenLoss:
+    """The model with its method applied and its loss, on the device, with the seed's initial values; sharded if asked for.
+
+    eos_id: what ends a document, for --document_mask. restored: a checkpoint's values follow, so that none need be decomposed.
+    """
+    model = meta_model(plan.model, DTYPES[plan.dtype], lambda model: METHODS[args.peft_model](model, args))
+    module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
+    sharded = args.parallel == "fsdp" and world.size > 1
+    if sharded:
+        # A tied embedding is the head too, and belongs to what stays gathered.
+        embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
+        sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
+        shard(module, [*embedding, *model.model.layers], device, sharding)
+    materialize(model, device)
+    initialize(model, args.seed)
+    if args.init == "svd" and not restored:
+        start_from_svd(model, model.config.initializer_range, args.seed, world)
+    if sharded:
+        settle_shards(module, device)
+    prepare_to_train(model, args.activation_checkpointing, args.compile)
+    return module
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else DTYPES[name]
+
+
+def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device) -> Updates:
+    """The optimizer and when it steps. Raises OptimizerUnavailable."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    settings: dict[str, Any] = {
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "beta1": args.beta1,
+        "embedding_bits": embedding_bits(args),
+        "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,
+    }
+    build = partial(build_optimizer, args.optimizer, **settings)
+    if args.peft_model == "galore":
+        subspace = Subspace(args.rank, args.update_proj_gap, args.galore_scale, args.proj_type)
+        matrices = frozenset(projected_matrices(model))
+        build = partial(build_galore, args.optimizer, matrices=matrices, subspace=subspace, world=world, **settings)
+    growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
+    if args.per_layer:
+        return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=_dtype(args.reduce_dtype))
+    return WholeUpdate(
+        build,
+        parameters,
+        world,
+        grad_clipping=args.grad_clipping,
+        growth=growth,
+        free_gradients=world.size == 1 or args.parallel == "fsdp",
+    )
+
+
+def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
+    """The arguments in a checkpoint's run.json, and all of it. Raises CheckpointError."""
+    run = checkpoint.read_json(folder / "run.json")
+    try:
+        args = arguments_of_record(run["arguments"])
+        known = run["plan"]["dtype"] in DTYPES and args.peft_model in METHODS
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
+    if not known:
+        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: of a method or dtype that this version does not know")
+    return args, run
+
+
+def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
+    """Model, tokenizer and run.json of a checkpoint (or of the newest in a run's folder), in the run's dtype.
+
+    Raises:
+        CheckpointError: not a checkpoint, or not a sound one.
+    """
+    folder = checkpoint.resolve(path)
+    args, run = checkpoint_record(folder)
+    try:
+        model = build_model(
+            load_model_config(folder / "config.json"),
+            dtype=DTYPES[run["plan"]["dtype"]],
+            device=device,
+            seed=args.seed,
+            reparameterize=lambda model: METHODS[args.peft_model](model, args),
+        )
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # numbers that no run was ever started with
+        raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None
+    checkpoint.load_tensors(folder, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

@@ -1,0 +1,318 @@
+"""A run's folder: which one it is, which checkpoint it goes on from, and run.json, the record of how it was made."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_pretraining.checkpoint import step_folder as checkpoint
+from peft_pretraining.config.arguments import (
+    CHANGEABLE,
+    WARM_START_CHANGES,
+    Arguments,
+    ConfigError,
+    allowed_changes,
+    as_dict,
+)
+from peft_pretraining.data.source import Source
+from peft_pretraining.distributed.world import World, broadcast_object
+from peft_pretraining.plan.plan import Plan
+from peft_pretraining.record.recorder import METRICS_FILE
+from peft_pretraining.run.resume import train_state
+from peft_pretraining.run.same_run import differing_arguments, differing_shape
+from peft_pretraining.training.stop import MARKER_FILE
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "torchao",
+    "triton",
+    "sentencepiece",
+    "wandb",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and the checkpoint it starts from (None: from the seed's initial values).
+
+    warm_start: that checkpoint is a full-rank run's, of which weights and position are taken (--warmed_up_model).
+    warm_up: what is recorded of the full-rank run, for a run that began with one: its arguments, and its updates.
+    """
+
+    path: Path
+    checkpoint: Path | None
+    wandb_id: str
+    warm_start: bool = False
+    warm_up: dict[str, Any] | None = None
+
+    @property
+    def goes_on_in_place(self) -> bool:
+        """Whether the checkpoint it starts from is one of its own."""
+        return self.checkpoint is not None and self.path.resolve() == self.checkpoint.parent.resolve()
+
+
+def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
+    """Choose and create the folder; the same answer on every process.
+
+    Raises:
+        CheckpointError: --continue_from names no checkpoint or a damaged one, or the folder holds damaged ones only.
+        ConfigError: the checkpoint was made with other arguments, or the folder holds another run.
+        OSError: the folder cannot be written.
+    """
+    choice: RunFolder | Exception | None = None
+    if world.is_main:
+        try:
+            choice = _choose(args, plan)
+        except (checkpoint.CheckpointError, ConfigError, OSError) as error:
+            choice = error
+    choice = broadcast_object(choice, world)
+    if isinstance(choice, Exception):
+        raise choice
+    assert isinstance(choice, RunFolder)
+    return choice
+
+
+def _choose(args: Arguments, plan: Plan) -> RunFolder:
+    path = plan.save_dir
+    newest = None
+    if args.resume == "never":
+        path = _fresh(path)
+    if args.continue_from is not None:
+        checkpoint.recover_replaced(Path(args.continue_from))
+        newest = checkpoint.resolve(Path(args.continue_from))
+    elif args.resume == "auto":
+        checkpoint.recover_replaced(path)
+        newest = checkpoint.resolve(path) if checkpoint.list_checkpoints(path) else None
+    warm_start = newest is None and args.warmed_up_model is not None and args.peft_model == "relora"
+    if warm_start:
+        newest = checkpoint.resolve(Path(str(args.warmed_up_model)))
+    wandb_id = secrets.token_hex(4)
+    warm_up = None
+    if newest is None and args.allow_changes:
+        print(f"notice: --allow_changes {args.allow_changes} has no effect: the run starts afresh", file=sys.stderr)
+    if newest is not None:
+        before = _read_record(newest)
+        warm_up = before["warm_up"]
+        if warm_start:
+            _check_full_rank(newest, before)
+            warm_up = {"updates": train_state(newest).update_step, "arguments": before["arguments"]}
+        _check_same_run(newest, before, args, plan, WARM_START_CHANGES if warm_start else frozenset())
+        _say_what_breaks_bits(newest, before, plan)
+        if path.resolve() == newest.parent.resolve():
+            wandb_id = before.get("wandb_id", wandb_id)
+        elif checkpoint.list_checkpoints(path):
+            raise ConfigError(
+                [
+                    f"--continue_from {newest}: {path} already holds another run; leave --continue_from out to go on with that "
+                    "one, or name another --save_dir"
+                ]
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MARKER_FILE).unlink(missing_ok=True)  # also where this start fails: what a script reads there is of the last one
+    return RunFolder(path, newest, wandb_id, warm_start, warm_up)
+
+
+def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
+    method = before["arguments"]["peft_model"]
+    if method != "full":
+        raise ConfigError(
+            [
+                f"--warmed_up_model {path}: was made with --peft_model {method}; relora starts from the dense weights of "
+                "--peft_model full; to go on with a relora run use --continue_from"
+            ]
+        )
+
+
+def take_up(folder: RunFolder) -> None:
+    """Make the folder's past that of the run: nothing is touched before all parts of the run are there. On rank 0.
+
+    Going back in its own folder sets later checkpoints aside; going on in another one brings the record along; a run that
+    starts afresh puts a record that it finds (of a run that never saved) out of the way.
+    """
+    record = folder.path / METRICS_FILE
+    if folder.checkpoint is None:
+        if record.exists():
+            number = 1
+            while (old := record.with_name(f"metrics.old-{number}.jsonl")).exists():
+                number += 1
+            record.rename(old)
+            print(f"notice: {folder.path} held a record without a checkpoint; it is kept as {old.name}", file=sys.stderr)
+    elif folder.goes_on_in_place:
+        _set_aside_later(folder.checkpoint)
+    elif (folder.checkpoint.parent / METRICS_FILE).is_file():
+        shutil.copyfile(folder.checkpoint.parent / METRICS_FILE, record)
+
+
+def _fresh(path: Path) -> Path:
+    """`path` where nothing is there yet, else path-2, path-3, ..."""
+    number, candidate = 1, path
+    while candidate.exists() and any(candidate.iterdir()):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _set_aside_later(chosen: Path) -> None:
+    """Move checkpoints past the chosen one out of the way: they are damaged, or of a course that the run no longer takes."""
+    later = [path for path in checkpoint.list_checkpoints(chosen.parent) if path.name > chosen.name]
+    for path in later:
+        place = _fresh(path.parent / "set_aside" / path.name)
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+        print(f"notice: going on from {chosen.name}, the later {path.name} is set aside as {place}", file=sys.stderr)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The run.json of a checkpoint, with every part that is compared. Raises CheckpointError."""
+    record = checkpoint.read_json(path / "run.json")
+    try:
+        # A run of an earlier version lacks newer arguments, or left them open: it ran as their defaults do.
+        said = {name: value for name, value in record["arguments"].items() if value is not None}
+        arguments = {**as_dict(Arguments()), **said}
+        if not isinstance(record["plan"]["model"], dict):
+            raise TypeError("no model in it")
+        versions_then, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
+        fingerprint = str(record["dataset"]["fingerprint"])
+        wandb_id = str(record["wandb_id"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise checkpoint.CheckpointError(f"{path / 'run.json'}: not the record of a run ({error!r})") from None
+    return {
+        "arguments": arguments,
+        "plan": record["plan"],
+        "versions": versions_then,
+        "world": world,
+        "machine": machine,
+        "fingerprint": fingerprint,
+        "wandb_id": wandb_id,
+        "warm_up": record.get("warm_up"),
+    }
+
+
+def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan, free: frozenset[str] = frozenset()) -> None:
+    """Refuse to go on on another course than before, or with what cannot fit; `free` names what may differ unasked.
+
+    Raises ConfigError with both values.
+    """
+    differing = differing_arguments(before["arguments"], before["plan"], args, plan)
+    problems = []
+    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):  # of the data it is not known yet
+        print(f"notice: --allow_changes {','.join(unused)} has no effect: the same in {path}", file=sys.stderr)
+    for name, (then, now) in differing.items():
+        if name in allowed_changes(args) | free:
+            continue
+        way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
+        if name == "peft_model" and (then, now) == ("full", "relora"):
+            way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
+        problems.append(f"--{name} {now}: {path} was made with {then}; use that, {way_out}or another --save_dir")
+    problems += [
+        f"{args.model_config}: {key} is {now}, {path} was made with {then}"
+        for key, (then, now) in differing_shape(before["plan"], plan).items()
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_same_data(path: Path, args: Arguments, source: Source) -> None:
+    """Refuse to go on with other data than the checkpoint `path` was made with, wherever they lie. Raises ConfigError."""
+    before = _read_record(path)
+    if source.fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
+        raise ConfigError(
+            [
+                f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) are not those that {path} was made "
+                f"with, --dataset {before['arguments']['dataset']}: fingerprint {source.fingerprint}, then "
+                f"{before['fingerprint']}; restore them, or go on with these from the same position: --allow_changes dataset"
+            ]
+        )
+
+
+def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> None:
+    """One line where the same course is promised up to rounding only."""
+    names = ("torch", "transformers", "bitsandbytes", "torchao", "triton")
+    then = {name: before["versions"].get(name) for name in names}
+    now = {name: versions().get(name) for name in names}
+    for values, world, machine in (
+        (then, before["world"], before["machine"]),
+        (now, {"processes": plan.world_size, "threads": torch.get_num_threads()}, _machine()),
+    ):
+        values |= {"processes": world.get("processes"), "threads": world.get("threads")}
+        values |= {"CPU capability": machine.get("cpu_capability"), "GPU": machine.get("gpu")}
+    changes = [f"{name} {now[name]} (then {then[name]})" for name in now if now[name] != then[name]]
+    if changes:
+        print(
+            f"notice: going on from {path} with {', '.join(changes)}: the same data and course, but not the same bits",
+            file=sys.stderr,
+        )
+
+
+def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source) -> dict[str, Any]:
+    """What run.json holds: everything needed to know how the run was made, and nothing secret."""
+    return {
+        "arguments": as_dict(args),
+        "plan": plan_document(plan),
+        "wandb_id": folder.wandb_id,
+        "continued_from": None if folder.checkpoint is None else str(folder.checkpoint),
+        "warm_up": folder.warm_up,
+        "dataset": {"description": source.describe(), "fingerprint": source.fingerprint},
+        "versions": versions(),
+        "git_commit": _git_commit(),
+        "world": {
+            "processes": world.size,
+            "local_processes": world.local_size,  # on process 0's machine
+            "threads": torch.get_num_threads(),
+        },
+        "machine": _machine(),
+        # What else the bits depend on (docs/resume.md).
+        "numerics": {
+            "attention": "sdpa",
+            "compiled_layers": args.compile,
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        },
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON-able values."""
+    return {**asdict(plan), "save_dir": str(plan.save_dir)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that matter, as installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,195 @@
+"""What a checkpoint of a run holds, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_pretraining.checkpoint import step_folder as checkpoint
+from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.data.lanes import LaneState
+from peft_pretraining.data.loader import TrainLoader, merge_states
+from peft_pretraining.distributed.world import World, gather_objects
+from peft_pretraining.optim import Updates, load_optimizer_state, optimizer_state
+from peft_pretraining.plan.plan import Plan, is_finished
+from peft_pretraining.record.recorder import read_metrics
+from peft_pretraining.training.update import TrainState
+from sparse_lora import ReLoRALinear
+
+_MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
+_GROWTH = "growth/previous_norms"  # of --grad_norm_growth, one per parameter in the model's order
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Everything of a run that has a state."""
+
+    model: nn.Module
+    updates: Updates
+    loader: TrainLoader
+    state: TrainState
+
+
+def run_content(run_folder: Path, parts: RunParts, world: World, run_document: Mapping[str, Any]) -> checkpoint.Content:
+    """What the checkpoint of the run as it stands consists of: the run's own tensors, not copies. Every process calls it."""
+    tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
+    moments = optimizer_state(parts.updates, dict(parts.model.named_parameters()))
+    tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.shared.items()}
+    own = {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.own.items()}
+    if parts.updates.growth is not None:
+        tensors[_GROWTH] = parts.updates.growth.previous
+    own |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
+    data = merge_states(gather_objects(parts.loader.state_dict(), world))
+    documents = {
+        "state.json": {
+            "train": asdict(parts.state),
+            "optimizer": moments.scalars,
+            "data": data,
+            "processes": world.size,
+        },
+        "config.json": parts.model.config.to_diff_dict(),  # type: ignore[union-attr, operator]
+        "run.json": dict(run_document),
+    }
+    folders = {"tokenizer": run_folder / "tokenizer"}
+    return checkpoint.Content(parts.state.update_step, tensors, documents, folders, own)
+
+
+def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: Plan) -> TrainState | None:
+    """The state of the checkpoint `path` if there is nothing left to do after it, the last evaluation included.
+
+    A run that is finished says so without opening its data, building its model or asking a network; but where the data has
+    another name, it has to be opened to know whether it is the same.
+    """
+    if path is None or path.parent.resolve() != run_folder.resolve():
+        return None
+    if checkpoint.read_json(path / "run.json")["arguments"].get("dataset") != args.dataset:
+        return None
+    state = train_state(path)
+    evaluated = any(row.get("update_step") == state.update_step for row in read_metrics(run_folder) if "final_eval_loss" in row)
+    return state if evaluated and is_finished(plan, state.update_step, state.tokens_seen) else None
+
+
+def refuse_if_over(path: Path, plan: Plan) -> None:
+    """Raise ConfigError where the full-rank checkpoint `path` leaves no update of the plan to make."""
+    state = train_state(path)
+    if is_finished(plan, state.update_step, state.tokens_seen):
+        raise ConfigError(
+            [
+                f"--warmed_up_model {path}: has {state.update_step:,} updates, which count; --num_training_steps "
+                f"{plan.num_training_steps} leaves none to ReLoRA; raise it, or take an earlier checkpoint"
+            ]
+        )
+
+
+def train_state(path: Path) -> TrainState:
+    """How far the checkpoint `path` has come. Raises CheckpointError."""
+    try:
+        state = TrainState(**checkpoint.read_json(path / "state.json")["train"])
+        _check_counts(asdict(state).values())
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path / 'state.json'}: not the state of a run ({error!r})") from None
+    return state
+
+
+def restore_data(path: Path, loader: TrainLoader) -> None:
+    """Put the data where the checkpoint `path` left it; before the first batch is asked for. Raises CheckpointError."""
+    try:
+        state = checkpoint.read_json(path / "state.json")["data"]
+        _check_counts([state["position"], *state["bad_records"].values()])
+        for numbers in state["lanes"].values():
+            _check_counts(LaneState(*numbers))
+        loader.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checkpoint.CheckpointError(f"{path}: its data position cannot be taken up: {error}") from None
+
+
+def _check_counts(values: Iterable[Any]) -> None:
+    """Raise ValueError where a value read from a file is no count; what reads data would fail on it much later."""
+    for value in values:
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{value!r} is no count")
+
+
+def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = False) -> None:
+    """Bring freshly built parts to where the checkpoint `path` was taken; the data has `restore_data`.
+
+    warm_start: the checkpoint is a full-rank run's and the model has factors too, which keep their initial values, as moments do.
+    Random states are those of the same rank; a rank that the checkpoint did not have keeps its fresh ones.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or belongs to another model.
+    """
+    document = checkpoint.read_json(path / "state.json")
+    index = checkpoint.tensor_index(path)
+    factors = _factors(parts.model) if warm_start else frozenset()
+    own = {name: tensor for name, tensor in parts.model.state_dict().items() if name not in factors}
+    checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in own.items()})
+    if not warm_start:
+        _restore_moments(path, parts, index, document, world)
+    if parts.updates.growth is not None and _GROWTH in index and not warm_start:  # switched on later, it starts without a history
+        checkpoint.load_tensors(path, {_GROWTH: parts.updates.growth.previous})
+    states = {
+        name: torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in index.items()
+        if name.startswith(f"{_RANDOM}{world.rank}/")
+    }
+    checkpoint.load_tensors(path, states)
+    try:
+        _set_random_states({name.rsplit("/", 1)[1]: tensor for name, tensor in states.items()})
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise checkpoint.CheckpointError(f"{path}: its random states are none ({error})") from None
+    state = train_state(path)
+    for name, value in asdict(state).items():
+        setattr(parts.state, name, value)
+
+
+def _factors(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that ReLoRA adds to a full-rank model."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, ReLoRALinear))
+    added = ("lora_A", "lora_B", "scaling")
+    return frozenset(f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in added)
+
+
+def _restore_moments(path: Path, parts: RunParts, index: Mapping[str, Any], document: Any, world: World) -> None:
+    saved = {name.removeprefix(_OPTIMIZER): entry for name, entry in index.items() if name.startswith(_OPTIMIZER)}
+
+    def read(tensors: dict[str, torch.Tensor]) -> None:
+        checkpoint.load_tensors(path, {f"{_OPTIMIZER}{name}": tensor for name, tensor in tensors.items()})
+
+    try:
+        anew = load_optimizer_state(parts.updates, dict(parts.model.named_parameters()), saved, document["optimizer"], read)
+    except checkpoint.CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise checkpoint.CheckpointError(f"{path}: its optimizer state does not fit this run ({error})") from None
+    if anew and world.is_main:
+        print(
+            f"{path.name}: its quantised moments, of {document['processes']} processes, are taken as plain numbers, divided anew "
+            "and quantised again, so that the run goes on to within their rounding",
+            file=sys.stderr,
+        )
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """Generators of this process that a library might draw from; the data's and the initial values' are keyed by seed."""
+    _, words, _ = random.getstate()
+    states = {"torch": torch.get_rng_state(), "python": torch.tensor(words, dtype=torch.int64)}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, torch.Tensor]) -> None:
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "python" in states:
+        random.setstate((3, tuple(states["python"].tolist()), None))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,5 +1,0 @@
-"""Many runs one after another: a YAML file of settings -> runs -> a report. `python -m peft_pretraining sweep FILE`."""
-
-from peft_pretraining.sweep.command import HELP, add_arguments, run
-
-__all__ = ["HELP", "add_arguments", "run"]
