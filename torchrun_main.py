@@ -73,9 +73,8 @@ def dry_run(args: Arguments, world: World) -> int:
 
     from peft_pretraining.data.errors import DataError
     from peft_pretraining.data.source import open_source
-    from peft_pretraining.distributed.world import DeviceError, device_memory, pick_device
-    from peft_pretraining.plan.plan import format_plan
-    from peft_pretraining.run.build import resolve_dtype
+    from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
+    from peft_pretraining.plan.text import format_plan
 
     try:
         device = pick_device(args.device, world)
@@ -101,9 +100,9 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.checkpoint.saver import SavingFailed
     from peft_pretraining.checkpoint.step_folder import CheckpointError
     from peft_pretraining.data.errors import DataError, TokenizerError
-    from peft_pretraining.distributed.world import DeviceError, LostProcess, pick_device, process_group
+    from peft_pretraining.distributed.device import DeviceError, pick_device, resolve_dtype
+    from peft_pretraining.distributed.world import LostProcess, process_group
     from peft_pretraining.optim import OptimizerUnavailable
-    from peft_pretraining.run.build import resolve_dtype
     from peft_pretraining.run.ending import out_of_memory
     from peft_pretraining.training.evaluate import NothingToEvaluate
     from peft_pretraining.training.health import TrainingError
@@ -130,7 +129,7 @@ def run(args: Arguments, world: World) -> int:
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Build, restore, loop, end; the exit code."""
     from peft_pretraining.record.late_record import LateRecord
-    from peft_pretraining.record.recorder import Throughput
+    from peft_pretraining.record.throughput import Throughput
     from peft_pretraining.run.assemble import assemble, open_record, say_finished, say_passed_over
     from peft_pretraining.run.ending import end_early
     from peft_pretraining.training.stop import StopRun

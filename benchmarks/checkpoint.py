@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft_pretraining.checkpoint.saver import Saver
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
-from peft_pretraining.distributed.world import World, pick_device
+from peft_pretraining.distributed.device import pick_device, resolve_dtype
+from peft_pretraining.distributed.world import World
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.plan.plan import Plan, make_plan
-from peft_pretraining.run.build import build_module, build_updates, resolve_dtype
+from peft_pretraining.run.build import build_module, build_updates
 from peft_pretraining.run.folder import versions
 from peft_pretraining.run.resume import RunParts, run_content
 from peft_pretraining.training.update import TrainState, train_step

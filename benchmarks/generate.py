@@ -41,8 +41,8 @@ FORMS = ("dense", "uniform", "block")
 
 def write_model(config: str, form: str, dtype: str, folder: Path) -> int:
     """A folder as export makes it, without a tokenizer; its bytes."""
-    from peft_pretraining.export.shards import ShardWriter
-    from peft_pretraining.export.write import FACTORS_CONFIG, LLAMA_CONFIG, parts_of
+    from peft_pretraining.export.shards import FACTORS_CONFIG, LLAMA_CONFIG, ShardWriter
+    from peft_pretraining.export.write import parts_of
     from peft_pretraining.model.llama import hf_config, meta_model
     from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 

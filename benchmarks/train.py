@@ -34,17 +34,19 @@ from checkpoint import updater
 from layer import SETTINGS, Shape, floor, shapes_of, step_of
 from memory import load_what_the_trainer_loads
 
+from peft_pretraining.config.model_config import linear_shapes
+from peft_pretraining.methods.sltrain import nonzeros
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import load_model_config
-from peft_pretraining.distributed.world import World, pick_device
-from peft_pretraining.memory import counts as memory
+from peft_pretraining.distributed.device import pick_device, resolve_dtype
+from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.allocator import set_allocator
 from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.record.recorder import peak_memory_bytes
-from peft_pretraining.run.build import resolve_dtype
 from peft_pretraining.run.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,14 +168,14 @@ def floor_of_linears(config: str, method: str, rows: int) -> float:
 
 def _nnz(method: str, shape: Shape) -> int:
     kind = SUPPORT_OF[method]
-    return 0 if kind == "none" else memory.nonzeros(kind, shape.out_features, shape.in_features, shape.sparsity)
+    return 0 if kind == "none" else nonzeros(kind, shape.out_features, shape.in_features, shape.sparsity)
 
 
 def model_flops(config: str, batch_size: int, length: int) -> float:
     """Of the full-rank model's update: 6 per weight of a matrix product and token, and attention's 12 L h T per token, halved for
     its causal mask."""
     cfg = load_model_config(str(ROOT / f"configs/llama_{config}.json"))
-    weights = cfg.num_hidden_layers * sum(o * i for o, i in memory.linear_shapes(cfg)) + cfg.vocab_size * cfg.hidden_size
+    weights = cfg.num_hidden_layers * sum(o * i for o, i in linear_shapes(cfg)) + cfg.vocab_size * cfg.hidden_size
     attention = 12 * cfg.num_hidden_layers * cfg.hidden_size * length / 2
     return batch_size * length * (6 * weights + attention)
 

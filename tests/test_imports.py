@@ -1,62 +1,23 @@
 """Imports point down only, so that the house can be read from the bottom up; checked on the source itself."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Floors of the house: a module may import modules of its own package's floor or of lower ones, never of a higher.
-FLOORS = [
-    ["sparse_lora"],
-    [
-        *("config", "command_line", "refusals", "notices", "model_config"),
-        *("memory", "account", "schedule", "distributed", "loss", "forward", "modeling"),
-        *("health", "stop", "manifest", "parallel", "fsdp_units", "peak", "savings", "wire", "new_folder"),
-        *("allocator", "svd_start"),
-    ],
-    ["data", "optim", "methods", "tensor_store", "checkpoint", "summary", "metrics"],
-    [
-        "train",
-        "evaluate",
-        "plan",
-        "footprint",
-        "resume",
-        "run_folder",
-        "same_run",
-        "saver",
-        "build",
-        "late_record",
-        "compile_cache",
-        "restarts",
-    ],
-    ["assemble"],
-    ["ending"],
-    ["analysis", "estimate", "export", "report"],
-    ["load", "published"],
-    ["evaluation", "finetune", "generate"],
-    ["sweep"],
-    ["__main__", "torchrun_main"],
+# The rooms, bottom floor first: a module imports modules of its own room and of rooms before it, never of later ones.
+ROOMS = [
+    *("sparse_lora", "config", "distributed", "data", "checkpoint", "methods", "memory", "plan", "model", "optim"),
+    *("training", "export", "record", "run", "commands"),
 ]
-FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+ENTRIES = ["__main__", "torchrun_main"]  # the two programs; may import anything
+FLOOR_OF = {name: number for number, name in enumerate([*ROOMS, *ENTRIES])}
 # Modules about one slow package, which nobody imports at the top of a file.
 LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py"}
-WITHOUT_TORCH = [
-    *(
-        "config",
-        "command_line",
-        "refusals",
-        "notices",
-        "model_config",
-        "memory",
-        "account",
-        "schedule",
-        "manifest",
-        "plan",
-    ),
-    *("fsdp_units", "peak", "savings", "wire", "allocator", "summary"),
-]
+ROOMS_WITHOUT_TORCH = ["config", "methods", "memory", "plan"]
 
 
 def sources():
@@ -73,24 +34,20 @@ def part(path: Path) -> str:
 
 
 def imports(path: Path):
-    """(module, is at the top of the file) for every import of ours or of torch, type-checking ones left out."""
+    """(module, is at the top of the file) for every import, those for type checking included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    hints = [node for node in ast.walk(tree) if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
-    skipped = {id(child) for node in hints for child in ast.walk(node)}
     for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node in tree.body
         elif isinstance(node, ast.ImportFrom):
             package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
             module = ".".join(filter(None, [package, node.module]))
-            if module == "peft_pretraining":
-                for alias in node.names:
+            yield module, node in tree.body
+            # `from package import module`
+            for alias in node.names:
+                if (ROOT / module.replace(".", "/") / f"{alias.name}.py").exists():
                     yield f"{module}.{alias.name}", node in tree.body
-            else:
-                yield module, node in tree.body
 
 
 def target(module: str) -> str | None:
@@ -103,36 +60,43 @@ def target(module: str) -> str | None:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
-    here = part(path)
-    if here == "__init__":
+    room = part(path)
+    if room == "__init__":
         return
-    assert here in FLOOR_OF, f"{here} has no floor: add it to FLOORS"
+    assert room in FLOOR_OF, f"{path}: {room} is not one of the rooms"
     for module, _ in imports(path):
-        there = target(module)
-        if there is not None and there != here:
-            assert FLOOR_OF[there] <= FLOOR_OF[here], f"{path} imports {module}, which is above it"
+        other = target(module)
+        if other is not None and other != room:
+            assert FLOOR_OF[other] < FLOOR_OF[room], f"{path} imports {module}, which is above it"
 
 
-def test_no_cycles():
-    edges = {}
-    for path in sources():
-        edges.setdefault(part(path), set()).update(
-            there for module, _ in imports(path) if (there := target(module)) and there != part(path)
-        )
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_through_others():
+    names = {module_name(path) for path in sources()}
+    edges = {module_name(path): sorted({module for module, _ in imports(path)} & names) for path in sources()}
+    done = set()
 
     def visit(name, trail):
-        assert name not in trail, f"import cycle: {' -> '.join([*trail, name])}"
-        for there in edges.get(name, ()):
-            visit(there, [*trail, name])
+        assert name not in trail, f"import cycle: {' -> '.join([*trail[trail.index(name) :], name])}"
+        if name not in done:
+            for other in edges[name]:
+                if not name.startswith(f"{other}."):  # a package's __init__ gathers what its modules define
+                    visit(other, [*trail, name])
+            done.add(name)
 
-    for name in edges:
+    for name in sorted(names):
         visit(name, [])
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_argument_modules_import_no_torch(name):
-    path = ROOT / "peft_pretraining" / f"{name}.py"
-    assert not [module for module, _ in imports(path) if module.split(".")[0] == "torch"]
+@pytest.mark.parametrize("room", ROOMS_WITHOUT_TORCH)
+def test_rooms_that_answer_before_torch_is_loaded(room):
+    """--help and refused arguments answer at once: no module of these rooms imports torch, itself or through another."""
+    modules = [module_name(path) for path in sorted((ROOT / "peft_pretraining" / room).rglob("*.py"))]
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("package", ["transformers", "datasets", "wandb", "bitsandbytes", "matplotlib", "triton"])
@@ -145,7 +109,7 @@ def test_slow_packages_are_imported_where_they_are_needed(package):
 
 
 def test_data_never_sees_the_model():
-    forbidden = {"modeling", "methods", "train", "loss", "sparse_lora", "optim"}
+    forbidden = {"model", "methods", "training", "sparse_lora", "optim"}
     for path in (ROOT / "peft_pretraining" / "data").rglob("*.py"):
         assert not forbidden & {target(module) for module, _ in imports(path)}, path
 

@@ -15,21 +15,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_pretraining.config.arguments import PROJ_TYPES, SUPPORT_KINDS
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import (
-    PROJ_TYPES,
-    SUPPORT_KINDS,
     activation_bytes,
     loss_bytes,
-    nonzeros,
     paper_estimate,
     parameter_counts,
     static_bytes,
     support_bytes,
     tensor_groups,
 )
-from peft_pretraining.methods.method import projected_matrices
+from peft_pretraining.methods.galore import projected_matrices
+from peft_pretraining.methods.sltrain import nonzeros
 from peft_pretraining.model.forward import hidden_states
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy

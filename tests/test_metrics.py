@@ -6,7 +6,9 @@ import types
 
 import pytest
 
-from peft_pretraining.record.recorder import METRICS_FILE, Recorder, Throughput, _has_wandb_key, _Lines, read_metrics
+from peft_pretraining.record.recorder import METRICS_FILE, Recorder, _Lines, read_metrics
+from peft_pretraining.record.throughput import Throughput
+from peft_pretraining.record.wandb_run import _has_wandb_key
 from peft_pretraining.training.evaluate import EvalResult
 
 ROW = {

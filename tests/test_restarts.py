@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.config.arguments import Arguments, moments_at_a_merge
+from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.distributed.world import World
 from peft_pretraining.methods.method import METHODS
+from peft_pretraining.methods.relora import moments_at_a_merge
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.svd_start import start_from_svd
 from peft_pretraining.optim import (

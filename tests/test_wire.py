@@ -8,7 +8,6 @@ import pytest
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.account import Setting
 from peft_pretraining.memory.communication import (
     Link,
     backward_share,
@@ -22,7 +21,9 @@ from peft_pretraining.memory.communication import (
     wire_figures,
     world_sizes,
 )
-from peft_pretraining.plan.plan import format_plan, make_plan
+from peft_pretraining.memory.setting import Setting
+from peft_pretraining.plan.plan import make_plan
+from peft_pretraining.plan.text import format_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 # Embedding and head 10 x 4, two layers: q, k, v, o 4 x 4, gate, up, down 6 x 4 and two norms, and a final norm.

@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < (2 if name == "max_length" else 1):
             raise ValueError(f"--{name} {value}: must be at least {2 if name == 'max_length' else 1}")
-    from peft_pretraining.distributed.world import World, pick_device
+    from peft_pretraining.distributed.device import pick_device
+    from peft_pretraining.distributed.world import World
     from peft_pretraining.export.load import holds_export
 
     for path in args.checkpoint:  # all of them, before hours go into the first

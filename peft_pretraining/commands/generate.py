@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     import torch
 
-    from peft_pretraining.distributed.world import World, pick_device
+    from peft_pretraining.distributed.device import pick_device
+    from peft_pretraining.distributed.world import World
     from peft_pretraining.export.load import load_for_inference
     from sparse_lora import prepare_for_inference
 

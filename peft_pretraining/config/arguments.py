@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.memory.counts import METHODS, OPTIMIZERS, PROJ_TYPES, SUPPORT_KINDS
+METHODS = ("full", "lowrank", "relora", "sltrain", "galore")
 
-# Methods whose linears are factors that a restart can act on.
-RESTARTED = ("lowrank", "sltrain")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 
+SUPPORT_KINDS = ("uniform", "block")
+
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 
 LOW_BIT = ("adam8bit", "adamw4bit")
 
@@ -400,22 +402,6 @@ def arguments_of_record(values: dict[str, Any]) -> Arguments:
         if not any(isinstance(value, kinds[kind]) for kind in fields[name].split(" | ")):
             raise ValueError(f"{name} {value!r} is no {fields[name]}")
     return Arguments(**known)
-
-
-def restart_interval(args: Arguments) -> int | None:
-    """Update steps from one restart to the next: ReLoRA's merges, or those of a method with factors; None without."""
-    if args.peft_model == "relora":
-        return args.relora
-    return args.restart_every if args.peft_model in RESTARTED else None
-
-
-def moments_at_a_merge(args: Arguments) -> tuple[str, float]:
-    """What ReLoRA does with the moments of its factors: ("zero" | "random" | "magnitude" | "keep", share of them)."""
-    if args.optimizer_random_pruning is not None:
-        return "random", args.optimizer_random_pruning
-    if args.optimizer_magnitude_pruning is not None:
-        return "magnitude", args.optimizer_magnitude_pruning
-    return ("keep", 0.0) if args.reset_optimizer_on_relora is False else ("zero", 1.0)
 
 
 # Flags that several methods read and this one does not; those of a single method say so in their own metadata.

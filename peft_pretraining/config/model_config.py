@@ -298,3 +298,10 @@ def _check_relations(raw: Mapping[str, Any], values: Mapping[str, Any], problems
             value = values.get(key)
             if value is not None and value >= vocab:
                 problems.append(f"{key} = {value}; allowed: below vocab_size = {vocab}, or -1 or null for none")
+
+
+def linear_shapes(cfg: ModelConfig) -> list[tuple[int, int]]:
+    """(out, in) of the seven linears of one decoder layer: q, k, v, o, gate, up, down."""
+    h, i = cfg.hidden_size, cfg.intermediate_size
+    kv = cfg.num_key_value_heads * cfg.head_dim
+    return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]

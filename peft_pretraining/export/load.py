@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peft_pretraining.checkpoint.step_folder import CheckpointError, is_checkpoint, list_checkpoints
+from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.config.arguments import Arguments, arguments_of_record
+from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
-from peft_pretraining.run.build import DTYPES, load_model
+from peft_pretraining.methods.method import METHODS
+from peft_pretraining.model.llama import build_model
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+from typing import TYPE_CHECKING
+
+from peft_pretraining.checkpoint.step_folder import CheckpointError, is_checkpoint, list_checkpoints
+from peft_pretraining.config.arguments import DTYPES
+from peft_pretraining.distributed.device import torch_dtype
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -44,12 +56,12 @@ def load_for_inference(path: Path, device: torch.device, dtype: str | None = Non
     from peft_pretraining.export.read import load_export
 
     if holds_export(path):
-        model, _ = load_export(path, device, None if dtype is None else DTYPES[dtype])
+        model, _ = load_export(path, device, None if dtype is None else torch_dtype(dtype))
         beside = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
         return Loaded(model, load_tokenizer(str(path)) if beside else None, None)
     model, tokenizer, record = load_model(path, device)
     if dtype is not None:
-        torch.nn.Module.to(model, DTYPES[dtype])
+        torch.nn.Module.to(model, torch_dtype(dtype))
     return Loaded(model, tokenizer, arguments_of_record(record["arguments"]))
 
 
@@ -64,3 +76,38 @@ def holds_export(path: Path) -> bool:
             f"{path} holds no model: no checkpoint (step_XXXXXXXX), no run with one, and no export (model.safetensors)"
         )
     return False
+
+
+def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
+    """The arguments in a checkpoint's run.json, and all of it. Raises CheckpointError."""
+    run = checkpoint.read_json(folder / "run.json")
+    try:
+        args = arguments_of_record(run["arguments"])
+        known = run["plan"]["dtype"] in DTYPES.values() and args.peft_model in METHODS
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
+    if not known:
+        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: of a method or dtype that this version does not know")
+    return args, run
+
+
+def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
+    """Model, tokenizer and run.json of a checkpoint (or of the newest in a run's folder), in the run's dtype.
+
+    Raises:
+        CheckpointError: not a checkpoint, or not a sound one.
+    """
+    folder = checkpoint.resolve(path)
+    args, run = checkpoint_record(folder)
+    try:
+        model = build_model(
+            load_model_config(folder / "config.json"),
+            dtype=torch_dtype(run["plan"]["dtype"]),
+            device=device,
+            seed=args.seed,
+            reparameterize=lambda model: METHODS[args.peft_model](model, args),
+        )
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # numbers that no run was ever started with
+        raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None
+    checkpoint.load_tensors(folder, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft_pretraining.config.model_config import ModelConfigError, load_model_config
-from peft_pretraining.export.shards import INDEX, SINGLE, ExportError, read_tensors
-from peft_pretraining.export.write import FACTORS_CONFIG, LLAMA_CONFIG
+from peft_pretraining.export.shards import FACTORS_CONFIG, INDEX, LLAMA_CONFIG, SINGLE, ExportError, read_tensors
 from peft_pretraining.model.llama import materialize, meta_model
 from sparse_lora import SLTrainConfig, reparameterize
 

@@ -103,3 +103,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{folder}: its weights cannot be read ({error})") from None
     return found
+
+
+# Not config.json: nobody is to load a factored model as a dense one, whose weights would then be missing.
+LLAMA_CONFIG, FACTORS_CONFIG = "llama_config.json", "sltrain_config.json"

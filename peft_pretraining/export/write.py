@@ -16,11 +16,12 @@ from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.checkpoint.new_folder import folder_problem, new_folder
 from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.export.card import model_card
-from peft_pretraining.export.shards import ExportError, ShardWriter
+from peft_pretraining.export.load import checkpoint_record
+from peft_pretraining.export.shards import FACTORS_CONFIG, LLAMA_CONFIG, ExportError, ShardWriter
 from peft_pretraining.methods.method import METHODS
 from peft_pretraining.model.llama import meta_model
-from peft_pretraining.run.build import DTYPES, checkpoint_record
 from sparse_lora import SLTrainConfig, merge
 from sparse_lora.reparameterize import DEFAULT_TARGETS
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from peft_pretraining.config.arguments import Arguments
 
-# Not config.json: nobody is to load a factored model as a dense one, whose weights would then be missing.
-LLAMA_CONFIG, FACTORS_CONFIG = "llama_config.json", "sltrain_config.json"
 FACTORED_METHODS = ("lowrank", "sltrain")
 _SHARD_BYTES = 2 * 10**9
 
@@ -68,7 +67,7 @@ def export(
         raise ExportError(problem)
     model = meta_model(
         load_model_config(folder / "config.json"),
-        DTYPES[record["plan"]["dtype"]],
+        torch_dtype(record["plan"]["dtype"]),
         lambda model: METHODS[args.peft_model](model, args),
     )
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
@@ -85,7 +84,7 @@ def _check_room(out: Path, record: dict[str, Any], dtype: str, keep_factors: boo
     """Raises OSError where the disk cannot take it."""
     plan = record["plan"]
     numel = plan["parameters"]["total"] if keep_factors else plan["full_rank_parameters"]
-    needed = DTYPES[dtype].itemsize * numel + (plan["bytes"]["support"] if keep_factors else 0)
+    needed = torch_dtype(dtype).itemsize * numel + (plan["bytes"]["support"] if keep_factors else 0)
     there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
@@ -107,15 +106,15 @@ def _write(
         part.to_empty(device="cpu")
         tensors = part.state_dict()
         checkpoint.load_tensors(folder, {f"model/{prefix}.{name}": tensor for name, tensor in tensors.items()})
-        if DTYPES[dtype].itemsize > next(part.parameters()).element_size():
-            part.to(DTYPES[dtype])
+        if torch_dtype(dtype).itemsize > next(part.parameters()).element_size():
+            part.to(torch_dtype(dtype))
         if not keep_factors:
             merge(part)
-        for name, tensor in part.to(DTYPES[dtype]).state_dict().items():
+        for name, tensor in part.to(torch_dtype(dtype)).state_dict().items():
             writer.add(f"{prefix}.{name}", tensor)
         part.to("meta")
     writer.close()
-    _config(model, tokenizer, DTYPES[dtype]).save_pretrained(out)
+    _config(model, tokenizer, torch_dtype(dtype)).save_pretrained(out)
     if keep_factors:
         (out / "config.json").rename(out / LLAMA_CONFIG)
         (out / FACTORS_CONFIG).write_text(json.dumps(_factors(args), indent=1) + "\n", encoding="utf-8")

@@ -1,18 +1,30 @@
 """The memory account of a run: bytes by class and at the peak, per process; no torch.
 
-`memory.py` counts tensors exactly, `peak.py` says which of them are alive together. Bytes.
+`py` counts tensors exactly, `peak.py` says which of them are alive together. Bytes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from peft_pretraining.config.model_config import ModelConfig
-from peft_pretraining.memory import counts as memory
+from peft_pretraining.config.model_config import linear_shapes
 from peft_pretraining.memory.allocator import LARGE_BLOCK_BYTES
+from peft_pretraining.memory.counts import (
+    DTYPE_BYTES,
+    activation_bytes,
+    first_part,
+    loss_chunk_rows,
+    parameter_counts,
+    static_bytes,
+    subspace_shapes,
+    tensor_groups,
+)
 from peft_pretraining.memory.fsdp_units import Units, units_of
 from peft_pretraining.memory.peak import Working, of_parts, of_whole
+from peft_pretraining.memory.setting import Setting
+from peft_pretraining.methods.sltrain import nonzeros
+from peft_pretraining.methods.tensor_group import TensorGroup
 
 CLASSES = (
     *("parameters", "support", "gradients", "optimizer"),
@@ -22,7 +34,7 @@ CLASSES = (
 # 0.2e9 of freed blocks that malloc keeps (measured at 60M and 130M). On a GPU: the CUDA context and its libraries.
 _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
 # Gaps that malloc leaves between the activations of one process, relative to them: a block that was freed has no room for
-# another of its size, since torch asks for aligned ones (measured at 130M and 350M; docs/memory.md).
+# another of its size, since torch asks for aligned ones (measured at 130M and 350M; docs/md).
 _GAPS = 0.3
 # Temporaries of an optimizer's step in bytes per element, of a slice of 2**21 where it steps in slices (optim/slices.py).
 _SLICE_ELEMENTS = 2**21
@@ -42,76 +54,6 @@ _START_PER_ELEMENT, _START_PER_SQUARE = 1, 5
 _BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel; a tensor that is larger has a bucket of its own
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Everything that memory depends on; names as on the command line."""
-
-    model: ModelConfig
-    peft_model: str
-    rank: int
-    sp_ratio: float
-    optimizer: str
-    dtype: str
-    batch_size: int
-    max_length: int
-    train_scaling: bool = False
-    support: str = "uniform"
-    linear_path: str = "auto"
-    beta1: float = 0.0
-    embedding_bits: int | None = None
-    stochastic_rounding: bool = False
-    proj_type: str = "std"
-    init: str = "default"
-    rebalance: bool = False
-    per_layer: bool = False
-    gradient_accumulation: int = 1
-    world_size: int = 1
-    parallel: str = "ddp"
-    compute_dtype: str | None = None
-    reduce_dtype: str | None = None
-    reshard_after_forward: bool = True
-    activation_checkpointing: str | None = None
-    compile: bool = False
-    document_mask: bool = False
-    async_save: bool = False
-    device_type: str = "cpu"
-
-    @property
-    def gradients_stay(self) -> bool:
-        """Whether all gradients are there at once: always but in per-layer updates of a single micro-batch."""
-        return not self.per_layer or self.gradient_accumulation > 1
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process has a part of every parameter only."""
-        return self.parallel == "fsdp" and self.world_size > 1
-
-    @property
-    def parts(self) -> int:
-        """In how many parts a parameter is divided over the processes."""
-        return self.world_size if self.sharded else 1
-
-    @property
-    def computes_in(self) -> str:
-        """Dtype of activations, of gathered parameters and of their gradients before they are reduced."""
-        return (self.sharded and self.compute_dtype) or self.dtype
-
-    @property
-    def reduces_in(self) -> str:
-        """Dtype in which gradients are summed over processes, and by FSDP2 over micro-batches."""
-        return self.reduce_dtype or self.computes_in
-
-    @property
-    def sparsity(self) -> float:
-        """Share of entries in the sparse part."""
-        return self.sp_ratio if self.peft_model == "sltrain" else 0.0
-
-    @property
-    def replaces_linears(self) -> bool:
-        """Whether the method's linears are others than nn.Linear."""
-        return self.peft_model not in ("full", "galore")
-
-
 def account(setting: Setting) -> dict[str, int]:
     """Bytes by class, "total" (their sum) and "peak" (the most that is alive at one time).
 
@@ -123,7 +65,7 @@ def account(setting: Setting) -> dict[str, int]:
     stepped = [group for group in groups if group.trained]
     trained = units_of(setting.model, stepped, setting.parts)
     static = _static_bytes(setting)
-    kept = memory.activation_bytes(
+    kept = activation_bytes(
         setting.model,
         batch_size=setting.batch_size,
         seq_len=setting.max_length,
@@ -131,15 +73,15 @@ def account(setting: Setting) -> dict[str, int]:
         checkpointing=setting.activation_checkpointing,
         compiled=setting.compile,
         document_mask=setting.document_mask,
-        factored_rank=sum(setting.rank for shape in memory.linear_shapes(setting.model) if _is_factored(setting, shape)),
-        chunk_rows=memory.loss_chunk_rows(setting.device_type),
+        factored_rank=sum(setting.rank for shape in linear_shapes(setting.model) if _is_factored(setting, shape)),
+        chunk_rows=loss_chunk_rows(setting.device_type),
     )
-    largest = max(math.prod(memory.first_part(group.shape, setting.parts)) for group in stepped)
+    largest = max(math.prod(first_part(group.shape, setting.parts)) for group in stepped)
     if setting.sharded and setting.gradient_accumulation > 1:
-        static["gradients"] = memory.DTYPE_BYTES[setting.reduces_in] * trained.whole
+        static["gradients"] = DTYPE_BYTES[setting.reduces_in] * trained.whole
     elif not setting.gradients_stay:
         alone = max(trained.embedding.part, trained.layer.part, trained.root.part) if setting.sharded else largest
-        static["gradients"] = memory.DTYPE_BYTES[setting.dtype] * alone
+        static["gradients"] = DTYPE_BYTES[setting.dtype] * alone
     working = Working(
         static["gradients"],
         **kept,
@@ -161,14 +103,14 @@ def account(setting: Setting) -> dict[str, int]:
 def _runtime(setting: Setting, activations: int) -> int:
     """What is there beside tensors."""
     # Larger blocks are the system's as soon as they are freed.
-    block = setting.batch_size * setting.max_length * setting.model.hidden_size * memory.DTYPE_BYTES[setting.computes_in]
+    block = setting.batch_size * setting.max_length * setting.model.hidden_size * DTYPE_BYTES[setting.computes_in]
     leaves_gaps = setting.device_type == "cpu" and not setting.sharded and block < LARGE_BLOCK_BYTES
     return _RUNTIME[setting.device_type] + (int(_GAPS * activations) if leaves_gaps else 0)
 
 
-def parameter_groups(setting: Setting) -> list[memory.TensorGroup]:
+def parameter_groups(setting: Setting) -> list[TensorGroup]:
     """Every parameter of the run, grouped by shape."""
-    return memory.tensor_groups(
+    return tensor_groups(
         setting.model,
         method=setting.peft_model,
         rank=setting.rank,
@@ -179,7 +121,7 @@ def parameter_groups(setting: Setting) -> list[memory.TensorGroup]:
 
 
 def _static_bytes(setting: Setting) -> dict[str, int]:
-    counts = memory.parameter_counts(
+    counts = parameter_counts(
         setting.model,
         method=setting.peft_model,
         rank=setting.rank,
@@ -187,7 +129,7 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         train_scaling=setting.train_scaling,
         support=setting.support,
     )
-    return memory.static_bytes(
+    return static_bytes(
         setting.model,
         counts,
         method=setting.peft_model,
@@ -212,8 +154,8 @@ def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
     """Gradients in another dtype for their all-reduce: those of one of DDP's buckets, or of one tensor in per-layer updates."""
     if setting.world_size == 1 or setting.sharded or setting.reduces_in == setting.dtype:
         return 0
-    bucket = max(_BUCKET_BYTES // memory.DTYPE_BYTES[setting.dtype], largest)
-    return memory.DTYPE_BYTES[setting.reduces_in] * (largest if setting.per_layer else min(bucket, units.whole))
+    bucket = max(_BUCKET_BYTES // DTYPE_BYTES[setting.dtype], largest)
+    return DTYPE_BYTES[setting.reduces_in] * (largest if setting.per_layer else min(bucket, units.whole))
 
 
 def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
@@ -227,7 +169,7 @@ def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
     from sparse_lora.cost import cheaper_path  # the package imports torch, which refused arguments must not wait for
 
     kind = setting.support if setting.peft_model == "sltrain" else "none"
-    nnz = memory.nonzeros(kind, *shape, setting.sp_ratio) if kind != "none" else 0
+    nnz = nonzeros(kind, *shape, setting.sp_ratio) if kind != "none" else 0
     rows = setting.batch_size * setting.max_length
     return cheaper_path(rows, *shape, setting.rank, kind, nnz, setting.device_type) == "factored"
 
@@ -237,8 +179,8 @@ def _layer_scratch(setting: Setting) -> int:
     if not setting.replaces_linears:
         return 0  # weight and gradient are counted as what they are
     if setting.peft_model == "relora":
-        return max(_beside_frozen(setting, shape) for shape in memory.linear_shapes(setting.model))
-    return max(_linear_scratch(setting, shape) for shape in memory.linear_shapes(setting.model))
+        return max(_beside_frozen(setting, shape) for shape in linear_shapes(setting.model))
+    return max(_linear_scratch(setting, shape) for shape in linear_shapes(setting.model))
 
 
 def _lasting_scratch(setting: Setting) -> int:
@@ -247,7 +189,7 @@ def _lasting_scratch(setting: Setting) -> int:
         return 0
     from sparse_lora.scratch import large_bytes
 
-    width, shapes = memory.DTYPE_BYTES[setting.computes_in], memory.linear_shapes(setting.model)
+    width, shapes = DTYPE_BYTES[setting.computes_in], linear_shapes(setting.model)
     used = [shape for shape in shapes if _builds_matrix(setting, shape)]
     used += [_arranged(setting, shape) for shape in shapes]
     return max(large_bytes(shape, width) for shape in used)
@@ -269,9 +211,9 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     """Of a linear (out, in): its weight or that weight's gradient, where it is built; the decoded support, values and factors
     with their gradients; and the gradients of x A^T and, put in order, of the outputs, where it is computed by its factors."""
     rows, columns = shape
-    width, factored = memory.DTYPE_BYTES[setting.computes_in], _is_factored(setting, shape)
+    width, factored = DTYPE_BYTES[setting.computes_in], _is_factored(setting, shape)
     sparse = setting.peft_model == "sltrain"
-    nnz = memory.nonzeros(setting.support, rows, columns, setting.sp_ratio) if sparse else 0
+    nnz = nonzeros(setting.support, rows, columns, setting.sp_ratio) if sparse else 0
     uniform = sparse and setting.support == "uniform"
     positions = nnz * (4 if rows * columns <= 2**31 else 8) if uniform else 0
     dense = rows * columns * width if _builds_matrix(setting, shape) else 0
@@ -289,12 +231,12 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
 def _beside_frozen(setting: Setting, shape: tuple[int, int]) -> int:
     """Of a frozen linear with factors: what passes through the factors, in forward and backward, beside what goes through W0."""
     rows = setting.batch_size * setting.max_length
-    return memory.DTYPE_BYTES[setting.computes_in] * (rows * (max(shape) + setting.rank) + setting.rank * sum(shape))
+    return DTYPE_BYTES[setting.computes_in] * (rows * (max(shape) + setting.rank) + setting.rank * sum(shape))
 
 
 def _restart_scratch(setting: Setting) -> int:
     """Temporaries of a restart: a slice of a weight that factors are merged into, or the balanced factors of a layer."""
-    shapes, rank = memory.linear_shapes(setting.model), setting.rank
+    shapes, rank = linear_shapes(setting.model), setting.rank
     if setting.peft_model == "relora":
         rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding else 0
         factors = 4 * rank * max(sum(shape) for shape in shapes)
@@ -309,7 +251,7 @@ def _start_scratch(setting: Setting) -> int:
     """Temporaries of --init svd, the dense weight among them, which are a CPU's and there before the optimizer is."""
     if setting.init != "svd" or setting.device_type != "cpu" or setting.peft_model not in ("lowrank", "sltrain"):
         return 0
-    largest = max(memory.linear_shapes(setting.model), key=math.prod)
+    largest = max(linear_shapes(setting.model), key=math.prod)
     decomposition = 8 * (_START_PER_ELEMENT * math.prod(largest) + _START_PER_SQUARE * min(largest) ** 2)
     return 4 * math.prod(largest) + decomposition
 
@@ -320,14 +262,14 @@ def _step_scratch(setting: Setting, largest: int) -> int:
         return _plain_step_scratch(setting, largest)
     model = setting.model
     ordinary = _plain_step_scratch(setting, model.vocab_size * model.hidden_size)
-    return max(ordinary, *(_subspace_scratch(setting, shape) for shape in memory.linear_shapes(model)))
+    return max(ordinary, *(_subspace_scratch(setting, shape) for shape in linear_shapes(model)))
 
 
 def _subspace_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     """Of a matrix: the SVD of its gradient, or its projected gradient and step with that step's own temporaries."""
-    width, elements = memory.DTYPE_BYTES[setting.dtype], math.prod(shape)
+    width, elements = DTYPE_BYTES[setting.dtype], math.prod(shape)
     svd = 4 * (_SVD_PER_ELEMENT * elements + _SVD_PER_SQUARE * min(shape) ** 2) + (4 * elements if width < 4 else 0)
-    shapes = memory.subspace_shapes(shape, setting.rank, setting.proj_type)
+    shapes = subspace_shapes(shape, setting.rank, setting.proj_type)
     moments = math.prod(shapes.moments)
     inside = 2 * width * moments + _plain_step_scratch(replace(setting, stochastic_rounding=False), moments)
     if shapes.left and shapes.right:

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.config.arguments import METHODS, OPTIMIZERS, PROJ_TYPES
+from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.methods.sltrain import nonzeros
+from peft_pretraining.methods.tensor_group import TensorGroup
 
-METHODS = ("full", "lowrank", "relora", "sltrain", "galore")
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
-SUPPORT_KINDS = ("uniform", "block")
-PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 # bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
@@ -33,30 +32,6 @@ def loss_chunk_rows(device_type: str) -> int:
     """Rows whose logits the loss holds at one time. On a CPU 256 rows stay near its caches; a GPU needs more work per kernel
     and per update of the head's float32 gradient sum."""
     return 256 if device_type == "cpu" else 1024
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """`count` parameters of one shape.
-
-    kind: "dense" | "low_rank" | "sparse". trained: False for the frozen weights of ReLoRA. projected: a matrix whose moments
-    GaLore keeps in a subspace. support_entries: for a "sparse" group whose positions are stored, entries of the matrix that its
-    values are spread over.
-    embedding: embedding or output head, whose moments may have a size of their own.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    count: int
-    trained: bool = True
-    projected: bool = False
-    support_entries: int = 0
-    embedding: bool = False
-
-    @property
-    def elements(self) -> int:
-        """Elements of all `count` tensors."""
-        return math.prod(self.shape) * self.count
 
 
 @dataclass(frozen=True)
@@ -80,13 +55,6 @@ class Counts:
     support: str = "uniform"
 
 
-def linear_shapes(cfg: ModelConfig) -> list[tuple[int, int]]:
-    """(out, in) of the seven linears of one decoder layer: q, k, v, o, gate, up, down."""
-    h, i = cfg.hidden_size, cfg.intermediate_size
-    kv = cfg.num_key_value_heads * cfg.head_dim
-    return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
-
-
 def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
     """What no method changes: embedding, output head, norms, biases."""
     h, layers = cfg.hidden_size, cfg.num_hidden_layers
@@ -95,22 +63,6 @@ def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
     for position, (out_features, _) in enumerate(linear_shapes(cfg)):
         if cfg.attention_bias if position < 4 else cfg.mlp_bias:
             yield TensorGroup("dense", (out_features,), layers)
-
-
-def block_count(sparsity: float) -> int:
-    """Blocks of a block support with about this share of a weight's entries; as sparse_lora.block.block_count."""
-    return max(1, round(1 / sparsity))
-
-
-def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
-    """Entries that S has in a weight, for a share `sparsity` of them; as sparse_lora.kinds.make_support."""
-    if support == "uniform":
-        return int(sparsity * out_features * in_features)
-    # k slices of the rows and of the columns, in each direction the first few one longer than the others.
-    blocks = block_count(sparsity)
-    rows, more_rows = divmod(out_features, blocks)
-    columns, more_columns = divmod(in_features, blocks)
-    return blocks * rows * columns + more_rows * columns + more_columns * rows + min(more_rows, more_columns)
 
 
 class SubspaceShapes(NamedTuple):

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 from peft_pretraining.config.model_config import ModelConfig
-from peft_pretraining.memory.counts import TensorGroup, first_part
+from peft_pretraining.memory.counts import first_part
+from peft_pretraining.methods.tensor_group import TensorGroup
 
 
 @dataclass(frozen=True)

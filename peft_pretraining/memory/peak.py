@@ -9,7 +9,7 @@ from peft_pretraining.memory.counts import DTYPE_BYTES
 from peft_pretraining.memory.fsdp_units import Unit, Units
 
 if TYPE_CHECKING:
-    from peft_pretraining.memory.account import Setting
+    from peft_pretraining.memory.setting import Setting
 
 
 class Moment(NamedTuple):

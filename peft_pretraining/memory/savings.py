@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft_pretraining.memory.account import Setting, account
+from peft_pretraining.memory.account import account
+from peft_pretraining.memory.setting import Setting
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,17 @@ from pathlib import Path
 from peft_pretraining.config.arguments import (
     CHANGEABLE,
     LOW_BIT,
-    RESTARTED,
     UNCHANGEABLE,
     Arguments,
     allowed_changes,
-    restart_interval,
     suggestion,
 )
-from peft_pretraining.memory.counts import block_count
+from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.data.source import default_lanes
+from peft_pretraining.distributed.world import World
+from peft_pretraining.methods.relora import _relora_problems, _relora_warnings
+from peft_pretraining.methods.restarting import RESTARTED, _restart_problems, _restart_warnings
+from peft_pretraining.methods.sltrain import _block_problems, block_count
 
 
 def _allow_changes_problems(args: Arguments) -> list[str]:
@@ -96,85 +99,6 @@ def _parallel_problems(args: Arguments) -> list[str]:
     return problems
 
 
-def _relora_problems(args: Arguments) -> list[str]:
-    if args.peft_model != "relora":
-        return []
-    problems = []
-    if args.relora is None:
-        problems.append(
-            "--peft_model relora needs --relora N (update steps between merges), e.g. --relora 1000; without merges it "
-            "would train one low-rank change of random weights"
-        )
-    prunings = {
-        name: getattr(args, name)
-        for name in ("optimizer_random_pruning", "optimizer_magnitude_pruning")
-        if getattr(args, name) is not None
-    }
-    for name, share in prunings.items():
-        if not 0 < share <= 1:
-            problems.append(f"--{name} {share}: must be a share above 0 and at most 1, e.g. 0.9")
-        if args.optimizer not in ("adam", "adamw", "sgd"):
-            problems.append(
-                f"--{name} {share} with --optimizer {args.optimizer}: its moments are quantised or factored, and not pruned one "
-                "by one; use --reset_optimizer_on_relora true, or --optimizer adamw"
-            )
-        if args.reset_optimizer_on_relora:
-            problems.append(
-                f"--{name} {share} with --reset_optimizer_on_relora true: nothing is left to prune; drop one of the two"
-            )
-    if len(prunings) == 2:
-        problems.append(
-            "--optimizer_random_pruning with --optimizer_magnitude_pruning: moments are pruned in one way; drop one of the two"
-        )
-    if args.max_train_tokens is not None and args.scheduler == "cosine_restarts":
-        problems.append(
-            f"--max_train_tokens {args.max_train_tokens} with --relora and --scheduler cosine_restarts: the schedule would "
-            "restart by tokens and the factors by updates; use --num_training_steps"
-        )
-    if args.warmed_up_model is not None and not Path(args.warmed_up_model).is_dir():
-        problems.append(f"--warmed_up_model {args.warmed_up_model}: no such folder")
-    if args.warmed_up_model is not None and args.continue_from is not None:
-        problems.append(
-            f"--warmed_up_model {args.warmed_up_model} with --continue_from {args.continue_from}: a run begins from one of them; "
-            "drop one of the two"
-        )
-    return problems
-
-
-def _restart_problems(args: Arguments) -> list[str]:
-    problems = []
-    if args.restart_every is not None and args.peft_model == "relora":
-        problems.append(
-            f"--restart_every {args.restart_every} with --peft_model relora: it restarts at its merges; use --relora N"
-        )
-    if args.restart_every is not None and args.peft_model in RESTARTED and args.scheduler == "cosine_restarts":
-        problems.append(
-            f"--restart_every {args.restart_every} with --scheduler cosine_restarts: that schedule has restarts of its own, at "
-            "other updates; use --scheduler cosine or linear"
-        )
-    if args.rebalance and args.peft_model in RESTARTED and args.restart_every is None:
-        problems.append("--rebalance needs --restart_every N: factors are replaced at restarts, e.g. --restart_every 200")
-    interval, warmup = restart_interval(args), args.restart_warmup_steps
-    if interval and warmup is not None and args.scheduler != "cosine_restarts" and warmup >= interval:
-        name = "relora" if args.peft_model == "relora" else "restart_every"
-        problems.append(
-            f"--restart_warmup_steps {warmup}: must be below --{name} {interval}, or the rate never comes back to the schedule's"
-        )
-    return problems
-
-
-def _block_problems(sp_ratio: float) -> list[str]:
-    """Blocks have a share 1 / k of a weight's entries; it must be near what was asked for (sparse_lora.block.block_count)."""
-    blocks = block_count(sp_ratio)
-    if abs(1 / blocks - sp_ratio) <= 0.05 * sp_ratio:
-        return []
-    below, above = 1 / (int(1 / sp_ratio) + 1), 1 / int(1 / sp_ratio)
-    return [
-        f"--sp_ratio {sp_ratio} with --support block: k blocks have a share 1/k of a weight's entries, the nearest are "
-        f"{below:.4g} and {above:.4g}; choose one of them, or --support uniform"
-    ]
-
-
 def _range_problems(args: Arguments) -> list[str]:
     at_least_one = (
         "rank",
@@ -229,3 +153,102 @@ def _range_problems(args: Arguments) -> list[str]:
     if args.max_length == 1:
         problems.append("--max_length 1: a sequence of one token has nothing to predict; use at least 2")
     return problems
+
+
+# Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
+_STALLING_SCALE, _STALLING_LR = 0.5, 0.003
+
+
+# torchrun ends its processes 30 s after a signal; a save that a disk of this speed cannot make in 25 s is warned about.
+_SLOW_DISK_BYTES_PER_S, _TIME_TO_SAVE_S = 200 * 10**6, 25
+
+
+def _batch_arithmetic(args: Arguments, world: World, problems: list[str]) -> tuple[int, int]:
+    """(gradient_accumulation, total_batch_size); problems are appended, with stand-in values returned."""
+    per_pass = args.batch_size * world.size
+    total = args.total_batch_size
+    if total is None:
+        accumulation = args.gradient_accumulation or 1
+        return accumulation, accumulation * per_pass
+    arithmetic = f"--batch_size {args.batch_size} x {world.size} processes"
+    if args.gradient_accumulation is not None:
+        if args.gradient_accumulation * per_pass != total:
+            problems.append(
+                f"--total_batch_size {total}: {arithmetic} x --gradient_accumulation {args.gradient_accumulation} is "
+                f"{args.gradient_accumulation * per_pass}; leave --gradient_accumulation out, or make them agree"
+            )
+        return args.gradient_accumulation, total
+    if total % per_pass:
+        if total % world.size:
+            way_out = f"a multiple of the {world.size} processes, such as --total_batch_size {-(-total // per_pass) * per_pass}"
+        else:
+            share = total // world.size
+            fitting = max(size for size in range(1, min(args.batch_size, share) + 1) if share % size == 0)
+            way_out = f"--batch_size {fitting}, or --total_batch_size {-(-total // per_pass) * per_pass}"
+        problems.append(f"--total_batch_size {total}: not a multiple of {arithmetic} = {per_pass}; use {way_out}")
+        return 1, total
+    return total // per_pass, total
+
+
+def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
+    problems = []
+    if args.max_length > model.max_position_embeddings:
+        problems.append(
+            f"--max_length {args.max_length}: {args.model_config} allows {model.max_position_embeddings} positions "
+            "(max_sequence_length); lower --max_length or raise it there"
+        )
+    rows, columns = min(linear_shapes(model), key=math.prod)
+    if args.peft_model == "sltrain" and args.support == "uniform" and int(args.sp_ratio * rows * columns) == 0:
+        problems.append(
+            f"--sp_ratio {args.sp_ratio}: leaves no entry in a weight of {rows} x {columns}; "
+            f"use more than {1 / (rows * columns):.1g}"
+        )
+    smallest = min(size for shape in linear_shapes(model) for size in shape)
+    if args.rank > smallest and args.peft_model in RESTARTED:
+        problems += [
+            f"--rank {args.rank} with {flag}: a weight with {smallest} rows or columns has no more singular values than that; "
+            f"use --rank {smallest} or less, or leave {flag} out"
+            for flag, given in (("--init svd", args.init == "svd"), ("--rebalance", args.rebalance))
+            if given
+        ]
+    blocks = block_count(args.sp_ratio) if args.peft_model == "sltrain" and args.support == "block" else 1
+    if blocks > smallest:
+        problems.append(
+            f"--sp_ratio {args.sp_ratio} with --support block: {blocks} blocks do not fit a weight with "
+            f"{smallest} rows or columns; use at least {1 / smallest:.2g}, or --support uniform"
+        )
+    return problems
+
+
+def _warnings(args: Arguments, world: World) -> list[str]:
+    lines = []
+    if args.parallel == "fsdp" and world.size == 1:
+        lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
+    lines += _relora_warnings(args) + _restart_warnings(args)
+    scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
+    if args.peft_model in ("lowrank", "sltrain") and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
+        what = "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
+        lines.append(
+            f"{what} = {scale:.2g} with --lr {args.lr:g}: above {_STALLING_SCALE} at lr {_STALLING_LR} and more, runs were "
+            "seen to stall at a high loss; lower --lora_alpha or --lr"
+        )
+    if (
+        args.data_lanes is None
+        and default_lanes(args.dataset) == 24
+        and args.workers is not None
+        and args.workers * world.size > 24
+    ):
+        lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
+    return lines
+
+
+def _slow_save(found: dict[str, int]) -> list[str]:
+    """A warning where saving may take longer than launchers wait after a signal."""
+    size = found["parameters"] + found["support"] + found["optimizer"]
+    if size < _SLOW_DISK_BYTES_PER_S * _TIME_TO_SAVE_S:
+        return []
+    return [
+        f"a checkpoint has {size / 1e9:.1f} GB: saved within {_TIME_TO_SAVE_S} s of a stop signal only by a disk that takes "
+        f"{size / _TIME_TO_SAVE_S / 1e9:.2g} GB/s, and torchrun kills its processes 30 s after it unless "
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT (the recipes: 300) says otherwise; or lower --save_every by what may be lost"
+    ]

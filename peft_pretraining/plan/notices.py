@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from peft_pretraining.config.arguments import (
-    LOW_BIT,
-    RESTARTED,
-    WITHOUT_EFFECT,
-    Arguments,
-    MethodArguments,
-    restart_interval,
-)
+from peft_pretraining.config.arguments import LOW_BIT, WITHOUT_EFFECT, Arguments, MethodArguments
+from peft_pretraining.methods.restarting import RESTARTED, restart_interval
 
 
 def _method_notices(args: Arguments) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.record.recorder import Counted, Recorder, Throughput
+from peft_pretraining.record.recorder import Recorder
+from peft_pretraining.record.throughput import Counted, Throughput
 from peft_pretraining.training.health import SkippedUpdates
 from peft_pretraining.training.update import StepResult, TrainState
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
 import os
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.record.summary import summary
+from peft_pretraining.record.wandb_run import _one_line, _start_wandb
 from peft_pretraining.training.health import LossSpikes
 
 if TYPE_CHECKING:
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from peft_pretraining.training.evaluate import EvalResult
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_PROJECT = "SLTrain"
-# wandb waits this long for its server before the run goes on offline.
-_WANDB_TIMEOUT_S = 20
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -240,10 +236,6 @@ def _memory_text(row: Mapping[str, Any]) -> str:
     return f"memory in GiB, predicted / measured: {', '.join(pairs)}"
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 def _progress_bar(total_updates: int, start_step: int) -> Any:
     from tqdm import tqdm
 
@@ -258,142 +250,3 @@ def _progress_bar(total_updates: int, start_step: int) -> Any:
         mininterval=0.5 if watched else 15.0,
         smoothing=0.05,
     )
-
-
-def _has_wandb_key() -> bool:
-    """Whether a key is at hand: in the environment or stored by `wandb login` in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
-    hosts = _wandb_hosts()
-    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        path = Path(name).expanduser() if name else None
-        if path is None or not path.is_file():
-            continue
-        try:
-            stored = netrc.netrc(path).hosts
-        except (netrc.NetrcParseError, OSError):
-            continue
-        if hosts & set(stored):
-            return True
-    return False
-
-
-def _wandb_hosts() -> set[str]:
-    """Hosts under which the installed wandb finds its key: the server chosen, and the one that earlier versions knew."""
-    url = os.environ.get("WANDB_BASE_URL")
-    if url:
-        return {_host(url)}
-    try:
-        import wandb
-
-        return {_host(wandb.Settings().base_url), "api.wandb.ai"}
-    except Exception:  # not installed, or broken: what follows says so
-        return {"api.wandb.ai"}
-
-
-def _host(url: str) -> str:
-    return url.split("://")[-1].split("/")[0].split(":")[0]
-
-
-def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
-    """The wandb run, or None: `settings` has mode, id, name, tags, config. Any failure costs one line, not the run."""
-    mode = settings["mode"]
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        if mode == "offline" and "WANDB_MODE" not in os.environ:
-            print(
-                f"wandb: no key found, recording offline in {run_folder / 'wandb'} (`wandb sync` uploads it; "
-                "--wandb disabled turns it off)",
-                file=sys.stderr,
-            )
-    if mode == "disabled":
-        return None
-    try:
-        return _wandb_run(run_folder, settings, mode)
-    except Exception as error:
-        if mode != "online":
-            print(f"warning: wandb is off ({_one_line(error)}); metrics.jsonl has everything", file=sys.stderr)
-            return None
-        print(f"warning: wandb cannot be reached ({_one_line(error)}); recording offline", file=sys.stderr)
-        with contextlib.suppress(Exception):
-            import wandb
-
-            wandb.teardown()  # its service still holds the run's id
-        return _start_wandb(run_folder, {**settings, "mode": "offline"})
-
-
-def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    limits: dict[str, Any] = {"init_timeout": _WANDB_TIMEOUT_S, "login_timeout": _WANDB_TIMEOUT_S}
-    if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):  # without it the end waits for a lost network
-        limits["finish_timeout"] = 3 * _WANDB_TIMEOUT_S
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
-        mode=mode,
-        dir=run_folder,
-        id=settings["id"],
-        name=settings["name"],
-        tags=settings["tags"] or None,
-        config=dict(settings["config"]),
-        group=settings.get("group"),
-        job_type="train",
-        resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(**limits),
-    )
-    # Steps are update steps: replayed ones after a resume are then kept instead of dropped as out of order.
-    run.define_metric("update_step")
-    run.define_metric("*", step_metric="update_step")
-    run.define_metric("final_eval_perplexity", step_metric="update_step", summary="min,last")
-    return run
-
-
-class Counted(NamedTuple):
-    """Work between two readings of the throughput."""
-
-    tokens: int
-    updates: int
-
-
-class Throughput:
-    """Tokens, sequences and micro-batches per second of training; evaluation and saving do not count."""
-
-    def __init__(self, sequences_per_update: int, micro_batches_per_update: int):
-        """Counts are per update, over all processes."""
-        self._per_update = {"examples": sequences_per_update, "batches": micro_batches_per_update}
-        self._start = time.perf_counter()
-        self._tokens = self._updates = 0
-
-    def add_update(self, num_tokens: int) -> None:
-        """One more update with `num_tokens` tokens of text is done."""
-        self._tokens += num_tokens
-        self._updates += 1
-
-    def take(self) -> Counted:
-        """What was added since the last taking."""
-        counted = Counted(self._tokens, self._updates)
-        self._tokens = self._updates = 0
-        return counted
-
-    def rates(self, counted: Counted, done_at: float) -> dict[str, float]:
-        """The published throughput keys of what was taken and done at `done_at` (time.perf_counter), per second.
-
-        It is taken to have begun where the one before it was done.
-        """
-        seconds = max(done_at - self._start, 1e-9)
-        rates = {f"throughput_{name}": counted.updates * count / seconds for name, count in self._per_update.items()}
-        rates["throughput_tokens"] = counted.tokens / seconds
-        self._start = done_at
-        return rates
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside the block is not training; all updates before it must be done."""
-        before = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._start += time.perf_counter() - before

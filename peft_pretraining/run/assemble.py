@@ -17,20 +17,15 @@ from peft_pretraining.checkpoint.step_folder import write_json
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.loader import Batch, merge_states
+from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
-from peft_pretraining.distributed.world import (
-    World,
-    all_reduce_sum_,
-    broadcast_object,
-    device_memory,
-    gather_objects,
-    largest,
-)
+from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.compile_cache import keep_compiled_code
-from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
+from peft_pretraining.plan.plan import Plan, make_plan
+from peft_pretraining.plan.text import format_plan, memory_problems
 from peft_pretraining.record.measured_memory import comparison, measured_bytes
 from peft_pretraining.record.recorder import Recorder, peak_memory_bytes
-from peft_pretraining.run.build import DTYPES, Data, build_data, build_module, build_updates, resolve_dtype
+from peft_pretraining.run.build import Data, build_data, build_module, build_updates
 from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
 from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_over, restore_data, restore_run, run_content
 from peft_pretraining.training.evaluate import EvalResult, NothingToEvaluate, evaluate
@@ -93,7 +88,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     updates = build_updates(args, token_loss.model, world, device)
     module: nn.Module = token_loss
     if not is_sharded(token_loss) and not updates.averages_gradients:
-        module = replicate(token_loss, world, device, None if args.reduce_dtype is None else DTYPES[args.reduce_dtype])
+        module = replicate(token_loss, world, device, None if args.reduce_dtype is None else torch_dtype(args.reduce_dtype))
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)

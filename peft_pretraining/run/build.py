@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from peft_pretraining.checkpoint import step_folder as checkpoint
-from peft_pretraining.config.arguments import Arguments, ConfigError, arguments_of_record, embedding_bits
-from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.config.arguments import Arguments, ConfigError, embedding_bits
+from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.data.bad_records import OnBadRecord
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
-from peft_pretraining.methods.method import METHODS, projected_matrices
-from peft_pretraining.model.llama import build_model, initialize, materialize, meta_model, prepare_to_train
+from peft_pretraining.methods.galore import projected_matrices
+from peft_pretraining.methods.method import METHODS
+from peft_pretraining.model.llama import initialize, materialize, meta_model, prepare_to_train
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.model.svd_start import start_from_svd
 from peft_pretraining.optim import (
@@ -35,18 +35,6 @@ from peft_pretraining.optim import (
     build_optimizer,
 )
 from peft_pretraining.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def resolve_dtype(name: str | None, device: torch.device) -> str:
-    """The dtype's name: as asked, or bfloat16 on a GPU that computes in it, else float32."""
-    if name is not None:
-        return name
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
 def default_workers(device: torch.device, world: World) -> int:
@@ -130,7 +118,7 @@ def build_module(
 
     eos_id: what ends a document, for --document_mask. restored: a checkpoint's values follow, so that none need be decomposed.
     """
-    model = meta_model(plan.model, DTYPES[plan.dtype], lambda model: METHODS[args.peft_model](model, args))
+    model = meta_model(plan.model, torch_dtype(plan.dtype), lambda model: METHODS[args.peft_model](model, args))
     module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
     sharded = args.parallel == "fsdp" and world.size > 1
     if sharded:
@@ -149,7 +137,7 @@ def build_module(
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else DTYPES[name]
+    return None if name is None else torch_dtype(name)
 
 
 def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device) -> Updates:
@@ -178,38 +166,3 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         growth=growth,
         free_gradients=world.size == 1 or args.parallel == "fsdp",
     )
-
-
-def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
-    """The arguments in a checkpoint's run.json, and all of it. Raises CheckpointError."""
-    run = checkpoint.read_json(folder / "run.json")
-    try:
-        args = arguments_of_record(run["arguments"])
-        known = run["plan"]["dtype"] in DTYPES and args.peft_model in METHODS
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
-    if not known:
-        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: of a method or dtype that this version does not know")
-    return args, run
-
-
-def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
-    """Model, tokenizer and run.json of a checkpoint (or of the newest in a run's folder), in the run's dtype.
-
-    Raises:
-        CheckpointError: not a checkpoint, or not a sound one.
-    """
-    folder = checkpoint.resolve(path)
-    args, run = checkpoint_record(folder)
-    try:
-        model = build_model(
-            load_model_config(folder / "config.json"),
-            dtype=DTYPES[run["plan"]["dtype"]],
-            device=device,
-            seed=args.seed,
-            reparameterize=lambda model: METHODS[args.peft_model](model, args),
-        )
-    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # numbers that no run was ever started with
-        raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None
-    checkpoint.load_tensors(folder, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
-    return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

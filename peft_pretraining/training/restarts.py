@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.config.arguments import Arguments, moments_at_a_merge, restart_interval
+from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.distributed.parallel import assign_, free_gathered
 from peft_pretraining.distributed.shards import local
 from peft_pretraining.distributed.world import World, broadcast_
+from peft_pretraining.methods.relora import moments_at_a_merge
+from peft_pretraining.methods.restarting import restart_interval
 from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear

@@ -15,8 +15,8 @@ from peft_pretraining.commands.analysis.decompose import target_linears
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.data.loader import EvalSet
 from peft_pretraining.data.source import open_source
+from peft_pretraining.export.load import load_model
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.run.build import load_model
 from peft_pretraining.training.evaluate import evaluate
 from sparse_lora import SLTrainConfig, reparameterize
 

@@ -11,7 +11,7 @@ import torch
 from peft_pretraining.__main__ import main
 from peft_pretraining.checkpoint.step_folder import list_checkpoints, resolve
 from peft_pretraining.commands.analysis.figures import drawn_names, kind_and_layer
-from peft_pretraining.run.build import load_model
+from peft_pretraining.export.load import load_model
 
 KINDS = [
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),

@@ -13,8 +13,8 @@ from peft_pretraining.__main__ import main as command
 from peft_pretraining.checkpoint.step_folder import list_checkpoints
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
+from peft_pretraining.export.load import load_model
 from peft_pretraining.plan.plan import learning_rate, make_plan
-from peft_pretraining.run.build import load_model
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
 
 BF16 = ("--dtype", "bfloat16")

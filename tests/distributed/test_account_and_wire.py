@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.distributed.world import World, process_group
-from peft_pretraining.memory.account import Setting, account
+from peft_pretraining.memory.account import account
 from peft_pretraining.memory.communication import full_rank, traffic
+from peft_pretraining.memory.setting import Setting
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim import PerLayerUpdate, WholeUpdate, build_optimizer

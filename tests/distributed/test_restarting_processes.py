@@ -13,8 +13,8 @@ from torch import nn
 from benchmarks.compare_runs import deviations
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.distributed.world import World, process_group
+from peft_pretraining.export.load import load_model
 from peft_pretraining.optim import WholeUpdate, build_optimizer
-from peft_pretraining.run.build import load_model
 from peft_pretraining.training import restarts
 from sparse_lora import attach_relora, merge
 

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_pretraining.__main__ import main
 from peft_pretraining.checkpoint.step_folder import resolve
-from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.config.model_config import linear_shapes, load_model_config
 from peft_pretraining.export import load_factored, shards, write
+from peft_pretraining.export.load import load_model
 from peft_pretraining.export.shards import ExportError, ShardWriter
-from peft_pretraining.memory import counts as memory
-from peft_pretraining.run.build import load_model
+from peft_pretraining.memory.counts import parameter_counts, support_bytes
+from peft_pretraining.methods.sltrain import nonzeros
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Trained = Callable[[str], Path]
@@ -103,10 +104,10 @@ def test_factored_exports_load_with_one_line(trained: Trained, tmp_path: Path, n
 def test_a_factored_1b_model_is_half_the_dense_one() -> None:
     """Published rank and sparsity; bfloat16, the stored positions included."""
     model = load_model_config(ROOT / "configs/llama_1b.json")
-    counts = memory.parameter_counts(model, method="sltrain", rank=512, sparsity=0.03)
-    dense = memory.parameter_counts(model, method="full", rank=512, sparsity=0.03)
-    shapes = memory.linear_shapes(model)
-    each = [memory.support_bytes(memory.nonzeros("uniform", *shape, 0.03), math.prod(shape)) for shape in shapes]
+    counts = parameter_counts(model, method="sltrain", rank=512, sparsity=0.03)
+    dense = parameter_counts(model, method="full", rank=512, sparsity=0.03)
+    shapes = linear_shapes(model)
+    each = [support_bytes(nonzeros("uniform", *shape, 0.03), math.prod(shape)) for shape in shapes]
     support = model.num_hidden_layers * sum(each)
     assert (2 * counts.total + support) / (2 * dense.total) <= 0.52
 

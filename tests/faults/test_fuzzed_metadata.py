@@ -19,8 +19,9 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import ModelConfigError
 from peft_pretraining.distributed.world import World
+from peft_pretraining.export.load import load_model
 from peft_pretraining.plan.plan import Plan, make_plan
-from peft_pretraining.run.build import build_data, build_module, build_updates, load_model
+from peft_pretraining.run.build import build_data, build_module, build_updates
 from peft_pretraining.run.folder import check_same_data, open_run_folder
 from peft_pretraining.run.resume import RunParts, finished_state, restore_data, restore_run
 from peft_pretraining.training.update import TrainState

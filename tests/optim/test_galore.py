@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from peft_pretraining.config.arguments import PROJ_TYPES
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.counts import PROJ_TYPES, subspace_shapes
+from peft_pretraining.memory.counts import subspace_shapes
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,

@@ -21,8 +21,9 @@ from peft_pretraining.commands.published.fill import matching_sparsity
 from peft_pretraining.commands.published.moments import _plain
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
+from peft_pretraining.export.load import load_model
 from peft_pretraining.plan.plan import make_plan
-from peft_pretraining.run.build import build_data, load_model
+from peft_pretraining.run.build import build_data
 
 Captured = pytest.CaptureFixture[str]
 RELORA = ("--relora", "100")

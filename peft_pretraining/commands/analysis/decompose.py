@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.methods.method import projected_matrices
+from peft_pretraining.methods.galore import projected_matrices
 from sparse_lora import SparseLowRankLinear
 
 _BINS = 100  # of the magnitudes' histogram

@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--steps {args.steps}: must be 0 or more")
     from peft_pretraining.checkpoint.step_folder import resolve
     from peft_pretraining.commands.analysis.spectra import refuse_inside_checkpoint
-    from peft_pretraining.distributed.world import World, pick_device
+    from peft_pretraining.distributed.device import pick_device
+    from peft_pretraining.distributed.world import World
 
     if args.out is not None:
         refuse_inside_checkpoint(args.out)
@@ -138,9 +139,10 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
     from peft_pretraining.commands.analysis.decompose import check_rank, target_linears
     from peft_pretraining.commands.analysis.study import ROWS, make_rows
     from peft_pretraining.distributed.world import World
+    from peft_pretraining.export.load import load_model
     from peft_pretraining.model.loss import TokenLoss
     from peft_pretraining.plan.plan import make_plan
-    from peft_pretraining.run.build import build_data, load_model
+    from peft_pretraining.run.build import build_data
     from peft_pretraining.run.folder import versions
 
     model, _, record = load_model(folder, device)

@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
 
     from peft_pretraining.checkpoint.step_folder import resolve
     from peft_pretraining.commands.analysis.decompose import linear_figures, target_linears
-    from peft_pretraining.distributed.world import World, pick_device
-    from peft_pretraining.run.build import load_model
+    from peft_pretraining.distributed.device import pick_device
+    from peft_pretraining.distributed.world import World
+    from peft_pretraining.export.load import load_model
 
     folder = resolve(args.checkpoint)
     out = args.out or folder.parent / f"spectra-{folder.name}"

@@ -21,8 +21,9 @@ from peft_pretraining.commands.finetune.metrics import METRICS
 from peft_pretraining.commands.finetune.tasks import Task
 from peft_pretraining.data.errors import TokenizerError, first_line
 from peft_pretraining.data.tokenizer import hub_problem
-from peft_pretraining.distributed.world import World, pick_device
-from peft_pretraining.export.write import FACTORS_CONFIG
+from peft_pretraining.distributed.device import pick_device
+from peft_pretraining.distributed.world import World
+from peft_pretraining.export.shards import FACTORS_CONFIG
 from peft_pretraining.plan.schedule import lr_at
 from sparse_lora import SLTrainConfig, adapter_parameters, generator_for, merge, reparameterize
 from sparse_lora.reparameterize import ALL_LINEARS, freeze_but

@@ -27,7 +27,8 @@ from peft_pretraining.commands.published.read import (
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import arguments_from
 from peft_pretraining.config.model_config import load_model_config
-from peft_pretraining.distributed.world import World, pick_device
+from peft_pretraining.distributed.device import pick_device
+from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.notices import notices
 from peft_pretraining.plan.plan import is_finished
 from peft_pretraining.run.assemble import Run, assemble

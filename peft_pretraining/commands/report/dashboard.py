@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from peft_pretraining.commands.report import tables
 from peft_pretraining.commands.report.groups import Group
-from peft_pretraining.record.recorder import WANDB_PROJECT
+from peft_pretraining.record.wandb_run import WANDB_PROJECT
 
 
 def send(groups: Sequence[Group], out: Path, mode: Literal["online", "offline"], title: str) -> None:

@@ -1,0 +1,82 @@
+"""The device a process computes on, its memory, and the dtype it computes in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peft_pretraining.distributed.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DeviceError(ValueError):
+    """A device that was asked for and is not there."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What one process can have: `name` as it stands in a sentence, bytes, cpu or cuda."""
+
+    name: str
+    num_bytes: int
+    device_type: str
+
+
+def device_memory(device: torch.device, world: World) -> DeviceMemory:
+    """The GPU's memory, or this machine's (or its container's) shared by the local processes."""
+    if device.type == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceMemory(properties.name, properties.total_memory, "cuda")
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # no such file, or "max"
+            size = min(size, int(file.read()))
+    share = f" for each of {world.local_size} processes" if world.local_size > 1 else ""
+    return DeviceMemory(f"this machine's memory{share}", size // world.local_size, "cpu")
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """The torch device for `--device NAME`: auto takes this rank's GPU if there is one. Raises DeviceError."""
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not available:
+        raise DeviceError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    number = int(index) if index else world.local_rank
+    if not index and world.local_size > available:  # the same answer on every process, not only on those without a GPU
+        raise DeviceError(
+            f"--device {name}: {world.local_size} processes were started on this machine, which has {available} GPUs; start at "
+            f"most {available} (torchrun --nproc_per_node {available}, NPROC={available} for the scripts)"
+        )
+    if number >= available:
+        raise DeviceError(f"--device {name}: there is no GPU {number} here, they are numbered 0 to {available - 1}")
+    if index and world.local_size > 1:
+        raise DeviceError(f"--device {name}: {world.local_size} processes cannot share one GPU; use --device cuda")
+    return torch.device("cuda", number)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of this name: bfloat16 or float32."""
+    import torch
+
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> str:
+    """The dtype's name: as asked, or bfloat16 on a GPU that computes in it, else float32."""
+    if name is not None:
+        return name
+    import torch
+
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"

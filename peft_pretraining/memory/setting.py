@@ -1,0 +1,117 @@
+"""What the memory and the communication of a run depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_pretraining.config.arguments import (
+    Arguments,
+    embedding_bits,
+)
+from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.distributed.world import World
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that memory depends on; names as on the command line."""
+
+    model: ModelConfig
+    peft_model: str
+    rank: int
+    sp_ratio: float
+    optimizer: str
+    dtype: str
+    batch_size: int
+    max_length: int
+    train_scaling: bool = False
+    support: str = "uniform"
+    linear_path: str = "auto"
+    beta1: float = 0.0
+    embedding_bits: int | None = None
+    stochastic_rounding: bool = False
+    proj_type: str = "std"
+    init: str = "default"
+    rebalance: bool = False
+    per_layer: bool = False
+    gradient_accumulation: int = 1
+    world_size: int = 1
+    parallel: str = "ddp"
+    compute_dtype: str | None = None
+    reduce_dtype: str | None = None
+    reshard_after_forward: bool = True
+    activation_checkpointing: str | None = None
+    compile: bool = False
+    document_mask: bool = False
+    async_save: bool = False
+    device_type: str = "cpu"
+
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether all gradients are there at once: always but in per-layer updates of a single micro-batch."""
+        return not self.per_layer or self.gradient_accumulation > 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of every parameter only."""
+        return self.parallel == "fsdp" and self.world_size > 1
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a parameter is divided over the processes."""
+        return self.world_size if self.sharded else 1
+
+    @property
+    def computes_in(self) -> str:
+        """Dtype of activations, of gathered parameters and of their gradients before they are reduced."""
+        return (self.sharded and self.compute_dtype) or self.dtype
+
+    @property
+    def reduces_in(self) -> str:
+        """Dtype in which gradients are summed over processes, and by FSDP2 over micro-batches."""
+        return self.reduce_dtype or self.computes_in
+
+    @property
+    def sparsity(self) -> float:
+        """Share of entries in the sparse part."""
+        return self.sp_ratio if self.peft_model == "sltrain" else 0.0
+
+    @property
+    def replaces_linears(self) -> bool:
+        """Whether the method's linears are others than nn.Linear."""
+        return self.peft_model not in ("full", "galore")
+
+
+def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str, accumulation: int, device_type: str) -> Setting:
+    """What the memory account needs to know of a run."""
+    return Setting(
+        model=model,
+        peft_model=args.peft_model,
+        rank=args.rank,
+        sp_ratio=args.sp_ratio,
+        train_scaling=args.train_scaling,
+        support=args.support,
+        linear_path=args.linear_path,
+        optimizer=args.optimizer,
+        beta1=args.beta1,
+        embedding_bits=embedding_bits(args),
+        stochastic_rounding=args.stochastic_rounding,
+        proj_type=args.proj_type,
+        init=args.init,
+        rebalance=args.rebalance,
+        per_layer=args.per_layer,
+        dtype=dtype,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        gradient_accumulation=accumulation,
+        world_size=world.size,
+        parallel=args.parallel,
+        compute_dtype=args.compute_dtype,
+        reduce_dtype=args.reduce_dtype,
+        reshard_after_forward=args.reshard_after_forward,
+        activation_checkpointing=args.activation_checkpointing,
+        compile=args.compile,
+        document_mask=args.packing and args.document_mask,
+        async_save=args.async_save,
+        device_type=device_type,
+    )

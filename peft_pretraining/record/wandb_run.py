@@ -1,0 +1,111 @@
+"""The run at wandb, which can never stop or block the training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WANDB_PROJECT = "SLTrain"
+
+
+# wandb waits this long for its server before the run goes on offline.
+_WANDB_TIMEOUT_S = 20
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _has_wandb_key() -> bool:
+    """Whether a key is at hand: in the environment or stored by `wandb login` in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    hosts = _wandb_hosts()
+    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        path = Path(name).expanduser() if name else None
+        if path is None or not path.is_file():
+            continue
+        try:
+            stored = netrc.netrc(path).hosts
+        except (netrc.NetrcParseError, OSError):
+            continue
+        if hosts & set(stored):
+            return True
+    return False
+
+
+def _wandb_hosts() -> set[str]:
+    """Hosts under which the installed wandb finds its key: the server chosen, and the one that earlier versions knew."""
+    url = os.environ.get("WANDB_BASE_URL")
+    if url:
+        return {_host(url)}
+    try:
+        import wandb
+
+        return {_host(wandb.Settings().base_url), "api.wandb.ai"}
+    except Exception:  # not installed, or broken: what follows says so
+        return {"api.wandb.ai"}
+
+
+def _host(url: str) -> str:
+    return url.split("://")[-1].split("/")[0].split(":")[0]
+
+
+def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
+    """The wandb run, or None: `settings` has mode, id, name, tags, config. Any failure costs one line, not the run."""
+    mode = settings["mode"]
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        if mode == "offline" and "WANDB_MODE" not in os.environ:
+            print(
+                f"wandb: no key found, recording offline in {run_folder / 'wandb'} (`wandb sync` uploads it; "
+                "--wandb disabled turns it off)",
+                file=sys.stderr,
+            )
+    if mode == "disabled":
+        return None
+    try:
+        return _wandb_run(run_folder, settings, mode)
+    except Exception as error:
+        if mode != "online":
+            print(f"warning: wandb is off ({_one_line(error)}); metrics.jsonl has everything", file=sys.stderr)
+            return None
+        print(f"warning: wandb cannot be reached ({_one_line(error)}); recording offline", file=sys.stderr)
+        with contextlib.suppress(Exception):
+            import wandb
+
+            wandb.teardown()  # its service still holds the run's id
+        return _start_wandb(run_folder, {**settings, "mode": "offline"})
+
+
+def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    limits: dict[str, Any] = {"init_timeout": _WANDB_TIMEOUT_S, "login_timeout": _WANDB_TIMEOUT_S}
+    if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):  # without it the end waits for a lost network
+        limits["finish_timeout"] = 3 * _WANDB_TIMEOUT_S
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
+        mode=mode,
+        dir=run_folder,
+        id=settings["id"],
+        name=settings["name"],
+        tags=settings["tags"] or None,
+        config=dict(settings["config"]),
+        group=settings.get("group"),
+        job_type="train",
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(**limits),
+    )
+    # Steps are update steps: replayed ones after a resume are then kept instead of dropped as out of order.
+    run.define_metric("update_step")
+    run.define_metric("*", step_metric="update_step")
+    run.define_metric("final_eval_perplexity", step_metric="update_step", summary="min,last")
+    return run
