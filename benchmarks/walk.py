@@ -115,7 +115,11 @@ def write_inputs(folder: Path) -> list[str]:
         model_type="bpe",
         vocab_size=320,
         byte_fallback=True,
-        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2},
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
     )
     return [
         *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model"), "--dataset", str(corpus)),

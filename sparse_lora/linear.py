@@ -6,10 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .cost import PATHS
-from .functional import build_weight, sparse_lowrank_linear, without_autocast
-from .kinds import SUPPORT_KINDS, make_support, part_of
-from .support import generator_for
+from .block import BlockSupport, block_count
+from .functional import PATHS, build_weight, part_of, sparse_lowrank_linear, without_autocast
+from .support import Support, generator_for
+from .uniform import UniformSupport
+
+SUPPORT_KINDS = (UniformSupport.kind, BlockSupport.kind)
 
 # Of the variance that nn.Linear's weights start with, what a layer without S starts with: that of a layer with S at the published
 # delta. With the whole variance it trains far worse (docs/results.md).
@@ -148,6 +150,27 @@ class SparseLowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"sparsity={self.sparsity}, {scaling}, bias={self.bias is not None}"
         )
+
+
+def make_support(
+    kind: str, out_features: int, in_features: int, sparsity: float, device: torch.device | str | None = None
+) -> Support:
+    """A support with a share `sparsity` of a weight's entries, its positions not drawn yet.
+
+    "uniform": int(sparsity * out * in) positions, as published (arXiv 2406.02214). "block": round(1 / sparsity) blocks.
+
+    Raises:
+        ValueError: the sparsity leaves no entry, no number of blocks has about this share, or so many do not fit the weight.
+    """
+    if kind == BlockSupport.kind:
+        return BlockSupport(out_features, in_features, block_count(sparsity))
+    nnz = int(sparsity * out_features * in_features)
+    if nnz == 0:
+        raise ValueError(
+            f"sparsity {sparsity} of a {out_features} x {in_features} weight leaves no entry: "
+            f"use at least {1 / (out_features * in_features):.2g}, or 0 for a low-rank weight"
+        )
+    return UniformSupport(out_features, in_features, nnz, device)
 
 
 def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: str, path: str) -> list[str]:

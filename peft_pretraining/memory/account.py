@@ -166,7 +166,7 @@ def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
         return True
     if setting.linear_path != "auto":
         return setting.linear_path == "factored"
-    from sparse_lora.cost import cheaper_path  # the package imports torch, which refused arguments must not wait for
+    from sparse_lora.functional import cheaper_path  # the package imports torch, which refused arguments must not wait for
 
     kind = setting.support if setting.peft_model == "sltrain" else "none"
     nnz = nonzeros(kind, *shape, setting.sp_ratio) if kind != "none" else 0
@@ -187,7 +187,7 @@ def _lasting_scratch(setting: Setting) -> int:
     """What stays of the largest weight that is built, or of the largest outputs put in order: a CPU's scratch memory."""
     if not setting.replaces_linears or setting.device_type != "cpu":
         return 0
-    from sparse_lora.scratch import large_bytes
+    from sparse_lora.support import large_bytes
 
     width, shapes = DTYPE_BYTES[setting.computes_in], linear_shapes(setting.model)
     used = [shape for shape in shapes if _builds_matrix(setting, shape)]

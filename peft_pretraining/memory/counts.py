@@ -237,7 +237,7 @@ def support_bytes(nnz: int, entries: int) -> int:
     """Bytes that one matrix's stored support takes; none where `entries` is 0, see TensorGroup."""
     if not entries:
         return 0
-    from sparse_lora.layout import layout_for  # the package imports torch, which refused arguments must not wait for
+    from sparse_lora.uniform import layout_for  # the package imports torch, which refused arguments must not wait for
 
     return layout_for(nnz, entries).nbytes
 

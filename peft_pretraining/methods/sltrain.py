@@ -60,7 +60,7 @@ def block_count(sparsity: float) -> int:
 
 
 def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
-    """Entries that S has in a weight, for a share `sparsity` of them; as sparse_lora.kinds.make_support."""
+    """Entries that S has in a weight, for a share `sparsity` of them; as sparse_lora.linear.make_support."""
     if support == "uniform":
         return int(sparsity * out_features * in_features)
     # k slices of the rows and of the columns, in each direction the first few one longer than the others.

@@ -45,7 +45,7 @@ class Run:
     batches: Iterator[Batch]
     module: nn.Module  # maps (input_ids, labels, num_targets) to the sum of token losses
     parts: RunParts
-    restarts: Restarts
+    restarts: Restarts | None  # None for a run without restarts
     document: dict[str, Any]  # run.json
     stop: StopRequest
     saver: Saver
@@ -103,7 +103,11 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         timeout_s=args.timeout_s,
     )
     restarts = Restarts(args, token_loss.model, updates, world)
-    return Run(plan, device, folder, data, batches, module, parts, restarts, document, StopRequest(), saver)
+    return Run(
+        *(plan, device, folder, data, batches, module, parts),
+        restarts if restarts.every is not None else None,
+        *(document, StopRequest(), saver),
+    )
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:

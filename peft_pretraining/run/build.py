@@ -19,6 +19,7 @@ from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
+from peft_pretraining.memory.counts import loss_chunk_rows
 from peft_pretraining.methods.galore import projected_matrices
 from peft_pretraining.methods.method import METHODS
 from peft_pretraining.model.llama import initialize, materialize, meta_model, prepare_to_train
@@ -119,7 +120,8 @@ def build_module(
     eos_id: what ends a document, for --document_mask. restored: a checkpoint's values follow, so that none need be decomposed.
     """
     model = meta_model(plan.model, torch_dtype(plan.dtype), lambda model: METHODS[args.peft_model](model, args))
-    module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
+    document_end = eos_id if args.packing and args.document_mask else None
+    module = TokenLoss(model, loss_chunk_rows(device.type), document_end)
     sharded = args.parallel == "fsdp" and world.size > 1
     if sharded:
         # A tied embedding is the head too, and belongs to what stays gathered.

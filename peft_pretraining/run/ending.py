@@ -16,9 +16,8 @@ from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.plan.text import out_of_memory_problem
 from peft_pretraining.run.assemble import Run
 from peft_pretraining.run.resume import run_content
-from peft_pretraining.training.health import WAY_OUT, TrainingError
 from peft_pretraining.training.stop import MARKER_FILE, StopRun
-from peft_pretraining.training.update import StepResult
+from peft_pretraining.training.update import WAY_OUT, StepResult, TrainingError
 
 
 def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str | None:
@@ -69,7 +68,7 @@ def keep_for_inspection(run: Run, args: Arguments, world: World, micro_batches: 
     state = "the state with the other tensors stepped" if stepped else "the state before it"
     raise TrainingError(
         f"update {number}: the loss is {float(step.loss)}, the gradient norm {float(step.gradnorm)}, {int(step.skipped)} tensors "
-        f"would have been spoilt; {state} is kept as {path}, its tokens in {record.name} beside it; {WAY_OUT}, or "
+        f"had non-finite gradients. Saved {state} to {path}, token ids to {record}; {WAY_OUT}, or "
         "--on_nonfinite skip"
     )
 

@@ -1,8 +1,8 @@
-"""What happens to factors and moments every so many updates: ReLoRA's merges, and the restarts of low-rank and SLTrain runs.
+"""Restarts of factors and moments at a fixed interval: ReLoRA's merges, and the restarts of low-rank and SLTrain runs.
 
-A restart comes before the update that follows a multiple of --relora, or of --restart_every, finished updates. It depends on
-their number only, and what it draws is keyed by (seed, name, number of the restart): a checkpoint needs nothing for it. One that
-is saved between two updates is from before the restart, which a run that goes on from it makes.
+A restart is performed before the update that follows a multiple of --relora, or of --restart_every, finished updates. What it
+draws is keyed by (seed, name, number of the restart), so restarts need no saved state. A checkpoint taken at a restart boundary
+is from before the restart; the resumed run performs it.
 """
 
 from __future__ import annotations
@@ -15,35 +15,34 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_pretraining.config.arguments import Arguments
-from peft_pretraining.distributed.parallel import assign_, free_gathered
-from peft_pretraining.distributed.shards import local
+from peft_pretraining.distributed.parallel import assign_, free_gathered, local
 from peft_pretraining.distributed.world import World, broadcast_
 from peft_pretraining.methods.relora import moments_at_a_merge
 from peft_pretraining.methods.restarting import restart_interval
+from peft_pretraining.model.svd_start import balanced
 from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
-from sparse_lora.decomposition import balanced
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Restarts:
-    """Those of a run; `before_update` is called before each update, on all processes."""
+    """Schedules and performs a run's restarts; all processes call `before_update` before each update."""
 
     def __init__(self, args: Arguments, model: nn.Module, updates: Updates, world: World):
-        """model: with its method applied. updates: of its parameters, which are all on one device."""
-        self._every = restart_interval(args)
+        """model: with its method applied. updates: those of its parameters, all on one device."""
+        self.every = restart_interval(args)  # updates between restarts, None without restarts
         self._args, self._model, self._updates, self._world = args, model, updates, world
         self._rounding = StochasticRounding(args.seed) if args.stochastic_rounding else None
 
     @torch.no_grad()
     def before_update(self, update_step: int) -> bool:
-        """Restart if one is due after `update_step` finished updates; whether it was."""
-        if self._every is None or update_step == 0 or update_step % self._every:
+        """Restart if one is due after `update_step` finished updates; returns whether it was due."""
+        if self.every is None or update_step == 0 or update_step % self.every:
             return False
         free_gathered(self._model)
-        number = update_step // self._every
+        number = update_step // self.every
         if self._args.peft_model == "relora":
             self._merge(number)
         else:
@@ -57,7 +56,7 @@ class Restarts:
         return True
 
     def _merge(self, number: int) -> None:
-        """W0 += scaling B A, A drawn anew, B = 0, and what the arguments say of their moments (arXiv 2307.05695)."""
+        """W0 += scaling B A, then a new A, B = 0, and their moments as the arguments say (arXiv 2307.05695)."""
         kind, share = moments_at_a_merge(self._args)
         parameters = dict(self._model.named_parameters())
         for name, layer in self._layers(ReLoRALinear):
@@ -66,7 +65,7 @@ class Restarts:
                 noise = self._rounding.generator(f"{name}.weight/merge", number, local(layer.weight).device)
             add_product_(layer, noise)
             if not isinstance(layer.weight, DTensor):
-                # Nothing brings frozen weights together again where two machines round a product differently.
+                # Machines may round the product differently, and frozen weights would never be made equal again.
                 broadcast_(layer.weight, self._world)
             for factor, values in layer.initial_values(self._args.seed, name, restart=number):
                 assign_(layer.get_parameter(factor), values)
@@ -79,7 +78,7 @@ class Restarts:
                     Pruning(kind, share).prune_(state, parameter, self._args.seed, key, self._world)
 
     def _rebalance(self) -> None:
-        """B A of every layer by balanced factors; process 0's, since signs of singular vectors are arbitrary."""
+        """Replace B A of every layer by balanced factors. Process 0's are used, since signs of singular vectors are arbitrary."""
         for _, layer in self._layers(SparseLowRankLinear):
             lora_B, lora_A = (_whole(factor) for factor in (layer.lora_B, layer.lora_A))
             found = balanced(lora_B, lora_A) if self._world.is_main else (lora_B.float(), lora_A.float())
@@ -92,14 +91,14 @@ class Restarts:
                 yield name, module
 
     def _state_of(self, name: str) -> dict[str, torch.Tensor]:
-        """The optimizer's of a parameter; empty before its first step."""
+        """The optimizer's state of a parameter; empty before its first step."""
         found: dict[str, torch.Tensor] = self._updates.optimizer.state.get(self._updates.stepped[name], {})
         return found
 
     def _reset(self, name: str) -> None:
         reset_moments_(self._state_of(name))
         if self._updates.growth is not None:
-            # A factor of another size has gradients of another size: the next one is taken as it is.
+            # The new factor's gradients have another size, so the next one is not limited.
             self._updates.growth.previous[list(self._updates.stepped).index(name)] = 0
 
 
@@ -123,5 +122,5 @@ def add_product_(layer: ReLoRALinear, noise: torch.Generator | None = None) -> N
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded; every process calls it."""
+    """The whole of a tensor that may be sharded; every process calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -30,7 +30,7 @@ from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.notices import notices
-from peft_pretraining.plan.plan import is_finished
+from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.run.assemble import Run, assemble
 from peft_pretraining.run.folder import take_up
 from peft_pretraining.run.resume import run_content

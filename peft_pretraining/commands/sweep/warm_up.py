@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from peft_pretraining.config.arguments import WARM_START_CHANGES, Arguments, as_dict, has_effect
-from peft_pretraining.plan.plan import Plan, is_finished
+from peft_pretraining.plan.plan import Plan
+from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.run.same_run import differing_arguments, differing_shape
 
 WARM_UP = "warm_up"
