@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike: bool = False) -> int:
-    """Say what is wrong and give the exit code; what every process finds alike is said by rank 0 alone."""
+    """Print the problems and return the exit code. everywhere_alike: every process has the same problems, so rank 0 prints."""
     if world.is_main or not everywhere_alike:
         rank = f" [rank {world.rank}]" if world.size > 1 else ""
         for problem in problems:
@@ -56,7 +56,7 @@ def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike
 
 
 def tell_torchrun(message: str) -> None:
-    """Leave the message where torchrun looks for it, which shows the first failure's last of all."""
+    """Write the message to the file from which torchrun shows the first failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -160,8 +160,8 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
 
 
 def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
-    """Evaluate where due, update, record, save where due; until the plan is fulfilled or the run has to stop."""
-    # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
+    """Evaluate if due, update, record, save if due; until the run is finished or has to stop."""
+    # Imported here: torch and transformers take seconds to load, which --help and a wrong argument must not wait for.
     from peft_pretraining.plan.plan import learning_rates
     from peft_pretraining.plan.schedule import is_finished
     from peft_pretraining.record.recorder import peak_memory_bytes
@@ -171,8 +171,8 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
 
     plan, device, state = run.plan, run.device, run.parts.state
     rates = learning_rates(args, plan)
-    scheduled = False  # a checkpoint that is still to be made
-    bad_records = run.data.loader.num_bad_records  # on rank 0, which logs: of all processes before a restart
+    scheduled = False  # whether a checkpoint is due
+    bad_records = run.data.loader.num_bad_records  # on rank 0, which logs: including all processes before a restart
     while True:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         if evaluation_due(args, state.update_step, finished) and record.last_evaluated_step != state.update_step:
@@ -186,7 +186,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
             run.restarts.before_update(state.update_step)
         lr = rates.at(state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
-        if args.on_nonfinite == "stop" and bool(step.skipped):  # this waits for the device, as nothing else in an update
+        if args.on_nonfinite == "stop" and bool(step.skipped):  # waits for the device; nothing else in the loop does
             late_record.settle()
             keep_for_inspection(run, args, world, micro_batches, step)
         state.update_step += 1
@@ -208,7 +208,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         scheduled = scheduled or finished or state.update_step % args.save_every == 0
         if run.saver.due(scheduled):
             late_record.settle()
-            # What cannot be updated any more must not take the place of a good checkpoint: saved once an update succeeds again.
+            # A state that diverged must not replace a good checkpoint: it is saved once an update succeeds again.
             if finished or not late_record.last_one_skipped:
                 with late_record.paused():
                     record.sync()

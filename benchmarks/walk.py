@@ -5,7 +5,7 @@
 update        one iteration of torchrun_main.loop, from the micro-batches at hand to the logged row
 forward       the forward pass of one low-rank plus sparse linear, as training calls it
 micro_batch   the same iteration with the reading, encoding and packing of its sequences before it
-window        the encoded documents of one window of 512 records, from the open file on
+window        the sequences of one file of 512 records (a window): opening, reading, encoding and packing
 closure       files that are imported by torchrun_main.py, late imports included, and their lines; empty files do not count
 
 A file counts as entered when a function of it is called. A change is a call of, or a return to, another file of ours.
@@ -42,7 +42,7 @@ MODEL = {
     "initializer_range": 0.02,
     "vocab_size": 320,
 }
-NUM_DOCUMENTS = 2048
+NUM_FILES, NUM_DOCUMENTS = 3, 512  # documents of each file: as many as a window has records
 NUM_UPDATES = 6
 WATCHED_UPDATE = 4  # counted from 0: by then optimizer states, supports and the first row's figures of memory exist
 
@@ -100,14 +100,17 @@ def our_file(filename: str) -> str | None:
 
 
 def write_inputs(folder: Path) -> list[str]:
-    """Write a model's JSON, a corpus of one file and a tokenizer; returns the flags that name them."""
+    """Write a model's JSON, a corpus and a tokenizer; returns the flags that name them."""
     import sentencepiece
 
-    texts = [f"Fox {n} jumps over dog {n * 7 % 101} in month {n % 12}. " * (1 + n % 5) for n in range(NUM_DOCUMENTS)]
+    numbers = range(NUM_FILES * NUM_DOCUMENTS)
+    texts = [f"Fox {n} jumps over dog {n * 7 % 101} in month {n % 12}. " * (1 + n % 5) for n in numbers]
     corpus = folder / "corpus"
     corpus.mkdir()
-    (corpus / "words-train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (corpus / "words-validation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:8]))
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    for number in range(NUM_FILES):
+        (corpus / f"words-train.{number}.jsonl").write_text("".join(lines[number::NUM_FILES]))
+    (corpus / "words-validation.jsonl").write_text("".join(lines[:8]))
     (folder / "tiny.json").write_text(json.dumps(MODEL))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts[:200]),
@@ -158,7 +161,7 @@ def watch_training(folder: Path) -> dict[str, Walk]:
     finally:
         Walk.stop()
         assemble.next_micro_batches = original
-    # From disk: in this process a window of 512 records is read and kept, so that the watched micro-batch reads none itself.
+    # The watched micro-batch may be part of a window that was read before it, so the reading of a window is added.
     reading.files |= watch_window(folder).files
     both = Walk()
     both.files, both.changes = update.files | reading.files, update.changes + reading.changes
@@ -166,17 +169,19 @@ def watch_training(folder: Path) -> dict[str, Walk]:
 
 
 def watch_window(folder: Path) -> Walk:
-    """Read, encode and pack one window of 512 records."""
-    from peft_pretraining.data.lanes import WINDOW_RECORDS, LaneState, Order, lane_sequences
+    """Watch a lane from near the end of one file to near the end of the next one."""
+    from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
     from peft_pretraining.data.source import open_source
     from peft_pretraining.data.tokenizer import load_tokenizer
 
     source, tokenizer = open_source(str(folder / "corpus"), "train"), load_tokenizer(str(folder / "tiny.model"))
+    sequences, near_end = lane_sequences(source, tokenizer, Order(1, 0, 64, True), 0, LaneState()), NUM_DOCUMENTS - 8
+    while next(sequences).state < LaneState(0, 0, 0, near_end):
+        pass
     walk = Walk()
     with walk.watching():
-        for sequence in lane_sequences(source, tokenizer, Order(1, 0, 64, True), 0, LaneState()):
-            if sequence.state.window_start >= WINDOW_RECORDS:
-                break
+        while next(sequences).state < LaneState(0, 1, 0, near_end):
+            pass
     return walk
 
 

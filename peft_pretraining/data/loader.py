@@ -14,22 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_pretraining.data.bad_records import Health, OnBadRecord
-from peft_pretraining.data.encoding import encode_documents
+from peft_pretraining.data.bad_records import MAX_EXAMPLES, BadRecord, Health, OnBadRecord, SkippedRecords
 from peft_pretraining.data.errors import DataError, TokenizerError
-from peft_pretraining.data.lanes import ORDER_VERSION, LaneSequence, LaneState, Order, lane_sequences, lane_units
-from peft_pretraining.data.packing import Document, packed_sequences, pad_and_label, padded_sequences
-from peft_pretraining.data.records import (
-    MAX_EXAMPLES,
-    UNREADABLE_FILE,
-    BadRecord,
-    SkippedRecords,
-    check_source,
-    document_in_split,
-    read_records,
+from peft_pretraining.data.lanes import (
+    ORDER_VERSION,
+    Document,
+    LaneSequence,
+    LaneState,
+    Order,
+    lane_sequences,
+    lane_units,
+    packed_sequences,
+    pad_and_label,
+    padded_sequences,
 )
+from peft_pretraining.data.records import UNREADABLE_FILE, check_source, document_in_split, read_records
 from peft_pretraining.data.source import Source
-from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 from peft_pretraining.data.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class TrainLoader:
         states = tuple(self._states[lane] for lane in lanes)
         work = _RankLanes(self._source, self._tokenizer, self._order, lanes, states)
         self._running = Workers(work, self._num_workers)
-        return self._batches(_in_turn(self._running, lanes, max(1, self._num_workers)))
+        return self._batches(_in_turn(iter(self._running), lanes, max(1, self._num_workers)))
 
     def _batches(self, sequences: Iterator[tuple[int, LaneSequence]]) -> Iterator[Batch]:
         while True:
@@ -330,7 +331,7 @@ class _SplitDocuments:
         documents: list[str | np.ndarray] = []
         health = Health(self.source, self.on_bad_record)
         for index, shard in enumerate(self.source.shards):
-            health.file_tried(index)
+            health.tried.add(index)
             for record in read_records(shard, self.source):
                 health.records += 1
                 content = document_in_split(record, shard, self.source)

@@ -5,7 +5,7 @@ holds 14 bytes for each record of the source, bad ones and both sides of the hol
 and with them the order of the data, are those of the source.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,10 @@ class TokenFile:
         if not begin <= end <= len(self._ids) or kind >= len(BAD_KINDS):
             raise damaged(self.path.with_suffix(INDEX_SUFFIX), number)
         return TokenRecord(self._ids[begin:end], characters, BAD_KINDS[kind], bool(held_out))
+
+    def select(self, numbers: Iterable[int]) -> list[TokenRecord]:
+        """The records of these numbers."""
+        return [self[number] for number in numbers]
 
     def records(self, start: int = 0) -> Iterator[TokenRecord]:
         """Records from `start` on."""

@@ -52,7 +52,10 @@ class _WorkerItems(IterableDataset):
 
 
 class Workers(Generic[T]):
-    """Iterator over the items of all workers in turn: item 0 of each, then item 1 of each, ...; 0 workers: in process."""
+    """The items of all workers in turn: item 0 of each, then item 1 of each, ...; with 0 workers made in this process.
+
+    To be iterated once; keep a reference to this object meanwhile, since the processes end with it.
+    """
 
     def __init__(self, work: Work[T], workers: int):
         self._running: _Running | None = None
@@ -65,7 +68,7 @@ class Workers(Generic[T]):
         self._finalizer = weakref.finalize(self, self._running.stop)
 
     def __iter__(self) -> Iterator[T]:
-        return self
+        return self._items
 
     def __next__(self) -> T:
         return next(self._items)

@@ -1,8 +1,8 @@
-"""ModelConfig -> transformers' LlamaForCausalLM, with the traps of the published files handled in this one place.
+"""Builds transformers' LlamaForCausalLM from a ModelConfig; the traps of the published files are handled in this one place.
 
 Order: build on the meta device -> the method's change (SLTrain's layers) -> storage on the device -> seeded initial
-values -> activation checkpointing -> compile. Nothing is allocated or drawn twice, and initial values depend on (seed,
-parameter name) only.
+values -> activation checkpointing -> compile. Nothing is allocated or drawn twice, and initial values depend only on (seed,
+parameter name).
 """
 
 from collections.abc import Callable
@@ -54,7 +54,8 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device | str,
     seed: int,
-    reparameterize: Callable[[nn.Module], object] | None = None,
+    reparameterize: Callable[["LlamaForCausalLM"], object] | None = None,
+    start: Callable[["LlamaForCausalLM"], object] | None = None,
     activation_checkpointing: str | None = None,
     compile: bool = False,
 ) -> "LlamaForCausalLM":
@@ -64,9 +65,10 @@ def build_model(
         dtype: of the parameters and the arithmetic (norms, softmax and rotary tables use float32 inside).
         device: "meta" stops before storage and values, for counting.
         seed: of the initial values; see initialize.
-        reparameterize: changes the model in place while it is on the meta device.
+        reparameterize: changes the model in place while it is on the meta device (the method's layers, sharding).
+        start: changes the initial values in place.
         activation_checkpointing: None, "layer" (each decoder layer keeps its input only) or "selective" (attention's
-            output too, which is small and dear to compute again).
+            output too, which is small and expensive to recompute).
         compile: each decoder layer by torch.compile; one compilation serves all layers.
 
     Raises:
@@ -76,6 +78,8 @@ def build_model(
     if torch.device(device).type != "meta":
         materialize(model, device)
         initialize(model, seed)
+        if start is not None:
+            start(model)
     prepare_to_train(model, activation_checkpointing, compile)
     return model
 
@@ -90,14 +94,14 @@ def prepare_to_train(model: "LlamaForCausalLM", activation_checkpointing: str | 
 
 
 def meta_model(
-    cfg: ModelConfig, dtype: torch.dtype, reparameterize: Callable[[nn.Module], object] | None = None
+    cfg: ModelConfig, dtype: torch.dtype, reparameterize: Callable[["LlamaForCausalLM"], object] | None = None
 ) -> "LlamaForCausalLM":
-    """The first step of build_model: the model of the method, without storage."""
+    """The first step of build_model: the model with its method's layers, without storage."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
         model: LlamaForCausalLM = LlamaForCausalLM._from_config(hf_config(cfg), dtype=dtype, attn_implementation="sdpa")
-    # With a padding index the embedding's row never gets a gradient: wrong where the padding id is also a real token
+    # With a padding index the embedding's row never gets a gradient, which is wrong if the padding id is also a token of text
     # (often the end of sequence). Padding needs no such help: nothing attends to it and it is not scored.
     model.model.embed_tokens.padding_idx = None
     model.config.use_cache = False
@@ -121,7 +125,7 @@ def materialize(model: "LlamaForCausalLM", device: torch.device | str) -> None:
 @torch.no_grad()
 def initialize(model: "LlamaForCausalLM", seed: int) -> None:
     """Draw every parameter from the CPU generator of (seed, qualified name), in float32, and cast: the same numbers on
-    any device, in any construction order, and up to rounding in any dtype. Of a sharded parameter this process's part is kept.
+    any device, in any construction order, and up to rounding in any dtype. A sharded parameter keeps this process's part.
 
     Linears, frozen ones too, and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Factors and sparse values: their
     published initialisation. Raises TypeError on a module whose initialisation is not known here.

@@ -1,11 +1,11 @@
-"""From arguments to the parts of a run: data, tokenizer, model, optimizer; and from a checkpoint back to a model."""
+"""Builds the parts of a run from its arguments: data, tokenizer, model, optimizer."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import loss_chunk_rows
 from peft_pretraining.methods.galore import projected_matrices
 from peft_pretraining.methods.method import METHODS
-from peft_pretraining.model.llama import initialize, materialize, meta_model, prepare_to_train
+from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.model.svd_start import start_from_svd
 from peft_pretraining.optim import (
@@ -36,6 +36,9 @@ from peft_pretraining.optim import (
     build_optimizer,
 )
 from peft_pretraining.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 
 def default_workers(device: torch.device, world: World) -> int:
@@ -115,27 +118,40 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
 def build_module(
     args: Arguments, plan: Plan, world: World, device: torch.device, eos_id: int | None = None, restored: bool = False
 ) -> TokenLoss:
-    """The model with its method applied and its loss, on the device, with the seed's initial values; sharded if asked for.
+    """The model with its method applied and its loss, on the device, with the seed's initial values; sharded with fsdp.
 
-    eos_id: what ends a document, for --document_mask. restored: a checkpoint's values follow, so that none need be decomposed.
+    eos_id: the id that ends a document, for --document_mask. restored: a checkpoint's values follow, so --init svd is skipped.
     """
-    model = meta_model(plan.model, torch_dtype(plan.dtype), lambda model: METHODS[args.peft_model](model, args))
-    document_end = eos_id if args.packing and args.document_mask else None
-    module = TokenLoss(model, loss_chunk_rows(device.type), document_end)
     sharded = args.parallel == "fsdp" and world.size > 1
-    if sharded:
-        # A tied embedding is the head too, and belongs to what stays gathered.
-        embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
-        sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
-        shard(module, [*embedding, *model.model.layers], device, sharding)
-    materialize(model, device)
-    initialize(model, args.seed)
-    if args.init == "svd" and not restored:
-        start_from_svd(model, model.config.initializer_range, args.seed, world)
-    if sharded:
-        settle_shards(module, device)
-    prepare_to_train(model, args.activation_checkpointing, args.compile)
-    return module
+    modules: list[TokenLoss] = []
+
+    def apply_method(model: LlamaForCausalLM) -> None:
+        METHODS[args.peft_model](model, args)
+        document_end = eos_id if args.packing and args.document_mask else None
+        modules.append(TokenLoss(model, loss_chunk_rows(device.type), document_end))
+        if sharded:
+            # A tied embedding is also the head, and stays gathered.
+            embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
+            sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
+            shard(modules[0], [*embedding, *model.model.layers], device, sharding)
+
+    def start(model: LlamaForCausalLM) -> None:
+        if args.init == "svd" and not restored:
+            start_from_svd(model, model.config.initializer_range, args.seed, world)
+        if sharded:
+            settle_shards(modules[0], device)
+
+    build_model(
+        plan.model,
+        dtype=torch_dtype(plan.dtype),
+        device=device,
+        seed=args.seed,
+        reparameterize=apply_method,
+        start=start,
+        activation_checkpointing=args.activation_checkpointing,
+        compile=args.compile,
+    )
+    return modules[0]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

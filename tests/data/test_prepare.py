@@ -25,7 +25,8 @@ from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
 from peft_pretraining.data.loader import EvalSet, TrainLoader, merge_states
 from peft_pretraining.data.prepare import prepare
 from peft_pretraining.data.prepared import read_manifest
-from peft_pretraining.data.source import default_lanes, is_held_out, open_source
+from peft_pretraining.data.records import is_held_out
+from peft_pretraining.data.source import default_lanes, open_source
 from peft_pretraining.data.token_file import BAD_KINDS, TokenFile
 
 ROOT = Path(__file__).resolve().parents[2]
