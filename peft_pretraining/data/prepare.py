@@ -20,6 +20,9 @@ import numpy as np
 from peft_pretraining.data.bad_records import BadRecord, Health, OnBadRecord, RawRecord
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.prepared import (
+    BAD_KINDS,
+    INDEX,
+    INDEX_SUFFIX,
     JOB,
     MANIFEST,
     TOKENIZER_FOLDER,
@@ -27,6 +30,7 @@ from peft_pretraining.data.prepared import (
     Job,
     Manifest,
     PreparedShard,
+    ids_suffix,
     is_prepared,
     manifest_document,
     new_checksum,
@@ -37,7 +41,6 @@ from peft_pretraining.data.prepared import (
 )
 from peft_pretraining.data.records import UNREADABLE_FILE, document_text, is_held_out, read_records
 from peft_pretraining.data.source import Source, open_source, prepared_folder
-from peft_pretraining.data.token_file import BAD_KINDS, INDEX, INDEX_SUFFIX, ids_suffix
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
 _TOGETHER = 256  # records that are encoded in one call

@@ -18,8 +18,8 @@ import numpy as np
 from peft_pretraining.data.bad_records import BadRecord, Health, RawRecord, place_of
 from peft_pretraining.data.errors import DataError, first_line
 from peft_pretraining.data.network import open_network_file
+from peft_pretraining.data.prepared import TokenFile, TokenRecord, damaged
 from peft_pretraining.data.source import HELD_OUT_ONE_IN, RetryPolicy, Shard, Source, refuse_if_offline
-from peft_pretraining.data.token_file import TokenFile, TokenRecord, damaged
 
 UNREADABLE_FILE = "unreadable_file"
 # Longer records, such as an endless line of a file of another kind, are skipped and never held in memory.

@@ -5,21 +5,28 @@ values -> activation checkpointing -> compile. Nothing is allocated or drawn twi
 parameter name).
 """
 
+import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import sparse_lora
+from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.data.demo import default_cache_dir
 from peft_pretraining.distributed.parallel import assign_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear, generator_for
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 ACTIVATION_CHECKPOINTING = ("layer", "selective")
 
 
@@ -189,3 +196,42 @@ _ATTENTION_OPS = (
 def _keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     # Of a low-rank plus sparse linear nothing must be kept: the dense weight is one of its intermediate results.
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --- A lasting folder for compiled code ---
+
+
+def keep_compiled_code() -> str | None:
+    """Give torch.compile a lasting folder: $TORCHINDUCTOR_CACHE_DIR, or one beside the demo corpus. Call before compiling.
+
+    The next start of a run then reuses the compiled code. torch's default is a temporary folder, which ends with the job.
+
+    Returns:
+        the problem if nothing can be kept, else None.
+
+    Raises:
+        ConfigError: the folder that the variable names cannot be written.
+    """
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    folder = Path(chosen) if chosen else default_cache_dir() / f"compiled-{_layer_version()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "permission denied")
+    except OSError as error:
+        if chosen:
+            raise ConfigError([f"{FOLDER_VARIABLE}={chosen}: cannot be written ({error.strerror})"]) from None
+        return (
+            f"compiled code is not kept for the next start: {folder} cannot be written ({error.strerror}); "
+            f"set {FOLDER_VARIABLE} to a folder that can"
+        )
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    return None
+
+
+def _layer_version() -> str:
+    """Digest of the layer's sources: torch keys compiled code by the names of operators, not by what they compute."""
+    digest = hashlib.blake2b(digest_size=4)
+    for path in sorted(Path(sparse_lora.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -20,7 +20,7 @@ from peft_pretraining.data.loader import Batch, merge_states
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
-from peft_pretraining.model.compile_cache import keep_compiled_code
+from peft_pretraining.model.llama import keep_compiled_code
 from peft_pretraining.plan.plan import Plan, make_plan
 from peft_pretraining.plan.text import format_plan, memory_problems
 from peft_pretraining.record.measured_memory import comparison, measured_bytes
