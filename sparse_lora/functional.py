@@ -128,10 +128,25 @@ class _SparseLowRankLinear(torch.autograd.Function):
     differentiable operations and is not marked once_differentiable.
     """
 
+    # Every argument by name: torch.compile takes the first of *arguments for the context.
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        values: Tensor | None,
+        code: Tensor | None,
+        scaling: Tensor | None,
+        base: Tensor | None,
+        bias: Tensor | None,
+        scaling_number: float,
+        dtype: torch.dtype,
+        blocks: int,
+        factored: bool,
+    ) -> tuple[Tensor, Tensor]:
         """Arguments and results of `_output`."""
-        return _output_op(*inputs) if torch.compiler.is_compiling() else _output(*inputs)
+        compute = _output_op if torch.compiler.is_compiling() else _output
+        return compute(x, lora_A, lora_B, values, code, scaling, base, bias, scaling_number, dtype, blocks, factored)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
