@@ -322,8 +322,8 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, flag
     capsys.readouterr()
     again = train(tmp_path / "run", *flags)
     message = capsys.readouterr().err
-    assert "step_00000006 is damaged: state.json has other contents than were written" in message
-    assert "step_00000003, the newest sound one, is taken instead" in message
+    assert "step_00000006 is damaged: the contents of state.json were changed after it was written" in message
+    assert "using step_00000003, the newest intact checkpoint" in message
     assert without_times(again) == without_times(whole)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000003", "step_00000006"]
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "set_aside")] == ["step_00000006"]
@@ -346,7 +346,7 @@ def test_a_run_without_a_sound_checkpoint_never_starts_afresh(tmp_path, flags, c
     record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
-    assert "holds no sound checkpoint" in message
+    assert "all checkpoints are damaged" in message
     assert message.count("is damaged: tensors/.metadata") == 2
     assert "--resume never" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
