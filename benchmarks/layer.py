@@ -213,7 +213,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
+        print("--device cuda: torch finds no GPU; use --device cpu", file=sys.stderr)
         return 2
     set_allocator()  # as the trainer does
     torch.set_num_threads(args.threads)

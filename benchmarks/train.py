@@ -288,7 +288,7 @@ def main() -> int:
     """Exit code 2 where the arguments cannot work."""
     own = arguments()
     if own.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
+        print("--device cuda: torch finds no GPU; use --device cpu", file=sys.stderr)
         return 2
     set_allocator()
     torch.set_num_threads(own.threads)
