@@ -130,7 +130,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     """Build, restore, loop, end; the exit code."""
     from peft_pretraining.record.late_record import LateRecord
     from peft_pretraining.record.throughput import Throughput
-    from peft_pretraining.run.assemble import assemble, open_record, say_finished, say_passed_over
+    from peft_pretraining.run.assemble import assemble, open_record, print_finished, print_skipped_records
     from peft_pretraining.run.ending import end_early
     from peft_pretraining.training.stop import StopRun
 
@@ -145,7 +145,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
         with run.stop.listening():
             try:
                 loop(args, world, run, record, late_record)
-                say_passed_over(record, run, world)
+                print_skipped_records(record, run, world)
             except StopRun as stopped:
                 late_record.settle()
                 problem = end_early(run, args, world, stopped)
@@ -157,7 +157,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
         late_record.close()
         record.close(code)
         run.data.loader.close()
-    say_finished(world, run.parts.state, run.folder)
+    print_finished(world, run.parts.state, run.folder)
     return 0
 
 
