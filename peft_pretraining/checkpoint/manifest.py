@@ -103,7 +103,7 @@ def verify(folder: Path) -> None:
         except OSError as error:
             raise DamagedError(f"{name} {_cannot(error)}") from None
         if not intact:
-            raise DamagedError(f"the contents of {name} were changed after it was written (its SHA-256 differs)")
+            raise DamagedError(f"{name} was changed after it was written (its SHA-256 differs)")
 
 
 def _regular_files(folder: Path, top: Path) -> Iterator[tuple[str, int]]:

@@ -29,7 +29,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Restarts:
-    """Those of a run; `before_update` is called before each update, on all processes."""
+    """Schedules and performs a run's restarts; every process calls `before_update` before each update."""
 
     def __init__(self, args: Arguments, model: nn.Module, updates: Updates, world: World):
         """model: with its method applied. updates: of its parameters, which are all on one device."""

@@ -322,7 +322,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, flag
     capsys.readouterr()
     again = train(tmp_path / "run", *flags)
     message = capsys.readouterr().err
-    assert "step_00000006 is damaged: the contents of state.json were changed after it was written" in message
+    assert "step_00000006 is damaged: state.json was changed after it was written" in message
     assert "using step_00000003, the newest intact checkpoint" in message
     assert without_times(again) == without_times(whole)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000003", "step_00000006"]
