@@ -214,7 +214,7 @@ def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, capsys, how
 def test_nothing_sound_is_an_error_that_names_every_damage(tmp_path):
     for step in (1, 2):
         damage(save(tmp_path, step=step) / "state.json", "flip")
-    with pytest.raises(CheckpointError, match=r"no sound checkpoint.*step_00000002 is damaged.*step_00000001 is damaged"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints are damaged.*step_00000002 is damaged.*step_00000001 is damaged"):
         resolve(tmp_path)
 
 

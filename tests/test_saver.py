@@ -111,7 +111,7 @@ def test_a_failed_save_is_told_and_made_up_for(tmp_path, disk, capsys, asynchron
         run.saver._in_flight.join()
     disk.full = False
     assert run.update()  # not scheduled, but due
-    assert capsys.readouterr().err.count("warning: disk full; training goes on") == 1
+    assert capsys.readouterr().err.count("warning: disk full; training continues") == 1
     if asynchronous:
         run.saver._in_flight.join()
     assert not run.update()

@@ -54,7 +54,7 @@ def test_saves_that_fail_in_the_middle(tmp_path, flags, started, saving):
     code, output = forked.run(argv, tmp_path / "log", largest_file=_LARGEST)
     assert code == 1
     assert "step_00000006 could not be saved" in output
-    assert "training goes on" in output
+    assert "training continues" in output
     assert "5 consecutive attempts failed" in output or "the run's last state is not saved" in output
     assert "the last checkpoint is step_00000003" in output
     assert "Traceback" not in output

@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(
     assert "cannot be created (Not a directory)" in refused(flags(here, "few.json/out", data="few"), capsys)
     (here / "empty").mkdir()
     monkeypatch.chdir(here / "empty")
-    assert "is the folder that this runs in" in refused(flags(here, "empty", data="few"), capsys)
+    assert "is the current working directory" in refused(flags(here, "empty", data="few"), capsys)
     monkeypatch.chdir(here)
     monkeypatch.setattr(Path, "rmdir", lambda path: os.rmdir("/"))  # refused as for a mount point
     assert "cannot be created (Device or resource busy)" in refused(flags(here, "empty", data="few"), capsys)
