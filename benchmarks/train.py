@@ -220,23 +220,23 @@ def compare(config: str, method: str, optimizer: str, full: Worker, own: argpars
             linears.append(seconds_of_linears(config, own.batch_size * own.max_length, device, 1))
     if "update_proj_gap" in worker.facts:
         times["method"] = _with_projections(first, times["method"], worker.facts["update_proj_gap"])
-    found = _figures(config, method, own, times, peak_flops)
+    row = _figures(config, method, own, times, peak_flops)
     if linears:
         share = worker.facts["parameters"]["total"] / full.facts["parameters"]["total"]
         floors = floor_of_linears(config, method, own.batch_size * own.max_length)
-        found |= {"seconds_of_linears": linears, "floor_of_linears": floors}
+        row |= {"seconds_of_linears": linears, "floor_of_linears": floors}
         least = [
             whole - alone - step + alone * floors + step * share
             for (whole, step), alone in zip(times["full"], linears, strict=True)
         ]
-        found["of_floor"] = statistics.median(one / taken for one, (taken, _) in zip(least, times["method"], strict=True))
-    found |= {"optimizer": optimizer, "peak_measured": worker.peak(), **worker.facts, "arguments": worker.argv}
+        row["of_floor"] = statistics.median(one / taken for one, (taken, _) in zip(least, times["method"], strict=True))
+    row |= {"optimizer": optimizer, "peak_measured": worker.peak(), **worker.facts, "arguments": worker.argv}
     worker.end()
-    return found
+    return row
 
 
 def _with_projections(first: float, times: list[tuple[float, float]], gap: int) -> list[tuple[float, float]]:
-    """Updates with an equal share of the SVDs that the first one made for `gap` updates."""
+    """Adds to each update its share of the first update's SVDs, which serve `gap` updates."""
     share = max(0.0, first - statistics.median(whole for whole, _ in times)) / gap
     return [(whole + share, step + share) for whole, step in times]
 

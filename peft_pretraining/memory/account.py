@@ -94,11 +94,11 @@ def account(setting: Setting) -> dict[str, int]:
     moments = of_parts(setting, working, units, trained) if setting.sharded else of_whole(setting, working)
     copy = _copy_of_state(setting, static)
     scratch = max(moment.scratch for moment in moments) + copy
-    found = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
-    constant = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
-    found["total"] = sum(found[name] for name in CLASSES)
-    found["peak"] = constant + max(sum(moment) for moment in moments) + copy
-    return found
+    sizes = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
+    constant = sum(sizes[name] for name in ("parameters", "support", "optimizer", "runtime"))
+    sizes["total"] = sum(sizes[name] for name in CLASSES)
+    sizes["peak"] = constant + max(sum(moment) for moment in moments) + copy
+    return sizes
 
 
 def _runtime(setting: Setting, activations: int) -> int:
