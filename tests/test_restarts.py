@@ -12,7 +12,7 @@ from torch import nn
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.distributed.world import World
-from peft_pretraining.methods.method import METHODS
+from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.relora import moments_at_a_merge
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.svd_start import start_from_svd
@@ -44,7 +44,7 @@ def arguments(**values) -> Arguments:
 
 
 def build(args: Arguments, dtype=torch.float32):
-    method = METHODS[args.peft_model]
+    method = METHODS[args.peft_model].apply
     return build_model(config(), dtype=dtype, device="cpu", seed=args.seed, reparameterize=lambda m: method(m, args))
 
 
