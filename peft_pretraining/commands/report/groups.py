@@ -34,6 +34,11 @@ def method_title(name: str) -> str:
     return METHODS[name].title if name in METHODS else name
 
 
+def is_full_rank(name: str) -> bool:
+    """Whether runs of this method are the baseline."""
+    return name in METHODS and METHODS[name].full_rank
+
+
 def settings_of(run: RunRecord) -> dict[str, Any]:
     """What defines a run but its seed: by name, flags without effect in its method left out, JSON-able."""
     arguments = run.arguments
@@ -185,7 +190,7 @@ def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:
         for number, group in enumerate(groups)
         if group.perplexity is not None and task_of(group.settings) == task
     ]
-    full = [entry for entry in evaluated if entry[2].method == "full"]
+    full = [entry for entry in evaluated if is_full_rank(entry[2].method)]
     if full:
         return min(full)[2]
     return evaluated[0][2] if evaluated else None
