@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from peft_pretraining.config.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from peft_pretraining.distributed.world import World
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Restart:
 
     flag: the argument that says how often. merge: the factors are merged into the frozen weights, and drawn anew. rebalance:
     factors are replaced by balanced ones of the same product. moments: "zero" | "random" | "magnitude" | "keep": which of the
-    factors' moments are set to zero, and `share`, how many of them.
+    factors' moments are set to zero, and `share`, how many of them. act: a method's own action instead, called on every process
+    with (model, number of the restart, world); it returns the names of the parameters whose moments are set to zero.
     """
 
     every: int
@@ -54,6 +57,7 @@ class Restart:
     rebalance: bool = False
     moments: str = "zero"
     share: float = 1.0
+    act: Callable[[nn.Module, int, World], list[str]] | None = None
 
     @property
     def text(self) -> str:

@@ -44,17 +44,28 @@ class Restarts:
         if restart is None or update_step == 0 or update_step % restart.every:
             return False
         free_gathered(self._model)
+        number = update_step // restart.every
         if restart.merge:
-            self._merge(restart, update_step // restart.every)
+            self._merge(restart, number)
             return True
         if restart.rebalance:
             self._rebalance()
-        # The moments of embedding, head and norms stay: with second moments near zero, rows of rare tokens would take steps of
-        # full size (docs/results.md: what that costs).
-        for name, layer in self._layers(SparseLowRankLinear):
-            for own, _ in layer.named_parameters(recurse=False):
-                self._reset(f"{name}.{own}")
+        names = self._factors() if restart.act is None else restart.act(self._model, number, self._world)
+        for name in names:
+            self._reset(name)
         return True
+
+    def _factors(self) -> list[str]:
+        """Names of the parameters of the factored linears.
+
+        The moments of embedding, head and norms stay: with second moments near zero, rows of rare tokens would take steps of full
+        size (docs/results.md: what that costs).
+        """
+        return [
+            f"{name}.{own}"
+            for name, layer in self._layers(SparseLowRankLinear)
+            for own, _ in layer.named_parameters(recurse=False)
+        ]
 
     def _merge(self, restart: Restart, number: int) -> None:
         """W0 += scaling B A, A drawn anew, B = 0, and the factors' moments treated as `restart` says (arXiv 2307.05695)."""

@@ -28,9 +28,9 @@ from peft_pretraining.training.update import train_step
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 from sparse_lora.uniform import UniformSupport
 
-# name -> (support of S, whether its values are trained), in the order of the paper's table
 # The row of the model as it is, whose weights are not taken apart.
 INTACT = "full"
+# name -> (support of S, whether its values are trained), in the order of the paper's table
 ROWS: dict[str, tuple[str | None, bool]] = {
     INTACT: (None, False),
     "low_rank": (None, False),
