@@ -1,7 +1,7 @@
 """SparseLowRankLinear: nn.Linear with the weight scaling * B A + S."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,6 @@ from .block import BlockSupport, block_count
 from .functional import PATHS, build_weight, part_of, sparse_lowrank_linear, without_autocast
 from .support import Support, generator_for
 from .uniform import UniformSupport
-
-SUPPORT_KINDS = (UniformSupport.kind, BlockSupport.kind)
 
 # Of the variance that nn.Linear's weights start with, what a layer without S starts with: that of a layer with S at the published
 # delta. With the whole variance it trains far worse (docs/results.md).
@@ -162,8 +160,10 @@ def make_support(
     Raises:
         ValueError: the sparsity leaves no entry, no number of blocks has about this share, or so many do not fit the weight.
     """
-    if kind == BlockSupport.kind:
-        return BlockSupport(out_features, in_features, block_count(sparsity))
+    return SUPPORTS[kind](out_features, in_features, sparsity, device)
+
+
+def _uniform(out_features: int, in_features: int, sparsity: float, device: torch.device | str | None) -> Support:
     nnz = int(sparsity * out_features * in_features)
     if nnz == 0:
         raise ValueError(
@@ -171,6 +171,18 @@ def make_support(
             f"use at least {1 / (out_features * in_features):.2g}, or 0 for a low-rank weight"
         )
     return UniformSupport(out_features, in_features, nnz, device)
+
+
+def _block(out_features: int, in_features: int, sparsity: float, device: torch.device | str | None) -> Support:
+    return BlockSupport(out_features, in_features, block_count(sparsity))
+
+
+# A new kind is one row here, its arithmetic in functional.sparse_part, and one row of peft_pretraining.config.supports.
+SUPPORTS: dict[str, Callable[[int, int, float, torch.device | str | None], Support]] = {
+    UniformSupport.kind: _uniform,
+    BlockSupport.kind: _block,
+}
+SUPPORT_KINDS = tuple(SUPPORTS)
 
 
 def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: str, path: str) -> list[str]:

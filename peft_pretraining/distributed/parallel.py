@@ -1,4 +1,4 @@
-"""How the processes of a run share a model: each with all of it (DDP), or with a part of every parameter (FSDP2)."""
+"""Distributes a model over processes: replicated on each (DDP) or with every parameter sharded over all (FSDP2)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from peft_pretraining.distributed.world import World, all_reduce_sum_
 
 @dataclass(frozen=True)
 class Sharding:
-    """How FSDP2 gathers and reduces.
+    """Settings of FSDP2.
 
-    compute_dtype: of gathered parameters and the arithmetic, None for the parameters' own. reduce_dtype: in which gradients
-    are summed, None for that of the arithmetic. reshard_after_forward: gather a layer again for its backward pass.
+    compute_dtype: dtype of gathered parameters and of the arithmetic, None for the parameters' dtype.
+    reduce_dtype: dtype in which gradients are summed, None for compute_dtype.
+    reshard_after_forward: free a layer's gathered parameters after its forward pass and gather them again for the backward pass.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -34,10 +35,10 @@ class Sharding:
 
 
 def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device, sharding: Sharding) -> None:
-    """Divide every parameter of `module` over all processes, in place, rows by rows; each of `units` is gathered by itself.
+    """Shards every parameter of `module` by rows over all processes, in place; each of `units` is gathered separately.
 
-    module: the one whose forward is called. It may be on the meta device: no process ever holds more than its part then.
-    What belongs to none of the units stays gathered from the forward to the end of the backward pass.
+    module: the module whose forward is called. On the meta device no process ever holds more than its part.
+    Parameters outside all units stay gathered from the forward pass to the end of the backward pass.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=sharding.reduce_dtype)
@@ -47,9 +48,9 @@ def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device, s
 
 
 def settle_shards(module: nn.Module, device: torch.device) -> None:
-    """Let FSDP2 take its final hold of the parameters' storage: it pads uneven parts in the first forward pass.
+    """Runs one forward pass, in which FSDP2 pads uneven parts and thereby replaces the parameters' storage.
 
-    What steps parameters by their local parts must see those that stay. Before activation checkpointing and compilation.
+    Call it before optimizers take the local parts, and before activation checkpointing and compilation.
     """
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with torch.no_grad():
@@ -58,15 +59,17 @@ def settle_shards(module: nn.Module, device: torch.device) -> None:
 
 
 def free_gathered(module: nn.Module) -> None:
-    """Leave of every parameter that FSDP2 shards this process's part alone: a forward pass in evaluation may leave it gathered,
-    and what is written to it then is lost. Every process calls it; elsewhere nothing happens."""
+    """Frees gathered FSDP2 parameters, so that each process holds only its parts; does nothing without FSDP2.
+
+    A forward pass in evaluation may leave parameters gathered, and values written to them would be lost. Every process calls it.
+    """
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def assign_(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """parameter <- values of its whole shape, on any device; of a sharded parameter, the part that lies here."""
+    """Copies `values`, of the parameter's whole shape and on any device, into it; into this process's part if it is sharded."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(values)
         return
@@ -77,21 +80,20 @@ def assign_(parameter: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was applied: a forward pass is then one of all processes together."""
+    """Tells whether `shard` was applied; a forward pass is then a collective operation of all processes."""
     return isinstance(module, FSDPModule)
 
 
 def replicate(module: nn.Module, world: World, device: torch.device, reduce_dtype: torch.dtype | None = None) -> nn.Module:
-    """Wrap a module in DistributedDataParallel where there is more than one process (gradients are averaged).
+    """Wraps a module in DistributedDataParallel, which averages gradients; returns it unchanged for a single process.
 
-    module: maps (input_ids, labels), both (B, T) int64, to a loss. reduce_dtype: in which gradients are summed, None for
-    their own.
+    module: maps (input_ids, labels), both (B, T) int64, to a loss.
+    reduce_dtype: dtype in which gradients are summed, None for the gradients' dtype.
     """
     if world.size == 1:
         return module
     device_ids = [device.index] if device.type == "cuda" else None
-    # Supports and rotary tables never change: broadcasting buffers at every forward would only cost time. The argument
-    # has another name from torch 2.13 on.
+    # Buffers (supports, rotary tables) never change, so broadcasting them is switched off. torch 2.13 renamed the argument.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **options)
@@ -103,31 +105,31 @@ def replicate(module: nn.Module, world: World, device: torch.device, reduce_dtyp
 
 
 def _average_in_dtype(state: tuple[World, torch.dtype], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's average of a bucket, summed in another dtype than the gradients'."""
+    """A DDP hook that averages a bucket of gradients in another dtype than the gradients'."""
     world, dtype = state
     gradients = bucket.buffer()
-    # Divided first: a sum of many bfloat16 gradients could not overflow, but would lose what the division brings back.
-    wide = gradients.to(dtype, copy=True).div_(world.size)
+    # Divide before summing, as DDP itself does.
+    converted = gradients.to(dtype, copy=True).div_(world.size)
 
-    def back(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+    def copy_back(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
         return gradients.copy_(future.value()[0])
 
-    averaged: torch.futures.Future[torch.Tensor] = dist.all_reduce(wide, async_op=True).get_future().then(back)
+    averaged: torch.futures.Future[torch.Tensor] = dist.all_reduce(converted, async_op=True).get_future().then(copy_back)
     return averaged
 
 
 def _settle_buckets(module: DistributedDataParallel, device: torch.device) -> None:
-    """Run a backward pass whose gradients are zero, so that DDP divides them into buckets for good before the first update.
+    """Runs a backward pass with zero gradients, after which DDP fixes its buckets.
 
-    It does so after its first backward pass, in the order in which gradients came. A run that goes on would otherwise make its
-    first update with other buckets than the run before: in three or more processes other sums, and other bits.
+    DDP rebuilds its buckets after the first backward pass, in the order in which gradients arrived. Without this call a resumed
+    run's first update would use other buckets, and with three or more processes its sums would not be bit-identical.
     """
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     (module(tokens, tokens) * 0).backward()
 
 
 def average_(gradient: torch.Tensor, world: World, reduce_dtype: torch.dtype | None = None) -> None:
-    """The mean of a gradient over all processes, in place."""
+    """Averages a gradient over all processes, in place, summing in reduce_dtype (None for the gradient's dtype)."""
     if reduce_dtype is None or reduce_dtype == gradient.dtype:
         all_reduce_sum_(gradient, world).div_(world.size)
     else:
@@ -135,7 +137,7 @@ def average_(gradient: torch.Tensor, world: World, reduce_dtype: torch.dtype | N
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Context of one micro-batch: processes exchange gradients only where `enabled`, i.e. on the update's last micro-batch."""
+    """Returns the context of one micro-batch; processes exchange gradients only if `enabled`, on an update's last micro-batch."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
     elif isinstance(module, DistributedDataParallel) and not enabled:
@@ -143,19 +145,19 @@ def gradient_sync(module: nn.Module, enabled: bool) -> contextlib.AbstractContex
     return contextlib.nullcontext()
 
 
-# --- Sharded tensors as optimizers see them: each process's own part, a plain tensor ---
+# --- Sharded parameters (DTensors) and this process's local parts, which optimizers step as plain tensors ---
 #
-# The libraries' 8-bit kernels do not know DTensors. For every optimizer that works element by element, or by blocks that no
-# shard's boundary cuts, stepping the parts is bit-identical to stepping the whole.
+# The libraries' 8-bit kernels do not support DTensors. Stepping the local parts is bit-identical to stepping the whole parameter
+# for every optimizer that works elementwise, or in blocks that no part's boundary cuts.
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor, sharing its storage; any other tensor as it is."""
+    """Returns this process's part of a sharded tensor, sharing its storage; returns any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """A parameter on the local part of each sharded one, sharing its storage; others themselves."""
+    """Replaces each sharded parameter by a parameter over its local part, sharing storage; keeps other parameters."""
     return {
         name: nn.Parameter(local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
         for name, parameter in parameters.items()
@@ -163,9 +165,9 @@ def local_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Par
 
 
 def gradient_norms(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
-    """L2 norm of each tensor's gradient, all of them sharded or none: (tensors,) float32, the same on every process.
+    """Returns the L2 norm of each gradient, shape (len(gradients),) float32, the same on every process.
 
-    Summed in float32: a bfloat16 sum of squares would keep three digits.
+    gradients: all sharded or all not. Squares are summed in float32, because a bfloat16 sum keeps only about three digits.
     """
     norms = torch.stack([torch.linalg.vector_norm(local(gradient), dtype=torch.float32) for gradient in gradients])
     if world.size > 1 and isinstance(gradients[0], DTensor):
@@ -174,25 +176,25 @@ def gradient_norms(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
 
 
 class Part(NamedTuple):
-    """Part `rank` of the `size` parts of a tensor: FSDP2 divides rows as torch.chunk does, so that late parts may be empty."""
+    """Part number `rank` of the `size` parts of a tensor. FSDP2 divides rows as torch.chunk does, so the last may be empty."""
 
     rank: int
     size: int
 
 
 def part_of(parameter: DTensor) -> Part:
-    """The part of a sharded parameter that lies here."""
+    """Returns which part of a sharded parameter this process holds."""
     return Part(parameter.device_mesh.get_local_rank(), parameter.device_mesh.size())
 
 
 def rows_of_part(whole: torch.Tensor, part: Part) -> torch.Tensor:
-    """A view of the rows that make up a part."""
+    """Returns a view of the rows that make up a part."""
     parts = torch.chunk(whole, part.size, dim=0)
     return parts[part.rank] if part.rank < len(parts) else whole[:0]
 
 
 def whole_of(parameter: DTensor, part: torch.Tensor) -> DTensor:
-    """The tensor of a sharded parameter's shape, divided like it, of which `part` lies here; shares its storage."""
+    """Returns a DTensor sharded like `parameter`, of which this process holds `part`; shares storage with `part`."""
     return DTensor.from_local(
         part.view(parameter.to_local().shape),
         parameter.device_mesh,
@@ -204,12 +206,12 @@ def whole_of(parameter: DTensor, part: torch.Tensor) -> DTensor:
 
 
 def on_cpu(divided: DTensor, part: torch.Tensor) -> DTensor:
-    """A tensor divided like `divided` in memory of the CPU, of which `part` lies here."""
+    """Returns a DTensor in host memory, sharded like `divided`, of which this process holds `part`."""
     mesh = divided.device_mesh if divided.device_mesh.device_type == "cpu" else _cpu_mesh(divided.device_mesh.size())
     return DTensor.from_local(part, mesh, divided.placements, run_check=False, shape=divided.shape, stride=divided.stride())
 
 
 @lru_cache
 def _cpu_mesh(size: int) -> DeviceMesh:
-    """All processes, for tensors in memory of the CPU; made once, by all of them together."""
+    """Returns the device mesh of all processes for host memory; created once, collectively."""
     return init_device_mesh("cpu", (size,))

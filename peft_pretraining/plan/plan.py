@@ -14,8 +14,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import account
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
-from peft_pretraining.methods.galore import _wide_subspace
-from peft_pretraining.methods.restarting import restart_interval
+from peft_pretraining.methods import METHODS
 from peft_pretraining.plan import schedule
 from peft_pretraining.plan.checks import _batch_arithmetic, _model_problems, _slow_save, _warnings
 from peft_pretraining.plan.schedule import LearningRates
@@ -97,7 +96,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
-        warnings=(*_warnings(args, world), *_wide_subspace(args, model), *_slow_save(found)),
+        warnings=(*_warnings(args, world, model), *_slow_save(found)),
     )
 
 
@@ -115,7 +114,8 @@ def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
     """The learning rates of a planned run."""
     settings = {"lr": args.lr, **_schedule_arguments(args, plan.num_training_steps)}
     tokens_per_update = None if plan.max_train_tokens is None else plan.tokens_per_update
-    return LearningRates(settings, tokens_per_update, restart_interval(args))
+    restart = METHODS[args.peft_model].restart(args)
+    return LearningRates(settings, tokens_per_update, restart.every if restart else None)
 
 
 def _schedule_arguments(args: Arguments, num_training_steps: int) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _method_arguments(args: Arguments) -> dict[str, Any]:
     return {
         "method": args.peft_model,
         "rank": args.rank,
-        "sparsity": args.sp_ratio if args.peft_model == "sltrain" else 0.0,
+        "sparsity": args.sp_ratio,
         "train_scaling": args.train_scaling,
         "support": args.support,
     }

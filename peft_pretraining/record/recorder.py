@@ -82,15 +82,17 @@ class _Lines:
 
 
 class LossSpikes:
-    """Recognises a logged loss far above the last hundred: by 6 standard deviations (from the median absolute deviation), and by
-    at least 0.2 nats."""
+    """Detects a logged loss far above the last 100 losses: by 6 standard deviations and at least 0.2 nats above their median.
+
+    The standard deviation is estimated as 1.4826 times the median absolute deviation, its value for a normal distribution.
+    """
 
     def __init__(self, losses: Iterable[float | None] = ()):
-        """losses: those logged before, oldest first."""
+        """losses: losses logged before the run was resumed, oldest first."""
         self._recent = deque((loss for loss in losses if loss is not None), maxlen=_WINDOW)
 
     def usual(self, loss: float) -> float | None:
-        """The median of the last losses if `loss` is a spike, else None; also None while fewer than 20 losses are known."""
+        """Adds a loss; returns the median of the earlier losses if `loss` is a spike, else None (also with too few losses)."""
         usual = None
         if len(self._recent) >= _MIN_LOSSES:
             median = statistics.median(self._recent)

@@ -15,25 +15,25 @@ from peft_pretraining.optim import Updates
 
 MAX_SKIPPED_IN_A_ROW = 10
 WAY_OUT = (
-    "go on from the last checkpoint (--continue_from the run's folder) with a lower --lr or --grad_clipping 1.0, and "
+    "resume from the last checkpoint (--continue_from the run's folder) with a lower --lr or --grad_clipping 1.0, and "
     "--allow_changes lr,grad_clipping"
 )
 
 
 class TrainingError(RuntimeError):
-    """Training has diverged, and the run cannot go on."""
+    """Raised when training cannot continue."""
 
 
 class SkippedUpdates:
-    """Counts updates in which at least one tensor was skipped because its loss or gradient was not finite."""
+    """Counts updates that were skipped whole or for some tensors."""
 
     def __init__(self, so_far: int = 0):
-        """so_far: number of skipped updates before this process started."""
+        """so_far: updates skipped before the run was resumed."""
         self.total = so_far
         self._in_a_row = 0
 
     def add(self, update_step: int, num_tensors: float) -> None:
-        """Count an update in which `num_tensors` tensors were not stepped. Raises TrainingError after too many in a row."""
+        """Adds an update in which `num_tensors` tensors were not stepped. Raises TrainingError after too many in a row."""
         if not num_tensors:
             self._in_a_row = 0
             return
@@ -41,13 +41,13 @@ class SkippedUpdates:
         self._in_a_row += 1
         if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{self._in_a_row} updates in a row, up to update {update_step}, had a loss or a gradient that is not finite and "
-                f"were skipped: training has diverged; {WAY_OUT}"
+                f"{self._in_a_row} updates in a row, up to update {update_step}, had a non-finite loss or gradient and were "
+                f"skipped: training has diverged; {WAY_OUT}"
             )
 
     @property
     def last_one(self) -> bool:
-        """Whether the newest update was skipped."""
+        """True if the newest update was skipped."""
         return self._in_a_row > 0
 
 
