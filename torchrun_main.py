@@ -19,7 +19,7 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.allocator import set_allocator
-from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan.checks import check, notices
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World.from_environment()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.single_gpu and world.size > 1:
-            raise ConfigError([f"--single_gpu: torchrun started {world.size} processes; use --nproc_per_node 1"])
+        check(args, world)  # every problem at once, before torch is imported
         if world.is_main:
             for line in notices(args):
                 print(f"notice: {line}", file=sys.stderr)
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike: bool = False) -> int:
-    """Say what is wrong and give the exit code; what every process finds alike is said by rank 0 alone."""
+    """Print what is wrong and return the exit code. A problem that all processes have alike is printed by rank 0 alone."""
     if world.is_main or not everywhere_alike:
         rank = f" [rank {world.rank}]" if world.size > 1 else ""
         for problem in problems:
@@ -57,7 +56,7 @@ def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike
 
 
 def tell_torchrun(message: str) -> None:
-    """Leave the message where torchrun looks for it, which shows the first failure's last of all."""
+    """Write the message to the file that torchrun reads; torchrun prints that of the first failed process."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -67,13 +66,10 @@ def tell_torchrun(message: str) -> None:
 
 def dry_run(args: Arguments, world: World) -> int:
     """Print the plan and stop; needs no network and no data."""
-    from peft_pretraining.plan.plan import make_plan
-
-    make_plan(args, world)  # problems are found before torch is imported
-
     from peft_pretraining.data.errors import DataError
     from peft_pretraining.data.source import open_source
     from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
+    from peft_pretraining.plan.plan import make_plan
     from peft_pretraining.plan.text import format_plan
 
     try:
@@ -90,9 +86,6 @@ def dry_run(args: Arguments, world: World) -> int:
 
 def run(args: Arguments, world: World) -> int:
     """Train; returns the exit code."""
-    from peft_pretraining.plan.plan import make_plan
-
-    make_plan(args, world)  # problems are found before torch is imported
     set_allocator()
 
     import torch
@@ -202,7 +195,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         scheduled = scheduled or finished or state.update_step % args.save_every == 0
         if run.saver.due(scheduled):
             late_record.settle()
-            # What cannot be updated any more must not take the place of a good checkpoint: saved once an update succeeds again.
+            # A state whose last update was skipped must not replace a good checkpoint: it is saved once an update succeeds.
             if finished or not late_record.last_one_skipped:
                 with late_record.paused():
                     record.sync()

@@ -15,21 +15,14 @@ from typing import Any
 import torch
 
 from peft_pretraining.checkpoint import step_folder as checkpoint
-from peft_pretraining.config.arguments import (
-    CHANGEABLE,
-    WARM_START_CHANGES,
-    Arguments,
-    ConfigError,
-    allowed_changes,
-    as_dict,
-)
+from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, as_dict
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.record.recorder import METRICS_FILE
-from peft_pretraining.run.resume import train_state
-from peft_pretraining.run.same_run import differing_arguments, differing_shape
+from peft_pretraining.run.resume import finished_state, train_state
+from peft_pretraining.run.same_run import EVALUATION_FLAGS, differing_arguments, differing_shape
 from peft_pretraining.training.stop import MARKER_FILE
 
 _PACKAGES = (
@@ -110,7 +103,9 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         if warm_start:
             _check_full_rank(newest, before)
             warm_up = {"updates": train_state(newest).update_step, "arguments": before["arguments"]}
-        _check_same_run(newest, before, args, plan, WARM_START_CHANGES if warm_start else frozenset())
+        changed = _check_same_run(newest, before, args, plan, warm_start)
+        if not changed.isdisjoint(EVALUATION_FLAGS) and finished_state(path, newest, args, plan) is not None:
+            raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
         _say_what_breaks_bits(newest, before, plan)
         if path.resolve() == newest.parent.resolve():
             wandb_id = before.get("wandb_id", wandb_id)
@@ -206,32 +201,42 @@ def _read_record(path: Path) -> dict[str, Any]:
     }
 
 
-def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan, free: frozenset[str] = frozenset()) -> None:
-    """Refuse to go on on another course than before, or with what cannot fit; `free` names what may differ unasked.
+def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan, warm_start: bool) -> set[str]:
+    """The names of the arguments that differ from the checkpoint's and may: --allow_changes lists them, or it is a warm start.
 
-    Raises ConfigError with both values.
+    Raises ConfigError where others differ, with both values and the way out.
     """
     differing = differing_arguments(before["arguments"], before["plan"], args, plan)
-    problems = []
-    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):  # of the data it is not known yet
+    allowed = allowed_changes(args) | {name for name, row in ROWS.items() if warm_start and row.warm_start}
+    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):  # the data is compared later
         print(f"notice: --allow_changes {','.join(unused)} has no effect: the same in {path}", file=sys.stderr)
+    problems = []
     for name, (then, now) in differing.items():
-        if name in allowed_changes(args) | free:
+        if name in allowed:
             continue
-        way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
+        way_out = f"--allow_changes {name}, " if ROWS[name].on_resume == "if_allowed" else ""
         if name == "peft_model" and _is_full_rank(then) and METHODS[str(now)].frozen_base:
             way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
-        problems.append(f"--{name} {now}: {path} was made with {then}; use that, {way_out}or another --save_dir")
+        other = f"another --save_dir; to evaluate alone use {_evaluate_command(path, args)}"
+        other = other if name in EVALUATION_FLAGS else "another --save_dir"
+        problems.append(f"--{name} {now}: {path} was made with {then}; use that, {way_out}or {other}")
     problems += [
         f"{args.model_config}: {key} is {now}, {path} was made with {then}"
         for key, (then, now) in differing_shape(before["plan"], plan).items()
     ]
     if problems:
         raise ConfigError(problems)
+    return set(differing)
+
+
+def _evaluate_command(path: Path, args: Arguments) -> str:
+    """The command that evaluates the checkpoint on the held-out data that is asked for."""
+    tokens = "" if args.eval_tokens is None else f" --eval_tokens {args.eval_tokens}"
+    return f"`python -m peft_pretraining evaluate --checkpoint {path} --dataset {args.eval_dataset or args.dataset}{tokens}`"
 
 
 def check_same_data(path: Path, args: Arguments, source: Source) -> None:
-    """Refuse to go on with other data than the checkpoint `path` was made with, wherever they lie. Raises ConfigError."""
+    """Raises ConfigError where the data are not those the checkpoint `path` was made with; where they lie does not matter."""
     before = _read_record(path)
     if source.fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
         raise ConfigError(
@@ -244,7 +249,7 @@ def check_same_data(path: Path, args: Arguments, source: Source) -> None:
 
 
 def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> None:
-    """One line where the same course is promised up to rounding only."""
+    """Prints one line where the resumed run will not be bit-identical to one that was never stopped."""
     names = ("torch", "transformers", "bitsandbytes", "torchao", "triton")
     then = {name: before["versions"].get(name) for name in names}
     now = {name: versions().get(name) for name in names}
@@ -257,7 +262,8 @@ def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> Non
     changes = [f"{name} {now[name]} (then {then[name]})" for name in now if now[name] != then[name]]
     if changes:
         print(
-            f"notice: going on from {path} with {', '.join(changes)}: the same data and course, but not the same bits",
+            f"notice: going on from {path} with {', '.join(changes)}: data order and schedule are unchanged; results will not be "
+            "bit-identical",
             file=sys.stderr,
         )
 

@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.config.arguments import (
-    CHANGEABLE,
-    RUN_DEFINING,
-    UNCHANGEABLE,
-    ConfigError,
-    arguments_of_record,
-    as_dict,
-)
+from peft_pretraining.config.arguments import ROWS, ConfigError, arguments_of_record, as_dict
 from peft_pretraining.config.command_line import build_parser, parse_args, parse_tokens
 from peft_pretraining.distributed.world import World
-from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan.checks import check, notices
 from peft_pretraining.plan.plan import is_finished, learning_rate, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,22 +131,59 @@ def test_program_exits_with_2_one_line_and_no_traceback(extra):
 
 
 def test_every_argument_that_defines_a_run_is_compared():
-    """What has a folder of its own is not continued as something else; per-layer updates have the bits of whole ones."""
-    assert set(RUN_DEFINING) - {"per_layer"} <= {*CHANGEABLE, *UNCHANGEABLE}
-    assert not {*CHANGEABLE} & {*UNCHANGEABLE}
+    """A run with a folder of its own is not resumed as another run; per-layer updates are bit-identical to whole ones."""
+    assert {name for name, row in ROWS.items() if row.defines_run and row.on_resume == "freely"} == {"per_layer"}
 
 
 @pytest.mark.parametrize("missing", ["--model_config", "--batch_size"])
 def test_required_flags_are_named(missing):
     argv = [word for pair in zip(BASE[::2], BASE[1::2], strict=True) if pair[0] != missing for word in pair]
     with pytest.raises(ConfigError, match=f"{missing} is required"):
-        parse_args(argv)
+        check(parse_args(argv), World())
 
 
-def test_all_problems_are_reported_at_once():
+# (command line, the words of each problem): missing, malformed, out of range, unknown, and what follows from several flags
+SEVERAL = [
+    (
+        "--batch_size 7 --total_batch_size 100 --rank -3 --lr nan",
+        ["--model_config is required", "--rank -3", "--lr nan", "--total_batch_size 100: not a multiple of --batch_size 7"],
+    ),
+    (f"--model_config {CONFIG} --rank abc --lr fast", ["--batch_size is required", "--rank abc", "--lr fast"]),
+    (f"{' '.join(BASE)} --lr -1 --rank 0 --device tpu", ["--lr -1", "--rank 0", "--device tpu"]),
+    (f"{' '.join(BASE)} --seed --packing maybe stray", ["--seed: needs a value", "--packing maybe", "unknown argument stray"]),
+    (
+        f"{' '.join(BASE)} --learning_rate 1 --warmup_steps 20000 --max_length 5000",
+        ["did you mean --lr", "--warmup_steps 20000", "--max_length 5000"],
+    ),
+    ("--model_config nowhere.json --batch_size x --config no.yaml", ["nowhere.json", "--batch_size x", "--config no.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("line", "problems"), SEVERAL, ids=lambda value: value[-40:] if isinstance(value, str) else None)
+def test_all_problems_are_reported_at_once(line, problems):
     with pytest.raises(ConfigError) as refused:
-        parse_args([*BASE, "--lr", "-1", "--rank", "0", "--device", "tpu"])
-    assert len(refused.value.problems) == 3
+        check(parse_args(line.split()), World())
+    assert len(refused.value.problems) == len(problems)
+    for words in problems:
+        assert sum(words in problem for problem in refused.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--peft_model relora --relora often",
+        "--peft_model relora --relora 0",
+        "--total_batch_size 64 --batch_size many",
+        "--warmup_steps 9000 --num_training_steps lots",
+        "--max_train_tokens 20k --warmup_steps 5000 --batch_size many",
+        "--peft_model sltrain --support block --sp_ratio 0",
+    ],
+)
+def test_a_refused_value_is_not_judged_again_beside_others(line):
+    """What would follow from the default that stands in for it is not reported."""
+    with pytest.raises(ConfigError) as refused:
+        check(parse_args([*BASE, *line.split()]), World())
+    assert len(refused.value.problems) == 1, refused.value.problems
 
 
 def test_help_and_errors_load_no_heavy_package():
@@ -190,7 +220,7 @@ def test_config_file_problems_name_the_file(tmp_path, content, words):
     path = tmp_path / "run.json"
     path.write_text(content)
     with pytest.raises(ConfigError) as refused:
-        parse_args(["--config", str(path), *BASE])
+        check(parse_args(["--config", str(path), *BASE]), World())
     for word in [str(path), *words]:
         assert word in str(refused.value)
 
@@ -215,7 +245,7 @@ def test_published_per_layer_names(name):
     assert (args.optimizer, args.per_layer, args.grad_clipping) == (name.lower().removesuffix("_per_layer"), True, None)
     assert any("--grad_clipping has no effect" in line for line in notices(args))
     with pytest.raises(ConfigError, match="--grad_norm_growth"):
-        parse_args([*BASE, "--optimizer", name, "--per_layer", "--grad_clipping", "1.0"])
+        check(parse_args([*BASE, "--optimizer", name, "--per_layer", "--grad_clipping", "1.0"]), World())
 
 
 @pytest.mark.parametrize(
