@@ -194,6 +194,7 @@ def test_a_finished_run_is_not_evaluated_on_other_data_in_silence(trained, tiny_
     """The whole program: both answers name the command that evaluates, and nothing says "finished"."""
     flags = [*flags_of("sltrain", tiny_run), "--save_dir", str(trained("sltrain"))]
     other = ["--eval_dataset", str(others / "other-corpus")]
+    capsys.readouterr()  # of the training itself
     for more in ([], ["--allow_changes", "eval_dataset"]):
         assert torchrun_main.main([*flags, *other, *more]) == 2
         said = capsys.readouterr()
@@ -211,6 +212,14 @@ def test_a_resumed_run_takes_another_evaluation_set_only_if_allowed(tmp_path, tr
     assert torchrun_main.main([*flags, "num_training_steps"]) == 2
     assert "--allow_changes eval_dataset" in capsys.readouterr().err
     assert torchrun_main.main([*flags, "num_training_steps,eval_dataset"]) == 0
+
+
+def test_the_documentation_names_every_flag_that_is_compared():
+    section = (ROOT / "docs" / "resume.md").read_text().split("## What is compared")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    compared = {name for name, row in ROWS.items() if row.on_resume != "freely"}
+    assert {name for name in ROWS if any(f"`--{name}`" in row for row in rows)} == compared - {"dataset"}
+    assert any("`--allow_changes dataset`" in row for row in rows)
 
 
 def test_default_folders_of_earlier_runs_are_found():
