@@ -7,7 +7,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -238,11 +238,13 @@ def _evaluate_command(path: Path, args: Arguments) -> str:
 def check_same_data(path: Path, args: Arguments, source: Source) -> None:
     """Raises ConfigError where the data are not those the checkpoint `path` was made with; where they lie does not matter."""
     before = _read_record(path)
-    if source.fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
+    # --text_field is part of the fingerprint and is compared as an argument already.
+    fingerprint = replace(source, text_field=before["arguments"]["text_field"]).fingerprint
+    if fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
         raise ConfigError(
             [
                 f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) are not those that {path} was made "
-                f"with, --dataset {before['arguments']['dataset']}: fingerprint {source.fingerprint}, then "
+                f"with, --dataset {before['arguments']['dataset']}: fingerprint {fingerprint}, then "
                 f"{before['fingerprint']}; restore them, or go on with these from the same position: --allow_changes dataset"
             ]
         )

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import torchrun_main
 from peft_pretraining.config.arguments import ROWS, ConfigError, arguments_of_record, as_dict
 from peft_pretraining.config.command_line import build_parser, parse_args, parse_tokens
 from peft_pretraining.distributed.world import World
+from peft_pretraining.plan import plan as plan_module
 from peft_pretraining.plan.checks import check, notices
 from peft_pretraining.plan.plan import is_finished, learning_rate, make_plan
+from peft_pretraining.plan.text import format_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "llama_60m.json")
@@ -198,6 +201,50 @@ def test_help_and_errors_load_no_heavy_package():
     argv = [*BASE, "--total_batch_size", "100"]
     ended = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_dry_run_loads_no_more_than_the_device_needs():
+    """torch answers which device there is; the model, the optimizers and the training loop stay unloaded."""
+    code = (
+        "import sys, torchrun_main\n"
+        "code = torchrun_main.main([*sys.argv[1:], '--dry_run'])\n"
+        "rooms = ('model', 'optim', 'training', 'export', 'record', 'run', 'commands')\n"
+        "heavy = [name for name in sys.modules if name in ('transformers', 'datasets', 'sparse_lora')\n"
+        "         or name.startswith(tuple(f'peft_pretraining.{room}' for room in rooms))]\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *BASE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("model")
+
+
+@pytest.mark.parametrize("more", [["--dry_run"], []])
+def test_one_start_makes_one_plan(monkeypatch, tiny_run, tmp_path, more):
+    """Refusals come before torch is loaded, and the plan after the device is known: neither makes it twice."""
+    made = []
+    account = plan_module.account
+    monkeypatch.setattr(plan_module, "account", lambda setting: made.append(setting) or account(setting))
+    argv = [*tiny_run, "--batch_size", "1", "--max_length", "32", "--num_training_steps", "1", "--warmup_steps", "0"]
+    argv += ["--device", "cpu", "--wandb", "disabled", "--workers", "0", "--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main([*argv, *more]) == 0
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ("--lr 0.1 --warmup_steps 1100", "peak lr 0.1 after 1,100 warm-up updates, cosine decay to 0.01"),
+        ("--lr 0.1 --warmup_steps 0 --scheduler linear", "peak lr 0.1 from the first update, linear decay to 0"),
+        ("--lr 0.1 --cycle_length 5000", "cosine decay to 0.01, anew every 5,000 updates"),
+        (
+            "--lr 0.1 --scheduler cosine_restarts --cycle_length 5000 --restart_warmup_steps 50",
+            "cosine decay to 0.01, 50 warm-up updates again every 5,000",
+        ),
+    ],
+)
+def test_the_plan_names_peak_and_end_of_the_learning_rate(flags, shown):
+    args = parse_args([*BASE, *flags.split()])
+    assert shown in format_plan(make_plan(args, World()), args, "words", None)
 
 
 def test_config_file_and_command_line_say_the_same_and_the_command_line_wins(tmp_path):
