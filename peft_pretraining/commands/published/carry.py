@@ -30,7 +30,7 @@ from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
 from peft_pretraining.methods import METHODS
-from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan.checks import notices, value_problems
 from peft_pretraining.plan.plan import is_finished
 from peft_pretraining.run.assemble import Run, assemble
 from peft_pretraining.run.folder import take_up
@@ -145,6 +145,8 @@ def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, 
         **given,
     }
     args = arguments_from(flags)
+    if unusable := value_problems(args):
+        raise ConfigError(unusable)
     file = RELORA if published.by_relora else SLTRAIN
     problems = [
         f"--{name} {given[name]}: {published.folder / file} and the weights make it {value}; leave the flag out"

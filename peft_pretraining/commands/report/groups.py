@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from peft_pretraining.commands.report.published import Published, published_for
 from peft_pretraining.commands.report.read import RunRecord
-from peft_pretraining.config.arguments import RUN_DEFINING, Arguments
+from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
 
@@ -19,7 +18,10 @@ from peft_pretraining.record.intervals import Interval, mean_interval, ratio_int
 _TASK = ("model", "data", "tokenizer", "text_field", "max_length", "packing", "document_mask", "total_batch_size")
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
 # What a setting is made of; seeds are its repetitions, the others are taken from the plan, as resolved.
-_SETTINGS = tuple(name for name in RUN_DEFINING if name not in ("seed", "model_config", "dataset", "dtype", "data_lanes"))
+_RESOLVED = ("dtype", "data_lanes", "total_batch_size")
+_SETTINGS = tuple(
+    name for name, row in ROWS.items() if row.defines_run and name not in ("seed", "model_config", "dataset", *_RESOLVED)
+)
 _SHORT = {
     "rank": "r",
     "sp_ratio": "δ",
@@ -43,9 +45,9 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     """What defines a run but its seed: by name, flags without effect in its method left out, JSON-able."""
     arguments = run.arguments
     names = list(_SETTINGS)
-    names += sorted(set(run.document["arguments"]) - {field.name for field in dataclasses.fields(Arguments)})
+    names += sorted(set(run.document["arguments"]) - ROWS.keys())
     found = {name: arguments[name] for name in names if has_effect(name, run.method)}
-    found |= {name: run.plan.get(name) for name in ("dtype", "data_lanes", "total_batch_size")}
+    found |= {name: run.plan.get(name) for name in _RESOLVED}
     model = run.plan.get("model") or {}
     if "warmed_up_model" in found:  # each seed has its own: what it was is the setting
         found["warmed_up_model"] = found["warmed_up_model"] is not None

@@ -17,7 +17,7 @@ from typing import IO
 
 from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.commands.sweep.settings import Wanted
-from peft_pretraining.config.arguments import RUN_DEFINING
+from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.plan.plan import is_finished
 from peft_pretraining.record.recorder import read_metrics
 from peft_pretraining.training.stop import MARKER_FILE
@@ -48,8 +48,12 @@ def state_of(wanted: Wanted) -> State:
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
     # What the sweep itself makes first lies where the sweep does; how it was made is in the run's name.
-    elsewhere = {*_PATHS, *(["warmed_up_model"] if wanted.after is not None else [])}
-    mine = {name: getattr(wanted.args, name) for name in RUN_DEFINING if name not in elsewhere}
+    elsewhere = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if wanted.after is not None else [])}
+    mine = {
+        name: getattr(wanted.args, name)
+        for name, row in ROWS.items()
+        if (row.defines_run or row.on_resume != "freely") and name not in elsewhere
+    }
     differing = [
         f"{name} {record.arguments.get(name)} (now {value})"
         for name, value in mine.items()
