@@ -169,7 +169,7 @@ def unknown_flags(words: list[str]) -> list[str]:
         return build_parser().parse_known_args(words[words.index("torchrun_main.py") + 1 :])[1]
     if words[1:3] == ["-m", "peft_pretraining"]:
         return command_parsers()[words[3]].parse_known_args(words[4:])[1]
-    if words[:3] == ["python", "-m", "pytest"] or words[0] == "python" and words[1].startswith(("benchmarks/", "tests/")):
+    if words[:3] == ["python", "-m", "pytest"] or (words[0] == "python" and words[1].startswith(("benchmarks/", "tests/"))):
         return [word for word in words if re.fullmatch(FLAG, word) and word not in known_flags()]
     script = next((word for word in words if word.startswith("scripts/")), "")
     own = words[words.index(script) + 1 :] if script else []
@@ -240,7 +240,7 @@ def test_python_code_compiles_and_its_imports_exist(path):
 SIZES = ("60m", "130m", "350m", "1b", "7b")
 METHODS = {"sltrain": "SLTrain", "full": "full-rank", "lowrank": "low-rank", "relora": "ReLoRA", "galore": "GaLore"}
 RECIPE_HEAD = [
-    "| size | method | script | parameters | published perplexity | tokens | updates | GPUs x micro-batch | GiB per GPU | status |",
+    "| size | method | script | parameters | published perplexity | tokens | updates | GPUs x batch | GiB per GPU | status |",
     "|---|---|---|---|---|---|---|---|---|---|",
 ]
 
