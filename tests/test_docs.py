@@ -262,7 +262,9 @@ def recipe_row(size: str, method: str, capsys) -> str:
     figures = predicted(flags, processes, capsys)
     rows = [row for row in (*TABLE, *SEVEN_B) if (row.method, row.model) == (method, f"llama_{size}")]
     perplexity, tokens = (f"{rows[0].perplexity:.2f}", rows[0].tokens) if rows else ("-", "-")
-    status = "planned only" if "Not yet run whole here" in " ".join(text.split()) else "run"
+    status = re.search(r"^# Status: (\w+(?: only)?)", text, re.MULTILINE)[1]
+    parameters, gib = f"{figures['parameters']['total']:,}", f"{figures['bytes']['peak'] / 2**30:.1f}"
+    assert f"# Predicted, not measured: {parameters} parameters; {gib} GiB at the peak on each GPU." in text.splitlines()
     cells = [size, METHODS[method], f"`{method}{size}.sh`", f"{figures['parameters']['total'] / 1e6:,.1f}M", perplexity, tokens]
     cells += [
         f"{args.num_training_steps:,}",
