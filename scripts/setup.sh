@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Set-up shared by all scripts: a virtual environment with the pinned requirements. Source it: it defines `root`, `python` and
 # `launch`. A second run finds everything installed and returns at once.
-#   --prefer-active uses the python on PATH if it has torch and the other requirements (an activated environment, a container)
+#   --prefer-active takes the python on PATH where it has torch and the rest (an activated environment, a container)
 #   SLTRAIN_VENV    where the environment lies (default: .venv in the checkout)
 #   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed then
 set -euo pipefail
-# How long torchrun waits for its processes to save after a signal (its default: 30 s).
+# torchrun gives its processes this long to save after a signal; by itself 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-# torchrun makes a new address store at each restart: in a kept one, processes can find addresses of the previous processes.
+# A new store of addresses at each of its restarts: in a kept one processes can find those of their predecessors.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -31,7 +31,7 @@ sys.exit(any(util.find_spec(name) is None for name in names))
 PYTHON
 }
 
-# The scripts change to the checkout next: a relative path refers to where they were started.
+# The scripts go to the checkout next: a relative path is meant from where they were started.
 from_here() {
     case "$1" in
         /* | "") echo "$1" ;;
@@ -64,8 +64,8 @@ else
     fi
 fi
 
-# launch N PROGRAM [arguments]: replaces the shell by torchrun with $NPROC processes (default: N) on this machine. If torchrun's own
-# PET_... variables name a rendezvous, this machine is one of several (scripts/cluster/) and they configure the rest.
+# launch N PROGRAM [arguments]: become torchrun, with $NPROC processes (N where it is not set) on this machine. Where torchrun's own
+# variables name a meeting place, this machine is one of several (scripts/cluster/): they say the rest.
 launch() {
     local processes="${NPROC:-$1}" meeting=(--standalone)
     shift

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Starts torchrun on one machine of a run on several machines. slurm.sh and pod.sh start this script once per machine.
+# One machine's part of a run on several: becomes torchrun. slurm.sh and pod.sh start it, once on each machine.
 #   node.sh RUN_DIR scripts/llm_pretrain/sltrain1b.sh [flags]
 #   node.sh RUN_DIR --model_config configs/llama_1b.json ...     torchrun_main.py's flags
 #   NPROC     processes on this machine, one for each GPU (default: the GPUs that Slurm has allocated here)
-#   PET_...   torchrun's own: PET_NNODES machines meet at PET_RDZV_ENDPOINT; PET_LOCAL_ADDR if the others cannot resolve its name
+#   PET_...   torchrun's own: PET_NNODES machines meet at PET_RDZV_ENDPOINT; PET_LOCAL_ADDR, where others do not know its name
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
-# The first machine may take long to import torch from a slow file system: the others retry for ten minutes instead of one.
+# A file system may be slow to give torch to the machine where all meet: the others knock for ten minutes, not for one.
 meeting="read_timeout=600"
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-}}"
-    # The first machine of the job hosts the rendezvous. Set explicitly, because torchrun would guess it from names and addresses.
+    # Said, not found out by torchrun from names and addresses: the first machine of the job keeps the meeting place.
     if [ "${SLURM_NODEID:-}" = 0 ]; then meeting+=",is_host=1"; else meeting+=",is_host=0"; fi
 fi
 export NPROC="${NPROC:-}" PET_RDZV_CONF="${PET_RDZV_CONF:-$meeting}"

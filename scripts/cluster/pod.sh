@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs node.sh in one pod of a Kubernetes job (pytorchjob.yaml), with an exit code that tells a stop from the end.
-# torchrun's own is 0 on machines that were stopped by another machine: the job would count as complete.
+# One pod's part of a run under Kubernetes (pytorchjob.yaml): node.sh, with an exit code that tells a stop from the end.
+# torchrun's is 0 on machines whose processes were told to stop by another machine's: a job would count as complete.
 #   pod.sh RUN_DIR RECIPE [flags]
-# Exit code: 0 done; 143 stopped on request and saved, start it again; otherwise torchrun's, 1 for every failure.
+# Exit code: 0 done; 143 stopped on request, saved, to be started again; else torchrun's, 1 for every failure.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=SCRIPTDIR/request.sh
@@ -11,7 +11,7 @@ source "$here/request.sh" "$@"
 signalled=""
 bash "$here/node.sh" "$run_dir" "${program[@]}" &
 node=$!
-# Kubernetes signals the first process of a container only. A second signal would end torchrun during a save.
+# Kubernetes signals the first process of a container only. torchrun takes one signal: a second would end it in mid-save.
 # shellcheck disable=SC2317,SC2329 # called by the traps
 pass_on() {
     trap : TERM INT USR1

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Reads the arguments of slurm.sh, pod.sh and node.sh. Source it with them: RUN_DIR, then a recipe with flags or
+# What slurm.sh, pod.sh and node.sh are asked to run. Source it with their arguments: RUN_DIR, then a recipe with flags or
 # torchrun_main.py's flags alone. It defines `run_dir` (absolute), `program` and `stopped_on_request`, or ends with exit code 2.
 
 refuse() {
@@ -28,7 +28,7 @@ for word in "$@"; do
     case "$before $word" in
         *" --save_dir" | *" --save_dir="*) refuse "$word: the run's folder is the first argument, $run_dir" ;;
         *" --continue_from" | *" --continue_from="* | "--resume never" | *" --resume=never")
-            # Every start would go back to the same checkpoint.
+            # Each start would go back to the same place.
             refuse "$word: a job may start more than once, and would go back, or begin anew, each time;" \
                 "make the first checkpoint in $run_dir with it outside of this script (--save_dir), then start the job without it"
             ;;
@@ -36,7 +36,7 @@ for word in "$@"; do
     before="$word"
 done
 
-# Whether the run was asked to stop and has saved. Listing the folder refreshes NFS: another machine may have written the file.
+# Whether the run was asked to stop and has saved. Listing the folder makes NFS look again: another machine may have written it.
 stopped_on_request() {
     ls "$run_dir" >/dev/null 2>&1 && [ -f "$run_dir/stopped.json" ]
 }

@@ -4,24 +4,24 @@
 #SBATCH --signal=USR1@360
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# A run on several machines under Slurm; options of sbatch override those above. Submit it from the checkout:
+# A run on several machines under Slurm; options of sbatch win over those above. Submit it from the checkout:
 #   sbatch --nodes=4 --gpus-per-node=8 --exclusive --time=24:00:00 scripts/cluster/slurm.sh RUN_DIR RECIPE [flags]
 #   sbatch ... scripts/cluster/slurm.sh RUN_DIR --model_config configs/llama_1b.json ...     torchrun_main.py's flags
-# RUN_DIR and the checkout must lie on a file system that all machines share. Six minutes before the time limit the run saves and
-# stops, the job is requeued, and the run resumes. docs/distributed.md lists what each kind of end does to the job.
-# Without --exclusive a task has one core by default: sbatch --cpus-per-task=64 gives it more. sbatch --no-requeue: no requeue.
-#   MAX_REQUEUES   requeues at most (default 100; 0: none). Those by Slurm itself count too
+# RUN_DIR and the checkout must lie on a file system that all machines share. Six minutes before the time limit the run is asked
+# to save and stop, and the job goes back into the queue; it goes on from there. docs/distributed.md says what ends how.
+# Without --exclusive a task has one core by default: sbatch --cpus-per-task=64 gives it more. sbatch --no-requeue: never again.
+#   MAX_REQUEUES   how often (default 100; 0: never). Jobs that Slurm itself brings back count too
 #   LOG_DIR        where each machine's output goes (default logs): $LOG_DIR/<job name>-<job id>/node-<machine>.log
 #   NPROC          processes per machine (default: its GPUs)
 set -euo pipefail
-# Slurm may signal this shell too. It must outlive the processes to decide what becomes of the job.
+# Slurm may signal this shell beside the processes: it has to outlive them, to say what becomes of the job.
 trap : TERM USR1
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "slurm.sh: not in a Slurm job: sbatch --nodes=2 --gpus-per-node=8 scripts/cluster/slurm.sh RUN_DIR RECIPE [flags]" >&2
     exit 2
 fi
-# Slurm runs a copy of this file in another folder: the checkout is the working directory.
+# Slurm runs a copy of this file from elsewhere: where the checkout is only the working directory tells.
 if [ ! -f scripts/cluster/node.sh ]; then
     echo "slurm.sh: $PWD is not the checkout: submit from there, or with sbatch --chdir=CHECKOUT" >&2
     exit 2
@@ -39,17 +39,17 @@ export SLTRAIN_PYTHON="$python"
 
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [ "${#machines[@]}" -gt 0 ] || refuse "scontrol show hostnames $SLURM_JOB_NODELIST names no machine"
-# A port below Linux's range for automatic ports, different for each job.
+# A port below those that Linux gives away by itself, another one for each job.
 export PET_NNODES="$SLURM_JOB_NUM_NODES" PET_RDZV_BACKEND=c10d PET_RDZV_ID="$SLURM_JOB_ID-$restarts"
 export PET_RDZV_ENDPOINT="${machines[0]}:$((15000 + SLURM_JOB_ID % 15000))"
-# srun does not inherit this one from sbatch (Slurm 22.05 and newer).
+# srun does not take this one over from sbatch (Slurm 22.05 and newer).
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 
 logs="${LOG_DIR:-logs}/${SLURM_JOB_NAME:-sltrain}-$SLURM_JOB_ID"
 mkdir -p "$logs" "$run_dir"
 rm -f "$run_dir/stopped.json" # of an earlier job
 echo "start $((restarts + 1)) of job $SLURM_JOB_ID: ${machines[*]}, meeting at $PET_RDZV_ENDPOINT; output in $logs/node-*.log"
-# One machine may end before the others have closed their record: the others are not killed within ten minutes.
+# Those of one machine may end before the others have closed their record: none is killed for it within ten minutes.
 code=0
 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=600 \
     --open-mode=append --output="$logs/node-%N.log" \
@@ -64,7 +64,7 @@ if ! stopped_on_request; then
     exit "$code"
 fi
 if grep -q '"SIG\(TERM\|INT\)"' "$run_dir/stopped.json"; then
-    # Preemption or scancel. Slurm requeues only a job that is still running when the preemption ends it, so wait here.
+    # Preemption or scancel. A job that ends by itself now would be over, for Slurm too: it is to find this one still there.
     echo "stopped by $(cat "$run_dir/stopped.json"), saved; whether job $SLURM_JOB_ID comes back is for Slurm to say"
     sleep 600 || true
     exit 1
