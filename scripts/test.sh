@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, then lint, types and tests. Extra arguments go to pytest; --full adds the whole matrices (slow).
+# Sets up the environment, then runs lint, types and tests. Extra arguments go to pytest; --full adds the long matrices.
 #   bash scripts/test.sh [--full] [pytest arguments]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
