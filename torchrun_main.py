@@ -85,7 +85,7 @@ def dry_run(args: Arguments, world: World) -> int:
 
 
 def run(args: Arguments, world: World) -> int:
-    """Train; returns the exit code."""
+    """Load torch, set up the processes and train; returns the exit code and explains failures."""
     set_allocator()
 
     import torch
@@ -120,7 +120,7 @@ def run(args: Arguments, world: World) -> int:
 
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
-    """Build, restore, loop, end; the exit code."""
+    """Build and restore the run, train until it is done or has to stop, and close it; returns the exit code."""
     from peft_pretraining.record.late_record import LateRecord
     from peft_pretraining.record.throughput import Throughput
     from peft_pretraining.run.assemble import assemble, open_record, say_finished, say_passed_over
@@ -155,7 +155,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
 
 
 def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
-    """Evaluate where due, update, record, save where due; until the plan is fulfilled or the run has to stop."""
+    """The training loop: evaluate where due, update, record, save where due, until the planned updates are made."""
     # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
     from peft_pretraining.plan.plan import is_finished, learning_rate
     from peft_pretraining.record.late_record import Logged
@@ -205,7 +205,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
 
 
 def evaluation_due(args: Arguments, update_step: int, finished: bool) -> bool:
-    """Before the first update with --eval_at_start, every eval_every updates, and at the end."""
+    """Whether to evaluate now: before the first update with --eval_at_start, every eval_every updates, and at the end."""
     if update_step == 0:
         return args.eval_at_start or finished
     return finished or update_step % args.eval_every == 0

@@ -1,4 +1,4 @@
-"""A run's folder: which one it is, which checkpoint it goes on from, and run.json, the record of how it was made."""
+"""A run's folder: which folder a run writes to, which checkpoint it resumes, and run.json, the record of how it was made."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def goes_on_in_place(self) -> bool:
-        """Whether the checkpoint it starts from is one of its own."""
+        """Whether the run resumes a checkpoint of its own folder."""
         return self.checkpoint is not None and self.path.resolve() == self.checkpoint.parent.resolve()
 
 
@@ -117,7 +117,8 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
                 ]
             )
     path.mkdir(parents=True, exist_ok=True)
-    (path / MARKER_FILE).unlink(missing_ok=True)  # also where this start fails: what a script reads there is of the last one
+    # Also where this start fails: scripts read the marker as the outcome of the last start.
+    (path / MARKER_FILE).unlink(missing_ok=True)
     return RunFolder(path, newest, wandb_id, warm_start, warm_up)
 
 
@@ -137,7 +138,7 @@ def _is_full_rank(method: str) -> bool:
 
 
 def take_up(folder: RunFolder) -> None:
-    """Make the folder's past that of the run: nothing is touched before all parts of the run are there. On rank 0.
+    """Bring the folder's record to where the run starts. Rank 0 calls it, once all parts of the run are built.
 
     Going back in its own folder sets later checkpoints aside; going on in another one brings the record along; a run that
     starts afresh puts a record that it finds (of a run that never saved) out of the way.
@@ -157,7 +158,7 @@ def take_up(folder: RunFolder) -> None:
 
 
 def _fresh(path: Path) -> Path:
-    """`path` where nothing is there yet, else path-2, path-3, ..."""
+    """`path` if it is free, else the first free one of path-2, path-3, ..."""
     number, candidate = 1, path
     while candidate.exists() and any(candidate.iterdir()):
         number += 1
@@ -166,7 +167,7 @@ def _fresh(path: Path) -> Path:
 
 
 def _set_aside_later(chosen: Path) -> None:
-    """Move checkpoints past the chosen one out of the way: they are damaged, or of a course that the run no longer takes."""
+    """Move checkpoints later than the chosen one to set_aside/: they are damaged, or the run will write other ones."""
     later = [path for path in checkpoint.list_checkpoints(chosen.parent) if path.name > chosen.name]
     for path in later:
         place = _fresh(path.parent / "set_aside" / path.name)
@@ -179,7 +180,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     """The run.json of a checkpoint, with every part that is compared. Raises CheckpointError."""
     record = checkpoint.read_json(path / "run.json")
     try:
-        # A run of an earlier version lacks newer arguments, or left them open: it ran as their defaults do.
+        # Runs of earlier versions lack newer arguments or recorded None; they behaved like the defaults.
         said = {name: value for name, value in record["arguments"].items() if value is not None}
         arguments = {**as_dict(Arguments()), **said}
         if not isinstance(record["plan"]["model"], dict):
@@ -271,7 +272,7 @@ def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> Non
 
 
 def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source) -> dict[str, Any]:
-    """What run.json holds: everything needed to know how the run was made, and nothing secret."""
+    """The content of run.json: everything needed to know how the run was made, and nothing secret."""
     return {
         "arguments": as_dict(args),
         "plan": plan_document(plan),
@@ -310,7 +311,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that matter, as installed."""
+    """Installed versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

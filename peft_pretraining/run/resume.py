@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run goes on from one."""
+"""The content of a run's checkpoint, and how a run is resumed from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _GROWTH = "growth/previous_norms"  # of --grad_norm_growth, one per parameter in
 
 @dataclass(frozen=True)
 class RunParts:
-    """Everything of a run that has a state."""
+    """The parts of a run whose state is saved."""
 
     model: nn.Module
     updates: Updates
@@ -38,7 +38,7 @@ class RunParts:
 
 
 def run_content(run_folder: Path, parts: RunParts, world: World, run_document: Mapping[str, Any]) -> checkpoint.Content:
-    """What the checkpoint of the run as it stands consists of: the run's own tensors, not copies. Every process calls it."""
+    """The content of a checkpoint of the run's present state: its own tensors, not copies. Every process calls it."""
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
     moments = optimizer_state(parts.updates, dict(parts.model.named_parameters()))
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.shared.items()}
@@ -89,7 +89,7 @@ def refuse_if_over(path: Path, plan: Plan) -> None:
 
 
 def train_state(path: Path) -> TrainState:
-    """How far the checkpoint `path` has come. Raises CheckpointError."""
+    """Updates and tokens done at the checkpoint `path`. Raises CheckpointError."""
     try:
         state = TrainState(**checkpoint.read_json(path / "state.json")["train"])
         _check_counts(asdict(state).values())
@@ -99,7 +99,7 @@ def train_state(path: Path) -> TrainState:
 
 
 def restore_data(path: Path, loader: TrainLoader) -> None:
-    """Put the data where the checkpoint `path` left it; before the first batch is asked for. Raises CheckpointError."""
+    """Set the loader to the data position of the checkpoint `path`, before its first batch. Raises CheckpointError."""
     try:
         state = checkpoint.read_json(path / "state.json")["data"]
         _check_counts([state["position"], *state["bad_records"].values()])
@@ -111,7 +111,7 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
 
 
 def _check_counts(values: Iterable[Any]) -> None:
-    """Raise ValueError where a value read from a file is no count; what reads data would fail on it much later."""
+    """Raise ValueError where a value read from a file is no count, which the data loader would fail on much later."""
     for value in values:
         if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError(f"{value!r} is no count")
@@ -178,7 +178,7 @@ def _restore_moments(path: Path, parts: RunParts, index: Mapping[str, Any], docu
 
 
 def _random_states() -> dict[str, torch.Tensor]:
-    """Generators of this process that a library might draw from; the data's and the initial values' are keyed by seed."""
+    """States of this process's global generators, for libraries that draw from them; ours are keyed by the seed."""
     _, words, _ = random.getstate()
     states = {"torch": torch.get_rng_state(), "python": torch.tensor(words, dtype=torch.int64)}
     if torch.cuda.is_available():
