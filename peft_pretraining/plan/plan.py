@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run will do. Sequences and update steps are counted over all processes, bytes per process."""
+    """A run as planned. Sequences and update steps are counted over all processes, bytes per process."""
 
     model: ModelConfig
     parameters: dict[str, int]  # total, dense, low_rank, sparse
@@ -79,13 +79,13 @@ def _default_eval_tokens(args: Arguments) -> int | None:
 
 
 def setting_of(plan: Plan, args: Arguments, device_type: str) -> Setting:
-    """What memory and communication of a planned run depend on."""
+    """The settings that memory and communication of a planned run depend on."""
     world = World(size=plan.world_size)
     return memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
 
 
 def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: int) -> float:
-    """The rate of the update that follows `update_step` finished ones.
+    """The learning rate of the update that follows `update_step` finished ones.
 
     With max_train_tokens the schedule runs on tokens instead, in units of full updates: padding makes the number of
     updates unknown beforehand, and the schedule still has to end where the run does.
@@ -101,7 +101,7 @@ def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: in
 
 
 def is_finished(plan: Plan, update_step: int, tokens_seen: int) -> bool:
-    """Exactly num_training_steps updates, or the first update that reaches max_train_tokens."""
+    """Whether the run has made its num_training_steps updates, or with max_train_tokens reached that many tokens."""
     if plan.max_train_tokens is not None:
         return tokens_seen >= plan.max_train_tokens
     return update_step >= plan.num_training_steps

@@ -1,4 +1,4 @@
-"""The plan as text, and what to say where memory does not suffice."""
+"""The plan as text, and the messages about memory that does not suffice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_pretraining.plan.plan import GIB, Plan, setting_of
 
 
 def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:
-    """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what there is, if known."""
+    """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what is available, if known."""
     counts, method = plan.parameters, METHODS[args.peft_model]
     restart = method.restart(args)
     share = f" ({counts['total'] / plan.full_rank_parameters:.0%} of full-rank {plan.full_rank_parameters:,})"
@@ -100,7 +100,7 @@ def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
 
 
 def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, said: str) -> str:
-    """What to say where memory ran out all the same; `said`: what the allocator said."""
+    """The message of a run that ran out of memory; `said`: the allocator's own message."""
     largest = max(CLASSES, key=lambda name: plan.bytes[name])
     setting = setting_of(plan, args, device_type)
     lower = ", ".join(f"{saving.text} ({saving.peak / GIB:.1f} GiB)" for saving in savings(setting))
@@ -112,7 +112,7 @@ def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, said: s
 
 
 def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[str]:
-    """What does not fit into the device, and the flags that would make it fit; [] where it fits."""
+    """How much memory the run needs beyond the device's, and the flags that would make it fit; [] where it fits."""
     if plan.bytes["peak"] <= device.num_bytes:
         return []
     setting = setting_of(plan, args, device.device_type)
