@@ -35,7 +35,7 @@ from layer import SETTINGS, Shape, floor, shapes_of, step_of
 from memory import load_what_the_trainer_loads
 
 from peft_pretraining.config.model_config import linear_shapes
-from peft_pretraining.methods.sltrain import nonzeros
+from peft_pretraining.config.supports import nonzeros
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -9,6 +9,8 @@ import math
 from dataclasses import replace
 
 from peft_pretraining.config.model_config import linear_shapes
+from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.config.supports import SUPPORTS, SupportKind
 from peft_pretraining.memory.allocator import LARGE_BLOCK_BYTES
 from peft_pretraining.memory.counts import (
     DTYPE_BYTES,
@@ -23,8 +25,7 @@ from peft_pretraining.memory.counts import (
 from peft_pretraining.memory.fsdp_units import Units, units_of
 from peft_pretraining.memory.peak import Working, of_parts, of_whole
 from peft_pretraining.memory.setting import Setting
-from peft_pretraining.methods.sltrain import nonzeros
-from peft_pretraining.methods.tensor_group import TensorGroup
+from peft_pretraining.methods.method import TensorGroup
 
 CLASSES = (
     *("parameters", "support", "gradients", "optimizer"),
@@ -36,11 +37,9 @@ _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
 # Gaps that malloc leaves between the activations of one process, relative to them: a block that was freed has no room for
 # another of its size, since torch asks for aligned ones (measured at 130M and 350M; docs/md).
 _GAPS = 0.3
-# Temporaries of an optimizer's step in bytes per element, of a slice of 2**21 where it steps in slices (optim/slices.py).
+# Elements of a slice where an optimizer steps in slices (optim/slices.py), and bytes per element that stochastic rounding takes.
 _SLICE_ELEMENTS = 2**21
-_SLICE_SCRATCH = {"adam8bit": 24, "adamw4bit": 64}
 _ROUNDING_SCRATCH = 36
-_ADAFACTOR_SCRATCH = 16
 # torch.linalg.svd in float32, its results included: so many elements per element of the matrix, and of a square of its shorter
 # side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024) within 10 % for upright matrices, less for lying ones.
 _SVD_PER_ELEMENT, _SVD_PER_SQUARE = 3, 4
@@ -114,7 +113,7 @@ def parameter_groups(setting: Setting) -> list[TensorGroup]:
         setting.model,
         method=setting.peft_model,
         rank=setting.rank,
-        sparsity=setting.sparsity,
+        sparsity=setting.sp_ratio,
         train_scaling=setting.train_scaling,
         support=setting.support,
     )
@@ -125,7 +124,7 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         setting.model,
         method=setting.peft_model,
         rank=setting.rank,
-        sparsity=setting.sparsity,
+        sparsity=setting.sp_ratio,
         train_scaling=setting.train_scaling,
         support=setting.support,
     )
@@ -159,52 +158,56 @@ def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
 
 
 def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
-    """Whether a linear (out, in) is computed by its factors, as sparse_lora.functional decides."""
-    if not setting.replaces_linears:
-        return False
-    if setting.peft_model == "relora":
-        return True
+    """Whether a linear (out, in) is computed by its factors, as sparse_lora.functional decides for its own layers."""
+    if not setting.method.factored:
+        return setting.method.replaces_linears
     if setting.linear_path != "auto":
         return setting.linear_path == "factored"
     from sparse_lora.cost import cheaper_path  # the package imports torch, which refused arguments must not wait for
 
-    kind = setting.support if setting.peft_model == "sltrain" else "none"
-    nnz = nonzeros(kind, *shape, setting.sp_ratio) if kind != "none" else 0
+    support = _support(setting)
+    kind, nnz = (setting.support, support.nonzeros(*shape, setting.sp_ratio)) if support else ("none", 0)
     rows = setting.batch_size * setting.max_length
     return cheaper_path(rows, *shape, setting.rank, kind, nnz, setting.device_type) == "factored"
 
 
+def _support(setting: Setting) -> SupportKind | None:
+    """The kind of support of the sparse part; None without one."""
+    return SUPPORTS[setting.support] if setting.method.sparse else None
+
+
 def _layer_scratch(setting: Setting) -> int:
     """Temporaries of the backward pass of the linear that has most of them."""
-    if not setting.replaces_linears:
+    if not setting.method.replaces_linears:
         return 0  # weight and gradient are counted as what they are
-    if setting.peft_model == "relora":
-        return max(_beside_frozen(setting, shape) for shape in linear_shapes(setting.model))
+    if not setting.method.factored:
+        return max(_beside_weight(setting, shape) for shape in linear_shapes(setting.model))
     return max(_linear_scratch(setting, shape) for shape in linear_shapes(setting.model))
 
 
 def _lasting_scratch(setting: Setting) -> int:
     """What stays of the largest weight that is built, or of the largest outputs put in order: a CPU's scratch memory."""
-    if not setting.replaces_linears or setting.device_type != "cpu":
+    if not setting.method.replaces_linears or setting.device_type != "cpu":
         return 0
     from sparse_lora.scratch import large_bytes
 
     width, shapes = DTYPE_BYTES[setting.computes_in], linear_shapes(setting.model)
     used = [shape for shape in shapes if _builds_matrix(setting, shape)]
-    used += [_arranged(setting, shape) for shape in shapes]
+    used += [_reordered(setting, shape) for shape in shapes]
     return max(large_bytes(shape, width) for shape in used)
 
 
 def _builds_matrix(setting: Setting, shape: tuple[int, int]) -> bool:
     """Whether a linear (out, in) makes a matrix of its weight's size: W, or S as a dense one."""
-    uniform = setting.peft_model == "sltrain" and setting.support == "uniform"
-    return uniform or not _is_factored(setting, shape)
+    support = _support(setting)
+    return (support is not None and support.stored) or not _is_factored(setting, shape)
 
 
-def _arranged(setting: Setting, shape: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a linear's outputs, or of their gradients, that blocks have in an order of their own."""
-    blocks = setting.peft_model == "sltrain" and setting.support == "block"
-    return (setting.batch_size * setting.max_length if blocks and _is_factored(setting, shape) else 0, shape[0])
+def _reordered(setting: Setting, shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the copy of a linear's outputs, or of their gradients, that a support reorders; 0 rows without one."""
+    support = _support(setting)
+    reordered = support is not None and support.reorders_outputs and _is_factored(setting, shape)
+    return (setting.batch_size * setting.max_length if reordered else 0, shape[0])
 
 
 def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
@@ -212,24 +215,23 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     with their gradients; and the gradients of x A^T and, put in order, of the outputs, where it is computed by its factors."""
     rows, columns = shape
     width, factored = DTYPE_BYTES[setting.computes_in], _is_factored(setting, shape)
-    sparse = setting.peft_model == "sltrain"
-    nnz = nonzeros(setting.support, rows, columns, setting.sp_ratio) if sparse else 0
-    uniform = sparse and setting.support == "uniform"
-    positions = nnz * (4 if rows * columns <= 2**31 else 8) if uniform else 0
+    support = _support(setting)
+    nnz = support.nonzeros(rows, columns, setting.sp_ratio) if support else 0
+    stored = support is not None and support.stored
+    positions = nnz * (4 if rows * columns <= 2**31 else 8) if stored else 0
     dense = rows * columns * width if _builds_matrix(setting, shape) else 0
-    if uniform and setting.device_type == "cuda" and width == 2:
-        from sparse_lora.kernels import (
-            scratch_bytes,
-        )  # whether Triton is there is not asked: it may be another machine's
+    if stored and setting.device_type == "cuda" and width == 2:
+        # Counted whether or not Triton is installed here: the run may be planned for another machine.
+        from sparse_lora.kernels import scratch_bytes
 
         dense += scratch_bytes(rows, columns)
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
-    kept += width * math.prod(_arranged(setting, shape))
+    kept += width * math.prod(_reordered(setting, shape))
     return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
 
 
-def _beside_frozen(setting: Setting, shape: tuple[int, int]) -> int:
-    """Of a frozen linear with factors: what passes through the factors, in forward and backward, beside what goes through W0."""
+def _beside_weight(setting: Setting, shape: tuple[int, int]) -> int:
+    """Temporaries of a linear's factors in forward and backward, where they stand beside a frozen weight or alone."""
     rows = setting.batch_size * setting.max_length
     return DTYPE_BYTES[setting.computes_in] * (rows * (max(shape) + setting.rank) + setting.rank * sum(shape))
 
@@ -237,11 +239,11 @@ def _beside_frozen(setting: Setting, shape: tuple[int, int]) -> int:
 def _restart_scratch(setting: Setting) -> int:
     """Temporaries of a restart: a slice of a weight that factors are merged into, or the balanced factors of a layer."""
     shapes, rank = linear_shapes(setting.model), setting.rank
-    if setting.peft_model == "relora":
+    if setting.method.frozen_base:
         rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding else 0
         factors = 4 * rank * max(sum(shape) for shape in shapes)
         return factors + (8 + rounding) * min(max(map(math.prod, shapes)), _SLICE_ELEMENTS)
-    if setting.rebalance and setting.peft_model in ("lowrank", "sltrain"):
+    if setting.rebalance and setting.method.factored:
         elements = rank * max(sum(shape) for shape in shapes)
         return 4 * (_REBALANCE_PER_ELEMENT * elements + _REBALANCE_PER_SQUARE * rank * rank)
     return 0
@@ -249,7 +251,7 @@ def _restart_scratch(setting: Setting) -> int:
 
 def _start_scratch(setting: Setting) -> int:
     """Temporaries of --init svd, the dense weight among them, which are a CPU's and there before the optimizer is."""
-    if setting.init != "svd" or setting.device_type != "cpu" or setting.peft_model not in ("lowrank", "sltrain"):
+    if setting.init != "svd" or setting.device_type != "cpu" or not setting.method.factored:
         return 0
     largest = max(linear_shapes(setting.model), key=math.prod)
     decomposition = 8 * (_START_PER_ELEMENT * math.prod(largest) + _START_PER_SQUARE * min(largest) ** 2)
@@ -258,7 +260,7 @@ def _start_scratch(setting: Setting) -> int:
 
 def _step_scratch(setting: Setting, largest: int) -> int:
     """Temporaries of the optimizer's step of the largest tensor, or of the matrix that GaLore needs most for."""
-    if setting.peft_model != "galore":
+    if not setting.method.projected:
         return _plain_step_scratch(setting, largest)
     model = setting.model
     ordinary = _plain_step_scratch(setting, model.vocab_size * model.hidden_size)
@@ -280,10 +282,10 @@ def _subspace_scratch(setting: Setting, shape: tuple[int, int]) -> int:
 
 
 def _plain_step_scratch(setting: Setting, largest: int) -> int:
-    if setting.optimizer == "adafactor":
-        return _ADAFACTOR_SCRATCH * largest
+    optimizer = OPTIMIZERS[setting.optimizer]
+    on_gpu = setting.device_type == "cuda"
+    per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
+    if optimizer.steps_whole:
+        return per_element * largest
     rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding and setting.dtype == "bfloat16" else 0
-    per_element = _SLICE_SCRATCH.get(setting.optimizer, 0)
-    if setting.device_type == "cuda" and setting.optimizer == "adam8bit":
-        per_element = 0  # its kernels need none
     return (per_element + rounding) * min(largest, _SLICE_ELEMENTS)

@@ -12,20 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from peft_pretraining.config.arguments import METHODS, OPTIMIZERS, PROJ_TYPES
+from peft_pretraining.config.arguments import PROJ_TYPES
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
-from peft_pretraining.methods.sltrain import nonzeros
-from peft_pretraining.methods.tensor_group import TensorGroup
+from peft_pretraining.config.optimizers import BNB_MIN_ELEMENTS, OPTIMIZERS, Optimizer
+from peft_pretraining.config.supports import SUPPORTS
+from peft_pretraining.methods import METHODS
+from peft_pretraining.methods.method import Method, TensorGroup
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-
-# bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
-BNB_MIN_ELEMENTS = 4096
-BNB_BLOCK_ELEMENTS = 256
-BNB_CODEBOOK_ENTRIES = 256
-# torchao: bits -> (elements per float32 scale, elements per byte of codes, entries of a moment's code book).
-AO_KINDS = {4: (128, 2, 16), 8: (256, 1, 256)}
-AO_MIN_ELEMENTS = 4096
 
 
 def loss_chunk_rows(device_type: str) -> int:
@@ -98,28 +92,20 @@ def tensor_groups(
 ) -> list[TensorGroup]:
     """Every parameter of the model under `method`, grouped by shape.
 
-    rank, sparsity (share of entries in S) and support (its kind) are used by the methods that have them. Every linear of
-    attention and MLP is factored; embedding, head and norms stay dense. Raises ValueError on an unknown method.
+    rank, sparsity (share of entries in S) and support (its kind) are used by the methods that have them. The method decides
+    about the linears of attention and MLP; embedding, head and norms stay dense. Raises ValueError on an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
-    layers = cfg.num_hidden_layers
+    of_linear, layers = _method(method).linear_groups, cfg.num_hidden_layers
     groups = list(_base_groups(cfg))
-    for out_features, in_features in linear_shapes(cfg):
-        if method in ("full", "galore", "relora"):
-            frozen = method == "relora"
-            shape = (out_features, in_features)
-            groups.append(TensorGroup("dense", shape, layers, trained=not frozen, projected=method == "galore"))
-        if method in ("lowrank", "sltrain", "relora"):
-            groups.append(TensorGroup("low_rank", (rank, in_features), layers))
-            groups.append(TensorGroup("low_rank", (out_features, rank), layers))
-            if train_scaling:
-                groups.append(TensorGroup("low_rank", (1,), layers))
-        if method == "sltrain":
-            count = nonzeros(support, out_features, in_features, sparsity)
-            stored = out_features * in_features if support == "uniform" else 0
-            groups.append(TensorGroup("sparse", (count,), layers, support_entries=stored))
+    for shape in linear_shapes(cfg):
+        groups += of_linear(shape, layers, rank=rank, sparsity=sparsity, train_scaling=train_scaling, support=support)
     return groups
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: not one of {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def parameter_counts(
@@ -141,7 +127,7 @@ def parameter_counts(
     by_kind = {kind: sum(g.elements for g in groups if g.kind == kind) for kind in ("dense", "low_rank", "sparse")}
     total = sum(by_kind.values())
     projected = [g for g in groups if g.projected]
-    moments = by_kind["low_rank"] if method == "relora" else total
+    moments = by_kind["low_rank"] if METHODS[method].frozen_base else total
     moments += sum(g.count * rank * max(g.shape) - g.elements for g in projected)
     return Counts(
         total=total,
@@ -154,6 +140,12 @@ def parameter_counts(
     )
 
 
+def paper_bytes(counts: Counts) -> tuple[int, int]:
+    """Bytes of parameters with the support's indices, and of the optimizer, by the paper's convention; see paper_estimate."""
+    index_bytes = 8 * counts.sparse if SUPPORTS[counts.support].stored else 0
+    return 2 * counts.total + index_bytes, 4 * counts.moments + 2 * counts.projections
+
+
 def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
     """The memory the paper's table gives, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
 
@@ -161,11 +153,8 @@ def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
     not have, need none), no gradients, no activations. As printed, each
     part is rounded to two digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
-    index_bytes = 8 * counts.sparse if counts.support == "uniform" else 0
-    parameters = round((2 * counts.total + index_bytes) / 1e9, 2)
-    optimizer = round((4 * counts.moments + 2 * counts.projections) / 1e9, 2)
+    _method(method)
+    parameters, optimizer = (round(size / 1e9, 2) for size in paper_bytes(counts))
     return {"parameters_G": parameters, "optimizer_G": optimizer, "total_G": round(parameters + optimizer, 2)}
 
 
@@ -186,9 +175,9 @@ def static_bytes(
 
     Args:
         counts: what parameter_counts gave for `cfg` and `method`.
-        method: full | lowrank | relora | sltrain | galore.
+        method: a name in METHODS.
         dtype: bfloat16 | float32 | float64, of parameters and gradients.
-        optimizer: adam | adamw | sgd | adafactor | adam8bit | adamw4bit, as the libraries lay out their states.
+        optimizer: a name in OPTIMIZERS; states as the libraries lay them out.
         beta1: sgd's momentum and adafactor's first moment; 0 is off.
         embedding_bits: of the moments of embedding and head with adam8bit and adamw4bit; None: as the others'.
         stochastic_rounding: the Adam family's steps then count in Python instead of in tensors, but for what GaLore projects.
@@ -206,7 +195,7 @@ def static_bytes(
         support=counts.support,
     )
     groups = [replace(g, shape=first_part(g.shape, parts)) for g in whole]
-    width = _element_bytes(dtype)
+    width, kind = _element_bytes(dtype), _optimizer(optimizer)
     trained = [g for g in groups if g.trained]
     states, quantised = 0, False
     for g in trained:
@@ -214,12 +203,12 @@ def static_bytes(
         if g.projected:
             left, right, stepped = subspace_shapes(g.shape, counts.rank, proj_type)
             states += g.count * width * sum(math.prod(side) for side in (left, right) if side is not None)
-        states += g.count * _state_bytes(stepped, width, optimizer, beta1, bits)
-        if stochastic_rounding and optimizer in ("adam", "adamw") and not g.projected:
-            states -= 4 * g.count
+        states += g.count * kind.state_bytes(stepped, width, beta1, bits)
+        if stochastic_rounding and not g.projected:
+            states -= kind.step_count_bytes * g.count
         quantised |= math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
-    if optimizer == "adam8bit" and quantised:
-        states += 2 * 4 * BNB_CODEBOOK_ENTRIES  # two code books, shared by all parameters
+    if quantised:
+        states += kind.shared_bytes
     return {
         "parameters": width * sum(g.elements for g in groups),
         "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in whole if g.kind == "sparse"),
@@ -248,35 +237,10 @@ def _element_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def _state_bytes(shape: tuple[int, ...], width: int, optimizer: str, beta1: float, bits: int | None) -> int:
-    """Bytes of one parameter's optimizer state; `width`: bytes per element of the parameter."""
-    elements = math.prod(shape)
-    if optimizer in ("adam", "adamw"):  # torch, fused: two moments in the parameter's dtype, a float32 step count
-        return 2 * width * elements + 4
-    if optimizer == "sgd":  # torch: a momentum buffer in the parameter's dtype
-        return width * elements if beta1 else 0
-    if optimizer == "adafactor":  # transformers: float32 at least; row and column sums for matrices
-        state_width = max(4, width)
-        second = shape[0] + shape[1] if len(shape) == 2 else elements
-        return state_width * (second + (elements if beta1 else 0))
-    if optimizer == "adam8bit":
-        # bitsandbytes: two one-byte moments with a float32 scale per block; small tensors float32
-        if elements < BNB_MIN_ELEMENTS or bits == 32:
-            return 2 * 4 * elements
-        return 2 * elements + 2 * 4 * math.ceil(elements / BNB_BLOCK_ELEMENTS)
-    if optimizer == "adamw4bit":
-        return _ao_state_bytes(elements, bits or 4)
-    raise ValueError(f"optimizer {optimizer!r}: not one of {', '.join(OPTIMIZERS)}")
-
-
-def _ao_state_bytes(elements: int, bits: int) -> int:
-    """Two moments: codes, scales and a code book for the whole blocks, float32 for the rest and for small tensors."""
-    if bits not in AO_KINDS or elements < AO_MIN_ELEMENTS:
-        return 2 * 4 * elements
-    block, per_byte, entries = AO_KINDS[bits]
-    rest = elements % block
-    quantised = elements - rest
-    return 2 * (quantised // per_byte + 4 * (quantised // block) + 4 * entries + 4 * rest)
+def _optimizer(name: str) -> Optimizer:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {name!r}: not one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
 
 
 def activation_bytes(

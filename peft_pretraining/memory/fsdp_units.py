@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.memory.counts import first_part
-from peft_pretraining.methods.tensor_group import TensorGroup
+from peft_pretraining.methods.method import TensorGroup
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.memory.account import account
 from peft_pretraining.memory.setting import Setting
 
@@ -47,8 +48,8 @@ def fitting_flags(setting: Setting, limit: int) -> list[Saving]:
 
 def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(flag, value, fields of the setting): what could take less memory."""
-    galore = setting.peft_model == "galore"
-    if setting.world_size > 1 and not setting.sharded and setting.optimizer != "adafactor" and not galore:
+    method, optimizer = setting.method, OPTIMIZERS[setting.optimizer]
+    if setting.world_size > 1 and not setting.sharded and optimizer.shardable and not method.projected:
         yield "parallel", "fsdp", {"parallel": "fsdp"}
     if setting.sharded and not setting.reshard_after_forward:
         yield "reshard_after_forward", "true", {"reshard_after_forward": True}
@@ -64,19 +65,13 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "async_save", "false", {"async_save": False}
     if not setting.per_layer:
         yield "per_layer", "", {"per_layer": True}
-    moments = {"embedding_bits": setting.embedding_bits or 32}
-    if setting.optimizer in ("adam", "adamw"):
-        # By the published name, since that of another one may be all that says galore.
-        yield "optimizer", "galore_adamw8bit" if galore else "adam8bit", {"optimizer": "adam8bit", **moments}
-    if setting.optimizer == "adam8bit":
-        yield (
-            "optimizer",
-            "adamw4bit --peft_model galore" if galore else "adamw4bit",
-            {"optimizer": "adamw4bit", **moments},
-        )
+    if optimizer.smaller is not None:
+        change = {"optimizer": optimizer.smaller, "embedding_bits": setting.embedding_bits or 32}
+        yield "optimizer", method.optimizer_flags(optimizer.smaller), change
     if setting.embedding_bits == 32:
         yield "embedding_states", "8bit", {"embedding_bits": 8}
-    if setting.peft_model in ("full", "galore", "relora"):
-        own_name = f" --optimizer {setting.optimizer}" if galore else ""
-        value = f"sltrain --rank {setting.rank} --sp_ratio {setting.sp_ratio}{own_name}"
-        yield "peft_model", value, {"peft_model": "sltrain"}
+    if method.lighter is not None:
+        # A published name of the optimizer may be all that says which method it is now.
+        own_name = f" --optimizer {setting.optimizer}" if method.projected else ""
+        value = f"{method.lighter} --rank {setting.rank} --sp_ratio {setting.sp_ratio}{own_name}"
+        yield "peft_model", value, {"peft_model": method.lighter}

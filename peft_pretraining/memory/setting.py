@@ -10,6 +10,8 @@ from peft_pretraining.config.arguments import (
 )
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.distributed.world import World
+from peft_pretraining.methods import METHODS
+from peft_pretraining.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,9 @@ class Setting:
         return self.reduce_dtype or self.computes_in
 
     @property
-    def sparsity(self) -> float:
-        """Share of entries in the sparse part."""
-        return self.sp_ratio if self.peft_model == "sltrain" else 0.0
-
-    @property
-    def replaces_linears(self) -> bool:
-        """Whether the method's linears are others than nn.Linear."""
-        return self.peft_model not in ("full", "galore")
+    def method(self) -> Method:
+        """The object behind peft_model."""
+        return METHODS[self.peft_model]
 
 
 def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str, accumulation: int, device_type: str) -> Setting:

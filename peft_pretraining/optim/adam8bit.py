@@ -8,7 +8,7 @@ import bitsandbytes
 import bitsandbytes.functional as kernels
 import torch
 
-from peft_pretraining.optim.moments import BNB_BLOCK_ELEMENTS
+from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_, slices
 
 _CODE_BOOKS: dict[str, torch.Tensor] = {}  # what codes stand for; filled by bitsandbytes, shared by all instances

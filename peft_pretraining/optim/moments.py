@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-BNB_BLOCK_ELEMENTS = 256
-BNB_CODES = 256
+from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_CODEBOOK_ENTRIES
 
 
 def plain_moments(state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -34,7 +33,7 @@ def _dequantised(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor
     import bitsandbytes.functional as kernels
 
     scales, codes = state[f"absmax{number}"], state[f"qmap{number}"]
-    if scales.numel() != -(-values.numel() // BNB_BLOCK_ELEMENTS) or codes.numel() != BNB_CODES:
+    if scales.numel() != -(-values.numel() // BNB_BLOCK_ELEMENTS) or codes.numel() != BNB_CODEBOOK_ENTRIES:
         raise ValueError(f"{values.numel()} codes with {scales.numel()} scales and a code book of {codes.numel()}")
     plain: torch.Tensor = kernels.dequantize_blockwise(values, absmax=scales, code=codes, blocksize=BNB_BLOCK_ELEMENTS)
     return plain

@@ -15,6 +15,7 @@ from torch import nn
 from peft_pretraining.checkpoint.saver import Saver
 from peft_pretraining.checkpoint.step_folder import write_json
 from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.loader import Batch, merge_states
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
@@ -80,8 +81,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
     batches = iter(data.loader)  # its workers read and tokenise while the model is built
-    # torchao's 4-bit step is compiled too.
-    if (args.compile or args.optimizer == "adamw4bit") and (problem := keep_compiled_code()) and world.is_main:
+    if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
     restored = folder.checkpoint is not None
     token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id, restored=restored)

@@ -19,8 +19,7 @@ from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
-from peft_pretraining.methods.galore import projected_matrices
-from peft_pretraining.methods.method import METHODS
+from peft_pretraining.methods import METHODS
 from peft_pretraining.model.llama import initialize, materialize, meta_model, prepare_to_train
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.model.svd_start import start_from_svd
@@ -118,7 +117,7 @@ def build_module(
 
     eos_id: what ends a document, for --document_mask. restored: a checkpoint's values follow, so that none need be decomposed.
     """
-    model = meta_model(plan.model, torch_dtype(plan.dtype), lambda model: METHODS[args.peft_model](model, args))
+    model = meta_model(plan.model, torch_dtype(plan.dtype), lambda model: METHODS[args.peft_model].apply(model, args))
     module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
     sharded = args.parallel == "fsdp" and world.size > 1
     if sharded:
@@ -151,9 +150,9 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,
     }
     build = partial(build_optimizer, args.optimizer, **settings)
-    if args.peft_model == "galore":
+    if METHODS[args.peft_model].projected:
         subspace = Subspace(args.rank, args.update_proj_gap, args.galore_scale, args.proj_type)
-        matrices = frozenset(projected_matrices(model))
+        matrices = frozenset(METHODS[args.peft_model].projected_matrices(model))
         build = partial(build_galore, args.optimizer, matrices=matrices, subspace=subspace, world=world, **settings)
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:

@@ -25,6 +25,7 @@ from peft_pretraining.config.arguments import (
 )
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed.world import World, broadcast_object
+from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.record.recorder import METRICS_FILE
 from peft_pretraining.run.resume import train_state
@@ -96,7 +97,7 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     elif args.resume == "auto":
         checkpoint.recover_replaced(path)
         newest = checkpoint.resolve(path) if checkpoint.list_checkpoints(path) else None
-    warm_start = newest is None and args.warmed_up_model is not None and args.peft_model == "relora"
+    warm_start = newest is None and args.warmed_up_model is not None and METHODS[args.peft_model].frozen_base
     if warm_start:
         newest = checkpoint.resolve(Path(str(args.warmed_up_model)))
     wandb_id = secrets.token_hex(4)
@@ -127,13 +128,17 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
 
 def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
     method = before["arguments"]["peft_model"]
-    if method != "full":
+    if not _is_full_rank(method):
         raise ConfigError(
             [
                 f"--warmed_up_model {path}: was made with --peft_model {method}; relora starts from the dense weights of "
                 "--peft_model full; to go on with a relora run use --continue_from"
             ]
         )
+
+
+def _is_full_rank(method: str) -> bool:
+    return method in METHODS and METHODS[method].full_rank
 
 
 def take_up(folder: RunFolder) -> None:
@@ -214,7 +219,7 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
         if name in allowed_changes(args) | free:
             continue
         way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
-        if name == "peft_model" and (then, now) == ("full", "relora"):
+        if name == "peft_model" and _is_full_rank(then) and METHODS[str(now)].frozen_base:
             way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
         problems.append(f"--{name} {now}: {path} was made with {then}; use that, {way_out}or another --save_dir")
     problems += [

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_pretraining.__main__ import main
 from peft_pretraining.checkpoint.step_folder import resolve
 from peft_pretraining.config.model_config import linear_shapes, load_model_config
+from peft_pretraining.config.supports import nonzeros
 from peft_pretraining.export import load_factored, shards, write
 from peft_pretraining.export.load import load_model
 from peft_pretraining.export.shards import ExportError, ShardWriter
 from peft_pretraining.memory.counts import parameter_counts, support_bytes
-from peft_pretraining.methods.sltrain import nonzeros
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Trained = Callable[[str], Path]
