@@ -27,7 +27,7 @@ from peft_pretraining.run import assemble
 from peft_pretraining.training.update import StepResult, train_step
 from sparse_lora import SLTrainConfig, reparameterize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WAITING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
