@@ -21,43 +21,25 @@ def _one_line(error: BaseException) -> str:
 
 
 def _has_wandb_key() -> bool:
-    """Whether a key is at hand: in the environment or stored by `wandb login` in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
+    """Whether wandb will find a key: in the environment, or in the netrc file where `wandb login` stores it."""
+    from requests.utils import get_netrc_auth
 
-    hosts = _wandb_hosts()
-    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        path = Path(name).expanduser() if name else None
-        if path is None or not path.is_file():
-            continue
-        try:
-            stored = netrc.netrc(path).hosts
-        except (netrc.NetrcParseError, OSError):
-            continue
-        if hosts & set(stored):
-            return True
-    return False
+    return bool(os.environ.get("WANDB_API_KEY")) or any(get_netrc_auth(url) for url in _wandb_servers())
 
 
-def _wandb_hosts() -> set[str]:
-    """Hosts under which the installed wandb finds its key: the server chosen, and the one that earlier versions knew."""
-    url = os.environ.get("WANDB_BASE_URL")
-    if url:
-        return {_host(url)}
+def _wandb_servers() -> list[str]:
+    """Addresses under which wandb looks up its key: the chosen server, or its own, which earlier versions named differently."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return [url if "://" in url else f"https://{url}"]
     try:
         import wandb
 
-        return {_host(wandb.Settings().base_url), "api.wandb.ai"}
-    except Exception:  # not installed, or broken: what follows says so
-        return {"api.wandb.ai"}
+        return [wandb.Settings().base_url, "https://api.wandb.ai"]
+    except Exception:  # not installed or damaged, which wandb.init reports later
+        return ["https://api.wandb.ai"]
 
 
-def _host(url: str) -> str:
-    return url.split("://")[-1].split("/")[0].split(":")[0]
-
-
-def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
+def start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
     """The wandb run, or None: `settings` has mode, id, name, tags, config. Any failure costs one line, not the run."""
     mode = settings["mode"]
     if mode == "auto":
@@ -81,7 +63,7 @@ def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
             import wandb
 
             wandb.teardown()  # its service still holds the run's id
-        return _start_wandb(run_folder, {**settings, "mode": "offline"})
+        return start_wandb(run_folder, {**settings, "mode": "offline"})
 
 
 def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:

@@ -68,6 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products (default: %(default)s)")
     add("--device", default="auto", help="auto | cpu | cuda (default: %(default)s)")
     add("--keep_adapter", action="store_true", help="also write what was trained as one small file, for load_adapter")
+    add(
+        "--checkpoints",
+        type=Path,
+        help="folder for a checkpoint after each epoch; the same command continues from the newest (default: none)",
+    )
+    add(
+        "--wandb",
+        choices=("online", "offline", "disabled"),
+        default="disabled",
+        help="where wandb records the figures (default: %(default)s)",
+    )
     add("--json", action="store_true", help="print results.json's content")
 
 
@@ -77,14 +88,16 @@ def run(args: argparse.Namespace) -> int:
     if found:
         raise ValueError("\n  ".join(found))
     from peft_pretraining.commands.finetune.examples import load_files, load_glue
-    from peft_pretraining.commands.finetune.train import build, describe, fine_tune, save
+    from peft_pretraining.commands.finetune.model import build, describe, save
 
     data = load_files(args.task, args.train_file, args.validation_file) if args.train_file else load_glue(args.task)
     tuned = build(args, data.task)
     if not args.json:
         print(describe(tuned, data))
     with new_folder(args.out) as partial:
-        record = fine_tune(tuned, data, args, None if args.json else print)
+        from peft_pretraining.commands.finetune.trainer import fine_tune  # loads Trainer, which takes seconds
+
+        record = fine_tune(tuned, data, args, partial, None if args.json else print)
         (partial / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         save(tuned, partial, keep_adapter=args.keep_adapter)
     print(json.dumps(record) if args.json else f"{args.out}: merged model, tokenizer, results.json")
@@ -110,6 +123,8 @@ def problems(args: argparse.Namespace) -> list[str]:
     for name in ("weight_decay", "grad_clipping"):
         if not 0 <= getattr(args, name) < math.inf:
             found.append(f"--{name} {getattr(args, name)}: must be at least 0")
+    if args.checkpoints is not None and args.checkpoints.resolve().is_relative_to(args.out.resolve()):
+        found.append(f"--checkpoints {args.checkpoints}: lies inside --out, which is written at the end; name another folder")
     if not 0 <= args.sp_ratio <= 1:
         found.append(f"--sp_ratio {args.sp_ratio}: must be between 0 (low-rank alone) and 1")
     if not -(2**63) <= args.seed < 2**63:

@@ -1,37 +1,29 @@
-"""The model with its adapters, the epochs over the examples, the figures after each."""
+"""The pretrained model as a sequence classifier with adapters, and its tokenizer: loading, counting, saving."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from peft_pretraining.checkpoint.step_folder import is_checkpoint, list_checkpoints
 from peft_pretraining.commands.finetune.adapter import ADAPTER_FILE, save_adapter
-from peft_pretraining.commands.finetune.examples import Dataset, Examples
-from peft_pretraining.commands.finetune.metrics import METRICS
+from peft_pretraining.commands.finetune.examples import Dataset
 from peft_pretraining.commands.finetune.tasks import Task
 from peft_pretraining.data.errors import TokenizerError, first_line
 from peft_pretraining.data.tokenizer import hub_problem
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
 from peft_pretraining.export.shards import FACTORS_CONFIG
-from peft_pretraining.plan.schedule import lr_at
-from sparse_lora import SLTrainConfig, adapter_parameters, generator_for, merge, reparameterize
+from sparse_lora import SLTrainConfig, adapter_parameters, merge, reparameterize
 from sparse_lora.reparameterize import ALL_LINEARS, freeze_but
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WARMUP_SHARE = 0.06  # of all updates, as RoBERTa's authors had it on GLUE (arXiv 1907.11692, appendix C)
 _LONGEST = 512
 
 
@@ -185,128 +177,6 @@ def describe(tuned: Tuned, data: Dataset) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """inputs: of the tokenizer, not yet padded. labels: (n,)."""
-
-    inputs: list[dict[str, Any]]
-    labels: Tensor
-
-
-def _encode(tuned: Tuned, examples: Examples, split: str) -> _Encoded:
-    """Raises ValueError where a text has no tokens: not every tokenizer puts one before or after it."""
-    found = tuned.tokenizer(*examples.columns, truncation=True, max_length=tuned.max_length)
-    empty = next((row for row, ids in enumerate(found["input_ids"], 1) if not ids), None)
-    if empty is not None:
-        raise ValueError(f"{split} examples, row {empty}: its text has no tokens; remove the row")
-    inputs = [{key: found[key][row] for key in found} for row in range(len(examples))]
-    dtype = torch.float32 if tuned.model.config.problem_type == "regression" else torch.int64
-    return _Encoded(inputs, torch.tensor(examples.labels, dtype=dtype))
-
-
-def _batches(tuned: Tuned, data: _Encoded, order: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
-    """Inputs and labels on the model's device, padded to the longest of the batch."""
-    for rows in order.split(size):
-        batch = tuned.tokenizer.pad([data.inputs[row] for row in rows.tolist()], return_tensors="pt")
-        batch["labels"] = data.labels[rows]
-        yield {key: tensor.to(tuned.model.device) for key, tensor in batch.items()}
-
-
-def fine_tune(
-    tuned: Tuned, data: Dataset, args: argparse.Namespace, say: Callable[[str], object] | None = None
-) -> dict[str, Any]:
-    """Train the parameters that require a gradient; figures of every epoch and all settings, as JSON has them.
-
-    Args:
-        args: the command's. say: gets a line after each epoch.
-
-    Raises:
-        ValueError: a text without tokens, or the loss is not finite any more.
-    """
-    train = _encode(tuned, data.train, "train")
-    validation = {split: _encode(tuned, examples, split) for split, examples in data.validation.items()}
-    trained = [parameter for parameter in tuned.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
-    total = math.ceil(len(data.train) / args.batch_size) * args.epochs
-    warmup = min(total, int(_WARMUP_SHARE * total) if args.warmup_steps is None else args.warmup_steps)
-    schedule = {"scheduler": args.scheduler, "num_training_steps": total, "warmup_steps": warmup, "min_lr_ratio": 0.0}
-    rates = (lr_at(step, lr=args.lr, **schedule) for step in range(total))
-    epochs: list[dict[str, Any]] = []
-    with _progress_bar(total) as bar:
-        for epoch in range(1, args.epochs + 1):
-            order = torch.randperm(len(data.train), generator=generator_for(args.seed, f"finetune/epoch/{epoch}"))
-            tuned.model.train()
-            losses = []
-            for batch in _batches(tuned, train, order, args.batch_size):
-                losses.append(_update(tuned.model, batch, optimizer, next(rates), args))
-                bar.update()
-            loss = torch.stack(losses).double().mean().item()
-            if not math.isfinite(loss):
-                raise ValueError(f"epoch {epoch}: the loss is {loss}; lower --lr {args.lr} or --lora_alpha")
-            epochs.append({"epoch": epoch, "loss": loss, **_evaluate(tuned, data.task, validation, args)})
-            if say is not None:
-                say(", ".join(f"{name} {value:.4g}" for name, value in epochs[-1].items()))
-    metric = list(epochs[0])[2]
-    best = max(epochs, key=lambda row: float(row[metric]))
-    if say is not None:
-        say(f"best {metric} {best[metric]:.4g} (epoch {best['epoch']}), last {epochs[-1][metric]:.4g}")
-    return {
-        "metric": metric,
-        "best": best,
-        "last": epochs[-1],
-        "epochs": epochs,
-        "parameters": tuned.parameters(),
-        "examples": {name: len(examples) for name, examples in {"train": data.train, **data.validation}.items()},
-        "updates": total,
-        "settings": _settings(args),
-    }
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, but for where."""
-    left_out = ("command", "json", "out", "device")
-    given = {name: value for name, value in vars(args).items() if name not in left_out}
-    return json.loads(json.dumps(given, default=str))  # type: ignore[no-any-return]
-
-
-def _update(
-    model: PreTrainedModel,
-    batch: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    args: argparse.Namespace,
-) -> Tensor:
-    """One step of the optimizer; the batch's mean loss before it."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        loss: Tensor = model(**batch).loss
-    optimizer.zero_grad()
-    loss.backward()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if args.grad_clipping:
-            torch.nn.utils.clip_grad_norm_(group["params"], args.grad_clipping)
-    optimizer.step()
-    return loss.detach()
-
-
-@torch.no_grad()
-def _evaluate(tuned: Tuned, task: Task, validation: dict[str, _Encoded], args: argparse.Namespace) -> dict[str, float]:
-    """The task's metrics, by name; of several splits with what tells them apart, as accuracy_matched."""
-    tuned.model.eval()
-    figures = {}
-    for split, data in validation.items():
-        found = []
-        for batch in _batches(tuned, data, torch.arange(len(data.labels)), args.batch_size):
-            labels = batch.pop("labels")
-            with torch.autocast(tuned.model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                logits = tuned.model(**batch).logits.float().cpu()
-            found.append(logits.argmax(1) if task.labels else logits.view(len(labels)))
-        predicted = torch.cat(found)
-        for name in task.metrics:
-            figures[name + split.removeprefix("validation")] = METRICS[name](predicted, data.labels)
-    return figures
-
-
 def save(tuned: Tuned, folder: Path, *, keep_adapter: bool) -> None:
     """Write the dense model and the tokenizer as transformers load them; the model is merged from then on. Raises OSError."""
     if keep_adapter and tuned.config is not None:
@@ -319,9 +189,3 @@ def save(tuned: Tuned, folder: Path, *, keep_adapter: bool) -> None:
         raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # they are made for their owner alone
-
-
-def _progress_bar(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="update", disable=not sys.stderr.isatty(), smoothing=0.05)
