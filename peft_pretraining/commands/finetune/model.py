@@ -29,8 +29,8 @@ _LONGEST = 512
 
 @dataclass
 class Tuned:
-    """A classifier on its device, with adapters by `config`, or without, and its tokenizer. head: names of its modules.
-    max_length: tokens of an example."""
+    """A classifier on its device, with its tokenizer. config: of the adapters, None without adapters. head: names of the
+    classifier's modules. max_length: tokens per example."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -39,7 +39,7 @@ class Tuned:
     max_length: int
 
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters: of all, of those that train, of adapters, of the head."""
+        """Parameter counts: total, trained, in adapters, in the head."""
         head = [p for name in self.head for p in self.model.get_submodule(name).parameters()]
         return {
             "total": sum(p.numel() for p in self.model.parameters()),
@@ -50,15 +50,15 @@ class Tuned:
 
 
 def build(args: argparse.Namespace, task: Task) -> Tuned:
-    """The pretrained model with a new head for the task, and adapters in every linear but the head's.
+    """Loads the pretrained model with a new head for the task, and adds adapters to every linear outside the head.
 
     Raises:
-        ValueError: model or tokenizer cannot be loaded, there is no linear to adapt, or settings do not fit the model.
+        ValueError: model or tokenizer cannot be loaded, the model has no linear to adapt, or settings do not fit the model.
     """
-    if (form := _other_form(Path(args.model))) is not None:
-        raise ValueError(f"--model {args.model}: is {form}; give what `export` writes without --keep_factors")
+    if (kind := _unreadable_kind(Path(args.model))) is not None:
+        raise ValueError(f"--model {args.model}: is {kind}; give a folder that `export` writes without --keep_factors")
     if not Path(args.model).is_dir() and (args.model.startswith(("/", ".", "~")) or args.model.count("/") > 1):
-        raise ValueError(f"--model {args.model}: no such folder, and no name on the hub, which is OWNER/NAME")
+        raise ValueError(f"--model {args.model}: no such folder, and not a name on the hub (OWNER/NAME)")
     local = Path(args.model).is_dir() or hub_problem() is not None
     tokenizer = _load_tokenizer(args.model, local)
     torch.manual_seed(args.seed)
@@ -82,35 +82,35 @@ def build(args: argparse.Namespace, task: Task) -> Tuned:
         reparameterize(model, config)
     longest = _positions(model, tokenizer)
     if args.max_length is not None and args.max_length > longest:
-        raise ValueError(f"--max_length {args.max_length}: the model has positions for {longest} tokens")
+        raise ValueError(f"--max_length {args.max_length}: the model has positions for {longest} tokens only")
     torch.nn.Module.to(model, pick_device(args.device, World()))
     return Tuned(model, tokenizer, config, head, args.max_length or min(_LONGEST, longest))
 
 
-def _other_form(folder: Path) -> str | None:
-    """What a folder of ours is that transformers does not read, if it is such."""
+def _unreadable_kind(folder: Path) -> str | None:
+    """Names the kind of a folder that this project writes and transformers cannot read; None for other folders."""
     if (folder / FACTORS_CONFIG).exists():
         return "an export with its factors kept"
     return "a run, or a checkpoint of one" if is_checkpoint(folder) or list_checkpoints(folder) else None
 
 
 def _refuse_rank(rank: int, model: torch.nn.Module) -> None:
-    """Raises ValueError where B A would be larger than what it is added to, in every linear."""
+    """Raises ValueError if the rank exceeds the largest possible rank of every linear."""
     most = max((min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)), default=rank)
     if rank > most:
-        raise ValueError(f"--rank {rank}: no linear of the model has a rank above {most}; the paper's is 8")
+        raise ValueError(f"--rank {rank}: no linear of the model has a rank above {most}; the paper uses 8")
 
 
 def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model, and the modules that are new or for the task alone: what lies beside the pretrained model in the classifier.
+    """The model, and the names of its modules that are new or specific to the task: those outside the pretrained model.
 
-    local: ask no hub.
+    local: do not ask the hub.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     labels = dict(enumerate(task.labels or ("score",)))
-    logging.set_verbosity_error()  # of missing weights we say ourselves what matters
+    logging.set_verbosity_error()  # missing weights are checked below
     logging.disable_progress_bar()
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -119,24 +119,24 @@ def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tu
             id2label=labels,
             label2id={label: number for number, label in labels.items()},
             problem_type="single_label_classification" if task.labels else "regression",
-            ignore_mismatched_sizes=True,  # a head for another task
+            ignore_mismatched_sizes=True,  # the checkpoint may have a head for another task
             dtype=torch.float32,
             trust_remote_code=False,
             local_files_only=local,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever a damaged file or a server makes a parser raise
+    except Exception as error:  # parsers raise many types for damaged files
         raise ValueError(
-            f"--model {name}: no sequence classifier can be made of it ({first_line(error)}); give a folder that "
+            f"--model {name}: cannot be loaded as a sequence classifier ({first_line(error)}); give a folder that "
             "save_pretrained or `export` wrote, or a model's name on the hub"
         ) from error
     head = [child for child, module in model.named_children() if module is not model.base_model and list(module.parameters())]
     absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
-    # What was pretrained as a language model has no pooler, which then begins as the classifier does.
+    # Language models have no pooler: a new one is drawn, and trains with the classifier.
     head += sorted({key.partition(".pooler.")[0] + ".pooler" for key in absent if ".pooler." in key})
-    lost = sorted(key for key in absent if not key.startswith(tuple(f"{module}." for module in head)))
-    if lost:
-        raise ValueError(f"--model {name}: {len(lost)} of its weights are missing or of another shape, such as {lost[0]}")
+    missing = sorted(key for key in absent if not key.startswith(tuple(f"{module}." for module in head)))
+    if missing:
+        raise ValueError(f"--model {name}: {len(missing)} of its weights are missing or have another shape, such as {missing[0]}")
     return model, tuple(head)
 
 
@@ -147,27 +147,27 @@ def _load_tokenizer(name: str, local: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     except Exception as error:
         raise TokenizerError(
-            f"--model {name}: its tokenizer cannot be loaded ({first_line(error)}); it must lie beside the model"
+            f"--model {name}: its tokenizer cannot be loaded ({first_line(error)}); put it into the model's folder"
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise TokenizerError(f"--model {name}: its tokenizer has neither a padding nor an end token: set pad_token")
+            raise TokenizerError(f"--model {name}: its tokenizer has neither a padding nor an end token; set pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _positions(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Tokens that an example may have."""
+    """Largest number of tokens per example."""
     positions = int(getattr(model.config, "max_position_embeddings", _LONGEST))
     for name, module in model.named_modules():
-        # RoBERTa and its kin number positions from behind that of padding.
+        # RoBERTa and related models number positions from padding_idx + 1.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= int(module.padding_idx) + 1
     return min(positions, int(tokenizer.model_max_length))
 
 
 def describe(tuned: Tuned, data: Dataset) -> str:
-    """A line about the model and one about the data."""
+    """One line about the model's parameters and one about the data."""
     numbers = tuned.parameters()
     kind = "no adapters" if tuned.config is None else f"{numbers['adapter']:,} in adapters"
     splits = ", ".join(f"{name} {len(examples):,}" for name, examples in {"train": data.train, **data.validation}.items())
@@ -178,14 +178,14 @@ def describe(tuned: Tuned, data: Dataset) -> str:
 
 
 def save(tuned: Tuned, folder: Path, *, keep_adapter: bool) -> None:
-    """Write the dense model and the tokenizer as transformers load them; the model is merged from then on. Raises OSError."""
+    """Merges the adapters into the model, in place, and writes model and tokenizer in transformers' format. Raises OSError."""
     if keep_adapter and tuned.config is not None:
         save_adapter(tuned.model, tuned.config, folder / ADAPTER_FILE)
     merge(tuned.model)
     try:
         tuned.model.save_pretrained(folder)
         tuned.tokenizer.save_pretrained(folder)
-    except Exception as error:  # safetensors and tokenizers have classes of their own for a disk that is full
+    except Exception as error:  # safetensors and tokenizers raise their own classes when the disk is full
         raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # they are made for their owner alone
+        file.chmod(0o644)  # safetensors creates files that only their owner can read
