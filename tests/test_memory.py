@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pretraining.config.arguments import PROJ_TYPES, SUPPORT_KINDS
+from peft_pretraining.config.arguments import PROJ_TYPES
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.config.supports import SUPPORTS, nonzeros
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import (
     activation_bytes,
@@ -28,7 +29,6 @@ from peft_pretraining.memory.counts import (
     tensor_groups,
 )
 from peft_pretraining.methods.galore import projected_matrices
-from peft_pretraining.methods.sltrain import nonzeros
 from peft_pretraining.model.forward import hidden_states
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy
@@ -255,7 +255,7 @@ def test_a_block_support_takes_no_bytes() -> None:
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50))
 def test_nonzeros_are_those_of_the_layers_support(rows: int, columns: int, blocks: int) -> None:
     sparsity = 1 / min(blocks, rows, columns)
-    for kind in SUPPORT_KINDS:
+    for kind in SUPPORTS:
         assert nonzeros(kind, rows, columns, sparsity) == make_support(kind, rows, columns, sparsity, "meta").nnz
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.distributed.world import World
-from peft_pretraining.methods.method import METHODS
+from peft_pretraining.methods import METHODS
+from peft_pretraining.methods.method import Method, Restart
 from peft_pretraining.methods.relora import moments_at_a_merge
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.svd_start import start_from_svd
@@ -44,7 +45,7 @@ def arguments(**values) -> Arguments:
 
 
 def build(args: Arguments, dtype=torch.float32):
-    method = METHODS[args.peft_model]
+    method = METHODS[args.peft_model].apply
     return build_model(config(), dtype=dtype, device="cpu", seed=args.seed, reparameterize=lambda m: method(m, args))
 
 
@@ -123,6 +124,30 @@ def test_restarts_come_before_the_update_after_a_multiple():
     assert [step for step in range(14) if restarts.before_update(step)] == [4, 8, 12]
     for other in (arguments(peft_model="full", restart_every=4), arguments(peft_model="sltrain")):
         assert not Restarts(other, build(other), updates_of(build(other)), World()).before_update(4)
+
+
+def test_a_method_can_act_in_its_own_way(monkeypatch):
+    """Its action gets model and number of the restart; the moments of what it names are zeroed, other moments stay."""
+    name, calls = "model.layers.0.mlp.up_proj.weight", []
+
+    class Acting(Method):
+        def restart(self, args):
+            return Restart(3, "restart_every", act=self.act)
+
+        def act(self, model, number, world):
+            calls.append((model, number, world.size))
+            return [name]
+
+    monkeypatch.setitem(METHODS, "full", Acting())
+    args = arguments(peft_model="full")
+    model = build(args)
+    updates = updates_of(model)
+    train(model, updates)
+    restarts = Restarts(args, model, updates, World())
+    assert [step for step in range(7) if restarts.before_update(step)] == [3, 6]
+    assert calls == [(model, 1, 1), (model, 2, 1)]
+    moments = {own: updates.optimizer.state[stepped]["exp_avg"] for own, stepped in updates.stepped.items()}
+    assert [own for own, moment in moments.items() if not moment.any()] == [name]
 
 
 def test_a_merge_twice_is_a_merge_once():

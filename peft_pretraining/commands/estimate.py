@@ -12,6 +12,7 @@ from peft_pretraining.config.command_line import add_flags, arguments_from, give
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.communication import format_scaling, format_wire, wire_figures
 from peft_pretraining.memory.counts import paper_estimate, parameter_counts
+from peft_pretraining.methods import METHODS
 
 HELP = (
     "parameters and memory of a run with these flags, by class and at the peak, the paper's estimate beside it, and what several "
@@ -40,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {value}: must be above 0 and finite")
     if args.rate is not None and args.bandwidth is None:
         raise ValueError(f"--rate {args.rate:g}: says nothing of several processes without --bandwidth (10^9 bytes per second)")
-    # ReLoRA requires --relora, on which memory does not depend.
-    values = arguments_from({"batch_size": 1, **({"relora": 1} if given.get("peft_model") == "relora" else {}), **given})
+    # Required flags of the method on which memory does not depend.
+    method = METHODS.get(str(given.get("peft_model")).lower())
+    values = arguments_from({"batch_size": 1, **(method.stand_ins if method else {}), **given})
     figures = estimate(values, args.device_type, args.world, args.bandwidth, args.rate)
     print(json.dumps(figures) if args.json else format_estimate(figures))
     return 0
@@ -60,8 +62,7 @@ def estimate(
 
     default = "bfloat16" if device_type == "cuda" else "float32"
     plan = make_plan(args, World(size=world_size), default, device_type)
-    sparsity = args.sp_ratio if args.peft_model == "sltrain" else 0.0
-    counts = parameter_counts(plan.model, method=args.peft_model, rank=args.rank, sparsity=sparsity, support=args.support)
+    counts = parameter_counts(plan.model, method=args.peft_model, rank=args.rank, sparsity=args.sp_ratio, support=args.support)
     return {
         "parameters": plan.parameters,
         "bytes": plan.bytes,

@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("full", "lowrank", "relora", "sltrain", "galore")
+from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.config.supports import SUPPORTS
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit")
 
-SUPPORT_KINDS = ("uniform", "block")
+def _method_names() -> list[str]:
+    """Names of the files of methods/ that define METHOD; listed and not imported, since methods/ imports this room."""
+    files = sorted((Path(__file__).parent.parent / "methods").glob("*.py"))
+    return [file.stem for file in files if "\nMETHOD = " in file.read_text(encoding="utf-8")]
+
+
+# What --peft_model may be. methods.register adds the name of a method that is defined elsewhere.
+METHOD_NAMES = _method_names()
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
-
-LOW_BIT = ("adam8bit", "adamw4bit")
 
 
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
@@ -89,9 +94,10 @@ class MethodArguments:
 
     peft_model: str = _arg(
         "full",
-        f"what the attention and MLP linears become: {' | '.join(METHODS)} (dense ones, whose gradients are projected); relora: "
-        "frozen dense ones plus factors that are merged into them every --relora updates",
-        choices=METHODS,
+        f"what the attention and MLP linears become: {' | '.join(METHOD_NAMES)}; full: dense, galore: dense with projected "
+        "gradients, lowrank: two factors, relora: dense and frozen, plus factors that are merged into them every --relora "
+        "updates, sltrain: two factors plus a sparse part",
+        choices=METHOD_NAMES,
     )
     rank: int = _arg(128, "rank r of the low-rank part B A; of galore's projections")
     sp_ratio: float = _arg(0.01, "sparsity delta: share of each weight's entries that the sparse part trains, in (0, 1)")
@@ -101,7 +107,7 @@ class MethodArguments:
         "uniform",
         "where the sparse entries lie: uniform (at random over the whole weight, as published) | block (1/sp_ratio "
         "dense blocks, rows interleaved: faster, nothing to store)",
-        choices=SUPPORT_KINDS,
+        choices=tuple(SUPPORTS),
     )
     linear_path: str = _arg(
         "auto",
@@ -109,16 +115,13 @@ class MethodArguments:
         choices=LINEAR_PATHS,
     )
     lora_dropout: float = _arg(0.0, "published flag, no effect (the published layer never applied it)")
-    update_proj_gap: int = _arg(200, "galore: update steps from one SVD of the gradients to the next", method="galore")
-    galore_scale: float = _arg(
-        0.25, "galore: the projected step is multiplied by this on its way back to the weights", method="galore"
-    )
+    update_proj_gap: int = _arg(200, "galore: update steps from one SVD of the gradients to the next")
+    galore_scale: float = _arg(0.25, "galore: the projected step is multiplied by this on its way back to the weights")
     proj_type: str = _arg(
         "std",
         "galore: singular vectors that span the subspace: std (of the weight's shorter side) | reverse_std (of its longer one) "
         "| right | left | full (both)",
         choices=PROJ_TYPES,
-        method="galore",
     )
     init: str = _arg(
         "default",
@@ -131,21 +134,20 @@ class MethodArguments:
         "lowrank, sltrain: update steps between restarts, which set the moments of the factored linears to zero (default: none)",
     )
     rebalance: bool = _arg(False, "with --restart_every: a restart replaces B and A by balanced factors of the same product")
-    relora: int | None = _arg(None, "relora: update steps between merges of the factors into the dense weights", method="relora")
+    relora: int | None = _arg(None, "relora: update steps between merges of the factors into the dense weights")
     warmed_up_model: str | None = _arg(
         None,
         "relora: a full-rank run's folder or checkpoint, whose weights, update step and data position it starts from "
         "(default: from the seed's initial values)",
-        method="relora",
     )
     reset_optimizer_on_relora: bool | None = _arg(
-        None, "relora: zero the factors' moments at a merge (default: true, unless they are pruned)", method="relora"
+        None, "relora: zero the factors' moments at a merge (default: true, unless they are pruned)"
     )
     optimizer_random_pruning: float | None = _arg(
-        None, "relora: share of the factors' moments, chosen at random, that a merge zeroes instead", method="relora"
+        None, "relora: share of the factors' moments, chosen at random, that a merge zeroes instead"
     )
     optimizer_magnitude_pruning: float | None = _arg(
-        None, "relora: share of the factors' moments, the smallest ones, that a merge zeroes instead", method="relora"
+        None, "relora: share of the factors' moments, the smallest ones, that a merge zeroes instead"
     )
 
 
@@ -208,7 +210,7 @@ class OptimizationArguments:
     optimizer: str = _arg(
         "adam",
         f"{' | '.join(OPTIMIZERS)}; published names galore_adamw, ... mean --peft_model galore with one of these",
-        choices=OPTIMIZERS,
+        choices=tuple(OPTIMIZERS),
     )
     lr: float = _arg(1e-4, "peak learning rate")
     weight_decay: float = _arg(0.0, "weight decay, applied to every parameter as published")
@@ -383,7 +385,7 @@ def suggestion(name: str, known: set[str]) -> str:
 
 def embedding_bits(args: Arguments) -> int | None:
     """Bits of the moments of embedding and output head where they are chosen apart from the others'."""
-    if args.optimizer not in LOW_BIT:
+    if not OPTIMIZERS[args.optimizer].low_bit:
         return None
     return 8 if args.embedding_states == "8bit" else 32
 
@@ -402,29 +404,6 @@ def arguments_of_record(values: dict[str, Any]) -> Arguments:
         if not any(isinstance(value, kinds[kind]) for kind in fields[name].split(" | ")):
             raise ValueError(f"{name} {value!r} is no {fields[name]}")
     return Arguments(**known)
-
-
-# Flags that several methods read and this one does not; those of a single method say so in their own metadata.
-_RESTARTS = ("init", "restart_every", "rebalance")
-
-
-WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "full": ("rank", "sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path", *_RESTARTS),
-    "galore": ("sp_ratio", "lora_alpha", "train_scaling", "support", "linear_path", *_RESTARTS),
-    "lowrank": ("sp_ratio", "support"),
-    "relora": ("sp_ratio", "support", "linear_path", "init", "rebalance"),
-    "sltrain": (),
-}
-
-
-_OWN_METHOD = {field.name: field.metadata["method"] for field in dataclasses.fields(Arguments) if field.metadata.get("method")}
-
-
-def has_effect(name: str, method: str) -> bool:
-    """Whether a run of this method reads the argument."""
-    if name in _OWN_METHOD:
-        return bool(_OWN_METHOD[name] == method)
-    return name not in WITHOUT_EFFECT.get(method, ())
 
 
 def default_save_dir(args: Arguments, total_batch_size: int) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peft_pretraining.config.arguments import GROUPS, Arguments, ConfigError, suggestion
+from peft_pretraining.config.optimizers import PUBLISHED_NAMES
 from peft_pretraining.plan.checks import value_problems
 
 
@@ -165,7 +166,7 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
         for field in dataclasses.fields(Arguments)
         if field.metadata.get("required") and field.name not in given
     ]
-    values, more = _without_galore_names(given)
+    values, more = _without_published_names(given)
     values = _without_per_layer_names(values)
     problems += more + _normalise_choices(values)
     if problems:
@@ -179,28 +180,18 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
     return args
 
 
-# Published optimizer names of GaLore, and the optimizer in the subspace.
-GALORE_NAMES = {
-    "galore_adamw": "adamw",
-    "galore_adafactor": "adafactor",
-    "galore_adamw8bit": "adam8bit",
-    "galore_adamw8bit_per_layer": "adam8bit_per_layer",
-}
-
-
-def _without_galore_names(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values with a published name such as galore_adamw as adamw and --peft_model galore; a problem where another was given."""
-    name = str(given.get("optimizer", "")).lower()
-    if name not in GALORE_NAMES:
+def _without_published_names(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values with a published name such as galore_adamw as the flags it stands for; a problem where another method was given."""
+    meant = PUBLISHED_NAMES.get(str(given.get("optimizer", "")).lower())
+    if meant is None:
         return dict(given), []
-    inside = GALORE_NAMES[name]
-    method = given.get("peft_model", "galore")
-    values = {**given, "optimizer": inside, "peft_model": method}
-    if str(method).lower() == "galore":
+    method = given.get("peft_model", meant["peft_model"])
+    values = {**given, **meant, "peft_model": method}
+    if str(method).lower() == meant["peft_model"]:
         return values, []
     return values, [
         f"--optimizer {given['optimizer']} with --peft_model {method}: it steps dense weights in a subspace, which is "
-        f"--peft_model galore; leave --peft_model out, or use --optimizer {inside}"
+        f"--peft_model {meant['peft_model']}; leave --peft_model out, or use --optimizer {meant['optimizer']}"
     ]
 
 

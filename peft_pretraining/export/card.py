@@ -8,13 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-_METHODS = {
-    "full": "full-rank",
-    "galore": "GaLore (arXiv 2403.03507)",
-    "lowrank": "low-rank, W = (alpha/r) B A",
-    "relora": "ReLoRA (arXiv 2307.05695)",
-    "sltrain": "SLTrain (arXiv 2406.02214), W = (alpha/r) B A + S",
-}
+from peft_pretraining.methods import METHODS
+
 _LOAD_DENSE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
@@ -33,7 +28,7 @@ def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: boo
     parameters, whole = plan["parameters"]["total"], plan["full_rank_parameters"]
     rows = [
         ("architecture", f"LLaMA, {plan['model']['name']}: {whole:,} parameters as a dense model"),
-        ("trained as", f"{_METHODS[args['peft_model']]}: {parameters:,} parameters"),
+        ("trained as", f"{METHODS[args['peft_model']].description}: {parameters:,} parameters"),
         ("stored as", f"{'factors' if factored else 'dense weights'}, {dtype}"),
         ("data", _data(record)),
         ("trained on", f"{state['tokens_seen']:,} tokens in {state['update_step']:,} updates"),

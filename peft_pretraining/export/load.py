@@ -12,7 +12,7 @@ from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.config.arguments import Arguments, arguments_of_record
 from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
-from peft_pretraining.methods.method import METHODS
+from peft_pretraining.methods import METHODS
 from peft_pretraining.model.llama import build_model
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Toke
             dtype=torch_dtype(run["plan"]["dtype"]),
             device=device,
             seed=args.seed,
-            reparameterize=lambda model: METHODS[args.peft_model](model, args),
+            reparameterize=lambda model: METHODS[args.peft_model].apply(model, args),
         )
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # values that no run could have started with
         raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None

@@ -20,7 +20,7 @@ from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.export.card import model_card
 from peft_pretraining.export.load import checkpoint_record
 from peft_pretraining.export.shards import FACTORS_CONFIG, LLAMA_CONFIG, ExportError, ShardWriter
-from peft_pretraining.methods.method import METHODS
+from peft_pretraining.methods import METHODS
 from peft_pretraining.model.llama import meta_model
 from sparse_lora import SLTrainConfig, merge
 from sparse_lora.reparameterize import DEFAULT_TARGETS
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from peft_pretraining.config.arguments import Arguments
 
-FACTORED_METHODS = ("lowrank", "sltrain")
 _SHARD_BYTES = 2 * 10**9
 
 
@@ -56,19 +55,22 @@ def export(
 
     Raises:
         CheckpointError: the folder is not a checkpoint, or is damaged.
-        ExportError: `out` is not empty, or the method has no factors.
+        ExportError: `out` is not empty, or the method has no factors to keep or no dense weights to write.
         OSError: the disk is full, or a file cannot be written.
     """
     folder = checkpoint.resolve(path)
     args, record = checkpoint_record(folder)
-    if keep_factors and args.peft_model not in FACTORED_METHODS:
+    method = METHODS[args.peft_model]
+    if keep_factors and not method.factored:
         raise ExportError(f"{folder}: a run of --peft_model {args.peft_model} has no factors to keep; leave --keep_factors out")
+    if not method.mergeable:
+        raise ExportError(f"{folder}: the linears of --peft_model {args.peft_model} equal no dense ones, which an export holds")
     if (problem := folder_problem(out)) is not None:
         raise ExportError(problem)
     model = meta_model(
         load_model_config(folder / "config.json"),
         torch_dtype(record["plan"]["dtype"]),
-        lambda model: METHODS[args.peft_model](model, args),
+        lambda model: method.apply(model, args),
     )
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     dtype = dtype or record["plan"]["dtype"]
@@ -151,7 +153,7 @@ def _generation_config(tokenizer: Tokenizer) -> Any:
 def _factors(args: Arguments) -> dict[str, Any]:
     config = SLTrainConfig(
         rank=args.rank,
-        sparsity=args.sp_ratio if args.peft_model == "sltrain" else 0.0,
+        sparsity=args.sp_ratio if METHODS[args.peft_model].sparse else 0.0,
         alpha=args.lora_alpha,
         support=args.support,
         target_modules=DEFAULT_TARGETS,

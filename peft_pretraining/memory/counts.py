@@ -1,10 +1,10 @@
-"""How many parameters a model has under each method, and how many bytes training takes: arithmetic only, no torch.
+"""Counts a model's parameters under each method and the bytes that training needs; this module does not import torch.
 
-`parameter_counts` is exact. `static_bytes` is what the tensors of a run take, exact for parameters, support, gradients and
-the libraries' optimizer states. `activation_bytes` is an estimate. `paper_estimate` follows the convention of the paper
-(arXiv 2406.02214, appendix F), which counts less; it exists to be compared with the paper's table.
+`parameter_counts` is exact. `static_bytes` is exact for parameters, support, gradients and the libraries' optimizer states.
+`activation_bytes` is an estimate. `paper_estimate` follows the convention of the paper (arXiv 2406.02214, appendix F), which
+leaves out gradients and activations; it exists for comparison with the paper's table.
 
-Letters: L layers, h hidden size, i intermediate size, r rank.
+Notation: L layers, h hidden size, i intermediate size, r rank.
 """
 
 import math
@@ -12,35 +12,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from peft_pretraining.config.arguments import METHODS, OPTIMIZERS, PROJ_TYPES
+from peft_pretraining.config.arguments import PROJ_TYPES
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
-from peft_pretraining.methods.sltrain import nonzeros
-from peft_pretraining.methods.tensor_group import TensorGroup
+from peft_pretraining.config.optimizers import BNB_MIN_ELEMENTS, OPTIMIZERS, Optimizer
+from peft_pretraining.config.supports import SUPPORTS
+from peft_pretraining.methods import METHODS
+from peft_pretraining.methods.method import Method, TensorGroup
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
-# bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
-BNB_MIN_ELEMENTS = 4096
-BNB_BLOCK_ELEMENTS = 256
-BNB_CODEBOOK_ENTRIES = 256
-# torchao: bits -> (elements per float32 scale, elements per byte of codes, entries of a moment's code book).
-AO_KINDS = {4: (128, 2, 16), 8: (256, 1, 256)}
-AO_MIN_ELEMENTS = 4096
-
 
 def loss_chunk_rows(device_type: str) -> int:
-    """Rows whose logits the loss holds at one time. On a CPU 256 rows stay near its caches; a GPU needs more work per kernel
-    and per update of the head's float32 gradient sum."""
+    """Returns the number of rows whose logits the loss computes at one time.
+
+    On a CPU the logits of 256 rows are small enough for its caches; a GPU needs more work per kernel and per addition to the
+    head's float32 gradient sum.
+    """
     return 256 if device_type == "cpu" else 1024
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Elements, by what they are. total = dense + low_rank + sparse.
+    """Numbers of elements by kind; total = dense + low_rank + sparse.
 
-    dense: embedding, head, norms, biases and the linears that stay whole. low_rank: A, B and trained scales. sparse: values of
-    S. moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
-    rank, sparsity, train_scaling, support: the settings that were counted.
+    dense: embedding, head, norms, biases and dense linears. low_rank: A, B and trained scales. sparse: values of S.
+    moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
+    rank, sparsity, train_scaling, support: the settings for which elements were counted.
     """
 
     total: int
@@ -56,7 +53,7 @@ class Counts:
 
 
 def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
-    """What no method changes: embedding, output head, norms, biases."""
+    """Yields the parameters that no method changes: embedding, output head, norms, biases."""
     h, layers = cfg.hidden_size, cfg.num_hidden_layers
     yield TensorGroup("dense", (cfg.vocab_size, h), 1 if cfg.tie_word_embeddings else 2, embedding=True)
     yield TensorGroup("dense", (h,), 2 * layers + 1)
@@ -66,7 +63,7 @@ def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
 
 
 class SubspaceShapes(NamedTuple):
-    """Of a matrix that GaLore steps: its projections, None for a side that is not projected, and each of its moments."""
+    """Shapes of a GaLore matrix's projections (None for a side without projection) and of each of its moments."""
 
     left: tuple[int, int] | None  # (out, k)
     right: tuple[int, int] | None  # (k, in)
@@ -74,13 +71,16 @@ class SubspaceShapes(NamedTuple):
 
 
 def subspace_shapes(shape: tuple[int, ...], rank: int, proj_type: str) -> SubspaceShapes:
-    """For a matrix (out, in), k = min(rank, out, in). proj_type: which side is projected, std the shorter one."""
+    """Returns GaLore's shapes for a matrix (out, in) with k = min(rank, out, in).
+
+    proj_type: which side is projected; std projects the shorter side. Raises ValueError on an unknown proj_type.
+    """
     rows, columns = shape
     k = min(rank, rows, columns)
-    upright = rows >= columns
+    tall = rows >= columns
     if proj_type == "full":
         return SubspaceShapes((rows, k), (k, columns), (k, k))
-    if proj_type == "right" or (proj_type == "std" and upright) or (proj_type == "reverse_std" and not upright):
+    if proj_type == "right" or (proj_type == "std" and tall) or (proj_type == "reverse_std" and not tall):
         return SubspaceShapes(None, (k, columns), (rows, k))
     if proj_type in PROJ_TYPES:
         return SubspaceShapes((rows, k), None, (k, columns))
@@ -96,30 +96,22 @@ def tensor_groups(
     train_scaling: bool = False,
     support: str = "uniform",
 ) -> list[TensorGroup]:
-    """Every parameter of the model under `method`, grouped by shape.
+    """Returns every parameter of the model under `method`, grouped by shape.
 
-    rank, sparsity (share of entries in S) and support (its kind) are used by the methods that have them. Every linear of
-    attention and MLP is factored; embedding, head and norms stay dense. Raises ValueError on an unknown method.
+    rank, sparsity (share of entries in S) and support (its kind) are used by the methods that have them. The method decides
+    about the linears of attention and MLP; embedding, head and norms stay dense. Raises ValueError on an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
-    layers = cfg.num_hidden_layers
+    of_linear, layers = _method(method).linear_groups, cfg.num_hidden_layers
     groups = list(_base_groups(cfg))
-    for out_features, in_features in linear_shapes(cfg):
-        if method in ("full", "galore", "relora"):
-            frozen = method == "relora"
-            shape = (out_features, in_features)
-            groups.append(TensorGroup("dense", shape, layers, trained=not frozen, projected=method == "galore"))
-        if method in ("lowrank", "sltrain", "relora"):
-            groups.append(TensorGroup("low_rank", (rank, in_features), layers))
-            groups.append(TensorGroup("low_rank", (out_features, rank), layers))
-            if train_scaling:
-                groups.append(TensorGroup("low_rank", (1,), layers))
-        if method == "sltrain":
-            count = nonzeros(support, out_features, in_features, sparsity)
-            stored = out_features * in_features if support == "uniform" else 0
-            groups.append(TensorGroup("sparse", (count,), layers, support_entries=stored))
+    for shape in linear_shapes(cfg):
+        groups += of_linear(shape, layers, rank=rank, sparsity=sparsity, train_scaling=train_scaling, support=support)
     return groups
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: not one of {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def parameter_counts(
@@ -131,17 +123,17 @@ def parameter_counts(
     train_scaling: bool = False,
     support: str = "uniform",
 ) -> Counts:
-    """Exact numbers of elements; see Counts and tensor_groups.
+    """Returns exact numbers of elements; see Counts and tensor_groups.
 
-    The paper's moments: every trained element, except that ReLoRA's are counted on the factors only, and GaLore's are r x
-    max(out, in) for each projected matrix, beside a projection of r x min(out, in).
+    `moments` follows the paper's convention: all trained elements, for ReLoRA those of the factors only, and for each matrix that
+    GaLore projects r x max(out, in), with a projection of r x min(out, in).
     """
     choice: dict[str, Any] = {"rank": rank, "sparsity": sparsity, "train_scaling": train_scaling, "support": support}
     groups = tensor_groups(cfg, method=method, **choice)
     by_kind = {kind: sum(g.elements for g in groups if g.kind == kind) for kind in ("dense", "low_rank", "sparse")}
     total = sum(by_kind.values())
     projected = [g for g in groups if g.projected]
-    moments = by_kind["low_rank"] if method == "relora" else total
+    moments = by_kind["low_rank"] if METHODS[method].frozen_base else total
     moments += sum(g.count * rank * max(g.shape) - g.elements for g in projected)
     return Counts(
         total=total,
@@ -154,18 +146,21 @@ def parameter_counts(
     )
 
 
-def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
-    """The memory the paper's table gives, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
+def paper_bytes(counts: Counts) -> tuple[int, int]:
+    """Returns bytes of parameters (support indices included) and of the optimizer by the paper's convention."""
+    index_bytes = 8 * counts.sparse if SUPPORTS[counts.support].stored else 0
+    return 2 * counts.total + index_bytes, 4 * counts.moments + 2 * counts.projections
 
-    bfloat16 parameters and two bfloat16 moments, 8 bytes of index per nonzero of a uniform support (blocks, which the paper does
-    not have, need none), no gradients, no activations. As printed, each
-    part is rounded to two digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
+
+def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
+    """Returns memory as in the paper's table, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
+
+    Counted are bfloat16 parameters, two bfloat16 moments, and 8 bytes of index per nonzero of a uniform support (block supports,
+    which are not in the paper, need none), but no gradients and no activations. As in the table, each part is rounded to two
+    digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: not one of {', '.join(METHODS)}")
-    index_bytes = 8 * counts.sparse if counts.support == "uniform" else 0
-    parameters = round((2 * counts.total + index_bytes) / 1e9, 2)
-    optimizer = round((4 * counts.moments + 2 * counts.projections) / 1e9, 2)
+    _method(method)
+    parameters, optimizer = (round(size / 1e9, 2) for size in paper_bytes(counts))
     return {"parameters_G": parameters, "optimizer_G": optimizer, "total_G": round(parameters + optimizer, 2)}
 
 
@@ -182,20 +177,21 @@ def static_bytes(
     proj_type: str = "std",
     parts: int = 1,
 ) -> dict[str, int]:
-    """Bytes of the tensors that live through a whole run: parameters, support, gradients, optimizer.
+    """Returns bytes of the tensors that exist throughout a run: parameters, support, gradients, optimizer.
 
     Args:
-        counts: what parameter_counts gave for `cfg` and `method`.
-        method: full | lowrank | relora | sltrain | galore.
-        dtype: bfloat16 | float32 | float64, of parameters and gradients.
-        optimizer: adam | adamw | sgd | adafactor | adam8bit | adamw4bit, as the libraries lay out their states.
-        beta1: sgd's momentum and adafactor's first moment; 0 is off.
-        embedding_bits: of the moments of embedding and head with adam8bit and adamw4bit; None: as the others'.
-        stochastic_rounding: the Adam family's steps then count in Python instead of in tensors, but for what GaLore projects.
-        proj_type: of GaLore, see subspace_shapes; its projections, in `dtype`, count as the optimizer's.
-        parts: processes over which FSDP2 divides everything but the supports; counted is what process 0 has, the largest part.
+        cfg: the model's configuration.
+        counts: the result of parameter_counts for `cfg` and `method`.
+        method: a name in METHODS.
+        dtype: bfloat16 | float32 | float64, dtype of parameters and gradients.
+        optimizer: a name in OPTIMIZERS, with the libraries' layout of states.
+        beta1: sgd's momentum and adafactor's first moment; 0 disables them.
+        embedding_bits: bits of the moments of embedding and head with adam8bit and adamw4bit; None: as for other parameters.
+        stochastic_rounding: Adam's step counts are then Python numbers instead of tensors, except for GaLore's matrices.
+        proj_type: GaLore's side, see subspace_shapes; projections, in `dtype`, count as optimizer memory.
+        parts: processes over which FSDP2 divides everything except the supports; process 0's part, the largest, is counted.
 
-    Gradients are counted whole: every trained parameter has one between backward and the update.
+    Gradients are counted for all trained parameters, as between the backward pass and the optimizer's step.
     """
     whole = tensor_groups(
         cfg,
@@ -206,7 +202,7 @@ def static_bytes(
         support=counts.support,
     )
     groups = [replace(g, shape=first_part(g.shape, parts)) for g in whole]
-    width = _element_bytes(dtype)
+    width, kind = _element_bytes(dtype), _optimizer(optimizer)
     trained = [g for g in groups if g.trained]
     states, quantised = 0, False
     for g in trained:
@@ -214,12 +210,12 @@ def static_bytes(
         if g.projected:
             left, right, stepped = subspace_shapes(g.shape, counts.rank, proj_type)
             states += g.count * width * sum(math.prod(side) for side in (left, right) if side is not None)
-        states += g.count * _state_bytes(stepped, width, optimizer, beta1, bits)
-        if stochastic_rounding and optimizer in ("adam", "adamw") and not g.projected:
-            states -= 4 * g.count
+        states += g.count * kind.state_bytes(stepped, width, beta1, bits)
+        if stochastic_rounding and not g.projected:
+            states -= kind.step_count_bytes * g.count
         quantised |= math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
-    if optimizer == "adam8bit" and quantised:
-        states += 2 * 4 * BNB_CODEBOOK_ENTRIES  # two code books, shared by all parameters
+    if quantised:
+        states += kind.shared_bytes
     return {
         "parameters": width * sum(g.elements for g in groups),
         "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in whole if g.kind == "sparse"),
@@ -229,15 +225,16 @@ def static_bytes(
 
 
 def first_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Shape of process 0's part of a parameter whose rows FSDP2 divides over `parts` processes; no other part is larger."""
+    """Returns the shape of process 0's part, the largest, of a parameter whose rows FSDP2 divides over `parts` processes."""
     return (math.ceil(shape[0] / parts), *shape[1:])
 
 
 def support_bytes(nnz: int, entries: int) -> int:
-    """Bytes that one matrix's stored support takes; none where `entries` is 0, see TensorGroup."""
+    """Returns bytes of one matrix's stored support; 0 if `entries` is 0, see TensorGroup."""
     if not entries:
         return 0
-    from sparse_lora.layout import layout_for  # the package imports torch, which refused arguments must not wait for
+    # Imported here because the package imports torch, which would delay error messages for wrong arguments.
+    from sparse_lora.layout import layout_for
 
     return layout_for(nnz, entries).nbytes
 
@@ -248,35 +245,10 @@ def _element_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def _state_bytes(shape: tuple[int, ...], width: int, optimizer: str, beta1: float, bits: int | None) -> int:
-    """Bytes of one parameter's optimizer state; `width`: bytes per element of the parameter."""
-    elements = math.prod(shape)
-    if optimizer in ("adam", "adamw"):  # torch, fused: two moments in the parameter's dtype, a float32 step count
-        return 2 * width * elements + 4
-    if optimizer == "sgd":  # torch: a momentum buffer in the parameter's dtype
-        return width * elements if beta1 else 0
-    if optimizer == "adafactor":  # transformers: float32 at least; row and column sums for matrices
-        state_width = max(4, width)
-        second = shape[0] + shape[1] if len(shape) == 2 else elements
-        return state_width * (second + (elements if beta1 else 0))
-    if optimizer == "adam8bit":
-        # bitsandbytes: two one-byte moments with a float32 scale per block; small tensors float32
-        if elements < BNB_MIN_ELEMENTS or bits == 32:
-            return 2 * 4 * elements
-        return 2 * elements + 2 * 4 * math.ceil(elements / BNB_BLOCK_ELEMENTS)
-    if optimizer == "adamw4bit":
-        return _ao_state_bytes(elements, bits or 4)
-    raise ValueError(f"optimizer {optimizer!r}: not one of {', '.join(OPTIMIZERS)}")
-
-
-def _ao_state_bytes(elements: int, bits: int) -> int:
-    """Two moments: codes, scales and a code book for the whole blocks, float32 for the rest and for small tensors."""
-    if bits not in AO_KINDS or elements < AO_MIN_ELEMENTS:
-        return 2 * 4 * elements
-    block, per_byte, entries = AO_KINDS[bits]
-    rest = elements % block
-    quantised = elements - rest
-    return 2 * (quantised // per_byte + 4 * (quantised // block) + 4 * entries + 4 * rest)
+def _optimizer(name: str) -> Optimizer:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {name!r}: not one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
 
 
 def activation_bytes(
@@ -291,16 +263,15 @@ def activation_bytes(
     document_mask: bool = False,
     chunk_rows: int | None = None,
 ) -> dict[str, int]:
-    """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes.
+    """Estimates the bytes that one micro-batch keeps for its backward pass: {"activations", "loss"}.
 
-    Per token and decoder layer, b bytes per element: each of the two norms keeps its input in float32 (4h), the normalised value
-    and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
-    the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
-    too, keep nothing but their input, which is one of these, and x A^T where they are computed by their factors: `factored_rank`
-    elements per token over all of a layer's linears. A document mask is one matrix per sequence for all layers. Of a compiled
-    layer torch's partitioner keeps less, computing norms and products again: the input of each norm and its output (4bh), gate,
-    up and their product (3bi). With checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's
-    output, and one layer at a time is computed again.
+    Per token and decoder layer, with b bytes per element: each of the two norms keeps its input in float32 (4h), the normalised
+    value and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per
+    head; the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears keep only their input,
+    which is one of these tensors; on the factored path also x A^T, `factored_rank` elements per token for all linears of a layer.
+    A document mask is one matrix per sequence for all layers. Of a compiled layer torch's partitioner keeps less and recomputes
+    norms and products: the input and output of each norm (4bh), gate, up and their product (3bi). With checkpointing ("layer" or
+    "selective") a layer keeps its input, "selective" also attention's output, and one layer at a time is recomputed.
     loss: see loss_bytes.
     """
     tokens = batch_size * seq_len
@@ -325,17 +296,17 @@ def activation_bytes(
 
 
 def loss_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int) -> int:
-    """Largest scratch of loss.chunked_cross_entropy for num_rows targets, the head's gradient included, bytes.
+    """Returns the most temporary bytes of loss.chunked_cross_entropy for num_rows targets, the head's gradient included.
 
-    Throughout: the counted hidden rows and their gradient. On top the largest of: a chunk's logits and log-softmax in
-    float32; the logits' gradient in both dtypes and the chunk's gradient of the head; that gradient before and after it is
-    scaled. With several chunks the head's gradient is summed in float32.
+    The rows' hidden states and their gradient exist throughout. Added is the largest of: a chunk's logits and log-softmax in
+    float32; the logits' gradient in both dtypes and the chunk's gradient of the head; the head's gradient before and after it
+    is scaled. With several chunks the head's gradient is summed in float32.
     """
     b, chunk = _element_bytes(dtype), min(num_rows, chunk_rows) * cfg.vocab_size
-    wide = max(4, b)
+    sum_width = max(4, b)
     head = cfg.vocab_size * cfg.hidden_size
-    head_sum = wide * head if num_rows > chunk_rows else 0
-    logits = head_sum + 2 * wide * chunk
-    products = head_sum + ((wide + b) * chunk if b < wide else wide * chunk) + b * head
+    head_sum = sum_width * head if num_rows > chunk_rows else 0
+    logits = head_sum + 2 * sum_width * chunk
+    products = head_sum + ((sum_width + b) * chunk if b < sum_width else sum_width * chunk) + b * head
     scaled = (head_sum or b * head) + b * head
     return 2 * b * num_rows * cfg.hidden_size + max(logits, products, scaled)

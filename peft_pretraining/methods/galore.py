@@ -4,40 +4,69 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peft_pretraining.config.arguments import (
-    Arguments,
-)
+from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.config.optimizers import PUBLISHED_NAMES
+from peft_pretraining.methods.method import Method, TensorGroup
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def _wide_subspace(args: Arguments, model: ModelConfig) -> list[str]:
-    """A warning where GaLore's projections leave the gradients as large as they are."""
-    largest = max(min(shape) for shape in linear_shapes(model))
-    if args.peft_model != "galore" or args.rank < largest:
-        return []
-    return [
-        f"--rank {args.rank} with --peft_model galore: no weight's shorter side is above {largest}, so that projected "
-        f"gradients are as large as whole ones, and projections come on top; use --rank {largest // 4}, or --peft_model full"
-    ]
+class GaLore(Method):
+    """Every weight is dense and trained; the optimizer steps `projected_matrices` in subspaces of their gradients."""
 
+    name = "galore"
+    title = "GaLore"
+    description = "GaLore (arXiv 2403.03507)"
+    colour = "#009E73"
+    flags = ("rank", "update_proj_gap", "galore_scale", "proj_type")
+    projected = True
+    lighter = "sltrain"
 
-def _subspace(args: Arguments) -> str:
-    if args.peft_model != "galore":
-        return ""
-    kind = f"{args.proj_type}, anew every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
-    return f" in subspaces of rank {args.rank} ({kind})"
+    def problems(self, args: Arguments) -> list[str]:
+        """FSDP leaves no process a whole gradient to project."""
+        if args.parallel != "fsdp":
+            return []
+        return [
+            "--parallel fsdp with --peft_model galore: the projection is the SVD of a weight's whole gradient, of which a "
+            "process has a part; use --parallel ddp, with --per_layer and adam8bit where memory is short, or --peft_model sltrain"
+        ]
 
+    def warnings(self, args: Arguments, model: ModelConfig) -> list[str]:
+        """Projections that leave the gradients as large as they are."""
+        largest = max(min(shape) for shape in linear_shapes(model))
+        if args.rank < largest:
+            return []
+        return [
+            f"--rank {args.rank} with --peft_model galore: no weight's shorter side is above {largest}, so that projected "
+            f"gradients are as large as whole ones, and projections come on top; use --rank {largest // 4}, or --peft_model full"
+        ]
 
-def _galore(model: nn.Module, args: Arguments) -> list[str]:
-    """Every weight dense and trained (arXiv 2403.03507): what differs is how `projected_matrices` are stepped."""
-    return []
+    def optimizer_text(self, args: Arguments) -> str:
+        """The subspaces."""
+        kind = f"{args.proj_type}, anew every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
+        return f" in subspaces of rank {args.rank} ({kind})"
+
+    def optimizer_flags(self, optimizer: str) -> str:
+        """The published name, where there is one: the optimizer's name may be all that says galore on a command line."""
+        wanted = {"optimizer": optimizer, "peft_model": self.name}
+        published = (alias for alias, flags in PUBLISHED_NAMES.items() if flags == wanted)
+        return next(published, f"{optimizer} --peft_model {self.name}")
+
+    def linear_groups(
+        self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
+    ) -> list[TensorGroup]:
+        """Dense weights, stepped in a subspace."""
+        return [TensorGroup("dense", shape, count, projected=True)]
+
+    def projected_matrices(self, model: nn.Module) -> list[str]:
+        """Names of the attention and MLP weights."""
+        return projected_matrices(model)
 
 
 def projected_matrices(model: nn.Module) -> list[str]:
-    """Names of the weights whose gradients GaLore projects: those of the linears that the other methods replace."""
+    """Names of the weights whose gradients GaLore projects: those of the linears that other methods replace."""
     from torch import nn
 
     from sparse_lora.reparameterize import DEFAULT_TARGETS
@@ -47,3 +76,6 @@ def projected_matrices(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(target in name for target in DEFAULT_TARGETS)
     ]
+
+
+METHOD = GaLore()

@@ -1,70 +1,54 @@
-"""SLTrain (arXiv 2406.02214): linears are (alpha / r) B A + S, S on a fixed random support; lowrank is the same without S."""
+"""SLTrain (arXiv 2406.02214): attention and MLP linears are (alpha / r) B A + S, S sparse on a fixed support."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
-from peft_pretraining.config.arguments import (
-    Arguments,
-)
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from sparse_lora import SLTrainConfig
+from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.config.supports import SUPPORTS
+from peft_pretraining.methods.lowrank import LowRank
+from peft_pretraining.methods.method import TensorGroup
 
 
-def _block_problems(sp_ratio: float) -> list[str]:
-    """Blocks have a share 1 / k of a weight's entries; it must be near what was asked for (sparse_lora.block.block_count)."""
-    blocks = block_count(sp_ratio)
-    if abs(1 / blocks - sp_ratio) <= 0.05 * sp_ratio:
-        return []
-    below, above = 1 / (int(1 / sp_ratio) + 1), 1 / int(1 / sp_ratio)
-    return [
-        f"--sp_ratio {sp_ratio} with --support block: k blocks have a share 1/k of a weight's entries, the nearest are "
-        f"{below:.4g} and {above:.4g}; choose one of them, or --support uniform"
-    ]
+class SLTrain(LowRank):
+    """Low-rank training with sparse values beside the factors."""
+
+    name = "sltrain"
+    title = "SLTrain"
+    description = "SLTrain (arXiv 2406.02214), W = (alpha/r) B A + S"
+    colour = "#0072B2"
+    flags = (*LowRank.flags, "sp_ratio", "support")
+    sparse = True
+
+    def problems(self, args: Arguments) -> list[str]:
+        """Also shares of the entries that no sparse part has."""
+        if not 0 < args.sp_ratio < 1:
+            problem: str | None = (
+                f"--sp_ratio {args.sp_ratio}: must lie strictly between 0 and 1 (e.g. 0.03); "
+                "for no sparse part use --peft_model lowrank"
+            )
+        else:
+            problem = SUPPORTS[args.support].problem(args.sp_ratio)
+        return [*([problem] if problem else []), *super().problems(args)]
+
+    def model_problems(self, args: Arguments, model: ModelConfig) -> list[str]:
+        """Also supports that do not fit the smallest weight, which has the fewest rows or columns too."""
+        smallest = min(linear_shapes(model), key=math.prod)
+        problem = SUPPORTS[args.support].fit_problem(args.sp_ratio, *smallest)
+        return [*([problem] if problem else []), *super().model_problems(args, model)]
+
+    def linear_groups(
+        self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
+    ) -> list[TensorGroup]:
+        """The factors and the sparse values."""
+        kind = SUPPORTS[support]
+        entries = math.prod(shape) if kind.stored else 0
+        values = TensorGroup("sparse", (kind.nonzeros(*shape, sparsity),), count, support_entries=entries)
+        return [
+            *super().linear_groups(shape, count, rank=rank, sparsity=sparsity, train_scaling=train_scaling, support=support),
+            values,
+        ]
 
 
-def _lowrank(model: nn.Module, args: Arguments) -> list[str]:
-    """Attention and MLP linears become (alpha/r) B A, both factors trained, no sparse part."""
-    from sparse_lora import reparameterize
-
-    return reparameterize(model, _layer_config(args, sparsity=0.0))
-
-
-def _sltrain(model: nn.Module, args: Arguments) -> list[str]:
-    """Attention and MLP linears become (alpha/r) B A + S (arXiv 2406.02214)."""
-    from sparse_lora import reparameterize
-
-    return reparameterize(model, _layer_config(args, sparsity=args.sp_ratio))
-
-
-def _layer_config(args: Arguments, sparsity: float) -> SLTrainConfig:
-    from sparse_lora import SLTrainConfig
-
-    return SLTrainConfig(
-        rank=args.rank,
-        sparsity=sparsity,
-        alpha=args.lora_alpha,
-        support=args.support,
-        trainable_scaling=args.train_scaling,
-        path=args.linear_path,
-        seed=args.seed,
-    )
-
-
-def block_count(sparsity: float) -> int:
-    """Blocks of a block support with about this share of a weight's entries; as sparse_lora.block.block_count."""
-    return max(1, round(1 / sparsity))
-
-
-def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
-    """Entries that S has in a weight, for a share `sparsity` of them; as sparse_lora.kinds.make_support."""
-    if support == "uniform":
-        return int(sparsity * out_features * in_features)
-    # k slices of the rows and of the columns, in each direction the first few one longer than the others.
-    blocks = block_count(sparsity)
-    rows, more_rows = divmod(out_features, blocks)
-    columns, more_columns = divmod(in_features, blocks)
-    return blocks * rows * columns + more_rows * columns + more_columns * rows + min(more_rows, more_columns)
+METHOD = SLTrain()

@@ -5,9 +5,9 @@ values -> activation checkpointing -> compile. Nothing is allocated or drawn twi
 parameter name) only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -118,13 +118,24 @@ def materialize(model: "LlamaForCausalLM", device: torch.device | str) -> None:
     model.tie_weights()  # to_empty gives tied parameters a storage each
 
 
+@runtime_checkable
+class HasInitialValues(Protocol):
+    """A module that knows the initial values of its own parameters, as the linears of sparse_lora and of methods do."""
+
+    def initial_values(self, seed: int, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yields (parameter name, float32 CPU tensor), drawn with (seed, the module's qualified name and the parameter's)."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As nn.Module has it."""
+
+
 @torch.no_grad()
 def initialize(model: "LlamaForCausalLM", seed: int) -> None:
     """Draw every parameter from the CPU generator of (seed, qualified name), in float32, and cast: the same numbers on
     any device, in any construction order, and up to rounding in any dtype. Of a sharded parameter this process's part is kept.
 
-    Linears, frozen ones too, and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Factors and sparse values: their
-    published initialisation. Raises TypeError on a module whose initialisation is not known here.
+    Linears, frozen ones too, and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Factors and sparse values: the
+    module's own `initial_values`. Raises TypeError on a module whose initialisation is not known here.
     """
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -135,21 +146,19 @@ def initialize(model: "LlamaForCausalLM", seed: int) -> None:
         drawn |= parameters
         if not parameters:
             continue
-        if isinstance(module, SparseLowRankLinear):
-            for parameter_name, values in module.initial_values(seed, name):
-                assign_(module.get_parameter(parameter_name), values)
-            module.draw_support(seed, name)
-        elif isinstance(module, nn.Linear | nn.Embedding | ReLoRALinear):
+        if isinstance(module, nn.Linear | nn.Embedding | ReLoRALinear):
             _draw_normal(module.weight, std, generator_for(seed, f"{name}.weight"))
             if not isinstance(module, nn.Embedding) and module.bias is not None:
                 module.bias.zero_()
-            if isinstance(module, ReLoRALinear):
-                for parameter_name, values in module.initial_values(seed, name):
-                    assign_(module.get_parameter(parameter_name), values)
         elif isinstance(module, LlamaRMSNorm):
             module.weight.fill_(1.0)
-        else:
+        elif not isinstance(module, HasInitialValues):
             raise TypeError(f"no initialisation known for {name} ({type(module).__name__})")
+        if isinstance(module, HasInitialValues):
+            for parameter_name, values in module.initial_values(seed, name):
+                assign_(module.get_parameter(parameter_name), values)
+        if isinstance(module, SparseLowRankLinear):
+            module.draw_support(seed, name)
 
 
 def _draw_normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:

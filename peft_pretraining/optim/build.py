@@ -1,23 +1,37 @@
-"""`build_optimizer`: the library optimizer behind each published name."""
+"""Builds the library optimizer behind each name of --optimizer, whole or in GaLore's subspaces."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.slices import StochasticRounding
 
-# Their libraries advise 32-bit moments for embedding and output head: rows that are rarely met make 8-bit blocks unstable.
+# The libraries of low-bit optimizers advise 32-bit moments for embedding and output head: rarely used rows make 8-bit blocks
+# unstable.
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class OptimizerUnavailable(ValueError):
     """An optimizer whose package is not installed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an optimizer is built with; see `build_optimizer`."""
+
+    lr: float
+    weight_decay: float
+    beta1: float = 0.0
+    embedding_bits: int | None = None
+    rounding: StochasticRounding | None = None
 
 
 def build_optimizer(
@@ -30,40 +44,24 @@ def build_optimizer(
     embedding_bits: int | None = None,
     rounding: StochasticRounding | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer for a published name.
+    """The optimizer for a name of --optimizer.
 
     Args:
-        name: adam | adamw | sgd | adafactor | adam8bit | adamw4bit.
+        name: one of BUILDERS.
         parameters: trainable ones by qualified name, all on one device.
-        lr: learning rate of the first update; the trainer sets it anew before every update.
+        lr: learning rate of the first update; the trainer sets it before every update.
         weight_decay: added to the gradient for adam and sgd, decoupled for the others (as their libraries do).
         beta1: sgd's momentum and adafactor's first moment; 0 is off. The Adam family keeps (0.9, 0.999), as published.
-        embedding_bits: 32 for float32 moments of embedding and output head with adam8bit and adamw4bit; None: as the others.
+        embedding_bits: 32 for float32 moments of embedding and output head with low-bit optimizers; None: as for the others.
         rounding: stochastic rounding of bfloat16 parameters, for the Adam family.
 
     Raises:
         ValueError: an unknown name.
         OptimizerUnavailable: the package behind the name cannot be imported.
     """
-    trained = list(parameters.values())
-    if name in ("adam", "adamw") and rounding is None:
-        kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-        return kind(trained, lr=lr, weight_decay=weight_decay, fused=True)
-    if name == "sgd":
-        # torch's fused kernel for CPUs leaves 16-bit parameters as they are (2.13; its issue 191763).
-        fused = all(p.device.type != "cpu" or p.dtype in (torch.float32, torch.float64) for p in trained)
-        return torch.optim.SGD(trained, lr=lr, weight_decay=weight_decay, momentum=beta1, fused=fused)
-    if name == "adafactor":
-        return _adafactor(trained, lr, weight_decay, beta1)
-    if name not in ("adam", "adamw", "adam8bit", "adamw4bit"):
-        raise ValueError(f"unknown optimizer {name!r}: must be adam, adamw, sgd, adafactor, adam8bit or adamw4bit")
-    names = {parameter: qualified for qualified, parameter in parameters.items()}
-    groups = _groups(parameters, embedding_bits)
-    if name == "adam8bit":
-        from peft_pretraining.optim.adam8bit import SlicedAdam8bit
-
-        return SlicedAdam8bit(groups, names=names, rounding=rounding, lr=lr, weight_decay=weight_decay)
-    return _torchao_adam(name, groups, names=names, lr=lr, weight_decay=weight_decay, rounding=rounding)
+    if name not in BUILDERS:
+        raise ValueError(f"unknown optimizer {name!r}: must be one of {', '.join(BUILDERS)}")
+    return BUILDERS[name](parameters, Settings(lr, weight_decay, beta1, embedding_bits, rounding))
 
 
 def build_galore(
@@ -79,11 +77,11 @@ def build_galore(
     embedding_bits: int | None = None,
     rounding: StochasticRounding | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer for a published name, which steps matrices in a subspace of their gradients.
+    """The optimizer for a name of --optimizer, stepping some matrices in a subspace of their gradients.
 
     Args:
-        matrices: names of the matrices that are projected; of `parameters` there may be some of them, all, or none.
-        subspace, world: see GaLore. The others: see build_optimizer.
+        matrices: names of the matrices that are projected; `parameters` may hold some of them, all, or none.
+        subspace, world: see GaLore. Other arguments: see build_optimizer.
 
     Raises:
         As build_optimizer.
@@ -104,13 +102,13 @@ def build_galore(
         world,
         lr=lr,
         weight_decay=weight_decay,
-        decoupled=name not in ("adam", "sgd"),
+        decoupled=OPTIMIZERS[name].decoupled_decay,
         rounding=rounding,
     )
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], embedding_bits: int | None) -> list[dict[str, Any]]:
-    """One parameter group, or two where embedding and head have moments of their own size."""
+    """One parameter group, or two where the moments of embedding and head have a size of their own."""
     apart = [p for name, p in parameters.items() if embedding_bits and any(part in name for part in EMBEDDINGS)]
     chosen = set(apart)
     groups: list[dict[str, Any]] = [
@@ -120,7 +118,65 @@ def _groups(parameters: Mapping[str, nn.Parameter], embedding_bits: int | None) 
     return [group for group in groups if group["params"]]
 
 
-def _torchao_adam(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+def _names(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in parameters.items()}
+
+
+def _adam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    if settings.rounding is not None:
+        return _sliced_adam(parameters, settings, decoupled=False)
+    return torch.optim.Adam(list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def _adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    if settings.rounding is not None:
+        return _sliced_adam(parameters, settings, decoupled=True)
+    return torch.optim.AdamW(list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def _sgd(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    trained = list(parameters.values())
+    # torch's fused kernel for CPUs leaves 16-bit parameters as they are (2.13; its issue 191763).
+    fused = all(p.device.type != "cpu" or p.dtype in (torch.float32, torch.float64) for p in trained)
+    return torch.optim.SGD(trained, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.beta1, fused=fused)
+
+
+def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(
+        list(parameters.values()),
+        lr=settings.lr,
+        eps=(1e-30, 1e-3),
+        clip_threshold=1.0,
+        decay_rate=-0.8,
+        beta1=settings.beta1 or None,
+        weight_decay=settings.weight_decay,
+        relative_step=False,
+        scale_parameter=False,
+        warmup_init=False,
+    )
+
+
+def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    from peft_pretraining.optim.adam8bit import SlicedAdam8bit
+
+    return SlicedAdam8bit(
+        _groups(parameters, settings.embedding_bits),
+        names=_names(parameters),
+        rounding=settings.rounding,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    return _sliced_adam(parameters, settings, decoupled=True, state_bits=4)
+
+
+def _sliced_adam(
+    parameters: Mapping[str, nn.Parameter], settings: Settings, decoupled: bool, state_bits: int | None = None
+) -> torch.optim.Optimizer:
     try:
         from peft_pretraining.optim.adam_ao import SlicedAdam
     except ImportError as error:
@@ -128,21 +184,23 @@ def _torchao_adam(name: str, groups: list[dict[str, Any]], **settings: Any) -> t
             f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); pip install torchao, "
             "or --optimizer adam8bit without --stochastic_rounding"
         ) from None
-    return SlicedAdam(groups, decoupled=name != "adam", state_bits=4 if name == "adamw4bit" else None, **settings)
-
-
-def _adafactor(trained: list[nn.Parameter], lr: float, weight_decay: float, beta1: float) -> torch.optim.Optimizer:
-    from transformers.optimization import Adafactor
-
-    return Adafactor(
-        trained,
-        lr=lr,
-        eps=(1e-30, 1e-3),
-        clip_threshold=1.0,
-        decay_rate=-0.8,
-        beta1=beta1 or None,
-        weight_decay=weight_decay,
-        relative_step=False,
-        scale_parameter=False,
-        warmup_init=False,
+    return SlicedAdam(
+        _groups(parameters, settings.embedding_bits),
+        names=_names(parameters),
+        rounding=settings.rounding,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        decoupled=decoupled,
+        state_bits=state_bits,
     )
+
+
+# One builder for each row of config.optimizers.OPTIMIZERS; a package that not every run needs is imported in its builder.
+BUILDERS: dict[str, Callable[[Mapping[str, nn.Parameter], Settings], torch.optim.Optimizer]] = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "adam8bit": _adam8bit,
+    "adamw4bit": _adamw4bit,
+}

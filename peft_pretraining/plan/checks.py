@@ -12,18 +12,16 @@ from pathlib import Path
 
 from peft_pretraining.config.arguments import (
     CHANGEABLE,
-    LOW_BIT,
     UNCHANGEABLE,
     Arguments,
     allowed_changes,
     suggestion,
 )
-from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data.source import default_lanes
 from peft_pretraining.distributed.world import World
-from peft_pretraining.methods.relora import _relora_problems, _relora_warnings
-from peft_pretraining.methods.restarting import RESTARTED, _restart_problems, _restart_warnings
-from peft_pretraining.methods.sltrain import _block_problems, block_count
+from peft_pretraining.methods import METHODS
 
 
 def _allow_changes_problems(args: Arguments) -> list[str]:
@@ -42,13 +40,6 @@ def _allow_changes_problems(args: Arguments) -> list[str]:
 def value_problems(args: Arguments) -> list[str]:
     """Problems of single values and of pairs that need neither the model nor the number of processes."""
     problems = _range_problems(args)
-    if args.peft_model == "sltrain" and not 0 < args.sp_ratio < 1:
-        problems.append(
-            f"--sp_ratio {args.sp_ratio}: must lie strictly between 0 and 1 (e.g. 0.03); "
-            "for no sparse part use --peft_model lowrank"
-        )
-    elif args.peft_model == "sltrain" and args.support == "block":
-        problems += _block_problems(args.sp_ratio)
     if not 0 <= args.beta1 < 1:
         problems.append(f"--beta1 {args.beta1}: must be at least 0 and below 1")
     if not 0 <= args.min_lr_ratio <= 1:
@@ -63,11 +54,10 @@ def value_problems(args: Arguments) -> list[str]:
             "stepped; use --grad_norm_growth 1.01, which limits each tensor's norm, or drop one of the two"
         )
     problems += _parallel_problems(args)
-    problems += _relora_problems(args) + _restart_problems(args)
-    if args.stochastic_rounding and args.optimizer not in ("adam", "adamw", *LOW_BIT):
-        problems.append(
-            f"--stochastic_rounding with --optimizer {args.optimizer}: works with adam, adamw, adam8bit and adamw4bit"
-        )
+    problems += METHODS[args.peft_model].problems(args)
+    if args.stochastic_rounding and not OPTIMIZERS[args.optimizer].adam:
+        rounding = ", ".join(name for name, optimizer in OPTIMIZERS.items() if optimizer.adam)
+        problems.append(f"--stochastic_rounding with --optimizer {args.optimizer}: works with {rounding}")
     if args.grad_norm_growth is not None and not 1 <= args.grad_norm_growth < math.inf:
         problems.append(f"--grad_norm_growth {args.grad_norm_growth}: must be at least 1 and finite, e.g. 1.01")
     problems += _allow_changes_problems(args)
@@ -81,15 +71,10 @@ def value_problems(args: Arguments) -> list[str]:
 
 def _parallel_problems(args: Arguments) -> list[str]:
     problems = []
-    if args.parallel == "fsdp" and args.peft_model == "galore":
+    if args.parallel == "fsdp" and not OPTIMIZERS[args.optimizer].shardable:
         problems.append(
-            "--parallel fsdp with --peft_model galore: the projection is the SVD of a weight's whole gradient, of which a "
-            "process has a part; use --parallel ddp, with --per_layer and adam8bit where memory is short, or --peft_model sltrain"
-        )
-    if args.parallel == "fsdp" and args.optimizer == "adafactor":
-        problems.append(
-            "--parallel fsdp with --optimizer adafactor: its second moments are means over whole rows and columns, of which a "
-            "process has a part; use adam8bit or adamw4bit, whose moments are as small, or --parallel ddp"
+            f"--parallel fsdp with --optimizer {args.optimizer}: its second moments are means over whole rows and columns, of "
+            "which a process has a part; use adam8bit or adamw4bit, whose moments are as small, or --parallel ddp"
         )
     if args.compute_dtype is not None and args.parallel != "fsdp":
         problems.append(
@@ -155,10 +140,6 @@ def _range_problems(args: Arguments) -> list[str]:
     return problems
 
 
-# Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
-_STALLING_SCALE, _STALLING_LR = 0.5, 0.003
-
-
 # torchrun ends its processes 30 s after a signal; a save that a disk of this speed cannot make in 25 s is warned about.
 _SLOW_DISK_BYTES_PER_S, _TIME_TO_SAVE_S = 200 * 10**6, 25
 
@@ -197,41 +178,14 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
             f"--max_length {args.max_length}: {args.model_config} allows {model.max_position_embeddings} positions "
             "(max_sequence_length); lower --max_length or raise it there"
         )
-    rows, columns = min(linear_shapes(model), key=math.prod)
-    if args.peft_model == "sltrain" and args.support == "uniform" and int(args.sp_ratio * rows * columns) == 0:
-        problems.append(
-            f"--sp_ratio {args.sp_ratio}: leaves no entry in a weight of {rows} x {columns}; "
-            f"use more than {1 / (rows * columns):.1g}"
-        )
-    smallest = min(size for shape in linear_shapes(model) for size in shape)
-    if args.rank > smallest and args.peft_model in RESTARTED:
-        problems += [
-            f"--rank {args.rank} with {flag}: a weight with {smallest} rows or columns has no more singular values than that; "
-            f"use --rank {smallest} or less, or leave {flag} out"
-            for flag, given in (("--init svd", args.init == "svd"), ("--rebalance", args.rebalance))
-            if given
-        ]
-    blocks = block_count(args.sp_ratio) if args.peft_model == "sltrain" and args.support == "block" else 1
-    if blocks > smallest:
-        problems.append(
-            f"--sp_ratio {args.sp_ratio} with --support block: {blocks} blocks do not fit a weight with "
-            f"{smallest} rows or columns; use at least {1 / smallest:.2g}, or --support uniform"
-        )
-    return problems
+    return problems + METHODS[args.peft_model].model_problems(args, model)
 
 
-def _warnings(args: Arguments, world: World) -> list[str]:
+def _warnings(args: Arguments, world: World, model: ModelConfig) -> list[str]:
     lines = []
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
-    lines += _relora_warnings(args) + _restart_warnings(args)
-    scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
-    if args.peft_model in ("lowrank", "sltrain") and scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
-        what = "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
-        lines.append(
-            f"{what} = {scale:.2g} with --lr {args.lr:g}: above {_STALLING_SCALE} at lr {_STALLING_LR} and more, runs were "
-            "seen to stall at a high loss; lower --lora_alpha or --lr"
-        )
+    lines += METHODS[args.peft_model].warnings(args, model)
     if (
         args.data_lanes is None
         and default_lanes(args.dataset) == 24

@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-from peft_pretraining.config.arguments import LOW_BIT, WITHOUT_EFFECT, Arguments, MethodArguments
-from peft_pretraining.methods.restarting import RESTARTED, restart_interval
+from peft_pretraining.config.arguments import Arguments, MethodArguments
+from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.methods import METHODS, has_effect, owners
 
 
 def _method_notices(args: Arguments) -> list[str]:
     lines = []
     for field in dataclasses.fields(MethodArguments):
-        method = field.metadata.get("method")
-        if method not in (None, args.peft_model) and field.name in args.given:
-            lines.append(f"--{field.name} has no effect with --peft_model {args.peft_model}: it belongs to {method}")
-    lines += [
-        f"--{name} has no effect with --peft_model {args.peft_model}"
-        for name in WITHOUT_EFFECT[args.peft_model]
-        if name in args.given
-    ]
-    if args.train_scaling and args.peft_model in ("lowrank", "relora", "sltrain") and "lora_alpha" in args.given:
-        lines.append("--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank")
-    return lines + _no_moments_notices(args)
-
-
-def _no_moments_notices(args: Arguments) -> list[str]:
-    """Flags that say what becomes of moments at a restart, with an optimizer that keeps none."""
-    if args.optimizer != "sgd" or args.beta1:
-        return []
-    names = []
-    if args.peft_model == "relora":
-        names = ["reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning"]
-    elif args.peft_model in RESTARTED and not (args.rebalance or args.restart_warmup_steps or args.grad_norm_growth):
-        names = ["restart_every"]
-    return [
-        f"--{name} has no effect with --optimizer sgd without --beta1: it keeps no moments"
-        for name in names
-        if name in args.given
-    ]
+        if field.name in args.given and not has_effect(field.name, args.peft_model):
+            of = owners(field.name)
+            lines.append(
+                f"--{field.name} has no effect with --peft_model {args.peft_model}"
+                + (f": it belongs to {of[0]}" if len(of) == 1 else "")
+            )
+    return lines + METHODS[args.peft_model].notices(args)
 
 
 def notices(args: Arguments) -> list[str]:
@@ -49,14 +30,14 @@ def notices(args: Arguments) -> list[str]:
         lines.append(f"--lora_dropout {args.lora_dropout} has no effect: the published layer never applied it")
     if args.document_mask and not args.packing:
         lines.append("--document_mask has no effect without --packing: a sequence holds one document")
-    if "beta1" in args.given and args.optimizer not in ("sgd", "adafactor"):
+    if "beta1" in args.given and not OPTIMIZERS[args.optimizer].uses_beta1:
         lines.append(f"--beta1 {args.beta1} has no effect with --optimizer {args.optimizer}: the Adam family keeps 0.9")
     if args.per_layer and "grad_clipping" in args.given and args.grad_clipping is None and "per_layer" not in args.given:
         lines.append(
             "--grad_clipping has no effect with an optimizer named *_per_layer, as published; --grad_norm_growth 1.01 limits "
             "each tensor's gradient"
         )
-    if args.embedding_states is not None and args.optimizer not in LOW_BIT:
+    if args.embedding_states is not None and not OPTIMIZERS[args.optimizer].low_bit:
         lines.append(f"--embedding_states has no effect with --optimizer {args.optimizer}: its moments are not quantised")
     if args.stochastic_rounding and args.dtype == "float32":
         lines.append("--stochastic_rounding has no effect with --dtype float32: nothing is rounded")
@@ -66,7 +47,7 @@ def notices(args: Arguments) -> list[str]:
         lines.append(f"--reshard_after_forward has no effect with --parallel {args.parallel}: every process holds all layers")
     if args.wandb == "disabled":
         lines += [f"--{name} has no effect with --wandb disabled" for name in ("name", "tags") if name in args.given]
-    restarts = args.scheduler == "cosine_restarts" or restart_interval(args) is not None
+    restarts = args.scheduler == "cosine_restarts" or METHODS[args.peft_model].restart(args) is not None
     cycles = ("cycle_length", "min_lr_ratio") if args.scheduler == "linear" else ()
     lines += [
         f"--{name} has no effect with --scheduler {args.scheduler}"

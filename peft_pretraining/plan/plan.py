@@ -14,8 +14,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import account
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
-from peft_pretraining.methods.galore import _wide_subspace
-from peft_pretraining.methods.restarting import restart_interval
+from peft_pretraining.methods import METHODS
 from peft_pretraining.plan import schedule
 from peft_pretraining.plan.checks import _batch_arithmetic, _model_problems, _slow_save, _warnings
 
@@ -96,7 +95,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
-        warnings=(*_warnings(args, world), *_wide_subspace(args, model), *_slow_save(found)),
+        warnings=(*_warnings(args, world, model), *_slow_save(found)),
     )
 
 
@@ -122,7 +121,8 @@ def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: in
     rate = schedule.lr_at(position, lr=args.lr, **_schedule_arguments(args, plan.num_training_steps))
     if args.scheduler == "cosine_restarts":
         return rate
-    return rate * schedule.after_restart(update_step, restart_interval(args), args.restart_warmup_steps)
+    restart = METHODS[args.peft_model].restart(args)
+    return rate * schedule.after_restart(update_step, restart.every if restart else None, args.restart_warmup_steps)
 
 
 def is_finished(plan: Plan, update_step: int, tokens_seen: int) -> bool:
@@ -148,7 +148,7 @@ def _method_arguments(args: Arguments) -> dict[str, Any]:
     return {
         "method": args.peft_model,
         "rank": args.rank,
-        "sparsity": args.sp_ratio if args.peft_model == "sltrain" else 0.0,
+        "sparsity": args.sp_ratio,
         "train_scaling": args.train_scaling,
         "support": args.support,
     }

@@ -10,14 +10,14 @@ from peft_pretraining.distributed.device import DeviceMemory
 from peft_pretraining.memory.account import CLASSES
 from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.savings import fitting_flags, savings
-from peft_pretraining.methods.galore import _subspace
-from peft_pretraining.methods.restarting import _restarts
+from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import GIB, Plan, setting_of
 
 
 def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:
     """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what there is, if known."""
-    counts = plan.parameters
+    counts, method = plan.parameters, METHODS[args.peft_model]
+    restart = method.restart(args)
     share = f" ({counts['total'] / plan.full_rank_parameters:.0%} of full-rank {plan.full_rank_parameters:,})"
     length = (
         f"until {plan.max_train_tokens:,} tokens of text, at least {plan.num_training_steps:,} updates"
@@ -27,7 +27,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     positions = plan.num_training_steps * plan.tokens_per_update
     rows = [
         ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
-        ("parameters", f"{counts['total']:,}{share if args.peft_model not in ('full', 'galore') else ''}"),
+        ("parameters", f"{counts['total']:,}{share if method.replaces_linears else ''}"),
         (
             "",
             f"dense {counts['dense']:,} + low-rank {counts['low_rank']:,} + sparse {counts['sparse']:,}{_frozen(plan, args)}",
@@ -40,8 +40,8 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         ),
         (
             "optimizer",
-            f"{args.optimizer}{_subspace(args)}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} updates"
-            f"{_restarts(args)}",
+            f"{args.optimizer}{method.optimizer_text(args)}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} "
+            f"updates{restart.text if restart else ''}",
         ),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         ("run folder", str(plan.save_dir)),
@@ -61,8 +61,8 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
 
 
 def _frozen(plan: Plan, args: Arguments) -> str:
-    """Of relora: how many of the dense parameters are not trained."""
-    if args.peft_model != "relora":
+    """How many of the dense parameters are not trained, where some are not."""
+    if not METHODS[args.peft_model].frozen_base:
         return ""
     frozen = plan.model.num_hidden_layers * sum(map(math.prod, linear_shapes(plan.model)))
     return f"; {frozen:,} of the dense ones are frozen, {plan.parameters['total'] - frozen:,} are trained"

@@ -1,8 +1,8 @@
-"""What happens to factors and moments every so many updates: ReLoRA's merges, and the restarts of low-rank and SLTrain runs.
+"""Restarts: what a method does to factors and moments between two updates, such as ReLoRA's merges.
 
-A restart comes before the update that follows a multiple of --relora, or of --restart_every, finished updates. It depends on
-their number only, and what it draws is keyed by (seed, name, number of the restart): a checkpoint needs nothing for it. One that
-is saved between two updates is from before the restart, which a run that goes on from it makes.
+The method says what happens and how often (methods.method.Restart). A restart comes before the update that follows a multiple of
+that many finished updates. What it draws is keyed by (seed, name, number of the restart), so that restarts need no saved state: a
+checkpoint taken at a restart boundary is from before the restart, and the resumed run performs it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.distributed.parallel import assign_, free_gathered
 from peft_pretraining.distributed.shards import local
 from peft_pretraining.distributed.world import World, broadcast_
-from peft_pretraining.methods.relora import moments_at_a_merge
-from peft_pretraining.methods.restarting import restart_interval
+from peft_pretraining.methods import METHODS
+from peft_pretraining.methods.method import Restart
 from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
@@ -29,36 +29,46 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Restarts:
-    """Those of a run; `before_update` is called before each update, on all processes."""
+    """Schedules and performs a run's restarts; all processes call `before_update` before each update."""
 
     def __init__(self, args: Arguments, model: nn.Module, updates: Updates, world: World):
         """model: with its method applied. updates: of its parameters, which are all on one device."""
-        self._every = restart_interval(args)
+        self._restart = METHODS[args.peft_model].restart(args)
         self._args, self._model, self._updates, self._world = args, model, updates, world
         self._rounding = StochasticRounding(args.seed) if args.stochastic_rounding else None
 
     @torch.no_grad()
     def before_update(self, update_step: int) -> bool:
-        """Restart if one is due after `update_step` finished updates; whether it was."""
-        if self._every is None or update_step == 0 or update_step % self._every:
+        """Restart if one is due after `update_step` finished updates; returns whether it was."""
+        restart = self._restart
+        if restart is None or update_step == 0 or update_step % restart.every:
             return False
         free_gathered(self._model)
-        number = update_step // self._every
-        if self._args.peft_model == "relora":
-            self._merge(number)
-        else:
-            if self._args.rebalance:
-                self._rebalance()
-            # Not embedding, head and norms: of rare tokens the second moment would start anew at next to nothing, and their
-            # rows take steps of full size (docs/results.md: what that costs).
-            for name, layer in self._layers(SparseLowRankLinear):
-                for own, _ in layer.named_parameters(recurse=False):
-                    self._reset(f"{name}.{own}")
+        number = update_step // restart.every
+        if restart.merge:
+            self._merge(restart, number)
+            return True
+        if restart.rebalance:
+            self._rebalance()
+        names = self._factors() if restart.act is None else restart.act(self._model, number, self._world)
+        for name in names:
+            self._reset(name)
         return True
 
-    def _merge(self, number: int) -> None:
-        """W0 += scaling B A, A drawn anew, B = 0, and what the arguments say of their moments (arXiv 2307.05695)."""
-        kind, share = moments_at_a_merge(self._args)
+    def _factors(self) -> list[str]:
+        """Names of the parameters of the factored linears.
+
+        The moments of embedding, head and norms stay: with second moments near zero, rows of rare tokens would take steps of full
+        size (docs/results.md: what that costs).
+        """
+        return [
+            f"{name}.{own}"
+            for name, layer in self._layers(SparseLowRankLinear)
+            for own, _ in layer.named_parameters(recurse=False)
+        ]
+
+    def _merge(self, restart: Restart, number: int) -> None:
+        """W0 += scaling B A, A drawn anew, B = 0, and the factors' moments treated as `restart` says (arXiv 2307.05695)."""
         parameters = dict(self._model.named_parameters())
         for name, layer in self._layers(ReLoRALinear):
             noise = None
@@ -66,20 +76,23 @@ class Restarts:
                 noise = self._rounding.generator(f"{name}.weight/merge", number, local(layer.weight).device)
             add_product_(layer, noise)
             if not isinstance(layer.weight, DTensor):
-                # Nothing brings frozen weights together again where two machines round a product differently.
+                # Nothing synchronises frozen weights later, should two machines round a product differently.
                 broadcast_(layer.weight, self._world)
             for factor, values in layer.initial_values(self._args.seed, name, restart=number):
                 assign_(layer.get_parameter(factor), values)
                 qualified = f"{name}.{factor}"
-                if kind == "zero":
+                if restart.moments == "zero":
                     self._reset(qualified)
-                elif kind != "keep":
+                elif restart.moments != "keep":
                     key = f"{qualified}/pruning/{number}"
                     state, parameter = self._state_of(qualified), parameters[qualified]
-                    Pruning(kind, share).prune_(state, parameter, self._args.seed, key, self._world)
+                    Pruning(restart.moments, restart.share).prune_(state, parameter, self._args.seed, key, self._world)
 
     def _rebalance(self) -> None:
-        """B A of every layer by balanced factors; process 0's, since signs of singular vectors are arbitrary."""
+        """Replace the factors of every layer by balanced ones of the same product.
+
+        All processes take process 0's, since the signs of singular vectors are arbitrary.
+        """
         for _, layer in self._layers(SparseLowRankLinear):
             lora_B, lora_A = (_whole(factor) for factor in (layer.lora_B, layer.lora_A))
             found = balanced(lora_B, lora_A) if self._world.is_main else (lora_B.float(), lora_A.float())
@@ -92,36 +105,36 @@ class Restarts:
                 yield name, module
 
     def _state_of(self, name: str) -> dict[str, torch.Tensor]:
-        """The optimizer's of a parameter; empty before its first step."""
-        found: dict[str, torch.Tensor] = self._updates.optimizer.state.get(self._updates.stepped[name], {})
-        return found
+        """The optimizer's state of a parameter; empty before its first step."""
+        state: dict[str, torch.Tensor] = self._updates.optimizer.state.get(self._updates.stepped[name], {})
+        return state
 
     def _reset(self, name: str) -> None:
         reset_moments_(self._state_of(name))
         if self._updates.growth is not None:
-            # A factor of another size has gradients of another size: the next one is taken as it is.
+            # A replaced factor has gradients of another magnitude: the next one is not limited.
             self._updates.growth.previous[list(self._updates.stepped).index(name)] = 0
 
 
 @torch.no_grad()
 def add_product_(layer: ReLoRALinear, noise: torch.Generator | None = None) -> None:
-    """W0 += scaling B A, in float32 and rounded once; of a sharded layer the rows that lie here.
+    """W0 += scaling B A, in float32 and rounded once; of a sharded layer this process's rows.
 
     noise: for stochastic rounding of a bfloat16 weight, None rounds to nearest.
     """
     weight, lora_B, lora_A = local(layer.weight), local(layer.lora_B), _whole(layer.lora_A)
     scaling = layer.effective_scaling()
     scale = float(_whole(scaling)) if isinstance(scaling, torch.Tensor) else scaling
-    # All at once it would take the weight's size in float32 once more.
+    # In slices of rows: the whole product would take the weight's size in float32 once more.
     rows = max(1, SLICE_ELEMENTS // weight.shape[1])
-    for some, factor in zip(weight.split(rows), lora_B.split(rows), strict=True):
-        merged = some.float().addmm(factor.float(), lora_A.float(), alpha=scale)
+    for part, factor in zip(weight.split(rows), lora_B.split(rows), strict=True):
+        merged = part.float().addmm(factor.float(), lora_A.float(), alpha=scale)
         if noise is None:
-            some.copy_(merged)
+            part.copy_(merged)
         else:
-            round_stochastically_(some, merged, noise)
+            round_stochastically_(part, merged, noise)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded; every process calls it."""
+    """The whole of a tensor that may be sharded; every process calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.checkpoint.manifest import MANIFEST
 from peft_pretraining.checkpoint.new_folder import make_folder
 from peft_pretraining.config.arguments import Arguments, ConfigError, arguments_of_record
+from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.checks import value_problems
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from peft_pretraining.plan.plan import Plan
 
 HELP = "the pruning study: perplexity of a full-rank checkpoint's best low-rank part, with pruned and with trained sparse parts"
-DENSE_METHODS = ("full", "galore")
 _LABELS = {
     "full": "checkpoint W",
     "low_rank": "best rank-{rank} part L0",
@@ -95,11 +95,12 @@ def study_arguments(args: argparse.Namespace, folder: Path, record: Mapping[str,
         ConfigError: values that cannot work, by flag.
     """
     before = arguments_of_record(record["arguments"])
-    if before.peft_model not in DENSE_METHODS:
+    dense = [name for name, method in METHODS.items() if not method.replaces_linears]
+    if before.peft_model not in dense:
         raise ConfigError(
             [
                 f"--checkpoint {folder}: a run of --peft_model {before.peft_model}, whose weights are factors already; "
-                f"the study takes apart the dense ones of {' and '.join(DENSE_METHODS)}"
+                f"the study takes apart the dense ones of {' and '.join(dense)}"
             ]
         )
     values = {name: getattr(before, name) for name in (*_DATA, *_TRAINING)}

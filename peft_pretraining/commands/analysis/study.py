@@ -28,9 +28,11 @@ from peft_pretraining.training.update import train_step
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 from sparse_lora.uniform import UniformSupport
 
+# The row of the model as it is, whose weights are not taken apart.
+INTACT = "full"
 # name -> (support of S, whether its values are trained), in the order of the paper's table
 ROWS: dict[str, tuple[str | None, bool]] = {
-    "full": (None, False),
+    INTACT: (None, False),
     "low_rank": (None, False),
     "top_pruned": ("top", False),
     "random_pruned": ("random", False),
@@ -51,7 +53,7 @@ def make_rows(
     for name in names:
         support, trained = ROWS[name]
         skipped = 0
-        if name != "full":
+        if name != INTACT:
             splits = splits or split_model(module.model, args.rank, args.sp_ratio, args.seed)
             set_sparse_parts(splits, support)
             if trained:

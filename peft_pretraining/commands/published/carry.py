@@ -29,6 +29,7 @@ from peft_pretraining.config.command_line import arguments_from
 from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
+from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.notices import notices
 from peft_pretraining.plan.plan import is_finished
 from peft_pretraining.run.assemble import Run, assemble
@@ -36,8 +37,6 @@ from peft_pretraining.run.folder import take_up
 from peft_pretraining.run.resume import run_content
 
 MODEL_CONFIG = "model_config.json"  # in the run's folder, a copy of the published one
-# What a dense checkpoint may go on as; GaLore's says nothing of itself.
-_DENSE = ("full", "galore")
 _STARTS = {
     "continue_from": "the run goes on from the published checkpoint",
     "warmed_up_model": "it is for torchrun_main.py, once the full-rank checkpoint is imported as --peft_model full",
@@ -120,14 +119,14 @@ def _new_folder(given: dict[str, Any]) -> Path:
 
 def _implied(published: Published) -> dict[str, Any]:
     """The flags that the checkpoint decides."""
-    if published.method == "full":
+    if not METHODS[published.method].replaces_linears:
         return {}
     settings = published.settings
     flags: dict[str, Any] = {"peft_model": published.method, "rank": settings["r"]}
     flags["train_scaling"] = published.trained_scaling
     if not published.trained_scaling:
         flags["lora_alpha"] = float(settings["lora_alpha"])
-    if published.method == "sltrain":
+    if METHODS[published.method].sparse:
         flags |= {"sp_ratio": matching_sparsity(float(settings["sp_ratio"]), published.tensors), "support": "uniform"}
     return flags
 
@@ -146,16 +145,18 @@ def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, 
         **given,
     }
     args = arguments_from(flags)
-    file = RELORA if published.method in ("relora", "lowrank") else SLTRAIN
+    file = RELORA if published.by_relora else SLTRAIN
     problems = [
         f"--{name} {given[name]}: {published.folder / file} and the weights make it {value}; leave the flag out"
         for name, value in implied.items()
         if name in given and getattr(args, name) != value
     ]
-    if published.method == "full" and args.peft_model not in _DENSE:
+    if not METHODS[published.method].replaces_linears and METHODS[args.peft_model].replaces_linears:
+        # A checkpoint of GaLore says nothing of the method.
+        dense = " or ".join(name for name, method in METHODS.items() if not method.replaces_linears)
         problems.append(
-            f"--peft_model {args.peft_model}: {published.folder} holds dense weights, which go on as {' or '.join(_DENSE)}; for "
-            "relora import them as full, and start it with --warmed_up_model"
+            f"--peft_model {args.peft_model}: {published.folder} holds dense weights, which go on as {dense}; for relora "
+            "import them as full, and start it with --warmed_up_model"
         )
     there, here = (load_model_config(path) for path in (published.folder / CONFIG, args.model_config))
     problems += [
@@ -227,9 +228,9 @@ def _not_carried(published: Published, args: Arguments, why_not: str | None) -> 
     weights = published.tensors["model.embed_tokens.weight"].dtype
     if f"torch.{args.dtype}" != str(weights):
         lines.append(f"dtype {str(weights).removeprefix('torch.')}: weights and moments are {args.dtype} from now on")
-    if (dropout := published.settings.get("lora_dropout")) and published.method in ("relora", "lowrank"):
+    if (dropout := published.settings.get("lora_dropout")) and published.by_relora:
         lines.append(f"lora_dropout {dropout}: there is none here")
-    if args.peft_model == "galore":
+    if METHODS[args.peft_model].projected:
         lines.append("projections: the first update computes them from its gradients")
     if (betas := other_betas(published, args)) is not None and not why_not:
         lines.append(betas)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.commands.published.read import SLTRAIN, Published, PublishedError
+from peft_pretraining.methods import METHODS
 from sparse_lora.uniform import UniformSupport
 
 _INDEX = "sparse_index"
@@ -33,7 +34,7 @@ def fill(model: nn.Module, published: Published, *, tied: bool) -> None:
             are named. The model is then filled in part.
     """
     targets = {
-        _published_name(name, published.method): tensor
+        _published_name(name, published.by_relora): tensor
         for name, tensor in model.state_dict().items()
         if not name.endswith(".support.code") and not (tied and name == "lm_head.weight")
     }
@@ -54,9 +55,9 @@ def fill(model: nn.Module, published: Published, *, tied: bool) -> None:
         raise PublishedError(f"{published.folder}: {'; '.join(problems[:_SHOWN])}{more}")
 
 
-def _published_name(name: str, method: str) -> str:
+def _published_name(name: str, relora: bool) -> str:
     """What a tensor of ours is called in a published checkpoint; ReLoRA's factors are linears."""
-    return f"{name}.weight" if method in ("relora", "lowrank") and name.endswith((".lora_A", ".lora_B")) else name
+    return f"{name}.weight" if relora and name.endswith((".lora_A", ".lora_B")) else name
 
 
 def _name_problems(published: Published, expected: set[str], tied: bool) -> Iterator[str]:
@@ -71,7 +72,7 @@ def _name_problems(published: Published, expected: set[str], tied: bool) -> Iter
     for what, names in (("missing", missing), ("not known", unknown)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"{', '.join(names[:_SHOWN])}{more}: {what}{why if published.method != 'full' else ''}"
+            yield f"{', '.join(names[:_SHOWN])}{more}: {what}{why if METHODS[published.method].replaces_linears else ''}"
 
 
 def _fill_one(name: str, target: Tensor, values: Tensor) -> Iterator[str]:

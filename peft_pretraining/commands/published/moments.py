@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from peft_pretraining.commands.published.read import OPTIMIZER, Published, PublishedError
 from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.methods import METHODS
 from peft_pretraining.optim import Updates, load_optimizer_state
 from peft_pretraining.optim.moments import set_moments_
 
-_ADAM = ("adam", "adamw", "adam8bit", "adamw4bit")
 _WRAPPED = "__bnb_optimizer_quant_state__"  # where newer versions of bitsandbytes put the tensors of a state
 _BNB_BLOCKS = (256, 2048)  # elements per scale; older versions of bitsandbytes had the larger ones
 # Parameters of one module, in the order in which the published classes make them.
@@ -39,17 +40,19 @@ def carry_moments(published: Published, model: nn.Module, updates: Updates, args
     numbers, states = _numbered_states(published)
     if not states:
         return f"{OPTIMIZER} holds none"
-    if args.peft_model == "galore":
-        return f"--peft_model galore keeps them in subspaces of the gradients, which those of {OPTIMIZER} are not read in"
+    if METHODS[args.peft_model].projected:
+        return (
+            f"--peft_model {args.peft_model} keeps them in subspaces of the gradients, which those of {OPTIMIZER} are not read in"
+        )
     kind = _kind(next(iter(states.values())))
     if kind is None:
         return f"{OPTIMIZER} has {', '.join(map(str, next(iter(states.values()))))}, of an optimizer that is not known here"
-    if kind != args.optimizer and not (kind in _ADAM and args.optimizer in _ADAM):
+    if kind != args.optimizer and not (OPTIMIZERS[kind].adam and OPTIMIZERS[args.optimizer].adam):
         return f"{OPTIMIZER} is of {kind}, whose state --optimizer {args.optimizer} cannot use"
     parameters = dict(model.named_parameters())
     found = [
         names
-        for names in _orders(list(updates.stepped), published.method)
+        for names in _orders(list(updates.stepped), published.by_relora)
         if len(names) == len(numbers)
         and all(
             number not in states or _fits(states[number], parameters[name]) for number, name in zip(numbers, names, strict=True)
@@ -71,7 +74,7 @@ def other_betas(published: Published, args: Arguments) -> str | None:
     """A word where Adam's betas were others than ours."""
     groups = (published.optimizer or {}).get("optimizer", {}).get("param_groups") or [{}]
     betas = groups[0].get("betas") if isinstance(groups[0], dict) else None
-    if args.optimizer not in _ADAM or betas is None or tuple(betas) == (0.9, 0.999):
+    if not OPTIMIZERS[args.optimizer].adam or betas is None or tuple(betas) == (0.9, 0.999):
         return None
     return f"betas {tuple(betas)}: (0.9, 0.999) from now on"
 
@@ -104,21 +107,19 @@ def _unwrapped(state: State) -> State:
 
 
 def _kind(state: State) -> str | None:
-    """Which optimizer's a state is, by the names in it."""
-    for kind, names in (
-        ("adam", ("exp_avg", "exp_avg_sq", "step")),
-        ("adam8bit", ("state1", "state2", "step")),
-        ("sgd", ("momentum_buffer",)),
-        ("adafactor", ("RMS", "step")),
-    ):
-        if all(name in state for name in names) and not (kind == "adam" and "RMS" in state):
-            return kind
-    return None
+    """The optimizer that a state belongs to, by the names in it."""
+    kinds = {
+        # Adafactor's state may have the names of Adam's too.
+        "adafactor": ("RMS", "step"),
+        "adam": ("exp_avg", "exp_avg_sq", "step"),
+        "adam8bit": ("state1", "state2", "step"),
+        "sgd": ("momentum_buffer",),
+    }
+    return next((kind for kind, names in kinds.items() if all(name in state for name in names)), None)
 
 
-def _orders(names: Sequence[str], method: str) -> Iterator[list[str]]:
-    """The orders that the published programs may have numbered our trained parameters in."""
-    relora = method in ("relora", "lowrank")
+def _orders(names: Sequence[str], relora: bool) -> Iterator[list[str]]:
+    """The orders that the published programs may have numbered our trained parameters in; relora: it is ReLoRA's."""
     within = _IN_RELORA_LAYER if relora else _IN_LAYER
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     yielded: list[list[str]] = []
@@ -153,7 +154,7 @@ def _fits(state: State, parameter: nn.Parameter) -> bool:
 def _set(own: dict[str, Any], saved: State, parameter: nn.Parameter, kind: str) -> None:
     """Fill one parameter's state; `own` holds what the optimizer has made of it, if it makes any before its first step."""
     device = parameter.device
-    if kind not in _ADAM:
+    if not OPTIMIZERS[kind].adam:
         own.update({key: value.to(device) if isinstance(value, Tensor) else value for key, value in saved.items()})
         return
     step = int(saved["step"])

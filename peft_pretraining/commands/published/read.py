@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_pretraining.export.shards import INDEX, SINGLE
+from peft_pretraining.methods import METHODS
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CONFIG, SLTRAIN, RELORA = "config.json", "splora_config.json", "relora_config.json"
@@ -53,6 +54,12 @@ class Published:
     moments_problem: str | None = None
     update_step: int | None = None
     tokens_seen: int | None = None
+
+    @property
+    def by_relora(self) -> bool:
+        """Whether ReLoRA's program wrote the checkpoint, which names and orders factors in its own way."""
+        method = METHODS[self.method]
+        return method.replaces_linears and not method.sparse
 
     @property
     def trained_scaling(self) -> bool:

@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.commands.report.groups import Group
+from peft_pretraining.methods import METHODS
 from peft_pretraining.record.intervals import Interval
 
 # Okabe & Ito's colours without the yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-METHOD_COLOURS = {
-    "full": "#000000",
-    "lowrank": "#E69F00",
-    "relora": "#CC79A7",
-    "galore": "#009E73",
-    "sltrain": "#0072B2",
-}
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: Any = {
@@ -47,10 +41,10 @@ def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """
     methods = [group.method for group in groups]
     within = [methods[:number].count(method) for number, method in enumerate(methods)]
-    known = all(method in METHOD_COLOURS for method in methods)
+    known = all(method in METHODS for method in methods)
     if known and max(within, default=0) < len(_DASHES) and (len(set(methods)) > 1 or len(methods) == 1):
         return [
-            {"color": METHOD_COLOURS[method], "linestyle": _DASHES[dashes], "marker": _MARKERS[number % len(_MARKERS)]}
+            {"color": METHODS[method].colour, "linestyle": _DASHES[dashes], "marker": _MARKERS[number % len(_MARKERS)]}
             for number, (method, dashes) in enumerate(zip(methods, within, strict=True))
         ]
     return [

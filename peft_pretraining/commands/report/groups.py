@@ -11,17 +11,10 @@ from typing import Any
 
 from peft_pretraining.commands.report.published import Published, published_for
 from peft_pretraining.commands.report.read import RunRecord
-from peft_pretraining.config.arguments import RUN_DEFINING, Arguments, has_effect
+from peft_pretraining.config.arguments import RUN_DEFINING, Arguments
+from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
 
-METHOD_NAMES = {
-    "full": "full-rank",
-    "lowrank": "low-rank",
-    "relora": "ReLoRA",
-    "galore": "GaLore",
-    "sltrain": "SLTrain",
-}
-ORDER = tuple(METHOD_NAMES)
 # What makes perplexities comparable: everything but the method and how it is tuned.
 _TASK = ("model", "data", "tokenizer", "text_field", "max_length", "packing", "document_mask", "total_batch_size")
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
@@ -34,6 +27,16 @@ _SHORT = {
     "total_batch_size": "batch",
     "num_training_steps": "updates",
 }
+
+
+def method_title(name: str) -> str:
+    """What reports call a method; its name where this version does not know it."""
+    return METHODS[name].title if name in METHODS else name
+
+
+def is_full_rank(name: str) -> bool:
+    """Whether runs of this method are the baseline."""
+    return name in METHODS and METHODS[name].full_rank
 
 
 def settings_of(run: RunRecord) -> dict[str, Any]:
@@ -124,7 +127,8 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
         by_key.setdefault(key, (values, []))[1].append(run)
     labels = _labels([(members[0], values) for values, members in by_key.values()])
     groups = [_group(label, values, members) for label, (values, members) in zip(labels, by_key.values(), strict=True)]
-    return sorted(groups, key=lambda group: ORDER.index(group.method) if group.method in ORDER else len(ORDER))
+    order = list(METHODS)
+    return sorted(groups, key=lambda group: order.index(group.method) if group.method in order else len(order))
 
 
 def _group(label: str, settings: dict[str, Any], runs: list[RunRecord]) -> Group:
@@ -159,7 +163,7 @@ def _labels(members: list[tuple[RunRecord, dict[str, Any]]]) -> list[str]:
     several_models, several_data = varies("model"), varies("data")
     labels = []
     for run, values in members:
-        parts = [METHOD_NAMES.get(run.method, run.method)]
+        parts = [method_title(run.method)]
         parts += [run.model] if several_models else []
         parts += [text for name in differing if (text := _shown(name, values.get(name)))]
         parts += [f"data {str(values['data'])[:6]}"] if several_data else []
@@ -186,7 +190,7 @@ def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:
         for number, group in enumerate(groups)
         if group.perplexity is not None and task_of(group.settings) == task
     ]
-    full = [entry for entry in evaluated if entry[2].method == "full"]
+    full = [entry for entry in evaluated if is_full_rank(entry[2].method)]
     if full:
         return min(full)[2]
     return evaluated[0][2] if evaluated else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peft_pretraining.methods import has_effect
+
 SLTRAIN = "SLTrain, arXiv 2406.02214"
 RESTARTS = "momentum reset and rebalanced factors, arXiv 2505.22922"
 ORIGINS = {
@@ -68,7 +70,8 @@ _PEAKS = {
     "SLTrain, 8-bit, per-layer": (2.2, 6.8, 18.3),
 }
 PEAKS = {model: {setting: values[number] for setting, values in _PEAKS.items()} for number, model in enumerate(_PEAK_MODELS)}
-# SLTrain at llama_60m by (rank, delta): perplexity (Tables 6 and 7).
+RANK_AND_DELTA_MODEL = "llama_60m"
+# SLTrain at that size by (rank, delta): perplexity (Tables 6 and 7).
 RANK_AND_DELTA = {(96, 0.03): 34.80, (128, 0.01): 34.81, (128, 0.03): 34.15, (128, 0.05): 33.41, (160, 0.03): 33.20}
 # (model, method): tokens per second on one A100-80G (350M), on four (1B).
 THROUGHPUT = {
@@ -90,9 +93,11 @@ MISPRINTS = (
 def published_for(model: str, method: str, rank: int, delta: float) -> Published | None:
     """The published result of a method at a size, rank and delta (of the methods that have them); None where there is none."""
     found = next((entry for entry in TABLE if (entry.model, entry.method) == (model, method)), None)
-    if found is None or method == "full" or (rank == _RANKS[model] and (method != "sltrain" or delta == _DELTA)):
+    sparse = has_effect("sp_ratio", method)
+    same_rank = not has_effect("rank", method) or rank == _RANKS.get(model)
+    if found is None or (same_rank and (not sparse or delta == _DELTA)):
         return found
-    perplexity = RANK_AND_DELTA.get((rank, delta)) if (model, method) == ("llama_60m", "sltrain") else None
+    perplexity = RANK_AND_DELTA.get((rank, delta)) if sparse and model == RANK_AND_DELTA_MODEL else None
     if perplexity is None:
         return None
     note = f"r = {rank}, delta = {delta:g} (Tables 6 and 7)"

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft_pretraining.config.arguments import Arguments, as_dict
 from peft_pretraining.config.model_config import ModelConfig
-from peft_pretraining.memory.counts import paper_estimate, parameter_counts
+from peft_pretraining.memory.counts import paper_bytes, paper_estimate, parameter_counts
 from peft_pretraining.record.recorder import METRICS_FILE, read_metrics
 from peft_pretraining.record.summary import Row, seconds_of, summary
 from peft_pretraining.training.stop import MARKER_FILE
@@ -257,7 +257,7 @@ def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | No
             model,
             method=method,
             rank=int(arguments["rank"]),
-            sparsity=float(arguments["sp_ratio"]) if method == "sltrain" else 0.0,
+            sparsity=float(arguments["sp_ratio"]),
             support=str(arguments["support"]),
         )
         printed = paper_estimate(counts, method)["total_G"]
@@ -265,8 +265,7 @@ def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | No
         return None
     if printed >= _PRINTED_FROM:
         return printed
-    index_bytes = 8 * counts.sparse if counts.support == "uniform" else 0
-    return (2 * counts.total + index_bytes + 4 * counts.moments + 2 * counts.projections) / 1e9
+    return sum(paper_bytes(counts)) / 1e9
 
 
 def _notes(run: RunRecord) -> list[str]:
@@ -285,9 +284,9 @@ def _notes(run: RunRecord) -> list[str]:
         notes.append(
             f"no perplexity after its last update; the last one is that of update {run.figures['final_evaluation_step']:,}"
         )
-    spoilt = sum("loss" in row and row["loss"] is None for row in run.rows)
-    if spoilt:
-        notes.append(f"{spoilt:,} logged updates had a loss that was not finite")
+    nonfinite = sum("loss" in row and row["loss"] is None for row in run.rows)
+    if nonfinite:
+        notes.append(f"{nonfinite:,} logged updates had a non-finite loss")
     skipped = max((int(row.get("skipped_updates") or 0) for row in run.rows), default=0)
     if skipped:
         notes.append(f"{skipped:,} updates were skipped (numbers that were not finite)")

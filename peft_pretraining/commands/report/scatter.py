@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.commands.report.drawing import (
-    METHOD_COLOURS,
     legend,
     line_styles,
     name_of,
@@ -16,8 +15,9 @@ from peft_pretraining.commands.report.drawing import (
     save,
     whiskers,
 )
-from peft_pretraining.commands.report.groups import METHOD_NAMES, Group
+from peft_pretraining.commands.report.groups import Group, method_title
 from peft_pretraining.commands.report.published import TABLE
+from peft_pretraining.methods import METHODS
 
 
 def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
@@ -54,7 +54,7 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
     panels[0].set_xlabel(f"parameters and moments by the paper's convention (bfloat16), {name} bytes")
     panels[0].set_ylabel("final held-out perplexity")
     for entry in theirs:
-        colour = METHOD_COLOURS[entry.method]
+        colour = METHODS[entry.method].colour
         panels[0].scatter(
             [(entry.memory or 0) * 1e9 / unit], [entry.perplexity], s=area(1e6 * (entry.parameters or 0)),
             facecolors="none", edgecolors=colour, linestyles="--", linewidths=1.5,
@@ -90,11 +90,11 @@ def _entries(shown: Sequence[Group], styles: Sequence[dict[str, Any]], published
         Line2D([], [], linestyle="", marker=style["marker"], color=style["color"], markersize=8) for style in styles
     ]
     handles += [
-        Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=METHOD_COLOURS[method], markersize=9)
+        Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=METHODS[method].colour, markersize=9)
         for method in published
     ]
     return handles, [name_of(group, counted=True) for group in shown] + [
-        f"published: {METHOD_NAMES[method]}" for method in published
+        f"published: {method_title(method)}" for method in published
     ]
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.commands.report.groups import METHOD_NAMES, Group, against_baseline, baseline_of, task_of
-from peft_pretraining.commands.report.published import LATER, PEAKS, RANK_AND_DELTA, SEVEN_B, TABLE
+from peft_pretraining.commands.report.groups import Group, against_baseline, baseline_of, method_title, task_of
+from peft_pretraining.commands.report.published import LATER, PEAKS, RANK_AND_DELTA, RANK_AND_DELTA_MODEL, SEVEN_B, TABLE
 from peft_pretraining.commands.report.read import RunRecord
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.memory.account import CLASSES
+from peft_pretraining.methods import METHODS
 from peft_pretraining.record.intervals import Interval
 
 MISSING = "—"
@@ -110,7 +111,7 @@ def published_table(groups: Sequence[Group]) -> Table | None:
     headings = ("method", "model", "tokens", "perplexity", "parameters, 10⁶", "memory, 10⁹ bytes", "source")
     rows = [
         (
-            entry.note or METHOD_NAMES[entry.method], entry.model, entry.tokens, f"{entry.perplexity:.2f}",
+            entry.note or method_title(entry.method), entry.model, entry.tokens, f"{entry.perplexity:.2f}",
             number(entry.parameters), number(entry.memory, ".2f"), entry.source,
         )
         for entry in entries
@@ -127,16 +128,20 @@ def published_memory_table(groups: Sequence[Group]) -> Table | None:
     return Table(headings, tuple((name, *(f"{PEAKS[model][name]:.1f}" for model in models)) for name in PEAKS[models[0]]))
 
 
+def _is_sparse(method: str) -> bool:
+    return method in METHODS and METHODS[method].sparse
+
+
 def rank_delta_table(groups: Sequence[Group]) -> Table | None:
     """SLTrain's perplexity by rank (rows) and delta (columns), published beside at llama_60m; None below two settings."""
-    shown = [group for group in groups if group.method == "sltrain" and group.perplexity is not None]
+    shown = [group for group in groups if _is_sparse(group.method) and group.perplexity is not None]
     pairs = {(group.settings["rank"], group.settings["sp_ratio"]) for group in shown}
     alike = {(task_of(group.settings), group.settings["lr"]) for group in shown}
     if len(pairs) < 2 or len(alike) > 1 or len(pairs) < len(shown):
         return None
     ranks, deltas = sorted({rank for rank, _ in pairs}), sorted({delta for _, delta in pairs})
     by_pair = {(group.settings["rank"], group.settings["sp_ratio"]): group for group in shown}
-    published = RANK_AND_DELTA if shown[0].first.model == "llama_60m" else {}
+    published = RANK_AND_DELTA if shown[0].first.model == RANK_AND_DELTA_MODEL else {}
 
     def cell(pair: tuple[int, float]) -> str:
         text = perplexity_text(by_pair[pair].perplexity) if pair in by_pair else MISSING
@@ -183,7 +188,7 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
         seconds, peak = figures["training_seconds"], figures["peak_memory_bytes"]
         return (
             names[run.folder],
-            METHOD_NAMES.get(run.method, run.method),
+            method_title(run.method),
             f"{run.arguments['lr']:g}",
             str(run.seed),
             run.status,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from peft_pretraining.config.arguments import WARM_START_CHANGES, Arguments, as_dict, has_effect
+from peft_pretraining.config.arguments import WARM_START_CHANGES, Arguments, as_dict
+from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.plan.plan import Plan, is_finished
 from peft_pretraining.run.same_run import differing_arguments, differing_shape
 
@@ -18,7 +19,8 @@ def unusable_warm_up(base: Mapping[str, Any], entry: Mapping[str, Any]) -> str |
     flags, first = {**base, **entry}, entry.get(WARM_UP)
     if WARM_UP in base:
         return f"base: {WARM_UP} belongs to an entry of settings, beside peft_model: relora"
-    if flags.get("peft_model") != "relora":
+    method = METHODS.get(str(flags.get("peft_model")))
+    if method is None or not method.frozen_base:
         return f"{WARM_UP}: only runs of peft_model: relora begin with a full-rank run's weights"
     if flags.get("warmed_up_model") is not None:
         return f"{WARM_UP} and warmed_up_model: a run begins with one of them; drop one of the two"
@@ -27,7 +29,8 @@ def unusable_warm_up(base: Mapping[str, Any], entry: Mapping[str, Any]) -> str |
             f"{WARM_UP}: must map flags of the full-rank run to one value each, "
             f"e.g. {{lr: 0.001, num_training_steps: 150}}, not {first!r}"
         )
-    if first.get("peft_model", "full") != "full":
+    before = METHODS.get(str(first.get("peft_model", Arguments.peft_model)))
+    if before is None or not before.full_rank:
         return f"{WARM_UP}: peft_model {first['peft_model']}: ReLoRA begins with full-rank weights"
     open_lists = [
         name

@@ -1,0 +1,85 @@
+"""The kinds of support that --support names: what the program must know of each before sparse_lora is loaded. No torch.
+
+A new kind is one row of SUPPORTS, and its class and one row of sparse_lora.kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SupportKind:
+    """Which entries of a weight are sparse.
+
+    nonzeros(out_features, in_features, sparsity): number of entries of S in such a weight, as sparse_lora.kinds.make_support.
+    problem(sparsity): why no support of this kind has about this share of a weight's entries; None where one has.
+    fit_problem(sparsity, out_features, in_features): why none fits a weight of this shape; None where one fits.
+    """
+
+    nonzeros: Callable[[int, int, float], int]
+    problem: Callable[[float], str | None]
+    fit_problem: Callable[[float, int, int], str | None]
+    # The positions are stored, and S is computed as a dense matrix; otherwise positions follow from the shape.
+    stored: bool
+    # The rows of a linear's output are reordered before and after the sparse product.
+    reorders_outputs: bool
+
+
+def _uniform_nonzeros(out_features: int, in_features: int, sparsity: float) -> int:
+    return int(sparsity * out_features * in_features)
+
+
+def _uniform_fit(sparsity: float, out_features: int, in_features: int) -> str | None:
+    if _uniform_nonzeros(out_features, in_features, sparsity):
+        return None
+    return (
+        f"--sp_ratio {sparsity}: leaves no entry in a weight of {out_features} x {in_features}; "
+        f"use more than {1 / (out_features * in_features):.1g}"
+    )
+
+
+def block_count(sparsity: float) -> int:
+    """Blocks of a block support with about this share of a weight's entries; as sparse_lora.block.block_count."""
+    return max(1, round(1 / sparsity))
+
+
+def _block_nonzeros(out_features: int, in_features: int, sparsity: float) -> int:
+    """k slices of the rows and of the columns, in each direction the first few of them one longer than the others."""
+    blocks = block_count(sparsity)
+    rows, more_rows = divmod(out_features, blocks)
+    columns, more_columns = divmod(in_features, blocks)
+    return blocks * rows * columns + more_rows * columns + more_columns * rows + min(more_rows, more_columns)
+
+
+def _block_problem(sparsity: float) -> str | None:
+    blocks = block_count(sparsity)
+    if abs(1 / blocks - sparsity) <= 0.05 * sparsity:
+        return None
+    below, above = 1 / (int(1 / sparsity) + 1), 1 / int(1 / sparsity)
+    return (
+        f"--sp_ratio {sparsity} with --support block: k blocks have a share 1/k of a weight's entries, the nearest are "
+        f"{below:.4g} and {above:.4g}; choose one of them, or --support uniform"
+    )
+
+
+def _block_fit(sparsity: float, out_features: int, in_features: int) -> str | None:
+    blocks, smallest = block_count(sparsity), min(out_features, in_features)
+    if blocks <= smallest:
+        return None
+    return (
+        f"--sp_ratio {sparsity} with --support block: {blocks} blocks do not fit a weight with "
+        f"{smallest} rows or columns; use at least {1 / smallest:.2g}, or --support uniform"
+    )
+
+
+SUPPORTS: dict[str, SupportKind] = {
+    "uniform": SupportKind(_uniform_nonzeros, lambda sparsity: None, _uniform_fit, stored=True, reorders_outputs=False),
+    "block": SupportKind(_block_nonzeros, _block_problem, _block_fit, stored=False, reorders_outputs=True),
+}
+
+
+def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
+    """Entries that S has in a weight, for a share `sparsity` of them."""
+    return SUPPORTS[support].nonzeros(out_features, in_features, sparsity)

@@ -1,0 +1,108 @@
+"""Low-rank training: attention and MLP linears are (alpha / r) B A, both factors trained, no dense weight."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.methods.method import Method, Restart, TensorGroup, factor_groups, moments_notices, scaling_notices
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparse_lora import SLTrainConfig
+
+# Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
+_STALLING_SCALE, _STALLING_LR = 0.5, 0.003
+
+
+class LowRank(Method):
+    """Linears are factored; --restart_every sets their moments to zero from time to time."""
+
+    name = "lowrank"
+    title = "low-rank"
+    description = "low-rank, W = (alpha/r) B A"
+    colour = "#E69F00"
+    flags: tuple[str, ...] = ("rank", "lora_alpha", "train_scaling", "linear_path", "init", "restart_every", "rebalance")
+    replaces_linears = factored = True
+
+    def problems(self, args: Arguments) -> list[str]:
+        """Restarts that contradict the schedule or that never come."""
+        problems = super().problems(args)
+        if args.restart_every is not None and args.scheduler == "cosine_restarts":
+            problems.append(
+                f"--restart_every {args.restart_every} with --scheduler cosine_restarts: that schedule has restarts of its own, "
+                "at other updates; use --scheduler cosine or linear"
+            )
+        if args.rebalance and args.restart_every is None:
+            problems.append("--rebalance needs --restart_every N: factors are replaced at restarts, e.g. --restart_every 200")
+        return problems
+
+    def model_problems(self, args: Arguments, model: ModelConfig) -> list[str]:
+        """Ranks that no singular value decomposition of a weight has."""
+        smallest = min(size for shape in linear_shapes(model) for size in shape)
+        if args.rank <= smallest:
+            return []
+        return [
+            f"--rank {args.rank} with {flag}: a weight with {smallest} rows or columns has no more singular values than that; "
+            f"use --rank {smallest} or less, or leave {flag} out"
+            for flag, given in (("--init svd", args.init == "svd"), ("--rebalance", args.rebalance))
+            if given
+        ]
+
+    def warnings(self, args: Arguments, model: ModelConfig) -> list[str]:
+        """Restarts after the end of the run, and learning rates at which the low-rank part is too large."""
+        lines = []
+        if args.restart_every is not None and args.max_train_tokens is None and args.restart_every >= args.num_training_steps:
+            lines.append(
+                f"--restart_every {args.restart_every} with --num_training_steps {args.num_training_steps}: there is no restart; "
+                "lower --restart_every, or leave it out"
+            )
+        scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
+        if scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
+            what = "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
+            lines.append(
+                f"{what} = {scale:.2g} with --lr {args.lr:g}: above {_STALLING_SCALE} at lr {_STALLING_LR} and more, runs were "
+                "seen to stall at a high loss; lower --lora_alpha or --lr"
+            )
+        return lines
+
+    def notices(self, args: Arguments) -> list[str]:
+        """A scale that is trained, and restarts of moments that do not exist."""
+        does_more = args.rebalance or args.restart_warmup_steps or args.grad_norm_growth
+        return scaling_notices(args) + ([] if does_more else moments_notices(args, ("restart_every",)))
+
+    def linear_groups(
+        self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
+    ) -> list[TensorGroup]:
+        """The factors."""
+        return factor_groups(shape, count, rank, train_scaling)
+
+    def apply(self, model: nn.Module, args: Arguments) -> list[str]:
+        """Put sparse_lora's layers in the place of the linears."""
+        from sparse_lora import reparameterize
+
+        return reparameterize(model, self.layer_config(args))
+
+    def layer_config(self, args: Arguments) -> SLTrainConfig:
+        """The settings of the layers, as sparse_lora takes them."""
+        from sparse_lora import SLTrainConfig
+
+        return SLTrainConfig(
+            rank=args.rank,
+            sparsity=args.sp_ratio if self.sparse else 0.0,
+            alpha=args.lora_alpha,
+            support=args.support,
+            trainable_scaling=args.train_scaling,
+            path=args.linear_path,
+            seed=args.seed,
+        )
+
+    def restart(self, args: Arguments) -> Restart | None:
+        """Moments of the factored linears start again from zero (arXiv 2505.22922)."""
+        return Restart(args.restart_every, "restart_every", rebalance=args.rebalance) if args.restart_every else None
+
+
+METHOD = LowRank()

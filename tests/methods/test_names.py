@@ -1,0 +1,61 @@
+"""The program asks the objects behind names: it compares no method's, optimizer's or support's name outside their own files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.config.arguments import METHOD_NAMES
+from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.config.supports import SUPPORTS
+from peft_pretraining.methods import METHODS
+from peft_pretraining.optim.build import BUILDERS
+from sparse_lora import kinds
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "peft_pretraining"
+
+
+def compared_names(text: str):
+    """(line, string, source of the comparison) for every string constant in a comparison or a match of `text`."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.lineno, part.value, ast.unparse(node)
+
+
+def comparisons_of(names, allowed):
+    """Where the package compares one of `names`, but for the files and folders `allowed`."""
+    for path in [ROOT / "torchrun_main.py", *sorted(PACKAGE.rglob("*.py"))]:
+        if not any(path.is_relative_to(PACKAGE / place) for place in allowed):
+            for line, value, source in compared_names(path.read_text(encoding="utf-8")):
+                # GaLore's --proj_type has a kind of projection that is called as full-rank training is.
+                if value in names and "proj_type" not in source:
+                    yield f"{path.relative_to(ROOT)}:{line}: {source}"
+
+
+@pytest.mark.parametrize(
+    ("names", "allowed"),
+    [
+        (METHODS, ["methods"]),
+        (OPTIMIZERS, ["config/optimizers.py", "optim/build.py"]),
+        (SUPPORTS, ["config/supports.py"]),
+    ],
+    ids=["methods", "optimizers", "supports"],
+)
+def test_no_name_is_compared(names, allowed):
+    assert list(comparisons_of(names, allowed)) == []
+
+
+def test_comparisons_are_found():
+    text = 'if args.peft_model in ("full", "galore") or method != "relora" or {"adam": 1}:\n    pass'
+    assert {value for _, value, _ in compared_names(text)} == {"full", "galore", "relora"}
+
+
+def test_every_name_has_its_object():
+    assert list(METHODS) == METHOD_NAMES
+    assert all(method.name == name and method.title and method.description for name, method in METHODS.items())
+    assert OPTIMIZERS.keys() == BUILDERS.keys()
+    assert SUPPORTS.keys() == kinds.SUPPORTS.keys()
