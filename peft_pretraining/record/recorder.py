@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.record.summary import summary
-from peft_pretraining.record.wandb_run import _one_line, _start_wandb
+from peft_pretraining.record.wandb_run import _one_line, start_wandb
 from peft_pretraining.training.health import LossSpikes
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Recorder:
         self._rewrite(rows)
         self._file = _Lines(run_folder / METRICS_FILE)
         self._document = wandb_settings["config"]
-        self._wandb = _start_wandb(run_folder, wandb_settings)
+        self._wandb = start_wandb(run_folder, wandb_settings)
         self._bar = _progress_bar(total_updates, start_step)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:

@@ -221,7 +221,7 @@ def _carried(published: Published, why_not: str | None) -> list[str]:
 
 
 def _not_carried(published: Published, args: Arguments, why_not: str | None) -> list[str]:
-    """What the run begins anew with, each by name and with what stands in its place."""
+    """What is not carried over, each with its replacement."""
     lines = [f"moments: {why_not}; they begin at zero"] if why_not else []
     if published.update_step is None:
         lines.append(f"updates made: no {STATE} or {OPTIMIZER} says; the schedule begins at update 0")
@@ -245,7 +245,7 @@ def _not_carried(published: Published, args: Arguments, why_not: str | None) -> 
 
 
 def _other_settings(published: Published, args: Arguments, run: Run) -> list[str]:
-    """What the published run recorded of its arguments and this one has otherwise."""
+    """Recorded arguments of the published run that differ from this run's."""
     recorded = (published.optimizer or {}).get("config")
     lines = []
     for theirs, name in _RECORDED.items():

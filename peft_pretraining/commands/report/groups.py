@@ -1,4 +1,4 @@
-"""Runs of one setting and different seeds together: mean and interval, and the gap to a baseline, paired by seed."""
+"""Groups runs that differ in their seed only: mean and interval, and the gap to a baseline, paired by seed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _warm_up_of(run: RunRecord) -> dict[str, Any]:
 
 
 def task_of(settings: dict[str, Any]) -> str:
-    """Equal for runs whose perplexities compare: same model shape, data, length and batch."""
+    """A key equal for runs with comparable perplexities: same model shape, data, length and batch."""
     return json.dumps([settings.get(name) for name in (*_TASK, *_TASK_LENGTH)], sort_keys=True)
 
 
@@ -89,17 +89,17 @@ class Group:
 
     @property
     def first(self) -> RunRecord:
-        """One of them, for what all have in common."""
+        """The first run, for everything that all runs share."""
         return (self.counted or self.runs)[0]
 
     @property
     def method(self) -> str:
-        """Of all its runs."""
+        """Name of the method, which all runs of the group share."""
         return self.first.method
 
     @property
     def perplexity(self) -> Interval | None:
-        """Final held-out perplexity over seeds; None where no run got there."""
+        """Final held-out perplexity over seeds; None if no run was evaluated at its end."""
         values = [run.final_perplexity for run in self.counted]
         return mean_interval([value for value in values if value is not None]) if values else None
 
@@ -121,7 +121,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Groups in the order of methods, then of appearance."""
+    """Groups runs by setting; sorted by method, then by first appearance."""
     settings = [settings_of(run) for run in runs]
     keys = [json.dumps(values, sort_keys=True, default=str) for values in settings]
     by_key: dict[str, tuple[dict[str, Any], list[RunRecord]]] = {}

@@ -1,4 +1,4 @@
-"""One run of a sweep as a process of the program itself: what state its folder is in, how it is started, stopped and judged."""
+"""Starts, stops and judges one run of a sweep as a process of its own, by the state of the run's folder."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Stopping:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stopping]:
-        """Note signals during the block, instead of dying of them."""
+        """Records signals during the block; they do not end the process."""
         numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
@@ -157,7 +157,7 @@ def make_run(wanted: Wanted, processes: int, stopping: Stopping) -> Outcome:
 
 
 def log_path(wanted: Wanted) -> Path:
-    """Where a run's output goes."""
+    """The file for a run's output."""
     return wanted.folder.with_name(f"{wanted.folder.name}.log")
 
 

@@ -1,4 +1,4 @@
-"""A sweep's file: which runs it asks for, every one checked before the first begins."""
+"""Reads a sweep's file and checks every run before the first one starts."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def _planned(
 
 
 def _once(runs: list[Wanted]) -> list[Wanted]:
-    """Without what several runs begin with a second time."""
+    """The runs without duplicates of full-rank runs that several runs start from."""
     helping = {run.after.name for run in runs if run.after is not None}
     seen: set[tuple[str, ...]] = set()
     kept = []

@@ -1,4 +1,4 @@
-"""The full-rank run that a sweep makes before a ReLoRA run begins with its weights: an entry's `warm_up`."""
+"""The full-rank run from whose weights a sweep starts a ReLoRA run: an entry's `warm_up`."""
 
 from __future__ import annotations
 
