@@ -18,7 +18,7 @@ header() {
     local log="$1" variables=("${@:2}")
     {
         echo "date      $(date -u +%Y-%m-%dT%H:%M:%SZ), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
-        echo "cpu       $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2-), $(nproc) cores"
+        echo "cpu       $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2- | xargs), $(nproc) cores"
         echo "flags     $(grep -m1 '^flags' /proc/cpuinfo | grep -oE '\b(sse4_1|avx|avx2|fma|avx512[a-z0-9_]*|amx[a-z0-9_]*)\b' | sort -u | xargs)"
         env "${variables[@]}" "$python" -c "$versions" | sed 's/^/versions  /'
         echo "command   ${variables[*]} python -m pytest ${arguments[*]}"
@@ -41,7 +41,7 @@ for set in ${SETS:-native avx2 sse41}; do
         header "$log" "${variables[@]}"
         code=0
         # Of the output only failures and the summary are kept.
-        env "${variables[@]}" "$python" -m pytest "${arguments[@]}" 2>&1 | tee "$log.whole" >/dev/null || code=$?
+        env "${variables[@]}" "$python" -m pytest "${arguments[@]}" >"$log.whole" 2>&1 || code=$?
         grep -E '^(FAILED|ERROR|SKIPPED|E   )|^[0-9]+ (passed|failed)|^=+ .*(passed|failed|error)' "$log.whole" >>"$log" || true
         echo "exit code $code" >>"$log"
         rm "$log.whole"
