@@ -19,7 +19,7 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.allocator import set_allocator
-from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan.checks import check, notices
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World.from_environment()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.single_gpu and world.size > 1:
-            raise ConfigError([f"--single_gpu: torchrun started {world.size} processes; use --nproc_per_node 1"])
+        check(args, world)  # every problem at once, before torch is imported
         if world.is_main:
             for line in notices(args):
                 print(f"notice: {line}", file=sys.stderr)
@@ -66,14 +65,10 @@ def tell_torchrun(message: str) -> None:
 
 def dry_run(args: Arguments, world: World) -> int:
     """Prints the plan and returns the exit code; needs no network and no data."""
-    from peft_pretraining.plan.plan import make_plan
-
-    # Reports problems before the slow import of torch.
-    make_plan(args, world)
-
     from peft_pretraining.data.errors import DataError
     from peft_pretraining.data.source import open_source
     from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
+    from peft_pretraining.plan.plan import make_plan
     from peft_pretraining.plan.text import format_plan
 
     try:
@@ -90,10 +85,6 @@ def dry_run(args: Arguments, world: World) -> int:
 
 def run(args: Arguments, world: World) -> int:
     """Trains and turns errors into messages; returns the exit code."""
-    from peft_pretraining.plan.plan import make_plan
-
-    # Reports problems before the slow import of torch.
-    make_plan(args, world)
     set_allocator()
 
     import torch
@@ -213,7 +204,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         scheduled = scheduled or finished or state.update_step % args.save_every == 0
         if run.saver.due(scheduled):
             late_record.settle()
-            # A diverged state must not replace a good checkpoint: the save waits until an update succeeds again.
+            # A state whose last update was skipped must not replace a good checkpoint: it is saved once an update succeeds.
             if finished or not late_record.last_one_skipped:
                 with late_record.paused():
                     record.sync()

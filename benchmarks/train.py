@@ -49,6 +49,7 @@ from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.device import pick_device, resolve_dtype
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.record.recorder import peak_memory_bytes
 from peft_pretraining.run.folder import versions
@@ -317,7 +318,7 @@ def main() -> int:
         for optimizer in own.optimizers:
             try:
                 flags = trainer_flags(config, "full", optimizer, own)
-                parse_args(flags)
+                check(parse_args(flags), World())
             except ConfigError as error:
                 print(error, file=sys.stderr)
                 return 2

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train a small LLaMA whose linears are low-rank plus sparse, on English text that is already on this machine.
-# Any machine; no GPU, no network beyond the package index. About three minutes of training on a 2-core laptop.
-#   bash scripts/quickstart.sh [torchrun_main.py arguments, which win over scripts/quickstart.yaml; not --save_dir]
+# Trains a small LLaMA with low-rank plus sparse linears on English text that is already on this machine.
+# Any machine; no GPU, no network beyond the package index. Three to four minutes of training on two CPU cores.
+# Expected: perplexity 73.82 after 700 updates (Python 3.11.7, CPU, 2026-11-21); docs/results.md.
+#   bash scripts/quickstart.sh [torchrun_main.py arguments, which override scripts/quickstart.yaml; not --save_dir]
 # Paths among them are relative to the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a sweep: settings x seeds of a YAML file, one after another, ending in a report. Run again, it goes on where it was.
+# Runs a sweep: settings x seeds of a YAML file, one after another, then a report. Started again, it continues where it stopped.
 #   bash scripts/sweep.sh FILE.yaml [--dry_run]      ready files: scripts/sweeps/
 # Paths inside the file are relative to the checkout. Exit code 0: all finished; 1: a run failed; 130: stopped on request.
 set -euo pipefail

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Set-up, then lint, types and tests. Extra arguments go to pytest; --full adds the whole matrices (slow).
+# Sets up the environment, then runs lint, types and tests (tests in two processes). Extra arguments go to pytest; --full adds the
+# long matrices.
 #   bash scripts/test.sh [--full] [pytest arguments]
+#   bash scripts/test.sh -n 0 [pytest arguments]       one process: to debug a test, or to measure how long each one takes
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
@@ -12,4 +14,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest ${marks[@]+"${marks[@]}"} "$@"
+# Each process starts with its half of the tests and takes over the other's last ones when it is done.
+exec "$python" -m pytest -n 2 --dist worksteal ${marks[@]+"${marks[@]}"} "$@"

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: few threads, and the real C4 sample where a checkout has one beside it."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from tiny_runs import train, write_inputs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# torch.compile's cache does not tell instruction sets apart: code that was compiled for a larger one fails under a smaller one.
+if instructions := os.environ.get("ATEN_CPU_CAPABILITY"):
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{instructions}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 ROOT = Path(__file__).resolve().parent.parent
 

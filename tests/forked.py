@@ -10,21 +10,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
+# Everything that a run may import, bitsandbytes and torchao included: each process would otherwise take seconds to load it.
 SERVER.set_forkserver_preload(
     [
-        *(
-            "torch",
-            "torch.distributed.checkpoint",
-            "transformers.models.llama.modeling_llama",
-            "sentencepiece",
-            "fsspec",
-        ),
-        *(
-            "peft_pretraining.run.build",
-            "peft_pretraining.run.resume",
-            "peft_pretraining.run.folder",
-            "peft_pretraining.checkpoint.saver",
-        ),
+        *("torch", "torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "sentencepiece", "fsspec"),
+        *("transformers.convert_slow_tokenizer", "tokenizers.trainers", "torch.profiler"),
+        *("peft_pretraining.run.assemble", "peft_pretraining.run.resume", "peft_pretraining.run.folder"),
+        *("peft_pretraining.checkpoint.saver", "peft_pretraining.optim.adam8bit", "peft_pretraining.optim.adam_ao"),
     ]
 )
 

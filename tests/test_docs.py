@@ -1,22 +1,30 @@
 """What README.md and docs/ name is there: links, flags, files, and command lines that parse."""
 
 import argparse
+import ast
 import functools
+import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+import peft_pretraining.__main__
+import torchrun_main
 from peft_pretraining.__main__ import COMMANDS
+from peft_pretraining.commands.report.published import SEVEN_B, TABLE
 from peft_pretraining.config.command_line import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("sparse_lora", "peft_pretraining", "configs", "scripts", "tests", "docs", "benchmarks", ".ci")
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+HEREDOC = re.compile(r"<<'(\w+)'\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]\n]*\]\(([^()\s]+)\)")
 FLAG = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
@@ -24,6 +32,9 @@ REPOSITORY_PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, FOLDERS)
 # A path below one of the packages, such as data/source.py, or a bare name, such as memory.py.
 SOURCE_FILE = re.compile(r"(?<![\w./*<-])\w[\w./-]*\.(?:py|sh)(?![\w*])")
 PLACEHOLDER = re.compile(r"[<>{}$…]|\.\.\.")
+
+# Programs of others, whose flags are not ours to check.
+OTHER_PROGRAMS = {"pip", "docker", "kubectl", "mkdir", "rm", "for", "cat", "git", "python3"}
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
@@ -74,7 +85,7 @@ def known_flags() -> set[str]:
     for line in (ROOT / "scripts" / "cluster" / "slurm.sh").read_text(encoding="utf-8").splitlines():
         if "sbatch" in line.lower():
             flags.update(re.findall(r"(--[a-z-]+)", line))  # Slurm's own
-    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+    for benchmark in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "golden" / "golden.py"]:
         flags.update(re.findall(r'add_argument\(\s*"(--[\w-]+)"', benchmark.read_text(encoding="utf-8")))
     return flags
 
@@ -91,7 +102,7 @@ def command_lines(text: str) -> list[list[str]]:
     for language, block in FENCE.findall(text):
         if language != "bash":
             continue
-        block = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block, flags=re.MULTILINE | re.DOTALL)
+        block = HEREDOC.sub("", block)
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             end = next((i for i, word in enumerate(words) if word in ("|", ">", "&&", ";")), len(words))
@@ -137,17 +148,158 @@ def test_every_repository_path_exists(path):
     assert not missing
 
 
+def commands_of(text: str) -> list[list[str]]:
+    """The commands of the shell blocks, and those in inline code that are complete (no placeholder, at least one argument)."""
+    inline = [code for code in INLINE_CODE.findall(prose(text)) if code.startswith(("python ", "bash scripts/"))]
+    inline = [code for code in inline if not PLACEHOLDER.search(code) and not re.search(r"\b[A-Z]{2,}\b", code)]
+    return command_lines(text) + [shlex.split(code) for code in inline]
+
+
+def without_variables(words: list[str]) -> list[str]:
+    """A command without the environment variables set before it."""
+    return words[next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words)) :]
+
+
+def unknown_flags(words: list[str]) -> list[str]:
+    """Arguments that the parser of a command does not know. Fails for a command that no check covers."""
+    words = [word for word in without_variables(words) if word != "--help"]
+    if not words or words[0] in OTHER_PROGRAMS or words == ["python", "-"]:
+        return []
+    if "torchrun_main.py" in words:
+        return build_parser().parse_known_args(words[words.index("torchrun_main.py") + 1 :])[1]
+    if words[1:3] == ["-m", "peft_pretraining"]:
+        return command_parsers()[words[3]].parse_known_args(words[4:])[1]
+    if words[:3] == ["python", "-m", "pytest"] or (words[0] == "python" and words[1].startswith(("benchmarks/", "tests/"))):
+        return [word for word in words if re.fullmatch(FLAG, word) and word not in known_flags()]
+    script = next((word for word in words if word.startswith("scripts/")), "")
+    own = words[words.index(script) + 1 :] if script else []
+    if script.startswith("scripts/llm_pretrain/") or script == "scripts/quickstart.sh":
+        return build_parser().parse_known_args(own)[1]
+    if script == "scripts/sweep.sh":
+        return command_parsers()["sweep"].parse_known_args(own)[1]
+    if script == "scripts/finetune/glue.sh":
+        return command_parsers()["finetune"].parse_known_args(["--model", "m", "--out", "o", "--task", *own])[1]
+    assert script, f"no check covers this command: {shlex.join(words)}"
+    return []
+
+
 @every_document
-def test_commands_of_the_program_parse(path):
-    """Flags and kinds of values; whether the files that they name exist is asked elsewhere."""
-    for words in command_lines(path.read_text(encoding="utf-8")):
-        if "torchrun_main.py" in words:
-            own = words[words.index("torchrun_main.py") + 1 :]
-            _, unknown = build_parser().parse_known_args(own)
-            assert not unknown
-        elif words[1:3] == ["-m", "peft_pretraining"]:
-            _, unknown = command_parsers()[words[3]].parse_known_args(words[4:])
-            assert not unknown
+def test_commands_parse(path):
+    """By the parser of the program that they start; whether the files that they name exist is tested elsewhere."""
+    unknown = {
+        shlex.join(words): flags for words in commands_of(path.read_text(encoding="utf-8")) if (flags := unknown_flags(words))
+    }
+    assert not unknown
+
+
+def quick_commands() -> list[list[str]]:
+    """Commands of all documents that need no run, no data and no network: dry runs, estimates, help."""
+    commands = [words for path in DOCUMENTS for words in commands_of(path.read_text(encoding="utf-8"))]
+    quick = [words for words in commands if "--dry_run" in words or "--help" in words or "estimate" in words[:4]]
+    unique = {shlex.join(words): words for words in quick if words[0] == "python" and "sweep" not in words}
+    return list(unique.values())
+
+
+@pytest.mark.parametrize("words", quick_commands(), ids=shlex.join)
+def test_quick_commands_run(words, tmp_path, monkeypatch, capsys):
+    """In a folder with the repository's configs and scripts, where a folder of text stands in for data below runs/."""
+    for name in ("configs", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in words:
+        if name.startswith("runs/") and words[words.index(name) - 1] == "--dataset":
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "train.jsonl").write_text('{"text": "A document."}\n' * 100, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    program = torchrun_main.main if words[1] == "torchrun_main.py" else peft_pretraining.__main__.main
+    own = words[2:] if words[1] == "torchrun_main.py" else words[3:]
+    if "--help" in own:
+        with pytest.raises(SystemExit) as ended:
+            program(own)
+        code = ended.value.code
+    else:
+        code = program(own)
+    assert code == 0, capsys.readouterr().err
+
+
+def python_code(text: str) -> list[str]:
+    """Blocks of Python, and programs that a shell block gives to `python -`."""
+    blocks = FENCE.findall(text)
+    programs = [found for language, block in blocks if language == "bash" for found in HEREDOC.findall(block)]
+    return [block for language, block in blocks if language == "python"] + [program for _, program in programs]
+
+
+@every_document
+def test_python_code_compiles_and_its_imports_exist(path):
+    for code_text in python_code(path.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(code_text)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+SIZES = ("60m", "130m", "350m", "1b", "7b")
+METHODS = {"sltrain": "SLTrain", "full": "full-rank", "lowrank": "low-rank", "relora": "ReLoRA", "galore": "GaLore"}
+RECIPE_HEAD = [
+    "| size | method | script | parameters | published perplexity | tokens | updates | GPUs x batch | GiB per GPU | status |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def predicted(flags: list[str], processes: int, capsys) -> dict:
+    """What `python -m peft_pretraining estimate ... --json` says of a recipe on GPUs."""
+    command = ["estimate", "--json", "--device_type", "cuda", "--world", str(processes), *flags]
+    assert peft_pretraining.__main__.main(command) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def recipe_row(size: str, method: str, capsys) -> str:
+    """A row of README's table, from the script, the estimate and the published table."""
+    text = (ROOT / "scripts" / "llm_pretrain" / f"{method}{size}.sh").read_text(encoding="utf-8")
+    launch = re.search(r"^launch (\d+) torchrun_main.py (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    processes, flags = int(launch[1]), [word for word in shlex.split(launch[2]) if word != "$@"]
+    args = build_parser().parse_args(flags)
+    assert (args.peft_model, args.model_config) == (method, f"configs/llama_{size}.json")
+    figures = predicted(flags, processes, capsys)
+    rows = [row for row in (*TABLE, *SEVEN_B) if (row.method, row.model) == (method, f"llama_{size}")]
+    perplexity, tokens = (f"{rows[0].perplexity:.2f}", rows[0].tokens) if rows else ("-", "-")
+    status = re.search(r"^# Status: (\w+(?: only)?)", text, re.MULTILINE)[1]
+    parameters, gib = f"{figures['parameters']['total']:,}", f"{figures['bytes']['peak'] / 2**30:.1f}"
+    assert f"# Predicted, not measured: {parameters} parameters; {gib} GiB at the peak on each GPU." in text.splitlines()
+    cells = [size, METHODS[method], f"`{method}{size}.sh`", f"{figures['parameters']['total'] / 1e6:,.1f}M", perplexity, tokens]
+    cells += [
+        f"{args.num_training_steps:,}",
+        f"{processes} x {args.batch_size}",
+        f"{figures['bytes']['peak'] / 2**30:.1f}",
+        status,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def quickstart_row(capsys) -> str:
+    flags = ["--config", "scripts/quickstart.yaml"]
+    plan = yaml.safe_load((ROOT / "scripts" / "quickstart.yaml").read_text(encoding="utf-8"))
+    figures = predicted(flags, 1, capsys)
+    tokens = f"{plan['num_training_steps'] * plan['total_batch_size'] * plan['max_length'] / 1e6:.1f}M"
+    cells = ["demo", METHODS[plan["peft_model"]], "`quickstart.sh`", f"{figures['parameters']['total'] / 1e6:,.1f}M", "-", tokens]
+    cells += [str(plan["num_training_steps"]), f"1 x {plan['batch_size']}", f"{figures['bytes']['peak'] / 2**30:.1f}"]
+    return f"| {' | '.join([*cells, 'run, on a CPU'])} |"
+
+
+def test_recipe_table_agrees_with_scripts_estimates_and_published_figures(monkeypatch, capsys):
+    """To mend the table, paste what this test expects between the two comments."""
+    monkeypatch.chdir(ROOT)
+    scripts = ROOT / "scripts" / "llm_pretrain"
+    pairs = [(size, method) for size in SIZES for method in METHODS if (scripts / f"{method}{size}.sh").exists()]
+    assert len(pairs) == len(list(scripts.glob("*.sh")))
+    expected = [*RECIPE_HEAD, quickstart_row(capsys), *(recipe_row(size, method, capsys) for size, method in pairs)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- recipes:[^\n]*\n(.*?)\n<!-- end of recipes -->", readme, re.DOTALL)[1]
+    assert table.splitlines() == expected, "\n" + "\n".join(expected)
+
+
+def test_every_page_of_docs_is_linked_from_the_readme():
+    linked = set(LINK.findall(prose((ROOT / "README.md").read_text(encoding="utf-8"))))
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked
 
 
 def test_the_checks_find_what_is_wrong(tmp_path):

@@ -16,7 +16,7 @@ ROOMS = [
 ENTRIES = ["__main__", "torchrun_main"]  # the two programs; may import anything
 FLOOR_OF = {name: number for number, name in enumerate([*ROOMS, *ENTRIES])}
 # Modules about one slow package, which nobody imports at the top of a file.
-LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py"}
+LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py", "trainer.py"}
 ROOMS_WITHOUT_TORCH = ["config", "methods", "memory", "plan"]
 
 

@@ -58,14 +58,19 @@ def write_inputs(folder: Path) -> list[str]:
     ]
 
 
+def flags_of(name: str, tiny_run: list[str]) -> list[str]:
+    """The command line of the run METHODS[name], all but its folder."""
+    return [
+        *("--dtype", "float32", *tiny_run, "--optimizer", "adamw", "--lr", "0.01", "--warmup_steps", "2"),
+        *("--num_training_steps", "8", "--batch_size", "8", "--max_length", "64", "--eval_every", "8"),
+        *("--save_every", "8", "--wandb", "disabled", "--device", "cpu", "--workers", "0"),
+        *METHODS[name],
+    ]
+
+
 def train(name: str, tiny_run: list[str], folder: Path) -> Path:
     """Train the run METHODS[name] in this process; its folder."""
     import torchrun_main
 
-    flags = [
-        *("--dtype", "float32", *tiny_run, "--optimizer", "adamw", "--lr", "0.01", "--warmup_steps", "2"),
-        *("--num_training_steps", "8", "--batch_size", "8", "--max_length", "64", "--eval_every", "8"),
-        *("--save_every", "8", "--wandb", "disabled", "--device", "cpu", "--workers", "0"),
-    ]
-    assert torchrun_main.main([*flags, *METHODS[name], "--save_dir", str(folder)]) == 0
+    assert torchrun_main.main([*flags_of(name, tiny_run), "--save_dir", str(folder)]) == 0
     return folder

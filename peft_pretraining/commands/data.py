@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining data`: build, fetch, prepare and look into data sets."""
+"""`python -m peft_pretraining data`: builds, fetches, prepares and inspects data sets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _number_or_all(text: str) -> int | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, does: str) -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hub name, tokenizer folder or SentencePiece .model file (default: the data set's own, t5-base)",
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder to write; afterwards it is the --dataset")
-    prepare.add_argument("--documents", type=_at_least_one, help="at most so many of each split (default: all)")
+    prepare.add_argument("--documents", type=_at_least_one, help="largest number of documents per split (default: all)")
     prepare.add_argument(
         "--on_bad_record",
         choices=("skip", "fail"),
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked and print what came of it. Exit code 0; errors are raised."""
+    """Performs the action and prints its figures. Exit code 0; errors are raised."""
     actions: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] = {
         "demo": _demo,
         "fetch": _fetch,
@@ -168,7 +168,7 @@ def _tokenizer_for(args: argparse.Namespace) -> Tokenizer:
 
 
 def _own_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
-    """The tokenizer that was named or that the data set brings; None where that would be one from the hub."""
+    """The tokenizer of --tokenizer, or the data set's own; None if that one is on the hub."""
     from peft_pretraining.data.source import prepared_folder
 
     brings_one = args.dataset == "demo" or prepared_folder(args.dataset) is not None

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining estimate`: parameters, memory and communication of a run, before it exists."""
+"""`python -m peft_pretraining estimate`: predicts parameters, memory and communication of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every flag of the trainer; those that memory does not depend on are accepted and change nothing."""
+    """Adds the command's flags and every flag of the trainer; those that memory does not depend on have no effect."""
     parser.add_argument("--json", action="store_true", help="print JSON: parameters, bytes, paper, wire")
     parser.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"), help="where it would run (default: cpu)")
     parser.add_argument("--world", type=int, default=1, help="processes it would run in (default: 1)")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the account. Raises ConfigError."""
+    """Prints the estimate. Raises ConfigError or ValueError."""
     given = with_config_file(given_flags(args))
     if args.world < 1:
         raise ValueError(f"--world {args.world}: must be at least 1")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {value}: must be above 0 and finite")
     if args.rate is not None and args.bandwidth is None:
         raise ValueError(f"--rate {args.rate:g}: says nothing of several processes without --bandwidth (10^9 bytes per second)")
-    # What a run of the method must say, and memory does not depend on.
+    # Required flags of the method on which memory does not depend.
     method = METHODS.get(str(given.get("peft_model")).lower())
     values = arguments_from({"batch_size": 1, **(method.stand_ins if method else {}), **given})
     figures = estimate(values, args.device_type, args.world, args.bandwidth, args.rate)
@@ -57,7 +57,7 @@ def estimate(
     tokens_per_s: float | None = None,
 ) -> dict[str, Any]:
     """{"parameters", "bytes", "paper", "wire"}: elements, bytes per process, units of 10^9 bytes by the paper's convention, and
-    what processes exchange (see wire.wire_figures for bandwidth and tokens_per_s)."""
+    what processes exchange (see communication.wire_figures for bandwidth and tokens_per_s)."""
     from peft_pretraining.plan.plan import make_plan, setting_of
 
     default = "bfloat16" if device_type == "cuda" else "float32"
@@ -72,7 +72,7 @@ def estimate(
 
 
 def format_estimate(figures: dict[str, Any]) -> str:
-    """A table for a terminal."""
+    """The estimate as a table for a terminal."""
     lines = [f"{name:<12}{value:>18,} parameters" for name, value in figures["parameters"].items()]
     lines += [f"{name:<12}{value:>18,} bytes {value / 2**30:>9.2f} GiB" for name, value in figures["bytes"].items()]
     paper = figures["paper"]

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining evaluate`: held-out perplexity of checkpoints and exports, with its interval."""
+"""`python -m peft_pretraining evaluate`: measures held-out perplexity of checkpoints and exports, with its interval."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HELP = "perplexity of checkpoints and exports on a data set, with a 95 % interva
 
 @dataclass(frozen=True)
 class Evaluated:
-    """loss: mean over target tokens, nats. perplexity: exp(loss), low and high the ends of its 95 % interval, None with one batch
-    alone. bits_per_byte: of their text, None where the tokenizer's pieces stand for no bytes. max_length, packing: how text was
-    cut into sequences; perplexities of other cuts do not compare."""
+    """The figures of one model. loss: mean over target tokens, nats. perplexity: exp(loss); low and high are the ends of its 95 %
+    interval, None for a single batch. bits_per_byte: None if the tokenizer's pieces have no byte lengths. max_length, packing:
+    how text was cut into sequences; only perplexities of equal cuts are comparable."""
 
     checkpoint: str
     loss: float
@@ -39,7 +39,7 @@ class Evaluated:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     parser.add_argument(
         *("--checkpoint", "--checkpoints"),
         type=Path,
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate one after another and print. Raises ValueError for what cannot work, and OSError."""
+    """Evaluates the models one after another and prints a table. Raises ValueError or OSError."""
     for name in ("max_length", "eval_tokens", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < (2 if name == "max_length" else 1):
@@ -73,16 +73,16 @@ def run(args: argparse.Namespace) -> int:
     from peft_pretraining.distributed.world import World
     from peft_pretraining.export.load import holds_export
 
-    for path in args.checkpoint:  # all of them, before hours go into the first
+    for path in args.checkpoint:  # check all before the first evaluation, which may take hours
         if holds_export(path) and args.dataset is None:
             raise ValueError(
-                f"--dataset: an export does not say what to evaluate on ({path}); name a data set, such as c4 or a folder"
+                f"--dataset: needed for {path}, an export, which records no data set; name one, such as c4 or a folder"
             )
     device = pick_device(args.device, World())
     found: list[Evaluated] = []
     try:
         for path in args.checkpoint:
-            found.append(evaluate_one(path, device, args))  # what is found stays where a later one fails
+            found.append(evaluate_one(path, device, args))  # printed even if a later model fails
     finally:
         if found:
             one = len(args.checkpoint) == 1
@@ -95,7 +95,7 @@ def _as_json(found: Sequence[Evaluated], one: bool) -> str:
 
 
 def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> Evaluated:
-    """One model. Raises ValueError for what cannot work, and OSError."""
+    """Evaluates one model. Raises ValueError or OSError."""
     from peft_pretraining.export.load import load_for_inference
     from peft_pretraining.model.loss import TokenLoss
     from peft_pretraining.training.evaluate import Batches, evaluate
@@ -132,7 +132,7 @@ def _tokenizer(loaded: Loaded, args: argparse.Namespace, path: Path) -> Tokenize
 
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else loaded.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{path}: no tokenizer lies beside the model; give --tokenizer")
+        raise ValueError(f"{path}: the folder has no tokenizer; give --tokenizer")
     if tokenizer.text_vocab_size > loaded.model.config.vocab_size:
         raise ValueError(
             f"--tokenizer {tokenizer.name}: text needs ids up to {tokenizer.text_vocab_size - 1}, {path} has "
@@ -142,7 +142,7 @@ def _tokenizer(loaded: Loaded, args: argparse.Namespace, path: Path) -> Tokenize
 
 
 def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, max_length: int, packing: bool) -> EvalSet:
-    """As the run's own evaluation has it, but for what was given."""
+    """The evaluation set of the model's run, with the values of given flags in place of the run's."""
     from peft_pretraining.data.loader import EvalSet
     from peft_pretraining.data.source import open_source
 
@@ -150,7 +150,7 @@ def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, ma
     own = None if run is None else run.eval_dataset
     dataset = args.dataset or own or (run.dataset if run is not None else "")
     field = args.text_field or (run.text_field if run is not None else "text")
-    # A data set that is named for evaluation is that as a whole; the run's own had a part held out.
+    # A data set named for evaluation is used whole; of the training data only the held-out part is.
     named = own is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
     source = open_source(dataset, "validation", text_field=field, hold_out=not named)
     return EvalSet(
@@ -184,7 +184,7 @@ def _exp(value: float) -> float:
 
 
 def format_table(found: Sequence[Evaluated]) -> str:
-    """A line per model for a terminal."""
+    """A table with one line per model, for a terminal."""
 
     def cells(each: Evaluated) -> Iterator[str]:
         bounds = "" if each.perplexity_low is None else f" [{each.perplexity_low:,.2f}, {each.perplexity_high:,.2f}]"

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining export`: a checkpoint as a model that others load."""
+"""`python -m peft_pretraining export`: writes a checkpoint as a model for transformers, or with its factors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HELP = "write a checkpoint's model as a dense LLaMA for transformers, or with it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="step_XXXXXXXX folder, or a run's folder")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the model")
     parser.add_argument(
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folder and say what is in it. Raises ValueError and OSError for what cannot work."""
+    """Writes the export and prints a summary. Raises ValueError or OSError for refused values."""
     from peft_pretraining.export.write import export
 
     done = export(args.checkpoint, args.out, keep_factors=args.keep_factors, dtype=args.dtype)

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining generate`: text from a checkpoint or an export."""
+"""`python -m peft_pretraining generate`: generates text with a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELP = "continue prompts with the model of a checkpoint or an export"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="run, step_XXXXXXXX folder, or export")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", nargs="+", help="text to continue; several are continued together (default: 'The ')")
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each prompt and its continuation, a single one while it is made. Raises ValueError for what cannot work."""
+    """Prints each prompt and its continuation; streams a single one. Raises ValueError for refused values."""
     check_values(args)
     prompts = read_prompts(args)
     import torch
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Raises ValueError with the value that cannot work."""
+    """Raises ValueError, naming the first flag that is out of range."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     # Logits over a smaller temperature may overflow.
@@ -85,7 +85,7 @@ def check_values(args: argparse.Namespace) -> None:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """What was given as arguments, in a file or on standard input. Raises ValueError and OSError."""
+    """Prompts from the arguments, a file or standard input. Raises ValueError or OSError."""
     given = "--prompt" if args.file is None else f"--file {args.file}"
     try:
         if args.file is None:
@@ -93,14 +93,14 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         else:
             prompts = [sys.stdin.read() if str(args.file) == "-" else args.file.read_text(encoding="utf-8")]
         for prompt in prompts:
-            prompt.encode()  # Python reads bytes of arguments, and of standard input, that are no text as surrogates
+            prompt.encode()  # Python reads invalid bytes of arguments and standard input as surrogates
     except UnicodeError as error:
         raise ValueError(f"{given}: is not UTF-8 text ({error})") from None
     return prompts
 
 
 def encode(prompts: Sequence[str], tokenizer: Tokenizer, positions: int, new: int) -> list[list[int]]:
-    """Ids of each. Raises ValueError where one is empty or too long for a model with so many positions."""
+    """Token ids of each prompt. Raises ValueError for an empty prompt, or one too long for the model's positions."""
     if new >= positions:
         raise ValueError(f"--max_new_tokens {new}: must be below {positions}, the model's positions, which the prompt shares")
     found = tokenizer.encode_batch(prompts)
@@ -117,7 +117,7 @@ def encode(prompts: Sequence[str], tokenizer: Tokenizer, positions: int, new: in
 def generate(
     loaded: Loaded, tokenizer: Tokenizer, prompts: Sequence[list[int]], args: argparse.Namespace, streamer: Any = None
 ) -> list[list[int]]:
-    """Each prompt's ids and those that follow, to the end token at most. Prompts are padded on the left to one length."""
+    """Token ids of each prompt and its continuation, up to the end token. Prompts are padded on the left to equal length."""
     import torch
 
     longest, device = max(map(len, prompts)), next(loaded.model.parameters()).device
@@ -140,24 +140,24 @@ def generate(
 
 
 class Printer:
-    """transformers calls `put` with the prompt's ids and each token after them; text goes out as soon as it is whole."""
+    """Streams text: transformers calls `put` with the prompt's ids and then each token; writes complete characters."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]):
-        """write: gets the pieces of text."""
+        """write: called with each piece of text."""
         self._tokenizer, self._write = tokenizer, write
         self._ids: list[int] = []
         self._written = 0
 
     def put(self, ids: torch.Tensor) -> None:
-        """ids: of one sequence, any shape."""
+        """Takes token ids of one sequence, in any shape."""
         self._ids += ids.flatten().tolist()
         text = self._tokenizer.decode(self._ids)
-        # A character of several tokens reads as a replacement character until its last one is there.
+        # A character of several tokens decodes to a replacement character until its last token arrives.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self._flush(text)
 
     def end(self) -> None:
-        """Whatever is left."""
+        """Writes the remaining text."""
         self._flush(self._tokenizer.decode(self._ids))
 
     def _flush(self, text: str) -> None:
@@ -166,5 +166,5 @@ class Printer:
 
 
 def printable(text: str) -> str:
-    """A model may write what a terminal would obey: such characters are spelled out."""
+    """The text with control characters escaped, which a terminal would otherwise execute."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

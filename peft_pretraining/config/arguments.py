@@ -1,57 +1,43 @@
-"""The program's arguments: one dataclass per topic, what each may be, and what they say of a run.
+"""The program's arguments: one dataclass per topic, in which every flag is one row (`flag.Row`).
 
-`Arguments` holds what the user asked for (read by `command_line`, checked by `refusals`); what follows from it (accumulation,
-steps, tokens) is `plan.Plan`. No torch in here: `--help` and every argument error must answer in about a second.
+`Arguments` holds what the user asked for, as `command_line` reads it; what follows from it (gradient accumulation, update steps,
+tokens) is `plan.Plan`. Imports no torch: `--help` and every refusal must answer in about a second.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.config.flag import flag, rows_of
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.supports import SUPPORTS
 
 
-def _method_names() -> list[str]:
+def _method_names() -> dict[str, str]:
     """Names of the files of methods/ that define METHOD; listed and not imported, since methods/ imports this room."""
     files = sorted((Path(__file__).parent.parent / "methods").glob("*.py"))
-    return [file.stem for file in files if "\nMETHOD = " in file.read_text(encoding="utf-8")]
+    return {file.stem: file.stem for file in files if "\nMETHOD = " in file.read_text(encoding="utf-8")}
 
 
 # What --peft_model may be. methods.register adds the name of a method that is defined elsewhere.
 METHOD_NAMES = _method_names()
-
+# Methods with low-rank factors; those whose linears compute with a low-rank (plus sparse) weight.
+_FACTORED = ("lowrank", "relora", "sltrain")
+_REPARAMETERIZED = ("lowrank", "sltrain")
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
-
-
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
-
-
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
-
-
 INITS = ("default", "svd")
-
-
 LINEAR_PATHS = ("auto", "materialised", "factored")
-
-
 PARALLEL = ("ddp", "fsdp")
-
-
 EMBEDDING_STATES = ("32bit", "8bit")
-
-
 ON_BAD_RECORD = ("skip", "fail")
-
-
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -63,91 +49,245 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def _arg(default: Any, help: str, **metadata: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass
 class ModelArguments:
     """model"""
 
-    model_config: str = _arg("", "JSON file of the model's shape, e.g. configs/llama_60m.json", required=True)
-    dtype: str | None = _arg(
+    model_config: str = flag(
+        "",
+        "JSON file of the model's shape, e.g. configs/llama_60m.json",
+        defines_run=True,
+        on_resume="never",
+        unit="file",
+        required=True,
+        synonyms=("model", "model_name_or_path", "model_path", "config_name"),
+    )
+    dtype: str | None = flag(
         None,
         "parameters and arithmetic: bfloat16 | float32 (default: bfloat16 on a GPU that has it, else float32)",
+        defines_run=True,
+        on_resume="never",
         choices=DTYPES,
+        synonyms=("precision", "torch_dtype", "bf16"),
     )
-    activation_checkpointing: str | None = _arg(
+    activation_checkpointing: str | None = flag(
         None,
-        "recompute activations in backward: layer (keep each decoder layer's input only; the flag alone) | selective "
+        "recompute activations in the backward pass: layer (keep only each decoder layer's input; the flag alone) | selective "
         "(keep attention's output too)",
+        defines_run=False,
+        on_resume="freely",
         const="layer",
         choices=("layer", "selective"),
+        synonyms=("gradient_checkpointing", "recompute"),
     )
-    compile: bool = _arg(False, "compile every decoder layer with torch.compile")
-    use_hf_model: bool = _arg(False, "published flag, no effect: the model always is transformers' LLaMA")
+    compile: bool = flag(
+        False,
+        "compile every decoder layer with torch.compile",
+        defines_run=False,
+        on_resume="freely",
+        synonyms=("torch_compile",),
+    )
+    use_hf_model: bool = flag(
+        False,
+        "published flag, no effect: the model always is transformers' LLaMA",
+        defines_run=False,
+        on_resume="freely",
+        no_effect=lambda args: "in this program: the model always is transformers' LLaMA" if args.use_hf_model else None,
+    )
 
 
 @dataclass
 class MethodArguments:
     """method"""
 
-    peft_model: str = _arg(
+    peft_model: str = flag(
         "full",
         f"what the attention and MLP linears become: {' | '.join(METHOD_NAMES)}; full: dense, galore: dense with projected "
         "gradients, lowrank: two factors, relora: dense and frozen, plus factors that are merged into them every --relora "
         "updates, sltrain: two factors plus a sparse part",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
         choices=METHOD_NAMES,
+        synonyms=("method", "peft_type", "training_method"),
     )
-    rank: int = _arg(128, "rank r of the low-rank part B A; of galore's projections")
-    sp_ratio: float = _arg(0.01, "sparsity delta: share of each weight's entries that the sparse part trains, in (0, 1)")
-    lora_alpha: float = _arg(32.0, "alpha: the low-rank part is scaled by alpha / rank")
-    train_scaling: bool = _arg(False, "train the low-rank part's scale as tanh(c), c starting at 1, instead of alpha / rank")
-    support: str = _arg(
+    rank: int = flag(
+        128,
+        "rank r of the low-rank part B A; of galore's projections",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
+        minimum=1,
+        methods=(*_FACTORED, "galore"),
+        synonyms=("lora_r", "r", "lora_rank"),
+    )
+    sp_ratio: float = flag(
+        0.01,
+        "sparsity delta: share of each weight's entries that the sparse part trains, in (0, 1)",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
+        unit="share",
+        methods=("sltrain",),
+        synonyms=("sparsity", "delta", "density", "sparse_ratio"),
+    )
+    lora_alpha: float = flag(
+        32.0,
+        "alpha: the low-rank part is scaled by alpha / rank",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        above=0,
+        methods=_FACTORED,
+        no_effect=lambda args: (
+            "with --train_scaling: the trained scale tanh(c) replaces alpha / rank" if args.train_scaling else None
+        ),
+        synonyms=("alpha",),
+    )
+    train_scaling: bool = flag(
+        False,
+        "train the low-rank part's scale as tanh(c), c starting at 1, instead of alpha / rank",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
+        methods=_FACTORED,
+        synonyms=("trainable_scaling",),
+    )
+    support: str = flag(
         "uniform",
-        "where the sparse entries lie: uniform (at random over the whole weight, as published) | block (1/sp_ratio "
-        "dense blocks, rows interleaved: faster, nothing to store)",
+        "positions of the sparse entries: uniform (random over the whole weight, as published) | block (1/sp_ratio dense "
+        "blocks, rows interleaved: faster, no positions to store)",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
         choices=tuple(SUPPORTS),
+        methods=("sltrain",),
+        synonyms=("sparse_support", "sparsity_pattern"),
     )
-    linear_path: str = _arg(
+    linear_path: str = flag(
         "auto",
         "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (whichever is faster)",
+        defines_run=False,
+        on_resume="freely",
         choices=LINEAR_PATHS,
+        methods=_REPARAMETERIZED,
     )
-    lora_dropout: float = _arg(0.0, "published flag, no effect (the published layer never applied it)")
-    update_proj_gap: int = _arg(200, "galore: update steps from one SVD of the gradients to the next")
-    galore_scale: float = _arg(0.25, "galore: the projected step is multiplied by this on its way back to the weights")
-    proj_type: str = _arg(
+    lora_dropout: float = flag(
+        0.0,
+        "published flag, no effect (the published layer never applied it)",
+        defines_run=False,
+        on_resume="freely",
+        unit="share",
+        no_effect=lambda args: "in this program: the published layer never applied it" if args.lora_dropout else None,
+    )
+    update_proj_gap: int = flag(
+        200,
+        "galore: update steps from one SVD of the gradients to the next",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=1,
+        methods=("galore",),
+        synonyms=("galore_update_proj_gap", "update_interval"),
+    )
+    galore_scale: float = flag(
+        0.25,
+        "galore: the projected step is multiplied by this when it is mapped back to the weights",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        above=0,
+        methods=("galore",),
+        synonyms=("galore_alpha",),
+    )
+    proj_type: str = flag(
         "std",
         "galore: singular vectors that span the subspace: std (of the weight's shorter side) | reverse_std (of its longer one) "
         "| right | left | full (both)",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
         choices=PROJ_TYPES,
+        methods=("galore",),
+        synonyms=("galore_proj_type", "projection_type"),
     )
-    init: str = _arg(
+    init: str = flag(
         "default",
-        "lowrank, sltrain: initial values: default (the published ones) | svd (of a dense initialisation: the best rank-r part "
-        "as balanced factors, the sparse values from what it leaves)",
+        "lowrank, sltrain: initial values: default (as published) | svd (of a dense initialisation: the best rank-r part as "
+        "balanced factors, the sparse values from the remainder)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
         choices=INITS,
+        methods=_REPARAMETERIZED,
+        synonyms=("init_lora_weights", "initialization"),
     )
-    restart_every: int | None = _arg(
+    restart_every: int | None = flag(
         None,
         "lowrank, sltrain: update steps between restarts, which set the moments of the factored linears to zero (default: none)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=1,
+        methods=_REPARAMETERIZED,
     )
-    rebalance: bool = _arg(False, "with --restart_every: a restart replaces B and A by balanced factors of the same product")
-    relora: int | None = _arg(None, "relora: update steps between merges of the factors into the dense weights")
-    warmed_up_model: str | None = _arg(
+    rebalance: bool = flag(
+        False,
+        "with --restart_every: a restart replaces B and A by balanced factors of the same product",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        methods=_REPARAMETERIZED,
+    )
+    relora: int | None = flag(
+        None,
+        "relora: update steps between merges of the factors into the dense weights",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=1,
+        methods=("relora",),
+        synonyms=("merge_every", "relora_steps", "relora_every"),
+    )
+    warmed_up_model: str | None = flag(
         None,
         "relora: a full-rank run's folder or checkpoint, whose weights, update step and data position it starts from "
         "(default: from the seed's initial values)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="folder",
+        methods=("relora",),
+        synonyms=("warm_start", "init_from"),
     )
-    reset_optimizer_on_relora: bool | None = _arg(
-        None, "relora: zero the factors' moments at a merge (default: true, unless they are pruned)"
+    reset_optimizer_on_relora: bool | None = flag(
+        None,
+        "relora: zero the factors' moments at a merge (default: true, unless they are pruned)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        methods=("relora",),
     )
-    optimizer_random_pruning: float | None = _arg(
-        None, "relora: share of the factors' moments, chosen at random, that a merge zeroes instead"
+    optimizer_random_pruning: float | None = flag(
+        None,
+        "relora: share of the factors' moments, chosen at random, that a merge zeroes instead",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="share",
+        methods=("relora",),
     )
-    optimizer_magnitude_pruning: float | None = _arg(
-        None, "relora: share of the factors' moments, the smallest ones, that a merge zeroes instead"
+    optimizer_magnitude_pruning: float | None = flag(
+        None,
+        "relora: share of the factors' moments, the smallest ones, that a merge zeroes instead",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="share",
+        methods=("relora",),
     )
 
 
@@ -155,39 +295,87 @@ class MethodArguments:
 class DataArguments:
     """data"""
 
-    dataset: str = _arg(
+    dataset: str = flag(
         "c4",
         "c4 (streamed from the hub) | demo (built from installed documentation) | folder, file, glob or URL | hub:NAME | folder "
         "made by `python -m peft_pretraining data prepare`",
+        defines_run=True,
+        on_resume="if_allowed",
+        synonyms=("data", "dataset_name", "train_file", "data_path", "data_dir", "train_data"),
     )
-    eval_dataset: str | None = _arg(None, "held-out data, named like --dataset (default: the validation split of --dataset)")
-    text_field: str = _arg("text", "field of a record that holds the text")
-    tokenizer: str | None = _arg(
+    eval_dataset: str | None = flag(
+        None,
+        "held-out data, named like --dataset (default: the validation split of --dataset)",
+        defines_run=False,  # the trained model does not depend on it
+        on_resume="if_allowed",
+        synonyms=("validation_file", "val_data", "eval_data", "valid_data", "validation_dataset"),
+    )
+    text_field: str = flag(
+        "text",
+        "field of a record that holds the text",
+        defines_run=True,
+        on_resume="if_allowed",
+        synonyms=("text_column", "dataset_text_field", "text_key"),
+    )
+    tokenizer: str | None = flag(
         None,
         "hub name, tokenizer folder or SentencePiece .model file (default: t5-base; their own for demo and prepared data)",
+        defines_run=True,
+        on_resume="if_allowed",
+        synonyms=("tokenizer_name", "tokenizer_path", "tokenizer_name_or_path"),
     )
-    max_length: int = _arg(256, "sequence length, tokens")
-    packing: bool = _arg(
+    max_length: int = flag(
+        256,
+        "sequence length, tokens",
+        defines_run=True,
+        on_resume="never",
+        unit="tokens",
+        minimum=2,  # a sequence of one token has nothing to predict
+        synonyms=(
+            *("seq_len", "seq_length", "sequence_length", "max_seq_len", "max_seq_length"),
+            *("block_size", "context_length", "ctx_len"),
+        ),
+    )
+    packing: bool = flag(
         False,
         "concatenate documents with eos, no padding (default, as published: each document cut to max_length and padded)",
+        defines_run=True,
+        on_resume="never",
+        synonyms=("pack", "sample_packing"),
     )
-    document_mask: bool = _arg(
+    document_mask: bool = flag(
         False,
         "with --packing: a token attends to its own document only, and positions begin anew at each document, in training and "
         "evaluation",
+        defines_run=True,
+        on_resume="if_allowed",
+        no_effect=lambda args: (
+            "without --packing: a sequence holds one document" if args.document_mask and not args.packing else None
+        ),
     )
-    data_lanes: int | None = _arg(
+    data_lanes: int | None = flag(
         None,
         "virtual readers; they fix the data's order for any number of processes and workers (default: c4 64, else 24)",
+        defines_run=True,
+        on_resume="never",
+        unit="readers",
+        minimum=1,
     )
-    workers: int | None = _arg(
+    workers: int | None = flag(
         None,
         "tokenising processes per rank, 0 for none (default: up to 8, leaving a core to the trainer; 0 for prepared data)",
+        defines_run=False,
+        on_resume="freely",
+        unit="processes",
+        minimum=0,
+        synonyms=("num_workers", "dataloader_num_workers"),
     )
-    on_bad_record: str = _arg(
+    on_bad_record: str = flag(
         "skip",
         "records that hold no text, and files that cannot be read: skip (pass over and count; more than a quarter of all end "
         "the run) | fail (end the run at the first, with file and line)",
+        defines_run=False,
+        on_resume="freely",
         choices=ON_BAD_RECORD,
     )
 
@@ -196,191 +384,447 @@ class DataArguments:
 class OptimizationArguments:
     """optimization"""
 
-    batch_size: int = _arg(0, "sequences per micro-batch and process", required=True)
-    gradient_accumulation: int | None = _arg(None, "micro-batches per update (default: from total_batch_size)")
-    total_batch_size: int | None = _arg(
-        None, "sequences per update over all processes (default: batch_size x accumulation x processes)"
+    batch_size: int = flag(
+        0,
+        "sequences per micro-batch and process",
+        defines_run=False,
+        on_resume="freely",
+        unit="sequences",
+        required=True,
+        minimum=1,
+        synonyms=("per_device_train_batch_size", "micro_batch_size", "device_batch_size", "micro_batch"),
     )
-    num_training_steps: int = _arg(10_000, "update steps to train for, exactly")
-    max_train_tokens: int | None = _arg(
+    gradient_accumulation: int | None = flag(
+        None,
+        "micro-batches per update (default: from total_batch_size)",
+        defines_run=False,
+        on_resume="freely",
+        unit="micro-batches",
+        minimum=1,
+        synonyms=("gradient_accumulation_steps", "grad_accum", "accumulate_grad_batches"),
+    )
+    total_batch_size: int | None = flag(
+        None,
+        "sequences per update over all processes (default: batch_size x accumulation x processes)",
+        defines_run=True,
+        on_resume="if_allowed",
+        unit="sequences",
+        minimum=1,
+        synonyms=("global_batch_size", "train_batch_size"),
+    )
+    num_training_steps: int = flag(
+        10_000,
+        "update steps to train for, exactly",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=1,
+        no_effect=lambda args: (
+            None if args.max_train_tokens is None else f"with --max_train_tokens {args.max_train_tokens}: tokens end the run"
+        ),
+        synonyms=("max_steps", "num_steps", "steps", "max_iters", "train_iters", "total_steps", "num_iterations"),
+    )
+    max_train_tokens: int | None = flag(
         None,
         "end with the update that reaches this many tokens (150M, 1.1B, ...); replaces num_training_steps",
-        type="tokens",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        kind="tokens",
+        minimum=1,
+        synonyms=("max_tokens", "train_tokens", "num_tokens"),
     )
-    optimizer: str = _arg(
+    optimizer: str = flag(
         "adam",
         f"{' | '.join(OPTIMIZERS)}; published names galore_adamw, ... mean --peft_model galore with one of these",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
         choices=tuple(OPTIMIZERS),
+        synonyms=("optim", "optimizer_type"),
     )
-    lr: float = _arg(1e-4, "peak learning rate")
-    weight_decay: float = _arg(0.0, "weight decay, applied to every parameter as published")
-    beta1: float = _arg(0.0, "momentum of sgd and first moment of adafactor (0: off); the Adam family keeps 0.9")
-    grad_clipping: float | None = _arg(None, "clip the global gradient norm to this value (0 or not given: off)")
-    grad_norm_growth: float | None = _arg(
-        None, "limit each tensor's gradient norm to this many times its last one, e.g. 1.01; works with per_layer too"
+    lr: float = flag(
+        1e-4,
+        "peak learning rate",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        above=0,
+        synonyms=("learning_rate", "max_lr", "peak_lr", "base_lr"),
     )
-    per_layer: bool = _arg(
+    weight_decay: float = flag(
+        0.0,
+        "weight decay, applied to every parameter as published",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        minimum=0,
+        synonyms=("wd",),
+    )
+    beta1: float = flag(
+        0.0,
+        "momentum of sgd and first moment of adafactor (0: off); the Adam family keeps 0.9",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
+        minimum=0,
+        below=1,
+        no_effect=lambda args: (
+            None if OPTIMIZERS[args.optimizer].uses_beta1 else f"with --optimizer {args.optimizer}: the Adam family keeps 0.9"
+        ),
+        synonyms=("momentum", "adam_beta1"),
+    )
+    grad_clipping: float | None = flag(
+        None,
+        "clip the global gradient norm to this value (0 or not given: off)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        minimum=0,
+        no_effect=lambda args: (
+            "with an optimizer named *_per_layer, as published; --grad_norm_growth 1.01 limits each tensor's gradient"
+            if args.per_layer and args.grad_clipping is None and "per_layer" not in args.given
+            else None
+        ),
+        synonyms=("max_grad_norm", "grad_clip", "clip_grad", "gradient_clipping", "clip_grad_norm"),
+    )
+    grad_norm_growth: float | None = flag(
+        None,
+        "limit each tensor's gradient norm to this many times its last one, e.g. 1.01; works with per_layer too",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        minimum=1,
+        synonyms=("norm_growth_limiter",),
+    )
+    per_layer: bool = flag(
         False,
         "step each parameter in the backward pass and free its gradient at once (published: optimizers *_per_layer)",
+        defines_run=True,
+        on_resume="freely",  # results are bit-identical to whole updates
+        synonyms=("layerwise", "optim_layerwise"),
     )
-    embedding_states: str | None = _arg(
+    embedding_states: str | None = flag(
         None,
         "moments of embedding and output head with adam8bit and adamw4bit: 32bit (default) | 8bit (as the optimizer's others)",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
         choices=EMBEDDING_STATES,
+        no_effect=lambda args: (
+            None if OPTIMIZERS[args.optimizer].low_bit else f"with --optimizer {args.optimizer}: its moments are not quantised"
+        ),
     )
-    stochastic_rounding: bool = _arg(
+    stochastic_rounding: bool = flag(
         False,
         "round new bfloat16 parameters up or down at random, right on average, so that small updates are not lost",
+        defines_run=True,
+        on_resume="never",
+        warm_start=True,
+        no_effect=lambda args: (
+            "with --dtype float32: nothing is rounded" if args.stochastic_rounding and args.dtype == "float32" else None
+        ),
     )
-    scheduler: str = _arg("cosine", " | ".join(SCHEDULERS), choices=SCHEDULERS)
-    min_lr_ratio: float = _arg(0.1, "end of the cosine schedules as a share of the peak")
-    warmup_steps: int = _arg(1_000, "update steps of linear warm-up")
-    cycle_length: int | None = _arg(None, "update steps per cycle of the cosine schedules (default: one cycle)")
-    restart_warmup_steps: int | None = _arg(
-        None, "update steps of warm-up after each restart of cosine_restarts, --restart_every or --relora"
+    scheduler: str = flag(
+        "cosine",
+        " | ".join(SCHEDULERS),
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        choices=SCHEDULERS,
+        synonyms=("lr_scheduler_type", "lr_scheduler", "lr_schedule", "lr_decay_style"),
     )
-    adjust_step: int = _arg(0, "shift of the restarts, update steps (cosine_restarts)")
+    min_lr_ratio: float = flag(
+        0.1,
+        "end of the cosine schedules as a share of the peak",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="share",
+        minimum=0,
+        maximum=1,
+        no_effect=lambda args: "with --scheduler linear, which ends at 0" if args.scheduler == "linear" else None,
+        synonyms=("min_lr", "final_lr_ratio"),
+    )
+    warmup_steps: int = flag(
+        1_000,
+        "update steps of linear warm-up",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=0,
+        synonyms=("warmup", "num_warmup_steps", "warmup_iters", "warmup_ratio", "lr_warmup_steps"),
+    )
+    cycle_length: int | None = flag(
+        None,
+        "update steps per cycle of the cosine schedules (default: one cycle)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=1,
+        no_effect=lambda args: "with --scheduler linear, which has no cycles" if args.scheduler == "linear" else None,
+    )
+    restart_warmup_steps: int | None = flag(
+        None,
+        "update steps of warm-up after each restart of cosine_restarts, --restart_every or --relora",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=0,
+    )
+    adjust_step: int = flag(
+        0,
+        "shift of the restarts, update steps (cosine_restarts)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
+        unit="updates",
+        minimum=0,
+    )
 
 
 @dataclass
 class RunArguments:
     """run, evaluation, record"""
 
-    save_dir: str | None = _arg(None, "the run's folder (default: checkpoints/<config>-<method>-<hash of the arguments>)")
-    save_every: int = _arg(10_000, "update steps between checkpoints; one more is written at the end")
-    keep_checkpoints: int | None = _arg(None, "newest checkpoints to keep (default: all)")
-    async_save: bool = _arg(
-        False, "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)"
+    save_dir: str | None = flag(
+        None,
+        "the run's folder (default: checkpoints/<config>-<method>-<hash of the arguments>)",
+        defines_run=False,
+        on_resume="freely",
+        unit="folder",
+        synonyms=("output_dir", "out_dir", "run_dir"),
     )
-    continue_from: str | None = _arg(None, "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to go on from")
-    resume: str = _arg(
+    save_every: int = flag(
+        10_000,
+        "update steps between checkpoints; one more is written at the end",
+        defines_run=False,
+        on_resume="freely",
+        unit="updates",
+        minimum=1,
+        synonyms=("save_steps", "save_interval", "checkpoint_every"),
+    )
+    keep_checkpoints: int | None = flag(
+        None,
+        "newest checkpoints to keep (default: all)",
+        defines_run=False,
+        on_resume="freely",
+        unit="checkpoints",
+        minimum=1,
+        synonyms=("save_total_limit",),
+    )
+    async_save: bool = flag(
+        False,
+        "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)",
+        defines_run=False,
+        on_resume="freely",
+    )
+    continue_from: str | None = flag(
+        None,
+        "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to go on from",
+        defines_run=False,
+        on_resume="freely",
+        unit="folder",
+        synonyms=("resume_from_checkpoint", "resume_from", "load_from", "checkpoint"),
+    )
+    resume: str = flag(
         "auto",
         "auto: go on from the newest checkpoint in save_dir; never: start afresh in a numbered folder",
+        defines_run=False,
+        on_resume="freely",
         choices=("auto", "never"),
     )
-    on_nonfinite: str = _arg(
+    on_nonfinite: str = flag(
         "skip",
         "an update whose loss or gradient is not finite: skip it, 10 in a row end the run | stop: save what is needed to look "
         "into it, and end",
+        defines_run=False,
+        on_resume="freely",
         choices=("skip", "stop"),
     )
-    allow_changes: str | None = _arg(
-        None, "comma-separated arguments that may differ from the checkpoint's, e.g. lr,num_training_steps"
+    allow_changes: str | None = flag(
+        None,
+        "comma-separated arguments that may differ from the checkpoint's, e.g. lr,num_training_steps",
+        defines_run=False,
+        on_resume="freely",
     )
-    eval_every: int = _arg(5_000, "update steps between evaluations; one more follows at the end")
-    eval_tokens: int | None = _arg(
-        None, "tokens to evaluate on (default: 10M for c4, else the whole held-out split)", type="tokens"
+    eval_every: int = flag(
+        5_000,
+        "update steps between evaluations; one more follows at the end",
+        defines_run=False,
+        on_resume="freely",
+        unit="updates",
+        minimum=1,
+        synonyms=("eval_steps", "eval_interval", "val_interval"),
     )
-    eval_at_start: bool = _arg(False, "evaluate before the first update too")
-    log_every: int = _arg(1, "update steps between lines of metrics.jsonl")
-    name: str | None = _arg(None, "the run's name in wandb (default: the run folder's name)")
-    tags: str | None = _arg(None, "comma-separated tags in wandb")
-    wandb: str = _arg("auto", "auto: online with a key, else offline | online | offline | disabled", choices=WANDB_MODES)
+    eval_tokens: int | None = flag(
+        None,
+        "tokens to evaluate on (default: 10M for c4, else the whole held-out split)",
+        defines_run=False,  # the trained model does not depend on it
+        on_resume="if_allowed",
+        kind="tokens",
+        minimum=1,
+        synonyms=("eval_iters", "max_eval_tokens", "max_eval_samples"),
+    )
+    eval_at_start: bool = flag(
+        False,
+        "evaluate before the first update too",
+        defines_run=False,
+        on_resume="freely",
+        synonyms=("eval_on_start",),
+    )
+    log_every: int = flag(
+        1,
+        "update steps between lines of metrics.jsonl",
+        defines_run=False,
+        on_resume="freely",
+        unit="updates",
+        minimum=1,
+        synonyms=("logging_steps", "log_interval", "log_freq"),
+    )
+    name: str | None = flag(
+        None,
+        "the run's name in wandb (default: the run folder's name)",
+        defines_run=False,
+        on_resume="freely",
+        no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None,
+        synonyms=("run_name", "wandb_name", "exp_name"),
+    )
+    tags: str | None = flag(
+        None,
+        "comma-separated tags in wandb",
+        defines_run=False,
+        on_resume="freely",
+        no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None,
+        synonyms=("wandb_tags",),
+    )
+    wandb: str = flag(
+        "auto",
+        "auto: online with a key, else offline | online | offline | disabled",
+        defines_run=False,
+        on_resume="freely",
+        choices=WANDB_MODES,
+        synonyms=("report_to", "wandb_mode"),
+    )
 
 
 @dataclass
 class SystemArguments:
     """system"""
 
-    seed: int = _arg(42, "seed of initial values, support and data order")
-    device: str = _arg("auto", "auto | cpu | cuda | cuda:N")
-    single_gpu: bool = _arg(False, "published flag: one process without a process group; refused where torchrun started more")
-    parallel: str = _arg(
+    seed: int = flag(
+        42,
+        "seed of initial values, support and data order",
+        defines_run=True,
+        on_resume="never",
+        minimum=0,
+        below=2**63,
+        synonyms=("random_seed",),
+    )
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N", defines_run=False, on_resume="freely", synonyms=("gpu",))
+    single_gpu: bool = flag(
+        False,
+        "published flag: one process without a process group; refused where torchrun started more",
+        defines_run=False,
+        on_resume="freely",
+    )
+    parallel: str = flag(
         "ddp",
         "how several processes share the work: ddp (each holds everything) | fsdp (parameters, gradients and moments are "
         "sharded, layers gathered one at a time)",
+        defines_run=False,
+        on_resume="freely",
         choices=PARALLEL,
+        synonyms=("strategy", "fsdp", "ddp"),
     )
-    reduce_dtype: str | None = _arg(
+    reduce_dtype: str | None = flag(
         None,
         "dtype in which gradients are summed over processes: bfloat16 | float32 (default: that of the arithmetic)",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
         choices=DTYPES,
     )
-    compute_dtype: str | None = _arg(
+    compute_dtype: str | None = flag(
         None,
         "with --parallel fsdp: gather parameters and compute in bfloat16, parameters and moments stay in --dtype float32",
+        defines_run=True,
+        on_resume="if_allowed",
+        warm_start=True,
         choices={"bfloat16": "bfloat16", "bf16": "bfloat16"},
+        no_effect=lambda args: (
+            f"with --dtype {args.dtype}: parameters have that dtype already" if args.compute_dtype == args.dtype else None
+        ),
+        synonyms=("param_dtype",),
     )
-    reshard_after_forward: bool = _arg(
+    reshard_after_forward: bool = flag(
         True,
         "with --parallel fsdp: free a layer after its forward pass and gather it again in backward; false keeps all",
+        defines_run=False,
+        on_resume="freely",
+        no_effect=lambda args: (
+            None if args.parallel == "fsdp" else f"with --parallel {args.parallel}: every process holds all layers"
+        ),
     )
-    timeout_s: float = _arg(
-        1800.0, "seconds that processes wait for one another before the run ends; more than the longest save takes"
+    timeout_s: float = flag(
+        1800.0,
+        "seconds that processes wait for one another before the run ends; more than the longest save takes",
+        defines_run=False,
+        on_resume="freely",
+        unit="seconds",
+        above=0,
+        synonyms=("timeout", "ddp_timeout"),
     )
-    force: bool = _arg(False, "start even where the plan says that memory will not do")
-    dry_run: bool = _arg(False, "print the plan and stop: no data, no network")
-    config: str | None = _arg(None, "YAML or JSON file of these names; the command line wins over it")
+    force: bool = flag(
+        False,
+        "start even where the plan predicts more memory than the device has",
+        defines_run=False,
+        on_resume="freely",
+    )
+    dry_run: bool = flag(
+        False,
+        "print the plan and stop: no data, no network",
+        defines_run=False,
+        on_resume="freely",
+    )
+    config: str | None = flag(
+        None,
+        "YAML or JSON file of these names; the command line wins over it",
+        defines_run=False,
+        on_resume="freely",
+        unit="file",
+        synonyms=("config_file", "config_path"),
+    )
+
+
+GROUPS = (ModelArguments, MethodArguments, DataArguments, OptimizationArguments, RunArguments, SystemArguments)
+ROWS = rows_of(GROUPS)
 
 
 @dataclass
 class Arguments(SystemArguments, RunArguments, OptimizationArguments, DataArguments, MethodArguments, ModelArguments):
-    """Everything the user can say, flat; `given` names what was said rather than defaulted."""
+    """Everything the user can say, flat.
+
+    given: the flags that were given rather than left at their defaults. refused: problems of the command line by flag (or by
+    what stands in a flag's place); such a flag holds its default here. `plan.checks.check` raises them with all others.
+    """
 
     given: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-GROUPS = (ModelArguments, MethodArguments, DataArguments, OptimizationArguments, RunArguments, SystemArguments)
-
-
-# Arguments that say which run this is; the default save_dir is keyed by them, so that the same script finds its run.
-RUN_DEFINING = (
-    *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
-    *("update_proj_gap", "galore_scale", "proj_type", "init", "restart_every", "rebalance"),
-    *("relora", "warmed_up_model", "reset_optimizer_on_relora"),
-    *("optimizer_random_pruning", "optimizer_magnitude_pruning"),
-    *("dataset", "text_field", "tokenizer", "max_length", "packing", "document_mask", "data_lanes", "seed"),
-    *("num_training_steps", "max_train_tokens"),
-    *("optimizer", "lr", "weight_decay", "beta1", "grad_clipping", "scheduler", "min_lr_ratio"),
-    *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding", "reduce_dtype", "compute_dtype"),
-    *("warmup_steps", "cycle_length", "restart_warmup_steps", "adjust_step"),
-)
-
-
-# Of a run that goes on, these can be other than before where --allow_changes names them ("dataset": its contents too).
-CHANGEABLE = (
-    *("lr", "scheduler", "warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_steps", "adjust_step"),
-    *(
-        "num_training_steps",
-        "max_train_tokens",
-        "total_batch_size",
-        "weight_decay",
-        "grad_clipping",
-        "grad_norm_growth",
-    ),
-    *("update_proj_gap", "galore_scale", "init", "restart_every", "rebalance"),
-    *("relora", "warmed_up_model", "reset_optimizer_on_relora"),
-    *("optimizer_random_pruning", "optimizer_magnitude_pruning"),
-    *("lora_alpha", "document_mask", "dataset", "text_field", "tokenizer", "reduce_dtype", "compute_dtype"),
-)
-
-
-# These cannot: the checkpoint's tensors or its data position would not fit.
-UNCHANGEABLE = (
-    *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "train_scaling", "support", "proj_type", "seed"),
-    *("max_length", "packing", "data_lanes"),
-    *("optimizer", "beta1", "embedding_states", "stochastic_rounding"),
-)
-
-
-# What --warmed_up_model takes from the full-rank run is its weights and how far it has come: method, optimizer and schedule
-# are the new run's own.
-WARM_START_CHANGES = frozenset(
-    {"peft_model", "rank", "sp_ratio", "train_scaling", "support", "proj_type", "optimizer", "beta1"}
-    | {"embedding_states", "stochastic_rounding"}
-    | set(CHANGEABLE) - {"document_mask", "dataset", "text_field", "tokenizer", "total_batch_size"}
-)
+def flags_with(on_resume: str) -> frozenset[str]:
+    """The flags of one class of `flag.ON_RESUME`."""
+    return frozenset(name for name, row in ROWS.items() if row.on_resume == on_resume)
 
 
 def allowed_changes(args: Arguments) -> frozenset[str]:
     """The names that --allow_changes lists."""
     return frozenset(name.strip() for name in (args.allow_changes or "").split(",") if name.strip())
-
-
-def suggestion(name: str, known: set[str]) -> str:
-    """What to add to a message about an unknown name: the known one that is close, if any."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def embedding_bits(args: Arguments) -> int | None:
@@ -391,28 +835,29 @@ def embedding_bits(args: Arguments) -> int | None:
 
 
 def arguments_of_record(values: dict[str, Any]) -> Arguments:
-    """Arguments from a run.json, of which names that this version does not know are left out.
+    """Arguments from a run.json; names that this version does not know are left out.
 
     Raises:
         ValueError: a value is not of its argument's type.
     """
     kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
-    fields = {field.name: str(field.type) for field in dataclasses.fields(Arguments) if field.name != "given"}
-    # Where an earlier version left a value open that has a default now, it ran as that does.
-    known = {name: value for name, value in values.items() if name in fields and (value is not None or "None" in fields[name])}
+    types = {field.name: str(field.type) for field in dataclasses.fields(Arguments) if field.name in ROWS}
+    # An earlier version recorded None for some flags that have a default now; its runs behaved like that default.
+    known = {name: value for name, value in values.items() if name in types and (value is not None or "None" in types[name])}
     for name, value in known.items():
-        if not any(isinstance(value, kinds[kind]) for kind in fields[name].split(" | ")):
-            raise ValueError(f"{name} {value!r} is no {fields[name]}")
+        if not any(isinstance(value, kinds[kind]) for kind in types[name].split(" | ")):
+            raise ValueError(f"{name} {value!r} is no {types[name]}")
     return Arguments(**known)
 
 
 def default_save_dir(args: Arguments, total_batch_size: int) -> Path:
     """checkpoints/<config>-<method>-<8 hex digits of the run-defining arguments>, the same for any number of processes."""
-    defining = {name: getattr(args, name) for name in RUN_DEFINING} | {"total_batch_size": total_batch_size}
+    defining = {name: getattr(args, name) for name, row in ROWS.items() if row.defines_run}
+    defining["total_batch_size"] = total_batch_size
     digest = hashlib.blake2b(json.dumps(defining, sort_keys=True).encode(), digest_size=4).hexdigest()
     return Path("checkpoints") / f"{Path(args.model_config).stem}-{args.peft_model}-{digest}"
 
 
 def as_dict(args: Arguments) -> dict[str, Any]:
     """Every argument by name, JSON-able, for run.json and the dashboard."""
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.name != "given"}
+    return {name: getattr(args, name) for name in ROWS}

@@ -1,6 +1,7 @@
-"""From a command line, a --config file or both to `Arguments`: plain argparse, names of published optimizers, choices.
+"""Reads a command line, a --config file or both into `Arguments`: plain argparse, published optimizer names, choices.
 
-Every problem of single values is reported at once. No torch in here: `--help` must answer in about a second.
+Nothing is refused here: what cannot be read is kept in `Arguments.refused`, so that `plan.checks.check` can report it together
+with every other problem. Imports no torch: `--help` must answer in about a second.
 """
 
 from __future__ import annotations
@@ -9,13 +10,29 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from peft_pretraining.config.arguments import GROUPS, Arguments, ConfigError, suggestion
-from peft_pretraining.config.optimizers import PUBLISHED_NAMES
-from peft_pretraining.plan.checks import value_problems
+from peft_pretraining.config.arguments import GROUPS, ROWS, Arguments, ConfigError
+from peft_pretraining.config.flag import Row, suggested_flag, suggestion
+from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
+
+# Flags that can be given without a value.
+_BARE = frozenset(
+    field.name
+    for group in GROUPS
+    for field in dataclasses.fields(group)
+    if ROWS[field.name].const is not None or str(field.type).startswith("bool")
+)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a flag's value that cannot be read; `problem` is the sentence to report."""
+
+    problem: str
 
 
 def parse_tokens(text: str) -> int:
@@ -31,15 +48,44 @@ def parse_tokens(text: str) -> int:
 def _parse_bool(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+        raise ValueError(text)
     return words[text.lower()]
 
 
-def _tokens_argument(text: str) -> int:
-    try:
-        return parse_tokens(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 150M, 1.1B or 20000") from None
+def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any], str, str]:
+    """(how a value of this flag is read, what it must be, its name in --help)."""
+    if row.kind == "tokens":
+        return parse_tokens, "a number of tokens such as 150M, 1.1B or 20000", "TOKENS"
+    for name, read, wanted in (
+        ("bool", _parse_bool, "true or false"),
+        ("int", int, "a whole number"),
+        ("float", float, "a number"),
+    ):
+        if str(field.type).startswith(name):
+            return read, wanted, "true|false" if name == "bool" else (row.unit or name).upper()
+    return str, "text", "NAME" if row.choices else (row.unit or "text").upper()
+
+
+def _reader(field: dataclasses.Field[Any], row: Row) -> Callable[[str], Any]:
+    """Reads one value of this flag; returns `Unreadable` instead of raising, so that the next flag is read too."""
+    read, wanted, _ = _kind(field, row)
+
+    def value_of(text: str) -> Any:
+        try:
+            return _chosen(field.name, row, read(text))
+        except (ValueError, OverflowError):
+            return Unreadable(f"--{field.name} {text}: must be {wanted}")
+
+    return value_of
+
+
+def _chosen(name: str, row: Row, value: Any) -> Any:
+    """The value, or for a flag with choices the meaning of the chosen name, in any case of letters."""
+    if row.choices is None or (name == "optimizer" and _published_optimizer(value) is not None):
+        return value
+    if value.lower() in row.choices:
+        return row.choices[value.lower()]
+    return Unreadable(f"--{name} {value}: must be one of {', '.join(row.choices)}{suggestion(value.lower(), row.choices)}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,24 +95,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([message])
 
 
-def _parser_for(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """argparse keywords for one dataclass field."""
-    annotation = str(field.type)
-    metadata = field.metadata
-    if metadata.get("const"):
-        return {"nargs": "?", "const": metadata["const"]}
-    if annotation.startswith("bool"):
-        return {"nargs": "?", "const": True, "type": _parse_bool, "metavar": "true|false"}
-    if metadata.get("type") == "tokens":
-        return {"type": _tokens_argument, "metavar": "TOKENS"}
-    for name, kind in (("int", int), ("float", float)):
-        if annotation.startswith(name):
-            return {"type": kind, "metavar": name.upper()}
-    return {"metavar": "NAME" if metadata.get("choices") else "TEXT"}
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, grouped by topic; defaults stay None here, which tells what was given from what was not."""
+    """The whole command line, grouped by topic; flags that are not given stay None."""
     parser = _Parser(
         prog="torchrun_main.py",
         description="Pretrain a LLaMA from a JSON config, its linears full-rank, low-rank, or sparse plus low-rank (SLTrain).",
@@ -78,22 +108,81 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """All flags, grouped by topic, their defaults None."""
+    """Adds all flags, grouped by topic, their defaults None."""
     for group_class in GROUPS:
         group = parser.add_argument_group(str(group_class.__doc__))
         for field in dataclasses.fields(group_class):
-            shown = field.default not in (None, False, "") and not field.metadata.get("required")
-            default = f" (default: {field.default})" if shown else ""
-            note = " (required)" if field.metadata.get("required") else default
-            text = (field.metadata["help"] + note).replace("%", "%%")
-            group.add_argument(f"--{field.name}", default=None, help=text, **_parser_for(field))
+            row = ROWS[field.name]
+            shown = field.default not in (None, False, "") and not row.required
+            note = " (required)" if row.required else f" (default: {field.default})" if shown else ""
+            bare: dict[str, Any] = {"nargs": "?", "const": row.const or True} if field.name in _BARE else {}
+            _, _, metavar = _kind(field, row)
+            text = (row.help + note).replace("%", "%%")
+            group.add_argument(f"--{field.name}", default=None, help=text, metavar=metavar, type=_reader(field, row), **bare)
 
 
-def _read_config_file(path: str) -> dict[str, Any]:
-    """Values of a --config file, checked for unknown names. Raises ConfigError."""
+def parse_args(argv: Sequence[str]) -> Arguments:
+    """Arguments from a command line; what cannot be read is in `refused`, and `plan.checks.check` raises it."""
+    argv, missing = _without_missing_values(argv)
+    try:
+        parsed, unknown = build_parser().parse_known_args(argv)
+    except ConfigError as error:  # a word that argparse takes for a flag, such as -x
+        return arguments_from({**missing, "command line": Unreadable(str(error))})
+    return arguments_from(with_config_file({**given_flags(parsed), **_unknown_flags(unknown), **missing}))
+
+
+def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words without flags that lack their value, and those flags: argparse would stop at the first of them."""
+    kept: list[str] = []
+    missing: dict[str, Any] = {}
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        name = word.removeprefix("--")
+        if word.startswith("--") and name in ROWS and name not in _BARE and following.startswith("--"):
+            missing[name] = Unreadable(f"{word}: needs a value ({ROWS[name].help})")
+        else:
+            kept.append(word)
+    return kept, missing
+
+
+def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
+    """A problem for each unknown flag, with its value, and for each stray word."""
+    phrases: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") or not phrases or not phrases[-1][0].startswith("-") or len(phrases[-1]) == 2:
+            phrases.append([])
+        phrases[-1].append(word)
+    problems = {}
+    for phrase in phrases:
+        text = " ".join(phrase)
+        meant = suggested_flag(phrase[0].split("=")[0], ROWS) if phrase[0].startswith("-") else None
+        hint = f" (did you mean --{meant}?)" if meant else ""
+        problems[text] = Unreadable(f"unknown argument {text}{hint}; --help lists every flag")
+    return problems
+
+
+def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The values given for `add_flags`' flags, by name; `Unreadable` for those that could not be read."""
+    return {name: value for name, value in vars(parsed).items() if name in ROWS and value is not None}
+
+
+def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
+    """The given values, over those of the --config file if they name one."""
+    path = given.get("config")
+    if not isinstance(path, str):
+        return given
+    try:
+        values = _read_config_file(path)
+    except ConfigError as error:
+        return {**given, "config": Unreadable(str(error))}
+    argv, problems = _file_to_argv(path, values)
+    return {**problems, **given_flags(build_parser().parse_args(argv)), **given}
+
+
+def _read_config_file(path: str) -> dict[Any, Any]:
+    """Values of a --config file. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError([f"--config {path}: cannot be read ({error})"]) from None
     try:
         if path.endswith((".yaml", ".yml")):
@@ -111,115 +200,62 @@ def _read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-def _file_to_argv(path: str, values: dict[str, Any]) -> list[str]:
-    """A config file's values as the command line that says the same, so that both are parsed by one rule."""
-    names = {field.name for field in dataclasses.fields(Arguments)} - {"given", "config"}
-    bare = {field.name for field in dataclasses.fields(Arguments) if field.metadata.get("const")}
-    problems, argv = [], []
+def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[str, Any]]:
+    """A config file's values as a command line, so that both are read by one rule, and its problems."""
+    argv: list[str] = []
+    problems: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in names:
-            problems.append(f"--config {path}: unknown name {key!r}{suggestion(str(key), names)}")
+        if key not in ROWS or key == "config":
+            meant = suggested_flag(str(key), ROWS)
+            hint = f" (did you mean {meant}?)" if meant else ""
+            problems[f"{path}: {key}"] = Unreadable(f"--config {path}: unknown name {key!r}{hint}")
         elif isinstance(value, (dict, list)):
-            problems.append(f"--config {path}: {key} must be a single value, not {value!r}")
-        elif isinstance(value, bool) and key in bare:
+            problems[key] = Unreadable(f"--config {path}: {key} must be a single value, not {value!r}")
+        elif isinstance(value, bool) and ROWS[key].const:
             argv += [f"--{key}"] if value else []
         elif value is not None:
             argv.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
-    if problems:
-        raise ConfigError(problems)
-    return argv
-
-
-def parse_args(argv: Sequence[str]) -> Arguments:
-    """Arguments from a command line, with values normalised and every problem of a single value reported.
-
-    Raises:
-        ConfigError: an unknown flag, a value of the wrong kind or out of range, a name that is none of the choices.
-    """
-    parsed, unknown = build_parser().parse_known_args(list(argv))
-    given = with_config_file(given_flags(parsed))
-    flags = {f"--{field.name}" for field in dataclasses.fields(Arguments)}
-    if unknown:
-        first = unknown[0].split("=")[0]
-        raise ConfigError([f"unknown argument {' '.join(unknown)}{suggestion(first, flags)}; --help lists every flag"])
-    return arguments_from(given)
-
-
-def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
-    """What was said of `add_flags`' flags, by name."""
-    names = {field.name for field in dataclasses.fields(Arguments)}
-    return {name: value for name, value in vars(parsed).items() if name in names and value is not None}
-
-
-def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """What was said, over what the --config file that it may name says. Raises ConfigError."""
-    if "config" not in given:
-        return given
-    said = _file_to_argv(given["config"], _read_config_file(given["config"]))
-    return {**given_flags(build_parser().parse_args(said)), **given}
+    return argv, problems
 
 
 def arguments_from(given: dict[str, Any]) -> Arguments:
-    """Arguments from what was said, by name. Raises ConfigError."""
-    problems = [
-        f"--{field.name} is required: {field.metadata['help']}"
-        for field in dataclasses.fields(Arguments)
-        if field.metadata.get("required") and field.name not in given
-    ]
-    values, more = _without_published_names(given)
-    values = _without_per_layer_names(values)
-    problems += more + _normalise_choices(values)
-    if problems:
-        raise ConfigError(problems)
-    args = Arguments(**values, given=frozenset(given))
-    problems = value_problems(args)
-    if problems:
-        raise ConfigError(problems)
-    if args.grad_clipping == 0:
-        args.grad_clipping = None
-    return args
+    """Arguments from given values, by name; `refused` holds the problems of those that are `Unreadable` or missing."""
+    refused = {name: value.problem for name, value in given.items() if isinstance(value, Unreadable)}
+    values = {name: value for name, value in given.items() if name not in refused}
+    if "config" not in refused:  # a file that cannot be read may hold the missing flags
+        for name, row in ROWS.items():
+            if row.required and name not in given:
+                refused[name] = f"--{name} is required: {row.help}"
+    values = _with_published_optimizer(values, refused)
+    if values.get("grad_clipping") == 0:
+        values["grad_clipping"] = None
+    return Arguments(**values, given=frozenset(given), refused=refused)
 
 
-def _without_published_names(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values with a published name such as galore_adamw as the flags it stands for; a problem where another method was given."""
-    meant = PUBLISHED_NAMES.get(str(given.get("optimizer", "")).lower())
-    if meant is None:
-        return dict(given), []
-    method = given.get("peft_model", meant["peft_model"])
-    values = {**given, **meant, "peft_model": method}
-    if str(method).lower() == meant["peft_model"]:
-        return values, []
-    return values, [
-        f"--optimizer {given['optimizer']} with --peft_model {method}: it steps dense weights in a subspace, which is "
-        f"--peft_model {meant['peft_model']}; leave --peft_model out, or use --optimizer {meant['optimizer']}"
-    ]
+def _published_optimizer(name: str) -> tuple[str, str | None, bool] | None:
+    """(optimizer, method it stands for, per_layer) of a published name such as GaLore_AdamW or adam8bit_per_layer, else None."""
+    flags = PUBLISHED_NAMES.get(name.lower(), {"optimizer": name.lower()})
+    optimizer, method = flags["optimizer"].removesuffix("_per_layer"), flags.get("peft_model")
+    per_layer = flags["optimizer"].endswith("_per_layer")
+    return (optimizer, method, per_layer) if (method or per_layer) and optimizer in OPTIMIZERS else None
 
 
-def _without_per_layer_names(given: dict[str, Any]) -> dict[str, Any]:
-    """Values with a published name such as adam8bit_per_layer as adam8bit and --per_layer.
+def _with_published_optimizer(values: dict[str, Any], refused: dict[str, str]) -> dict[str, Any]:
+    """Values with a published optimizer name in its parts: galore_adamw8bit_per_layer is adam8bit, galore and per_layer.
 
-    Published scripts pass --grad_clipping to these, where it had no effect; it has none here either, with a notice.
+    Published scripts pass --grad_clipping to the *_per_layer names, where it had no effect; it has none here, with a notice.
     """
-    name = str(given.get("optimizer", "")).lower()
-    if not name.endswith("_per_layer"):
-        return dict(given)
-    values = {**given, "optimizer": name.removesuffix("_per_layer")}
-    if "per_layer" not in given:
+    parts = _published_optimizer(values.get("optimizer", ""))
+    if parts is None:
+        return values
+    optimizer, meant, per_layer = parts
+    method = values.get("peft_model", meant)
+    if meant and method != meant:
+        refused["optimizer"] = (
+            f"--optimizer {values['optimizer']} with --peft_model {method}: it steps dense weights in a subspace, which is "
+            f"--peft_model {meant}; leave --peft_model out, or use --optimizer {optimizer}"
+        )
+    values = {**values, "optimizer": optimizer} | ({"peft_model": method} if meant else {})
+    if per_layer and "per_layer" not in values:
         values |= {"per_layer": True, "grad_clipping": None}
     return values
-
-
-def _normalise_choices(given: dict[str, Any]) -> list[str]:
-    """Lower-case the names that are chosen from a list, in place; problems for those that are none of them."""
-    problems = []
-    for field in dataclasses.fields(Arguments):
-        choices = field.metadata.get("choices")
-        if choices is None or field.name not in given:
-            continue
-        value = str(given[field.name]).lower()
-        if value in choices:
-            given[field.name] = choices[value] if isinstance(choices, dict) else value
-        else:
-            hint = suggestion(value, set(choices))
-            problems.append(f"--{field.name} {given[field.name]}: must be one of {', '.join(choices)}{hint}")
-    return problems

@@ -1,4 +1,4 @@
-"""A trained model as others load it: a dense LLaMA for transformers, or the factors themselves.
+"""Exports a trained model: a dense LLaMA for transformers, or the factors themselves.
 
 command.py     python -m peft_pretraining export
 write.py       checkpoint -> folder, one part of the model at a time

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how it was made, what it reached, how to load it. No torch."""
+"""Writes the README.md of an exported model: architecture, training, results, how to load it. No torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 _LOAD_FACTORED = """from peft_pretraining.export import load_factored
 
 model, tokenizer = load_factored("{name}")"""
-# Flags that say where, not what; what a --config file said is in the others.
+# Flags that name places only; the values of a --config file are recorded under their own flags.
 _PLACES = ("config", "save_dir", "continue_from", "resume", "dry_run", "device", "wandb", "wandb_project", "wandb_name")
 
 
 def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: bool, dtype: str) -> str:
-    """record: the checkpoint's run.json. folder: the checkpoint. name: of the export."""
+    """The text of README.md. record: the checkpoint's run.json. folder: the checkpoint. name: of the export."""
     args, plan = record["arguments"], record["plan"]
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["train"]
     parameters, whole = plan["parameters"]["total"], plan["full_rank_parameters"]
@@ -43,7 +43,7 @@ def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: boo
         f"# {name}\n\n| | |\n|---|---|\n{table}\n\n"
         f"```python\n{load}\n```\n\n"
         "A base model: it continues text. Documents were tokenised without a token before them and end with the end token.\n\n"
-        f"The command, but for folders:\n\n```bash\n{_command(args)}\n```\n"
+        f"The training command without its folders:\n\n```bash\n{_command(args)}\n```\n"
     )
 
 
@@ -54,7 +54,7 @@ def _data(record: dict[str, Any]) -> str:
 
 
 def _perplexity(folder: Path, step: int) -> str:
-    """The evaluation after this update in the run's metrics.jsonl, where that is still beside the checkpoint."""
+    """The perplexity evaluated after this update, from the run's metrics.jsonl if the file still exists."""
     try:
         lines = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -63,7 +63,7 @@ def _perplexity(folder: Path, step: int) -> str:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # a last line that was never finished
+        except ValueError:  # an incomplete last line
             continue
         for kind in ("eval", "final_eval"):
             loss = row.get(f"{kind}_loss")
@@ -73,7 +73,7 @@ def _perplexity(folder: Path, step: int) -> str:
 
 
 def _command(args: dict[str, Any]) -> str:
-    """Flags that differ from their defaults."""
+    """The training command: all flags that differ from their defaults."""
     import dataclasses
 
     from peft_pretraining.config.arguments import Arguments

@@ -1,4 +1,4 @@
-"""A model for inference from whatever holds one: a run, a checkpoint, an export, or a LLaMA in transformers' layout."""
+"""Loads a model for inference from a run, a checkpoint, an export, or a LLaMA in transformers' layout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Loaded:
 
     @property
     def dtype(self) -> str:
-        """Of the parameters, by torch's name."""
+        """Name of the parameters' dtype, as in torch."""
         return str(self.model.dtype).removeprefix("torch.")
 
 
@@ -66,7 +66,7 @@ def load_for_inference(path: Path, device: torch.device, dtype: str | None = Non
 
 
 def holds_export(path: Path) -> bool:
-    """True: an export, or a LLaMA in transformers' layout. False: a run or a checkpoint. Raises CheckpointError: neither."""
+    """True for an export or a LLaMA in transformers' layout, False for a run or a checkpoint; else raises CheckpointError."""
     from peft_pretraining.export.read import is_export
 
     if is_export(path):
@@ -79,7 +79,7 @@ def holds_export(path: Path) -> bool:
 
 
 def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
-    """The arguments in a checkpoint's run.json, and all of it. Raises CheckpointError."""
+    """The arguments in a checkpoint's run.json, and its whole content. Raises CheckpointError."""
     run = checkpoint.read_json(folder / "run.json")
     try:
         args = arguments_of_record(run["arguments"])
@@ -107,7 +107,7 @@ def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Toke
             seed=args.seed,
             reparameterize=lambda model: METHODS[args.peft_model].apply(model, args),
         )
-    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # numbers that no run was ever started with
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # values that no run could have started with
         raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None
     checkpoint.load_tensors(folder, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

@@ -1,4 +1,4 @@
-"""From an export, or any LLaMA in transformers' layout, to a model for inference."""
+"""Loads a model for inference from an export, or from any LLaMA in transformers' layout."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is meant as one, factored or dense."""
+    """Whether a folder holds the files of an export, factored or dense."""
     return (folder / FACTORS_CONFIG).exists() or any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def load_export(
     folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LlamaForCausalLM, SLTrainConfig | None]:
-    """The model, in eval mode and with a key-value cache, and how its linears are made; None for a dense one.
+    """The model, in eval mode and with a key-value cache, and the configuration of its linears, None for a dense model.
 
-    dtype: of the parameters; that of the export by default.
+    dtype: of the parameters (default: as exported).
 
     Raises:
-        ExportError: files that are missing, damaged or do not fit each other.
+        ExportError: a file is missing or damaged, or the files contradict each other.
     """
     factored = (folder / FACTORS_CONFIG).exists()
     config_file = folder / (LLAMA_CONFIG if factored else "config.json")
@@ -44,7 +44,7 @@ def load_export(
             factors = SLTrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
         dtype = dtype or getattr(torch, name)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype {name!r} is none of torch's")
+            raise ValueError(f"dtype {name!r} is not a dtype of torch")
     except (ModelConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{folder}: its configuration cannot be used ({error})") from None
     model = meta_model(cfg, dtype, None if factors is None else lambda model: reparameterize(model, factors))

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files as transformers lays them out: shards of a bounded size, and an index of them."""
+"""Reads and writes named tensors in transformers' layout: safetensors shards of a bounded size, and their index."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class ExportError(ValueError):
-    """An export that is not there, not whole, or does not fit."""
+    """An export that is missing, incomplete, or does not fit its configuration."""
 
 
 class ShardWriter:
-    """Writes tensors as they come; a shard is in memory until it is full."""
+    """Writes tensors into shards one by one; keeps at most one shard in memory."""
 
     def __init__(self, folder: Path, max_bytes: int):
-        """max_bytes: of a shard; a larger tensor gets one of its own."""
+        """max_bytes: largest size of a shard; a larger tensor gets its own shard."""
         self._folder, self._max_bytes = folder, max_bytes
         self._waiting: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self.num_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """tensor: on the CPU; it must not change until the next one is added. Raises OSError."""
+        """Adds a CPU tensor, which must not change until its shard is written. Raises OSError."""
         waiting = sum(each.nbytes for each in self._waiting.values())
         if self._waiting and waiting + tensor.nbytes > self._max_bytes:
             self._flush()
@@ -57,15 +57,15 @@ class ShardWriter:
         file = self._partial(len(self._shards))
         try:
             save_file(self._waiting, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # it is made for its owner alone
-        except SafetensorError as error:  # its own class for a disk that is full
+            file.chmod(0o644)  # safetensors creates files that only their owner can read
+        except SafetensorError as error:  # what safetensors raises when the disk is full
             raise OSError(f"{self._folder}: cannot be written ({error})") from None
         self._shards.append(list(self._waiting))
         self._waiting = {}
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the given tensors, in place, converting their dtype where it differs.
+    """Fills the given tensors in place, converting the stored dtype if it differs.
 
     Raises:
         ExportError: a tensor is missing or has another shape (up to five are named), or a file is missing or damaged.
@@ -78,7 +78,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                 for name in (name for name in opened.keys() if name in tensors):  # noqa: SIM118 (no mapping)
                     shape = tuple(opened.get_slice(name).get_shape())
                     if shape != tuple(tensors[name].shape):
-                        problems.append(f"{name} is {shape} there and {tuple(tensors[name].shape)} here")
+                        problems.append(f"{name} has shape {shape}, expected {tuple(tensors[name].shape)}")
                         continue
                     with torch.no_grad():
                         tensors[name].copy_(opened.get_tensor(name))
@@ -90,7 +90,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that each tensor is in. Raises ExportError."""
+    """Tensor name -> the file that holds it. Raises ExportError."""
     single, index = folder / SINGLE, folder / INDEX
     try:
         if single.exists():
@@ -105,5 +105,5 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-# Not config.json: nobody is to load a factored model as a dense one, whose weights would then be missing.
+# Not config.json, with which transformers would load a factored model as a dense one without its weights.
 LLAMA_CONFIG, FACTORS_CONFIG = "llama_config.json", "sltrain_config.json"

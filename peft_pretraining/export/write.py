@@ -1,4 +1,4 @@
-"""From a checkpoint to an export, one part of the model at a time: no more than a decoder layer and a shard are in memory."""
+"""Writes a checkpoint's model as an export, layer by layer: at most one decoder layer and one shard are in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHARD_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. num_bytes: of all tensors."""
+    """A finished export. num_bytes: size of all tensors."""
 
     folder: Path
     num_bytes: int
@@ -45,18 +45,18 @@ class Exported:
 def export(
     path: Path, out: Path, *, keep_factors: bool = False, dtype: str | None = None, shard_bytes: int = _SHARD_BYTES
 ) -> Exported:
-    """Write the checkpoint's model to the folder `out`, complete or not at all.
+    """Writes the checkpoint's model to the folder `out`, which appears complete or not at all.
 
     Args:
-        path: a checkpoint, or a run's folder, whose newest intact checkpoint is used.
-        keep_factors: B, A, the sparse values and the support instead of dense weights.
-        dtype: of the weights; that of the run by default. Merged in the wider one of both.
-        shard_bytes: the most in one file.
+        path: a checkpoint, or a run's folder, of which the newest undamaged checkpoint is taken.
+        keep_factors: write B, A, the sparse values and the support instead of dense weights.
+        dtype: of the weights (default: the run's). Weights are merged in the wider of the two dtypes.
+        shard_bytes: largest size of a file.
 
     Raises:
-        CheckpointError: not a checkpoint, or not a sound one.
-        ExportError: `out` holds something, or the method has no factors to keep or no dense weights to write.
-        OSError: no room, or a file that cannot be written.
+        CheckpointError: the folder is not a checkpoint, or is damaged.
+        ExportError: `out` is not empty, or the method has no factors to keep or no dense weights to write.
+        OSError: the disk is full, or a file cannot be written.
     """
     folder = checkpoint.resolve(path)
     args, record = checkpoint_record(folder)
@@ -83,12 +83,12 @@ def export(
 
 
 def _check_room(out: Path, record: dict[str, Any], dtype: str, keep_factors: bool) -> None:
-    """Raises OSError where the disk cannot take it."""
+    """Raises OSError if the disk has too little free space."""
     plan = record["plan"]
     numel = plan["parameters"]["total"] if keep_factors else plan["full_rank_parameters"]
     needed = torch_dtype(dtype).itemsize * numel + (plan["bytes"]["support"] if keep_factors else 0)
-    there = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise OSError(f"--out {out}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB are free there")
 
@@ -126,7 +126,7 @@ def _write(
 
 
 def parts_of(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
-    """Embedding, each decoder layer, last norm, head; a tied head is the embedding."""
+    """Yields the model's parts: embedding, decoder layers, last norm, and the head unless it is tied to the embedding."""
     yield "model.embed_tokens", model.model.embed_tokens
     for number, layer in enumerate(model.model.layers):
         yield f"model.layers.{number}", layer
@@ -136,7 +136,7 @@ def parts_of(model: LlamaForCausalLM) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _config(model: LlamaForCausalLM, tokenizer: Tokenizer, dtype: torch.dtype) -> LlamaConfig:
-    """With the token ids that training used: documents end with eos, nothing comes before their first token."""
+    """The model's configuration with the token ids of training: documents end with eos and have no bos."""
     config = model.config
     config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_id, tokenizer.pad_id, None
     config.use_cache, config.dtype = True, dtype

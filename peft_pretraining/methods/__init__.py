@@ -17,8 +17,7 @@ METHODS: dict[str, Method] = {
 def register(method: Method) -> None:
     """Make a method that is defined outside this folder known to the program, as a choice of --peft_model too."""
     METHODS[method.name] = method
-    if method.name not in METHOD_NAMES:
-        METHOD_NAMES.append(method.name)
+    METHOD_NAMES[method.name] = method.name
 
 
 def has_effect(flag: str, method: str) -> bool:

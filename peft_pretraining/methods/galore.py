@@ -20,7 +20,6 @@ class GaLore(Method):
     title = "GaLore"
     description = "GaLore (arXiv 2403.03507)"
     colour = "#009E73"
-    flags = ("rank", "update_proj_gap", "galore_scale", "proj_type")
     projected = True
     lighter = "sltrain"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
-from peft_pretraining.methods.method import Method, Restart, TensorGroup, factor_groups, moments_notices, scaling_notices
+from peft_pretraining.methods.method import Method, Restart, TensorGroup, factor_groups, moments_notices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,6 @@ class LowRank(Method):
     title = "low-rank"
     description = "low-rank, W = (alpha/r) B A"
     colour = "#E69F00"
-    flags: tuple[str, ...] = ("rank", "lora_alpha", "train_scaling", "linear_path", "init", "restart_every", "rebalance")
     replaces_linears = factored = True
 
     def problems(self, args: Arguments) -> list[str]:
@@ -70,9 +69,9 @@ class LowRank(Method):
         return lines
 
     def notices(self, args: Arguments) -> list[str]:
-        """A scale that is trained, and restarts of moments that do not exist."""
+        """Restarts of moments that do not exist."""
         does_more = args.rebalance or args.restart_warmup_steps or args.grad_norm_growth
-        return scaling_notices(args) + ([] if does_more else moments_notices(args, ("restart_every",)))
+        return [] if does_more else moments_notices(args, ("restart_every",))
 
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str

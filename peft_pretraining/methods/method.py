@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.config.arguments import ROWS, Arguments
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.config.optimizers import OPTIMIZERS
 
@@ -82,8 +82,6 @@ class Method:
     title = ""
     description = ""
     colour = "#56B4E9"
-    # Arguments that not every method reads, and this one does. Others that are given cost a notice.
-    flags: tuple[str, ...] = ()
     # Arguments that the method requires and memory does not depend on, with values that `estimate` may take instead.
     stand_ins: Mapping[str, Any] = MappingProxyType({})
 
@@ -103,12 +101,21 @@ class Method:
     lighter: str | None = None
 
     @property
+    def flags(self) -> Collection[str]:
+        """Arguments that not every method reads, and this one does; by their rows, which a method of one's own need not touch."""
+        return [name for name, row in ROWS.items() if self.name in (row.methods or ())]
+
+    @property
     def full_rank(self) -> bool:
         """Whether training is ordinary training: dense linears, and nothing special about their updates."""
         return not self.replaces_linears and not self.projected
 
+    def value_problems(self, args: Arguments) -> dict[str, str]:
+        """Why single values are refused, by argument: sentences with the value, the reason and the way out."""
+        return {}
+
     def problems(self, args: Arguments) -> list[str]:
-        """Why a run with these arguments is refused: complete sentences, each with the values and the way out."""
+        """Why arguments that are good one by one do not go together: sentences with the values, the reason and the way out."""
         restart, warmup = self.restart(args), args.restart_warmup_steps
         if restart is None or warmup is None or args.scheduler == "cosine_restarts" or warmup < restart.every:
             return []
@@ -161,13 +168,6 @@ def factor_groups(shape: tuple[int, int], count: int, rank: int, train_scaling: 
     out_features, in_features = shape
     scales = [TensorGroup("low_rank", (1,), count)] if train_scaling else []
     return [TensorGroup("low_rank", (rank, in_features), count), TensorGroup("low_rank", (out_features, rank), count), *scales]
-
-
-def scaling_notices(args: Arguments) -> list[str]:
-    """A notice where --train_scaling replaces the scale that --lora_alpha gives."""
-    if not args.train_scaling or "lora_alpha" not in args.given:
-        return []
-    return ["--lora_alpha has no effect with --train_scaling: the trained scale tanh(c) replaces alpha / rank"]
 
 
 def moments_notices(args: Arguments, flags: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.config.optimizers import OPTIMIZERS
-from peft_pretraining.methods.method import Method, Restart, TensorGroup, factor_groups, moments_notices, scaling_notices
+from peft_pretraining.methods.method import Method, Restart, TensorGroup, factor_groups, moments_notices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,6 @@ class ReLoRA(Method):
     title = "ReLoRA"
     description = "ReLoRA (arXiv 2307.05695)"
     colour = "#CC79A7"
-    flags = ("rank", "lora_alpha", "train_scaling", "relora", "warmed_up_model", *_MOMENT_FLAGS)
     stand_ins: Mapping[str, Any] = MappingProxyType({"relora": 1})
     replaces_linears = frozen_base = True
     lighter = "sltrain"
@@ -82,8 +81,8 @@ class ReLoRA(Method):
         return []
 
     def notices(self, args: Arguments) -> list[str]:
-        """A scale that is trained, and flags about moments that do not exist."""
-        return scaling_notices(args) + moments_notices(args, _MOMENT_FLAGS)
+        """Flags about moments that do not exist."""
+        return moments_notices(args, _MOMENT_FLAGS)
 
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str

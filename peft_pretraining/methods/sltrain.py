@@ -18,18 +18,21 @@ class SLTrain(LowRank):
     title = "SLTrain"
     description = "SLTrain (arXiv 2406.02214), W = (alpha/r) B A + S"
     colour = "#0072B2"
-    flags = (*LowRank.flags, "sp_ratio", "support")
     sparse = True
 
+    def value_problems(self, args: Arguments) -> dict[str, str]:
+        """Shares of the entries that no sparse part has."""
+        if 0 < args.sp_ratio < 1:
+            return {}
+        problem = (
+            f"--sp_ratio {args.sp_ratio}: must lie strictly between 0 and 1 (e.g. 0.03); for no sparse part use "
+            "--peft_model lowrank"
+        )
+        return {"sp_ratio": problem}
+
     def problems(self, args: Arguments) -> list[str]:
-        """Also shares of the entries that no sparse part has."""
-        if not 0 < args.sp_ratio < 1:
-            problem: str | None = (
-                f"--sp_ratio {args.sp_ratio}: must lie strictly between 0 and 1 (e.g. 0.03); "
-                "for no sparse part use --peft_model lowrank"
-            )
-        else:
-            problem = SUPPORTS[args.support].problem(args.sp_ratio)
+        """Also shares that this kind of support cannot have."""
+        problem = SUPPORTS[args.support].problem(args.sp_ratio)
         return [*([problem] if problem else []), *super().problems(args)]
 
     def model_problems(self, args: Arguments, model: ModelConfig) -> list[str]:

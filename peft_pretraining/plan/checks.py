@@ -1,51 +1,117 @@
-"""What is refused of the arguments alone: values out of range, and combinations that cannot work.
+"""Every refusal, warning and notice about the arguments, found before anything is loaded.
 
-Each problem is one sentence that names the value, the reason and the way out. What needs the model or the number of processes
-is `plan.Plan`'s.
+A problem is one sentence that names the value, the reason and the way out. `check` collects all of them and raises once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from peft_pretraining.config.arguments import (
-    CHANGEABLE,
-    UNCHANGEABLE,
-    Arguments,
-    allowed_changes,
-    suggestion,
-)
-from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, flags_with
+from peft_pretraining.config.flag import suggested_flag
+from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, load_model_config
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data.source import default_lanes
 from peft_pretraining.distributed.world import World
-from peft_pretraining.methods import METHODS
+from peft_pretraining.methods import METHODS, has_effect, owners
+from peft_pretraining.plan import schedule
 
 
-def _allow_changes_problems(args: Arguments) -> list[str]:
-    problems = []
-    for name in sorted(allowed_changes(args) - set(CHANGEABLE)):
-        if name in UNCHANGEABLE:
-            reason = "cannot change in a run that goes on: what the checkpoint holds would not fit"
-        elif name in {field.name for field in dataclasses.fields(Arguments)}:
-            reason = "may always change, it is not compared; leave it out"
-        else:
-            reason = f"is no argument{suggestion(name, set(CHANGEABLE))}"
-        problems.append(f"--allow_changes {name}: {reason}; names that can be given: {', '.join(sorted(CHANGEABLE))}")
-    return problems
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of the arguments work out, for the plan.
+
+    total_batch_size: sequences per update over all processes. num_training_steps: with max_train_tokens the fewest updates that
+    can reach it.
+    """
+
+    model: ModelConfig
+    gradient_accumulation: int
+    total_batch_size: int
+    num_training_steps: int
+    data_lanes: int
+
+
+def check(args: Arguments, world: World) -> Checked:
+    """Check everything that can be known without loading torch or data.
+
+    Raises:
+        ConfigError: all problems at once, each with the values, the reason and the flag to change.
+    """
+    refused = refused_values(args)
+    safe = _with_stand_ins(args, refused)
+    problems = combination_problems(safe)
+    accumulation, total_batch_size = _batch_arithmetic(safe, world, problems)
+    num_training_steps = safe.num_training_steps
+    if safe.max_train_tokens is not None:
+        num_training_steps = math.ceil(safe.max_train_tokens / (total_batch_size * safe.max_length))
+    if safe.max_train_tokens is None or not refused.keys() & _BATCH:
+        problems += schedule.validate(**schedule_arguments(safe, num_training_steps))
+    data_lanes = safe.data_lanes or default_lanes(safe.dataset)
+    problems += _process_problems(safe, world, data_lanes)
+    model = None
+    if "model_config" not in refused:
+        try:
+            model = load_model_config(args.model_config)
+            problems += _model_problems(safe, model)
+        except ModelConfigError as error:
+            problems.append(str(error))
+    problems = [*refused.values(), *_about_others(problems, refused)]
+    if problems or model is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return Checked(model, accumulation, total_batch_size, num_training_steps, data_lanes)
+
+
+# With --max_train_tokens the number of updates depends on these.
+_BATCH = {"batch_size", "gradient_accumulation", "total_batch_size", "max_length", "max_train_tokens"}
+
+
+def _with_stand_ins(args: Arguments, refused: Iterable[str]) -> Arguments:
+    """The arguments with defaults in place of refused values, so that combinations can be checked all the same."""
+    stand_ins: dict[str, Any] = {name: getattr(Arguments(batch_size=1), name) for name in refused if name in ROWS}
+    return dataclasses.replace(args, **stand_ins)
+
+
+def _about_others(problems: Iterable[str], refused: Mapping[str, str]) -> list[str]:
+    """The problems whose statement (all before a "; " and the way out) names none of the refused flags."""
+    named = re.compile(rf"--({'|'.join(map(re.escape, refused))})\b") if refused else None
+    return [problem for problem in problems if named is None or not named.search(problem.split("; ")[0])]
 
 
 def value_problems(args: Arguments) -> list[str]:
-    """Problems of single values and of pairs that need neither the model nor the number of processes."""
-    problems = _range_problems(args)
-    if not 0 <= args.beta1 < 1:
-        problems.append(f"--beta1 {args.beta1}: must be at least 0 and below 1")
-    if not 0 <= args.min_lr_ratio <= 1:
-        problems.append(f"--min_lr_ratio {args.min_lr_ratio}: must lie between 0 and 1")
-    if not Path(args.model_config).is_file():
-        problems.append(f"--model_config {args.model_config}: no such file (configs/ holds llama_9m.json to llama_13b.json)")
+    """Problems that depend on neither the model nor the number of processes."""
+    refused = refused_values(args)
+    return [*refused.values(), *_about_others(combination_problems(_with_stand_ins(args, refused)), refused)]
+
+
+def refused_values(args: Arguments) -> dict[str, str]:
+    """Problems of single values, by flag: unreadable, missing or unknown on the command line, or out of range."""
+    problems = dict(args.refused)
+    for name, row in ROWS.items():
+        if name not in problems and (limit := row.out_of_range(getattr(args, name))) is not None:
+            problems[name] = f"--{name} {getattr(args, name)}: {limit}"
+    for name, problem in METHODS[args.peft_model].value_problems(args).items():
+        problems.setdefault(name, problem)
+    for name, exists in (("model_config", Path.is_file), ("continue_from", Path.is_dir)):
+        value = getattr(args, name)
+        if name not in problems and value is not None and not exists(Path(value)):
+            kind = "file (configs/ holds llama_9m.json to llama_13b.json)" if name == "model_config" else "folder"
+            problems[name] = f"--{name} {value}: no such {kind}"
+    device, _, index = args.device.partition(":")
+    if device not in ("auto", "cpu", "cuda") or (index and not (device == "cuda" and index.isdigit())):
+        problems["device"] = f"--device {args.device}: must be auto, cpu, cuda or cuda:N"
+    return problems
+
+
+def combination_problems(args: Arguments) -> list[str]:
+    """Problems of values that do not go together; every single one of them is good."""
+    problems: list[str] = []
     if args.single_gpu and "parallel" in args.given:
         problems.append(f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two")
     if args.per_layer and args.grad_clipping:
@@ -56,16 +122,42 @@ def value_problems(args: Arguments) -> list[str]:
     problems += _parallel_problems(args)
     problems += METHODS[args.peft_model].problems(args)
     if args.stochastic_rounding and not OPTIMIZERS[args.optimizer].adam:
-        rounding = ", ".join(name for name, optimizer in OPTIMIZERS.items() if optimizer.adam)
+        rounding = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.adam])
         problems.append(f"--stochastic_rounding with --optimizer {args.optimizer}: works with {rounding}")
-    if args.grad_norm_growth is not None and not 1 <= args.grad_norm_growth < math.inf:
-        problems.append(f"--grad_norm_growth {args.grad_norm_growth}: must be at least 1 and finite, e.g. 1.01")
-    problems += _allow_changes_problems(args)
-    if args.continue_from is not None and not Path(args.continue_from).is_dir():
-        problems.append(f"--continue_from {args.continue_from}: no such folder")
-    device, _, index = args.device.partition(":")
-    if device not in ("auto", "cpu", "cuda") or (index and not (device == "cuda" and index.isdigit())):
-        problems.append(f"--device {args.device}: must be auto, cpu, cuda or cuda:N")
+    return problems + _allow_changes_problems(args)
+
+
+def _allow_changes_problems(args: Arguments) -> list[str]:
+    problems = []
+    changeable = flags_with("if_allowed")
+    for name in sorted(allowed_changes(args) - changeable):
+        if name in flags_with("never"):
+            reason = "cannot change when a run is resumed: what the checkpoint holds would not fit"
+        elif name in ROWS:
+            reason = "may always change, it is not compared; leave it out"
+        else:
+            meant = suggested_flag(name, ROWS)
+            reason = f"is no argument (did you mean {meant}?)" if meant else "is no argument"
+        problems.append(f"--allow_changes {name}: {reason}; names that can be given: {', '.join(sorted(changeable))}")
+    return problems
+
+
+def _process_problems(args: Arguments, world: World, data_lanes: int) -> list[str]:
+    """Problems that depend on the number of processes."""
+    problems = []
+    if args.single_gpu and world.size > 1:
+        problems.append(f"--single_gpu: torchrun started {world.size} processes; use --nproc_per_node 1")
+    if args.compute_dtype is not None and world.size == 1:
+        problems.append(
+            f"--compute_dtype {args.compute_dtype}: parameters are cast as several processes gather them, and this is one; use "
+            "--dtype bfloat16, or start more (torchrun --nproc_per_node N)"
+        )
+    if data_lanes % world.size:
+        fitting = data_lanes + world.size - data_lanes % world.size
+        problems.append(
+            f"--data_lanes {data_lanes}: must be a multiple of the {world.size} processes, which share the readers evenly; "
+            f"use --data_lanes {fitting}"
+        )
     return problems
 
 
@@ -84,64 +176,21 @@ def _parallel_problems(args: Arguments) -> list[str]:
     return problems
 
 
-def _range_problems(args: Arguments) -> list[str]:
-    at_least_one = (
-        "rank",
-        "update_proj_gap",
-        "max_length",
-        "batch_size",
-        "num_training_steps",
-        "save_every",
-        "eval_every",
-        "log_every",
-    )
-    optional_at_least_one = (
-        "gradient_accumulation",
-        "total_batch_size",
-        "max_train_tokens",
-        "eval_tokens",
-        "data_lanes",
-        "cycle_length",
-        "keep_checkpoints",
-        "restart_every",
-        "relora",
-    )
-    not_negative = (
-        "warmup_steps",
-        "weight_decay",
-        "grad_clipping",
-        "workers",
-        "seed",
-        "restart_warmup_steps",
-        "adjust_step",
-    )
-    problems = []
-    for name in (
-        at_least_one
-        + optional_at_least_one
-        + not_negative
-        + ("lr", "lora_alpha", "galore_scale", "sp_ratio", "min_lr_ratio", "beta1")
-    ):
-        value = getattr(args, name)
-        if value is None:
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"--{name} {value}: must be a finite number")
-        elif name in at_least_one + optional_at_least_one and value < 1:
-            problems.append(f"--{name} {value}: must be at least 1")
-        elif name in not_negative and value < 0:
-            problems.append(f"--{name} {value}: must not be negative")
-        elif name in ("lr", "lora_alpha", "galore_scale") and value <= 0:
-            problems.append(f"--{name} {value}: must be above 0")
-    if args.seed >= 2**63:
-        problems.append(f"--seed {args.seed}: must be below 2^63")
-    if args.max_length == 1:
-        problems.append("--max_length 1: a sequence of one token has nothing to predict; use at least 2")
-    return problems
-
-
 # torchrun ends its processes 30 s after a signal; a save that a disk of this speed cannot make in 25 s is warned about.
 _SLOW_DISK_BYTES_PER_S, _TIME_TO_SAVE_S = 200 * 10**6, 25
+
+
+def schedule_arguments(args: Arguments, num_training_steps: int) -> dict[str, Any]:
+    """The keyword arguments of `schedule.lr_at` and `schedule.validate`, all but the rate and the step."""
+    return {
+        "scheduler": args.scheduler,
+        "num_training_steps": num_training_steps,
+        "warmup_steps": args.warmup_steps,
+        "min_lr_ratio": args.min_lr_ratio,
+        "cycle_length": args.cycle_length,
+        "restart_warmup_steps": args.restart_warmup_steps,
+        "adjust_step": args.adjust_step,
+    }
 
 
 def _batch_arithmetic(args: Arguments, world: World, problems: list[str]) -> tuple[int, int]:
@@ -206,3 +255,28 @@ def _slow_save(found: dict[str, int]) -> list[str]:
         f"{size / _TIME_TO_SAVE_S / 1e9:.2g} GB/s, and torchrun kills its processes 30 s after it unless "
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT (the recipes: 300) says otherwise; or lower --save_every by what may be lost"
     ]
+
+
+def notices(args: Arguments) -> list[str]:
+    """One line for each flag that was given and has no effect in this run."""
+    lines = []
+    for name, row in ROWS.items():
+        if name not in args.given:
+            continue
+        if not has_effect(name, args.peft_model):
+            lines.append(f"--{name} has no effect with --peft_model {args.peft_model}: it belongs to {_listed(owners(name))}")
+        elif row.no_effect is not None and (reason := row.no_effect(args)) is not None:
+            lines.append(f"--{name} has no effect {reason}")
+    if (
+        "restart_warmup_steps" in args.given
+        and args.scheduler != "cosine_restarts"
+        and METHODS[args.peft_model].restart(args) is None
+    ):
+        lines.append(f"--restart_warmup_steps has no effect with --scheduler {args.scheduler}: nothing restarts")
+    return lines + METHODS[args.peft_model].notices(args)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as in a sentence: a, b and c."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir
-from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, load_model_config
-from peft_pretraining.data.source import default_lanes, original_dataset
+from peft_pretraining.config.arguments import Arguments, default_save_dir
+from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.data.source import original_dataset
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import account
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
 from peft_pretraining.methods import METHODS
-from peft_pretraining.plan import schedule
-from peft_pretraining.plan.checks import _batch_arithmetic, _model_problems, _slow_save, _warnings
+from peft_pretraining.plan.checks import _slow_save, _warnings, check, schedule_arguments
 from peft_pretraining.plan.schedule import LearningRates
 
 _C4_EVAL_TOKENS = 10_000_000
@@ -25,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run will do. Sequences and update steps are counted over all processes, bytes per process."""
+    """A run as planned. Sequences and update steps are counted over all processes, bytes per process."""
 
     model: ModelConfig
     parameters: dict[str, int]  # total, dense, low_rank, sparse
@@ -51,33 +49,9 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     Raises:
         ConfigError: all problems at once, each with the values, the reason and the flag to change.
     """
-    dtype = args.dtype or dtype or "float32"
-    problems: list[str] = []
-    accumulation, total_batch_size = _batch_arithmetic(args, world, problems)
-    num_training_steps = args.num_training_steps
-    if args.max_train_tokens is not None:
-        num_training_steps = math.ceil(args.max_train_tokens / (total_batch_size * args.max_length))
-    problems += schedule.validate(**_schedule_arguments(args, num_training_steps))
-    if args.compute_dtype is not None and world.size == 1:
-        problems.append(
-            f"--compute_dtype {args.compute_dtype}: parameters are cast as several processes gather them, and this is one; use "
-            "--dtype bfloat16, or start more (torchrun --nproc_per_node N)"
-        )
-    data_lanes = args.data_lanes or default_lanes(args.dataset)
-    if data_lanes % world.size:
-        fitting = [lanes for lanes in range(data_lanes, data_lanes + world.size) if lanes % world.size == 0]
-        problems.append(
-            f"--data_lanes {data_lanes}: must be a multiple of the {world.size} processes, which share the readers evenly; "
-            f"use --data_lanes {fitting[0]}"
-        )
-    try:
-        model = load_model_config(args.model_config)
-    except ModelConfigError as error:
-        raise ConfigError([*problems, str(error)]) from None
-    problems += _model_problems(args, model)
-    if problems:
-        raise ConfigError(problems)
-    setting = memory_setting(args, model, world, dtype, accumulation, device_type)
+    checked = check(args, world)
+    model, dtype = checked.model, args.dtype or dtype or "float32"
+    setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **_method_arguments(args))
     found = account(setting)
     return Plan(
@@ -88,14 +62,14 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         dtype=dtype,
         world_size=world.size,
         batch_size=args.batch_size,
-        gradient_accumulation=accumulation,
-        total_batch_size=total_batch_size,
-        tokens_per_update=total_batch_size * args.max_length,
-        num_training_steps=num_training_steps,
+        gradient_accumulation=checked.gradient_accumulation,
+        total_batch_size=checked.total_batch_size,
+        tokens_per_update=checked.total_batch_size * args.max_length,
+        num_training_steps=checked.num_training_steps,
         max_train_tokens=args.max_train_tokens,
-        data_lanes=data_lanes,
+        data_lanes=checked.data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
-        save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, total_batch_size),
+        save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
         warnings=(*_warnings(args, world, model), *_slow_save(found)),
     )
 
@@ -105,29 +79,17 @@ def _default_eval_tokens(args: Arguments) -> int | None:
 
 
 def setting_of(plan: Plan, args: Arguments, device_type: str) -> Setting:
-    """What memory and communication of a planned run depend on."""
+    """The settings that memory and communication of a planned run depend on."""
     world = World(size=plan.world_size)
     return memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
 
 
 def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
     """The learning rates of a planned run."""
-    settings = {"lr": args.lr, **_schedule_arguments(args, plan.num_training_steps)}
+    settings = {"lr": args.lr, **schedule_arguments(args, plan.num_training_steps)}
     tokens_per_update = None if plan.max_train_tokens is None else plan.tokens_per_update
     restart = METHODS[args.peft_model].restart(args)
     return LearningRates(settings, tokens_per_update, restart.every if restart else None)
-
-
-def _schedule_arguments(args: Arguments, num_training_steps: int) -> dict[str, Any]:
-    return {
-        "scheduler": args.scheduler,
-        "num_training_steps": num_training_steps,
-        "warmup_steps": args.warmup_steps,
-        "min_lr_ratio": args.min_lr_ratio,
-        "cycle_length": args.cycle_length,
-        "restart_warmup_steps": args.restart_warmup_steps,
-        "adjust_step": args.adjust_step,
-    }
 
 
 def _method_arguments(args: Arguments) -> dict[str, Any]:

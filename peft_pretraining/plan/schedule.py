@@ -125,8 +125,8 @@ def _cosine_restarts(
     restart_number, in_restart = divmod(shifted, restart_every)
     decay_steps = max(1, total - first_warmup)
     if in_restart < restart_warmup:
-        # It climbs to the cosine's value at the restart itself. As published, this holds for restart number 0 too, right
-        # after the first warm-up, when restart_warmup is the longer one.
+        # The warm-up climbs to the cosine's value at the restart itself. As published, restart number 0 is warmed up too:
+        # right after the first warm-up, where restart_warmup is longer.
         return in_restart / max(1, restart_warmup) * _half_cosine(restart_number * restart_every / decay_steps, floor)
     return _half_cosine((shifted - first_warmup) / decay_steps, floor)
 
@@ -141,7 +141,7 @@ def validate(
     restart_warmup_steps: int | None = None,
     adjust_step: int = 0,
 ) -> list[str]:
-    """What `lr_at` cannot work with: one line each, with the values, the reason and the flag to change."""
+    """Problems of arguments that `lr_at` cannot compute with: one line each, with values, reason and the flag to change."""
     if scheduler not in SCHEDULERS:
         return [f"--scheduler {scheduler}: not one of {', '.join(SCHEDULERS)}"]
     found: list[str] = []

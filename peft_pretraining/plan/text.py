@@ -1,4 +1,4 @@
-"""The plan as text, and what to say where memory does not suffice."""
+"""The plan as text, and the messages about memory that does not suffice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import linear_shapes
-from peft_pretraining.distributed.device import DeviceMemory
+from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.memory.account import CLASSES
 from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.savings import fitting_flags, savings
@@ -15,7 +15,7 @@ from peft_pretraining.plan.plan import GIB, Plan, setting_of
 
 
 def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:
-    """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what there is, if known."""
+    """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what is available, if known."""
     counts, method = plan.parameters, METHODS[args.peft_model]
     restart = method.restart(args)
     share = f" ({counts['total'] / plan.full_rank_parameters:.0%} of full-rank {plan.full_rank_parameters:,})"
@@ -40,8 +40,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         ),
         (
             "optimizer",
-            f"{args.optimizer}{method.optimizer_text(args)}, {args.scheduler} to lr {args.lr:g} after {args.warmup_steps:,} "
-            f"updates{restart.text if restart else ''}",
+            f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}",
         ),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         ("run folder", str(plan.save_dir)),
@@ -55,9 +54,33 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         rows.append(("wire", format_wire(wire_figures(setting_of(plan, args, "cpu"), None, None))))
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += [f"warning: {text}" for text in plan.warnings]
+    if memory_of_device is not None and memory_of_device.device_type == "cpu":
+        lines += [f"warning: {text}" for text in _slow_dtype(plan)]
     if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
         lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
     return "\n".join(lines)
+
+
+def _schedule_text(args: Arguments) -> str:
+    """The learning rate over the run, e.g. "peak lr 0.1 after 1,100 warm-up updates, cosine decay to 0.01"."""
+    start = f"after {args.warmup_steps:,} warm-up updates" if args.warmup_steps else "from the first update"
+    shape, end = ("linear", 0.0) if args.scheduler == "linear" else ("cosine", args.min_lr_ratio * args.lr)
+    text = f"peak lr {args.lr:g} {start}, {shape} decay to {end:g}"
+    if args.scheduler == "cosine" and args.cycle_length is not None:
+        text += f", anew every {args.cycle_length:,} updates"
+    if args.scheduler == "cosine_restarts":
+        text += f", {args.restart_warmup_steps:,} warm-up updates again every {args.cycle_length:,}"
+    return text
+
+
+def _slow_dtype(plan: Plan) -> list[str]:
+    """A warning where this machine's CPU computes bfloat16 products without instructions for them."""
+    if plan.dtype != "bfloat16" or cpu_has_bfloat16() is not False:
+        return []
+    return [
+        "--dtype bfloat16: this CPU multiplies bfloat16 matrices tens of times slower than float32 (no AVX-512, AMX or "
+        "bf16 instructions); use --dtype float32"
+    ]
 
 
 def _frozen(plan: Plan, args: Arguments) -> str:
@@ -77,7 +100,7 @@ def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
 
 
 def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, said: str) -> str:
-    """What to say where memory ran out all the same; `said`: what the allocator said."""
+    """The message of a run that ran out of memory; `said`: the allocator's own message."""
     largest = max(CLASSES, key=lambda name: plan.bytes[name])
     setting = setting_of(plan, args, device_type)
     lower = ", ".join(f"{saving.text} ({saving.peak / GIB:.1f} GiB)" for saving in savings(setting))
@@ -89,7 +112,7 @@ def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, said: s
 
 
 def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[str]:
-    """What does not fit into the device, and the flags that would make it fit; [] where it fits."""
+    """How much memory the run needs beyond the device's, and the flags that would make it fit; [] where it fits."""
     if plan.bytes["peak"] <= device.num_bytes:
         return []
     setting = setting_of(plan, args, device.device_type)

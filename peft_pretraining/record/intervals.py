@@ -1,8 +1,7 @@
-"""Means of few runs with their 95 % intervals: Student's t, no scipy."""
+"""Means of a few runs and their 95 % intervals by Student's t."""
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `n` values; low and high are None for a single value, which says nothing of its scatter."""
+    """A mean of `n` values; low and high are None for a single value, whose scatter is unknown."""
 
     mean: float
     low: float | None
@@ -42,24 +41,10 @@ def ratio_interval(pairs: Sequence[tuple[float, float]]) -> Interval:
     return Interval(math.exp(found.mean), low, high, found.n)
 
 
-@functools.cache
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t within whose +- a share `confidence` of Student's distribution lies. Raises ValueError below one degree."""
+    """The t for which Student's distribution has the share `confidence` between -t and t. Raises ValueError below one degree."""
     if degrees < 1:
         raise ValueError(f"{degrees} degrees of freedom: at least two values are needed")
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):  # halves an angle to below the spacing of floats
-        middle = (low + high) / 2
-        low, high = (middle, high) if _share_within(middle, degrees) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
+    from scipy.special import stdtrit
 
-
-def _share_within(angle: float, degrees: int) -> float:
-    """P(|T| < sqrt(degrees) tan(angle)): Abramowitz & Stegun, 26.7.3 and 26.7.4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2 == 1
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for number in range(1, degrees // 2 + 1):
-        total += term
-        term *= cosine**2 * ((2 * number) / (2 * number + 1) if odd else (2 * number - 1) / (2 * number))
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return float(stdtrit(degrees, (1 + confidence) / 2))

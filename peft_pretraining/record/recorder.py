@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from peft_pretraining.record.summary import METRICS_FILE, read_metrics, summary
-from peft_pretraining.record.wandb_run import _one_line, _start_wandb
+from peft_pretraining.record.wandb_run import _one_line, start_wandb
 from peft_pretraining.training.evaluate import EvalResult
 from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
 
@@ -126,7 +126,7 @@ class Recorder:
         self._rewrite(rows)
         self._file = _Lines(run_folder / METRICS_FILE)
         self._document = wandb_settings["config"]
-        self._wandb = _start_wandb(run_folder, wandb_settings)
+        self._wandb = start_wandb(run_folder, wandb_settings)
         self._bar = _progress_bar(total_updates, start_step)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:

@@ -22,42 +22,24 @@ def _one_line(error: BaseException) -> str:
 
 def _has_wandb_key() -> bool:
     """Tells whether an API key is available, in the environment or stored by `wandb login` in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
+    from requests.utils import get_netrc_auth
 
-    hosts = _wandb_hosts()
-    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        path = Path(name).expanduser() if name else None
-        if path is None or not path.is_file():
-            continue
-        try:
-            stored = netrc.netrc(path).hosts
-        except (netrc.NetrcParseError, OSError):
-            continue
-        if hosts & set(stored):
-            return True
-    return False
+    return bool(os.environ.get("WANDB_API_KEY")) or any(get_netrc_auth(url) for url in _wandb_servers())
 
 
-def _wandb_hosts() -> set[str]:
-    """Returns the hosts whose netrc entry wandb reads: the configured server and the default of earlier versions."""
-    url = os.environ.get("WANDB_BASE_URL")
-    if url:
-        return {_host(url)}
+def _wandb_servers() -> list[str]:
+    """Returns the servers whose netrc entry wandb reads: the configured server, or its defaults now and in earlier versions."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return [url if "://" in url else f"https://{url}"]
     try:
         import wandb
 
-        return {_host(wandb.Settings().base_url), "api.wandb.ai"}
-    except Exception:  # wandb is missing or broken; _start_wandb reports it
-        return {"api.wandb.ai"}
+        return [wandb.Settings().base_url, "https://api.wandb.ai"]
+    except Exception:  # wandb is missing or broken; start_wandb reports it
+        return ["https://api.wandb.ai"]
 
 
-def _host(url: str) -> str:
-    return url.split("://")[-1].split("/")[0].split(":")[0]
-
-
-def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
+def start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
     """Returns the wandb run, or None if wandb is disabled or fails, which prints one warning.
 
     settings: mode, id, name, tags, config and optionally group.
@@ -85,7 +67,7 @@ def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
 
             # wandb's service process still has the run's id registered.
             wandb.teardown()
-        return _start_wandb(run_folder, {**settings, "mode": "offline"})
+        return start_wandb(run_folder, {**settings, "mode": "offline"})
 
 
 def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,14 @@ from typing import Any
 import torch
 
 from peft_pretraining.checkpoint import step_folder as checkpoint
-from peft_pretraining.config.arguments import (
-    CHANGEABLE,
-    WARM_START_CHANGES,
-    Arguments,
-    ConfigError,
-    allowed_changes,
-    as_dict,
-)
+from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, as_dict
 from peft_pretraining.data.source import Source
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.record.summary import METRICS_FILE
-from peft_pretraining.run.resume import train_state
-from peft_pretraining.run.same_run import differing_arguments, differing_shape
+from peft_pretraining.run.resume import finished_state, train_state
+from peft_pretraining.run.same_run import EVALUATION_FLAGS, differing_arguments, differing_shape
 from peft_pretraining.training.stop import MARKER_FILE
 
 _PACKAGES = (
@@ -111,7 +104,9 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         if warm_start:
             _check_full_rank(newest, before)
             warm_up = {"updates": train_state(newest).update_step, "arguments": before["arguments"]}
-        _check_same_run(newest, before, args, plan, WARM_START_CHANGES if warm_start else frozenset())
+        changed = _check_same_run(newest, before, args, plan, warm_start)
+        if not changed.isdisjoint(EVALUATION_FLAGS) and finished_state(path, newest, args, plan) is not None:
+            raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
         _warn_of_changed_environment(newest, before, plan)
         if path.resolve() == newest.parent.resolve():
             wandb_id = before.get("wandb_id", wandb_id)
@@ -211,29 +206,39 @@ def _read_record(path: Path) -> dict[str, Any]:
     }
 
 
-def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan, free: frozenset[str] = frozenset()) -> None:
-    """Refuses to resume with arguments that differ from the checkpoint's, unless they are allowed to change.
+def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan, warm_start: bool) -> set[str]:
+    """Returns the names of the arguments that differ from the checkpoint's and may: by --allow_changes or in a warm start.
 
-    free: names of arguments that may differ without --allow_changes. Raises ConfigError with both values.
+    Raises ConfigError if others differ, with both values and the way out.
     """
     differing = differing_arguments(before["arguments"], before["plan"], args, plan)
-    problems = []
+    allowed = allowed_changes(args) | {name for name, row in ROWS.items() if warm_start and row.warm_start}
     # Whether the data set differs is not known yet.
     if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):
         print(f"notice: --allow_changes {','.join(unused)} has no effect: {path} has the same values", file=sys.stderr)
+    problems = []
     for name, (then, now) in differing.items():
-        if name in allowed_changes(args) | free:
+        if name in allowed:
             continue
-        way_out = f"--allow_changes {name}, " if name in CHANGEABLE else ""
+        way_out = f"--allow_changes {name}, " if ROWS[name].on_resume == "if_allowed" else ""
         if name == "peft_model" and _is_full_rank(then) and METHODS[str(now)].frozen_base:
             way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
-        problems.append(f"--{name} {now}: {path} was made with {then}; use {then}, {way_out}or another --save_dir")
+        other = f"another --save_dir; to evaluate alone use {_evaluate_command(path, args)}"
+        other = other if name in EVALUATION_FLAGS else "another --save_dir"
+        problems.append(f"--{name} {now}: {path} was made with {then}; use {then}, {way_out}or {other}")
     problems += [
         f"{args.model_config}: {key} is {now}, {path} was made with {then}"
         for key, (then, now) in differing_shape(before["plan"], plan).items()
     ]
     if problems:
         raise ConfigError(problems)
+    return set(differing)
+
+
+def _evaluate_command(path: Path, args: Arguments) -> str:
+    """The command that evaluates the checkpoint on the held-out data that is asked for."""
+    tokens = "" if args.eval_tokens is None else f" --eval_tokens {args.eval_tokens}"
+    return f"`python -m peft_pretraining evaluate --checkpoint {path} --dataset {args.eval_dataset or args.dataset}{tokens}`"
 
 
 def check_same_data(path: Path, args: Arguments, source: Source) -> None:
@@ -242,11 +247,13 @@ def check_same_data(path: Path, args: Arguments, source: Source) -> None:
     Raises ConfigError.
     """
     before = _read_record(path)
-    if source.fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
+    # --text_field is part of the fingerprint and is compared as an argument already.
+    fingerprint = replace(source, text_field=before["arguments"]["text_field"]).fingerprint
+    if fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
         raise ConfigError(
             [
                 f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) differ from those of --dataset "
-                f"{before['arguments']['dataset']} that {path} was made with: fingerprint {source.fingerprint} instead of "
+                f"{before['arguments']['dataset']} that {path} was made with: fingerprint {fingerprint} instead of "
                 f"{before['fingerprint']}; restore the files, or continue with the new ones from the same position: "
                 "--allow_changes dataset"
             ]

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Fine-tune RoBERTa-base on one of GLUE's tasks with W0 + (alpha/r) B A + S, W0 frozen.
 #   bash scripts/finetune/glue.sh TASK [FLAG...]     TASK: cola sst2 mrpc qqp stsb mnli qnli rte wnli
-# Published setting (arXiv 2406.02214): r 8, delta .005 or .001, alpha 32, 64 or 128, lr 1e-5 to 5e-5, seed 1234; which of
-#   them for which task is not said: here the first delta and the middle of each range, to be tuned on the validation set.
-#   Epochs, batch and length are ours. Not yet run whole here.
-# Network: the model and the task come from the hub once; MODEL=folder, --train_file and --validation_file need none.
-# Any flag given here wins over the script's; paths are relative to the checkout.
+# Status: planned only, not run yet.
+# Published setting (arXiv 2406.02214): r 8, delta .005 or .001, alpha 32, 64 or 128, lr 1e-5 to 5e-5, seed 1234. The paper does not
+#   say which value belongs to which task: this script uses the first delta and the middle of each range, to be tuned on the
+#   validation set. Epochs, batch and length are our choice.
+# Network: model and task are downloaded from the hub once; MODEL=folder, --train_file and --validation_file need no network.
+# Flags given on the command line override the script's; paths are relative to the checkout.
 # The merged model and results.json go to OUT (default: runs/glue/TASK).
 set -euo pipefail
 task="${1:?which task? cola sst2 mrpc qqp stsb mnli qnli rte wnli}"

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # LLaMA 60M, full-rank (the baseline), on C4 at length 256, batch 512 sequences.
-# Hardware: 1 GPU by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 34.06 after 1.1B tokens; parameters and Adam moments .35 G in the paper's convention
-#   (arXiv 2406.02214, Table 2). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
-# The learning rate is SLTrain's, so that the two differ in nothing else; it is not tuned for full-rank.
-#   Users of the published code report 30.1 at this lr where 34.06 was published: compare with the tuned figure.
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 58,073,600 parameters; 13.0 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
+# Published: perplexity 34.06 after 1.1B tokens; parameters and Adam moments .35 G in the paper's convention (arXiv 2406.02214,
+#   Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
+# The learning rate is SLTrain's, so that only the method differs; it is not tuned for full-rank. Users of the published code
+#   report 30.1 at this lr where 34.06 was published: compare with the tuned figure.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # LLaMA 130M, GaLore, on C4 at length 256, batch 512 sequences.
-# Hardware: 1 GPU by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 25.36 after 2.2B tokens; parameters, moments and projections .61 G in the paper's convention
-#   (arXiv 2406.02214, Table 2). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
-# lr, scale and gap are those of GaLore's authors (arXiv 2403.03507 and its repository's script), the number of updates is
-#   that of the other recipes, for the same tokens; GaLore's script has 20,000 updates and 2,000 of warm-up.
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 134,105,856 parameters; 27.7 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
+# Published: perplexity 25.36 after 2.2B tokens; parameters, moments and projections .61 G in the paper's convention (arXiv
+#   2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
+# lr, scale and gap are those of GaLore's authors (arXiv 2403.03507 and its repository's script), the number of updates is that
+#   of the other recipes, for the same tokens; their script has 20,000 updates and 2,000 of warm-up.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # LLaMA 1B, GaLore, on C4 at length 256, batch 512 sequences.
-# Hardware: 8 GPUs by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 15.64 after 13.1B tokens; parameters, moments and projections 4.76 G in the paper's convention
-#   (arXiv 2406.02214, Table 2). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
-# lr, scale and gap are those of GaLore's authors (arXiv 2403.03507 and its repository's script), the number of updates is
-#   that of the other recipes, for the same tokens; GaLore's script has rank 1024 and 100,000 updates.
-#   The figures are those of rank 512.
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 1,339,082,752 parameters; 16.6 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
+# Published: perplexity 15.64 after 13.1B tokens; parameters, moments and projections 4.76 G in the paper's convention (arXiv
+#   2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
+# lr, scale and gap are those of GaLore's authors (arXiv 2403.03507 and its repository's script), the number of updates is that
+#   of the other recipes, for the same tokens; their script has rank 1024 and 100,000 updates. The figures are those of rank 512.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # LLaMA 7B, GaLore, on C4 at length 256, batch 512 sequences.
-# Hardware: 8 GPUs by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 26.87 after 1.4B tokens, 62G per GPU, 5,924 tokens/s on four A100-80G
-#   (arXiv 2406.02214). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
+# Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 6,738,415,616 parameters; 44.7 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
+# Published: perplexity 26.87 after 1.4B tokens, 62G per GPU, 5,924 tokens/s on four A100-80G (arXiv 2406.02214). The published
+#   evaluation reads 1.7-3.5 % low (docs/method.md).
 # Rank, lr, scale and gap are those of GaLore's authors (arXiv 2403.03507 and its repository's script), whose script has
 #   galore_adamw; 8-bit moments are what the figures above were measured with.
 # On one GPU: NPROC=1 ... --optimizer galore_adamw8bit_per_layer --grad_clipping 0 --batch_size 1 (published: 22 GB at batch 1).
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

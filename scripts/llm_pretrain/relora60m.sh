@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # LLaMA 60M, ReLoRA, on C4 at length 256, batch 512 sequences.
-# Hardware: 1 GPU by default; NPROC=N takes another number (micro-batch x N must divide 512).
+# Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 68,067,840 parameters; 13.8 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
 # Published: perplexity 37.04 after 1.1B tokens, without a full-rank warm-up (arXiv 2403.03507, section 5.1); parameters and
-#   Adam moments printed as .36 G, .18 G by the paper's convention (arXiv 2406.02214, Table 2). Its evaluation read 1.7-3.5 %
-#   low, see the README. Not yet run whole here.
-# Schedule, merges and lr are those of ReLoRA's authors (arXiv 2307.05695): that repository's script for this size; the number
-#   of updates is that of the other recipes, for the same tokens.
+#   Adam moments printed as .36 G, .18 G by the paper's convention (arXiv 2406.02214, Table 2). The published evaluation reads
+#   1.7-3.5 % low (docs/method.md).
+# Schedule, merges and lr are those of ReLoRA's authors (arXiv 2307.05695), from their script for this size; the number of
+#   updates is that of the other recipes, for the same tokens.
 # Full-rank warm-up: bash scripts/llm_pretrain/full60m.sh --num_training_steps 1000 --warmup_steps 500 --save_dir warm60m,
 #   then this script with --warmed_up_model warm60m; its 1000 updates count.
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

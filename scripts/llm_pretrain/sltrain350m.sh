@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # LLaMA 350M, SLTrain, on C4 at length 256, batch 512 sequences.
-# Hardware: 4 GPUs by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 19.42 after 6.4B tokens; parameters and Adam moments 1.24 G in the paper's convention
-#   (arXiv 2406.02214, Table 2). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# Hardware: 4 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 194,293,544 parameters; 36.7 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
+# Published: perplexity 19.42 after 6.4B tokens; parameters and Adam moments 1.24 G in the paper's convention (arXiv 2406.02214,
+#   Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

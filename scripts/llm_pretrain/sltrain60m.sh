@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # LLaMA 60M, SLTrain, on C4 at length 256, batch 512 sequences.
-# Hardware: 1 GPU by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 34.15 after 1.1B tokens; parameters and Adam moments .26 G in the paper's convention
-#   (arXiv 2406.02214, Table 2). Its evaluation read 1.7-3.5 % low, see the README. Not yet run whole here.
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 43,529,832 parameters; 12.9 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
+# Published: perplexity 34.15 after 1.1B tokens; parameters and Adam moments .26 G in the paper's convention (arXiv 2406.02214,
+#   Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

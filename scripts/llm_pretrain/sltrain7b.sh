@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # LLaMA 7B, SLTrain, on C4 at length 256, batch 512 sequences.
-# Hardware: 8 GPUs by default; NPROC=N takes another number (micro-batch x N must divide 512).
-# Published: perplexity 27.59 after 1.4B tokens, 46G per GPU, 5,877 tokens/s on four A100-80G (arXiv 2406.02214).
-#   The published script says lr 0.003, the paper lr 0.0005; the paper's is used. Not yet run whole here.
-# Memory and batch arithmetic on your machine: append --dry_run. Any flag given here wins over the script's.
+# Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
+# Predicted, not measured: 3,144,735,808 parameters; 33.2 GiB at the peak on each GPU.
+# Status: planned only, not run yet.
+# Published: perplexity 27.59 after 1.4B tokens, 46G per GPU, 5,877 tokens/s on four A100-80G (arXiv 2406.02214). The published
+#   script says lr 0.003, the paper lr 0.0005; the paper's is used.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
 cd "$root"

@@ -7,19 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.config.arguments import (
-    CHANGEABLE,
-    RUN_DEFINING,
-    UNCHANGEABLE,
-    ConfigError,
-    arguments_of_record,
-    as_dict,
-)
+import torchrun_main
+from peft_pretraining.config.arguments import ROWS, ConfigError, arguments_of_record, as_dict
 from peft_pretraining.config.command_line import build_parser, parse_args, parse_tokens
 from peft_pretraining.distributed.world import World
-from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan import plan as plan_module
+from peft_pretraining.plan.checks import check, notices
 from peft_pretraining.plan.plan import learning_rates, make_plan
 from peft_pretraining.plan.schedule import is_finished
+from peft_pretraining.plan.text import format_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "llama_60m.json")
@@ -139,22 +135,59 @@ def test_program_exits_with_2_one_line_and_no_traceback(extra):
 
 
 def test_every_argument_that_defines_a_run_is_compared():
-    """What has a folder of its own is not continued as something else; per-layer updates have the bits of whole ones."""
-    assert set(RUN_DEFINING) - {"per_layer"} <= {*CHANGEABLE, *UNCHANGEABLE}
-    assert not {*CHANGEABLE} & {*UNCHANGEABLE}
+    """A run with a folder of its own is not resumed as another run; per-layer updates are bit-identical to whole ones."""
+    assert {name for name, row in ROWS.items() if row.defines_run and row.on_resume == "freely"} == {"per_layer"}
 
 
 @pytest.mark.parametrize("missing", ["--model_config", "--batch_size"])
 def test_required_flags_are_named(missing):
     argv = [word for pair in zip(BASE[::2], BASE[1::2], strict=True) if pair[0] != missing for word in pair]
     with pytest.raises(ConfigError, match=f"{missing} is required"):
-        parse_args(argv)
+        check(parse_args(argv), World())
 
 
-def test_all_problems_are_reported_at_once():
+# (command line, the words of each problem): missing, malformed, out of range, unknown, and what follows from several flags
+SEVERAL = [
+    (
+        "--batch_size 7 --total_batch_size 100 --rank -3 --lr nan",
+        ["--model_config is required", "--rank -3", "--lr nan", "--total_batch_size 100: not a multiple of --batch_size 7"],
+    ),
+    (f"--model_config {CONFIG} --rank abc --lr fast", ["--batch_size is required", "--rank abc", "--lr fast"]),
+    (f"{' '.join(BASE)} --lr -1 --rank 0 --device tpu", ["--lr -1", "--rank 0", "--device tpu"]),
+    (f"{' '.join(BASE)} --seed --packing maybe stray", ["--seed: needs a value", "--packing maybe", "unknown argument stray"]),
+    (
+        f"{' '.join(BASE)} --learning_rate 1 --warmup_steps 20000 --max_length 5000",
+        ["did you mean --lr", "--warmup_steps 20000", "--max_length 5000"],
+    ),
+    ("--model_config nowhere.json --batch_size x --config no.yaml", ["nowhere.json", "--batch_size x", "--config no.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("line", "problems"), SEVERAL, ids=lambda value: value[-40:] if isinstance(value, str) else None)
+def test_all_problems_are_reported_at_once(line, problems):
     with pytest.raises(ConfigError) as refused:
-        parse_args([*BASE, "--lr", "-1", "--rank", "0", "--device", "tpu"])
-    assert len(refused.value.problems) == 3
+        check(parse_args(line.split()), World())
+    assert len(refused.value.problems) == len(problems)
+    for words in problems:
+        assert sum(words in problem for problem in refused.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--peft_model relora --relora often",
+        "--peft_model relora --relora 0",
+        "--total_batch_size 64 --batch_size many",
+        "--warmup_steps 9000 --num_training_steps lots",
+        "--max_train_tokens 20k --warmup_steps 5000 --batch_size many",
+        "--peft_model sltrain --support block --sp_ratio 0",
+    ],
+)
+def test_a_refused_value_is_not_judged_again_beside_others(line):
+    """What would follow from the default that stands in for it is not reported."""
+    with pytest.raises(ConfigError) as refused:
+        check(parse_args([*BASE, *line.split()]), World())
+    assert len(refused.value.problems) == 1, refused.value.problems
 
 
 def test_help_and_errors_load_no_heavy_package():
@@ -169,6 +202,50 @@ def test_help_and_errors_load_no_heavy_package():
     argv = [*BASE, "--total_batch_size", "100"]
     ended = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_dry_run_loads_no_more_than_the_device_needs():
+    """torch answers which device there is; the model, the optimizers and the training loop stay unloaded."""
+    code = (
+        "import sys, torchrun_main\n"
+        "code = torchrun_main.main([*sys.argv[1:], '--dry_run'])\n"
+        "rooms = ('model', 'optim', 'training', 'export', 'record', 'run', 'commands')\n"
+        "heavy = [name for name in sys.modules if name in ('transformers', 'datasets', 'sparse_lora')\n"
+        "         or name.startswith(tuple(f'peft_pretraining.{room}' for room in rooms))]\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *BASE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("model")
+
+
+@pytest.mark.parametrize("more", [["--dry_run"], []])
+def test_one_start_makes_one_plan(monkeypatch, tiny_run, tmp_path, more):
+    """Refusals come before torch is loaded, and the plan after the device is known: neither makes it twice."""
+    made = []
+    account = plan_module.account
+    monkeypatch.setattr(plan_module, "account", lambda setting: made.append(setting) or account(setting))
+    argv = [*tiny_run, "--batch_size", "1", "--max_length", "32", "--num_training_steps", "1", "--warmup_steps", "0"]
+    argv += ["--device", "cpu", "--wandb", "disabled", "--workers", "0", "--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main([*argv, *more]) == 0
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ("--lr 0.1 --warmup_steps 1100", "peak lr 0.1 after 1,100 warm-up updates, cosine decay to 0.01"),
+        ("--lr 0.1 --warmup_steps 0 --scheduler linear", "peak lr 0.1 from the first update, linear decay to 0"),
+        ("--lr 0.1 --cycle_length 5000", "cosine decay to 0.01, anew every 5,000 updates"),
+        (
+            "--lr 0.1 --scheduler cosine_restarts --cycle_length 5000 --restart_warmup_steps 50",
+            "cosine decay to 0.01, 50 warm-up updates again every 5,000",
+        ),
+    ],
+)
+def test_the_plan_names_peak_and_end_of_the_learning_rate(flags, shown):
+    args = parse_args([*BASE, *flags.split()])
+    assert shown in format_plan(make_plan(args, World()), args, "words", None)
 
 
 def test_config_file_and_command_line_say_the_same_and_the_command_line_wins(tmp_path):
@@ -191,7 +268,7 @@ def test_config_file_problems_name_the_file(tmp_path, content, words):
     path = tmp_path / "run.json"
     path.write_text(content)
     with pytest.raises(ConfigError) as refused:
-        parse_args(["--config", str(path), *BASE])
+        check(parse_args(["--config", str(path), *BASE]), World())
     for word in [str(path), *words]:
         assert word in str(refused.value)
 
@@ -216,7 +293,7 @@ def test_published_per_layer_names(name):
     assert (args.optimizer, args.per_layer, args.grad_clipping) == (name.lower().removesuffix("_per_layer"), True, None)
     assert any("--grad_clipping has no effect" in line for line in notices(args))
     with pytest.raises(ConfigError, match="--grad_norm_growth"):
-        parse_args([*BASE, "--optimizer", name, "--per_layer", "--grad_clipping", "1.0"])
+        check(parse_args([*BASE, "--optimizer", name, "--per_layer", "--grad_clipping", "1.0"]), World())
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import torchrun_main
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import make_plan
@@ -49,16 +52,51 @@ def test_published_command_line_is_accepted_with_its_meaning(size, monkeypatch):
     assert plan.num_training_steps == args.num_training_steps
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_passes_dry_run(path):
-    environment = {**os.environ, "SLTRAIN_PYTHON": sys.executable, "NPROC": "1", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        ["bash", str(path), "--dry_run"], cwd="/", env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
+@pytest.fixture
+def words_of_torchrun(tmp_path) -> Callable[..., list[str]]:
+    """Runs a recipe with its Python replaced by a script that prints its arguments; returns these."""
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_") and name != "NPROC"}
+    environment["SLTRAIN_PYTHON"] = str(tmp_path / "python")
+
+    def run(path: Path, *arguments: str, **variables: str) -> list[str]:
+        command = ["bash", str(path), *arguments]
+        return subprocess.check_output(command, cwd="/", env=environment | variables, text=True).splitlines()
+
+    return run
+
+
+def assert_is_the_plan_of(path: Path, text: str) -> None:
     size = re.sub(r"^[a-z]+?(?=\d)", "", path.stem)
-    assert f"llama_{size}" in ended.stdout
-    assert "parameters" in ended.stdout
+    assert f"llama_{size}" in text
+    assert "parameters" in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_command_that_a_recipe_starts_passes_dry_run_without_network(path, words_of_torchrun, monkeypatch, capsys):
+    words = words_of_torchrun(path, "--dry_run")
+    argv = words[words.index("torchrun_main.py") + 1 :]
+    assert argv[-1] == "--dry_run"
+
+    def no_network(*_):
+        raise AssertionError("--dry_run asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.chdir(ROOT)
+    assert torchrun_main.main(argv) == 0
+    assert_is_the_plan_of(path, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["sltrain350m"])
+def test_a_recipe_passes_dry_run_from_any_folder_as_users_start_it(name):
+    path = ROOT / "scripts" / "llm_pretrain" / f"{name}.sh"
+    environment = {**os.environ, "SLTRAIN_PYTHON": sys.executable, "NPROC": "1", "HF_HUB_OFFLINE": "1"}
+    command = ["bash", str(path), "--dry_run"]
+    ended = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert_is_the_plan_of(path, ended.stdout)
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -106,18 +144,11 @@ def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, tmp_path):
-    """With as many processes as its header says, or NPROC; SIGUSR1 reaches them either way."""
-    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_") and name != "NPROC"}
-    environment["SLTRAIN_PYTHON"] = str(tmp_path / "python")
-
-    def words(**variables: str) -> list[str]:
-        return subprocess.check_output(["bash", str(path)], env=environment | variables, text=True).splitlines()
-
+def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, words_of_torchrun):
+    """With as many processes as the recipe's header says, or NPROC; SIGUSR1 reaches them either way."""
     header = re.search(r"^# Hardware: (\d+) GPU", path.read_text(encoding="utf-8"), re.MULTILINE)
-    alone, one_of_several = words(), words(NPROC="3", PET_RDZV_ENDPOINT="machine0:15000")
+    alone = words_of_torchrun(path)
+    one_of_several = words_of_torchrun(path, NPROC="3", PET_RDZV_ENDPOINT="machine0:15000")
     assert alone[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", header[1]]
     assert one_of_several[:4] == ["-m", "torch.distributed.run", "--nproc_per_node", "3"]
     for command in (alone, one_of_several):
@@ -144,15 +175,7 @@ def test_relora_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
     published = parse_args(f"{common} {cycles} {PUBLISHED_RELORA[size]}".split())
     ours = parse_args(recipe_flags(folder / f"relora{size}.sh"))
     free = {"num_training_steps"} | ({"relora", "cycle_length"} if size == "1b" else set())
-    names = [
-        "lr",
-        "relora",
-        "cycle_length",
-        "num_training_steps",
-        "warmup_steps",
-        "restart_warmup_steps",
-        "min_lr_ratio",
-    ]
+    names = ["lr", "relora", "cycle_length", "num_training_steps", "warmup_steps", "restart_warmup_steps", "min_lr_ratio"]
     names += ["scheduler", "optimizer_magnitude_pruning"]
     assert {name for name in names if getattr(published, name) != getattr(ours, name)} <= free
     twin = parse_args(recipe_flags(folder / f"sltrain{size}.sh"))

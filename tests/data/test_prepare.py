@@ -1,4 +1,7 @@
-"""Prepared data: the source's sequences in the source's order, no tokenizer at work, sound or refused, killed or not."""
+"""Prepared data (token files made once from text) gives training exactly the sequences that the text itself gives.
+
+Damaged, unfinished or foreign folders are refused. A preparation that is interrupted goes on and writes the same bytes.
+"""
 
 import gzip
 import itertools
@@ -33,21 +36,35 @@ BAD_LINES = [b"broken\n", b'{"text": null}\n', b'{"text": 3}\n', b'{"text": ""}\
 
 
 class NoEncoding(ByteTokenizer):
-    """Its ids are known, and it must not be asked for any."""
+    """The tokenizer of the prepared data, which training must not call."""
 
     def encode_batch(self, texts):
         raise AssertionError("prepared data is not tokenised again")
 
 
+class Interrupted(ByteTokenizer):
+    """Raises KeyboardInterrupt after a number of batches."""
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def encode_batch(self, texts):
+        if self.batches == 0:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        return super().encode_batch(texts)
+
+
 @pytest.fixture(autouse=True)
-def small_numbers(monkeypatch):
+def small_windows_and_commits(monkeypatch):
+    """So that a small corpus fills many of them."""
     monkeypatch.setattr(lanes, "WINDOW_RECORDS", 4)
     monkeypatch.setattr(prepare_module, "_COMMIT_RECORDS", 7)
     monkeypatch.setattr(prepare_module, "_TOGETHER", 5)
 
 
 def corpus(folder: Path, shards: int, validation: bool, count: int = 300) -> Path:
-    """Files of unequal lengths with bad lines; one of them, gzipped, ends too early."""
+    """A folder of JSON-lines files of unequal lengths with 20 bad lines, and one truncated gzip file."""
     folder.mkdir()
     lines = [json_lines([text]) for text in texts(count)]
     for number in range(20):
@@ -62,29 +79,18 @@ def corpus(folder: Path, shards: int, validation: bool, count: int = 300) -> Pat
 
 
 def prepared(dataset: Path, out: Path, **options):
+    """Prepares a data set with the byte tokenizer; returns the manifest."""
     return prepare(str(dataset), ByteTokenizer(), out, progress=False, **options)
 
 
 def make_loaders(source, tokenizer, ranks, workers, packing, lanes=12, **options):
-    return [
-        TrainLoader(
-            source,
-            tokenizer,
-            max_length=40,
-            packing=packing,
-            lanes=lanes,
-            seed=5,
-            rank=rank,
-            world_size=ranks,
-            workers=workers,
-            **options,
-        )
-        for rank in range(ranks)
-    ]
+    """One loader for each rank."""
+    common = {"max_length": 40, "packing": packing, "lanes": lanes, "seed": 5, "world_size": ranks, "workers": workers}
+    return [TrainLoader(source, tokenizer, rank=rank, **common, **options) for rank in range(ranks)]
 
 
 def follow(chain, source, tokenizer, packing, **options):
-    """Sequences and final state of a run whose stages are (ranks, workers, batches per rank)."""
+    """Sequences and final state of a run that is resumed between its stages, each (ranks, workers, batches per rank)."""
     sequences, state = [], None
     for ranks, workers, batches in chain:
         loaders = make_loaders(source, tokenizer, ranks, workers, packing, **options)
@@ -101,10 +107,10 @@ def follow(chain, source, tokenizer, packing, **options):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("shards", "validation"), [(1, False), (3, True), (7, False)])
-def test_prepared_data_has_the_order_of_its_source_for_any_ranks_and_workers(
+def test_sequences_and_states_equal_those_of_the_text_for_any_ranks_and_workers(
     tmp_path, inline_workers, packing, shards, validation
 ):
-    """Sequences, states and counts of bad records equal those of the source read as text, over several epochs."""
+    """Over several epochs, with resumes in between; the states hold the counts of bad records."""
     folder = corpus(tmp_path / "text", shards, validation)
     prepared(folder, tmp_path / "tokens")
     chain = [(1, 0, 130), (2, 2, 61), (4, 1, 33), (3, 3, 52), (12, 1, 9), (1, 2, 77)]
@@ -116,7 +122,7 @@ def test_prepared_data_has_the_order_of_its_source_for_any_ranks_and_workers(
     assert min(numbers[0] for numbers in found[1]["lanes"].values()) >= 1
 
 
-def test_prepared_data_with_real_worker_processes(tmp_path):
+def test_sequences_equal_those_of_the_text_with_real_worker_processes(tmp_path):
     if sys.platform != "linux" or torch.multiprocessing.get_start_method() != "fork":
         pytest.skip("the small windows of this test reach workers by fork only")
     folder = corpus(tmp_path / "text", 3, False)
@@ -127,7 +133,7 @@ def test_prepared_data_with_real_worker_processes(tmp_path):
 
 
 def test_each_document_of_a_split_comes_once_per_epoch(tmp_path):
-    """1 in 100 held out by hash, as in the source; 1 record in 10 is bad, takes a place and is not handed out."""
+    """One document in 100 is held out by its hash, as in the text. One record in 10 is bad: numbered, but never handed out."""
     documents = texts(900)
     lines = [json_lines([text]) for text in documents]
     for number in range(100):
@@ -137,18 +143,18 @@ def test_each_document_of_a_split_comes_once_per_epoch(tmp_path):
     found = []
     for split in ("train", "validation"):
         source = open_source(str(tmp_path / "tokens"), split)
-        found.append(_documents(lane_sequences(source, NoEncoding(), Order(1, 3, 999, False), 0, LaneState())))
+        found.append(first_epoch(lane_sequences(source, NoEncoding(), Order(1, 3, 999, False), 0, LaneState())))
     assert Counter(found[0] + found[1]) == Counter(documents)
     assert 0 < len(found[1]) < 30
     assert Counter(found[1]) == Counter(text for text in documents if is_held_out(text))
 
 
-def _documents(sequences):
+def first_epoch(sequences) -> list[str]:
     epoch = itertools.takewhile(lambda sequence: sequence.state.epoch == 0, sequences)
     return [ByteTokenizer().decode(sequence.ids) for sequence in epoch]
 
 
-def test_the_evaluation_set_is_that_of_the_source(tmp_path):
+def test_the_evaluation_set_equals_that_of_the_text(tmp_path):
     for number, validation in enumerate((True, False)):
         folder = corpus(tmp_path / f"text{number}", 2, validation, count=1200)
         prepared(folder, tmp_path / f"tokens{number}")
@@ -159,8 +165,8 @@ def test_the_evaluation_set_is_that_of_the_source(tmp_path):
             assert [b.labels.tolist() for b in tokens] == [b.labels.tolist() for b in text]
 
 
-def test_prepared_data_as_evaluation_data_is_taken_whole(tmp_path):
-    """--eval_dataset without validation files: every document, as for other folders."""
+def test_all_of_an_evaluation_data_set_without_validation_files_is_used(tmp_path):
+    """--eval_dataset FOLDER: every document, as with a folder of text."""
     folder = corpus(tmp_path / "text", 1, False)
     prepared(folder, tmp_path / "tokens")
     options = {"max_length": 32, "packing": False, "max_tokens": None}
@@ -171,8 +177,7 @@ def test_prepared_data_as_evaluation_data_is_taken_whole(tmp_path):
     assert sets[0].num_sequences == sets[1].num_sequences > 200
 
 
-def test_a_restart_reads_only_what_comes_next(tmp_path, monkeypatch):
-    """However far the position is, no record before it is touched."""
+def test_resuming_reads_no_record_before_the_position(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "_COMMIT_RECORDS", 1000)
     (tmp_path / "x.jsonl").write_bytes(json_lines(texts(4000)))
     prepared(tmp_path / "x.jsonl", tmp_path / "tokens")
@@ -185,20 +190,24 @@ def test_a_restart_reads_only_what_comes_next(tmp_path, monkeypatch):
     assert read == list(range(3600, 3604))
 
 
-def test_at_most_so_many_documents_and_unequal_vocabularies(tmp_path):
+def test_a_limit_on_documents_holds_for_training_and_leaves_validation_whole(tmp_path):
     folder = corpus(tmp_path / "text", 4, True)
     manifest = prepared(folder, tmp_path / "tokens", documents=100)
     assert (manifest.total("train"), manifest.total("validation")) == (100, 40)
-    (each,) = make_loaders(open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), 1, 0, False, lanes=2)
-    assert len(list(itertools.islice(each, 150))) == 150
+    (loader,) = make_loaders(open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), 1, 0, False, lanes=2)
+    assert len(list(itertools.islice(loader, 150))) == 150  # over the end of the first epoch
+
+
+def test_vocabularies_above_65536_ids_are_stored_in_32_bits_with_the_same_sequences(tmp_path):
+    folder = corpus(tmp_path / "text", 4, True)
     wide = ByteTokenizer()
     wide.text_vocab_size = 100_000
     assert prepare(str(folder), wide, tmp_path / "wide", progress=False).shards[0].ids.name == "00000.uint32"
-    pair = [open_source(str(path), "train") for path in (folder, tmp_path / "wide")]
-    assert follow([(1, 0, 99)], pair[0], wide, True) == follow([(1, 0, 99)], pair[1], wide, True)
+    text, tokens = (open_source(str(path), "train") for path in (folder, tmp_path / "wide"))
+    assert follow([(1, 0, 99)], text, wide, True) == follow([(1, 0, 99)], tokens, wide, True)
 
 
-def test_the_defaults_that_depend_on_the_data_set_are_those_of_the_original(tmp_path):
+def test_the_default_number_of_lanes_is_that_of_the_data_set_it_was_prepared_from(tmp_path):
     folder = corpus(tmp_path / "text", 1, True)
     prepared(folder, tmp_path / "tokens")
     assert default_lanes(str(tmp_path / "tokens")) == 24
@@ -209,8 +218,8 @@ def test_the_defaults_that_depend_on_the_data_set_are_those_of_the_original(tmp_
     assert default_lanes(str(tmp_path / "tokens")) == 64
 
 
-def test_the_names_of_data_sets_win_over_folders_called_so(tmp_path, monkeypatch):
-    """A folder ./c4 of prepared data must not change what --dataset c4 means."""
+def test_the_name_c4_means_the_published_data_set_even_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    """--dataset ./c4 and ~/c4 mean the folder."""
     prepared(corpus(tmp_path / "text", 1, True), tmp_path / "c4")
     monkeypatch.chdir(tmp_path)
     assert len(open_source("c4", "train").shards) == 1024
@@ -220,17 +229,21 @@ def test_the_names_of_data_sets_win_over_folders_called_so(tmp_path, monkeypatch
     assert open_source("~/c4", "train").prepared is not None
 
 
-def test_fingerprints_are_those_of_the_content_wherever_it_lies(tmp_path):
+def test_the_fingerprint_depends_on_the_content_and_the_split_but_not_on_the_folder(tmp_path):
     folder = corpus(tmp_path / "text", 2, True)
     prepared(folder, tmp_path / "tokens")
     shutil.copytree(tmp_path / "tokens", tmp_path / "copy")
-    one, other = (open_source(str(tmp_path / name), "train").fingerprint for name in ("tokens", "copy"))
-    assert one == other != open_source(str(tmp_path / "tokens"), "validation").fingerprint
     prepared(folder, tmp_path / "fewer", documents=50)
-    assert open_source(str(tmp_path / "fewer"), "train").fingerprint != one
+
+    def fingerprint(name: str, split: str = "train") -> str:
+        return open_source(str(tmp_path / name), split).fingerprint
+
+    assert fingerprint("copy") == fingerprint("tokens")
+    assert fingerprint("tokens", "validation") != fingerprint("tokens")
+    assert fingerprint("fewer") != fingerprint("tokens")
 
 
-def test_another_tokenizer_is_refused_with_both(tmp_path):
+def test_another_tokenizer_is_refused_and_both_are_named(tmp_path):
     prepared(corpus(tmp_path / "text", 1, True), tmp_path / "tokens")
     other = ByteTokenizer()
     other.name, other.fingerprint = "mine", "another"
@@ -241,7 +254,7 @@ def test_another_tokenizer_is_refused_with_both(tmp_path):
         EvalSet(open_source(str(tmp_path / "tokens"), "validation"), other, max_length=9, packing=True, max_tokens=None)
 
 
-# --- Unsound folders ---
+# --- Damaged and unusable folders ---
 
 
 def _remove(path: Path) -> None:
@@ -262,13 +275,15 @@ def test_missing_and_truncated_files_are_named_when_the_data_is_opened(tmp_path,
         open_source(str(tmp_path / "tokens"), "train")
 
 
-def test_flipped_bits_are_found_by_checksums_and_impossible_values_at_once(tmp_path):
+def test_flipped_bits_are_found_by_checksums_and_impossible_values_while_reading(tmp_path):
+    """--verify and a preparation that goes on compare checksums. Training does not, but checks every id and record length."""
     from peft_pretraining.data.inspection import verify_prepared
 
     folder = corpus(tmp_path / "text", 2, True)
     prepared(folder, tmp_path / "tokens")
     assert verify_prepared(str(tmp_path / "tokens")) == 8
-    for name, byte in (("00001.uint16", 41), ("00000.index", 35)):  # the high bytes of an id and of a record's end
+    # The high bytes of a token id and of the end of a record.
+    for name, byte in (("00001.uint16", 41), ("00000.index", 35)):
         path = tmp_path / "tokens" / name
         content = bytearray(path.read_bytes())
         content[byte] ^= 0x80
@@ -301,7 +316,7 @@ def test_a_later_format_is_refused(tmp_path):
         read_manifest(tmp_path / "tokens")
 
 
-def test_what_cannot_be_prepared_is_refused(tmp_path, write_shards):
+def test_a_request_that_contradicts_the_folders_is_refused_with_the_reason(tmp_path):
     folder = corpus(tmp_path / "text", 1, True)
     prepared(folder, tmp_path / "tokens")
     with pytest.raises(DataError, match="is prepared already"):
@@ -318,7 +333,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path, write_shards):
         open_source(str(tmp_path / "strict"), "train")
 
 
-def test_a_file_that_cannot_be_read_stops_a_preparation_until_it_can(tmp_path):
+def test_a_preparation_stopped_by_an_unreadable_file_goes_on_when_the_file_is_back(tmp_path):
     folder = corpus(tmp_path / "text", 3, True)
     prepared(folder, tmp_path / "whole")
     hidden = folder / "c4-train.1.json"
@@ -337,7 +352,7 @@ def test_a_file_that_cannot_be_read_stops_a_preparation_until_it_can(tmp_path):
 
 
 def test_every_kind_of_bad_record_has_a_number_in_the_index():
-    """Numbers are in files that exist: only ever append. The kinds are those of records.py."""
+    """Existing files hold these numbers: kinds may only be appended. Every kind that records.py makes is among them."""
     from peft_pretraining.data import records
 
     source = Path(records.__file__).read_text()
@@ -346,10 +361,11 @@ def test_every_kind_of_bad_record_has_a_number_in_the_index():
     assert set(re.findall(r'BadRecord\("(\w+)"', source)) <= set(BAD_KINDS)
 
 
-# --- Stopped and started again ---
+# --- Interrupted preparations ---
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files by their path, without the lock."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -357,35 +373,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_stopped_after_any_batch_and_started_again_it_gives_the_same_bytes(tmp_path):
-    """Every call of the tokenizer, one after the other, is the last one before a stop."""
+def test_a_preparation_interrupted_every_two_batches_writes_the_same_bytes(tmp_path):
+    """Two batches of 5 records hold at least one commit of 7 records, so that each start gets further."""
     folder = corpus(tmp_path / "text", 2, False, count=60)
     prepared(folder, tmp_path / "whole")
-    stops = 0
-
-    class Stopping(ByteTokenizer):
-        left = 0
-
-        def encode_batch(self, texts):
-            if not self.left:
-                raise KeyboardInterrupt
-            self.left -= 1
-            return super().encode_batch(texts)
-
-    tokenizer = Stopping()
+    interrupts = 0
     for _ in range(1000):
-        tokenizer.left = 2  # at least one commit of 7 records in two batches of 5
         try:
-            prepare(str(folder), tokenizer, tmp_path / "tokens", progress=False)
+            prepare(str(folder), Interrupted(batches=2), tmp_path / "tokens", progress=False)
         except KeyboardInterrupt:
-            stops += 1
+            interrupts += 1
         else:
             break
-    assert stops > 5
+    assert interrupts > 5
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
-def test_killed_at_random_instants_and_started_again_it_gives_the_same_bytes(tmp_path):
+def test_a_preparation_killed_at_random_instants_writes_the_same_bytes(tmp_path):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -431,28 +435,19 @@ def test_killed_at_random_instants_and_started_again_it_gives_the_same_bytes(tmp
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
-def test_a_finished_file_that_was_damaged_meanwhile_is_made_anew(tmp_path, monkeypatch):
+def test_a_file_that_was_damaged_after_the_interruption_is_made_anew(tmp_path):
     folder = corpus(tmp_path / "text", 2, True)
     prepared(folder, tmp_path / "whole")
 
-    class Stopping(ByteTokenizer):
-        calls = 0
-
-        def encode_batch(self, texts):
-            self.calls += 1
-            if self.calls > 60:
-                raise KeyboardInterrupt
-            return super().encode_batch(texts)
-
     with pytest.raises(KeyboardInterrupt):
-        prepare(str(folder), Stopping(), tmp_path / "tokens", progress=False)
+        prepare(str(folder), Interrupted(batches=60), tmp_path / "tokens", progress=False)
     first = tmp_path / "tokens/00000.uint16"
     first.write_bytes(first.read_bytes()[::-1])
     prepared(folder, tmp_path / "tokens")
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
-def test_two_preparations_of_one_folder_are_refused(tmp_path):
+def test_a_second_preparation_of_the_same_folder_at_the_same_time_is_refused(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     folder = corpus(tmp_path / "text", 1, True)
     (tmp_path / "tokens").mkdir()

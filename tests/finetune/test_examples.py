@@ -67,32 +67,32 @@ BAD: dict[str, tuple[str | None, list[dict[str, Any]], str]] = {
     "any columns": (
         None,
         [{"text": "a", "label": 0}],
-        "columns text, label; a column label is needed, and of text one of",
+        "columns text, label; needs the column label and text columns, one of",
     ),
     "label beyond": (
         "sst2",
         [{"sentence": "a", "label": 2}],
-        r"row 1: label 2 is none of: 0 \(negative\), 1 \(positive\)",
+        r"row 1: label 2 is not one of: 0 \(negative\), 1 \(positive\)",
     ),
     "hidden label": ("sst2", [{"sentence": "a", "label": -1}], r"label -1 .*test sets have no labels"),
-    "no number": ("stsb", [{"sentence1": "a", "sentence2": "b", "label": "high"}], "label 'high' is no number"),
-    "no label": ("stsb", [{"sentence1": "a", "sentence2": "b", "label": None}], "label None is no number"),
+    "no number": ("stsb", [{"sentence1": "a", "sentence2": "b", "label": "high"}], "label 'high' is not a number"),
+    "no label": ("stsb", [{"sentence1": "a", "sentence2": "b", "label": None}], "label None is not a number"),
     "no text": ("sst2", [{"sentence": "a", "label": 0}, {"sentence": None, "label": 0}], "row 2: sentence is None"),
-    "one class": (None, [{"sentence": "a", "label": 0}], "nothing to tell apart"),
+    "one class": (None, [{"sentence": "a", "label": 0}], "at least two different labels are needed"),
     "one value": (
         None,
         [{"sentence": "a", "label": -1}, {"sentence": "b", "label": -1}],
-        "all labels are -1: there is nothing",
+        "all labels are -1; at least two",
     ),
     "mixed": (
         None,
         [{"sentence": "a", "label": "x"}, {"sentence": "a", "label": None}],
-        "neither a word in each row nor a number",
+        "must hold a word in every row, or a number in every row",
     ),
     "lists": (
         None,
         [{"sentence": "a", "label": [1]}, {"sentence": "b", "label": [2]}],
-        "neither a word in each row nor a number",
+        "must hold a word in every row, or a number in every row",
     ),
     "empty": ("sst2", [], "is empty"),
 }
@@ -108,12 +108,12 @@ def test_what_is_no_training_set_is_refused(tmp_path: Path, task: str | None, ta
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "a", "of no known kind"),
-        ("a.csv", "sentence,label\na,1\nb\n", "no table"),
-        ("a.json", json.dumps({"sentence": "a"})[:-1], "no table"),
+        ("a.txt", "a", "unknown file type"),
+        ("a.csv", "sentence,label\na,1\nb\n", "not a table"),
+        ("a.json", json.dumps({"sentence": "a"})[:-1], "not a table"),
         ("a.csv", "sentence,label\n", "has no rows"),
-        ("a.json", '{"sentence": "a", "label": 0, "label": 1}', "no table"),
-        ("a.parquet", "PAR1", "no table"),
+        ("a.json", '{"sentence": "a", "label": 0, "label": 1}', "not a table"),
+        ("a.parquet", "PAR1", "not a table"),
         ("missing.json", None, "cannot be read"),
     ],
 )

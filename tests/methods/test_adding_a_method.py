@@ -26,7 +26,7 @@ def registered():
     register(nonlinear.METHOD)
     yield
     del METHODS["nonlinear"]
-    METHOD_NAMES.remove("nonlinear")
+    del METHOD_NAMES["nonlinear"]
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_comparisons_are_found():
 
 
 def test_every_name_has_its_object():
-    assert list(METHODS) == METHOD_NAMES
+    assert METHODS.keys() == METHOD_NAMES.keys()
     assert all(method.name == name and method.title and method.description for name, method in METHODS.items())
     assert OPTIMIZERS.keys() == BUILDERS.keys()
     assert SUPPORTS.keys() == linear.SUPPORTS.keys()

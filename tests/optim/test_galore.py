@@ -1,4 +1,4 @@
-"""GaLore: its step is galore-torch's, and keeps every promise of the other optimizers."""
+"""GaLore: steps equal to those of galore-torch, and the guarantees of every other optimizer (exact resume, skipping, ...)."""
 
 import itertools
 import json
@@ -23,17 +23,19 @@ from peft_pretraining.optim import (
 )
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
-MATRICES = ("0.weight", "2.weight")  # upright and lying; the last one is stepped as it is
+# The projected matrices of `network`: a tall and a wide one. Its last weight is stepped without a projection.
+MATRICES = ("0.weight", "2.weight")
 
 
 def network(dtype=torch.float32) -> nn.Module:
+    """Tall, wide and small weights: moments above and below the 4,096 elements from which they are quantised."""
     torch.manual_seed(0)
-    # Moments above the 4,096 elements from which they are quantised, and below.
     layers = (nn.Linear(70, 600), nn.Tanh(), nn.Linear(600, 66), nn.Tanh(), nn.Linear(66, 5))
     return nn.Sequential(*layers).to(dtype)
 
 
 def updates_of(model, name, *, per_layer=False, growth=None, clipping=None, rounding=None, decay=0.01, **subspace):
+    """GaLore updates of `network` by optimizer `name`: rank 8 and a new projection every 3 updates, unless `subspace` differs."""
     parameters = dict(model.named_parameters())
     chosen = Subspace(**({"rank": 8, "gap": 3} | subspace))
     build = partial(build_galore, name, matrices=MATRICES, subspace=chosen, world=World(), lr=0.0, weight_decay=decay, beta1=0.9)
@@ -44,8 +46,25 @@ def updates_of(model, name, *, per_layer=False, growth=None, clipping=None, roun
     return WholeUpdate(build, parameters, World(), growth=limit, grad_clipping=clipping)
 
 
+def updates_of_matrix(matrix, name, subspace, *, decay=0.0, projected=True, plain=None, **options):
+    """The updates of one matrix, projected or not, and of one parameter `plain` beside it that is never projected."""
+    matrices = ("matrix",) if projected else ()
+    build = partial(
+        build_galore, name, matrices=matrices, subspace=subspace, world=World(), lr=0.0, weight_decay=decay, **options
+    )
+    return WholeUpdate(build, {"matrix": matrix} | ({} if plain is None else {"plain": plain}), World())
+
+
+def step(updates, lr, *parameters_and_gradients) -> None:
+    """One update with these gradients."""
+    updates.begin(lr)
+    for parameter, gradient in parameters_and_gradients:
+        parameter.grad = gradient.clone()
+    updates.finish(torch.zeros(()))
+
+
 def train(model, updates, accumulation=1, numbers=range(5)):
-    """Updates on fixed numbers, the learning rate changing."""
+    """Update number n has the inputs of seed n, a loss (n + 1)^2 times as large, and learning rate 0.001 (n + 1)."""
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
         updates.begin(lr=0.001 * (number + 1))
@@ -62,149 +81,138 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
         assert torch.equal(one, other)
 
 
+def follow(theirs, lr) -> None:
+    """One step of galore-torch's optimizer."""
+    for group in theirs.param_groups:
+        group["lr"] = lr
+    theirs.step()
+
+
+def with_separate_singular_values(shape, diagonal_projection: bool):
+    """A gradient whose singular vectors are well determined; with unit vectors as singular vectors for `full` projections.
+
+    The projected gradient of a `full` projection is diagonal where the projection was just made. Adam turns the rounding errors
+    beside the diagonal into steps of full size; with unit vectors these errors are exactly 0.
+    """
+    if not diagonal_projection:
+        return 1000 * torch.randn(shape) * torch.linspace(0.5, 2, shape[1])
+    gradient = torch.zeros(shape)
+    gradient[torch.randperm(24), torch.randperm(24)] = 1000 * torch.linspace(0.5, 2, 24)
+    return gradient
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
-def test_the_step_is_that_of_galore_torch(proj_type, shape, decay):
-    """Ten updates of AdamW, projected anew after the fourth and eighth, with gradients whose singular values are apart."""
-    theirs = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
+def test_ten_adamw_steps_equal_those_of_galore_torch(proj_type, shape, decay):
+    """New projections before updates 1, 5 and 9. Gradients of size 1,000, beside which epsilon vanishes: galore-torch adds it
+    before the bias correction, torch after it."""
+    galore_torch = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
     torch.manual_seed(0)
     ours, reference = (nn.Parameter(torch.randn(shape)) for _ in range(2))
     plain, plain_reference = (nn.Parameter(torch.randn(7)) for _ in range(2))
     reference.data.copy_(ours.data)
     plain_reference.data.copy_(plain.data)
     subspace = Subspace(rank=6, gap=4, scale=0.25, proj_type=proj_type)
-    updates = WholeUpdate(
-        partial(build_galore, "adamw", matrices=("m",), subspace=subspace, world=World(), lr=0.0, weight_decay=decay),
-        {"m": ours, "plain": plain},
-        World(),
-    )
+    updates = updates_of_matrix(ours, "adamw", subspace, decay=decay, plain=plain)
     projected = {"params": [reference], "rank": 6, "update_proj_gap": 4, "scale": 0.25, "proj_type": proj_type}
-    # Their epsilon is added before the bias correction: with one that vanishes beside the gradients both say the same.
     groups = [projected, {"params": [plain_reference]}]
-    other = theirs.GaLoreAdamW(groups, lr=0.0, eps=1e-8, weight_decay=decay, no_deprecation_warning=True)
+    theirs = galore_torch.GaLoreAdamW(groups, lr=0.0, eps=1e-8, weight_decay=decay, no_deprecation_warning=True)
     start = ours.detach().clone()
     for number in range(10):
         lr = 0.01 * (1 + number)
-        gradient = torch.randn(shape) * torch.linspace(0.5, 2, shape[1])
-        if proj_type == "full" and number % 4 == 0:
-            # There the projected gradient is diagonal, and Adam makes steps of full size of what rounding leaves beside the
-            # diagonal: here nothing, since the singular vectors are unit vectors.
-            gradient = torch.zeros(shape)
-            places = torch.randperm(24), torch.randperm(24)
-            gradient[places] = torch.linspace(0.5, 2, 24)
-        gradient *= 1000
-        updates.begin(lr)
-        ours.grad, reference.grad = gradient.clone(), gradient.clone()
-        plain.grad = torch.randn(7)
-        plain_reference.grad = plain.grad.clone()
-        updates.finish(torch.zeros(()))
-        for group in other.param_groups:
-            group["lr"] = lr
-        other.step()
+        gradient = with_separate_singular_values(shape, proj_type == "full" and number % 4 == 0)
+        plain_gradient = torch.randn(7)
+        step(updates, lr, (ours, gradient), (plain, plain_gradient))
+        reference.grad, plain_reference.grad = gradient, plain_gradient
+        follow(theirs, lr)
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
-        if not decay:  # torch's AdamW, which steps what is not projected, decays before its step, theirs after it
+        if not decay:  # decayed before the step by torch's AdamW, which steps `plain`, and after it by galore-torch's
             torch.testing.assert_close(plain, plain_reference, rtol=1e-5, atol=1e-5)
     assert float((ours.detach() - start).abs().max()) > 0.02  # far above the tolerance
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
 @pytest.mark.parametrize("name", ["adafactor", "adam8bit"])
-def test_the_other_published_optimizers_step_as_in_galore_torch(name, shape, monkeypatch):
-    """Ten updates, projected anew after the fourth and eighth; what is projected is large enough for moments of 8 bits."""
-    theirs = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # theirs waits for a GPU
+def test_ten_adafactor_and_adam8bit_steps_equal_those_of_galore_torch(name, shape, monkeypatch):
+    """New projections before updates 1, 5 and 9. The projected gradient is large enough for 8-bit moments."""
+    galore_torch = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # galore-torch waits for a GPU
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(shape))
     reference = nn.Parameter(ours.detach().clone())
-    build = partial(build_galore, name, matrices=("m",), subspace=Subspace(48, gap=4), world=World(), lr=0.0)
-    updates = WholeUpdate(partial(build, weight_decay=0.0), {"m": ours}, World())
+    updates = updates_of_matrix(ours, name, Subspace(48, gap=4))
     groups = [{"params": [reference], "rank": 48, "update_proj_gap": 4, "scale": 0.25, "proj_type": "std"}]
     if name == "adafactor":
-        other = theirs.GaLoreAdafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
+        theirs = galore_torch.GaLoreAdafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
     else:
-        other = theirs.GaLoreAdamW8bit(groups, lr=1e-3, weight_decay=0.0)
+        theirs = galore_torch.GaLoreAdamW8bit(groups, lr=1e-3, weight_decay=0.0)
     start = ours.detach().clone()
     for number in range(10):
         gradient = torch.randn(shape) * torch.linspace(0.5, 2, shape[1])
-        updates.begin(0.01 * (1 + number))
-        ours.grad, reference.grad = gradient.clone(), gradient.clone()
-        updates.finish(torch.zeros(()))
-        for group in other.param_groups:
-            group["lr"] = 0.01 * (1 + number)
-        other.step()
-    moved, wanted = ours.detach() - start, reference.detach() - start
-    assert float((moved - wanted).norm() / wanted.norm()) < 1e-4
+        step(updates, 0.01 * (1 + number), (ours, gradient))
+        reference.grad = gradient
+        follow(theirs, 0.01 * (1 + number))
+    moved, expected = ours.detach() - start, reference.detach() - start
+    assert float((moved - expected).norm() / expected.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])
-def test_weight_decay_is_that_of_the_optimizer_itself(name, dtype):
-    """Of a gradient of zeros nothing else is left, where the subspace is the whole space."""
-    found = []
-    for matrices in (("m",), ()):
+def test_weight_decay_is_that_of_the_optimizer_without_a_projection(name, dtype):
+    """A gradient of zeros leaves nothing but the decay; the subspace is the whole space."""
+    ends = []
+    for projected in (True, False):
         matrix = nn.Parameter(torch.full((8, 8), 1.5, dtype=dtype))
-        subspace = Subspace(8, scale=1.0)
-        build = partial(build_galore, name, matrices=matrices, subspace=subspace, world=World(), lr=0.0)
-        updates = WholeUpdate(partial(build, weight_decay=0.5), {"m": matrix}, World())
-        updates.begin(0.1)
-        matrix.grad = torch.zeros_like(matrix)
-        updates.finish(torch.zeros(()))
-        found.append(matrix.detach().float())
-    torch.testing.assert_close(*found, rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=0)
-    assert float(found[0].mean()) == pytest.approx(1.5 * 0.95, rel=2**-8)
+        updates = updates_of_matrix(matrix, name, Subspace(8, scale=1.0), decay=0.5, projected=projected)
+        step(updates, 0.1, (matrix, torch.zeros_like(matrix)))
+        ends.append(matrix.detach().float())
+    torch.testing.assert_close(*ends, rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=0)
+    assert float(ends[0].mean()) == pytest.approx(1.5 * 0.95, rel=2**-8)
 
 
 def test_a_small_decay_of_bfloat16_weights_is_rounded_together_with_the_step():
-    """Rounded after it, a decay below half of a bfloat16's spacing would be lost whole."""
+    """Rounded after the step, a decay below half of a bfloat16's spacing would be lost whole."""
     torch.manual_seed(0)
     start, gradient = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16()
     ends = {}
     for decay in (0.0, 0.01):
         matrix = nn.Parameter(start.clone())
-        build = partial(build_galore, "adamw", matrices=("m",), subspace=Subspace(8), world=World(), lr=0.0)
-        updates = WholeUpdate(partial(build, weight_decay=decay), {"m": matrix}, World())
-        updates.begin(0.1)
-        matrix.grad = gradient.clone()
-        updates.finish(torch.zeros(()))
+        step(updates_of_matrix(matrix, "adamw", Subspace(8), decay=decay), 0.1, (matrix, gradient))
         ends[decay] = matrix.detach().double()
     shrunk = ((ends[0.01] - ends[0.0]) * ends[0.0]).sum() / ends[0.0].square().sum()
     assert float(shrunk) == pytest.approx(-0.1 * 0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
-def test_the_projection_is_the_best_of_its_rank(proj_type):
-    """By its definition, without the sign of a singular vector: what it leaves of the gradient is the smaller singular values."""
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_the_projection_is_the_best_one_of_its_rank(proj_type, shape):
+    """The part of the gradient outside the subspace has the norm of the smaller singular values (Eckart-Young)."""
     torch.manual_seed(0)
-    for rows, columns in ((30, 20), (20, 30)):
-        matrix = nn.Parameter(torch.zeros(rows, columns))
-        subspace = Subspace(rank=5, proj_type=proj_type)
-        build = partial(build_galore, "sgd", matrices=("m",), subspace=subspace, world=World(), lr=0.0)
-        updates = WholeUpdate(partial(build, weight_decay=0.0), {"m": matrix}, World())
-        updates.begin(1.0)
-        matrix.grad = gradient = torch.randn(rows, columns)
-        updates.finish(torch.zeros(()))
-        left = torch.linalg.matrix_norm(gradient + matrix.detach() / 0.25)
-        wanted = torch.linalg.svdvals(gradient)[5:].square().sum().sqrt()
-        torch.testing.assert_close(left, wanted)
-        shapes = subspace_shapes((rows, columns), 5, proj_type)
-        kept = {key: tuple(v.shape) for key, v in updates.optimizer.state[matrix].items() if torch.is_tensor(v)}
-        wanted_shapes = {"projection_left": shapes.left, "projection_right": shapes.right}
-        assert kept == {key: shape for key, shape in wanted_shapes.items() if shape}
+    matrix = nn.Parameter(torch.zeros(shape))
+    updates = updates_of_matrix(matrix, "sgd", Subspace(rank=5, proj_type=proj_type, scale=0.25))
+    gradient = torch.randn(shape)
+    step(updates, 1.0, (matrix, gradient))
+    outside = torch.linalg.matrix_norm(gradient + matrix.detach() / 0.25)
+    torch.testing.assert_close(outside, torch.linalg.svdvals(gradient)[5:].square().sum().sqrt())
+    shapes = subspace_shapes(shape, 5, proj_type)
+    stored = {key: tuple(v.shape) for key, v in updates.optimizer.state[matrix].items() if torch.is_tensor(v)}
+    expected = {"projection_left": shapes.left, "projection_right": shapes.right}
+    assert stored == {key: shape for key, shape in expected.items() if shape}
 
 
 @pytest.mark.parametrize("growth", [None, 1.01])
 @pytest.mark.parametrize(("name", "accumulation"), list(itertools.product(OPTIMIZERS, [1, 4])))
-def test_per_layer_equals_whole_bit_for_bit(name, accumulation, growth):
-    """With a projection change on the way; the projection sees the gradient of the whole update."""
+def test_updates_per_layer_are_bit_identical_to_whole_ones(name, accumulation, growth):
+    """Over a new projection, which is made from the gradient of all micro-batches."""
     whole, layered = network(), network()
     train(whole, updates_of(whole, name, growth=growth), accumulation)
     train(layered, updates_of(layered, name, growth=growth, per_layer=True), accumulation)
     assert_same(whole, layered)
 
 
-def test_accumulation_projects_the_gradient_of_the_whole_update():
-    """Not that of its first or last micro-batch."""
+def test_the_projection_is_made_from_the_gradient_of_all_micro_batches():
+    """And not from that of the first or last one."""
     model = network()
     updates = updates_of(model, "adamw", per_layer=True, rank=1)
     updates.begin(0.0)
@@ -224,8 +232,8 @@ def test_accumulation_projects_the_gradient_of_the_whole_update():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("proj_type", ["std", "full"])
-def test_state_survives_in_the_middle_of_a_gap(name, dtype, per_layer, proj_type):
-    """Bit for bit, past the next projection."""
+def test_resuming_between_two_projections_is_bit_identical(name, dtype, per_layer, proj_type):
+    """Saved after 4 updates with a projection every 3; compared after 4 more, the next projection among them."""
     model, other = network(dtype), network(dtype)
     updates, resumed = (updates_of(m, name, per_layer=per_layer, proj_type=proj_type) for m in (model, other))
     train(model, updates, numbers=range(4))
@@ -257,6 +265,7 @@ def test_a_projection_of_another_rank_is_refused():
 
 
 def everything(model, updates):
+    """Copies of all parameters and of the optimizer's whole state."""
     values = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         values += [torch.as_tensor(value).clone() for _, value in sorted(updates.optimizer.state[parameter].items())]
@@ -265,7 +274,7 @@ def everything(model, updates):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_skipped_update_changes_nothing_and_counts_for_no_gap(name):
-    """The projection that was due in it is made in the next one."""
+    """The projection that was due in the skipped update is made in the next one."""
     bad, good = network(), network()
     skipping, plain = updates_of(bad, name), updates_of(good, name)
     for model, updates in ((bad, skipping), (good, plain)):
@@ -282,8 +291,8 @@ def test_a_skipped_update_changes_nothing_and_counts_for_no_gap(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("num_before", [0, 2, 3])
-def test_per_layer_only_the_matrix_with_a_bad_gradient_is_skipped(name, num_before):
-    """In its first update, between two projections, and where one is due: its count of updates stays behind the others'."""
+def test_updates_per_layer_skip_only_the_matrix_with_a_non_finite_gradient(name, num_before):
+    """In the first update, between two projections, and where one is due. This matrix then counts one update less."""
     model = network()
     updates = updates_of(model, name, per_layer=True)
     train(model, updates, numbers=range(num_before))
@@ -304,8 +313,8 @@ def test_per_layer_only_the_matrix_with_a_bad_gradient_is_skipped(name, num_befo
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_clipping_is_that_of_the_whole_gradient():
-    """Before the projection: a momentum-less step shrinks by the same factor everywhere."""
+def test_clipping_scales_the_whole_gradient_before_the_projection():
+    """Every step of SGD without momentum shrinks by the same factor."""
     free, clipped = network(), network()
     before = [parameter.detach().clone() for parameter in free.parameters()]
     norms = {}
@@ -322,30 +331,25 @@ def test_clipping_is_that_of_the_whole_gradient():
 
 @pytest.mark.parametrize("name", ["adamw", "adam8bit"])
 def test_stochastic_rounding_is_right_on_average(name):
-    """Updates far below half of a bfloat16's spacing move the weights by their sum; rounded to nearest they are lost."""
+    """Steps far below half of a bfloat16's spacing move the weights by their sum; rounded to nearest they are lost."""
     moved = {}
     for rounding in (None, StochasticRounding(0)):
         torch.manual_seed(0)
-        matrix = nn.Parameter(torch.ones(256, 64, dtype=torch.bfloat16))
-        build = partial(build_galore, name, matrices=("m",), subspace=Subspace(4, scale=1.0), world=World())
-        build = partial(build, lr=0.0, weight_decay=0.0, rounding=rounding)
-        updates = WholeUpdate(build, {"m": matrix}, World())
-        wide = nn.Parameter(torch.ones(256, 64))
-        exact = WholeUpdate(partial(build, rounding=None), {"m": wide}, World())
+        narrow, wide = (nn.Parameter(torch.ones(256, 64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+        subspace = Subspace(4, scale=1.0)
+        updates = updates_of_matrix(narrow, name, subspace, rounding=rounding), updates_of_matrix(wide, name, subspace)
         gradient = torch.randn(256, 4) @ torch.randn(4, 64)
-        for updating, parameter in ((updates, matrix), (exact, wide)):
+        for updating, matrix in zip(updates, (narrow, wide), strict=True):
             for _ in range(20):
-                updating.begin(1e-4)
-                parameter.grad = gradient.to(parameter.dtype)
-                updating.finish(torch.zeros(()))
-        step, wanted = (matrix.detach().float() - 1).flatten(), (wide.detach() - 1).flatten()
-        moved[rounding] = float(step @ wanted / (wanted @ wanted))
+                step(updating, 1e-4, (matrix, gradient.to(matrix.dtype)))
+        found, expected = (narrow.detach().float() - 1).flatten(), (wide.detach() - 1).flatten()
+        moved[rounding] = float(found @ expected / (expected @ expected))
     assert moved[None] < 0.1
     assert moved[StochasticRounding(0)] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_rounding_is_the_same_per_layer_and_after_a_second_run(per_layer):
+def test_stochastic_rounding_repeats_itself_in_a_second_run_and_per_layer(per_layer):
     runs = []
     for _ in range(2):
         model = network(torch.bfloat16)
@@ -357,15 +361,12 @@ def test_rounding_is_the_same_per_layer_and_after_a_second_run(per_layer):
     assert_same(runs[0], whole)
 
 
-def test_a_rank_above_the_matrix_is_the_whole_matrix():
-    """Every type then steps the full space: with SGD without momentum, the ordinary step times the scale."""
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12)])
+def test_a_rank_above_the_matrix_steps_the_whole_space(proj_type, shape):
+    """With SGD without momentum: the ordinary step times the scale. A matrix that is projected on its longer side has only as
+    many directions as the shorter one, and loses nothing either."""
     torch.manual_seed(0)
-    for proj_type, shape in itertools.product(PROJ_TYPES, ((12, 9), (9, 12))):
-        matrix = nn.Parameter(torch.zeros(shape))
-        build = partial(build_galore, "sgd", matrices=("m",), subspace=Subspace(64, proj_type=proj_type), world=World())
-        updates = WholeUpdate(partial(build, lr=0.0, weight_decay=0.0), {"m": matrix}, World())
-        updates.begin(1.0)
-        matrix.grad = gradient = torch.randn(shape)
-        updates.finish(torch.zeros(()))
-        # A matrix projected on its longer side has only that many directions all the same.
-        torch.testing.assert_close(matrix.detach(), -0.25 * gradient)
+    matrix, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape)
+    step(updates_of_matrix(matrix, "sgd", Subspace(64, proj_type=proj_type, scale=0.25)), 1.0, (matrix, gradient))
+    torch.testing.assert_close(matrix.detach(), -0.25 * gradient)

@@ -225,7 +225,7 @@ def format_rows(figures: Mapping[str, Any]) -> str:
 
 
 def label(row: str, settings: Mapping[str, Any]) -> str:
-    """A row's name for readers."""
+    """A row's name in the printed table."""
     return _LABELS[row].format(rank=settings["rank"], share=f"{settings['sp_ratio']:.4g}")
 
 

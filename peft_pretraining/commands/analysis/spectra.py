@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse_inside_checkpoint(path: Path) -> None:
-    """A checkpoint with a file more than its manifest counts as damaged. Raises ValueError."""
+    """Raises ValueError for a path inside a checkpoint, which an additional file would damage."""
     from peft_pretraining.checkpoint.step_folder import is_checkpoint
 
     for folder in (path.absolute(), *path.absolute().parents):
@@ -159,5 +159,5 @@ def format_figures(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short_name(name: str) -> str:
-    """A linear's name without what all of them begin with."""
+    """A linear's name without the common prefix."""
     return name.removeprefix("model.layers.")

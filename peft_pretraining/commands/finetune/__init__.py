@@ -1,11 +1,12 @@
-"""A pretrained model, adapted to a task of classifying text or rating it, in GLUE's format.
+"""Fine-tunes a pretrained model to classify or rate text, on GLUE or on data in its format.
 
 command.py     python -m peft_pretraining finetune
 tasks.py       GLUE's tasks: columns, labels, metrics
-metrics.py     those metrics
+metrics.py     the metrics
 examples.py    texts and labels, from files or the hub
-train.py       the model with its adapters, the epochs, the figures
-adapter.py     what fine-tuning adds to a model, as one small file
+model.py       the classifier with its adapters and tokenizer: loading and saving
+trainer.py     training and evaluation by transformers' Trainer
+adapter.py     the trained adapter and classifier as one small file
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Texts with labels, in GLUE's format: from local files or the hub, every row checked before anything is trained."""
+"""Reads texts with labels in GLUE's format, from local files or the hub, and checks every row before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILES = ".json or .jsonl (a line for each example), .csv, .tsv, .parquet"
 
 @dataclass(frozen=True)
 class Examples:
-    """columns: of texts, one or two, equally long. labels: numbers of classes, or of a regression."""
+    """Labelled texts. columns: one or two lists of texts of equal length. labels: class numbers, or values of a regression."""
 
     columns: tuple[list[str], ...]
     labels: list[float]
@@ -29,7 +29,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """validation: by the name of the split."""
+    """Training and validation examples of a task. validation: split name -> examples."""
 
     task: Task
     train: Examples
@@ -37,7 +37,7 @@ class Dataset:
 
 
 def load_files(task_name: str | None, train: Path, validation: Sequence[Path]) -> Dataset:
-    """Of one of GLUE's tasks, or of what the training file says. Raises DataError."""
+    """Reads a data set from files; without a task name the training file's columns determine the task. Raises DataError."""
     table = read_table(train)
     try:
         task = TASKS[task_name] if task_name else task_of(table, str(train))
@@ -53,30 +53,30 @@ def load_files(task_name: str | None, train: Path, validation: Sequence[Path]) -
 
 
 def load_glue(task_name: str) -> Dataset:
-    """From the hub, or its local cache. Raises DataError."""
+    """Reads a GLUE task from the hub or its local cache. Raises DataError."""
     import datasets
     from huggingface_hub import constants
 
     task, problem = TASKS[task_name], hub_problem()
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if problem is not None:  # a hub that cannot be reached costs half a minute of retries before the cache is looked into
+    if problem is not None:  # without offline mode, datasets retries for half a minute before it reads the cache
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        found: Any = datasets.load_dataset(HUB_NAME, task_name)
+        splits: Any = datasets.load_dataset(HUB_NAME, task_name)
     except Exception as error:  # connection errors come in many types, wrapped or not
         raise DataError(
-            f"--task {task_name}: {HUB_NAME} can be had neither from the hub ({problem or first_line(error)}) nor from the local "
-            "cache; check the network, or give --train_file and --validation_file"
+            f"--task {task_name}: {HUB_NAME} is available neither from the hub ({problem or first_line(error)}) nor in the "
+            "local cache; check the network, or give --train_file and --validation_file"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-    tables = {name: {column: found[name][column] for column in found[name].column_names} for name in found}
-    splits = {name: checked(tables[name], task, f"{HUB_NAME} {task_name} {name}") for name in ("train", *task.validation)}
-    return Dataset(task, splits.pop("train"), splits)
+    tables = {name: {column: splits[name][column] for column in splits[name].column_names} for name in splits}
+    examples = {name: checked(tables[name], task, f"{HUB_NAME} {task_name} {name}") for name in ("train", *task.validation)}
+    return Dataset(task, examples.pop("train"), examples)
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
-    """Columns of a local file by name. Raises DataError."""
+    """Reads a local file as column name -> values. Raises DataError."""
     import pyarrow
     import pyarrow.csv
     import pyarrow.json
@@ -85,7 +85,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     kind = path.suffix.lower()
     try:
         if kind in (".csv", ".tsv"):
-            # What looks like a number or a date in a text is text.
+            # Text columns stay text where a value looks like a number or a date.
             texts = {column: pyarrow.string() for task in TASKS.values() for column in task.columns}
             table = pyarrow.csv.read_csv(
                 path,
@@ -97,25 +97,25 @@ def read_table(path: Path) -> dict[str, list[Any]]:
         elif kind == ".parquet":
             table = pyarrow.parquet.read_table(path)
         else:
-            raise DataError(f"{path}: of no known kind; give {_FILES}")
+            raise DataError(f"{path}: unknown file type; give {_FILES}")
         columns: dict[str, list[Any]] = table.to_pydict()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is empty, or no table ({first_line(error)}); give {_FILES}") from None
+        raise DataError(f"{path}: is empty or not a table ({first_line(error)}); give {_FILES}") from None
     return columns
 
 
 def checked(table: Mapping[str, Sequence[Any]], task: Task, where: str) -> Examples:
-    """Texts and labels of a table.
+    """Returns the texts and labels of a table after checking every row.
 
     Raises:
-        DataError: a column is missing, there are no rows, or a row lacks its text or a label of the task.
+        DataError: a column is missing, the table is empty, or a row lacks a text or a valid label.
     """
     missing = [column for column in (*task.columns, "label") if column not in table]
     if missing:
         raise DataError(
-            f"{where}: has no column {', '.join(missing)}, it has {', '.join(table)}; the task's are "
+            f"{where}: has no column {', '.join(missing)}, it has {', '.join(table)}; the task needs "
             f"{', '.join(task.columns)}, label"
         )
     if not len(table["label"]):
@@ -135,8 +135,8 @@ def _label(label: Any, task: Task, where: str, row: int) -> float:
         if isinstance(label, (int, float)) and label in range(len(task.labels)):
             return int(label)
         names = ", ".join(f"{number} ({name})" for number, name in enumerate(task.labels))
-        hint = " (GLUE's test sets have no labels: take the validation set)" if label == -1 else ""
-        raise DataError(f"{where}, row {row}: label {label!r} is none of: {names}{hint}")
+        hint = " (GLUE's test sets have no labels; use the validation set)" if label == -1 else ""
+        raise DataError(f"{where}, row {row}: label {label!r} is not one of: {names}{hint}")
     if isinstance(label, (int, float)) and math.isfinite(label):
         return float(label)
-    raise DataError(f"{where}, row {row}: label {label!r} is no number, but the task is a regression")
+    raise DataError(f"{where}, row {row}: label {label!r} is not a number, but the task is a regression")

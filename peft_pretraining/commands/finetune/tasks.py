@@ -1,4 +1,4 @@
-"""GLUE's tasks (arXiv 1804.07461): their columns, what their labels mean, by which metrics they are judged. No torch."""
+"""GLUE's tasks (arXiv 1804.07461): columns, meaning of the labels, metrics. No torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Task:
-    """columns: of text, one or two. labels: names of the classes in the order of their numbers; none for a regression, whose
-    labels are numbers. metrics: names in metrics.METRICS, the first tells the best epoch. validation: names of the splits."""
+    """A task. columns: names of the one or two text columns. labels: class names in the order of their numbers, empty for a
+    regression. metrics: names in metrics.METRICS, of which the first selects the best epoch. validation: names of the splits."""
 
     columns: tuple[str, ...]
     labels: tuple[str, ...]
@@ -20,11 +20,11 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Of the model's head."""
+        """Number of outputs of the model's head."""
         return max(1, len(self.labels))
 
 
-_MOST_CLASSES = 1000  # larger numbers are amounts, not classes
+_MOST_CLASSES = 1000  # labels above this are values of a regression, not classes
 _PAIR = ("sentence1", "sentence2")
 _ENTAILED = ("entailment", "not_entailment")
 
@@ -46,21 +46,21 @@ TASKS = {
 
 
 def task_of(table: Mapping[str, Sequence[Any]], where: str) -> Task:
-    """The task of a training set that is none of GLUE's but has columns of one of them: classes are the labels it has.
+    """The task of a training set that is not in GLUE but has the columns of a GLUE task; its labels determine the classes.
 
     Raises:
-        ValueError: other columns, or labels that make no task.
+        ValueError: unknown columns, or labels that fit no task.
     """
     known = sorted(dict.fromkeys(task.columns for task in TASKS.values()), key=len, reverse=True)
     columns = next((columns for columns in known if set(columns) <= set(table)), None)
     if columns is None or "label" not in table:
         choices = "; ".join(", ".join(columns) for columns in known)
-        raise ValueError(f"{where}: columns {', '.join(table)}; a column label is needed, and of text one of: {choices}")
+        raise ValueError(f"{where}: columns {', '.join(table)}; needs the column label and text columns, one of: {choices}")
     given = table["label"]
     if not given:
         raise ValueError(f"{where}: has no rows")
     if all(label == given[0] for label in given):
-        raise ValueError(f"{where}: all labels are {given[0]!r}: there is nothing to tell apart")
+        raise ValueError(f"{where}: all labels are {given[0]!r}; at least two different labels are needed")
     if all(isinstance(label, str) for label in given):
         names = tuple(sorted(set(given)))
     elif all(isinstance(label, (int, float)) and math.isfinite(label) for label in given):
@@ -68,5 +68,5 @@ def task_of(table: Mapping[str, Sequence[Any]], where: str) -> Task:
             return Task(columns, (), ("pearson", "spearman"))
         names = tuple(str(number) for number in range(int(max(given)) + 1))
     else:
-        raise ValueError(f"{where}: the column label has neither a word in each row nor a number in each")
+        raise ValueError(f"{where}: the column label must hold a word in every row, or a number in every row")
     return Task(columns, names, ("accuracy", "f1") if len(names) == 2 else ("accuracy",))

@@ -30,7 +30,7 @@ from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
 from peft_pretraining.methods import METHODS
-from peft_pretraining.plan.notices import notices
+from peft_pretraining.plan.checks import notices, value_problems
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.run.assemble import Run, assemble
 from peft_pretraining.run.folder import take_up
@@ -145,6 +145,8 @@ def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, 
         **given,
     }
     args = arguments_from(flags)
+    if unusable := value_problems(args):
+        raise ConfigError(unusable)
     file = RELORA if published.by_relora else SLTRAIN
     problems = [
         f"--{name} {given[name]}: {published.folder / file} and the weights make it {value}; leave the flag out"
@@ -219,7 +221,7 @@ def _carried(published: Published, why_not: str | None) -> list[str]:
 
 
 def _not_carried(published: Published, args: Arguments, why_not: str | None) -> list[str]:
-    """What the run begins anew with, each by name and with what stands in its place."""
+    """What is not carried over, each with its replacement."""
     lines = [f"moments: {why_not}; they begin at zero"] if why_not else []
     if published.update_step is None:
         lines.append(f"updates made: no {STATE} or {OPTIMIZER} says; the schedule begins at update 0")
@@ -243,7 +245,7 @@ def _not_carried(published: Published, args: Arguments, why_not: str | None) -> 
 
 
 def _other_settings(published: Published, args: Arguments, run: Run) -> list[str]:
-    """What the published run recorded of its arguments and this one has otherwise."""
+    """Recorded arguments of the published run that differ from this run's."""
     recorded = (published.optimizer or {}).get("config")
     lines = []
     for theirs, name in _RECORDED.items():

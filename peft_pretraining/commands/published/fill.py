@@ -1,4 +1,4 @@
-"""Published tensors into a model of ours: every name accounted for, every shape and position checked.
+"""Fills a model with published tensors; checks every name, shape and position.
 
 Shapes: r rank, N nonzeros of S. Published SLTrain: lora_A (r, in), lora_B (out, r), sparse_value (N,), scaling (1,), and
 sparse_index (N,), sorted row-major positions in the (out, in) weight. Published ReLoRA: lora_A.weight (r, in), lora_B.weight
@@ -102,7 +102,7 @@ def _place(name: str, support: UniformSupport, index: Tensor) -> Iterator[str]:
 
 
 def _position_problem(name: str, support: UniformSupport, index: Tensor) -> str | None:
-    """Why these are no positions of the support, if they are none."""
+    """The reason why these are not valid positions of the support; None if they are."""
     if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
         return f"{name} is {index.dtype} of shape {tuple(index.shape)}, not whole numbers in one dimension"
     if index.numel() != support.nnz:

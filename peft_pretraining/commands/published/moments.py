@@ -1,4 +1,4 @@
-"""The state of a published optimizer -> that of ours.
+"""Converts the state of a published optimizer to that of ours.
 
 optimizer.pt numbers parameters instead of naming them: in the order of the published model's trained parameters, which is ours
 but for two things. The published LLaMA builds gate, down, up where transformers' builds gate, up, down, and parameters of one
@@ -71,7 +71,7 @@ def carry_moments(published: Published, model: nn.Module, updates: Updates, args
 
 
 def other_betas(published: Published, args: Arguments) -> str | None:
-    """A word where Adam's betas were others than ours."""
+    """A note if the published Adam had other betas; else None."""
     groups = (published.optimizer or {}).get("optimizer", {}).get("param_groups") or [{}]
     betas = groups[0].get("betas") if isinstance(groups[0], dict) else None
     if not OPTIMIZERS[args.optimizer].adam or betas is None or tuple(betas) == (0.9, 0.999):

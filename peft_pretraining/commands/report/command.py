@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining report RUN...`: what runs reached, as a table, a page and figures."""
+"""`python -m peft_pretraining report RUN...`: compares the results of runs in a table, a page and figures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was reached, and write page and figures. Raises ValueError where a folder holds no run."""
+    """Prints the results and writes page and figures. Raises ValueError for a folder without a run."""
     if len(args.runs) == 1 and ((args.runs[0] / "run.json").exists() or not args.runs[0].is_dir()):
         return _one_run(args)
     folders = find_runs(args.runs)

@@ -1,4 +1,4 @@
-"""Loss and perplexity as a run goes on: against update steps, tokens and training time."""
+"""Draws loss and perplexity against update steps, tokens and training time."""
 
 from __future__ import annotations
 

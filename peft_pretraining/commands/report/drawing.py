@@ -58,7 +58,7 @@ def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def name_of(group: Group, counted: bool = False) -> str:
-    """Its label, and how many seeds there are; counted: of those alone that its mean is of."""
+    """The group's label and number of seeds; counted: only seeds that enter the mean."""
     seeds = len({run.seed for run in (group.counted if counted else group.runs)})
     return f"{group.label} ({seeds} seeds)" if seeds > 1 else group.label
 
@@ -69,7 +69,7 @@ def wrapped(label: str) -> str:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the figure and let it go; the path."""
+    """Writes the figure, closes it and returns the path."""
     from matplotlib import pyplot
 
     figure.savefig(path, dpi=DPI)
@@ -103,7 +103,7 @@ def plain_log_ticks(axis: Any) -> None:
 
 
 def whiskers(panel: Any, x: float, found: Interval, colour: str, **more: Any) -> None:
-    """The 95 % interval of a perplexity. That of two seeds can reach below 1, where no perplexity is."""
+    """The 95 % interval of a perplexity, cut at 1, the least perplexity, below which an interval of two seeds may reach."""
     if found.low is not None and found.high is not None:
         reach = [[found.mean - max(found.low, 1.0)], [found.high - found.mean]]
         panel.errorbar([x], [found.mean], yerr=reach, color=colour, capsize=4, **more)

@@ -1,4 +1,4 @@
-"""Every figure of the report, as PNG."""
+"""Draws all figures of the report as PNG."""
 
 from __future__ import annotations
 

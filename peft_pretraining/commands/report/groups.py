@@ -1,8 +1,7 @@
-"""Runs of one setting and different seeds together: mean and interval, and the gap to a baseline, paired by seed."""
+"""Groups runs that differ in their seed only: mean and interval, and the gap to a baseline, paired by seed."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from peft_pretraining.commands.report.published import Published, published_for
 from peft_pretraining.commands.report.read import RunRecord
-from peft_pretraining.config.arguments import RUN_DEFINING, Arguments
+from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
 
@@ -19,7 +18,10 @@ from peft_pretraining.record.intervals import Interval, mean_interval, ratio_int
 _TASK = ("model", "data", "tokenizer", "text_field", "max_length", "packing", "document_mask", "total_batch_size")
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
 # What a setting is made of; seeds are its repetitions, the others are taken from the plan, as resolved.
-_SETTINGS = tuple(name for name in RUN_DEFINING if name not in ("seed", "model_config", "dataset", "dtype", "data_lanes"))
+_RESOLVED = ("dtype", "data_lanes", "total_batch_size")
+_SETTINGS = tuple(
+    name for name, row in ROWS.items() if row.defines_run and name not in ("seed", "model_config", "dataset", *_RESOLVED)
+)
 _SHORT = {
     "rank": "r",
     "sp_ratio": "δ",
@@ -43,9 +45,9 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     """What defines a run but its seed: by name, flags without effect in its method left out, JSON-able."""
     arguments = run.arguments
     names = list(_SETTINGS)
-    names += sorted(set(run.document["arguments"]) - {field.name for field in dataclasses.fields(Arguments)})
+    names += sorted(set(run.document["arguments"]) - ROWS.keys())
     found = {name: arguments[name] for name in names if has_effect(name, run.method)}
-    found |= {name: run.plan.get(name) for name in ("dtype", "data_lanes", "total_batch_size")}
+    found |= {name: run.plan.get(name) for name in _RESOLVED}
     model = run.plan.get("model") or {}
     if "warmed_up_model" in found:  # each seed has its own: what it was is the setting
         found["warmed_up_model"] = found["warmed_up_model"] is not None
@@ -71,7 +73,7 @@ def _warm_up_of(run: RunRecord) -> dict[str, Any]:
 
 
 def task_of(settings: dict[str, Any]) -> str:
-    """Equal for runs whose perplexities compare: same model shape, data, length and batch."""
+    """A key equal for runs with comparable perplexities: same model shape, data, length and batch."""
     return json.dumps([settings.get(name) for name in (*_TASK, *_TASK_LENGTH)], sort_keys=True)
 
 
@@ -87,17 +89,17 @@ class Group:
 
     @property
     def first(self) -> RunRecord:
-        """One of them, for what all have in common."""
+        """The first run, for everything that all runs share."""
         return (self.counted or self.runs)[0]
 
     @property
     def method(self) -> str:
-        """Of all its runs."""
+        """Name of the method, which all runs of the group share."""
         return self.first.method
 
     @property
     def perplexity(self) -> Interval | None:
-        """Final held-out perplexity over seeds; None where no run got there."""
+        """Final held-out perplexity over seeds; None if no run was evaluated at its end."""
         values = [run.final_perplexity for run in self.counted]
         return mean_interval([value for value in values if value is not None]) if values else None
 
@@ -119,7 +121,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Groups in the order of methods, then of appearance."""
+    """Groups runs by setting; sorted by method, then by first appearance."""
     settings = [settings_of(run) for run in runs]
     keys = [json.dumps(values, sort_keys=True, default=str) for values in settings]
     by_key: dict[str, tuple[dict[str, Any], list[RunRecord]]] = {}

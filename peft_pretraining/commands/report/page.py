@@ -1,4 +1,4 @@
-"""The report as one HTML file: images within it, no script, nothing to fetch."""
+"""Writes the report as one HTML file with embedded images and without scripts or external files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder as the report sees it: whatever of the record is there, and in words what is not."""
+"""Reads a run's record for the report, with notes on missing parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. Raises ValueError naming the line of a figure that is none."""
+    """The rows of metrics.jsonl. Raises ValueError, naming the line, for a figure that is not a number."""
     rows = read_metrics(folder)
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
@@ -58,7 +58,7 @@ def _document(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as it is recorded."""
+    """The record of a run."""
 
     folder: Path
     document: dict[str, Any]
@@ -70,12 +70,12 @@ class RunRecord:
 
     @functools.cached_property
     def updates(self) -> Sequence[Row]:
-        """The rows that have a loss."""
+        """The rows with a training loss."""
         return [row for row in self.rows if _is_number(row.get("loss"))]
 
     @functools.cached_property
     def evaluations(self) -> Sequence[Row]:
-        """The rows that have a held-out perplexity."""
+        """The rows with a held-out perplexity."""
         return [row for row in self.rows if _is_number(row.get("final_eval_perplexity"))]
 
     @property
@@ -90,7 +90,7 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """full, lowrank, sltrain, ..."""
+        """Name of the method: full, lowrank, sltrain, ..."""
         return str(self.arguments["peft_model"])
 
     @property
@@ -100,17 +100,17 @@ class RunRecord:
 
     @property
     def reached(self) -> int:
-        """The last update step that the record knows of, whether its loss was finite or not."""
+        """The last recorded update step, whether its loss was finite or not."""
         return max((int(row.get("update_step") or 0) for row in self.rows), default=0)
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens of text up to there."""
+        """Tokens of text seen up to the last recorded update."""
         return max((int(row.get("tokens_seen") or 0) for row in self.rows), default=0)
 
     @property
     def finished(self) -> bool:
-        """Whether it made all its updates."""
+        """Whether the run made all its updates."""
         most = self.plan.get("max_train_tokens")
         if most is not None:
             return self.tokens_seen >= int(most)
@@ -124,7 +124,7 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """finished, or how far it came."""
+        """The run's state in words: finished, or the updates made so far."""
         if self.finished:
             return "finished"
         planned = self.plan.get("num_training_steps") or self.arguments["num_training_steps"]

@@ -1,4 +1,4 @@
-"""Where runs ended: perplexity against memory (the paper's Fig. 1), and against the learning rate."""
+"""Draws final perplexity against memory (the paper's Fig. 1) and against the learning rate."""
 
 from __future__ import annotations
 

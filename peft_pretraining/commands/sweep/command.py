@@ -86,13 +86,13 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
 
 
 def _is_needed(wanted: Wanted, sweep: Sweep) -> bool:
-    """False for a full-rank run that is there for others only, all of which are made."""
+    """False for a full-rank run that only serves as a start for others, if all of those are finished."""
     others = [run for run in sweep.runs if run.after is not None and run.after.name == wanted.name]
     return not others or any(state_of(run).kind not in MADE for run in others)
 
 
 def _why_not(wanted: Wanted, state: State, outcomes: Mapping[str, Outcome]) -> str | None:
-    """Why a run that is not finished is not started."""
+    """The reason not to start an unfinished run; None if it may start."""
     if state.kind == "other":
         return f"{wanted.folder} {state.text}"
     if wanted.after is None:

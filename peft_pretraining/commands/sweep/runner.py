@@ -1,4 +1,4 @@
-"""One run of a sweep as a process of the program itself: what state its folder is in, how it is started, stopped and judged."""
+"""Starts, stops and judges one run of a sweep as a process of its own, by the state of the run's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO
 
 from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.commands.sweep.settings import Wanted
-from peft_pretraining.config.arguments import RUN_DEFINING
+from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.record.summary import read_metrics
 from peft_pretraining.training.stop import MARKER_FILE
@@ -48,8 +48,12 @@ def state_of(wanted: Wanted) -> State:
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
     # What the sweep itself makes first lies where the sweep does; how it was made is in the run's name.
-    elsewhere = {*_PATHS, *(["warmed_up_model"] if wanted.after is not None else [])}
-    mine = {name: getattr(wanted.args, name) for name in RUN_DEFINING if name not in elsewhere}
+    elsewhere = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if wanted.after is not None else [])}
+    mine = {
+        name: getattr(wanted.args, name)
+        for name, row in ROWS.items()
+        if (row.defines_run or row.on_resume != "freely") and name not in elsewhere
+    }
     differing = [
         f"{name} {record.arguments.get(name)} (now {value})"
         for name, value in mine.items()
@@ -94,7 +98,7 @@ class Stopping:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stopping]:
-        """Note signals during the block, instead of dying of them."""
+        """Records signals during the block; they do not end the process."""
         numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
@@ -153,7 +157,7 @@ def make_run(wanted: Wanted, processes: int, stopping: Stopping) -> Outcome:
 
 
 def log_path(wanted: Wanted) -> Path:
-    """Where a run's output goes."""
+    """The file for a run's output."""
     return wanted.folder.with_name(f"{wanted.folder.name}.log")
 
 

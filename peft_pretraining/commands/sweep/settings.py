@@ -1,4 +1,4 @@
-"""A sweep's file: which runs it asks for, every one checked before the first begins."""
+"""Reads a sweep's file and checks every run before the first one starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.commands.sweep.warm_up import WARM_UP, disagreements, unusable_warm_up, warm_up_flags
-from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import Plan, make_plan
@@ -194,7 +194,7 @@ def _planned(
 
 
 def _once(runs: list[Wanted]) -> list[Wanted]:
-    """Without what several runs begin with a second time."""
+    """The runs without duplicates of full-rank runs that several runs start from."""
     helping = {run.after.name for run in runs if run.after is not None}
     seen: set[tuple[str, ...]] = set()
     kept = []
@@ -207,9 +207,8 @@ def _once(runs: list[Wanted]) -> list[Wanted]:
 
 def _argv(flags: Mapping[str, Any]) -> Iterator[str]:
     """Flags as on the command line. A flag whose kind is an optional value works bare; null leaves one out."""
-    bare = {field.name for field in dataclasses.fields(Arguments) if field.metadata.get("const")}
     for name, value in flags.items():
-        if isinstance(value, bool) and name in bare:
+        if isinstance(value, bool) and name in ROWS and ROWS[name].const:
             yield from ([f"--{name}"] if value else [])
         elif value is not None:
             yield f"--{name}={str(value).lower() if isinstance(value, bool) else value}"

@@ -1,4 +1,4 @@
-"""The full-rank run that a sweep makes before a ReLoRA run begins with its weights: an entry's `warm_up`."""
+"""The full-rank run from whose weights a sweep starts a ReLoRA run: an entry's `warm_up`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from peft_pretraining.config.arguments import WARM_START_CHANGES, Arguments, as_dict
+from peft_pretraining.config.arguments import ROWS, Arguments, as_dict
 from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.plan.schedule import is_finished
@@ -72,7 +72,7 @@ def disagreements(args: Arguments, plan: Plan, first: Arguments, first_plan: Pla
     problems = [
         f"{name} {now}: its {WARM_UP} has {then}, and they must be the same"
         for name, (then, now) in differing.items()
-        if name not in WARM_START_CHANGES
+        if not ROWS[name].warm_start
     ]
     problems += [
         f"{args.model_config}: {key} is {now}, that of its {WARM_UP} is {then}; they must be the same"

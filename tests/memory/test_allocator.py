@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # 40 blocks of 8 MiB with small ones between them, as a step's temporaries lie between its gradients; then the large ones go.
 PROGRAM = """
 import os, sys

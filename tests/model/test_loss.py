@@ -14,7 +14,7 @@ from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy
 from sparse_lora import SLTrainConfig, reparameterize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 V = 331
 
 

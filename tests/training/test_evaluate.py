@@ -15,7 +15,7 @@ from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.training.evaluate import evaluate
 from sparse_lora import SLTrainConfig, reparameterize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 V, T = 503, 48
 
 

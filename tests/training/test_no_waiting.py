@@ -1,7 +1,8 @@
-"""Nothing in an update asks the device for a number, so that a GPU always has the next one queued.
+"""The host never waits for the device within an update or between two, so that a GPU always has the next update queued.
 
-Waiting cannot be seen on a CPU, but the operators that make a GPU wait can: those whose result or shape depends on values. The
-"meta" device stands in for one whose memory the host cannot read: it has no values, and every question for one fails.
+A GPU makes the host wait where an operator hands a value, or a shape that depends on values, to the host: float(loss), x[x > 0].
+torch marks these operators with tags, so that a CPU run shows them too. The "meta" device stands in for a GPU: its tensors have
+no values, and an operator that asks for one fails.
 """
 
 import itertools
@@ -26,29 +27,29 @@ from peft_pretraining.run import assemble
 from peft_pretraining.training.update import StepResult, train_step
 from sparse_lora import SLTrainConfig, reparameterize
 
-ROOT = Path(__file__).resolve().parent.parent
-ASKING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+ROOT = Path(__file__).resolve().parents[2]
+WAITING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-class Questions(TorchDispatchMode):
-    """Operators that hand values, or shapes that depend on values, to the host."""
+class WaitRecorder(TorchDispatchMode):
+    """Records the operators for which a GPU would make the host wait, and whether copies between devices are asynchronous."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.during: list[str] = []
-        self.copied: list[bool] = []  # whether copies between devices were asynchronous
+        self.waits: list[str] = []
+        self.copies_without_waiting: list[bool] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if ASKING_TAGS & set(func.tags) and not _picks_by_position(func, args):
-            self.during.append(str(func))
+        if WAITING_TAGS & set(func.tags) and not _indexes_by_position(func, args):
+            self.waits.append(str(func))
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and result.device != args[0].device:
-            self.copied.append(bool((kwargs or {}).get("non_blocking")))
+            self.copies_without_waiting.append(bool((kwargs or {}).get("non_blocking")))
         return result
 
 
-def _picks_by_position(func, args) -> bool:
-    """x[positions]: of the index operator's results only those by flags have a shape that depends on values."""
+def _indexes_by_position(func, args) -> bool:
+    """True for x[positions], whose shape is known beforehand; the shape of x[mask] depends on the values of the mask."""
     indices = [index for index in args[1] if index is not None] if func is torch.ops.aten.index.Tensor else []
     return bool(indices) and all(index.dtype == torch.int64 for index in indices)
 
@@ -59,6 +60,7 @@ def tiny() -> ModelConfig:
 
 
 def padded_batches() -> list[Batch]:
+    """Two micro-batches of three sequences of 16 tokens; the second sequence of the second one is cut to 9 tokens."""
     generator = torch.Generator().manual_seed(5)
     batches = []
     for length in (16, 9):
@@ -69,16 +71,15 @@ def padded_batches() -> list[Batch]:
     return batches
 
 
-@pytest.mark.parametrize("ask", [lambda x: float(x), lambda x: bool(x > 0), lambda x: torch.nonzero(x), lambda x: x[x > 0]])
-def test_questions_are_seen(ask):
-    """What people write when they ask, among it float(loss)."""
-    with Questions() as questions:
-        ask(torch.ones(()))
-    assert questions.during
+@pytest.mark.parametrize("read", [lambda x: float(x), lambda x: bool(x > 0), lambda x: torch.nonzero(x), lambda x: x[x > 0]])
+def test_the_recorder_finds_the_usual_ways_to_read_a_value(read):
+    with WaitRecorder() as recorder:
+        read(torch.ones(()))
+    assert recorder.waits
 
 
-def test_an_update_asks_nothing():
-    """After the first one, in which the optimizer makes its moments: the whole update, fused AdamW, with clipping."""
+def test_an_update_never_waits_for_the_device():
+    """Fused AdamW with clipping and a growth limit. The first update is left out: the optimizer allocates its moments in it."""
     settings = SLTrainConfig(rank=4, sparsity=0.1, alpha=8.0)
     model = build_model(
         tiny(),
@@ -98,14 +99,14 @@ def test_an_update_asks_nothing():
     step = partial(train_step, TokenLoss(model), updates, lr=1e-3, world=World(), device=torch.device("cpu"))
     step(padded_batches())
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with Questions() as questions:
+    with WaitRecorder() as recorder:
         step(padded_batches())
-    assert questions.during == []
+    assert recorder.waits == []
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-class Started(torch.optim.Optimizer):
-    """In place of fused AdamW, which knows no meta tensors: it has its states, and reads the flag on the device."""
+class OptimizerForMeta(torch.optim.Optimizer):
+    """Stands in for fused AdamW, which has no meta kernels: its state exists, and it reads `found_inf` on the device."""
 
     _step_supports_amp_scaling = True
 
@@ -119,13 +120,13 @@ class Started(torch.optim.Optimizer):
                 parameter.data.sub_(parameter.grad * (1 - self.found_inf) * group["lr"])
 
 
-def test_an_update_on_another_device_copies_its_input_without_waiting_and_nothing_back():
+def test_an_update_copies_its_input_to_the_device_without_waiting_and_copies_nothing_back():
     model = build_model(tiny(), dtype=torch.bfloat16, device="meta", seed=3)
     parameters = dict(model.named_parameters())
-    updates = WholeUpdate(lambda stepped: Started(stepped.values()), parameters, World(), grad_clipping=1.0)
-    with Questions() as questions:
+    updates = WholeUpdate(lambda stepped: OptimizerForMeta(stepped.values()), parameters, World(), grad_clipping=1.0)
+    with WaitRecorder() as recorder:
         result = train_step(TokenLoss(model), updates, padded_batches(), lr=1e-3, world=World(), device=torch.device("meta"))
-    assert questions.copied == [True] * 4  # ids and labels of two micro-batches
+    assert recorder.copies_without_waiting == [True] * 4  # ids and labels of two micro-batches
     assert (result.num_tokens, result.num_bad_records) == (89, 0)
     assert result.loss.is_meta
     with pytest.raises(RuntimeError):
@@ -134,7 +135,7 @@ def test_an_update_on_another_device_copies_its_input_without_waiting_and_nothin
 
 @pytest.mark.gpu
 def test_an_update_on_a_gpu_does_not_wait():
-    """torch's own watch over operators that wait."""
+    """torch itself raises an error where an operator waits."""
     device = torch.device("cuda")
     model = build_model(tiny(), dtype=torch.bfloat16, device=device, seed=3)
     build = partial(build_optimizer, "adamw", lr=0.0, weight_decay=0.1)
@@ -161,65 +162,65 @@ def flags(tiny_run) -> list[str]:
     ]
 
 
-def questions_by_update(monkeypatch, arguments: list[str]) -> dict[int, list[str]]:
-    """What the loop asks for between the first batches of one update and those of the next, by update."""
-    questions, asked = Questions(), {}
-    honest, numbers = assemble.next_micro_batches, itertools.count(1)
+def waits_by_update(monkeypatch, arguments: list[str]) -> dict[int, list[str]]:
+    """Trains; returns for each update the waits from its first micro-batch up to the first one of the next update."""
+    recorder, waits = WaitRecorder(), {}
+    original, numbers = assemble.next_micro_batches, itertools.count(1)
 
     def next_micro_batches(run, world):
-        asked[next(numbers)] = questions.during = []
-        return honest(run, world)
+        waits[next(numbers)] = recorder.waits = []
+        return original(run, world)
 
     monkeypatch.setattr(assemble, "next_micro_batches", next_micro_batches)
-    with questions:
+    with recorder:
         assert torchrun_main.main(arguments) == 0
-    return asked
+    return waits
 
 
-def test_the_loop_asks_nothing_between_updates(tmp_path, flags, monkeypatch):
-    asked = questions_by_update(monkeypatch, [*flags, "--log_every", "2", "--save_dir", str(tmp_path / "run")])
-    assert list(asked) == [1, 2, 3, 4, 5, 6]
-    assert [asked[number] for number in (2, 3, 4, 5)] == [[]] * 4  # in the first moments are made, after the last all is saved
+def test_the_training_loop_never_waits_between_updates(tmp_path, flags, monkeypatch):
+    """Update 1 allocates the moments, and after update 6 everything is saved: both wait."""
+    waits = waits_by_update(monkeypatch, [*flags, "--log_every", "2", "--save_dir", str(tmp_path / "run")])
+    assert list(waits) == [1, 2, 3, 4, 5, 6]
+    assert [waits[number] for number in (2, 3, 4, 5)] == [[]] * 4
 
 
-def test_a_loss_that_is_read_at_once_is_found(tmp_path, flags, monkeypatch):
-    """The test above is no empty promise: a float(loss) in the loop's record fails it."""
-    honest = recorder.LateRecord.add
+def test_a_loss_that_is_read_at_once_counts_as_waiting(tmp_path, flags, monkeypatch):
+    """Guards the test above: a float(loss) in the loop's record makes it fail."""
+    original = recorder.LateRecord.add
 
     def add(self, update_step: int, step: StepResult, known):
         assert float(step.loss) > 0
-        return honest(self, update_step, step, known)
+        return original(self, update_step, step, known)
 
     monkeypatch.setattr(recorder.LateRecord, "add", add)
-    asked = questions_by_update(monkeypatch, [*flags, "--log_every", "2", "--save_dir", str(tmp_path / "run")])
-    assert asked[3] == ["aten._local_scalar_dense.default"]
+    waits = waits_by_update(monkeypatch, [*flags, "--log_every", "2", "--save_dir", str(tmp_path / "run")])
+    assert waits[3] == ["aten._local_scalar_dense.default"]
 
 
-def test_a_row_is_written_one_update_late_but_before_what_needs_it(tmp_path, flags, monkeypatch):
-    """When an update begins, the record lacks the row of the update before it, unless an evaluation or a checkpoint came
-    between; and the rows are those of a run in which every update is waited for."""
-    seen, honest = {}, assemble.next_micro_batches
+def test_a_row_is_written_one_update_late_but_before_an_evaluation_or_a_checkpoint(tmp_path, flags, monkeypatch):
+    """At the start of an update metrics.jsonl lacks the row of the update before, unless an evaluation (after 5) or a checkpoint
+    (after 3) came between the two."""
+    num_rows, original = {}, assemble.next_micro_batches
     folder = tmp_path / "run"
 
     def next_micro_batches(run, world):
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        seen[run.parts.state.update_step] = sum('"loss"' in line for line in lines)
-        return honest(run, world)
+        num_rows[run.parts.state.update_step] = sum('"loss"' in line for line in lines)
+        return original(run, world)
 
     monkeypatch.setattr(assemble, "next_micro_batches", next_micro_batches)
     flags = [*flags, "--log_every", "1", "--save_every", "3", "--eval_every", "5", "--save_dir", str(folder)]
     assert torchrun_main.main(flags) == 0
-    assert seen == {0: 0, 1: 0, 2: 1, 3: 3, 4: 3, 5: 5}
+    assert num_rows == {0: 0, 1: 0, 2: 1, 3: 3, 4: 3, 5: 5}
 
 
-def test_a_run_that_fails_loses_no_row(tmp_path, flags, monkeypatch):
-    """What the device has told by then is written, though nothing is waited for any more."""
-    honest, numbers = assemble.next_micro_batches, itertools.count(1)
+def test_a_run_that_fails_has_written_the_rows_of_all_its_updates(tmp_path, flags, monkeypatch):
+    original, numbers = assemble.next_micro_batches, itertools.count(1)
 
     def next_micro_batches(run, world):
         if next(numbers) == 5:
             raise OSError("no more")
-        return honest(run, world)
+        return original(run, world)
 
     monkeypatch.setattr(assemble, "next_micro_batches", next_micro_batches)
     assert torchrun_main.main([*flags, "--log_every", "1", "--save_dir", str(tmp_path / "run")]) == 1

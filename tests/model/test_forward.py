@@ -14,7 +14,7 @@ from peft_pretraining.model.loss import TokenLoss, document_begins, document_mas
 from peft_pretraining.training.evaluate import evaluate
 from sparse_lora import SLTrainConfig, reparameterize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 V, EOS = 331, 1
 KINDS = [(None, False), ("layer", False), ("selective", False), (None, True), ("layer", True)]
 kinds = pytest.mark.parametrize(("checkpointing", "compiled"), KINDS)

@@ -44,7 +44,7 @@ from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 from sparse_lora.linear import make_support
 from sparse_lora.uniform import UniformSupport
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("60m", "130m", "350m", "1b")
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 

@@ -9,7 +9,7 @@ import pytest
 
 from peft_pretraining.config.model_config import ModelConfigError, load_model_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # REFERENCE: hidden, MLP, layers, heads of the published files.
 SHAPES = {
     "9m": (128, 352, 4, 4),

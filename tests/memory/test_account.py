@@ -17,7 +17,7 @@ from peft_pretraining.memory.setting import Setting
 from peft_pretraining.plan.plan import make_plan, setting_of
 from peft_pretraining.plan.text import format_plan, memory_problems
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 

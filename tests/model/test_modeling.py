@@ -14,7 +14,7 @@ from peft_pretraining.model.llama import build_model, hf_config, initialize, mat
 from peft_pretraining.model.loss import TokenLoss
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, attach_relora, generator_for, merge, reparameterize
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tiny(**changes: Any) -> ModelConfig:

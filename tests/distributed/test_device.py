@@ -1,0 +1,65 @@
+"""What the program knows of the CPU before torch is loaded."""
+
+import pytest
+
+from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed import device
+from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
+from peft_pretraining.distributed.world import World
+from peft_pretraining.plan import text
+from peft_pretraining.plan.plan import make_plan
+
+AVX2 = "processor : 0\nflags : fpu sse4_1 avx avx2 fma\n"
+AVX512 = "processor : 0\nflags : fpu avx2 avx512f avx512dq avx512bw avx512vl\n"
+AVX512_FIRST = "processor : 0\nflags : fpu avx2 avx512f avx512cd avx512er\n"  # AVX-512 without the extensions that oneDNN needs
+AMX = "processor : 0\nflags : fpu avx2 amx_bf16 amx_tile\n"
+ARM = "processor : 0\nFeatures : fp asimd sve\n"
+ARM_BF16 = "processor : 0\nFeatures : fp asimd sve bf16 i8mm\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "environ", "answer"),
+    [
+        (AVX2, {}, False),
+        (AVX512, {}, True),
+        (AVX512_FIRST, {}, False),
+        (AMX, {}, True),
+        (ARM, {}, False),
+        (ARM_BF16, {}, True),
+        ("processor : 0\nisa : rv64imafdc\n", {}, None),
+        (None, {}, None),
+        (AVX512, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+        (AVX512, {"ONEDNN_MAX_CPU_ISA": "sse41"}, False),
+        (AVX512, {"DNNL_MAX_CPU_ISA": "AVX2_VNNI"}, False),
+        (AVX512, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, True),
+        (AVX512, {"ATEN_CPU_CAPABILITY": "avx2"}, True),  # oneDNN's products do not depend on it
+    ],
+)
+def test_instructions_for_bfloat16_are_known_from_cpuinfo(tmp_path, cpuinfo, environ, answer):
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    assert cpu_has_bfloat16(path, environ) is answer
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device_type", "available", "warned"),
+    [
+        ("bfloat16", "cpu", False, True),
+        ("bfloat16", "cpu", True, False),
+        ("bfloat16", "cpu", None, False),
+        ("float32", "cpu", False, False),
+        ("bfloat16", "cuda", False, False),
+    ],
+)
+def test_the_plan_warns_of_bfloat16_on_a_cpu_without_it(monkeypatch, tiny_run, dtype, device_type, available, warned):
+    monkeypatch.setattr(text, "cpu_has_bfloat16", lambda: available)
+    args = parse_args([*tiny_run, "--batch_size", "1", "--dtype", dtype, "--max_length", "32"])
+    plan = make_plan(args, World(), device_type=device_type)
+    shown = text.format_plan(plan, args, "words", DeviceMemory("a device", 2**40, device_type))
+    assert ("warning: --dtype bfloat16" in shown) == warned
+    assert ("use --dtype float32" in shown) == warned
+
+
+def test_this_machine_is_read_without_torch():
+    assert device.cpu_has_bfloat16() in (True, False, None)
