@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a LLaMA: arguments -> plan -> build -> restore -> loop. `--help` lists every flag.
+"""Pretrains a LLaMA model: reads arguments, makes the plan, builds, restores, trains. `--help` lists every flag.
 
 torchrun --standalone --nproc_per_node 1 torchrun_main.py --model_config configs/llama_60m.json ...
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed while running, 2 arguments or data that cannot work, 130 interrupted."""
+    """Runs the program; returns its exit code: 0 done, 1 failed while running, 2 invalid arguments or data, 130 interrupted."""
     world = World.from_environment()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return fail(world, error.problems, exit_code=2, everywhere_alike=True)
     except KeyboardInterrupt:
-        return fail(world, ["interrupted before training began; nothing is lost"], 130, everywhere_alike=True)
+        return fail(world, ["interrupted before training began; no work is lost"], 130, everywhere_alike=True)
 
 
 def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike: bool = False) -> int:
-    """Print what is wrong and return the exit code. A problem that all processes have alike is printed by rank 0 alone."""
+    """Prints error messages and returns the exit code. everywhere_alike: all processes have the same, so only rank 0 prints."""
     if world.is_main or not everywhere_alike:
         rank = f" [rank {world.rank}]" if world.size > 1 else ""
         for problem in problems:
@@ -56,7 +56,7 @@ def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike
 
 
 def tell_torchrun(message: str) -> None:
-    """Write the message to the file that torchrun reads; torchrun prints that of the first failed process."""
+    """Writes the message to the file from which torchrun reads it; torchrun prints the first failure's message at its end."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -65,7 +65,7 @@ def tell_torchrun(message: str) -> None:
 
 
 def dry_run(args: Arguments, world: World) -> int:
-    """Print the plan and stop; needs no network and no data."""
+    """Prints the plan and returns the exit code; needs no network and no data."""
     from peft_pretraining.data.errors import DataError
     from peft_pretraining.data.source import open_source
     from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
@@ -85,7 +85,7 @@ def dry_run(args: Arguments, world: World) -> int:
 
 
 def run(args: Arguments, world: World) -> int:
-    """Load torch, set up the processes and train; returns the exit code and explains failures."""
+    """Trains and turns errors into messages; returns the exit code."""
     set_allocator()
 
     import torch
@@ -120,10 +120,10 @@ def run(args: Arguments, world: World) -> int:
 
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
-    """Build and restore the run, train until it is done or has to stop, and close it; returns the exit code."""
+    """Builds and restores the run, trains until its end or a stop; returns the exit code."""
     from peft_pretraining.record.late_record import LateRecord
     from peft_pretraining.record.throughput import Throughput
-    from peft_pretraining.run.assemble import assemble, open_record, say_finished, say_passed_over
+    from peft_pretraining.run.assemble import assemble, open_record, print_finished, print_skipped_records
     from peft_pretraining.run.ending import end_early
     from peft_pretraining.training.stop import StopRun
 
@@ -138,7 +138,7 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
         with run.stop.listening():
             try:
                 loop(args, world, run, record, late_record)
-                say_passed_over(record, run, world)
+                print_skipped_records(record, run, world)
             except StopRun as stopped:
                 late_record.settle()
                 problem = end_early(run, args, world, stopped)
@@ -150,13 +150,13 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
         late_record.close()
         record.close(code)
         run.data.loader.close()
-    say_finished(world, run.parts.state, run.folder)
+    print_finished(world, run.parts.state, run.folder)
     return 0
 
 
 def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
-    """The training loop: evaluate where due, update, record, save where due, until the planned updates are made."""
-    # Imported here and not above: torch and transformers cost seconds that --help and a wrong argument must not.
+    """Makes updates, with evaluations, records and checkpoints when due, until the run is finished. Raises StopRun."""
+    # Imported here because torch and transformers take seconds to load, which --help and wrong arguments must not wait for.
     from peft_pretraining.plan.plan import is_finished, learning_rate
     from peft_pretraining.record.late_record import Logged
     from peft_pretraining.record.recorder import peak_memory_bytes
@@ -165,8 +165,10 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
     from peft_pretraining.training.update import train_step
 
     plan, device, state = run.plan, run.device, run.parts.state
-    scheduled = False  # a checkpoint that is still to be made
-    bad_records = run.data.loader.num_bad_records  # on rank 0, which logs: of all processes before a restart
+    # Whether a scheduled checkpoint has not been written yet.
+    scheduled = False
+    # After a resume, rank 0's counter starts with the sum over all processes.
+    bad_records = run.data.loader.num_bad_records
     while True:
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         if evaluation_due(args, state.update_step, finished) and record.last_evaluated_step != state.update_step:
@@ -179,7 +181,8 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         run.restarts.before_update(state.update_step)
         lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
-        if args.on_nonfinite == "stop" and bool(step.skipped):  # this waits for the device, as nothing else in an update
+        # Reading step.skipped waits for the device, which nothing else in an update does.
+        if args.on_nonfinite == "stop" and bool(step.skipped):
             late_record.settle()
             keep_for_inspection(run, args, world, micro_batches, step)
         state.update_step += 1
@@ -195,7 +198,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         scheduled = scheduled or finished or state.update_step % args.save_every == 0
         if run.saver.due(scheduled):
             late_record.settle()
-            # A state whose last update was skipped must not replace a good checkpoint: it is saved once an update succeeds.
+            # A diverged state must not replace a good checkpoint: the save waits until an update succeeds again.
             if finished or not late_record.last_one_skipped:
                 with late_record.paused():
                     record.sync()
@@ -205,7 +208,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
 
 
 def evaluation_due(args: Arguments, update_step: int, finished: bool) -> bool:
-    """Whether to evaluate now: before the first update with --eval_at_start, every eval_every updates, and at the end."""
+    """Tells whether to evaluate: before the first update with --eval_at_start, every eval_every updates, and at the end."""
     if update_step == 0:
         return args.eval_at_start or finished
     return finished or update_step % args.eval_every == 0

@@ -1,11 +1,10 @@
-"""Perplexity of a bigram model with backoff, on the very targets that the trainer's evaluation counts.
+"""Perplexity of a bigram model with backoff, a baseline on the same targets that the trainer's evaluation counts.
 
-What any neural model has to beat: `python benchmarks/bigram.py --dataset demo --packing`, or against a run, on its data,
-tokenizer and layout: `python benchmarks/bigram.py --run runs/quickstart` (exit code 1 if the run is not below).
+`python benchmarks/bigram.py --dataset demo --packing`, or, to compare with a run on its data, tokenizer and layout,
+`python benchmarks/bigram.py --run runs/quickstart` (exit code 1 if the run's perplexity is not below the bigram's).
 
-Interpolated Kneser-Ney smoothing
-(Kneser & Ney 1995; Chen & Goodman 1999, eq. 24) with the discount n1 / (n1 + 2 n2), backing off to the continuation
-unigram and from there to the uniform distribution over the vocabulary. Fitted on the training split only.
+Interpolated Kneser-Ney smoothing (Kneser & Ney 1995; Chen & Goodman 1999, eq. 24) with the discount n1 / (n1 + 2 n2), backing
+off to the continuation unigram and from there to the uniform distribution over the vocabulary. Fitted on the training split only.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from peft_pretraining.data.tokenizer import load_tokenizer
 
 
 def token_pairs(sequences: EvalSet) -> tuple[np.ndarray, np.ndarray]:
-    """(previous, target) ids of every counted target, both (targets,) int64."""
+    """Returns the ids (previous, target) of every counted target, both (targets,) int64."""
     previous, targets = [], []
     for batch in sequences:
         labels = batch.labels[:, 1:]
@@ -38,10 +37,10 @@ def token_pairs(sequences: EvalSet) -> tuple[np.ndarray, np.ndarray]:
 
 
 class KneserNeyBigram:
-    """Interpolated Kneser-Ney over ids 0 .. vocab_size - 1."""
+    """An interpolated Kneser-Ney bigram model over token ids 0 .. vocab_size - 1."""
 
     def __init__(self, previous: np.ndarray, targets: np.ndarray, vocab_size: int):
-        """Count the training pairs, both arrays (n,)."""
+        """Counts the training pairs; both arrays are (n,)."""
         self.vocab_size = vocab_size
         self.pairs, self.counts = np.unique(previous * vocab_size + targets, return_counts=True)
         once, twice = (int((self.counts == n).sum()) for n in (1, 2))
@@ -52,15 +51,15 @@ class KneserNeyBigram:
         continuations = np.bincount(tails, minlength=vocab_size).astype(np.float64)
         seen = (continuations > 0).sum()
         total = continuations.sum()
-        # The same discount takes mass from seen words for the whole vocabulary, unseen words included.
+        # The discounted mass of seen tokens is spread over the whole vocabulary, unseen tokens included.
         self.unigram = np.maximum(continuations - self.discount, 0) / total
         self.unigram += self.discount * seen / total / vocab_size
 
     def probabilities(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """p(target | previous), (n,) float64."""
+        """Returns p(target | previous), (n,) float64."""
         keys = previous * self.vocab_size + targets
-        at = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
-        counts = np.where(self.pairs[at] == keys, self.counts[at], 0)
+        positions = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
+        counts = np.where(self.pairs[positions] == keys, self.counts[positions], 0)
         total = self.context_total[previous]
         known = np.maximum(total, 1)
         backoff = np.where(total > 0, self.discount * self.context_types[previous] / known, 1.0)
@@ -68,7 +67,7 @@ class KneserNeyBigram:
 
 
 def score(dataset: str, eval_dataset: str | None, tokenizer_name: str | None, max_length: int, packing: bool) -> dict:
-    """Fit on the training split, score the held-out one."""
+    """Fits on the training split and scores the held-out split."""
     train = open_source(dataset, "train")
     held_out = open_source(eval_dataset or dataset, "validation", hold_out=eval_dataset is None)
     tokenizer = load_tokenizer(tokenizer_name or train.default_tokenizer)
@@ -90,10 +89,10 @@ def score(dataset: str, eval_dataset: str | None, tokenizer_name: str | None, ma
 
 
 def main() -> int:
-    """Fit, score, print; the exit code says whether the run named is below."""
+    """Fits, scores and prints; returns exit code 1 if the perplexity of --run is not below the bigram's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="demo", help="as of torchrun_main.py (default: demo)")
-    parser.add_argument("--tokenizer", help="as of torchrun_main.py (default: the data set's)")
+    parser.add_argument("--dataset", default="demo", help="as for torchrun_main.py (default: demo)")
+    parser.add_argument("--tokenizer", help="as for torchrun_main.py (default: the data set's)")
     parser.add_argument("--max_length", type=int, default=256, help="sequence length, tokens (default: 256)")
     parser.add_argument("--packing", action="store_true", help="packed sequences instead of padded ones")
     parser.add_argument("--run", type=Path, help="a run's folder: compare with it, on its data, tokenizer and layout")
@@ -106,12 +105,16 @@ def main() -> int:
         layout = tuple(document["arguments"][name] for name in names)
     figures = score(*layout)
     if args.run is not None:
-        reached = [row for row in rows if "final_eval_perplexity" in row][-1]
-        if reached["final_eval_tokens"] != figures["held_out_targets"]:
-            print(f"the run was evaluated on {reached['final_eval_tokens']} targets, not on the same", file=sys.stderr)
+        last = [row for row in rows if "final_eval_perplexity" in row][-1]
+        if last["final_eval_tokens"] != figures["held_out_targets"]:
+            print(
+                f"--run {args.run}: was evaluated on {last['final_eval_tokens']} targets, the bigram on "
+                f"{figures['held_out_targets']}; run it without a limit on --eval_tokens",
+                file=sys.stderr,
+            )
             return 1
-        figures |= {"run_perplexity": reached["final_eval_perplexity"]}
-        figures |= {"run_to_bigram": reached["final_eval_perplexity"] / figures["perplexity"]}
+        figures |= {"run_perplexity": last["final_eval_perplexity"]}
+        figures |= {"run_to_bigram": last["final_eval_perplexity"] / figures["perplexity"]}
     print(json.dumps(figures) if args.json else "\n".join(f"{name:<18}{value:,.4f}" for name, value in figures.items()))
     return int(figures.get("run_to_bigram", 0.0) >= 1)
 

@@ -1,9 +1,9 @@
-"""How long training stands still for a checkpoint, in units of an update, with and without --async_save.
+"""Measures how long a checkpoint interrupts training, in units of an update, with and without --async_save.
 
-`python benchmarks/checkpoint.py [--saves 4] [--updates 6] [--out FILE.json] FLAGS OF THE TRAINER` steps on random tokens, as
-memory.py does, and saves to a temporary folder. For each way of saving: "stalled" is the time inside the saver, "slower" what
-the updates between two saves took beyond the same number of undisturbed ones (the background save shares the cores), both per
-checkpoint. The undisturbed updates are measured before, between and after, in the same process.
+`python benchmarks/checkpoint.py [--saves 4] [--updates 6] [--out FILE.json] FLAGS OF THE TRAINER` trains on random tokens, as
+memory.py does, and saves to a temporary folder. Per checkpoint, "stalled" is the time inside the saver, and "slower" the extra
+time of the updates between two saves compared with undisturbed updates (a background save shares the cores). Undisturbed updates
+are measured before, between and after the saves, in the same process.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from peft_pretraining.training.update import TrainState, train_step
 
 
 class NoData:
-    """In place of a loader: random tokens have no position."""
+    """A stand-in for the data loader; random tokens have no position."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": 0, "lanes": {}, "bad_records": {}, "order": {}}
 
 
 def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts, Callable[[], float]]:
-    """The parts of a run, and what makes one update and gives its seconds."""
+    """Returns the parts of a run, and a function that makes one update and returns its seconds."""
     model = build_module(args, plan, World(), device).model
     updates = build_updates(args, model, World(), device)
     module, generator = TokenLoss(model), torch.Generator().manual_seed(args.seed)
@@ -57,7 +57,8 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
         batches = [random_batch(*size, generator) for _ in range(plan.gradient_accumulation)]
         start = time.perf_counter()
         step = train_step(module, updates, batches, lr=args.lr, world=World(), device=device)
-        step.loss.item()  # on a GPU nothing else waits for the update
+        # On a GPU this waits for the update.
+        step.loss.item()
         parts.state.update_step += 1
         return time.perf_counter() - start
 
@@ -65,8 +66,8 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
 
 
 def saving(saver: Saver, update: Callable[[], float], num_saves: int, num_updates: int) -> list[tuple[float, list[float]]]:
-    """For each save the seconds inside the saver, and those of each of the updates that follow it."""
-    found = []
+    """Returns for each save the seconds inside the saver, and the seconds of each of the updates after it."""
+    saves = []
     for _ in range(num_saves):
         update()
         start = time.perf_counter()
@@ -77,26 +78,26 @@ def saving(saver: Saver, update: Callable[[], float], num_saves: int, num_update
             start = time.perf_counter()
             saver.due(scheduled=False)
             stalled += time.perf_counter() - start
-        found.append((stalled, seconds))
+        saves.append((stalled, seconds))
     start = time.perf_counter()
     saver.finish()
-    print(f"the end waited {time.perf_counter() - start:.2f} s", file=sys.stderr)
-    return found
+    print(f"waited {time.perf_counter() - start:.2f} s for the last save", file=sys.stderr)
+    return saves
 
 
 def measure(argv: list[str], num_saves: int, num_updates: int) -> dict:
-    """Seconds and their ratios for a run with the trainer's arguments `argv`. Raises ConfigError."""
+    """Measures a run with the trainer's arguments `argv`; returns seconds and ratios. Raises ConfigError."""
     args = parse_args(argv)
     device = pick_device(args.device, World())
     plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
     parts, update = updater(args, plan, device)
-    undisturbed, found, num_bytes = [update() for _ in range(num_updates + 2)][2:], {}, 0
+    undisturbed, saves, num_bytes = [update() for _ in range(num_updates + 2)][2:], {}, 0
     with tempfile.TemporaryDirectory(dir=args.save_dir) as folder:
         (Path(folder) / "tokenizer").mkdir()
         for asynchronous in (False, True):
             options = {"keep": 1, "asynchronous": asynchronous}
             saver = Saver(Path(folder), lambda: run_content(Path(folder), parts, World(), {}), World(), **options)
-            found[asynchronous] = saving(saver, update, num_saves, num_updates)
+            saves[asynchronous] = saving(saver, update, num_saves, num_updates)
             undisturbed += [update() for _ in range(num_updates)]
         num_bytes = run_content(Path(folder), parts, World(), {}).num_bytes
     step = statistics.median(undisturbed)
@@ -104,8 +105,8 @@ def measure(argv: list[str], num_saves: int, num_updates: int) -> dict:
         "arguments": argv,
         "checkpoint_bytes": num_bytes,
         "seconds_per_update": undisturbed,
-        "waiting": _in_updates(found[False], step),
-        "async_save": _in_updates(found[True], step),
+        "waiting": _in_updates(saves[False], step),
+        "async_save": _in_updates(saves[True], step),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -114,7 +115,7 @@ def measure(argv: list[str], num_saves: int, num_updates: int) -> dict:
 
 
 def _in_updates(saves: list[tuple[float, list[float]]], step: float) -> dict[str, Any]:
-    """In units of an update of `step` seconds; the first background save also allocates its copy."""
+    """Converts times to units of an update of `step` seconds; the first background save also allocates its copy."""
     stalled = [stall / step for stall, _ in saves]
     slower = [sum(seconds) / step - len(seconds) for _, seconds in saves]
     return {
@@ -127,22 +128,23 @@ def _in_updates(saves: list[tuple[float, list[float]]], step: float) -> dict[str
 
 
 def main() -> int:
-    """Exit code 2 where the arguments cannot work."""
+    """Measures and prints; returns exit code 2 for invalid arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--saves", type=int, default=4, help="checkpoints of each kind (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=6, help="updates between two of them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
     own, argv = parser.parse_known_args()
     try:
-        found = measure(argv, own.saves, own.updates)
+        figures = measure(argv, own.saves, own.updates)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     if own.out is not None:
-        own.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"update {statistics.median(found['seconds_per_update']):.2f} s, checkpoint {found['checkpoint_bytes'] / 1e9:.2f} GB")
+        own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    seconds = statistics.median(figures["seconds_per_update"])
+    print(f"update {seconds:.2f} s, checkpoint {figures['checkpoint_bytes'] / 1e9:.2f} GB")
     for name in ("waiting", "async_save"):
-        kind = found[name]
+        kind = figures[name]
         print(
             f"{name:<12}stalled {kind['stalled_updates_median']:.2f} updates per checkpoint "
             f"(each {', '.join(f'{x:.2f}' for x in kind['stalled_updates_each'])}), "

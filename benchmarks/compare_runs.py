@@ -1,7 +1,7 @@
-"""How far runs that should be the same are apart: `python benchmarks/compare_runs.py RUN OTHER...` (torchrun_main.py folders).
+"""Measures how much runs differ that should be equal: `python benchmarks/compare_runs.py RUN OTHER...` (folders of runs).
 
-For each OTHER against RUN: the largest relative deviation of the logged losses, gradient norms and evaluation losses, and the
-largest relative L2 distance of a parameter in the newest checkpoints.
+For each OTHER, compared with RUN: the largest relative deviation of the logged losses, gradient norms and evaluation losses, and
+the largest relative L2 distance of a parameter in the newest checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KEYS = ("loss", "gradnorm", "final_eval_loss")
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
-    """The floating-point tensors of the model in the newest checkpoint of a run."""
+    """Returns the model's floating-point tensors from a run's newest checkpoint."""
     path = resolve(run)
     tensors = {
         name: torch.empty(size, dtype=dtype)
@@ -34,32 +34,32 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
 
 
 def deviations(run: Path, other: Path) -> dict[str, float]:
-    """Largest relative deviation of each key and of the parameters. Raises ValueError where the runs logged other steps."""
+    """Returns the largest relative deviation of each key and of the parameters. Raises ValueError if the rows do not match."""
     rows, other_rows = read_metrics(run), read_metrics(other)
-    if [_what(row) for row in rows] != [_what(row) for row in other_rows]:
+    if [_step_and_keys(row) for row in rows] != [_step_and_keys(row) for row in other_rows]:
         raise ValueError(f"{run} and {other} did not log the same updates and evaluations")
     pairs = list(zip(rows, other_rows, strict=True))
-    found = {key: max((abs(b[key] - a[key]) / abs(a[key]) for a, b in pairs if key in a), default=0.0) for key in KEYS}
+    largest = {key: max((abs(b[key] - a[key]) / abs(a[key]) for a, b in pairs if key in a), default=0.0) for key in KEYS}
     left, right = parameters(run), parameters(other)
     if left.keys() != right.keys():
-        raise ValueError(f"{run} and {other} hold other parameters")
+        raise ValueError(f"{run} and {other} have different parameters")
     distances = [
         float((right[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-12))
         for name, tensor in left.items()
     ]
-    return found | {"parameters": max(distances)}
+    return largest | {"parameters": max(distances)}
 
 
-def _what(row: dict[str, Any]) -> tuple[int, set[str]]:
-    """The step, and what was logged of it."""
+def _step_and_keys(row: dict[str, Any]) -> tuple[int, set[str]]:
+    """Returns a row's update step and which of the compared keys it has."""
     return row["update_step"], row.keys() & set(KEYS)
 
 
 def main() -> None:
-    """Print one line per run."""
+    """Prints one line per run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run to compare with")
-    parser.add_argument("others", type=Path, nargs="+", help="runs that should have taken the same course")
+    parser.add_argument("others", type=Path, nargs="+", help="runs that should equal the first")
     args = parser.parse_args()
     for other in args.others:
         print(other.name, "  ".join(f"{name} {value:.1e}" for name, value in deviations(args.run, other).items()))

@@ -1,9 +1,9 @@
-"""Peak memory, size and fit of an export: `python benchmarks/export.py [--config 7b] [--folder FOLDER] [--out FILE.json]`.
+"""Measures an export's peak memory and size, and checks its keys.
 
-The program itself makes a checkpoint of one update of 1 x 64 tokens (bfloat16, 8-bit Adam per layer, layer checkpointing), which
-is exported dense and with its factors, each in a process of its own whose ru_maxrss is the peak. The dense folder is then loaded
-by plain transformers on the meta device (for which it wants `accelerate`), in a process without our code, and its keys compared
-with the model's. 7b writes 33 GB.
+`python benchmarks/export.py [--config 7b] [--folder FOLDER] [--out FILE.json]`. The trainer makes a checkpoint after one update
+of 1 x 64 tokens (bfloat16, 8-bit Adam per layer, layer checkpointing). It is exported dense and with its factors, each in a
+separate process whose ru_maxrss is the peak. Plain transformers, in a process without this project's code, then loads the dense
+folder on the meta device (which requires `accelerate`), and the exported keys are compared with the model's. 7b writes 33 GB.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 folder = Path(sys.argv[1])
 model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, device_map="meta")
-wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-there = {}
+expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+exported = {}
 for file in folder.glob("*.safetensors"):
     with safe_open(file, framework="pt") as opened:
-        there |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-print(json.dumps({"keys": len(wanted), "equal": wanted == there, **{k: sorted(map(str, v)) for k, v in info.items() if v}}))
+        exported |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+info = {key: sorted(map(str, value)) for key, value in info.items() if value}
+print(json.dumps({"keys": len(expected), "equal": expected == exported, **info}))
 """
 
 
 def command(*argv: str) -> tuple[float, int]:
-    """Run it to its end: seconds and the process's own peak in bytes. Exits with its output where it fails."""
+    """Runs Python with the arguments; returns the seconds and the process's peak in bytes. Exits with its output if it fails."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=log, stderr=log)
@@ -59,14 +60,14 @@ def command(*argv: str) -> tuple[float, int]:
 
 
 def make_checkpoint(config: str, run: Path) -> None:
-    """A run of one update."""
+    """Makes a run of one update in the folder `run`."""
     rank, sparsity = SIZES[config]
     words = f"--model_config configs/llama_{config}.json {SLTRAIN} --rank {rank} --sp_ratio {sparsity} {ONE_UPDATE} {DATA}"
     command("torchrun_main.py", *words.split(), "--save_dir", str(run))
 
 
 def measure(config: str, folder: Path) -> dict[str, Any]:
-    """The row of a config; the run and the exports stay in the folder."""
+    """Measures a config and returns its row; the run and the exports stay in the folder."""
     run = folder / "run"
     if not (run / "run.json").is_file():
         make_checkpoint(config, run)
@@ -91,20 +92,20 @@ def measure(config: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", choices=list(SIZES), default="7b")
-    parser.add_argument("--folder", type=Path, help="where run and exports go and stay (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder in which run and exports are kept (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
     own = parser.parse_args()
     if importlib.util.find_spec("accelerate") is None:
-        parser.error("transformers loads on the meta device with accelerate alone: pip install accelerate")
-    found = {
+        parser.error("transformers needs accelerate to load on the meta device: pip install accelerate")
+    figures = {
         "command": ["benchmarks/export.py", "--config", own.config],
         "versions": versions(),
         "date": date.today().isoformat(),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        found |= measure(own.config, own.folder or Path(scratch))
+        figures |= measure(own.config, own.folder or Path(scratch))
     if own.out is not None:
-        own.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

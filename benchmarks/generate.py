@@ -1,12 +1,12 @@
-"""Generating text: tokens/s and resident memory of a dense model and of factored ones, one token at a time.
+"""Measures text generation: tokens/s and resident memory of a dense model and of factored models, one token at a time.
 
 `python benchmarks/generate.py [--configs 1b] [--forms dense uniform block] [--prompt 16] [--new 64] [--rounds 3] [--threads 1]
 [--dtype bfloat16] [--one_at_a_time] [--out FILE.json]`
 
-Each form is written as export writes it, with a config's shapes and drawn values, and loaded and run in a process of its own:
-transformers' generate, greedy, with its key-value cache; AutoModelForCausalLM for the dense one, what load_factored does for
-the others. Rounds in turns. "memory": resident after generating, above that of the process before it loaded the model. The text
-is noise.
+Each form is written in the format of export, with a config's shapes and random values, and runs in a separate process with
+transformers' generate (greedy, key-value cache). AutoModelForCausalLM loads the dense form, load_factored's steps the others. The
+forms take turns in each round. "memory" is the resident memory after generating, minus that before the model was loaded. The
+generated text is random.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMS = ("dense", "uniform", "block")
 
 
 def write_model(config: str, form: str, dtype: str, folder: Path) -> int:
-    """A folder as export makes it, without a tokenizer; its bytes."""
+    """Writes a folder in export's format, without a tokenizer; returns the weights' bytes."""
     from peft_pretraining.export.shards import FACTORS_CONFIG, LLAMA_CONFIG, ShardWriter
     from peft_pretraining.export.write import parts_of
     from peft_pretraining.model.llama import hf_config, meta_model
@@ -77,13 +77,13 @@ def write_model(config: str, form: str, dtype: str, folder: Path) -> int:
 
 
 def resident() -> int:
-    """Bytes of this process in memory, those of mapped files included."""
+    """Returns this process's resident bytes, mapped files included."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
 def work(pipe: Connection, folder: Path, form: str, threads: int, prompt: int, new: int) -> None:
-    """A process's life: load, say what it took, answer "generate" with seconds and bytes, until "end"."""
+    """Main function of a process: loads the model, sends its memory, answers "generate" with seconds and bytes until "end"."""
     set_allocator()
     torch.set_num_threads(threads)
     from transformers import AutoModelForCausalLM
@@ -113,7 +113,7 @@ def work(pipe: Connection, folder: Path, form: str, threads: int, prompt: int, n
 
 
 def measure(config: str, forms: Sequence[str], own: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each form, in turns."""
+    """Measures all forms in turns; returns a row for each."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         workers = []
@@ -131,7 +131,8 @@ def measure(config: str, forms: Sequence[str], own: argparse.Namespace) -> list[
             for (pipe, _), row in zip(workers, rows, strict=True):
                 pipe.send("generate")
                 seconds, row["memory"] = pipe.recv()
-                if number:  # the first one does not count
+                # The first round is a warm-up.
+                if number:
                     row["seconds"].append(seconds)
         for pipe, process in workers:
             pipe.send("end")
@@ -140,7 +141,7 @@ def measure(config: str, forms: Sequence[str], own: argparse.Namespace) -> list[
 
 
 def print_rows(rows: list[dict[str, Any]], new: int) -> None:
-    """A line per form, relative to the first."""
+    """Prints a line per form, relative to the first form."""
     for row in rows:
         ratios = [one / other for one, other in zip(rows[0]["seconds"], row["seconds"], strict=True)]
         print(
@@ -155,23 +156,21 @@ def print_rows(rows: list[dict[str, Any]], new: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--configs", nargs="+", choices=list(SETTINGS), default=["1b"])
-    parser.add_argument(
-        "--forms", nargs="+", choices=FORMS, default=list(FORMS), help="the first is what others are compared with"
-    )
-    parser.add_argument("--prompt", type=int, default=16, help="its tokens (default: %(default)s)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="the others are compared with the first")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens generated (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default: %(default)s)")
     parser.add_argument(
         "--one_at_a_time",
         action="store_true",
-        help="a form after the other, not in turns: where memory holds no two of them",
+        help="measure one form after the other instead of in turns, if memory is too small for two",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
     own = parser.parse_args()
     set_allocator()
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "command": ["benchmarks/generate.py", *sys.argv[1:]],
         "device": platform.processor() or platform.machine(),
         "threads": own.threads,
@@ -183,9 +182,9 @@ def main() -> int:
         groups = [[form] for form in own.forms] if own.one_at_a_time else [own.forms]
         rows = [row for forms in groups for row in measure(config, forms, own)]
         print_rows(rows, own.new)
-        found["rows"] += rows
+        figures["rows"] += rows
     if own.out is not None:
-        own.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

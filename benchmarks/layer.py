@@ -1,13 +1,13 @@
-"""Forward and backward pass of single linears: every path and support beside nn.Linear, for the shapes of the configs.
+"""Times forward and backward pass of single linears: every path and support relative to nn.Linear, for the configs' shapes.
 
 `python benchmarks/layer.py [--configs 60m 350m 1b 7b] [--tokens N] [--threads 1] [--dtype bfloat16] [--rounds 5] [--device cpu]
 [--out FILE.json]`
 
-All variants of a shape take turns in one process; a round's times are divided by nn.Linear's of that round. Printed: the median
-ratio and, in the JSON, quartiles. "floor": what the multiplications alone allow, relative to the dense layer, for T tokens, rank
-r, weight d x p: 1 + 8 r / (6 T) where W is built, 1 + r (d + p) / (d p) where S is multiplied as a dense matrix, and
-(r (d + p) + nnz) / (d p) where it is blocks. "chosen" is the path of `--path auto`; "slower": how much it lost against the best.
-"all": the seven linears of a decoder layer together.
+All variants of a shape take turns in one process; a round's times are divided by nn.Linear's time of that round. The output is
+the median ratio and, in the JSON, quartiles. "floor" is the ratio of multiplications to the dense layer's, for T tokens, rank r,
+weight d x p: 1 + 8 r / (6 T) if W is built, 1 + r (d + p) / (d p) if S is multiplied as a dense matrix, and
+(r (d + p) + nnz) / (d p) if S is blocks. "chosen" is the path of `--linear_path auto`, "slower" its excess over the fastest path.
+"all" is the seven linears of a decoder layer together.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sparse_lora import SparseLowRankLinear
 from sparse_lora.cost import PATHS, cheaper_path
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-# Rank and share of nonzeros as published (arXiv 2406.02214, tables 2 and 4), and tokens per micro-batch.
+# (rank, share of nonzeros, tokens per micro-batch); the first two as published (arXiv 2406.02214, tables 2 and 4).
 SETTINGS = {
     "60m": (128, 0.03, 4096),
     "130m": (256, 0.03, 4096),
@@ -49,7 +49,7 @@ SUPPORTS = ("uniform", "block", "none")
 
 @dataclass(frozen=True)
 class Shape:
-    """A weight (out, in) that a decoder layer has `count` times, and what it is measured with."""
+    """A weight (out, in) that a decoder layer has `count` times, with the rank, sparsity and tokens of its measurement."""
 
     out_features: int
     in_features: int
@@ -60,33 +60,33 @@ class Shape:
 
     @property
     def entries(self) -> int:
-        """Of the weight."""
+        """Number of entries of the weight."""
         return self.out_features * self.in_features
 
 
 def shapes_of(config: str, tokens: int | None) -> list[Shape]:
-    """The distinct linears of a config's decoder layer. Raises KeyError for a config without settings."""
+    """Returns the distinct linears of a config's decoder layer. Raises KeyError for a config without settings."""
     rank, sparsity, usual = SETTINGS[config]
     all_shapes = linear_shapes(load_model_config(str(CONFIGS / f"llama_{config}.json")))
     return [Shape(*shape, all_shapes.count(shape), rank, sparsity, tokens or usual) for shape in dict.fromkeys(all_shapes)]
 
 
 def step_of(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    """One forward and one backward pass, gradients of x and of all parameters."""
-    wanted = [x, *layer.parameters()]
+    """Returns a function that makes a forward and a backward pass, with gradients of x and of all parameters."""
+    inputs = [x, *layer.parameters()]
 
     def step() -> None:
-        torch.autograd.grad(layer(x), wanted, grad)
+        torch.autograd.grad(layer(x), inputs, grad)
 
     return step
 
 
 def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[tuple[str, str], Callable[[], None]]:
-    """(support, path) -> its step; ("dense", "") is nn.Linear's."""
+    """Returns the step of each (support, path); ("dense", "") is nn.Linear."""
     x = torch.randn(shape.tokens, shape.in_features, dtype=dtype, device=device, requires_grad=True)
     grad = torch.randn(shape.tokens, shape.out_features, dtype=dtype, device=device)
     dense = nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device)
-    found = {("dense", ""): step_of(dense, x, grad)}
+    steps = {("dense", ""): step_of(dense, x, grad)}
     for support in SUPPORTS:
         sparsity = 0.0 if support == "none" else shape.sparsity
         kind = "uniform" if support == "none" else support
@@ -102,15 +102,15 @@ def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[tup
                 dtype=dtype,
                 device=device,
             )
-            found[support, path] = step_of(layer, x, grad)
-    return found
+            steps[support, path] = step_of(layer, x, grad)
+    return steps
 
 
 def time_in_turns(
     steps: dict[tuple[str, str], Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each step in each round, after one round that does not count."""
-    found: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
+    """Returns the seconds of each step in each round, after one warm-up round."""
+    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             if device.type == "cuda":
@@ -120,19 +120,19 @@ def time_in_turns(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number:
-                found[name].append(time.perf_counter() - start)
-    return found
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def floor(shape: Shape, support: str, nnz: int) -> float:
-    """The fewer multiplications of the two paths over those of the dense layer."""
+    """Returns the smaller number of multiplications of the two paths, relative to the dense layer's."""
     low_rank = shape.rank * (shape.out_features + shape.in_features) / shape.entries
     sparse = {"uniform": 1.0, "block": nnz / shape.entries, "none": 0.0}[support]
     return min(low_rank + sparse, 1 + 8 * shape.rank / (6 * shape.tokens))
 
 
 def measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    """All variants of one shape."""
+    """Measures all variants of one shape; returns its row."""
     seconds = time_in_turns(variants(shape, dtype, device), rounds, device)
     dense = seconds.pop(("dense", ""))
     row: dict[str, Any] = {"out": shape.out_features, "in": shape.in_features, "count": shape.count}
@@ -173,27 +173,27 @@ def _spread(ratios: list[float]) -> dict[str, float]:
 
 
 def whole_layer(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The seven linears of a decoder layer together: ratios of sums of median seconds, and of multiplications."""
+    """Returns the ratios of all linears of a decoder layer together: of sums of median seconds, and of multiplications."""
     dense = sum(row["count"] * statistics.median(row["dense_seconds"]) for row in rows)
-    work = sum(row["count"] * row["out"] * row["in"] for row in rows)
-    found = {}
+    dense_products = sum(row["count"] * row["out"] * row["in"] for row in rows)
+    ratios = {}
     for support in SUPPORTS:
-        taken = sum(row["count"] * row[support]["ratio"] * statistics.median(row["dense_seconds"]) for row in rows)
-        least = sum(row["count"] * row["out"] * row["in"] * row[support]["floor"] for row in rows)
-        found[support] = {"ratio": taken / dense, "floor": least / work}
-    return found
+        seconds = sum(row["count"] * row[support]["ratio"] * statistics.median(row["dense_seconds"]) for row in rows)
+        products = sum(row["count"] * row["out"] * row["in"] * row[support]["floor"] for row in rows)
+        ratios[support] = {"ratio": seconds / dense, "floor": products / dense_products}
+    return ratios
 
 
 def print_config(config: str, rows: list[dict[str, Any]], together: dict[str, Any]) -> None:
-    """A line per shape and support."""
+    """Prints a line per shape and support."""
     for row in rows:
         print(f"{config} {row['out']} x {row['in']}, r {row['rank']}, {row['tokens']} tokens")
         for support in SUPPORTS:
-            found = row[support]
-            paths = ", ".join(f"{path} {found['paths'][path]['median']:.3f}" for path in PATHS)
+            figures = row[support]
+            paths = ", ".join(f"{path} {figures['paths'][path]['median']:.3f}" for path in PATHS)
             print(
-                f"  {support:<8} {found['ratio']:.3f} of nn.Linear (floor {found['floor']:.3f}), chosen {found['chosen']}, "
-                f"slower by {100 * found['slower_than_best']:.0f} %: {paths}"
+                f"  {support:<8} {figures['ratio']:.3f} of nn.Linear (floor {figures['floor']:.3f}), chosen {figures['chosen']}, "
+                f"slower by {100 * figures['slower_than_best']:.0f} %: {paths}"
             )
     print(
         f"{config} all: " + ", ".join(f"{s} {together[s]['ratio']:.3f} (floor {together[s]['floor']:.3f})" for s in SUPPORTS),
@@ -202,23 +202,23 @@ def print_config(config: str, rows: list[dict[str, Any]], together: dict[str, An
 
 
 def main() -> int:
-    """Exit code 2 where the arguments cannot work."""
+    """Measures and prints; returns exit code 2 for invalid arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--configs", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default: all")
     parser.add_argument("--tokens", type=int, help="rows of the input (default: 4096, 2048 for 7b)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
+        print("--device cuda: torch finds no GPU; use --device cpu", file=sys.stderr)
         return 2
     set_allocator()  # as the trainer does
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "command": ["benchmarks/layer.py", *sys.argv[1:]],
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "threads": args.threads,
@@ -230,10 +230,10 @@ def main() -> int:
     }
     for config in args.configs:
         rows = [measure(s, getattr(torch, args.dtype), device, args.rounds) for s in shapes_of(config, args.tokens)]
-        found["configs"][config] = {"shapes": rows, "all": whole_layer(rows)}
-        print_config(config, rows, found["configs"][config]["all"])
+        figures["configs"][config] = {"shapes": rows, "all": whole_layer(rows)}
+        print_config(config, rows, figures["configs"][config]["all"])
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

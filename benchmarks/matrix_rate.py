@@ -1,10 +1,10 @@
-"""Training with scaled steps, or a scaled start, of attention's and the MLP's matrices.
+"""Trains with scaled steps, or scaled initial values, of the matrices of attention and MLP.
 
 `python benchmarks/matrix_rate.py [--scale 0.25] [--start 0.25 [--start_names lora_B]] [flags of torchrun_main.py]`
 
-After each update every such matrix is moved to where `scale` times its step leads, as alpha / rank and GaLore's scale do for
-theirs; `start` multiplies initial values. Embedding, head and norms are as they are. For one process and whole updates. It exists
-to tell methods from their rates and starts (docs/results.md).
+`scale` multiplies each update of these matrices, as alpha / rank and GaLore's scale do for theirs; `start` multiplies initial
+values. Embedding, head and norms are unchanged. For one process and whole updates. The benchmark separates the effect of a method
+from that of its learning rate and initial values (docs/results.md).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from peft_pretraining.run import build
 
 
 def scale_steps(scale: float) -> None:
-    """From now on in every WholeUpdate of this process."""
-    honest = WholeUpdate.finish
+    """Scales the matrices' steps by `scale` in every later WholeUpdate of this process."""
+    original = WholeUpdate.finish
 
     def finish(self: WholeUpdate, loss: torch.Tensor) -> Any:
         matrices = [parameter for name, parameter in self.stepped.items() if "_proj" in name]
         before = [matrix.detach().clone() for matrix in matrices]
-        outcome = honest(self, loss)
+        outcome = original(self, loss)
         with torch.no_grad():
             for matrix, start in zip(matrices, before, strict=True):
                 matrix.copy_(start + (matrix - start) * scale)
@@ -42,43 +42,44 @@ def scale_steps(scale: float) -> None:
 
 
 def scale_start(scale: float, part: str) -> None:
-    """From now on, of the parameters whose names hold `part`, in every model of this process once its start is complete."""
-    honest = build.prepare_to_train
+    """Scales the initial values of parameters whose names contain `part`, in every later model of this process."""
+    original = build.prepare_to_train
 
     def prepare(model: torch.nn.Module, *how: Any) -> None:
         scaled = [parameter for name, parameter in model.named_parameters() if part in name]
         if not scaled:
             names = ", ".join(list(dict(model.named_parameters()))[:4])
-            raise ConfigError([f"--start_names {part}: no parameter has that in its name; they are {names}, ..."])
+            raise ConfigError([f"--start_names {part}: no parameter's name contains it; the names are {names}, ..."])
         with torch.no_grad():
             for parameter in scaled:
                 parameter.mul_(scale)
-        honest(model, *how)
+        original(model, *how)
 
     build.prepare_to_train = prepare
 
 
-def keep_apart(folder: Path, own: dict[str, Any]) -> str | None:
-    """Note in the run's folder how it is scaled, which run.json does not say; why it cannot be used, if it cannot."""
+def record_scaling(folder: Path, scaling: dict[str, Any]) -> str | None:
+    """Writes the scaling (not in run.json) to the run's folder; returns why the folder cannot be used, or None."""
     note = folder / "scaled.json"
-    if (folder / "run.json").is_file():  # without one the last start was refused
+    # Without run.json the last start was refused, and the folder is free.
+    if (folder / "run.json").is_file():
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else "no scaling"
-        if before != own:
-            return f"--save_dir {folder}: it holds a run made with {before}, not {own}; name another"
+        if before != scaling:
+            return f"--save_dir {folder}: contains a run made with {before}, not {scaling}; name another folder"
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(own), encoding="utf-8")
+    note.write_text(json.dumps(scaling), encoding="utf-8")
     return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the matrices' steps (default: %(default)s)")
-    parser.add_argument("--start", type=float, default=1.0, help="of initial values (default: %(default)s)")
-    parser.add_argument("--start_names", default="_proj", help="part of the names of what --start scales (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the matrices' steps (default: %(default)s)")
+    parser.add_argument("--start", type=float, default=1.0, help="factor of initial values (default: %(default)s)")
+    parser.add_argument("--start_names", default="_proj", help="part of the names that --start scales (default: %(default)s)")
     parser.add_argument("--save_dir", type=Path, required=True, help="the run's folder, for this scaling alone")
     own, flags = parser.parse_known_args()
     scaling = {"scale": own.scale, "start": own.start, "start_names": own.start_names}
-    if (problem := keep_apart(own.save_dir, scaling)) is not None:
+    if (problem := record_scaling(own.save_dir, scaling)) is not None:
         parser.error(problem)
     if own.scale != 1:
         scale_steps(own.scale)

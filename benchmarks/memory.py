@@ -1,7 +1,7 @@
-"""Memory of a few real updates beside what the account predicts.
+"""Measures the memory of a few real updates and compares it with the memory account's prediction.
 
 `python benchmarks/memory.py [--updates 2] [--json] FLAGS OF THE TRAINER` builds the model and the optimizer as the trainer does
-and steps on random tokens, without data, checkpoints or dashboard. Prints bytes by class and the process's peak (ru_maxrss; on
+and trains on random tokens, without data, checkpoints or dashboard. Prints bytes by class and the process's peak (ru_maxrss; on
 a GPU torch's max_memory_allocated).
 """
 
@@ -38,7 +38,7 @@ from peft_pretraining.training.update import train_step
 
 
 def load_what_the_trainer_loads() -> None:
-    """Its libraries take 0.1 GB beyond what the updates here need; a GPU machine may lack them."""
+    """Imports the trainer's other libraries, which take 0.1 GB; missing ones are ignored."""
     for name in ("datasets", "wandb"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -46,7 +46,7 @@ def load_what_the_trainer_loads() -> None:
 
 @dataclass
 class Tokens:
-    """A micro-batch of random tokens, all of them text."""
+    """A micro-batch of random tokens without padding."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -56,20 +56,20 @@ class Tokens:
 
 
 def random_batch(batch_size: int, length: int, vocab_size: int, generator: torch.Generator) -> Tokens:
-    """(batch_size, length) ids."""
+    """Returns a micro-batch of random ids, shape (batch_size, length)."""
     ids = torch.randint(vocab_size, (batch_size, length), generator=generator)
     return Tokens(ids, ids.clone(), ids.numel(), batch_size * (length - 1))
 
 
 def measure(argv: list[str], num_updates: int) -> dict:
-    """Predicted and measured bytes of a run with the trainer's arguments `argv`. Raises ConfigError."""
+    """Returns predicted and measured bytes of a run with the trainer's arguments `argv`. Raises ConfigError."""
     args = parse_args(argv)
     set_allocator()
     world = World()
     device = pick_device(args.device, world)
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
-    there = device_memory(device, world)
-    if not args.force and (problems := memory_problems(plan, args, there)):
+    memory = device_memory(device, world)
+    if not args.force and (problems := memory_problems(plan, args, memory)):
         raise ConfigError(problems)
     load_what_the_trainer_loads()
     model = build_module(args, plan, World(), device).model
@@ -101,23 +101,23 @@ def measure(argv: list[str], num_updates: int) -> dict:
 
 
 def main() -> int:
-    """Exit code 2 where the arguments cannot work or memory will not do."""
+    """Measures and prints; returns exit code 2 for invalid arguments or too little memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--updates", type=int, default=2, help="updates to make (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     own, argv = parser.parse_known_args()
     try:
-        found = measure(argv, own.updates)
+        figures = measure(argv, own.updates)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     if own.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
         return 0
     for name in ("parameters", "support", "optimizer"):
-        print(f"{name:<12}{found['predicted'][name]:>16,} predicted {found['measured'][name]:>16,} measured")
-    print(f"{'peak':<12}{found['peak_predicted']:>16,} predicted {found['peak_measured']:>16,} measured")
-    print(f"predicted / measured {found['predicted_to_measured']:.3f}")
+        print(f"{name:<12}{figures['predicted'][name]:>16,} predicted {figures['measured'][name]:>16,} measured")
+    print(f"{'peak':<12}{figures['peak_predicted']:>16,} predicted {figures['peak_measured']:>16,} measured")
+    print(f"predicted / measured {figures['predicted_to_measured']:.3f}")
     return 0
 
 

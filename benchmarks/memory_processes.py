@@ -1,7 +1,7 @@
-"""Memory of each process under `--parallel fsdp`, predicted and measured, by runs of the program itself on a CPU.
+"""Compares predicted and measured memory of a process under `--parallel fsdp`, by runs of torchrun_main.py on a CPU.
 
 `python benchmarks/memory_processes.py [ROW ...] [--out FILE.json]`: three updates of packed demo text (two at 1b), 1 x 256
-tokens per process and micro-batch. Measured: the largest resident size of process 0, whose parts are the largest.
+tokens per process and micro-batch. Measured is the largest resident size of process 0, whose parts are the largest.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COMMON = (
 
 
 def measure(name: str) -> dict:
-    """Run a row; raises RuntimeError with the program's last line."""
+    """Runs the program with a row's flags; returns its figures. Raises RuntimeError with the program's last line."""
     model, processes, flags = ROWS[name]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -67,7 +67,7 @@ def measure(name: str) -> dict:
 
 
 def main() -> None:
-    """10^9 bytes."""
+    """Measures the rows and prints a Markdown table, in units of 10^9 bytes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", default=list(ROWS), help=", ".join(ROWS))
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
@@ -82,16 +82,16 @@ def main() -> None:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
     }
-    found = []
+    measured = []
     print("| model | setting | processes | predicted | measured | predicted / measured |\n|---|---|---|---|---|---|")
     for name in args.rows:
         row = measure(name)
-        found.append(row)
+        measured.append(row)
         peaks = (row["memory_peak_predicted"] / 1e9, row["peak_measured"] / 1e9, row["predicted_to_measured"])
         figures = " | ".join(f"{value:.2f}" for value in peaks)
         print(f"| {row['model']} | `{row['flags']}` | {row['processes']} | {figures} |", flush=True)
         if args.out is not None:
-            args.out.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+            args.out.write_text(json.dumps({"machine": machine, "rows": measured}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Predicted and measured memory from 9M to 7B: `python benchmarks/memory_table.py [9m 60m 130m 350m 1b] [--out FILE.json]`.
+"""Compares predicted and measured memory from 9M to 7B.
 
-One process per row, so that each has a peak of its own, three updates (7b: two): SLTrain in bfloat16, 8-bit Adam, per-layer
-updates, 1 x 256 tokens with layer checkpointing (the setting of `memory_7b.py`), and for the sizes up to 1b also SLTrain in
-bfloat16 with AdamW and full-rank AdamW in float32, both without checkpointing, 4 x 256 tokens.
+`python benchmarks/memory_table.py [9m 60m 130m 350m 1b] [--out FILE.json]`. Each row runs in a separate process, because the
+peak is a process's; three updates (7b: two). Rows: SLTrain in bfloat16 with 8-bit Adam, per-layer updates, layer checkpointing
+and 1 x 256 tokens (the setting of `memory_7b.py`); up to 1b also SLTrain in bfloat16 with AdamW and full-rank AdamW in float32,
+both without checkpointing and with 4 x 256 tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FULL = "--peft_model full --dtype float32 --optimizer adamw --batch_size 4"
 
 
 def settings(size: str) -> dict[str, list[str]]:
-    """The trainer's arguments of each row for a size."""
+    """Returns the trainer's arguments for each row of a size."""
     config = ["--model_config", f"configs/llama_{size}.json"]
     rank, sparsity = SIZES[size]
     layer = ["--rank", str(rank), "--sp_ratio", str(sparsity)]
@@ -43,7 +44,7 @@ def settings(size: str) -> dict[str, list[str]]:
 
 
 def measure(argv: list[str], num_updates: int) -> dict:
-    """What memory.py prints, of a process of its own. Raises RuntimeError with its message."""
+    """Runs memory.py in a separate process and returns its figures. Raises RuntimeError with its message."""
     command = [sys.executable, str(HERE / "memory.py"), "--updates", str(num_updates), "--json", *argv]
     ended = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -52,25 +53,25 @@ def measure(argv: list[str], num_updates: int) -> dict:
 
 
 def run(sizes: list[str], out: Path | None) -> None:
-    """Measure, print a table in Markdown, write JSON."""
-    found = []
+    """Measures the sizes, prints a Markdown table and writes JSON."""
+    rows = []
     print("| model | setting | parameters | support | optimizer | peak predicted | peak measured | predicted / measured |")
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         for name, argv in settings(size).items():
             row = measure(argv, num_updates=2 if size == "7b" else 3)
-            found.append({"size": size, "setting": name, **row})
+            rows.append({"size": size, "setting": name, **row})
             gib = [row["measured"][key] / 2**30 for key in ("parameters", "support", "optimizer")]
             gib += [row["peak_predicted"] / 2**30, row["peak_measured"] / 2**30]
             ratio = f"{row['predicted_to_measured']:.3f}"
             print(f"| {size} | {name} |", " | ".join(f"{value:.2f}" for value in gib), f"| {ratio} |", flush=True)
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(found, indent=1) + "\n")
+                out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
-    """GiB throughout."""
+    """Measures and prints the table, in GiB."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", nargs="*", default=["9m", "60m", "130m", "350m", "1b"], help=", ".join(SIZES))
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")

@@ -1,23 +1,23 @@
-"""Held-out perplexity by the pattern of S's support, at equal parameter count and equal steps, with several seeds.
+"""Compares held-out perplexity for different patterns of S's support, with equal parameters and updates and several seeds.
 
 `python benchmarks/supports.py [--patterns uniform block ...] [--seeds 42 1 2] [--updates 600] [--threads 1] --out FILE.json`
 
-Each run is the trainer's, on the quickstart's model and text (scripts/quickstart.yaml: learning rate .002, gradient norm clipped
-to 1), float32, one after another; those that FILE.json already has are not made again. S has int(delta * out * in) values in all
-patterns but "block", whose slices leave up to 2 % more. Patterns, k = round(1 / delta):
+Runs use the trainer with the quickstart's model and text (scripts/quickstart.yaml: learning rate .002, gradient norm clipped to
+1) in float32, one after another; runs that FILE.json already contains are skipped. S has int(delta * out * in) values in all
+patterns except "block", whose slices give up to 2 % more. Patterns, k = round(1 / delta):
 
-  uniform      anywhere, as published (`--support uniform`)
+  uniform      random positions, as published (`--support uniform`)
   block        k blocks: rows b, b + k, b + 2 k, ... by consecutive columns (`--support block`)
   consecutive  k blocks on the diagonal: consecutive rows by consecutive columns
-  attention    as block in attention's square weights, whose rows are those of heads, and consecutive in the others
-  matched      as consecutive, but which slices meet is drawn for each matrix
+  attention    block in attention's square weights, whose rows belong to heads, and consecutive in the others
+  matched      like consecutive, but the pairing of row slices and column slices is drawn for each matrix
   permuted     k blocks after a random permutation of the rows and one of the columns, drawn for each matrix
-  diagonals    4 k smaller blocks in each direction; each row of blocks has four, by random matchings
-  columns      the same delta * in columns in every row, drawn for each matrix (as LOST has them, arXiv 2508.02668)
+  diagonals    4 k smaller blocks in each direction; each row of blocks has four of them, by random matchings
+  columns      the same delta * in columns in every row, drawn for each matrix (as in LOST, arXiv 2508.02668)
   balanced     delta * in random entries in each row
 
-Printed: for each pattern the seeds' perplexities, their mean, and the 95 % interval of the mean ratio to uniform, paired by seed
-(Student's t of the logarithms). The patterns other than the program's two exist for this comparison only.
+Output for each pattern: the seeds' perplexities, their mean, and the 95 % interval of the mean ratio to uniform, paired by seed
+(Student's t of the logarithms). Only uniform and block are patterns of the program; the others exist for this comparison.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ from sparse_lora.layout import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
 DELTA = 0.03
-OWN = ("uniform", "block")  # of the program
+# The patterns that the program has as --support.
+PROGRAM_SUPPORTS = ("uniform", "block")
 
 
 def consecutive(size: int, count: int) -> Tensor:
-    """For each of `size` indices the number of its slice: `count` consecutive slices of about one size."""
+    """Returns for each of `size` indices the number of its slice, for `count` consecutive slices of nearly equal size."""
     return torch.arange(size) * count // size
 
 
@@ -116,7 +117,7 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def positions(pattern: Pattern, rows: int, columns: int, nnz: int, generator: torch.Generator) -> Tensor:
-    """`nnz` sorted positions of the pattern: single entries are dropped or added at random until they are so many."""
+    """Returns `nnz` sorted positions of the pattern; entries are removed or added at random until the number is right."""
     mask = pattern(rows, columns, generator).flatten()
     while (missing := nnz - int(mask.sum())) != 0:
         candidates = (mask if missing < 0 else ~mask).nonzero().squeeze(1)
@@ -126,8 +127,8 @@ def positions(pattern: Pattern, rows: int, columns: int, nnz: int, generator: to
 
 @contextlib.contextmanager
 def supports_of(name: str) -> Iterator[None]:
-    """`--support uniform` draws the pattern instead, stored as plain int32: its gaps are not those of random positions."""
-    if name in OWN:
+    """Makes `--support uniform` draw the pattern in the block, stored as int32, because its gaps may be too large to encode."""
+    if name in PROGRAM_SUPPORTS:
         yield
         return
     pattern, layout_for = PATTERNS[name], uniform.layout_for
@@ -136,17 +137,17 @@ def supports_of(name: str) -> Iterator[None]:
         drawn = positions(pattern, self.out_features, self.in_features, self.nnz, generator)
         self.code.copy_(drawn.to(torch.int32).view(torch.uint8))
 
-    honest = uniform.UniformSupport.draw_
+    original = uniform.UniformSupport.draw_
     uniform.layout_for = lambda nnz, numel: Layout(nnz, numel, 4)  # type: ignore[assignment]
     uniform.UniformSupport.draw_ = draw  # type: ignore[method-assign]
     try:
         yield
     finally:
-        uniform.layout_for, uniform.UniformSupport.draw_ = layout_for, honest  # type: ignore[method-assign]
+        uniform.layout_for, uniform.UniformSupport.draw_ = layout_for, original  # type: ignore[method-assign]
 
 
 def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, Any]:
-    """One run; its last evaluation and number of parameters. Raises RuntimeError where the trainer fails."""
+    """Makes one run; returns its last evaluation and number of parameters. Raises RuntimeError if the trainer fails."""
     with tempfile.TemporaryDirectory() as folder, supports_of(pattern):
         argv = [
             "--config",
@@ -157,7 +158,7 @@ def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, 
         argv += ["--num_training_steps", str(updates), "--warmup_steps", str(updates // 10)]
         argv += ["--eval_every", str(updates), "--eval_at_start", "false", "--save_every", str(updates)]
         argv += ["--eval_tokens", str(eval_tokens), "--sp_ratio", str(DELTA), "--seed", str(seed)]
-        argv += ["--support", pattern if pattern in OWN else "uniform", "--save_dir", folder]
+        argv += ["--support", pattern if pattern in PROGRAM_SUPPORTS else "uniform", "--save_dir", folder]
         argv += ["--wandb", "disabled", "--device", "cpu", "--dtype", "float32"]
         if torchrun_main.main(argv) != 0:
             raise RuntimeError(f"the run of {pattern}, seed {seed} failed")
@@ -165,7 +166,7 @@ def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, 
         parameters = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["plan"]["parameters"]
     last = next((row for row in reversed(rows) if row.get("final_eval_loss") and row["update_step"] == updates), None)
     if last is None:
-        raise RuntimeError(f"the run of {pattern}, seed {seed} was stopped before its end; the same command goes on")
+        raise RuntimeError(f"the run of {pattern}, seed {seed} was stopped before its end; run the same command again")
     return {
         "pattern": pattern,
         "seed": seed,
@@ -178,15 +179,16 @@ def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, 
 
 
 def print_table(runs: list[dict[str, Any]]) -> None:
-    """A line per pattern, the best mean first."""
-    found: dict[str, dict[int, float]] = {}
+    """Prints a line per pattern, the best mean first."""
+    perplexities: dict[str, dict[int, float]] = {}
     for run in runs:
-        found.setdefault(run["pattern"], {})[run["seed"]] = run["perplexity"]
-    uniform_ones = found.get("uniform", {})
-    for pattern in sorted(found, key=lambda name: statistics.geometric_mean(found[name].values())):
-        each = ", ".join(f"{perplexity:.2f} ({seed})" for seed, perplexity in found[pattern].items())
-        line = f"{pattern:<12}{statistics.geometric_mean(found[pattern].values()):8.2f}  {each}"
-        pairs = [(found[pattern][seed], uniform_ones[seed]) for seed in found[pattern].keys() & uniform_ones.keys()]
+        perplexities.setdefault(run["pattern"], {})[run["seed"]] = run["perplexity"]
+    baseline = perplexities.get("uniform", {})
+    for pattern in sorted(perplexities, key=lambda name: statistics.geometric_mean(perplexities[name].values())):
+        by_seed = perplexities[pattern]
+        each = ", ".join(f"{perplexity:.2f} ({seed})" for seed, perplexity in by_seed.items())
+        line = f"{pattern:<12}{statistics.geometric_mean(by_seed.values()):8.2f}  {each}"
+        pairs = [(by_seed[seed], baseline[seed]) for seed in by_seed.keys() & baseline.keys()]
         if pattern != "uniform" and len(pairs) > 1:
             ratio = ratio_interval(pairs)
             line += f"  {ratio.mean:.4f} of uniform's [{ratio.low:.4f}, {ratio.high:.4f}]"
@@ -194,35 +196,35 @@ def print_table(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Exit code 1 where a run failed or was stopped; those that were made stay in the file whatever happens afterwards."""
+    """Makes the runs and prints the table; returns exit code 1 if a run fails or is stopped. Finished runs stay in the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    names = [*OWN, *PATTERNS]
+    names = [*PROGRAM_SUPPORTS, *PATTERNS]
     parser.add_argument("--patterns", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2], help="default: 42 1 2")
-    parser.add_argument("--updates", type=int, default=600, help="of each run (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=600, help="updates of each run (default: %(default)s)")
     parser.add_argument("--eval_tokens", type=int, default=68_000, help="held-out tokens (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, completed run by run")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written after each run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found: dict[str, Any] = {"runs": []}
+    figures: dict[str, Any] = {"runs": []}
     if args.out.exists():
-        found = json.loads(args.out.read_text(encoding="utf-8"))
-    found |= {"device": platform.processor() or platform.machine(), "threads": args.threads, "versions": versions()}
-    found |= {"command": ["benchmarks/supports.py", *sys.argv[1:]], "date": date.today().isoformat()}
-    done = {(run["pattern"], run["seed"], run["updates"]) for run in found["runs"]}
+        figures = json.loads(args.out.read_text(encoding="utf-8"))
+    figures |= {"device": platform.processor() or platform.machine(), "threads": args.threads, "versions": versions()}
+    figures |= {"command": ["benchmarks/supports.py", *sys.argv[1:]], "date": date.today().isoformat()}
+    done = {(run["pattern"], run["seed"], run["updates"]) for run in figures["runs"]}
     for seed in args.seeds:
         for pattern in args.patterns:
             if (pattern, seed, args.updates) in done:
                 continue
             try:
-                found["runs"].append(train(pattern, seed, args.updates, args.eval_tokens))
+                figures["runs"].append(train(pattern, seed, args.updates, args.eval_tokens))
             except RuntimeError as error:
                 print(error, file=sys.stderr)
                 return 1
-            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print_table([run for run in found["runs"] if run["updates"] == args.updates])
-    print_table([run for run in found["runs"] if run["updates"] == args.updates])
+            args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            print_table([run for run in figures["runs"] if run["updates"] == args.updates])
+    print_table([run for run in figures["runs"] if run["updates"] == args.updates])
     return 0
 
 

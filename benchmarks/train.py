@@ -1,17 +1,21 @@
-"""Whole updates of every method beside full-rank: throughput as a ratio in turns, peak memory, model FLOPs utilisation.
+"""Compares whole updates of every method with full-rank ones: throughput, peak memory and model FLOPs utilisation.
 
 `python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank galore] [--optimizers adamw] [--batch_size 8]
 [--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--compile] [--out FILE.json]`
 
-One micro-batch of random tokens per update, bfloat16, the trainer's own model, loss and optimizer. A method and full-rank each
-live in a process of their own and take turns, an update each; "throughput" is the median over the rounds of full-rank's seconds
-by the method's. Before the rounds come --warm_up updates: a new process is still getting its memory from the system, while
-full-rank's has been there since the first method. "of floor": how much of the speed that the linears' multiplications alone
-would allow was reached: full-rank's update with its linears (timed alone) times the floor of benchmarks/layer.py, and its
-optimizer's step times the share of parameters; not for GaLore, whose linears are dense. GaLore's SVDs fall into the first
-update, which does not count as a round: what it took longer is spread over --update_proj_gap updates and added to each. "mfu":
-multiplications that the full-rank model needs for the tokens, in the time taken, over the fastest large matrix product timed
-here (on a GPU --peak_flops, 989e12 for an H100's dense bfloat16). Peak memory is that of the method's process.
+Each update has one micro-batch of random tokens in bfloat16 and uses the trainer's model, loss and optimizer. The method and
+full-rank training run in two processes that take turns, one update each.
+
+throughput  median over the rounds of full-rank's seconds divided by the method's. --warm_up updates before the rounds are not
+            counted, because a new process still has to get its memory from the system.
+of floor    share of the speed that the linears' multiplications allow. The fastest possible update is full-rank's, with the time
+            of its linears (timed separately) multiplied by the floor of benchmarks/layer.py and the time of its optimizer's
+            step multiplied by the ratio of parameters. Not computed for GaLore, whose linears are dense.
+mfu         floating-point operations that the full-rank model needs for the tokens, per second, divided by those of the fastest
+            large matrix product timed on the device (on a GPU use --peak_flops, 989e12 for an H100's dense bfloat16).
+
+GaLore's SVDs happen in the first update, which is not counted; its extra time is divided by --update_proj_gap and added to each
+update. Peak memory is that of the method's process.
 """
 
 from __future__ import annotations
@@ -58,11 +62,12 @@ METHODS = {
     "lowrank": ["--peft_model", "lowrank"],
     "galore": ["--peft_model", "galore"],
 }
-SUPPORT_OF = {"uniform": "uniform", "block": "block", "lowrank": "none"}  # of methods with linears of their own
+# Support of the methods that replace nn.Linear.
+SUPPORT_OF = {"uniform": "uniform", "block": "block", "lowrank": "none"}
 
 
 def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namespace) -> list[str]:
-    """Command line of a run of the program with these settings."""
+    """Returns the trainer's flags for these settings."""
     rank, sparsity, _ = SETTINGS[config]
     flags = [
         *("--model_config", f"configs/llama_{config}.json", *METHODS[method], "--optimizer", optimizer),
@@ -77,7 +82,10 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
 
 
 def work(pipe: Connection, argv: list[str], threads: int) -> None:
-    """A process's life: build, say so, answer "update" with its seconds and the step's, "memory" with the peak, until "end"."""
+    """Main function of a worker process: builds the run, sends facts about it, and answers requests until "end".
+
+    "update" is answered with the seconds of an update and of its optimizer step, "memory" with the peak in bytes.
+    """
     set_allocator()
     torch.set_num_threads(threads)
     os.chdir(ROOT)
@@ -86,14 +94,14 @@ def work(pipe: Connection, argv: list[str], threads: int) -> None:
     plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
     load_what_the_trainer_loads()
     parts, update = updater(args, plan, device)
-    honest, stepping = parts.updates.finish, [0.0]
+    original, step_seconds = parts.updates.finish, [0.0]
 
     def finish(loss: torch.Tensor) -> Any:
         _wait(device)
         start = time.perf_counter()
-        outcome = honest(loss)
+        outcome = original(loss)
         _wait(device)
-        stepping[0] = time.perf_counter() - start
+        step_seconds[0] = time.perf_counter() - start
         return outcome
 
     parts.updates.finish = finish  # type: ignore[method-assign]
@@ -101,7 +109,7 @@ def work(pipe: Connection, argv: list[str], threads: int) -> None:
     pipe.send(facts | ({"update_proj_gap": args.update_proj_gap} if args.peft_model == "galore" else {}))
     while (order := pipe.recv()) != "end":
         if order == "update":
-            pipe.send((update(), stepping[0]))
+            pipe.send((update(), step_seconds[0]))
         else:
             pipe.send(peak_memory_bytes(device))
 
@@ -112,10 +120,10 @@ def _wait(device: torch.device) -> None:
 
 
 class Worker:
-    """A process that makes updates when told to."""
+    """A process that makes updates on request."""
 
     def __init__(self, argv: list[str], threads: int):
-        """Returns when the model is built."""
+        """Starts the process and waits until its model is built."""
         self.argv = argv
         self._pipe, other = multiprocessing.get_context("spawn").Pipe()
         self._process = multiprocessing.get_context("spawn").Process(target=work, args=(other, argv, threads))
@@ -124,11 +132,11 @@ class Worker:
         self.facts: dict[str, Any] = self._pipe.recv()
 
     def update(self) -> tuple[float, float]:
-        """Seconds of an update, and of the optimizer's step in it."""
+        """Makes an update; returns its seconds and those of its optimizer step."""
         return self._ask("update")
 
     def peak(self) -> int:
-        """Most bytes so far."""
+        """Returns the process's peak memory so far, bytes."""
         return self._ask("memory")
 
     def _ask(self, order: str) -> Any:
@@ -136,13 +144,13 @@ class Worker:
         return self._pipe.recv()
 
     def end(self) -> None:
-        """Lets the process go."""
+        """Ends the process."""
         self._pipe.send("end")
         self._process.join()
 
 
 def seconds_of_linears(config: str, rows: int, device: torch.device, rounds: int) -> float:
-    """Forward and backward pass of all dense linears of the model's decoder layers."""
+    """Returns the seconds of forward and backward pass of all dense linears in the model's decoder layers."""
     total = 0.0
     layers = load_model_config(str(ROOT / f"configs/llama_{config}.json")).num_hidden_layers
     for shape in shapes_of(config, rows):
@@ -161,7 +169,7 @@ def seconds_of_linears(config: str, rows: int, device: torch.device, rounds: int
 
 
 def floor_of_linears(config: str, method: str, rows: int) -> float:
-    """Of a decoder layer's seven linears together, relative to dense ones; see benchmarks/layer.py."""
+    """Returns the floor of a decoder layer's seven linears together, relative to dense ones; see benchmarks/layer.py."""
     shapes = shapes_of(config, rows)
     work_of = {shape: shape.count * shape.entries for shape in shapes}
     return sum(floor(shape, SUPPORT_OF[method], _nnz(method, shape)) * work_of[shape] for shape in shapes) / sum(work_of.values())
@@ -173,8 +181,11 @@ def _nnz(method: str, shape: Shape) -> int:
 
 
 def model_flops(config: str, batch_size: int, length: int) -> float:
-    """Of the full-rank model's update: 6 per weight of a matrix product and token, and attention's 12 L h T per token, halved for
-    its causal mask."""
+    """Returns the floating-point operations of the full-rank model's update.
+
+    6 per token and weight of a matrix product, and 12 L h T per token for attention, halved because of the causal mask
+    (L layers, h hidden size, T sequence length).
+    """
     cfg = load_model_config(str(ROOT / f"configs/llama_{config}.json"))
     weights = cfg.num_hidden_layers * sum(o * i for o, i in linear_shapes(cfg)) + cfg.vocab_size * cfg.hidden_size
     attention = 12 * cfg.num_hidden_layers * cfg.hidden_size * length / 2
@@ -182,7 +193,7 @@ def model_flops(config: str, batch_size: int, length: int) -> float:
 
 
 def fastest_product(device: torch.device) -> float:
-    """Floating-point operations per second of a 4096^3 product in bfloat16, the best of five."""
+    """Returns the floating-point operations per second of a 4096^3 product in bfloat16, the best of five timings."""
     left, right = (torch.randn(4096, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
     times = []
     for _ in range(5):
@@ -195,7 +206,7 @@ def fastest_product(device: torch.device) -> float:
 
 
 def compare(config: str, method: str, optimizer: str, full: Worker, own: argparse.Namespace, peak_flops: float) -> dict[str, Any]:
-    """A method and full-rank in turns, after the updates that do not count."""
+    """Measures a method and full-rank training in turns, after the warm-up updates; returns the method's row."""
     worker = Worker(trainer_flags(config, method, optimizer, own), own.threads)
     device = torch.device(own.device)
     full.update()
@@ -210,23 +221,23 @@ def compare(config: str, method: str, optimizer: str, full: Worker, own: argpars
             linears.append(seconds_of_linears(config, own.batch_size * own.max_length, device, 1))
     if "update_proj_gap" in worker.facts:
         times["method"] = _with_projections(first, times["method"], worker.facts["update_proj_gap"])
-    found = _figures(config, method, own, times, peak_flops)
+    row = _figures(config, method, own, times, peak_flops)
     if linears:
         share = worker.facts["parameters"]["total"] / full.facts["parameters"]["total"]
         floors = floor_of_linears(config, method, own.batch_size * own.max_length)
-        found |= {"seconds_of_linears": linears, "floor_of_linears": floors}
+        row |= {"seconds_of_linears": linears, "floor_of_linears": floors}
         least = [
             whole - alone - step + alone * floors + step * share
             for (whole, step), alone in zip(times["full"], linears, strict=True)
         ]
-        found["of_floor"] = statistics.median(one / taken for one, (taken, _) in zip(least, times["method"], strict=True))
-    found |= {"optimizer": optimizer, "peak_measured": worker.peak(), **worker.facts, "arguments": worker.argv}
+        row["of_floor"] = statistics.median(one / taken for one, (taken, _) in zip(least, times["method"], strict=True))
+    row |= {"optimizer": optimizer, "peak_measured": worker.peak(), **worker.facts, "arguments": worker.argv}
     worker.end()
-    return found
+    return row
 
 
 def _with_projections(first: float, times: list[tuple[float, float]], gap: int) -> list[tuple[float, float]]:
-    """Updates with an equal share of the SVDs that the first one made for `gap` updates."""
+    """Adds to each update its share of the first update's SVDs, which serve `gap` updates."""
     share = max(0.0, first - statistics.median(whole for whole, _ in times)) / gap
     return [(whole + share, step + share) for whole, step in times]
 
@@ -257,7 +268,7 @@ def _figures(
 
 
 def print_row(row: dict[str, Any], full_peak: int) -> None:
-    """A line of the table."""
+    """Prints a line of the table."""
     of_floor = f"{row['of_floor']:.2f}" if "of_floor" in row else "-"
     print(
         f"{row['config']:<5} {row['method']:<8} {row['optimizer']:<19} {row['throughput']:.3f} of full-rank's tokens/s, "
@@ -274,27 +285,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="as --optimizer of the trainer")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per micro-batch (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
-    parser.add_argument("--warm_up", type=int, default=3, help="updates before them, at least 1 (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--warm_up", type=int, default=3, help="updates before the rounds, at least 1 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as in the trainer")
-    parser.add_argument("--peak_flops", type=float, help="per second, for mfu (default: a large product, timed)")
-    parser.add_argument("--out", type=Path, help="JSON file for everything measured, completed row by row")
+    parser.add_argument("--peak_flops", type=float, help="peak operations per second, for mfu (default: a timed product)")
+    parser.add_argument("--out", type=Path, help="JSON file for everything measured, written after each row")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Exit code 2 where the arguments cannot work."""
+    """Measures and prints; returns exit code 2 for invalid arguments."""
     own = arguments()
     if own.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
+        print("--device cuda: torch finds no GPU; use --device cpu", file=sys.stderr)
         return 2
     set_allocator()
     torch.set_num_threads(own.threads)
     peak_flops = own.peak_flops or fastest_product(torch.device(own.device))
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "command": ["benchmarks/train.py", *sys.argv[1:]],
         "device": torch.cuda.get_device_name() if own.device == "cuda" else platform.processor() or platform.machine(),
         "threads": own.threads,
@@ -314,10 +325,10 @@ def main() -> int:
             full = Worker(flags, own.threads)
             for method in own.methods:
                 row = compare(config, method, optimizer, full, own, peak_flops)
-                found["rows"].append(row | {"peak_measured_full": full.peak()})
+                figures["rows"].append(row | {"peak_measured_full": full.peak()})
                 print_row(row, full.peak())
                 if own.out is not None:
-                    own.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                    own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
             full.end()
     return 0
 

@@ -1,17 +1,18 @@
-"""The Triton kernels against plain PyTorch, per linear: `python benchmarks/triton_kernels.py [350m 1b 7b] [--out FILE.json]`.
+"""Times the Triton kernels against plain PyTorch, per linear.
 
-Needs a GPU that the kernels run on: where there is none it says so and ends with exit code 2. bfloat16; each way of computing the
-same thing is timed in turn, round after round, in one process; medians and quartiles in milliseconds. Ways:
+`python benchmarks/triton_kernels.py [350m 1b 7b] [--out FILE.json]`
+Requires a GPU that supports the kernels; without one the exit code is 2. In bfloat16, the ways of computing a result are timed in
+turns, round after round, in one process; the output is medians and quartiles in milliseconds. Results and ways:
 
 weight      kernel        build_weight: W = B A + S in one pass
-            added         B A, then S added to it at its positions (atomic additions)
-            scattered     S written into zeros at its positions, then B A added to that
-gradients   kernel        those of A and B from factored products, those of the values by gather_gradient
-            dense         dW = G^T x once, all three from it
-values      kernel        gather_gradient alone
-            dense         dW = G^T x and the selection alone
+            added         B A, then S added at its positions (atomic additions)
+            scattered     S written into zeros at its positions, then B A added
+gradients   kernel        gradients of A and B from factored products, those of the values by gather_gradient
+            dense         dW = G^T x once, and all three gradients from it
+values      kernel        gather_gradient only
+            dense         dW = G^T x and the selection of its entries only
 
-Before anything is timed the ways are compared with each other; exit code 1 where one is off by more than rounding.
+Before timing, the ways' results are compared; the exit code is 1 if they differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from sparse_lora.uniform import sample_positions
 ROOT = Path(__file__).resolve().parent.parent
 # size: (rank, delta)
 SIZES = {"60m": (128, 0.03), "130m": (256, 0.03), "350m": (256, 0.03), "1b": (512, 0.03), "7b": (1024, 0.05)}
-# What --tiles tries besides the two that the program takes.
+# Tiles that --tiles adds to the program's two.
 OTHER_TILES = [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3), Tile(128, 64, 64, 4, 4)]
-# Largest difference between two ways, as a share of the norm: a dW rounded to bfloat16 is off by 2^-9 of each entry at most, and
-# the factored products round twice.
+# Largest permitted difference between two ways, relative to the norm: rounding dW to bfloat16 changes each entry by at most 2^-9
+# of its size, and the factored products are rounded twice.
 LARGEST_DIFFERENCE = 2.0**-6
 
 Ways = dict[str, Callable[[], tuple[Tensor, ...]]]
 
 
 class Case(NamedTuple):
-    """A linear's shape, (out, in), its rank and density, and the rows of x."""
+    """A linear's shape (out, in), its rank and density, and the number of rows of x."""
 
     out_features: int
     in_features: int
@@ -62,11 +63,11 @@ class Case(NamedTuple):
 
 
 class WaysDiffer(Exception):
-    """Two ways of computing the same thing gave different numbers."""
+    """Raised when two ways of computing a result differ by more than rounding."""
 
 
 def cases(size: str, rows: list[int]) -> list[Case]:
-    """The distinct linears of a model."""
+    """Returns a case for each distinct linear of a model and each number of rows."""
     model, (rank, sparsity) = load_model_config(ROOT / "configs" / f"llama_{size}.json"), SIZES[size]
     hidden, wide = model.hidden_size, model.intermediate_size
     shapes = ((hidden, hidden), (wide, hidden), (hidden, wide))
@@ -74,7 +75,7 @@ def cases(size: str, rows: list[int]) -> list[Case]:
 
 
 def ways_of(case: Case, device: torch.device, tiles: list[Tile]) -> dict[str, Ways]:
-    """For each thing to compute the ways of doing it, on random numbers."""
+    """Returns for each result (weight, gradients, values) the ways of computing it, on random numbers."""
     out_features, in_features, rank, sparsity, num_rows = case
     generator = torch.Generator().manual_seed(0)
     numel = out_features * in_features
@@ -123,20 +124,20 @@ def ways_of(case: Case, device: torch.device, tiles: list[Tile]) -> dict[str, Wa
 
 
 def largest_difference(ways: Ways) -> float:
-    """The largest L2 distance of a way's result from the first's, relative to its norm."""
+    """Returns the largest L2 distance of a way's result from the first way's, relative to its norm."""
     first, *others = (way() for way in ways.values())
     pairs = [(a, b) for other in others for a, b in zip(first, other, strict=True)]
     return max(float((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-30)) for a, b in pairs)
 
 
 def milliseconds(way: Callable[[], tuple[Tensor, ...]], device: torch.device) -> float:
-    """How long one call takes on the device."""
+    """Returns the milliseconds of one call on the device."""
     if device.type != "cuda":
         start = time.perf_counter()
         way()
         return 1e3 * (time.perf_counter() - start)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # The device is kept busy while the host starts the call, so that the time between the events is the device's alone.
+    # Keeps the device busy while the host starts the call, so that the time between the events is the device's only.
     torch.cuda._sleep(2_000_000)
     start.record()
     way()
@@ -146,43 +147,43 @@ def milliseconds(way: Callable[[], tuple[Tensor, ...]], device: torch.device) ->
 
 
 def measure(case: Case, device: torch.device, num_rounds: int, tiles: list[Tile]) -> dict:
-    """Times of every way of a case. Raises WaysDiffer."""
+    """Measures every way of a case; returns its row. Raises WaysDiffer."""
     chosen = kernels.pays_off(case.num_rows, case.in_features, case.out_features, case.rank)
-    found: dict = {**case._asdict(), "pays_off": chosen}
-    for thing, ways in ways_of(case, device, tiles).items():
+    row: dict = {**case._asdict(), "pays_off": chosen}
+    for result, ways in ways_of(case, device, tiles).items():
         difference = largest_difference(ways)
         if not difference <= LARGEST_DIFFERENCE:
-            raise WaysDiffer(f"{thing} of {case}: two ways differ by {difference:.2e} of the norm")
+            raise WaysDiffer(f"{result} of {case}: two ways differ by {difference:.2e} of the norm")
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(num_rounds):
             for name, way in ways.items():
                 times[name].append(milliseconds(way, device))
-        found[thing] = {
+        row[result] = {
             name: {"median_ms": statistics.median(each), "quartiles_ms": statistics.quantiles(each, n=4)[::2]}
             for name, each in times.items()
         }
-        found[thing]["largest_difference"] = difference
-    return found
+        row[result]["largest_difference"] = difference
+    return row
 
 
 def print_row(size: str, row: dict) -> None:
-    """One line per thing: the kernel's time, and the others' relative to it."""
+    """Prints a line per result: the kernel's time, and the other ways' relative to it."""
     shape = f"{size:<5}{row['out_features']:>6} x {row['in_features']:<6}{row['num_rows']:>6} rows"
-    for thing in ("weight", "gradients", "values"):
-        timed = {name: found for name, found in row[thing].items() if isinstance(found, dict)}
+    for result in ("weight", "gradients", "values"):
+        timed = {name: times for name, times in row[result].items() if isinstance(times, dict)}
         kernel = timed["kernel"]["median_ms"]
-        others = ", ".join(f"{name} {found['median_ms'] / kernel:.2f}" for name, found in timed.items() if name != "kernel")
-        chosen = f" (pays off: {'yes' if row['pays_off'] else 'no'})" if thing == "gradients" else ""
-        print(f"{shape}  {thing:<10}kernel {kernel:.3f} ms; times as long: {others}{chosen}", flush=True)
+        others = ", ".join(f"{name} {times['median_ms'] / kernel:.2f}" for name, times in timed.items() if name != "kernel")
+        chosen = f" (pays off: {'yes' if row['pays_off'] else 'no'})" if result == "gradients" else ""
+        print(f"{shape}  {result:<10}kernel {kernel:.3f} ms; times as long: {others}{chosen}", flush=True)
 
 
 def main() -> int:
-    """Exit code 2 where there is no GPU that the kernels run on."""
+    """Measures and prints; returns exit code 2 without a GPU that supports the kernels, 1 if ways differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"models: {', '.join(SIZES)} (default: 350m, 1b and 7b)")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, 8192], help="tokens (default: 2048 and 8192)")
     parser.add_argument("--rounds", type=int, default=30, help="timings of each way (default: %(default)s)")
-    parser.add_argument("--tiles", action="store_true", help="also time tiles that the program does not take")
+    parser.add_argument("--tiles", action="store_true", help="also time tiles that the program does not use")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
     own = parser.parse_args()
     unknown = [size for size in own.sizes if size not in SIZES]
@@ -193,8 +194,7 @@ def main() -> int:
     device = torch.device("cuda")
     if not torch.cuda.is_available() or not kernels.is_available(device, torch.bfloat16):
         print(
-            "benchmarks/triton_kernels.py times Triton's kernels on a GPU, and there is none here that they run on "
-            "(CUDA, compute capability 8.0 or newer, Triton installed)",
+            "benchmarks/triton_kernels.py needs Triton and a GPU with CUDA compute capability 8.0 or newer; found no such GPU",
             file=sys.stderr,
         )
         return 2
@@ -208,7 +208,7 @@ def main() -> int:
     except WaysDiffer as error:
         print(error, file=sys.stderr)
         return 1
-    found = {
+    figures = {
         "rounds": own.rounds,
         "tiles": {"large": LARGE_TILE, "small": SMALL_TILE},
         "rows": rows,
@@ -217,7 +217,7 @@ def main() -> int:
         "date": date.today().isoformat(),
     }
     if own.out is not None:
-        own.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Set-up shared by all scripts: a virtual environment with the pinned requirements. Source it: it defines `root`, `python` and
-# `launch`. A second run finds everything installed and returns at once.
-#   --prefer-active takes the python on PATH where it has torch and the rest (an activated environment, a container)
-#   SLTRAIN_VENV    where the environment lies (default: .venv in the checkout)
-#   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed then
+# Creates a virtual environment with the pinned requirements; sourced by all scripts. Defines `root`, `python` and `launch`.
+# If everything is installed already, it returns at once.
+#   --prefer-active use the python on PATH if it has the requirements (an activated environment, a container)
+#   SLTRAIN_VENV    folder of the environment (default: .venv in the checkout)
+#   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed
 set -euo pipefail
-# torchrun gives its processes this long to save after a signal; by itself 30 s.
+# Seconds that torchrun gives its processes to save after a signal (torchrun's default: 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-# A new store of addresses at each of its restarts: in a kept one processes can find those of their predecessors.
+# Open a new address store at each restart: in a reused one processes can read addresses of the previous start.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -19,7 +19,7 @@ find_base_python() {
             return
         fi
     done
-    echo "setup: no Python 3.11 or newer with the venv module was found (Debian: apt install python3-venv)" >&2
+    echo "setup: found no Python 3.11 or newer with the venv module; install one (Debian: apt install python3-venv)" >&2
     return 1
 }
 
@@ -31,7 +31,7 @@ sys.exit(any(util.find_spec(name) is None for name in names))
 PYTHON
 }
 
-# The scripts go to the checkout next: a relative path is meant from where they were started.
+# Makes a relative path absolute, because the scripts change to the checkout after this file.
 from_here() {
     case "$1" in
         /* | "") echo "$1" ;;
@@ -50,13 +50,13 @@ else
     python="$venv/bin/python"
     wanted="$(cat "$root/requirements.txt" "$root/constraints.txt" | cksum | cut -d' ' -f1)"
     if [ ! -x "$python" ]; then
-        echo "setup: making a virtual environment in $venv" >&2
+        echo "setup: creating a virtual environment in $venv" >&2
         base="$(find_base_python)"
         "$base" -m venv "$venv"
     fi
     if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
         echo "setup: installing the pinned requirements (a few minutes, once)" >&2
-        # torch first and alone: pip then keeps that build when other packages ask for any torch.
+        # torch is installed first and alone, so that pip keeps this build when other packages require any torch.
         torch_pin="$(grep '^torch==' "$root/constraints.txt")"
         "$python" -m pip install --quiet --disable-pip-version-check "$torch_pin"
         "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" -c "$root/constraints.txt"
@@ -64,12 +64,12 @@ else
     fi
 fi
 
-# launch N PROGRAM [arguments]: become torchrun, with $NPROC processes (N where it is not set) on this machine. Where torchrun's own
-# variables name a meeting place, this machine is one of several (scripts/cluster/): they say the rest.
+# launch N PROGRAM [arguments]: replaces the shell by torchrun with $NPROC processes (default N) on this machine. With
+# PET_RDZV_ENDPOINT this machine is one of several (scripts/cluster/), and torchrun reads the rest from its PET_... variables.
 launch() {
-    local processes="${NPROC:-$1}" meeting=(--standalone)
+    local processes="${NPROC:-$1}" rendezvous=(--standalone)
     shift
-    if [ -n "${PET_RDZV_ENDPOINT:-}" ]; then meeting=(); fi
-    exec "$python" -m torch.distributed.run ${meeting[@]+"${meeting[@]}"} --nproc_per_node "$processes" \
+    if [ -n "${PET_RDZV_ENDPOINT:-}" ]; then rendezvous=(); fi
+    exec "$python" -m torch.distributed.run ${rendezvous[@]+"${rendezvous[@]}"} --nproc_per_node "$processes" \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@"
 }

@@ -208,7 +208,7 @@ class BlockPart:
         return found
 
     def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
-        """Then the factored path would have been taken."""
+        """Always False: if this paid off, cheaper_path would have chosen the factored path."""
         return False
 
 

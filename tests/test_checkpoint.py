@@ -98,15 +98,15 @@ def test_retention_keeps_the_newest(tmp_path):
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is no checkpoint and holds none"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint and contains none"):
         resolve(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({"model/a": torch.zeros(5, 4)}, "model/a is .5, 3. torch.float32 there and .5, 4."),
-        ({"model/b": torch.zeros(3)}, "model/b is .3,. torch.bfloat16 there and .3,. torch.float32 here"),
+        ({"model/a": torch.zeros(5, 4)}, "model/a is .5, 3. torch.float32 in the checkpoint and .5, 4."),
+        ({"model/b": torch.zeros(3)}, "model/b is .3,. torch.bfloat16 in the checkpoint and .3,. torch.float32 in the model"),
         ({"model/c": torch.zeros(3)}, "model/c is missing"),
     ],
 )
@@ -158,7 +158,7 @@ def test_what_an_older_python_saves_is_read(tmp_path, monkeypatch):
 def test_index_gets_no_other_attribute(tmp_path, owner, name):
     path = save(tmp_path)
     (path / "tensors" / ".metadata").write_bytes(pickle.dumps(_ByGetattr(owner, name)))
-    with pytest.raises(CheckpointError, match=r"getattr\(.*has no place in a checkpoint's index"):
+    with pytest.raises(CheckpointError, match=r"getattr\(.*is not allowed in a checkpoint's index"):
         tensor_index(path)
 
 
@@ -205,7 +205,7 @@ def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, capsys, how
         assert resolve(run) == old
         message = capsys.readouterr().err
         assert f"step_00000002 is damaged: {name}" in message
-        assert "step_00000001, the newest sound one, is taken instead" in message
+        assert "using step_00000001, the newest intact checkpoint" in message
         shutil.rmtree(new)
         shutil.copytree(tmp_path / "whole", new)
     assert resolve(run) == new
@@ -214,7 +214,7 @@ def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, capsys, how
 def test_nothing_sound_is_an_error_that_names_every_damage(tmp_path):
     for step in (1, 2):
         damage(save(tmp_path, step=step) / "state.json", "flip")
-    with pytest.raises(CheckpointError, match=r"no sound checkpoint.*step_00000002 is damaged.*step_00000001 is damaged"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints are damaged.*step_00000002 is damaged.*step_00000001 is damaged"):
         resolve(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_what_does_not_read_back_as_written_gets_no_name(tmp_path, monkeypatch):
         return len(content)
 
     monkeypatch.setattr(HashingFile, "write", lossy)
-    with pytest.raises(OSError, match="step_00000002 could not be saved: read back, tensors/"):
+    with pytest.raises(OSError, match="step_00000002 could not be saved: verification after writing failed: tensors/"):
         save(tmp_path, step=2)
     assert [path.name for path in tmp_path.iterdir()] == [old.name]
 
@@ -240,7 +240,7 @@ def test_too_small_a_disk_is_known_before_anything_is_written(tmp_path, monkeypa
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     monkeypatch.setattr(dcp, "save", lambda *_, **__: pytest.fail("it was written all the same"))
-    with pytest.raises(OSError, match=r"no space: it takes about [\d,]+ bytes, and 100 are free"):
+    with pytest.raises(OSError, match=r"no space: a checkpoint takes about [\d,]+ bytes, and 100 are free"):
         save(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -282,7 +282,7 @@ def test_index_that_leads_outside_is_refused(tmp_path, name):
 
     crafted(path, elsewhere)
     for read in (lambda: tensor_index(path), lambda: load_tensors(path, {"model/a": torch.zeros(5, 3)})):
-        with pytest.raises(CheckpointError, match="which is no tensor file of this checkpoint"):
+        with pytest.raises(CheckpointError, match="which is not a tensor file of this checkpoint"):
             read()
 
 
@@ -292,7 +292,7 @@ def test_tensor_file_that_is_a_link_is_refused(tmp_path):
     file = path / "tensors" / "__0_0.distcp"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="is a link"):
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
         tensor_index(path)
 
 

@@ -111,7 +111,7 @@ def test_a_failed_save_is_told_and_made_up_for(tmp_path, disk, capsys, asynchron
         run.saver._in_flight.join()
     disk.full = False
     assert run.update()  # not scheduled, but due
-    assert capsys.readouterr().err.count("warning: disk full; training goes on") == 1
+    assert capsys.readouterr().err.count("warning: disk full; training continues") == 1
     if asynchronous:
         run.saver._in_flight.join()
     assert not run.update()
@@ -126,7 +126,7 @@ def test_a_run_that_cannot_be_saved_is_given_up(tmp_path, disk, asynchronous):
     run.saver.finish()
     disk.full = True
     updates = 0
-    with pytest.raises(SavingFailed, match=r"disk full \(5 attempts failed.*last checkpoint is step_00000001"):  # noqa: PT012
+    with pytest.raises(SavingFailed, match=r"disk full \(5 consecutive attempts failed.*newest checkpoint is step_00000001"):  # noqa: PT012
         while True:
             run.update(scheduled=True)
             updates += 1
@@ -161,7 +161,7 @@ def test_the_end_waits_and_makes_up_for_a_failure(tmp_path, disk, capsys, asynch
         run.saver.finish()
         assert run.saved() == [1]
     else:
-        with pytest.raises(SavingFailed, match="ends without its last state: disk full; there is no checkpoint"):
+        with pytest.raises(SavingFailed, match="last state is not saved: disk full; there is no checkpoint"):
             run.saver.finish()
 
 

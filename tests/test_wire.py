@@ -162,4 +162,4 @@ def test_figures_grow_with_what_is_known():
     found = wire_figures(setting(), 4 * TOTAL / 1e9, 25.0)
     assert found["seconds"] == pytest.approx(1.0)
     assert [row["world_size"] for row in found["overlapped"]["scaling"]] == [1, 2, 4]
-    assert format_wire(wire_figures(setting(world_size=1), None, None)) == "nothing: one process"
+    assert format_wire(wire_figures(setting(world_size=1), None, None)) == "none (a single process)"

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all. No torch."""
+"""Creates an output folder atomically: it appears complete or not at all. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ from pathlib import Path
 
 
 def folder_problem(out: Path) -> str | None:
-    """Why --out cannot become a new folder, if it cannot, as far as is known without writing."""
+    """Returns why --out cannot become a new folder, or None. Writes nothing, so missing permissions are not detected."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return f"--out {out}: holds something already; name another folder, or remove it"
+        return f"--out {out}: exists and is not an empty folder; name another folder, or remove it"
     if out.resolve() == Path.cwd():
-        return f"--out {out}: is the folder that this runs in; name one inside it"
+        return f"--out {out}: is the current working directory; name a folder inside it"
     return None
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder --out and those it lies in, where they are not there. Raises OSError, naming it."""
+    """Creates the folder --out and its missing parents. Raises OSError that names the folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+        raise OSError(f"--out {out}: cannot be created ({error.strerror}); name another folder") from None
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into. It becomes `out` once the block has ended, and is removed where it ends otherwise.
+    """Yields a temporary folder beside `out`; it is renamed to `out` at the block's end, or removed if the block raises.
 
-    out: absent or empty. Whatever keeps it from being made does so before the block.
+    out: absent or an empty folder. A folder that cannot be created raises before the block runs.
 
     Raises:
-        OSError: the folder cannot be made there.
+        OSError: the folder cannot be created there.
     """
     target = out.resolve()
-    partial, was_there = target.with_name(f".{target.name}.partial"), target.exists()
+    partial, existed = target.with_name(f".{target.name}.partial"), target.exists()
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        if was_there:
-            target.rmdir()  # a mount point stays
+        if existed:
+            # Fails for a mount point, which rename cannot replace.
+            target.rmdir()
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+        raise OSError(f"--out {out}: cannot be created ({error.strerror}); name another folder") from None
     try:
         yield partial
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if was_there:
+        if existed:
             target.mkdir(exist_ok=True)
         raise

@@ -1,6 +1,7 @@
-"""When a run is saved, and what happens where that fails: in the background or not, once more, and not for ever.
+"""Saves checkpoints during a run, directly or in a background thread, and retries failed saves a limited number of times.
 
-Every process of a run has one, and all of them call it alike. It knows no component: `collect` gives what is to be saved.
+Every process of a run has one Saver, and all processes make the same calls. `collect` supplies the content; the saver itself
+knows nothing of models or optimizers.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from peft_pretraining.checkpoint.step_folder import Content
 from peft_pretraining.distributed.shards import local, on_cpu
 from peft_pretraining.distributed.world import World, gather_objects, own_group
 
-MOST_FAILURES = 5  # saves that fail one after another before the run is given up
+# Consecutive failed saves after which the run ends.
+MOST_FAILURES = 5
 
 
 class SavingFailed(RuntimeError):
-    """The run's state cannot be saved, and going on would only lose more."""
+    """Raised when the run's state cannot be saved; the run ends, because further training would be lost too."""
 
 
 class Saver:
-    """Saves a run: `due` after every update, `save` where it says so or at any other time, `finish` at the end or before a stop.
+    """Saves a run's checkpoints. Call `due` after every update, `save` when it returns True, and `finish` at the end.
 
-    A save that fails does not end the run: it is told, and made again after the next update.
+    A failed save does not end the run: the user is warned, and the save is repeated after the next update.
     """
 
     def __init__(
@@ -44,18 +46,20 @@ class Saver:
         saved_step: int | None = None,
         timeout_s: float = 1800.0,
     ):
-        """Every process calls it.
+        """Creates a saver; every process calls it.
 
         Args:
-            collect: the run's content as it stands now; its tensors may be the run's own.
-            keep: how many of the newest checkpoints stay; None keeps all.
-            asynchronous: copy the state, and write the copy while the run goes on; at most one such save is under way.
-            timeout_s: how long processes wait for one another in an asynchronous save.
-            saved_step: the checkpoint that the run has come from, where it lies in the run's folder.
+            run_folder: the folder in which checkpoints are created.
+            collect: returns the run's current content; its tensors may share storage with the run's.
+            world: this process's rank among all processes.
+            keep: how many of the newest checkpoints are kept; None keeps all.
+            asynchronous: copy the state and write the copy in a background thread; at most one such save runs at a time.
+            saved_step: update step of the checkpoint that the run was resumed from, if it lies in run_folder; else None.
+            timeout_s: how long processes wait for one another in an asynchronous save, seconds.
         """
         self._run_folder, self._collect, self._world, self._keep = run_folder, collect, world, keep
         self._asynchronous = asynchronous
-        # Collectives of a thread on the group that training uses would meet those of the main thread, and both would wait.
+        # The background thread needs its own group: on training's group its collectives would deadlock with the main thread's.
         self._group = own_group(world, timeout_s) if asynchronous else None
         self._snapshot = _Snapshot()
         self._in_flight: _Background | None = None
@@ -63,22 +67,22 @@ class Saver:
         self._failures = 0
 
     def due(self, scheduled: bool) -> bool:
-        """After an update: whether to save now, because it is `scheduled` or because the last save failed.
+        """Tells, after an update, whether to save now: the save is `scheduled`, or the last save failed.
 
         Raises:
-            SavingFailed: as `save`.
+            SavingFailed: a background save failed for the last permitted time.
         """
         if self._in_flight is not None and all(gather_objects(self._in_flight.done, self._world)):
             self._settle()
         return scheduled or self._failures > 0
 
     def save(self) -> None:
-        """Save the run as it stands; nothing to do where that is saved already. Returns at once if asynchronous.
+        """Saves the run's current state unless this step is saved already. Returns without waiting if asynchronous.
 
         Raises:
-            SavingFailed: this was one failure too many.
+            SavingFailed: the save failed for the last permitted time.
         """
-        self._settle()  # one at a time
+        self._settle()
         content = self._collect()
         if content.step == self._saved_step:
             return
@@ -92,20 +96,20 @@ class Saver:
             self._settle()
 
     def finish(self) -> None:
-        """Wait for what is under way, and make up for a save that failed.
+        """Waits for a running save, and repeats the last save if it failed.
 
         Raises:
-            SavingFailed: the run's last state is not saved.
+            SavingFailed: the run's last state could not be saved.
         """
         self._settle()
         if self._failures:
             self.save()
             self._settle()
         if self._failures:
-            raise SavingFailed(f"the run ends without its last state: {self._last_failure}; {self._what_is_left()}")
+            raise SavingFailed(f"the run's last state is not saved: {self._last_failure}; {self._what_is_left()}")
 
     def close(self) -> None:
-        """Wait for what is under way, without a word on how it ended beyond a warning: the run has failed already."""
+        """Waits for a running save after the run has failed; a failure of the save is a warning only."""
         if self._in_flight is not None and (error := self._in_flight.wait()) is not None:
             self._say(f"warning: {error}")
         self._in_flight = None
@@ -114,7 +118,7 @@ class Saver:
         checkpoint.save_checkpoint(self._run_folder, content, self._world, keep=self._keep, group=self._group)
 
     def _settle(self) -> None:
-        """Wait for the save under way and take note of how it ended, which is the same on every process."""
+        """Waits for a running save and records its outcome, which is the same on every process."""
         if self._in_flight is None:
             return
         background, self._in_flight = self._in_flight, None
@@ -130,16 +134,16 @@ class Saver:
         self._failures += 1
         self._last_failure = text
         if self._failures >= MOST_FAILURES:
-            raise SavingFailed(f"{text} ({self._failures} attempts failed, one after another); {self._what_is_left()}")
+            raise SavingFailed(f"{text} ({self._failures} consecutive attempts failed); {self._what_is_left()}")
         self._say(
-            f"warning: {text}; training goes on, and after the next update it is tried again (failure {self._failures}, the run "
-            f"ends at {MOST_FAILURES})"
+            f"warning: {text}; training continues and the save is repeated after the next update "
+            f"(failure {self._failures}; the run ends after {MOST_FAILURES} in a row)"
         )
 
     def _what_is_left(self) -> str:
-        found = checkpoint.list_checkpoints(self._run_folder)
-        left = f"the last checkpoint is {found[-1].name}" if found else "there is no checkpoint"
-        return f"{left}; once {self._run_folder} can be written to, the same command goes on from there"
+        checkpoints = checkpoint.list_checkpoints(self._run_folder)
+        newest = f"the newest checkpoint is {checkpoints[-1].name}" if checkpoints else "there is no checkpoint"
+        return f"{newest}; make {self._run_folder} writable and run the same command again to resume"
 
     def _say(self, text: str) -> None:
         if self._world.is_main:
@@ -147,7 +151,7 @@ class Saver:
 
 
 class _Background(threading.Thread):
-    """A save that may run in a thread; the interpreter waits for it at its end."""
+    """A single save, run in a thread by `start` or directly by `run`; not a daemon, so the interpreter waits for it at exit."""
 
     def __init__(self, write: Callable[[], None], step: int):
         super().__init__(name=f"save-step-{step}")
@@ -159,26 +163,28 @@ class _Background(threading.Thread):
         try:
             self._write()
         except KeyboardInterrupt:
-            raise  # not in a thread: someone presses Ctrl-C while this is called directly
-        except BaseException as error:  # told where the save is waited for
+            # Only possible when `run` is called directly: Ctrl-C reaches the main thread alone.
+            raise
+        except BaseException as error:
+            # Reported by `wait`, which the main thread calls.
             self._error = error
         self.done = True
 
     def wait(self) -> BaseException | None:
-        """How it ended: None if all went well."""
+        """Waits for the save to end; returns its error, or None if it succeeded."""
         if self.ident is not None:
             self.join()
         return self._error
 
 
 class _Snapshot:
-    """A copy of the tensors of a save in memory of the CPU, in buffers that stay from one save to the next."""
+    """Copies a save's tensors to host memory, into buffers that are reused by the next save."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, content: Content) -> Content:
-        """The same content, which later updates do not change."""
+        """Returns a copy of the content that later updates do not change."""
         tensors = {name: self._copy(name, tensor) for name, tensor in content.tensors.items()}
         own = {name: self._copy(name, tensor) for name, tensor in content.own.items()}
         if any(tensor.is_cuda for tensor in (*content.tensors.values(), *content.own.values())):
@@ -187,7 +193,7 @@ class _Snapshot:
         return replace(content, tensors=tensors, own=own, documents=copy.deepcopy(dict(content.documents)))
 
     def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy, perhaps not complete yet; of a part of a tensor, the same part of one in memory of the CPU."""
+        """Starts copying a tensor to host memory and returns the copy; of a DTensor, the DTensor of this process's part."""
         source = local(tensor.detach())
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:

@@ -1,8 +1,8 @@
-"""Checkpoints: a folder `step_XXXXXXXX` that is complete or absent, never half, and knows what it should hold.
+"""Checkpoint folders `step_XXXXXXXX`: written atomically and verified by checksums.
 
-Tensors go into a torch distributed checkpoint (DCP), everything else into JSON files beside it, with a manifest of all of
-them. Written under a temporary name, flushed to disk, read back and compared with the manifest, then renamed. This file knows
-no component: it sees names, tensors and JSON values.
+Tensors are stored as a torch distributed checkpoint (DCP), everything else as JSON files beside it, and a manifest lists all
+files. A checkpoint is written under a temporary name, flushed to disk, read back and compared with the manifest, then renamed.
+This module sees only names, tensors and JSON values; it does not know models or optimizers.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step_(\d{8})")
 _TENSORS = "tensors"
 _STATE = "state.json"
-# Names of what is not (yet, or any more) a checkpoint; a crash may leave them.
+# Prefixes of folders that are being written, replaced or removed; a crash may leave such folders behind.
 _PARTIAL, _REPLACED, _REMOVED = ".partial-", ".old-", ".removed-"
-_HEADER_BYTES = 2048  # what a tensor takes on disk beside its elements, about
+# Approximate bytes that a tensor takes on disk in addition to its elements.
+_HEADER_BYTES = 2048
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, not whole, or does not fit."""
+    """Raised for a checkpoint that is missing, damaged, or does not fit the model."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint is made of.
+    """The content of a checkpoint.
 
-    tensors: by name; a name that several processes give is written once, and of a DTensor each process writes its part. own:
-    those of this process alone; every process has about as many. documents: JSON-able values by file name, written by rank 0;
-    must hold "state.json". folders: folders to copy in, by the name they get (the tokenizer).
+    step: number of updates made. tensors: by name; a name given by several processes is written once, and of a DTensor each
+    process writes its part. own: tensors of this process alone; every process has about as many bytes of them.
+    documents: JSON-serialisable values by file name, written by rank 0; must contain "state.json".
+    folders: folders to copy into the checkpoint, by their name inside it (for example the tokenizer).
     """
 
     step: int
@@ -55,32 +57,32 @@ class Content:
     own: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def num_bytes(self, processes: int) -> int:
-        """About what it takes on disk, of all processes."""
+        """Returns the approximate size on disk of all processes' content, bytes."""
         shared = sum(tensor.nbytes + _HEADER_BYTES for tensor in self.tensors.values())
         return shared + processes * sum(tensor.nbytes + _HEADER_BYTES for tensor in self.own.values())
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
+    """Returns the folder of the checkpoint after `step` updates."""
     return run_folder / f"step_{step:08d}"
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; whether they are sound is for `verify` to say."""
+    """Returns a run's checkpoint folders, oldest first, without verifying them."""
     if not run_folder.is_dir():
         return []
-    found = [path for path in run_folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: path.name)
+    checkpoints = [path for path in run_folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(checkpoints, key=lambda path: path.name)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is meant as a checkpoint, sound or not, rather than as a run's folder."""
+    """Tells whether a folder is a checkpoint, intact or damaged, rather than a run's folder."""
     parts = (manifest.MANIFEST, _STATE, _TENSORS)
     return bool(_NAME.fullmatch(path.name)) or any((path / name).exists() for name in parts)
 
 
 def verify(path: Path) -> None:
-    """Read all of a checkpoint and compare it with its manifest. Raises CheckpointError naming the file that is damaged."""
+    """Reads a whole checkpoint and compares it with its manifest. Raises CheckpointError that names the damaged file."""
     try:
         manifest.verify(path)
     except manifest.DamagedError as error:
@@ -88,12 +90,12 @@ def verify(path: Path) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest sound one in a run's folder. It is read whole, to be sure.
+    """Returns the checkpoint that `path` names: `path` itself, or the newest intact checkpoint in a run's folder.
 
-    In a run's folder damaged ones are passed over, with a warning each that names the file.
+    The checkpoint is read whole and verified. Damaged checkpoints in a run's folder are skipped with a warning.
 
     Raises:
-        CheckpointError: there is none, the one that was named is damaged, or all of them are.
+        CheckpointError: there is no checkpoint, or the named one or all of them are damaged.
     """
     if is_checkpoint(path):
         verify(path)
@@ -106,14 +108,14 @@ def resolve(path: Path) -> Path:
             damaged.append(str(error))
             continue
         for line in damaged:
-            print(f"warning: {line}; {candidate.name}, the newest sound one, is taken instead", file=sys.stderr)
+            print(f"warning: {line}; using {candidate.name}, the newest intact checkpoint", file=sys.stderr)
         return candidate
     if damaged:
         raise CheckpointError(
-            f"{path} holds no sound checkpoint: {'; '.join(damaged)}; restore one of them from a copy, or start afresh beside it "
-            "with --resume never"
+            f"{path}: all checkpoints are damaged: {'; '.join(damaged)}; restore one of them from a copy, or start a new run in "
+            "a new folder with --resume never"
         )
-    raise CheckpointError(f"{path} is no checkpoint and holds none (looked for step_XXXXXXXX folders)")
+    raise CheckpointError(f"{path} is not a checkpoint and contains none (folders named step_XXXXXXXX)")
 
 
 def save_checkpoint(
@@ -124,15 +126,18 @@ def save_checkpoint(
     keep: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint atomically, verified before it gets its name; every process calls it.
+    """Writes a checkpoint atomically and verifies it before renaming it to its final name; every process calls it.
 
     Args:
-        keep: how many of the newest checkpoints stay; None keeps all.
-        group: the processes' own group for this, None for the default one. A thread needs a group that nobody else uses.
+        run_folder: the folder in which the checkpoint is created.
+        content: the tensors, documents and folders to write.
+        world: this process's rank among all processes.
+        keep: how many of the newest checkpoints are kept; None keeps all.
+        group: process group for the exchange, None for the default one. A thread needs a group that no other thread uses.
 
     Raises:
-        OSError: on every process, where any of them could not write: the disk is full or not writable. What was there before
-            is untouched, and what was written is removed.
+        OSError: on every process, if any process could not write (disk full, not writable). Earlier checkpoints are untouched,
+            and the partial one is removed.
     """
     target = step_folder(run_folder, content.step)
     partial = run_folder / f"{_PARTIAL}{target.name}"
@@ -146,18 +151,20 @@ def save_checkpoint(
         _together(lambda: _complete(partial, target, content, files) if world.is_main else None, world, group)
     except BaseException as error:
         if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)  # its space may be what is missing
+            # The disk may be full: free the space of the partial checkpoint.
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise OSError(f"{target} could not be saved: {error}") from None
         raise
     if world.is_main:
-        with contextlib.suppress(OSError):  # the new one is there, and the other processes have gone on
+        # The new checkpoint is complete and other processes have continued: a failed removal is no error.
+        with contextlib.suppress(OSError):
             _remove_old(run_folder, keep)
     return target
 
 
 def _together(act: Callable[[], object], world: World, group: dist.ProcessGroup | None) -> None:
-    """Do something on every process; an OSError of any of them is raised on all, so that none waits for another."""
+    """Calls `act` on every process; an OSError of any process is raised on all, so that none waits for another."""
     failure = None
     try:
         act()
@@ -169,7 +176,7 @@ def _together(act: Callable[[], object], world: World, group: dist.ProcessGroup 
 
 
 def _prepare(partial: Path, num_bytes: int) -> None:
-    """Make an empty folder, if the disk has room for what is to go in. Raises OSError."""
+    """Creates the temporary folder if the disk has num_bytes free. Raises OSError."""
     run_folder = partial.parent
     run_folder.mkdir(parents=True, exist_ok=True)
     recover_replaced(run_folder)
@@ -179,14 +186,14 @@ def _prepare(partial: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(run_folder).free
     if free < num_bytes:
         raise OSError(
-            f"no space: it takes about {num_bytes:,} bytes, and {free:,} are free; free some, or keep fewer with "
-            "--keep_checkpoints",
+            f"no space: a checkpoint takes about {num_bytes:,} bytes, and {free:,} are free; free some, or keep fewer "
+            "checkpoints with --keep_checkpoints",
         )
     partial.mkdir()
 
 
 def _complete(partial: Path, target: Path, content: Content, files: dict[str, Digest]) -> None:
-    """Everything beside the tensors, the manifest, the proof, the name. Raises OSError."""
+    """Writes the documents, folders and manifest, verifies the checkpoint and renames it. Raises OSError."""
     for name, value in content.documents.items():
         files[name] = _write_file(partial / name, _as_json(value))
     for name, folder in content.folders.items():
@@ -199,12 +206,12 @@ def _complete(partial: Path, target: Path, content: Content, files: dict[str, Di
     try:
         manifest.verify(partial)
     except manifest.DamagedError as error:
-        raise OSError(f"read back, {error}") from None
+        raise OSError(f"verification after writing failed: {error}") from None
     _replace(partial, target)
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Rename a finished folder to its name; an older one of that name (a run gone back) makes way."""
+    """Renames a finished folder to its final name; replaces an older checkpoint of the same step (a run that went back)."""
     old = target.with_name(f"{_REPLACED}{target.name}")
     if target.exists():
         target.rename(old)
@@ -214,7 +221,7 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def recover_replaced(run_folder: Path) -> None:
-    """Give a checkpoint its name back that was making way for a new one when the process was killed."""
+    """Restores the name of a checkpoint that was being replaced when the process was killed."""
     for old in run_folder.glob(f"{_REPLACED}step_*"):
         target = old.with_name(old.name.removeprefix(_REPLACED))
         if not target.exists():
@@ -223,7 +230,8 @@ def recover_replaced(run_folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+    # Some file systems do not support flushing a folder.
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -232,7 +240,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove_old(run_folder: Path, keep: int | None) -> None:
-    """Remove all but the newest; the newest has just been verified, so a sound one stays. Renamed first: never half there."""
+    """Removes all but the newest `keep` checkpoints. Each is renamed first, so that no checkpoint is ever partly removed."""
     if keep is None:
         return
     for path in list_checkpoints(run_folder)[:-keep]:
@@ -246,7 +254,7 @@ def _as_json(value: Any) -> bytes:
 
 
 def _write_file(path: Path, content: bytes) -> Digest:
-    """Write a file, flushed to disk; its folder is made where it is missing."""
+    """Writes a file, flushes it to disk and returns its digest; creates missing parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(content)
@@ -256,14 +264,14 @@ def _write_file(path: Path, content: bytes) -> Digest:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
     _write_file(partial, _as_json(value))
     partial.rename(path)
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint or run folder. Raises CheckpointError."""
+    """Reads a JSON file of a checkpoint or run folder. Raises CheckpointError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -271,7 +279,7 @@ def read_json(path: Path) -> Any:
 
 
 def tensor_index(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor in a checkpoint. Raises CheckpointError."""
+    """Returns the shape and dtype of every tensor in a checkpoint. Raises CheckpointError."""
     try:
         return tensor_store.tensor_index(path / _TENSORS)
     except tensor_store.StoreError as error:
@@ -279,11 +287,10 @@ def tensor_index(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the given tensors, in place, from a checkpoint.
+    """Fills the given tensors, in place, from a checkpoint.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape or dtype (all of them named, up to five), or the files
-            cannot be read.
+        CheckpointError: tensors are missing or have another shape or dtype (the first five are named), or a file cannot be read.
     """
     problems = list(_misfits(tensor_index(path), tensors))
     if problems:
@@ -302,4 +309,4 @@ def _misfits(index: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Mappi
             continue
         size, dtype = index[name]
         if size != tensor.shape or dtype != tensor.dtype:
-            yield f"{name} is {tuple(size)} {dtype} there and {tuple(tensor.shape)} {tensor.dtype} here"
+            yield f"{name} is {tuple(size)} {dtype} in the checkpoint and {tuple(tensor.shape)} {tensor.dtype} in the model"

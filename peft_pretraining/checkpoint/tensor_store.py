@@ -1,7 +1,7 @@
-"""Named tensors in a folder, as torch's distributed checkpoint (DCP) keeps them: hashed while written, read without risk.
+"""Writes and reads named tensors in a folder in the format of torch's distributed checkpoint (DCP), safely and hashed.
 
-Nothing that is read back can run code or lead out of the folder: DCP's index is a pickle, so it is read with an unpickler
-that knows DCP's own classes only, and what it says is checked before it is used.
+Files are hashed while they are written. Reading can neither run code nor leave the folder: DCP's index is a pickle, so it is
+read by an unpickler that accepts only DCP's own classes, and its entries are checked before use.
 """
 
 from __future__ import annotations
@@ -27,28 +27,35 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from peft_pretraining.checkpoint.manifest import Digest
 
 INDEX = ".metadata"
-_DATA_FILE = re.compile(r"__\d+_\d+\.distcp")  # as DCP names them: one per process and thread
+# DCP's file names: one file per process and thread.
+_DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 
 class StoreError(ValueError):
-    """Tensor files that cannot be read or do not fit; the message says what is wrong, not where."""
+    """Raised for tensor files that cannot be read or do not fit; the caller adds the folder to the message."""
 
 
 def write_tensors(
     folder: Path, tensors: Mapping[str, torch.Tensor], *, alone: bool, group: dist.ProcessGroup | None
 ) -> dict[str, Digest]:
-    """Write tensors, flushed to disk; every process of `group` calls it, `alone` where there is one process.
+    """Writes tensors and flushes them to disk; returns the digests of the files that this process wrote, by file name.
 
-    A name that several processes give is written once, by one of them. Returns the files that this process wrote, by name.
+    A tensor name given by several processes is written once, by one of them.
+
+    Args:
+        folder: where the files are created.
+        tensors: by name; of a DTensor each process writes its part.
+        alone: True if there is a single process; otherwise every process of `group` calls this.
+        group: process group, None for the default one.
 
     Raises:
-        OSError: on every process, whichever of them failed.
+        OSError: on every process, if any process failed.
     """
     writer = _HashingWriter(folder, sync_files=True)
     try:
         with no_single_process_warning():
             dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
-    except CheckpointException as error:  # no Exception: torch derives it from BaseException, and wraps up all of them
+    except CheckpointException as error:  # torch wraps every failure in it and derives it from BaseException
         if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
             raise KeyboardInterrupt from None
         raise OSError(_first_failure(error)) from None
@@ -56,7 +63,7 @@ def write_tensors(
 
 
 class _HashingFile(io.RawIOBase):
-    """A file open for writing that keeps the SHA-256 of what went through it; DCP writes from front to end."""
+    """A file opened for writing that computes the SHA-256 of its content; DCP writes files sequentially."""
 
     def __init__(self, file: IO[bytes]):
         super().__init__()
@@ -79,7 +86,8 @@ class _HashingFile(io.RawIOBase):
             self._file.flush()
 
     def fileno(self) -> int:
-        self._file.flush()  # whoever asks is about to call fsync
+        # DCP asks for the number in order to call fsync, which needs Python's buffer written first.
+        self._file.flush()
         return self._file.fileno()
 
     def digest(self) -> Digest:
@@ -87,7 +95,7 @@ class _HashingFile(io.RawIOBase):
 
 
 class _HashingFileSystem(FileSystem):
-    """DCP's access to files, with the digest of every file that was written."""
+    """DCP's file system that records the digest of every file it writes."""
 
     def __init__(self) -> None:
         self.digests: dict[str, Digest] = {}
@@ -119,21 +127,21 @@ class _HashingWriter(dcp.FileSystemWriter):
 
 @contextlib.contextmanager
 def no_single_process_warning() -> Iterator[None]:
-    """DCP warns that no process group is there, which is what we ask for."""
+    """Suppresses DCP's warning that there is no process group, which is intended for a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _memory_format(kind: Any, name: Any) -> Any:
-    """The one use of `getattr` that an index has: a member of DCP's memory formats by its name."""
+    """Replaces `getattr` in an index: looks up a member of DCP's memory formats by name and refuses anything else."""
     if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
-        raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) has no place in a checkpoint's index")
+        raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) is not allowed in a checkpoint's index")
     return _MEM_FORMAT_ENCODING[name]
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads DCP's index and nothing else: any other class in the pickle is refused."""
+    """An unpickler for DCP's index that refuses every class not listed here."""
 
     _ALLOWED = frozenset(
         [
@@ -155,15 +163,16 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) in self._ALLOWED:
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
-            return _memory_format  # how Python before 3.11.4 pickles a member of an enumeration
+            # Python before 3.11.4 pickles a member of an enumeration as a getattr call.
+            return _memory_format
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's index")
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """DCP's reader, with the index read by `_IndexUnpickler` and checked."""
+    """DCP's reader whose index is read by `_IndexUnpickler` and checked."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / INDEX
@@ -173,41 +182,43 @@ class _SafeReader(dcp.FileSystemReader):
             _check_index(metadata, Path(self.path))
         except StoreError:
             raise
-        except Exception as error:  # a pickle that was tampered with fails in every way there is
+        except Exception as error:  # a manipulated pickle can raise any exception
             raise StoreError(f"{INDEX}: not the index of a checkpoint ({type(error).__name__}: {error})") from None
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata  # type: ignore[no-any-return]
 
 
 def _check_index(metadata: Any, folder: Path) -> None:
-    """Refuse what DCP would believe: files elsewhere, and tensors larger than the files that hold them. Raises StoreError."""
+    """Checks what DCP trusts: refuses files outside the folder and tensors larger than their files. Raises StoreError."""
     if not isinstance(metadata, Metadata):
-        raise StoreError(f"{INDEX}: not the index of a checkpoint (it holds a {type(metadata).__name__})")
+        raise StoreError(f"{INDEX}: not the index of a checkpoint (it contains a {type(metadata).__name__})")
     sizes: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        name = place.relative_path
+    for location in metadata.storage_data.values():
+        name = location.relative_path
         if not isinstance(name, str) or not _DATA_FILE.fullmatch(name):
-            raise StoreError(f"{INDEX}: names {name!r}, which is no tensor file of this checkpoint")
-        if place.transform_descriptors:
-            raise StoreError(f"{INDEX}: {name} is transformed ({place.transform_descriptors}), which we never write")
+            raise StoreError(f"{INDEX}: names {name!r}, which is not a tensor file of this checkpoint")
+        if location.transform_descriptors:
+            raise StoreError(
+                f"{INDEX}: {name} is transformed ({location.transform_descriptors}); only untransformed files are supported"
+            )
         if name not in sizes:
             sizes[name] = _size_of_data_file(folder / name)
-        if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
+        if not 0 <= location.offset <= location.offset + location.length <= sizes[name]:
             raise StoreError(f"{INDEX}: places a tensor outside of {name}")
     claimed = 0
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
-            raise StoreError(f"{INDEX}: {name!r} is no tensor")
+            raise StoreError(f"{INDEX}: {name!r} is not a tensor")
         if not isinstance(entry.size, torch.Size) or min(entry.size, default=0) < 0:
             raise StoreError(f"{INDEX}: {name!r} has no shape")
         claimed += entry.size.numel() * entry.properties.dtype.itemsize
     if claimed > sum(sizes.values()):
-        raise StoreError(f"{INDEX}: tensors of {claimed:,} bytes in files of {sum(sizes.values()):,}")
+        raise StoreError(f"{INDEX}: its tensors need {claimed:,} bytes, but its files have {sum(sizes.values()):,}")
 
 
 def _size_of_data_file(path: Path) -> int:
     if path.is_symlink():
-        raise StoreError(f"{path.name} is a link")
+        raise StoreError(f"{path.name} is a symbolic link")
     try:
         return path.stat().st_size
     except OSError as error:
@@ -215,7 +226,7 @@ def _size_of_data_file(path: Path) -> int:
 
 
 def tensor_index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor in a folder. Raises StoreError."""
+    """Returns the shape and dtype of every tensor in a folder. Raises StoreError."""
     metadata = _SafeReader(folder).read_metadata()
     return {
         name: (entry.size, entry.properties.dtype)
@@ -225,7 +236,7 @@ def tensor_index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the given tensors, in place; each process reads what it holds of them. Raises StoreError."""
+    """Fills the given tensors, in place; of a DTensor each process reads its part. Raises StoreError."""
     try:
         with no_single_process_warning():
             dcp.load({**tensors}, storage_reader=_SafeReader(folder), no_dist=True)
@@ -233,12 +244,12 @@ def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise
     except CheckpointException as error:
         raise StoreError(_first_failure(error)) from None
-    except Exception as error:  # DCP raises whatever its files provoke
+    except Exception as error:  # DCP does not wrap errors caused by malformed files
         raise StoreError(f"{type(error).__name__}: {error}") from None
 
 
 def _first_failure(error: CheckpointException) -> str:
-    """What went wrong on the first process that failed; torch wraps it up with a stack trace."""
+    """Returns the error of the first process that failed, without the stack trace that torch adds."""
     for failure, _ in error.failures.values():
         return f"{type(failure).__name__}: {failure}"
     return str(error)

@@ -1,4 +1,4 @@
-"""The device a process computes on, its memory, and the dtype it computes in."""
+"""Chooses the device a process computes on and its dtype, and reports the device's memory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _ISA_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
 
 
 class DeviceError(ValueError):
-    """A device that was asked for and is not available."""
+    """Raised when the requested device is not available."""
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """The memory that one process can use: `name` as it stands in a sentence, bytes, cpu or cuda."""
+    """The memory available to one process. name: for messages. num_bytes: its size. device_type: cpu or cuda."""
 
     name: str
     num_bytes: int
@@ -36,7 +36,7 @@ class DeviceMemory:
 
 
 def device_memory(device: torch.device, world: World) -> DeviceMemory:
-    """The GPU's memory, or this machine's (or its container's) shared by the local processes."""
+    """Returns the GPU's memory, or the machine's (or container's) memory divided by the number of local processes."""
     if device.type == "cuda":
         import torch
 
@@ -44,7 +44,8 @@ def device_memory(device: torch.device, world: World) -> DeviceMemory:
         return DeviceMemory(properties.name, properties.total_memory, "cuda")
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # no such file, or "max"
+        # The file may be absent, or contain "max" for no limit.
+        with contextlib.suppress(OSError, ValueError), open(limit, encoding="ascii") as file:
             size = min(size, int(file.read()))
     share = f" for each of {world.local_size} processes" if world.local_size > 1 else ""
     return DeviceMemory(f"this machine's memory{share}", size // world.local_size, "cpu")
@@ -71,7 +72,7 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo"), environ: Mapping[str
 
 
 def pick_device(name: str, world: World) -> torch.device:
-    """The torch device for `--device NAME`: auto takes this rank's GPU if there is one. Raises DeviceError."""
+    """Returns the torch device for `--device NAME`; auto is this rank's GPU if available, else the CPU. Raises DeviceError."""
     import torch
 
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -81,29 +82,30 @@ def pick_device(name: str, world: World) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not available:
-        raise DeviceError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu")
+        raise DeviceError(f"--device {name}: torch {torch.__version__} finds no GPU; use --device cpu")
     number = int(index) if index else world.local_rank
-    if not index and world.local_size > available:  # the same answer on every process, not only on those without a GPU
+    # Raised on every process, including those whose local rank has a GPU.
+    if not index and world.local_size > available:
         raise DeviceError(
-            f"--device {name}: {world.local_size} processes were started on this machine, which has {available} GPUs; start at "
-            f"most {available} (torchrun --nproc_per_node {available}, NPROC={available} for the scripts)"
+            f"--device {name}: {world.local_size} processes run on this machine, which has {available} GPUs; start at most "
+            f"{available} (torchrun --nproc_per_node {available}, NPROC={available} for the scripts)"
         )
     if number >= available:
-        raise DeviceError(f"--device {name}: there is no GPU {number} here, they are numbered 0 to {available - 1}")
+        raise DeviceError(f"--device {name}: GPU {number} does not exist; this machine's GPUs are numbered 0 to {available - 1}")
     if index and world.local_size > 1:
         raise DeviceError(f"--device {name}: {world.local_size} processes cannot share one GPU; use --device cuda")
     return torch.device("cuda", number)
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of this name: bfloat16 or float32."""
+    """Returns the torch dtype named bfloat16 or float32."""
     import torch
 
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> str:
-    """The dtype's name: as asked, or bfloat16 on a GPU that computes in it, else float32."""
+    """Returns `name` if given, otherwise bfloat16 on a GPU that supports it and float32 elsewhere."""
     if name is not None:
         return name
     import torch

@@ -1,4 +1,4 @@
-"""How the processes of a run share a model: each with all of it (DDP), or with a part of every parameter (FSDP2)."""
+"""Distributes a model over processes: replicated on each (DDP) or with every parameter sharded over all (FSDP2)."""
 
 import contextlib
 import inspect
@@ -19,10 +19,11 @@ from peft_pretraining.distributed.world import World, all_reduce_sum_
 
 @dataclass(frozen=True)
 class Sharding:
-    """How FSDP2 gathers and reduces.
+    """Settings of FSDP2.
 
-    compute_dtype: of gathered parameters and the arithmetic, None for the parameters' own. reduce_dtype: in which gradients
-    are summed, None for that of the arithmetic. reshard_after_forward: gather a layer again for its backward pass.
+    compute_dtype: dtype of gathered parameters and of the arithmetic, None for the parameters' dtype.
+    reduce_dtype: dtype in which gradients are summed, None for compute_dtype.
+    reshard_after_forward: free a layer's gathered parameters after its forward pass and gather them again for the backward pass.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -31,10 +32,10 @@ class Sharding:
 
 
 def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device, sharding: Sharding) -> None:
-    """Divide every parameter of `module` over all processes, in place, rows by rows; each of `units` is gathered by itself.
+    """Shards every parameter of `module` by rows over all processes, in place; each of `units` is gathered separately.
 
-    module: the one whose forward is called. It may be on the meta device: no process ever holds more than its part then.
-    What belongs to none of the units stays gathered from the forward to the end of the backward pass.
+    module: the module whose forward is called. On the meta device no process ever holds more than its part.
+    Parameters outside all units stay gathered from the forward pass to the end of the backward pass.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=sharding.reduce_dtype)
@@ -44,9 +45,9 @@ def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device, s
 
 
 def settle_shards(module: nn.Module, device: torch.device) -> None:
-    """Let FSDP2 take its final hold of the parameters' storage: it pads uneven parts in the first forward pass.
+    """Runs one forward pass, in which FSDP2 pads uneven parts and thereby replaces the parameters' storage.
 
-    What steps parameters by their local parts must see those that stay. Before activation checkpointing and compilation.
+    Call it before optimizers take the local parts, and before activation checkpointing and compilation.
     """
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with torch.no_grad():
@@ -55,15 +56,17 @@ def settle_shards(module: nn.Module, device: torch.device) -> None:
 
 
 def free_gathered(module: nn.Module) -> None:
-    """Leave of every parameter that FSDP2 shards this process's part alone: a forward pass in evaluation may leave it gathered,
-    and what is written to it then is lost. Every process calls it; elsewhere nothing happens."""
+    """Frees gathered FSDP2 parameters, so that each process holds only its parts; does nothing without FSDP2.
+
+    A forward pass in evaluation may leave parameters gathered, and values written to them would be lost. Every process calls it.
+    """
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def assign_(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """parameter <- values of its whole shape, on any device; of a sharded parameter, the part that lies here."""
+    """Copies `values`, of the parameter's whole shape and on any device, into it; into this process's part if it is sharded."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(values)
         return
@@ -74,21 +77,20 @@ def assign_(parameter: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was applied: a forward pass is then one of all processes together."""
+    """Tells whether `shard` was applied; a forward pass is then a collective operation of all processes."""
     return isinstance(module, FSDPModule)
 
 
 def replicate(module: nn.Module, world: World, device: torch.device, reduce_dtype: torch.dtype | None = None) -> nn.Module:
-    """Wrap a module in DistributedDataParallel where there is more than one process (gradients are averaged).
+    """Wraps a module in DistributedDataParallel, which averages gradients; returns it unchanged for a single process.
 
-    module: maps (input_ids, labels), both (B, T) int64, to a loss. reduce_dtype: in which gradients are summed, None for
-    their own.
+    module: maps (input_ids, labels), both (B, T) int64, to a loss.
+    reduce_dtype: dtype in which gradients are summed, None for the gradients' dtype.
     """
     if world.size == 1:
         return module
     device_ids = [device.index] if device.type == "cuda" else None
-    # Supports and rotary tables never change: broadcasting buffers at every forward would only cost time. The argument
-    # has another name from torch 2.13 on.
+    # Buffers (supports, rotary tables) never change, so broadcasting them is switched off. torch 2.13 renamed the argument.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **options)
@@ -100,31 +102,31 @@ def replicate(module: nn.Module, world: World, device: torch.device, reduce_dtyp
 
 
 def _average_in_dtype(state: tuple[World, torch.dtype], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's average of a bucket, summed in another dtype than the gradients'."""
+    """A DDP hook that averages a bucket of gradients in another dtype than the gradients'."""
     world, dtype = state
     gradients = bucket.buffer()
-    # Divided first: a sum of many bfloat16 gradients could not overflow, but would lose what the division brings back.
-    wide = gradients.to(dtype, copy=True).div_(world.size)
+    # Divide before summing, as DDP itself does.
+    converted = gradients.to(dtype, copy=True).div_(world.size)
 
-    def back(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+    def copy_back(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
         return gradients.copy_(future.value()[0])
 
-    averaged: torch.futures.Future[torch.Tensor] = dist.all_reduce(wide, async_op=True).get_future().then(back)
+    averaged: torch.futures.Future[torch.Tensor] = dist.all_reduce(converted, async_op=True).get_future().then(copy_back)
     return averaged
 
 
 def _settle_buckets(module: DistributedDataParallel, device: torch.device) -> None:
-    """Run a backward pass whose gradients are zero, so that DDP divides them into buckets for good before the first update.
+    """Runs a backward pass with zero gradients, after which DDP fixes its buckets.
 
-    It does so after its first backward pass, in the order in which gradients came. A run that goes on would otherwise make its
-    first update with other buckets than the run before: in three or more processes other sums, and other bits.
+    DDP rebuilds its buckets after the first backward pass, in the order in which gradients arrived. Without this call a resumed
+    run's first update would use other buckets, and with three or more processes its sums would not be bit-identical.
     """
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     (module(tokens, tokens) * 0).backward()
 
 
 def average_(gradient: torch.Tensor, world: World, reduce_dtype: torch.dtype | None = None) -> None:
-    """The mean of a gradient over all processes, in place."""
+    """Averages a gradient over all processes, in place, summing in reduce_dtype (None for the gradient's dtype)."""
     if reduce_dtype is None or reduce_dtype == gradient.dtype:
         all_reduce_sum_(gradient, world).div_(world.size)
     else:
@@ -132,7 +134,7 @@ def average_(gradient: torch.Tensor, world: World, reduce_dtype: torch.dtype | N
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Context of one micro-batch: processes exchange gradients only where `enabled`, i.e. on the update's last micro-batch."""
+    """Returns the context of one micro-batch; processes exchange gradients only if `enabled`, on an update's last micro-batch."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
     elif isinstance(module, DistributedDataParallel) and not enabled:

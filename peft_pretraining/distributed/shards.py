@@ -1,7 +1,7 @@
-"""Parameters sharded by FSDP2 as optimizers see them: each process's own part, a plain tensor.
+"""Converts between sharded parameters (DTensors) and this process's local parts, which optimizers step as plain tensors.
 
-The libraries' 8-bit kernels do not know DTensors. For every optimizer that works element by element, or by blocks that no shard's
-boundary cuts, stepping the parts gives the bits of stepping the whole.
+The libraries' 8-bit kernels do not support DTensors. Stepping the local parts is bit-identical to stepping the whole parameter
+for every optimizer that works elementwise, or in blocks that no part's boundary cuts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from peft_pretraining.distributed.world import World, all_reduce_sum_
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor, sharing its storage; any other tensor as it is."""
+    """Returns this process's part of a sharded tensor, sharing its storage; returns any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """A parameter on the local part of each sharded one, sharing its storage; others themselves."""
+    """Replaces each sharded parameter by a parameter over its local part, sharing storage; keeps other parameters."""
     return {
         name: nn.Parameter(local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
         for name, parameter in parameters.items()
@@ -32,9 +32,9 @@ def local_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Par
 
 
 def gradient_norms(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
-    """L2 norm of each tensor's gradient, all of them sharded or none: (tensors,) float32, the same on every process.
+    """Returns the L2 norm of each gradient, shape (len(gradients),) float32, the same on every process.
 
-    Summed in float32: a bfloat16 sum of squares would keep three digits.
+    gradients: all sharded or all not. Squares are summed in float32, because a bfloat16 sum keeps only about three digits.
     """
     norms = torch.stack([torch.linalg.vector_norm(local(gradient), dtype=torch.float32) for gradient in gradients])
     if world.size > 1 and isinstance(gradients[0], DTensor):
@@ -43,25 +43,25 @@ def gradient_norms(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
 
 
 class Part(NamedTuple):
-    """Part `rank` of the `size` parts of a tensor: FSDP2 divides rows as torch.chunk does, so that late parts may be empty."""
+    """Part number `rank` of the `size` parts of a tensor. FSDP2 divides rows as torch.chunk does, so the last may be empty."""
 
     rank: int
     size: int
 
 
 def part_of(parameter: DTensor) -> Part:
-    """The part of a sharded parameter that lies here."""
+    """Returns which part of a sharded parameter this process holds."""
     return Part(parameter.device_mesh.get_local_rank(), parameter.device_mesh.size())
 
 
 def rows_of_part(whole: torch.Tensor, part: Part) -> torch.Tensor:
-    """A view of the rows that make up a part."""
+    """Returns a view of the rows that make up a part."""
     parts = torch.chunk(whole, part.size, dim=0)
     return parts[part.rank] if part.rank < len(parts) else whole[:0]
 
 
 def whole_of(parameter: DTensor, part: torch.Tensor) -> DTensor:
-    """The tensor of a sharded parameter's shape, divided like it, of which `part` lies here; shares its storage."""
+    """Returns a DTensor sharded like `parameter`, of which this process holds `part`; shares storage with `part`."""
     return DTensor.from_local(
         part.view(parameter.to_local().shape),
         parameter.device_mesh,
@@ -73,12 +73,12 @@ def whole_of(parameter: DTensor, part: torch.Tensor) -> DTensor:
 
 
 def on_cpu(divided: DTensor, part: torch.Tensor) -> DTensor:
-    """A tensor divided like `divided` in memory of the CPU, of which `part` lies here."""
+    """Returns a DTensor in host memory, sharded like `divided`, of which this process holds `part`."""
     mesh = divided.device_mesh if divided.device_mesh.device_type == "cpu" else _cpu_mesh(divided.device_mesh.size())
     return DTensor.from_local(part, mesh, divided.placements, run_check=False, shape=divided.shape, stride=divided.stride())
 
 
 @lru_cache
 def _cpu_mesh(size: int) -> DeviceMesh:
-    """All processes, for tensors in memory of the CPU; made once, by all of them together."""
+    """Returns the device mesh of all processes for host memory; created once, collectively."""
     return init_device_mesh("cpu", (size,))

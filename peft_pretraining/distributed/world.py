@@ -1,6 +1,7 @@
-"""The processes of a run: who they are, how they meet, what they sum. The only reader of torchrun's rank variables.
+"""The processes of a run: their ranks, their process group and small collectives.
 
-torch is imported inside the functions: `World.from_environment` answers before anything heavy is loaded.
+This is the only module that reads torchrun's rank variables. torch is imported inside the functions, so that
+`World.from_environment` works without loading it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 
-# What torch's collectives say when the other end of a connection is gone or silent.
-_LOST = (
+# Parts of the error messages of torch's collectives when a peer has ended or does not answer.
+_LOST_PEER_SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -30,12 +31,12 @@ _LOST = (
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run has ended while this one needed it."""
+    """Raised when another process of the run ends while this one waits for it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: `rank` of `size`, `local_rank` of `local_size` on its machine."""
+    """This process's position among all processes: `rank` of `size`, and `local_rank` of `local_size` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -44,12 +45,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that prints, records and writes."""
+        """True on rank 0, the process that prints, logs and writes files."""
         return self.rank == 0
 
     @staticmethod
     def from_environment() -> World:
-        """The world that torchrun describes, or one process where it did not start us."""
+        """Returns the world described by torchrun's environment variables, or a single process without torchrun."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return World()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -61,7 +62,7 @@ class World:
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
-    """Join the other processes for the duration of the block; nothing to do for a single one."""
+    """Joins the process group for the duration of the block; does nothing for a single process. Raises LostProcess."""
     import torch
     import torch.distributed as dist
 
@@ -70,28 +71,29 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
     if world.size == 1:
         yield
         return
-    # Both backends under one group: NCCL moves gradients, gloo the small objects of checkpoints and data states.
+    # One group with two backends: NCCL for gradients, gloo for small objects of checkpoints and data states.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         dist.init_process_group(backend, timeout=timeout, **_meeting_place(world, timeout))
         yield
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _LOST):
+        if any(sign in str(error) for sign in _LOST_PEER_SIGNS):
             raise LostProcess(
-                f"another process of this run has ended, its own message says why ({str(error).splitlines()[0][:200]})"
+                f"another process of this run has ended; see its error message ({str(error).splitlines()[0][:200]})"
             ) from None
         raise
-    # Only when all went well: after a failure the others may still wait in a collective, and closing would wait for them.
+    # Not after a failure: other processes may still wait in a collective, and destroying the group would wait for them.
     dist.destroy_process_group()
 
 
 def _meeting_place(world: World, timeout: datetime.timedelta) -> dict[str, Any]:
-    """Where the processes find each other's addresses, as arguments of init_process_group.
+    """Returns the store in which processes exchange addresses, as arguments of init_process_group.
 
-    torchrun keeps one store for all of its restarts (torch 2.13), in which a quick process finds the address of a slow one's
-    predecessor: "connection refused", in every restart. On one machine the number of the restart keeps them apart. Machines
-    count their own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (scripts/setup.sh) makes torchrun open a new store.
+    torchrun (torch 2.13) keeps one store for all restarts, in which a fast process may read the address of a process of the
+    previous start ("connection refused"). On a single machine a prefix with the restart's number separates the starts. Several
+    machines count restarts separately; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (scripts/setup.sh) makes torchrun open a new
+    store.
     """
     import torch.distributed as dist
 
@@ -104,7 +106,7 @@ def _meeting_place(world: World, timeout: datetime.timedelta) -> dict[str, Any]:
 
 
 def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """Sum a tensor over all processes, in place; returns it."""
+    """Sums a tensor over all processes, in place; returns it."""
     if world.size > 1:
         import torch.distributed as dist
 
@@ -113,7 +115,7 @@ def all_reduce_sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def broadcast_(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """Rank 0's contiguous tensor on every process, in place; returns it."""
+    """Copies rank 0's contiguous tensor to every process, in place; returns it."""
     if world.size > 1:
         import torch.distributed as dist
 
@@ -122,7 +124,7 @@ def broadcast_(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def totals(values: Sequence[int], world: World) -> list[int]:
-    """Each value summed over all processes, on every process; on the host, so that no GPU is waited for."""
+    """Returns the sums of values over all processes, on every process; computed on the host, without waiting for a GPU."""
     if world.size == 1:
         return list(values)
     import torch
@@ -134,7 +136,7 @@ def totals(values: Sequence[int], world: World) -> list[int]:
 
 
 def largest(value: int, world: World) -> int:
-    """The largest of all processes' values, on every process; on the host, so that no GPU is waited for."""
+    """Returns the maximum over all processes, on every process; computed on the host, without waiting for a GPU."""
     if world.size == 1:
         return value
     import torch
@@ -146,7 +148,7 @@ def largest(value: int, world: World) -> int:
 
 
 def gather_objects(value: Any, world: World, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every process's `value` (small, picklable), in rank order, on every process; over the default group if none is given."""
+    """Returns every process's `value` (small, picklable) in rank order, on every process. group: None for the default one."""
     if world.size == 1:
         return [value]
     import torch.distributed as dist
@@ -157,7 +159,7 @@ def gather_objects(value: Any, world: World, group: dist.ProcessGroup | None = N
 
 
 def own_group(world: World, timeout_s: float) -> dist.ProcessGroup | None:
-    """A group of all processes for one thread's use (gloo: objects and CPU tensors); every process calls it."""
+    """Creates a gloo group of all processes (objects and CPU tensors) for use by one thread; every process calls it."""
     if world.size == 1:
         return None
     import torch.distributed as dist
@@ -167,7 +169,7 @@ def own_group(world: World, timeout_s: float) -> dist.ProcessGroup | None:
 
 
 def broadcast_object(value: Any, world: World) -> Any:
-    """Rank 0's `value` on every process."""
+    """Returns rank 0's `value` on every process."""
     if world.size == 1:
         return value
     import torch.distributed as dist

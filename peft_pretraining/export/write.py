@@ -48,7 +48,7 @@ def export(
     """Write the checkpoint's model to the folder `out`, complete or not at all.
 
     Args:
-        path: a checkpoint, or a run's folder, whose newest sound one is taken.
+        path: a checkpoint, or a run's folder, whose newest intact checkpoint is used.
         keep_factors: B, A, the sparse values and the support instead of dense weights.
         dtype: of the weights; that of the run by default. Merged in the wider one of both.
         shard_bytes: the most in one file.

@@ -1,6 +1,6 @@
-"""The memory account of a run: bytes by class and at the peak, per process; no torch.
+"""Predicts the memory of a run per process: bytes by class, and their peak; this module does not import torch.
 
-`py` counts tensors exactly, `peak.py` says which of them are alive together. Bytes.
+`counts.py` counts tensors, `peak.py` computes which of them are allocated at the same time.
 """
 
 from __future__ import annotations
@@ -31,33 +31,34 @@ CLASSES = (
     *("parameters", "support", "gradients", "optimizer"),
     *("activations", "loss", "scratch", "runtime"),
 )
-# On a CPU: Python, torch, transformers, datasets and wandb, imported and idle, 0.51e9 resident with the pinned versions, and some
-# 0.2e9 of freed blocks that malloc keeps (measured at 60M and 130M). On a GPU: the CUDA context and its libraries.
+# On a CPU: 0.51e9 resident for Python and the imported libraries (torch, transformers, datasets, wandb; pinned versions) plus
+# about 0.2e9 of freed blocks that malloc keeps (measured at 60M and 130M). On a GPU: the CUDA context and its libraries.
 _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
-# Gaps that malloc leaves between the activations of one process, relative to them: a block that was freed has no room for
-# another of its size, since torch asks for aligned ones (measured at 130M and 350M; docs/md).
+# Gaps that malloc leaves between activations, relative to their size: torch asks for aligned blocks, so a freed block does not
+# fit another block of its size (measured at 130M and 350M; docs/memory.md).
 _GAPS = 0.3
-# Elements of a slice where an optimizer steps in slices (optim/slices.py), and bytes per element that stochastic rounding takes.
+# Elements of a slice, for optimizers that step in slices (optim/slices.py), and bytes per element of stochastic rounding.
 _SLICE_ELEMENTS = 2**21
 _ROUNDING_SCRATCH = 36
-# torch.linalg.svd in float32, its results included: so many elements per element of the matrix, and of a square of its shorter
-# side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024) within 10 % for upright matrices, less for lying ones.
+# Memory of torch.linalg.svd in float32, results included: elements per element of the matrix, and per element of a square of its
+# shorter side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024): within 10 % for tall matrices, less for wide ones.
 _SVD_PER_ELEMENT, _SVD_PER_SQUARE = 3, 4
-# A restart that rebalances a layer, in float32, with the new factors and what LAPACK needs: so many elements per element of B and
-# A and per element of their r x r core. Measured on a CPU (1376 x 512 to 5461 x 2048, r a quarter of the shorter side): 11 % less
-# to 8 % more.
+# Memory of rebalancing a layer at a restart, in float32, new factors and LAPACK's workspace included: elements per element of B
+# and A, and per element of their r x r core. Measured on a CPU (1376 x 512 to 5461 x 2048, r a quarter of the shorter side):
+# the measured value is 11 % lower to 8 % higher.
 _REBALANCE_PER_ELEMENT, _REBALANCE_PER_SQUARE = 2, 16
-# --init svd, in float64: per element of the dense weight and of a square of its shorter side. Measured likewise: 11 % less to 2 %
-# more.
+# Memory of --init svd, in float64: elements per element of the dense weight, and per element of a square of its shorter side.
+# Measured in the same way: 11 % lower to 2 % higher.
 _START_PER_ELEMENT, _START_PER_SQUARE = 1, 5
-_BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel; a tensor that is larger has a bucket of its own
+# DistributedDataParallel's bucket size; a larger tensor has its own bucket.
+_BUCKET_BYTES = 25 * 2**20
 
 
 def account(setting: Setting) -> dict[str, int]:
-    """Bytes by class, "total" (their sum) and "peak" (the most that is alive at one time).
+    """Returns bytes by class, "total" (their sum) and "peak" (the most that is allocated at one time).
 
-    Of several processes with --parallel fsdp, process 0's, whose parts are the largest. Layers gathered for a while and buffers
-    of collectives count as scratch, gradients that accumulate whole as gradients.
+    With --parallel fsdp the figures are those of process 0, whose parts are the largest. Gathered layers and buffers of
+    collectives count as scratch; gradients that are accumulated whole count as gradients.
     """
     groups = parameter_groups(setting)
     units = units_of(setting.model, groups, setting.parts)
@@ -92,23 +93,23 @@ def account(setting: Setting) -> dict[str, int]:
     moments = of_parts(setting, working, units, trained) if setting.sharded else of_whole(setting, working)
     copy = _copy_of_state(setting, static)
     scratch = max(moment.scratch for moment in moments) + copy
-    found = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
-    constant = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
-    found["total"] = sum(found[name] for name in CLASSES)
-    found["peak"] = constant + max(sum(moment) for moment in moments) + copy
-    return found
+    sizes = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
+    constant = sum(sizes[name] for name in ("parameters", "support", "optimizer", "runtime"))
+    sizes["total"] = sum(sizes[name] for name in CLASSES)
+    sizes["peak"] = constant + max(sum(moment) for moment in moments) + copy
+    return sizes
 
 
 def _runtime(setting: Setting, activations: int) -> int:
-    """What is there beside tensors."""
-    # Larger blocks are the system's as soon as they are freed.
+    """Returns bytes that are not tensors: libraries, CUDA context, and gaps between activations."""
+    # Larger blocks leave no gaps: they are returned to the system as soon as they are freed.
     block = setting.batch_size * setting.max_length * setting.model.hidden_size * DTYPE_BYTES[setting.computes_in]
     leaves_gaps = setting.device_type == "cpu" and not setting.sharded and block < LARGE_BLOCK_BYTES
     return _RUNTIME[setting.device_type] + (int(_GAPS * activations) if leaves_gaps else 0)
 
 
 def parameter_groups(setting: Setting) -> list[TensorGroup]:
-    """Every parameter of the run, grouped by shape."""
+    """Returns every parameter of the run, grouped by shape."""
     return tensor_groups(
         setting.model,
         method=setting.peft_model,
@@ -143,14 +144,14 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
 
 
 def _copy_of_state(setting: Setting, static: dict[str, int]) -> int:
-    """What --async_save writes from; it stays from the first save on. That of a GPU's state is in the machine's memory."""
+    """Returns bytes of --async_save's copy of the state, which stays allocated; on a GPU it is in host memory and counts 0."""
     if not setting.async_save or setting.device_type != "cpu":
         return 0
     return sum(static[name] for name in ("parameters", "support", "optimizer"))
 
 
 def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
-    """Gradients in another dtype for their all-reduce: those of one of DDP's buckets, or of one tensor in per-layer updates."""
+    """Returns bytes of gradients converted for the all-reduce: a DDP bucket's, or one tensor's in per-layer updates."""
     if setting.world_size == 1 or setting.sharded or setting.reduces_in == setting.dtype:
         return 0
     bucket = max(_BUCKET_BYTES // DTYPE_BYTES[setting.dtype], largest)
@@ -158,12 +159,13 @@ def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
 
 
 def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
-    """Whether a linear (out, in) is computed by its factors, as sparse_lora.functional decides for its own layers."""
+    """Tells whether a linear (out, in) takes the factored path, as sparse_lora.functional decides for its own layers."""
     if not setting.method.factored:
         return setting.method.replaces_linears
     if setting.linear_path != "auto":
         return setting.linear_path == "factored"
-    from sparse_lora.cost import cheaper_path  # the package imports torch, which refused arguments must not wait for
+    # Imported here because the package imports torch, which would delay error messages for wrong arguments.
+    from sparse_lora.cost import cheaper_path
 
     support = _support(setting)
     kind, nnz = (setting.support, support.nonzeros(*shape, setting.sp_ratio)) if support else ("none", 0)
@@ -172,21 +174,22 @@ def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
 
 
 def _support(setting: Setting) -> SupportKind | None:
-    """The kind of support of the sparse part; None without one."""
+    """Returns the kind of support of the sparse part; None without a sparse part."""
     return SUPPORTS[setting.support] if setting.method.sparse else None
 
 
 def _layer_scratch(setting: Setting) -> int:
-    """Temporaries of the backward pass of the linear that has most of them."""
+    """Returns bytes of temporaries in a linear's backward pass, for the linear with the most."""
+    # nn.Linear has none: its weight and gradient are counted in their own classes.
     if not setting.method.replaces_linears:
-        return 0  # weight and gradient are counted as what they are
+        return 0
     if not setting.method.factored:
         return max(_beside_weight(setting, shape) for shape in linear_shapes(setting.model))
     return max(_linear_scratch(setting, shape) for shape in linear_shapes(setting.model))
 
 
 def _lasting_scratch(setting: Setting) -> int:
-    """What stays of the largest weight that is built, or of the largest outputs put in order: a CPU's scratch memory."""
+    """Returns bytes of the CPU's reused scratch memory: the largest weight that is built, or the largest reordered outputs."""
     if not setting.method.replaces_linears or setting.device_type != "cpu":
         return 0
     from sparse_lora.scratch import large_bytes
@@ -198,21 +201,24 @@ def _lasting_scratch(setting: Setting) -> int:
 
 
 def _builds_matrix(setting: Setting, shape: tuple[int, int]) -> bool:
-    """Whether a linear (out, in) makes a matrix of its weight's size: W, or S as a dense one."""
+    """Tells whether a linear (out, in) builds a dense matrix of its weight's size: W, or S as a dense matrix."""
     support = _support(setting)
     return (support is not None and support.stored) or not _is_factored(setting, shape)
 
 
 def _reordered(setting: Setting, shape: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the copy of a linear's outputs, or of their gradients, that a support reorders; 0 rows without one."""
+    """Returns (rows, columns) of the copy of a linear's outputs or gradients that a support reorders; 0 rows if none."""
     support = _support(setting)
     reordered = support is not None and support.reorders_outputs and _is_factored(setting, shape)
     return (setting.batch_size * setting.max_length if reordered else 0, shape[0])
 
 
 def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
-    """Of a linear (out, in): its weight or that weight's gradient, where it is built; the decoded support, values and factors
-    with their gradients; and the gradients of x A^T and, put in order, of the outputs, where it is computed by its factors."""
+    """Returns bytes of temporaries in the backward pass of a linear (out, in).
+
+    Counted: the dense weight or its gradient if it is built; the decoded support; values and factors with their gradients; on the
+    factored path also the gradient of x A^T and reordered output gradients.
+    """
     rows, columns = shape
     width, factored = DTYPE_BYTES[setting.computes_in], _is_factored(setting, shape)
     support = _support(setting)
@@ -231,13 +237,13 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
 
 
 def _beside_weight(setting: Setting, shape: tuple[int, int]) -> int:
-    """Temporaries of a linear's factors in forward and backward, where they stand beside a frozen weight or alone."""
+    """Returns bytes of temporaries of a linear's factors, beside a frozen weight or alone, in forward and backward pass."""
     rows = setting.batch_size * setting.max_length
     return DTYPE_BYTES[setting.computes_in] * (rows * (max(shape) + setting.rank) + setting.rank * sum(shape))
 
 
 def _restart_scratch(setting: Setting) -> int:
-    """Temporaries of a restart: a slice of a weight that factors are merged into, or the balanced factors of a layer."""
+    """Returns bytes of temporaries of a restart: of merging factors into a slice of a weight, or of rebalancing a layer."""
     shapes, rank = linear_shapes(setting.model), setting.rank
     if setting.method.frozen_base:
         rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding else 0
@@ -250,7 +256,7 @@ def _restart_scratch(setting: Setting) -> int:
 
 
 def _start_scratch(setting: Setting) -> int:
-    """Temporaries of --init svd, the dense weight among them, which are a CPU's and there before the optimizer is."""
+    """Returns bytes of temporaries of --init svd, dense weight included; they are in host memory, before the optimizer exists."""
     if setting.init != "svd" or setting.device_type != "cpu" or not setting.method.factored:
         return 0
     largest = max(linear_shapes(setting.model), key=math.prod)
@@ -259,7 +265,7 @@ def _start_scratch(setting: Setting) -> int:
 
 
 def _step_scratch(setting: Setting, largest: int) -> int:
-    """Temporaries of the optimizer's step of the largest tensor, or of the matrix that GaLore needs most for."""
+    """Returns bytes of temporaries of the optimizer's step of the largest tensor, or of GaLore's most demanding matrix."""
     if not setting.method.projected:
         return _plain_step_scratch(setting, largest)
     model = setting.model
@@ -268,7 +274,7 @@ def _step_scratch(setting: Setting, largest: int) -> int:
 
 
 def _subspace_scratch(setting: Setting, shape: tuple[int, int]) -> int:
-    """Of a matrix: the SVD of its gradient, or its projected gradient and step with that step's own temporaries."""
+    """Returns bytes of GaLore's temporaries for a matrix: its gradient's SVD, or its projected gradient, update and step."""
     width, elements = DTYPE_BYTES[setting.dtype], math.prod(shape)
     svd = 4 * (_SVD_PER_ELEMENT * elements + _SVD_PER_SQUARE * min(shape) ** 2) + (4 * elements if width < 4 else 0)
     shapes = subspace_shapes(shape, setting.rank, setting.proj_type)

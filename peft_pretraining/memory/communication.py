@@ -1,7 +1,7 @@
-"""What processes exchange in an update, and how long updates take in many processes; arithmetic only, no torch.
+"""Predicts how many bytes processes exchange in an update, and how update time scales with processes; does not import torch.
 
-Payloads are what a collective is called with: the whole buffer that is summed, gathered or scattered. Over a ring each of N
-processes sends, and receives, (N - 1) / N of a gathered or scattered payload and twice that of one that is summed everywhere.
+A payload is the whole buffer that a collective sums, gathers or scatters. In a ring each of N processes sends and receives
+(N - 1) / N of a gathered or scattered payload, and twice that of an all-reduced payload.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft_pretraining.memory.setting import Setting
 
 @dataclass(frozen=True)
 class Traffic:
-    """Payloads of one update, bytes. gathered_forward and gathered_backward: of each micro-batch; the others once per update."""
+    """Payloads of one update, bytes. gathered_forward and gathered_backward are per micro-batch, the others per update."""
 
     world_size: int
     micro_batches: int
@@ -30,7 +30,7 @@ class Traffic:
 
     @property
     def all_gathered(self) -> int:
-        """Payload of all gathers of an update."""
+        """Payload of all gathers in an update, bytes."""
         return self.micro_batches * (self.gathered_forward + self.gathered_backward)
 
     @property
@@ -44,17 +44,17 @@ class Traffic:
 
     @property
     def sent_forward(self) -> float:
-        """In the forward pass of a micro-batch."""
+        """Bytes that each process sends in the forward pass of a micro-batch."""
         return self._share * self.gathered_forward
 
     def sent_backward(self, last: bool) -> float:
-        """In the backward pass of a micro-batch; gradients are exchanged in the `last` one of an update."""
+        """Bytes that each process sends in a micro-batch's backward pass; only an update's `last` one exchanges gradients."""
         gradients = 2 * self.all_reduced + self.reduce_scattered if last else 0
         return self._share * (self.gathered_backward + gradients)
 
 
 def traffic(setting: Setting) -> Traffic:
-    """What an update of this run exchanges. Left out: a few numbers for loss, token counts and norms, evaluation, checkpoints.
+    """Returns the traffic of an update, without evaluation, checkpoints and the few numbers for loss, token counts and norms.
 
     DDP sums all gradients, in the last micro-batch, in the reduce dtype. FSDP2 gathers every unit in the forward pass, and all
     but the root's again in the backward pass where reshard_after_forward freed them, in the dtype of the arithmetic; it reduces
@@ -75,52 +75,57 @@ def traffic(setting: Setting) -> Traffic:
 
 
 def full_rank(setting: Setting) -> Setting:
-    """The same run with dense weights."""
+    """Returns the setting of the same run with dense weights."""
     return replace(setting, peft_model="full")
 
 
 @dataclass(frozen=True)
 class Link:
-    """bytes_per_s: what a process sends, and receives at the same time. overlap: share of a pass's communication that can hide
-    behind its arithmetic, 1 for all of it and 0 for none."""
+    """The network link of a process.
+
+    bytes_per_s: bytes sent, and at the same time received, per second. overlap: share of a pass's communication that can run in
+    parallel with its arithmetic, from 0 to 1.
+    """
 
     bytes_per_s: float
     overlap: float = 1.0
 
 
 def backward_share(setting: Setting) -> float:
-    """The backward pass's share of a micro-batch's arithmetic: two products for each of forward's, and forward's once more
-    with activation checkpointing."""
+    """Returns the backward pass's share of a micro-batch's arithmetic.
+
+    The backward pass has two products for each of the forward pass, and repeats the forward pass with activation checkpointing.
+    """
     return 3 / 4 if setting.activation_checkpointing else 2 / 3
 
 
 def update_seconds(setting: Setting, tokens_per_s: float, link: Link) -> float:
-    """Seconds of an update. tokens_per_s: of one process that need not wait for others, measured.
+    """Predicts the seconds of an update. tokens_per_s: measured speed of one process that waits for no other.
 
-    Forward and backward pass of every micro-batch take the longer of arithmetic and communication (overlap 1) or their sum
-    (overlap 0). Left out: latency, the step, and that a pass's first gather and last reduction have nothing to hide behind.
+    Forward and backward pass of every micro-batch take the maximum of arithmetic and communication (overlap 1) or their sum
+    (overlap 0). Ignored: latency, the optimizer's step, and that a pass's first gather and last reduction cannot overlap.
     """
-    found = traffic(setting)
+    payloads = traffic(setting)
     micro_batch = setting.batch_size * setting.max_length / tokens_per_s
     backward = backward_share(setting) * micro_batch
     forward = micro_batch - backward
     earlier = setting.gradient_accumulation - 1
     return (
-        setting.gradient_accumulation * _together(forward, found.sent_forward, link)
-        + earlier * _together(backward, found.sent_backward(last=False), link)
-        + _together(backward, found.sent_backward(last=True), link)
+        setting.gradient_accumulation * _pass_seconds(forward, payloads.sent_forward, link)
+        + earlier * _pass_seconds(backward, payloads.sent_backward(last=False), link)
+        + _pass_seconds(backward, payloads.sent_backward(last=True), link)
     )
 
 
-def _together(arithmetic: float, sent: float, link: Link) -> float:
+def _pass_seconds(arithmetic: float, sent: float, link: Link) -> float:
     communication = sent / link.bytes_per_s
     return arithmetic + communication - link.overlap * min(arithmetic, communication)
 
 
 def in_processes(setting: Setting, world_size: int) -> Setting:
-    """The same update, of as many sequences, in another number of processes.
+    """Returns the setting of an update of the same number of sequences in another number of processes.
 
-    The micro-batch stays where it can and shrinks where a process's share is smaller; shares are rounded up.
+    The micro-batch keeps its size unless a process's share is smaller; shares are rounded up.
     """
     sequences = setting.batch_size * setting.gradient_accumulation * setting.world_size
     share = math.ceil(sequences / world_size)
@@ -131,8 +136,10 @@ def in_processes(setting: Setting, world_size: int) -> Setting:
 
 @dataclass(frozen=True)
 class Scaling:
-    """An update of a fixed number of sequences in `world_size` processes. efficiency: of tokens_per_s per process, against one
-    process that waits for nobody."""
+    """Predicted speed of an update in `world_size` processes.
+
+    efficiency: tokens_per_s per process, relative to one process that waits for no other.
+    """
 
     world_size: int
     seconds_per_update: float
@@ -141,31 +148,34 @@ class Scaling:
 
 
 def scaling(setting: Setting, world_size: int, tokens_per_s: float, link: Link) -> Scaling:
-    """How fast the setting's update would be in `world_size` processes."""
+    """Predicts the speed of the setting's update in `world_size` processes."""
     seconds = update_seconds(in_processes(setting, world_size), tokens_per_s, link)
     tokens = setting.batch_size * setting.gradient_accumulation * setting.world_size * setting.max_length
     return Scaling(world_size, seconds, tokens / seconds, tokens / seconds / (world_size * tokens_per_s))
 
 
 def stops_scaling_at(setting: Setting, tokens_per_s: float, link: Link) -> int | None:
-    """The smallest number of processes, of those that share the sequences evenly, whose efficiency is below a half; None where
-    there is none up to a sequence for each process."""
+    """Returns the smallest number of processes that divides the sequences evenly and has an efficiency below one half.
+
+    None if there is no such number up to one sequence per process.
+    """
     sequences = setting.batch_size * setting.gradient_accumulation * setting.world_size
     even = (size for size in range(2, sequences + 1) if sequences % size == 0)
     return next((size for size in even if scaling(setting, size, tokens_per_s, link).efficiency < 0.5), None)
 
 
 def world_sizes(setting: Setting) -> Iterator[int]:
-    """Powers of two up to a sequence for each process, that share the update's sequences evenly, and the setting's own."""
+    """Returns the powers of two, up to one sequence per process, that divide the sequences evenly, and the setting's own size."""
     sequences = setting.batch_size * setting.gradient_accumulation * setting.world_size
     powers = {2**exponent for exponent in range(sequences.bit_length()) if sequences % 2**exponent == 0}
     return iter(sorted(powers | {setting.world_size}))
 
 
 def wire_figures(setting: Setting, bandwidth: float | None, tokens_per_s: float | None) -> dict[str, Any]:
-    """What `estimate` tells of communication, JSON-able.
+    """Returns the communication figures of the `estimate` command, JSON-serialisable.
 
-    bandwidth: 10^9 bytes/s that a process sends, None if unknown. tokens_per_s: of one process, measured; needs bandwidth.
+    bandwidth: bytes that a process sends per second, in 10^9, None if unknown. tokens_per_s: measured speed of one process,
+    None if unknown; used only with a bandwidth.
     """
     own, dense = traffic(setting), traffic(full_rank(setting))
     figures: dict[str, Any] = {
@@ -189,9 +199,9 @@ def wire_figures(setting: Setting, bandwidth: float | None, tokens_per_s: float 
 
 
 def format_wire(figures: dict[str, Any]) -> str:
-    """One line of `wire_figures`' bytes for a terminal."""
+    """Formats the bytes of `wire_figures` as one line for a terminal."""
     if figures["world_size"] == 1:
-        return "nothing: one process"
+        return "none (a single process)"
     parts = {
         "all-reduce": figures["all_reduced"],
         "all-gather": figures["all_gathered"],
@@ -206,20 +216,20 @@ def format_wire(figures: dict[str, Any]) -> str:
 
 
 def format_scaling(figures: dict[str, Any]) -> str:
-    """The table of `wire_figures` with a bandwidth, for a terminal."""
+    """Formats the times of `wire_figures` as a table for a terminal."""
     lines = []
     if "seconds" in figures:
         lines.append(
-            f"communication {figures['seconds']:.3f} s per update, full-rank {figures['seconds_full_rank']:.3f} s, unless hidden"
+            f"communication without overlap {figures['seconds']:.3f} s per update, full-rank {figures['seconds_full_rank']:.3f} s"
         )
     if "overlapped" in figures:
-        lines.append("the same update in more processes; hidden: all communication that fits behind its pass's arithmetic")
-        lines.append(f"{'processes':>9} {'tokens/s hidden':>17} {'efficiency':>10} {'not hidden':>12} {'efficiency':>10}")
+        lines.append("the same update in more processes; overlapped: communication runs in parallel with arithmetic")
+        lines.append(f"{'processes':>9} {'overlapped tok/s':>17} {'efficiency':>10} {'sequential':>12} {'efficiency':>10}")
         for best, worst in zip(*(figures[name]["scaling"] for name in ("overlapped", "not_overlapped")), strict=True):
             lines.append(
                 f"{best['world_size']:>9,} {best['tokens_per_s']:>17,.0f} {best['efficiency']:>10.0%} "
                 f"{worst['tokens_per_s']:>12,.0f} {worst['efficiency']:>10.0%}"
             )
         best, worst = (figures[name]["stops_scaling_at"] or "no number of" for name in ("overlapped", "not_overlapped"))
-        lines.append(f"efficiency below a half from {best} processes on (hidden), {worst} (not hidden)")
+        lines.append(f"efficiency below one half from {best} processes on (overlapped), {worst} (sequential)")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""How many parameters a model has under each method, and how many bytes training takes: arithmetic only, no torch.
+"""Counts a model's parameters under each method and the bytes that training needs; this module does not import torch.
 
-`parameter_counts` is exact. `static_bytes` is what the tensors of a run take, exact for parameters, support, gradients and
-the libraries' optimizer states. `activation_bytes` is an estimate. `paper_estimate` follows the convention of the paper
-(arXiv 2406.02214, appendix F), which counts less; it exists to be compared with the paper's table.
+`parameter_counts` is exact. `static_bytes` is exact for parameters, support, gradients and the libraries' optimizer states.
+`activation_bytes` is an estimate. `paper_estimate` follows the convention of the paper (arXiv 2406.02214, appendix F), which
+leaves out gradients and activations; it exists for comparison with the paper's table.
 
-Letters: L layers, h hidden size, i intermediate size, r rank.
+Notation: L layers, h hidden size, i intermediate size, r rank.
 """
 
 import math
@@ -23,18 +23,21 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def loss_chunk_rows(device_type: str) -> int:
-    """Rows whose logits the loss holds at one time. On a CPU 256 rows stay near its caches; a GPU needs more work per kernel
-    and per update of the head's float32 gradient sum."""
+    """Returns the number of rows whose logits the loss computes at one time.
+
+    On a CPU the logits of 256 rows are small enough for its caches; a GPU needs more work per kernel and per addition to the
+    head's float32 gradient sum.
+    """
     return 256 if device_type == "cpu" else 1024
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Elements, by what they are. total = dense + low_rank + sparse.
+    """Numbers of elements by kind; total = dense + low_rank + sparse.
 
-    dense: embedding, head, norms, biases and the linears that stay whole. low_rank: A, B and trained scales. sparse: values of
-    S. moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
-    rank, sparsity, train_scaling, support: the settings that were counted.
+    dense: embedding, head, norms, biases and dense linears. low_rank: A, B and trained scales. sparse: values of S.
+    moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
+    rank, sparsity, train_scaling, support: the settings for which elements were counted.
     """
 
     total: int
@@ -50,7 +53,7 @@ class Counts:
 
 
 def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
-    """What no method changes: embedding, output head, norms, biases."""
+    """Yields the parameters that no method changes: embedding, output head, norms, biases."""
     h, layers = cfg.hidden_size, cfg.num_hidden_layers
     yield TensorGroup("dense", (cfg.vocab_size, h), 1 if cfg.tie_word_embeddings else 2, embedding=True)
     yield TensorGroup("dense", (h,), 2 * layers + 1)
@@ -60,7 +63,7 @@ def _base_groups(cfg: ModelConfig) -> Iterator[TensorGroup]:
 
 
 class SubspaceShapes(NamedTuple):
-    """Of a matrix that GaLore steps: its projections, None for a side that is not projected, and each of its moments."""
+    """Shapes of a GaLore matrix's projections (None for a side without projection) and of each of its moments."""
 
     left: tuple[int, int] | None  # (out, k)
     right: tuple[int, int] | None  # (k, in)
@@ -68,13 +71,16 @@ class SubspaceShapes(NamedTuple):
 
 
 def subspace_shapes(shape: tuple[int, ...], rank: int, proj_type: str) -> SubspaceShapes:
-    """For a matrix (out, in), k = min(rank, out, in). proj_type: which side is projected, std the shorter one."""
+    """Returns GaLore's shapes for a matrix (out, in) with k = min(rank, out, in).
+
+    proj_type: which side is projected; std projects the shorter side. Raises ValueError on an unknown proj_type.
+    """
     rows, columns = shape
     k = min(rank, rows, columns)
-    upright = rows >= columns
+    tall = rows >= columns
     if proj_type == "full":
         return SubspaceShapes((rows, k), (k, columns), (k, k))
-    if proj_type == "right" or (proj_type == "std" and upright) or (proj_type == "reverse_std" and not upright):
+    if proj_type == "right" or (proj_type == "std" and tall) or (proj_type == "reverse_std" and not tall):
         return SubspaceShapes(None, (k, columns), (rows, k))
     if proj_type in PROJ_TYPES:
         return SubspaceShapes((rows, k), None, (k, columns))
@@ -90,7 +96,7 @@ def tensor_groups(
     train_scaling: bool = False,
     support: str = "uniform",
 ) -> list[TensorGroup]:
-    """Every parameter of the model under `method`, grouped by shape.
+    """Returns every parameter of the model under `method`, grouped by shape.
 
     rank, sparsity (share of entries in S) and support (its kind) are used by the methods that have them. The method decides
     about the linears of attention and MLP; embedding, head and norms stay dense. Raises ValueError on an unknown method.
@@ -117,10 +123,10 @@ def parameter_counts(
     train_scaling: bool = False,
     support: str = "uniform",
 ) -> Counts:
-    """Exact numbers of elements; see Counts and tensor_groups.
+    """Returns exact numbers of elements; see Counts and tensor_groups.
 
-    The paper's moments: every trained element, except that ReLoRA's are counted on the factors only, and GaLore's are r x
-    max(out, in) for each projected matrix, beside a projection of r x min(out, in).
+    `moments` follows the paper's convention: all trained elements, for ReLoRA those of the factors only, and for each matrix that
+    GaLore projects r x max(out, in), with a projection of r x min(out, in).
     """
     choice: dict[str, Any] = {"rank": rank, "sparsity": sparsity, "train_scaling": train_scaling, "support": support}
     groups = tensor_groups(cfg, method=method, **choice)
@@ -141,17 +147,17 @@ def parameter_counts(
 
 
 def paper_bytes(counts: Counts) -> tuple[int, int]:
-    """Bytes of parameters with the support's indices, and of the optimizer, by the paper's convention; see paper_estimate."""
+    """Returns bytes of parameters (support indices included) and of the optimizer by the paper's convention."""
     index_bytes = 8 * counts.sparse if SUPPORTS[counts.support].stored else 0
     return 2 * counts.total + index_bytes, 4 * counts.moments + 2 * counts.projections
 
 
 def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
-    """The memory the paper's table gives, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
+    """Returns memory as in the paper's table, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
 
-    bfloat16 parameters and two bfloat16 moments, 8 bytes of index per nonzero of a uniform support (blocks, which the paper does
-    not have, need none), no gradients, no activations. As printed, each
-    part is rounded to two digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
+    Counted are bfloat16 parameters, two bfloat16 moments, and 8 bytes of index per nonzero of a uniform support (block supports,
+    which are not in the paper, need none), but no gradients and no activations. As in the table, each part is rounded to two
+    digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
     """
     _method(method)
     parameters, optimizer = (round(size / 1e9, 2) for size in paper_bytes(counts))
@@ -171,20 +177,21 @@ def static_bytes(
     proj_type: str = "std",
     parts: int = 1,
 ) -> dict[str, int]:
-    """Bytes of the tensors that live through a whole run: parameters, support, gradients, optimizer.
+    """Returns bytes of the tensors that exist throughout a run: parameters, support, gradients, optimizer.
 
     Args:
-        counts: what parameter_counts gave for `cfg` and `method`.
+        cfg: the model's configuration.
+        counts: the result of parameter_counts for `cfg` and `method`.
         method: a name in METHODS.
-        dtype: bfloat16 | float32 | float64, of parameters and gradients.
-        optimizer: a name in OPTIMIZERS; states as the libraries lay them out.
-        beta1: sgd's momentum and adafactor's first moment; 0 is off.
-        embedding_bits: of the moments of embedding and head with adam8bit and adamw4bit; None: as the others'.
-        stochastic_rounding: the Adam family's steps then count in Python instead of in tensors, but for what GaLore projects.
-        proj_type: of GaLore, see subspace_shapes; its projections, in `dtype`, count as the optimizer's.
-        parts: processes over which FSDP2 divides everything but the supports; counted is what process 0 has, the largest part.
+        dtype: bfloat16 | float32 | float64, dtype of parameters and gradients.
+        optimizer: a name in OPTIMIZERS, with the libraries' layout of states.
+        beta1: sgd's momentum and adafactor's first moment; 0 disables them.
+        embedding_bits: bits of the moments of embedding and head with adam8bit and adamw4bit; None: as for other parameters.
+        stochastic_rounding: Adam's step counts are then Python numbers instead of tensors, except for GaLore's matrices.
+        proj_type: GaLore's side, see subspace_shapes; projections, in `dtype`, count as optimizer memory.
+        parts: processes over which FSDP2 divides everything except the supports; process 0's part, the largest, is counted.
 
-    Gradients are counted whole: every trained parameter has one between backward and the update.
+    Gradients are counted for all trained parameters, as between the backward pass and the optimizer's step.
     """
     whole = tensor_groups(
         cfg,
@@ -218,15 +225,16 @@ def static_bytes(
 
 
 def first_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Shape of process 0's part of a parameter whose rows FSDP2 divides over `parts` processes; no other part is larger."""
+    """Returns the shape of process 0's part, the largest, of a parameter whose rows FSDP2 divides over `parts` processes."""
     return (math.ceil(shape[0] / parts), *shape[1:])
 
 
 def support_bytes(nnz: int, entries: int) -> int:
-    """Bytes that one matrix's stored support takes; none where `entries` is 0, see TensorGroup."""
+    """Returns bytes of one matrix's stored support; 0 if `entries` is 0, see TensorGroup."""
     if not entries:
         return 0
-    from sparse_lora.layout import layout_for  # the package imports torch, which refused arguments must not wait for
+    # Imported here because the package imports torch, which would delay error messages for wrong arguments.
+    from sparse_lora.layout import layout_for
 
     return layout_for(nnz, entries).nbytes
 
@@ -255,16 +263,15 @@ def activation_bytes(
     document_mask: bool = False,
     chunk_rows: int | None = None,
 ) -> dict[str, int]:
-    """Estimate of what one micro-batch keeps for its backward pass: {"activations", "loss"}, bytes.
+    """Estimates the bytes that one micro-batch keeps for its backward pass: {"activations", "loss"}.
 
-    Per token and decoder layer, b bytes per element: each of the two norms keeps its input in float32 (4h), the normalised value
-    and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per head;
-    the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears, low-rank plus sparse ones
-    too, keep nothing but their input, which is one of these, and x A^T where they are computed by their factors: `factored_rank`
-    elements per token over all of a layer's linears. A document mask is one matrix per sequence for all layers. Of a compiled
-    layer torch's partitioner keeps less, computing norms and products again: the input of each norm and its output (4bh), gate,
-    up and their product (3bi). With checkpointing ("layer" or "selective") a layer keeps its input, "selective" also attention's
-    output, and one layer at a time is computed again.
+    Per token and decoder layer, with b bytes per element: each of the two norms keeps its input in float32 (4h), the normalised
+    value and its output (2bh); attention keeps rotated queries and keys, values, its output (b(2h + 2kv)) and one float32 per
+    head; the MLP keeps the gate before and after its activation, up, and their product (4bi). Linears keep only their input,
+    which is one of these tensors; on the factored path also x A^T, `factored_rank` elements per token for all linears of a layer.
+    A document mask is one matrix per sequence for all layers. Of a compiled layer torch's partitioner keeps less and recomputes
+    norms and products: the input and output of each norm (4bh), gate, up and their product (3bi). With checkpointing ("layer" or
+    "selective") a layer keeps its input, "selective" also attention's output, and one layer at a time is recomputed.
     loss: see loss_bytes.
     """
     tokens = batch_size * seq_len
@@ -289,17 +296,17 @@ def activation_bytes(
 
 
 def loss_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int) -> int:
-    """Largest scratch of loss.chunked_cross_entropy for num_rows targets, the head's gradient included, bytes.
+    """Returns the most temporary bytes of loss.chunked_cross_entropy for num_rows targets, the head's gradient included.
 
-    Throughout: the counted hidden rows and their gradient. On top the largest of: a chunk's logits and log-softmax in
-    float32; the logits' gradient in both dtypes and the chunk's gradient of the head; that gradient before and after it is
-    scaled. With several chunks the head's gradient is summed in float32.
+    The rows' hidden states and their gradient exist throughout. Added is the largest of: a chunk's logits and log-softmax in
+    float32; the logits' gradient in both dtypes and the chunk's gradient of the head; the head's gradient before and after it
+    is scaled. With several chunks the head's gradient is summed in float32.
     """
     b, chunk = _element_bytes(dtype), min(num_rows, chunk_rows) * cfg.vocab_size
-    wide = max(4, b)
+    sum_width = max(4, b)
     head = cfg.vocab_size * cfg.hidden_size
-    head_sum = wide * head if num_rows > chunk_rows else 0
-    logits = head_sum + 2 * wide * chunk
-    products = head_sum + ((wide + b) * chunk if b < wide else wide * chunk) + b * head
+    head_sum = sum_width * head if num_rows > chunk_rows else 0
+    logits = head_sum + 2 * sum_width * chunk
+    products = head_sum + ((sum_width + b) * chunk if b < sum_width else sum_width * chunk) + b * head
     scaled = (head_sum or b * head) + b * head
     return 2 * b * num_rows * cfg.hidden_size + max(logits, products, scaled)

@@ -1,7 +1,7 @@
-"""What FSDP2 gathers and reduces together, in elements; no torch.
+"""Sizes, in elements, of the units that FSDP2 gathers and reduces together; this module does not import torch.
 
-A unit is a decoder layer, the embedding, or what belongs to neither: final norm and output head. Every parameter's rows are
-divided over the processes by torch.chunk, and padded to equal parts where something is communicated.
+A unit is a decoder layer, the embedding, or the rest (final norm and output head, the "root"). Every parameter's rows are divided
+over the processes as by torch.chunk, and padded to equal parts for communication.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft_pretraining.methods.method import TensorGroup
 
 @dataclass(frozen=True)
 class Unit:
-    """Elements of a unit's parameters: `whole`, and process 0's `part` of them, which all parts are padded to."""
+    """Elements of a unit's parameters: `whole`, and process 0's `part`, the size to which all parts are padded."""
 
     whole: int = 0
     part: int = 0
@@ -24,13 +24,13 @@ class Unit:
 
     @property
     def padded(self) -> int:
-        """Elements that are gathered or reduced."""
+        """Elements that are gathered or reduced, padding included."""
         return self.part * self.processes
 
 
 @dataclass(frozen=True)
 class Units:
-    """Those of a model: one embedding (empty where it is tied to the head), `num_layers` equal layers, the root's own."""
+    """The FSDP2 units of a model: the embedding (empty if tied to the head), `num_layers` equal layers, and the root."""
 
     embedding: Unit
     layer: Unit
@@ -54,7 +54,7 @@ class Units:
 
 
 def units_of(cfg: ModelConfig, groups: list[TensorGroup], processes: int) -> Units:
-    """The units of a model whose parameters are `groups` (memory.tensor_groups)."""
+    """Returns the units of a model whose parameters are `groups` (see memory.counts.tensor_groups)."""
     layers = cfg.num_hidden_layers
     embedding, layer, root = [], [], []
     for group in groups:
@@ -69,7 +69,7 @@ def units_of(cfg: ModelConfig, groups: list[TensorGroup], processes: int) -> Uni
 
 
 def _unit(shapes: list[tuple[tuple[int, ...], int]], processes: int) -> Unit:
-    """(shape, how many of it) of each parameter."""
+    """Returns the unit of parameters given as (shape, number of parameters of this shape)."""
     return Unit(
         whole=sum(count * math.prod(shape) for shape, count in shapes),
         part=sum(count * math.prod(first_part(shape, processes)) for shape, count in shapes),

@@ -1,4 +1,4 @@
-"""The moments of an update at which most memory is in use, and what is alive in each; no torch. Bytes of one process."""
+"""Predicts memory at the points of an update where it may peak, in bytes of one process; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Moment(NamedTuple):
-    """What is alive at one time beside what always is."""
+    """Bytes allocated at one point of an update, in addition to the memory that is always allocated."""
 
     gradients: int
     activations: int
@@ -23,11 +23,11 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Working:
-    """What an update's moments are made of.
+    """Sizes from which an update's peak is computed, bytes.
 
-    gradients: where all of them are there, or of the largest step. activations, loss: see memory.activation_bytes.
-    layer: temporaries of a linear's backward pass. step: those of the largest step. lasting: what of `layer` is never given back.
-    restart: those of a restart, which comes between two updates.
+    gradients: all gradients, or in per-layer updates those of the largest step. activations, loss: see
+    memory.counts.activation_bytes. layer: temporaries of a linear's backward pass. step: temporaries of the largest optimizer
+    step. lasting: the part of `layer` that is never freed. restart: temporaries of a restart, which happens between two updates.
     """
 
     gradients: int
@@ -39,13 +39,13 @@ class Working:
     restart: int = 0
 
     def layers_left(self, count: int, num_layers: int) -> int:
-        """Activations of so many layers; with checkpointing about half of them are those of the layer that is at work."""
+        """Activations of `count` layers, bytes; with checkpointing about half of all are those of the recomputed layer."""
         return self.activations if count >= num_layers else self.activations * count // num_layers
 
 
 def of_whole(setting: Setting, working: Working) -> list[Moment]:
-    """One process, or DDP, where each has everything: the loss, the backward pass's begin and end, the step."""
-    # DDP's buckets hold all gradients from the first update on; so does accumulation, from its first micro-batch.
+    """Returns the moments of an unsharded run: loss, begin and end of the backward pass, optimizer step, restart."""
+    # All gradients are allocated before the loss if DDP's buckets keep them or if they are accumulated.
     buckets = setting.world_size > 1 and not setting.per_layer
     before = working.gradients if setting.gradient_accumulation > 1 or buckets else 0
     head = DTYPE_BYTES[setting.dtype] * setting.model.vocab_size * setting.model.hidden_size
@@ -62,42 +62,41 @@ def of_whole(setting: Setting, working: Working) -> list[Moment]:
 
 
 def of_parts(setting: Setting, working: Working, units: Units, trained: Units) -> list[Moment]:
-    """FSDP2, where each process has a part of every parameter. Its order of events, torch 2.13:
+    """Returns the moments of a run sharded by FSDP2, in the order of events of torch 2.13.
 
-    Forward: the root's parameters are gathered and stay until the end of the backward pass. A unit is gathered into a flat
-    buffer, copied out of it, and freed afterwards unless reshard_after_forward is off; the flat buffer waits for the next one.
-    Backward: while a layer is at work, the next one's flat buffer is filled. Its whole gradient is copied into the input of a
-    reduce-scatter, which stays until the layer before it comes to the same point. Embedding and root get no gradient of their
-    inputs, so that theirs wait, whole, for the end of the pass.
-    gloo takes another buffer of the payload's size for a gather or a reduce-scatter.
+    Forward pass: the root's parameters are gathered and stay until the end of the backward pass. A unit is gathered into a flat
+    buffer, copied out of it, and freed afterwards unless reshard_after_forward is off; the flat buffer stays until the next
+    gather. Backward pass: while a layer is computed, the next layer's flat buffer is filled. A layer's whole gradient is copied
+    into the input of a reduce-scatter, which stays until the next layer reaches the same point. The gradients of embedding and
+    root stay whole until the end of the pass. gloo needs another buffer of the payload's size for a gather or a reduce-scatter.
 
-    units: what is gathered. trained: of it, what has gradients.
+    units: units of all parameters. trained: units of the parameters that have gradients.
     """
     buffers, num_layers = _Buffers(setting, units, trained), units.num_layers
     before = min(working.gradients, buffers.gradients(0))
-    found = [
+    moments = [
         Moment(before, 0, 0, buffers.gathering_embedding),
         Moment(before, working.activations, working.loss, buffers.at_loss),
     ]
-    # From layer to layer all changes evenly, but at the first, which has no reduce-scatter before it, and the last, which has the
-    # embedding after it.
+    # Memory changes linearly over the layers except at the first (no reduce-scatter before it) and the last (the embedding
+    # follows), so two layers at either end suffice.
     for number in sorted({0, 1, num_layers - 2, num_layers - 1} & set(range(num_layers))):
         gradients = min(working.gradients, buffers.gradients(number))
         left, below = (working.layers_left(num_layers - number - done, num_layers) for done in (0, 1))
         if setting.device_type == "cpu":
-            # malloc keeps what a layer's backward pass frees, blocks of less than 4 MiB between gradients that stay.
+            # malloc keeps the blocks below 4 MiB that a layer's backward pass frees between gradients that stay.
             left = below = working.activations
-        found += [
+        moments += [
             Moment(gradients, left, 0, buffers.layer_begins(number, working.layer)),
             Moment(gradients, below, 0, buffers.layer_ends(number, working.layer, working.step)),
         ]
     gradients = min(working.gradients, buffers.gradients(num_layers))
     at_end = Moment(gradients, 0, 0, buffers.pass_ends(working.step))
-    return [*found, at_end, Moment(working.gradients, 0, 0, working.step), Moment(0, 0, 0, working.restart)]
+    return [*moments, at_end, Moment(working.gradients, 0, 0, working.step), Moment(0, 0, 0, working.restart)]
 
 
 class _Buffers:
-    """What FSDP2 holds for a while: gathered parameters, whole gradients, inputs of reduce-scatters. Bytes."""
+    """Computes FSDP2's temporary buffers: gathered parameters, whole gradients, inputs of reduce-scatters. Bytes."""
 
     def __init__(self, setting: Setting, units: Units, trained: Units):
         self.units, self.trained, self.resharded = units, trained, setting.reshard_after_forward
@@ -111,33 +110,33 @@ class _Buffers:
         return self._compute * unit.padded
 
     def _gradient(self, unit: Unit, fresh: bool = True) -> int:
-        """Of the micro-batch at work. With accumulation what is not `fresh` is already part of the sum."""
+        """Whole gradient of a unit in this micro-batch; with accumulation a gradient that is not `fresh` is part of the sum."""
         return self._compute * unit.whole if fresh or not self.accumulates else 0
 
     def _reduced(self, unit: Unit) -> int:
         return self._reduce * unit.padded
 
     def _gathered_before(self, layers: int) -> int:
-        """The root, and where nothing is freed after forward also the embedding and `layers` layers."""
+        """Gathered parameters: the root's and, unless they are freed after the forward pass, those of embedding and layers."""
         return self.root + (0 if self.resharded else self.embedding + layers * self.layer)
 
     def gradients(self, layers: int) -> int:
-        """After the reduce-scatter of so many layers: their parts, and of the others what earlier micro-batches left."""
+        """Gradients after the reduce-scatter of `layers` layers: their parts, and earlier micro-batches' sums for the rest."""
         sums = self._reduce * (self.trained.whole - layers * self.trained.layer.whole) if self.accumulates else 0
         return sums + (0 if self.per_layer else layers * self.trained.layer.part * self._width)
 
     @property
     def gathering_embedding(self) -> int:
-        """The first gather but one: the root's flat buffer is still there."""
+        """Buffers during the embedding's gather, the second one: the root's flat buffer is still allocated."""
         return 2 * self.root + (2 if self.gloo else 1) * self.embedding
 
     @property
     def at_loss(self) -> int:
-        """The last layer's flat buffer is still there."""
+        """Buffers at the loss: the last layer's flat buffer is still allocated."""
         return self._gathered_before(self.units.num_layers) + self.layer
 
     def _at_layer(self, number: int) -> int:
-        """Gathered parameters, the head's gradient, the input of the reduce-scatter before; `number` layers are done."""
+        """Buffers after the backward pass of `number` layers: gathered parameters, head gradient, last reduce-scatter's input."""
         held = self._gathered_before(self.units.num_layers - number) + self._gradient(self.trained.root, fresh=False)
         if self.resharded:
             following = self.embedding if number == self.units.num_layers - 1 else self.layer
@@ -145,12 +144,12 @@ class _Buffers:
         return held + (self._reduced(self.trained.layer) if number else 0)
 
     def layer_begins(self, number: int, temporaries: int) -> int:
-        """The next one is gathered beforehand."""
+        """Buffers at the start of a layer's backward pass, in which the next layer is already gathered."""
         gathering = self.layer if self.gloo and self.resharded else 0
         return self._at_layer(number) + max(temporaries, gathering)
 
     def layer_ends(self, number: int, temporaries: int, step: int) -> int:
-        """The layer's gradients are complete; then they lie in the input of their reduce-scatter, and the layer is freed."""
+        """Buffers at the end of a layer's backward pass: its gradients complete, or copied for their reduce-scatter."""
         gradient, reduced = self._gradient(self.trained.layer), self._reduced(self.trained.layer)
         before = self._at_layer(number)
         reducing = before - self.layer - (reduced if number else 0) + reduced + self._reduce * self.trained.layer.part
@@ -158,7 +157,7 @@ class _Buffers:
         return max(before + gradient + temporaries, reducing + moved)
 
     def pass_ends(self, step: int) -> int:
-        """The embedding's gradient is complete; then the root's is reduced, of which torch keeps the last tensor meanwhile."""
+        """Buffers at the pass's end: the embedding's gradient complete, or the root's being reduced with its last tensor kept."""
         head = self._gradient(self.trained.root, fresh=False)
         complete = self.root + self._reduced(self.trained.layer) + head + self._gradient(self.trained.embedding)
         reduced, part = self._reduced(self.trained.root), self._reduce * self.trained.root.part

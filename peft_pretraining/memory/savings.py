@@ -1,4 +1,4 @@
-"""What would make a run's memory fit: changes of single flags, and those that together reach a limit; no torch."""
+"""Proposes flags that lower a run's memory, singly or together until a limit is reached; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_pretraining.memory.setting import Setting
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of one flag: its name, the text to add to the command, and the peak that it leaves."""
+    """A change of one flag: its name, the text to add to the command, the resulting peak (bytes) and setting."""
 
     flag: str
     text: str
@@ -22,32 +22,33 @@ class Saving:
 
 
 def savings(setting: Setting) -> list[Saving]:
-    """Changes of single flags that lower the peak, the largest saving first; another method comes last."""
-    here = account(setting)["peak"]
-    found = []
+    """Returns changes of single flags that lower the peak, the largest saving first; a change of the method comes last."""
+    current_peak = account(setting)["peak"]
+    options = []
     for flag, value, change in _changes(setting):
         changed = replace(setting, **change)
         peak = account(changed)["peak"]
-        if peak < here:
-            found.append(Saving(flag, f"--{flag} {value}".strip(), peak, changed))
-    return sorted(found, key=lambda saving: (saving.flag == "peft_model", saving.peak))
+        if peak < current_peak:
+            options.append(Saving(flag, f"--{flag} {value}".strip(), peak, changed))
+    return sorted(options, key=lambda saving: (saving.flag == "peft_model", saving.peak))
 
 
 def fitting_flags(setting: Setting, limit: int) -> list[Saving]:
-    """Changes that together bring the peak to `limit` or below, in the order of what they save; [] where nothing does."""
+    """Returns changes that together lower the peak to `limit` bytes or below, the most effective first; [] if impossible."""
     taken: dict[str, Saving] = {}
     while account(setting)["peak"] > limit:
         options = savings(setting)
         if not options:
             return []
-        taken.pop(options[0].flag, None)  # a batch size halved again stands in for the first halving
+        # A flag changed again (a batch size halved twice) replaces its earlier change.
+        taken.pop(options[0].flag, None)
         taken[options[0].flag] = options[0]
         setting = options[0].setting
     return list(taken.values())
 
 
 def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(flag, value, fields of the setting): what could take less memory."""
+    """Yields (flag, value, changed fields of the setting) for each flag that could lower memory."""
     method, optimizer = setting.method, OPTIMIZERS[setting.optimizer]
     if setting.world_size > 1 and not setting.sharded and optimizer.shardable and not method.projected:
         yield "parallel", "fsdp", {"parallel": "fsdp"}
@@ -56,7 +57,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if setting.activation_checkpointing is None:
         yield "activation_checkpointing", "", {"activation_checkpointing": "layer"}
     if setting.batch_size % 2 == 0:
-        # The same update in twice as many micro-batches.
+        # The update stays the same: twice as many micro-batches of half the size.
         half, twice = setting.batch_size // 2, 2 * setting.gradient_accumulation
         yield "batch_size", str(half), {"batch_size": half, "gradient_accumulation": twice}
     if setting.dtype != "bfloat16":
@@ -71,7 +72,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if setting.embedding_bits == 32:
         yield "embedding_states", "8bit", {"embedding_bits": 8}
     if method.lighter is not None:
-        # A published name of the optimizer may be all that says which method it is now.
+        # The published optimizer name, because --optimizer galore_... may be the only flag that selects galore.
         own_name = f" --optimizer {setting.optimizer}" if method.projected else ""
         value = f"{method.lighter} --rank {setting.rank} --sp_ratio {setting.sp_ratio}{own_name}"
         yield "peft_model", value, {"peft_model": method.lighter}

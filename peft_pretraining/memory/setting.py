@@ -1,4 +1,4 @@
-"""What the memory and the communication of a run depend on."""
+"""The settings that a run's memory and communication depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_pretraining.methods.method import Method
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that memory depends on; names as on the command line."""
+    """All values that a run's memory depends on, named as on the command line."""
 
     model: ModelConfig
     peft_model: str
@@ -50,17 +50,17 @@ class Setting:
 
     @property
     def gradients_stay(self) -> bool:
-        """Whether all gradients are there at once: always but in per-layer updates of a single micro-batch."""
+        """True if all gradients are allocated at once: always, except in per-layer updates of a single micro-batch."""
         return not self.per_layer or self.gradient_accumulation > 1
 
     @property
     def sharded(self) -> bool:
-        """Whether each process has a part of every parameter only."""
+        """True if each process holds only a part of every parameter."""
         return self.parallel == "fsdp" and self.world_size > 1
 
     @property
     def parts(self) -> int:
-        """In how many parts a parameter is divided over the processes."""
+        """The number of parts into which a parameter is divided over the processes."""
         return self.world_size if self.sharded else 1
 
     @property
@@ -80,7 +80,7 @@ class Setting:
 
 
 def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str, accumulation: int, device_type: str) -> Setting:
-    """What the memory account needs to know of a run."""
+    """Returns the memory setting of a run."""
     return Setting(
         model=model,
         peft_model=args.peft_model,

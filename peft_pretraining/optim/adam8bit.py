@@ -1,4 +1,4 @@
-"""Adam with 8-bit moments by bitsandbytes, stepped in slices: the same bits, without scratch of the tensor's size."""
+"""bitsandbytes' Adam with 8-bit moments, stepped in slices to avoid temporaries of the tensor's size."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import torch
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_, slices
 
-_CODE_BOOKS: dict[str, torch.Tensor] = {}  # what codes stand for; filled by bitsandbytes, shared by all instances
+# Code books (the values that codes stand for), filled by bitsandbytes and shared by all instances.
+_CODE_BOOKS: dict[str, torch.Tensor] = {}
 
 
 class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
-    """bitsandbytes' Adam8bit; parameter groups may ask for 32-bit moments by `state_bits`: 32.
+    """bitsandbytes' Adam8bit, stepped in slices; a parameter group with `state_bits`: 32 has 32-bit moments.
 
-    On a CPU bitsandbytes holds 24 bytes of temporaries per element of a tensor; its kernels work block by block, so slices of
-    whole blocks give the same bits (tests/optim). On a GPU they hold none, and a tensor is stepped whole unless it is rounded.
+    On a CPU bitsandbytes needs 24 bytes of temporaries per element of a tensor. Its kernels work block by block, so slices of
+    whole blocks give bit-identical results (tests/optim). On a GPU its kernels need no temporaries, and a tensor is stepped whole
+    unless it is rounded stochastically.
 
     Args:
-        names: of the parameters, which key the rounding's noise.
-        rounding: for bfloat16 parameters; None rounds to nearest.
+        params: parameters or parameter groups.
+        names: the name of each parameter, which keys the noise of stochastic rounding.
+        rounding: stochastic rounding of bfloat16 parameters; None rounds to nearest.
+        settings: further arguments of bitsandbytes' Adam8bit.
     """
 
     quantises = True
@@ -35,20 +39,20 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
         self._names, self._rounding = names, rounding
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
-        """As bitsandbytes', with the group's own number of bits."""
+        """Returns bitsandbytes' configuration of a parameter, with the number of bits of its group."""
         config: dict[str, Any] = super().get_config(gindex, pindex, group)
         config["optim_bits"] = group.get("state_bits", config["optim_bits"])
         return config
 
     def prepare_states(self) -> None:
-        """Make the moments of every parameter now instead of in its first step."""
+        """Creates the moments of every parameter now instead of in its first step."""
         for gindex, group in enumerate(self.param_groups):
             for pindex, parameter in enumerate(group["params"]):
                 self.init_state(group, parameter, gindex, pindex)
 
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
-        """One step of one parameter; called by bitsandbytes' step()."""
+        """Steps one parameter; called by bitsandbytes' step()."""
         assert p.grad is not None
         state, config = self.state[p], self.get_config(gindex, pindex, group)
         state["step"] += 1
@@ -57,7 +61,7 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
         noise = None if rounding is None else rounding.generator(self._names[p], state["step"], p.device)
         size = SLICE_ELEMENTS if p.device.type == "cpu" or rounding is not None else p.numel()
         for part in slices(p.numel(), size):
-            # The kernels want gradient and parameter in one dtype.
+            # The kernels require gradient and parameter to have the same dtype.
             target = values[part] if noise is None else values[part].float()
             _update_slice(state, config, part, target, grad[part].to(target.dtype))
             if noise is not None:

@@ -1,4 +1,4 @@
-"""Adam by torchao's arithmetic, stepped in slices: 4- and 8-bit moments, and bfloat16 parameters with stochastic rounding."""
+"""Adam with torchao's arithmetic, stepped in slices: 4- and 8-bit moments, and stochastic rounding of bfloat16 parameters."""
 
 from __future__ import annotations
 
@@ -24,16 +24,21 @@ _KINDS: dict[int, tuple[Any, int, int]] = {4: (OptimState4bit, 128, 2), 8: (Opti
 
 
 class SlicedAdam(torch.optim.Optimizer):
-    """Adam or AdamW whose moments have 4 bits (arXiv 2309.01507), 8, 32, or the parameter's own dtype.
+    """Adam or AdamW with moments of 4 bits (arXiv 2309.01507), 8 bits, 32 bits, or the parameter's dtype.
 
-    A tensor with quantised moments keeps those of an incomplete last block in float32, tensors of fewer than 4,096 elements
-    all of them. The state is plain tensors, so that any checkpoint can hold it.
+    Moments of an incomplete last block, and of tensors with fewer than 4,096 elements, stay in float32. The state consists of
+    plain tensors, so that any checkpoint can store it.
 
     Args:
         params: parameters or groups; a group's `state_bits` is 4, 8, 32, or None for the parameter's dtype.
-        names: of the parameters, which key the rounding's noise.
-        decoupled: weight decay as AdamW has it, otherwise added to the gradient.
-        rounding: for bfloat16 parameters; None rounds to nearest.
+        names: the name of each parameter, which keys the noise of stochastic rounding.
+        lr: learning rate.
+        weight_decay: coefficient of weight decay.
+        decoupled: True for AdamW's weight decay; False adds it to the gradient.
+        state_bits: bits of the moments of groups without `state_bits`.
+        rounding: stochastic rounding of bfloat16 parameters; None rounds to nearest.
+        betas: decay rates of the first and second moment.
+        eps: term added to the denominator.
     """
 
     def __init__(
@@ -56,14 +61,14 @@ class SlicedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Steps every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_one(parameter, parameter.grad.reshape(-1), group)
 
     def prepare_states(self) -> None:
-        """Make the moments of every parameter now instead of in its first step."""
+        """Creates the moments of every parameter now instead of in its first step."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter].update(_new_state(parameter, group["state_bits"]))
@@ -82,7 +87,7 @@ class SlicedAdam(torch.optim.Optimizer):
             moments = [_moment(state, number, part, quantised, bits) for number in (1, 2)]
             values = parameter.view(-1)[part]
             target = values if noise is None else values.float()
-            # torchao's function takes step and rate as tensors and, in the sixth place, AMSGrad's maximum.
+            # torchao's function takes step and learning rate as tensors; its sixth argument is AMSGrad's maximum.
             step, lr = torch.tensor(float(state["step"])), torch.tensor(group["lr"], dtype=torch.float32)
             single_param_adam(target, grad[part], step, *moments, None, lr, *hyperparameters)
             if noise is not None:
@@ -90,21 +95,21 @@ class SlicedAdam(torch.optim.Optimizer):
 
 
 def quantised_elements(num_elements: int, bits: int | None) -> int:
-    """Elements of a tensor whose moments are quantised: its whole blocks, none of a small one."""
+    """Returns how many elements of a tensor have quantised moments: those in whole blocks, none of a small tensor."""
     if bits not in _KINDS or num_elements < SMALLEST_SLICE:
         return 0
     return num_elements - num_elements % _KINDS[bits][1]
 
 
 def _parts(num_elements: int, quantised: int) -> Iterator[slice]:
-    """Slices of the quantised elements, then of the others."""
+    """Yields slices of the quantised elements, then slices of the remaining elements."""
     yield from slices(quantised, SLICE_ELEMENTS)
     for part in slices(num_elements - quantised, SLICE_ELEMENTS):
         yield slice(part.start + quantised, part.stop + quantised)
 
 
 def _new_state(parameter: nn.Parameter, bits: int | None) -> dict[str, Any]:
-    """Zero moments: codes and scales of the whole blocks, plain numbers of the rest."""
+    """Returns zero moments: codes and scales for the whole blocks, plain numbers for the rest."""
     device, quantised = parameter.device, quantised_elements(parameter.numel(), bits)
     state: dict[str, Any] = {"step": 0}
     for number, signed in ((1, True), (2, False)):
@@ -119,7 +124,7 @@ def _new_state(parameter: nn.Parameter, bits: int | None) -> dict[str, Any]:
 
 
 def _moment(state: dict[str, Any], number: int, part: slice, quantised: int, bits: int | None) -> torch.Tensor:
-    """The part of a moment that a slice of the parameter belongs to, as a view that can be written."""
+    """Returns a writable view of the part of a moment that belongs to a slice of the parameter."""
     if part.start >= quantised or bits is None:
         plain: torch.Tensor = state[f"moment{number}"].view(-1)[part.start - quantised : part.stop - quantised]
         return plain

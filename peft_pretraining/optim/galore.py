@@ -1,4 +1,4 @@
-"""GaLore (arXiv 2403.03507): matrices are stepped in a subspace that their gradient's singular vectors span."""
+"""GaLore (arXiv 2403.03507): steps matrices in the subspace spanned by singular vectors of their gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from peft_pretraining.memory.counts import subspace_shapes
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
 from peft_pretraining.optim.updates import PreparesStates, set_lr
 
-# Of a matrix's state; whatever else is in it belongs to the optimizer of the subspace.
+# Keys of a matrix's state; all other keys belong to the optimizer of the subspace.
 _LEFT, _RIGHT, _UPDATES = "projection_left", "projection_right", "num_updates"
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """rank: of the projections. gap: updates between two of them. scale: of what goes back to the weights.
+    """GaLore's settings.
 
-    proj_type: std | reverse_std | right | left | full, see memory.subspace_shapes.
+    rank: rank of the projections. gap: updates between two computations of the projections. scale: factor of the projected-back
+    update. proj_type: std | reverse_std | right | left | full, see memory.counts.subspace_shapes.
     """
 
     rank: int
@@ -33,19 +34,22 @@ class Subspace:
 
 
 class GaLore(torch.optim.Optimizer):
-    """Steps matrices by another optimizer on their projected gradients, all other parameters by one of their own.
+    """Steps matrices by an inner optimizer on projected gradients, and all other parameters by an ordinary optimizer.
 
     For a weight W (out, in) with gradient G, k = min(rank, out, in), and P, Q the first k left and right singular vectors of
-    the gradient at the last multiple of `gap` updates: R = P^T G, or G Q^T, or P^T G Q^T. The optimizer steps zeros of R's shape,
-    with its moments, to N; then W <- W + scale * (P N, N Q, or P N Q). Only updates that are made count for `gap`.
+    the gradient at the last multiple of `gap` updates: R = P^T G, or G Q^T, or P^T G Q^T. The inner optimizer steps a zero tensor
+    of R's shape with gradient R to N; then W <- W + scale * (P N, N Q, or P N Q). Skipped updates do not count for `gap`.
 
     Args:
-        matrices: by name, all of one dtype and on one device.
-        build: the optimizer of a tensor in the subspace, without weight decay.
-        ordinary: that of the other parameters, None where there are none.
-        world: the processes, whose gradients are the same; rank 0 computes the projections, the others receive them.
-        decoupled: weight decay as AdamW has it, otherwise added to the gradient.
-        rounding: of bfloat16 matrices; None rounds to nearest.
+        matrices: the projected matrices by name, all of the same dtype and on the same device.
+        build: creates the inner optimizer of a tensor in the subspace, without weight decay.
+        ordinary: optimizer of the other parameters, None if there are none.
+        subspace: rank, gap, scale and side of the projections.
+        world: the processes, which have equal gradients; rank 0 computes the projections and sends them to the others.
+        lr: learning rate.
+        weight_decay: coefficient of weight decay.
+        decoupled: True for AdamW's weight decay; False adds it to the gradient.
+        rounding: stochastic rounding of bfloat16 matrices; None rounds to nearest.
     """
 
     def __init__(
@@ -67,13 +71,13 @@ class GaLore(torch.optim.Optimizer):
         self._ordinary, self._subspace, self._world = ordinary, subspace, world
         self._decoupled, self._rounding = decoupled, rounding
         first = next(iter(matrices.values()))
-        # Takes the shape of one projected gradient after the other.
+        # The inner optimizer's only parameter; it holds one matrix's projected tensor at a time.
         self._projected = nn.Parameter(torch.empty(0, dtype=first.dtype, device=first.device))
         self._inner = build(self._projected)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Steps every parameter that has a gradient."""
         lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         if self._ordinary is not None:
             self._ordinary.state = self.state
@@ -85,7 +89,7 @@ class GaLore(torch.optim.Optimizer):
                 self._step_matrix(matrix, lr, weight_decay)
 
     def prepare_states(self) -> None:
-        """Make projections, and the moments of optimizers that can, now instead of in the first step."""
+        """Creates projections, and the moments of optimizers that support it, now instead of in the first step."""
         if isinstance(self._ordinary, PreparesStates):
             self._ordinary.state = self.state
             self._ordinary.prepare_states()
@@ -112,25 +116,26 @@ class GaLore(torch.optim.Optimizer):
         if not state:
             state.update(self._new_state(matrix))
         if weight_decay and not self._decoupled:
-            gradient.add_(matrix, alpha=weight_decay)  # which nobody reads after the step
+            # In place: the gradient is not read after the step.
+            gradient.add_(matrix, alpha=weight_decay)
         if state[_UPDATES] % self._subspace.gap == 0:
-            self._project_anew(state, gradient)
+            self._compute_projections(state, gradient)
         update = self._step_projected(state, _into(state, gradient))
         state[_UPDATES] += 1
         kept = 1 - lr * weight_decay if self._decoupled else 1.0
         left, right = _factors(state, update)
         if self._rounding is None or matrix.dtype != torch.bfloat16:
-            # Decay and step are rounded together: of bfloat16 weights decay alone is below half a spacing, and would be lost.
+            # Decay and step are rounded together: decay alone is below half of bfloat16's spacing and would be lost.
             matrix.addmm_(left, right, beta=kept, alpha=kept * self._subspace.scale)
             return
         noise = self._rounding.generator(self._names[matrix], state[_UPDATES], matrix.device)
         right, rows = right.float(), max(1, SLICE_ELEMENTS // matrix.shape[1])
-        for some, factor in zip(matrix.split(rows), left.split(rows), strict=True):
-            target = some.float().addmm_(factor.float(), right, beta=kept, alpha=kept * self._subspace.scale)
-            round_stochastically_(some, target, noise)
+        for row_block, factor in zip(matrix.split(rows), left.split(rows), strict=True):
+            target = row_block.float().addmm_(factor.float(), right, beta=kept, alpha=kept * self._subspace.scale)
+            round_stochastically_(row_block, target, noise)
 
-    def _project_anew(self, state: dict[str, Any], gradient: torch.Tensor) -> None:
-        """The singular vectors of this gradient, in its dtype; moments stay as they are, as published."""
+    def _compute_projections(self, state: dict[str, Any], gradient: torch.Tensor) -> None:
+        """Sets the projections to this gradient's singular vectors, in its dtype; moments are unchanged, as published."""
         sides = {name: state[name] for name in (_LEFT, _RIGHT) if name in state}
         if self._world.is_main:
             left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
@@ -138,24 +143,24 @@ class GaLore(torch.optim.Optimizer):
                 k = min(projection.shape)
                 projection.copy_(left[:, :k] if name == _LEFT else right[:k])
         for projection in sides.values():
-            # Signs of singular vectors are arbitrary: on another machine the same gradient may give others.
+            # The signs of singular vectors are arbitrary and may differ between machines.
             broadcast_(projection, self._world)
 
     def _step_projected(self, state: dict[str, Any], gradient: torch.Tensor) -> torch.Tensor:
-        """What the optimizer makes of zeros."""
+        """Steps zeros by the inner optimizer with the projected gradient; returns the result N."""
         self._enter(state, torch.zeros_like(gradient))
         self._projected.grad = gradient
         self._inner.step()
         return self._leave(state)
 
     def _enter(self, state: dict[str, Any], values: torch.Tensor) -> None:
-        """Give the optimizer of the subspace a tensor and its moments."""
+        """Gives the inner optimizer a tensor and the moments of one matrix."""
         self._projected.data = values
         moments = {key: value for key, value in state.items() if key not in (_LEFT, _RIGHT, _UPDATES)}
         self._inner.state = defaultdict(dict, {self._projected: moments} if moments else {})
 
     def _leave(self, state: dict[str, Any]) -> torch.Tensor:
-        """Take both back."""
+        """Takes the tensor and the moments back from the inner optimizer; returns the tensor."""
         values = self._projected.data
         state.update(self._inner.state[self._projected])
         self._projected.grad, self._projected.data = None, values.new_empty(0)
@@ -164,14 +169,14 @@ class GaLore(torch.optim.Optimizer):
 
 
 def _into(state: Mapping[str, Any], gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient in the subspace."""
+    """Projects the gradient into the subspace."""
     if _LEFT in state:
         gradient = state[_LEFT].t() @ gradient
     return gradient @ state[_RIGHT].t() if _RIGHT in state else gradient
 
 
 def _factors(state: Mapping[str, Any], update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, k) and (k, in), whose product is the update outside the subspace."""
+    """Returns factors (out, k) and (k, in) whose product is the update of the whole matrix."""
     if _RIGHT not in state:
         return state[_LEFT], update
     return (state[_LEFT] @ update if _LEFT in state else update), state[_RIGHT]

@@ -1,4 +1,4 @@
-"""First and second moments behind the states of the optimizers that quantise them, as plain numbers and back."""
+"""Converts the quantised first and second moments in optimizer states to plain numbers and back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_CODEBOOK_
 
 
 def plain_moments(state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """[first, second] moment, flat, in float32 where they are quantised; state: of one parameter, as its optimizer has it.
+    """Returns [first, second] moment of one parameter's optimizer state, each flat; quantised moments become float32.
 
-    Raises KeyError, ValueError or RuntimeError where its tensors do not fit together.
+    Raises KeyError, ValueError or RuntimeError if the state's tensors do not fit together.
     """
     return [_dequantised(state, number) for number in (1, 2)]
 
 
 def set_moments_(state: Mapping[str, torch.Tensor], moments: list[torch.Tensor]) -> None:
-    """Write moments, flat, into a state of the layout that the optimizer made for its parameter, quantising where that does."""
+    """Writes flat moments into a state that the optimizer has created, quantising them if its layout does."""
     for number, values in zip((1, 2), moments, strict=True):
         _quantise_(state, number, values)
 
@@ -34,7 +34,7 @@ def _dequantised(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor
 
     scales, codes = state[f"absmax{number}"], state[f"qmap{number}"]
     if scales.numel() != -(-values.numel() // BNB_BLOCK_ELEMENTS) or codes.numel() != BNB_CODEBOOK_ENTRIES:
-        raise ValueError(f"{values.numel()} codes with {scales.numel()} scales and a code book of {codes.numel()}")
+        raise ValueError(f"{values.numel()} codes do not fit {scales.numel()} scales and a code book of {codes.numel()} entries")
     plain: torch.Tensor = kernels.dequantize_blockwise(values, absmax=scales, code=codes, blocksize=BNB_BLOCK_ELEMENTS)
     return plain
 
@@ -53,13 +53,13 @@ def _quantise_(state: Mapping[str, torch.Tensor], number: int, values: torch.Ten
         return
     import bitsandbytes.functional as kernels
 
-    codes, found = kernels.quantize_blockwise(values.contiguous(), code=state[f"qmap{number}"], blocksize=BNB_BLOCK_ELEMENTS)
+    codes, scales = kernels.quantize_blockwise(values.contiguous(), code=state[f"qmap{number}"], blocksize=BNB_BLOCK_ELEMENTS)
     target.copy_(codes.view(-1))
-    state[f"absmax{number}"].copy_(found.absmax)
+    state[f"absmax{number}"].copy_(scales.absmax)
 
 
 def _torchao(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
-    """The quantised elements of a moment as torchao's tensor, on the state's storage."""
+    """Returns the quantised elements of a moment as torchao's tensor class; shares storage with the state."""
     from torchao.optim.subclass_4bit import OptimState4bit
     from torchao.optim.subclass_8bit import OptimState8bit
 

@@ -1,4 +1,4 @@
-"""Stepping a large tensor in slices, so that an optimizer's temporaries stay small, and rounding to bfloat16 without bias."""
+"""Divides large tensors into slices, so that an optimizer's temporaries stay small, and rounds to bfloat16 stochastically."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from sparse_lora import generator_for
 
-# 2M elements: a multiple of every quantisation block, and the libraries' float32 temporaries of a slice take some 50 MB.
+# 2M elements, a multiple of every quantisation block; the libraries' float32 temporaries of a slice take about 50 MB.
 SLICE_ELEMENTS = 2**21
-# bitsandbytes keeps float32 states below this size; a slice must not be mistaken for such a tensor.
+# bitsandbytes keeps float32 states for tensors below this size, so no slice may be smaller.
 SMALLEST_SLICE = 4096
 
 
 def slices(num_elements: int, size: int) -> Iterator[slice]:
-    """Slices that cover 0 .. num_elements - 1, all of `size` elements but the last; a short rest joins the one before it."""
+    """Yields slices of `size` elements that cover the tensor; a remainder below SMALLEST_SLICE extends the last slice."""
     start = 0
     while start < num_elements:
         end = start + size
@@ -28,24 +28,23 @@ def slices(num_elements: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class StochasticRounding:
-    """Rounds new bfloat16 parameters up or down at random, with the probabilities that make the mean right.
+    """Random source for stochastic rounding of bfloat16 parameters: up or down at random so that the mean is exact.
 
-    Nearest rounding loses every update below half of a bfloat16's spacing (1/256 of the value): at lr 1e-4 most of them.
-    The noise is keyed by (seed, update, tensor), so that replicas on several processes round alike and a resumed run goes on
-    as it would have.
+    Rounding to nearest loses every update below half of bfloat16's spacing (1/256 of the value): at lr 1e-4 most of them.
+    The generator is keyed by (seed, update, tensor), so that all processes round alike and resumed runs are bit-identical.
     """
 
     seed: int
 
     def generator(self, name: str, step: int, device: torch.device) -> torch.Generator:
-        """The noise of one tensor's update."""
+        """Returns the generator for one update of one tensor."""
         keyed = generator_for(self.seed, f"rounding/{name}/{step}")
         return keyed if device.type == "cpu" else torch.Generator(device).manual_seed(keyed.initial_seed())
 
 
 def round_stochastically_(target: torch.Tensor, source: torch.Tensor, generator: torch.Generator) -> None:
-    """target (bfloat16) <- source (float32), both of one shape: up with the probability of the share that is cut off."""
+    """Rounds source (float32) to target (bfloat16, same shape): away from zero with probability equal to the part cut off."""
     bits = source.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
-    # Sign and magnitude: adding to the bits moves away from zero for either sign. What remains are bfloat16's 16 bits.
+    # Floats are stored as sign and magnitude, so adding to the bits moves away from zero; the mask keeps bfloat16's 16 bits.
     target.copy_(((bits + noise) & -(1 << 16)).view(torch.float32))

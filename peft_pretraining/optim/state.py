@@ -1,11 +1,12 @@
-"""Optimizer states by parameter name: what a checkpoint holds, independent of parameter order and of who held which part.
+"""Saves and loads optimizer states by parameter name, independent of parameter order and of the number of processes.
 
-Moments of the parameter's shape are saved as parts of a whole, which any number of processes can read again. Quantised moments
-of a sharded parameter are not: their blocks begin anew in every part. They are saved part by part under
-`<parameter>@<part>of<parts>`, read back as they are by as many processes, and otherwise through plain numbers.
+Moments of a parameter's shape are saved as DTensors, which any number of processes can read. Quantised moments of a sharded
+parameter cannot be, because their quantisation blocks start anew in every part. They are saved part by part under the name
+`<parameter>@<part>of<parts>`. The same number of processes reads them unchanged; another number dequantises, divides and
+quantises them again.
 
-`torch.optim.Optimizer.load_state_dict` casts floating-point states to the parameter's dtype, which would lose bits of
-float32 states kept for bfloat16 parameters (adafactor). States are therefore set directly.
+`torch.optim.Optimizer.load_state_dict` casts floating-point states to the parameter's dtype, which would round the float32
+states of bfloat16 parameters (adafactor). States are therefore set directly.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ from peft_pretraining.optim.moments import plain_moments, set_moments_
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
 
 Scalars = dict[str, dict[str, Any]]
-Index = Mapping[str, tuple[torch.Size, torch.dtype]]  # <parameter>/<key> -> shape and dtype, of what was saved
-Saved = dict["Part | None", dict[str, tuple[torch.Size, torch.dtype]]]  # of one parameter: part -> key -> shape and dtype
-Read = Callable[[dict[str, torch.Tensor]], None]  # fills tensors in place
+# All saved tensors: <parameter>/<key> -> shape and dtype.
+Index = Mapping[str, tuple[torch.Size, torch.dtype]]
+# The saved tensors of one parameter: part -> key -> shape and dtype.
+Saved = dict["Part | None", dict[str, tuple[torch.Size, torch.dtype]]]
+# A function that fills tensors, given by their saved names, in place.
+Read = Callable[[dict[str, torch.Tensor]], None]
 
 _PARTIAL_NAME = re.compile(r"(.+)@(\d+)of(\d+)")
 
 
 class SavedState(NamedTuple):
-    """`shared`: tensors that are the same on every process, or parts of one (DTensors). `own`: this process's alone.
+    """The optimizer state to save, by `<parameter>/<key>`.
 
-    Both by `<parameter>/<key>`. `scalars`: the rest (step counts), JSON-able.
+    shared: tensors that are equal on all processes, or DTensors. own: tensors of this process alone.
+    scalars: JSON-serialisable values (step counts) by parameter and key.
     """
 
     shared: dict[str, torch.Tensor]
@@ -43,12 +48,12 @@ class SavedState(NamedTuple):
 
 
 def optimizer_state(updates: Updates, parameters: Mapping[str, nn.Parameter]) -> SavedState:
-    """The state of every parameter. parameters: the model's, by name, which `updates` steps or of which it steps the parts."""
+    """Returns the state of every parameter. parameters: the model's, by name, sharded or not."""
     saved = SavedState({}, {}, {})
     quantised = _quantises(updates.optimizer)
     for name, stepped in updates.stepped.items():
         parameter = parameters[name]
-        # Of an empty part there is nothing to save, though an optimizer may have made a state of no elements.
+        # An empty part is not saved, although an optimizer may have created an empty state for it.
         for key, value in updates.optimizer.state.get(stepped, {}).items() if stepped.numel() else ():
             if not isinstance(value, torch.Tensor):
                 saved.scalars.setdefault(name, {})[key] = value
@@ -64,16 +69,17 @@ def optimizer_state(updates: Updates, parameters: Mapping[str, nn.Parameter]) ->
 def load_optimizer_state(
     updates: Updates, parameters: Mapping[str, nn.Parameter], index: Index, scalars: Scalars, read: Read
 ) -> bool:
-    """Set the state that `optimizer_state` returned, here or on other processes; True if quantised moments were made anew.
+    """Sets the optimizer state from a saved one; returns True if quantised moments had to be quantised again.
 
     Args:
-        parameters: as for `optimizer_state`.
-        index: all tensors that were saved.
-        scalars: as saved.
+        updates: the optimizer whose state is set.
+        parameters: the model's parameters by name, as for `optimizer_state`.
+        index: shape and dtype of all saved tensors.
+        scalars: the saved scalars.
         read: fills tensors, given by their names in `index`, in place.
 
     Raises:
-        ValueError: the state names a parameter that the optimizer does not have.
+        ValueError: the state contains a parameter that the optimizer does not have, or a tensor that does not fit.
     """
     saved: dict[str, Saved] = defaultdict(dict)
     for path, entry in index.items():
@@ -87,20 +93,20 @@ def load_optimizer_state(
     states = updates.optimizer.state
     states.clear()
     _prepare(updates.optimizer)
-    anew = [name for name, parts in saved.items() if _is_divided_anew(updates, parameters[name], parts)]
+    requantised = [name for name, parts in saved.items() if _has_other_parts(updates, parameters[name], parts)]
     targets: dict[str, torch.Tensor] = {}
-    for name in sorted((set(saved) | set(scalars)) - set(anew)):
+    for name in sorted((set(saved) | set(scalars)) - set(requantised)):
         stepped = updates.stepped[name]
         if stepped.numel():
-            found = _targets(name, parameters[name], saved.get(name, {}), states[stepped])
-            targets |= found
-            states[stepped].update({path.rsplit("/", 1)[1]: local(tensor) for path, tensor in found.items()})
+            parameter_targets = _targets(name, parameters[name], saved.get(name, {}), states[stepped])
+            targets |= parameter_targets
+            states[stepped].update({path.rsplit("/", 1)[1]: local(tensor) for path, tensor in parameter_targets.items()})
             states[stepped].update(scalars.get(name, {}))
     read(targets)
-    for name in anew:
-        _set_from_plain_numbers(states[updates.stepped[name]], name, parameters[name], saved[name], read)
+    for name in requantised:
+        _requantise(states[updates.stepped[name]], name, parameters[name], saved[name], read)
         states[updates.stepped[name]].update(scalars.get(name, {}))
-    return bool(anew)
+    return bool(requantised)
 
 
 def _partial_name(name: str, part: Part) -> str:
@@ -121,36 +127,37 @@ def _prepare(optimizer: HasState) -> None:
             member.prepare_states()
 
 
-def _is_divided_anew(updates: Updates, parameter: nn.Parameter, parts: Saved) -> bool:
-    """Whether quantised moments were saved for other parts of the parameter than this process has."""
-    here = part_of(parameter) if isinstance(parameter, DTensor) and _quantises(updates.optimizer) else None
-    if here is None:
+def _has_other_parts(updates: Updates, parameter: nn.Parameter, parts: Saved) -> bool:
+    """Tells whether quantised moments were saved for another number of parts than the parameter has now."""
+    own_part = part_of(parameter) if isinstance(parameter, DTensor) and _quantises(updates.optimizer) else None
+    if own_part is None:
         return None not in parts
-    # Not by looking for this very part: an empty one has nothing saved, and all processes must decide alike.
-    return here.size not in {part.size for part in parts if part is not None}
+    # Compares numbers of parts and not this part, because an empty part is not saved and all processes must agree.
+    return own_part.size not in {part.size for part in parts if part is not None}
 
 
 def _targets(name: str, parameter: nn.Parameter, parts: Saved, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Tensors of this process's part to read into, on the parameter's device, by the names they were saved under.
+    """Returns tensors of this process's part to read into, on the parameter's device, by their saved names.
 
-    Those that the optimizer has made already, where it has: kernels trust that they fit together.
+    Tensors that the optimizer has created already are used, because its kernels do not check that their shapes fit together.
     """
-    here = part_of(parameter) if isinstance(parameter, DTensor) else None
+    own_part = part_of(parameter) if isinstance(parameter, DTensor) else None
     targets: dict[str, torch.Tensor] = {}
-    for part in {None, here}:
+    for part in {None, own_part}:
         saved_name = name if part is None else _partial_name(name, part)
         for key, (size, dtype) in parts.get(part, {}).items():
             target: torch.Tensor = state.get(key, torch.empty(0))
             if key not in state:
                 divided = part is None and isinstance(parameter, DTensor) and len(size) > 0
                 shape = local(parameter).shape if divided else size
-                # Step counts live there too: `build_optimizer` takes the fused variants.
+                # Step counts are on the parameter's device too, as the fused optimizers require.
                 target = torch.empty(shape, dtype=dtype, device=parameter.device)
             if part is None and isinstance(parameter, DTensor) and len(size):
                 target = whole_of(parameter, target)
             if target.shape != size or target.dtype != dtype:
                 raise ValueError(
-                    f"{saved_name}/{key} is {tuple(size)} {dtype} there and {tuple(target.shape)} {target.dtype} here"
+                    f"{saved_name}/{key} is {tuple(size)} {dtype} in the checkpoint and {tuple(target.shape)} {target.dtype} in "
+                    "this run"
                 )
             targets[f"{saved_name}/{key}"] = target
     missing = {key for key, value in state.items() if isinstance(value, torch.Tensor)} - {
@@ -161,14 +168,14 @@ def _targets(name: str, parameter: nn.Parameter, parts: Saved, state: Mapping[st
     return targets
 
 
-def _set_from_plain_numbers(
+def _requantise(
     state: dict[str, Any],
     name: str,
     parameter: nn.Parameter,
     parts: Saved,
     read: Read,
 ) -> None:
-    """Dequantise all parts, and quantise what falls to this process."""
+    """Dequantises the moments of all saved parts and quantises this process's part of them into `state`."""
     pieces: list[list[torch.Tensor]] = []
     for part in sorted(parts, key=lambda part: part.rank if part else 0):
         saved_name = _partial_name(name, part) if part else name

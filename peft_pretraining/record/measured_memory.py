@@ -1,4 +1,4 @@
-"""What a run's tensors really take, by class: the measured side of the memory account."""
+"""Measures the memory of a run's tensors by class, to compare with the prediction of the memory account."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sparse_lora import Support
 
 
 def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
-    """Bytes of parameters, support, gradients (those alive now) and optimizer states; shared storage counts once.
+    """Returns bytes of parameters, support, currently allocated gradients and optimizer states.
 
-    Of what FSDP2 shards, this process's parts.
+    Shared storage is counted once. Of sharded parameters this process's parts are counted.
     """
     parameters = [local(parameter.detach()) for parameter in model.parameters()]
     gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
@@ -30,18 +30,18 @@ def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    here = [local(tensor) for tensor in tensors]  # of sharded tensors this process's parts
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in here if t.numel()}
+    parts = [local(tensor) for tensor in tensors]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts if part.numel()}
     return sum(storages.values())
 
 
 def comparison(predicted: Mapping[str, int], measured: Mapping[str, int], peak: int, device_type: str) -> dict[str, int]:
-    """Predicted beside measured bytes as keys of the record: memory_<class>_predicted, memory_<class>_measured.
+    """Returns predicted and measured bytes under the record's keys memory_<class>_predicted and memory_<class>_measured.
 
-    A GPU's peak is what torch has allocated, without the CUDA context that the account counts as "runtime".
+    On a GPU the measured peak is torch's allocations only, so the CUDA context ("runtime") is subtracted from the prediction.
     """
     row: dict[str, int] = {}
     for name in ("parameters", "support", "optimizer"):
         row |= {f"memory_{name}_predicted": predicted[name], f"memory_{name}_measured": measured[name]}
-    outside = predicted["runtime"] if device_type == "cuda" else 0
-    return row | {"memory_peak_predicted": predicted["peak"] - outside, "memory_peak_measured": peak}
+    not_measured = predicted["runtime"] if device_type == "cuda" else 0
+    return row | {"memory_peak_predicted": predicted["peak"] - not_measured, "memory_peak_measured": peak}

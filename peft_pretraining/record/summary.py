@@ -1,4 +1,4 @@
-"""What a run reached, in figures: from its record alone, for the terminal, the report and the dashboard."""
+"""Summarises a run's results from its record, for the terminal, the report and the dashboard."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ Row = Mapping[str, Any]
 
 
 def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """What a run reached, by name; None where the record (of a run that was stopped, of an earlier version) has no such figure.
+    """Returns a run's results by name; a figure that the record lacks (stopped run, earlier version) is None.
 
-    document: run.json. rows: of metrics.jsonl. Memory in bytes; "states" are parameters, support and moments together.
+    document: the contents of run.json. rows: the rows of metrics.jsonl. Memory is in bytes; "states" are parameters, support and
+    moments together.
     """
     plan = document.get("plan") or {}
     updates = [row for row in rows if row.get("loss") is not None]
@@ -33,22 +34,22 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "evaluation_tokens": last.get("final_eval_tokens"),
         "tokens_per_second": statistics.median(rates) if rates else None,
         "training_seconds": seconds_of(updates)[-1] if rates else None,
-        # The newest: ReLoRA's record begins with that of the full-rank run that it started from.
+        # The newest value: ReLoRA's record begins with the rows of the full-rank run that it started from.
         "states_bytes": next((value for value in reversed(states) if value is not None), None),
         "peak_memory_bytes": max((row["max_memory"] for row in updates if row.get("max_memory")), default=None),
     }
 
 
 def states_bytes(row: Row) -> int | None:
-    """Measured bytes of parameters, support and moments, of the one row that has them."""
+    """Returns the measured bytes of parameters, support and moments together, or None if the row lacks them."""
     measured = [row.get(f"memory_{name}_measured") for name in ("parameters", "support", "optimizer")]
     return None if None in measured else sum(int(value) for value in measured if value is not None)
 
 
 def seconds_of(updates: Sequence[Row]) -> list[float]:
-    """Seconds of training up to each logged update: tokens since the one before, by the rate that was measured over them.
+    """Returns the seconds of training up to each logged update: the sum of tokens since the last row over the measured rate.
 
-    Evaluation, saving and the time between a stop and the next start are not in it. A row without a rate adds nothing.
+    Evaluation, saving and the time between a stop and the next start are not included. A row without a rate adds nothing.
     """
     total, tokens_before, times = 0.0, 0, []
     for row in updates:

@@ -1,4 +1,4 @@
-"""The run at wandb, which can never stop or block the training."""
+"""Opens the run at wandb; failures of wandb are warnings and never stop or block training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 WANDB_PROJECT = "SLTrain"
 
 
-# wandb waits this long for its server before the run goes on offline.
+# Seconds to wait for wandb's server before the run is recorded offline.
 _WANDB_TIMEOUT_S = 20
 
 
@@ -21,7 +21,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _has_wandb_key() -> bool:
-    """Whether a key is at hand: in the environment or stored by `wandb login` in the netrc file."""
+    """Tells whether an API key is available, in the environment or stored by `wandb login` in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc
@@ -41,7 +41,7 @@ def _has_wandb_key() -> bool:
 
 
 def _wandb_hosts() -> set[str]:
-    """Hosts under which the installed wandb finds its key: the server chosen, and the one that earlier versions knew."""
+    """Returns the hosts whose netrc entry wandb reads: the configured server and the default of earlier versions."""
     url = os.environ.get("WANDB_BASE_URL")
     if url:
         return {_host(url)}
@@ -49,7 +49,7 @@ def _wandb_hosts() -> set[str]:
         import wandb
 
         return {_host(wandb.Settings().base_url), "api.wandb.ai"}
-    except Exception:  # not installed, or broken: what follows says so
+    except Exception:  # wandb is missing or broken; _start_wandb reports it
         return {"api.wandb.ai"}
 
 
@@ -58,7 +58,10 @@ def _host(url: str) -> str:
 
 
 def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
-    """The wandb run, or None: `settings` has mode, id, name, tags, config. Any failure costs one line, not the run."""
+    """Returns the wandb run, or None if wandb is disabled or fails, which prints one warning.
+
+    settings: mode, id, name, tags, config and optionally group.
+    """
     mode = settings["mode"]
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
@@ -74,13 +77,14 @@ def _start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
         return _wandb_run(run_folder, settings, mode)
     except Exception as error:
         if mode != "online":
-            print(f"warning: wandb is off ({_one_line(error)}); metrics.jsonl has everything", file=sys.stderr)
+            print(f"warning: wandb is off ({_one_line(error)}); all metrics are still written to metrics.jsonl", file=sys.stderr)
             return None
         print(f"warning: wandb cannot be reached ({_one_line(error)}); recording offline", file=sys.stderr)
         with contextlib.suppress(Exception):
             import wandb
 
-            wandb.teardown()  # its service still holds the run's id
+            # wandb's service process still has the run's id registered.
+            wandb.teardown()
         return _start_wandb(run_folder, {**settings, "mode": "offline"})
 
 
@@ -89,7 +93,8 @@ def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     limits: dict[str, Any] = {"init_timeout": _WANDB_TIMEOUT_S, "login_timeout": _WANDB_TIMEOUT_S}
-    if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):  # without it the end waits for a lost network
+    # Without a limit the end of the run would wait for a lost network.
+    if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):
         limits["finish_timeout"] = 3 * _WANDB_TIMEOUT_S
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
@@ -104,7 +109,7 @@ def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(**limits),
     )
-    # Steps are update steps: replayed ones after a resume are then kept instead of dropped as out of order.
+    # With update_step as the x-axis, updates repeated after a resume are kept instead of dropped as out of order.
     run.define_metric("update_step")
     run.define_metric("*", step_metric="update_step")
     run.define_metric("final_eval_perplexity", step_metric="update_step", summary="min,last")

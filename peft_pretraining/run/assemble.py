@@ -1,4 +1,4 @@
-"""The parts of a run put together: plan, folder, data, model, updates and record, restored to where the run goes on."""
+"""Builds a run from its parts (plan, folder, data, model, optimizer, record) and restores its checkpoint."""
 
 from __future__ import annotations
 
@@ -37,50 +37,55 @@ from peft_pretraining.training.update import TrainState
 
 @dataclass
 class Run:
-    """The parts of a run, built and brought to where it goes on."""
+    """A run that is built and restored, ready for its next update.
+
+    module: maps (input_ids, labels, num_targets) to the sum of token losses. document: the contents of run.json.
+    memory_logged: whether measured memory was logged already.
+    """
 
     plan: Plan
     device: torch.device
     folder: RunFolder
     data: Data
     batches: Iterator[Batch]
-    module: nn.Module  # maps (input_ids, labels, num_targets) to the sum of token losses
+    module: nn.Module
     parts: RunParts
     restarts: Restarts
-    document: dict[str, Any]  # run.json
+    document: dict[str, Any]
     stop: StopRequest
     saver: Saver
-    memory_told: bool = False
+    memory_logged: bool = False
 
     def memory_row(self) -> dict[str, int]:
-        """Once, after the first update: measured beside predicted memory, for the record."""
-        if self.memory_told:
+        """Returns measured and predicted memory for the record on the first call (after the first update), later {}."""
+        if self.memory_logged:
             return {}
-        self.memory_told = True
+        self.memory_logged = True
         measured = measured_bytes(self.parts.model, self.parts.updates.optimizer)
         return comparison(self.plan.bytes, measured, peak_memory_bytes(self.device), self.device.type)
 
 
 def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
-    """Build everything and restore the checkpoint that the run goes on from; None where it is finished already."""
+    """Builds a run and restores the checkpoint it resumes from; returns None if the run is finished already."""
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
-    there = device_memory(device, world)
-    if not args.force and (problems := memory_problems(plan, args, there)):
-        raise ConfigError([*problems, "--force starts it all the same"])
+    memory = device_memory(device, world)
+    if not args.force and (problems := memory_problems(plan, args, memory)):
+        raise ConfigError([*problems, "--force starts the run anyway"])
     folder = open_run_folder(args, plan, world)
     if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
-        say_finished(world, state, folder)
+        print_finished(world, state, folder)
         return None
     if folder.warm_start and folder.checkpoint is not None:
         refuse_if_over(folder.checkpoint, plan)
     data = build_data(args, plan, world, device)
     if world.is_main:
-        print(format_plan(plan, args, data.source.describe(), there), file=sys.stderr)
+        print(format_plan(plan, args, data.source.describe(), memory), file=sys.stderr)
 
     if folder.checkpoint is not None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
-    batches = iter(data.loader)  # its workers read and tokenise while the model is built
+    # Started now so that its workers read and tokenise while the model is built.
+    batches = iter(data.loader)
     if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
     restored = folder.checkpoint is not None
@@ -107,7 +112,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:
-    """This process's share of the next update. Raises as `_agreed`; data handed out is taken back then."""
+    """Returns this process's micro-batches of the next update. Raises like `_agreed`, after returning them to the loader."""
     loader = run.parts.loader
     position = loader.state_dict()
     micro_batches: list[Batch] = []
@@ -122,9 +127,9 @@ def next_micro_batches(run: Run, world: World) -> list[Batch]:
 
 @contextlib.contextmanager
 def _agreed(run: Run, world: World) -> Iterator[None]:
-    """Wait for data in the block; on leaving it all processes agree on whether to go on.
+    """Runs a block that waits for data; at its end all processes agree on whether to continue.
 
-    Raises StopRun where any of them was asked to stop or got no data, DataError if that was before the first update.
+    Raises StopRun if any process was asked to stop or has no data; without data before the first update it raises DataError.
     """
     problem: str | None = None
     try:
@@ -136,32 +141,32 @@ def _agreed(run: Run, world: World) -> Iterator[None]:
         problem = str(error)
     wanted = largest(2 if problem else int(run.stop.requested), world)
     if wanted == 2:
-        problem = problem or "another process of this run has no more data, its own message says why"
+        problem = problem or "another process of this run has no more data; see its error message"
         raise StopRun(problem) if run.parts.state.update_step else DataError(problem)
     if wanted:
         raise StopRun
 
 
 def run_evaluation(run: Run, world: World) -> EvalResult:
-    """The held-out split's loss over all processes.
+    """Evaluates the held-out split over all processes.
 
-    Raises StopRun where any of them is asked to stop meanwhile or cannot read its data, and NothingToEvaluate.
+    Raises StopRun if any process is asked to stop or cannot read its data, and NothingToEvaluate.
     """
     with _agreed(run, world):
         run.data.eval_set.prepare()
-    # DDP's own forward would exchange what evaluation does not need. FSDP2's is one of all processes: they have the same number
-    # of batches, and stop at the same one.
+    # Evaluation skips DDP's wrapper, whose forward is collective. FSDP2's forward is collective too, so its processes must stop
+    # at the same batch.
     inner = getattr(run.module, "module", run.module)
-    together = world if is_sharded(run.module) else World()
+    stopping_world = world if is_sharded(run.module) else World()
     problem: NothingToEvaluate | None = None
     try:
         result = evaluate(
             inner,
-            takewhile(lambda _: not largest(int(run.stop.requested), together), run.data.eval_set),
+            takewhile(lambda _: not largest(int(run.stop.requested), stopping_world), run.data.eval_set),
             world_reduce=lambda sums: all_reduce_sum_(sums, world),
             bytes_per_id=run.data.tokenizer.bytes_per_id(),
         )
-    except NothingToEvaluate as error:  # all processes alike
+    except NothingToEvaluate as error:  # raised on all processes
         problem = error
     if largest(int(run.stop.requested), world):
         raise StopRun
@@ -171,7 +176,7 @@ def run_evaluation(run: Run, world: World) -> EvalResult:
 
 
 def open_record(args: Arguments, world: World, run: Run) -> Recorder:
-    """Write run.json and the tokenizer beside it, and open metrics.jsonl, wandb and the bar at the run's position."""
+    """Writes run.json and the tokenizer, and opens metrics.jsonl, wandb and the progress bar at the run's position."""
     folder = run.folder
     if world.is_main:
         take_up(folder)
@@ -191,20 +196,20 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
             "group": f"{run.plan.model.name}-{args.peft_model}",
         },
     )
-    # Other nodes may not see this folder, and every process must agree on whether an evaluation is due.
+    # Every process must agree on whether an evaluation is due, and other machines may not have this folder.
     record.last_evaluated_step = broadcast_object(record.last_evaluated_step, world)
     return record
 
 
-def say_finished(world: World, state: TrainState, folder: RunFolder) -> None:
-    """The last line of a run, and the only one of a run that was finished before."""
+def print_finished(world: World, state: TrainState, folder: RunFolder) -> None:
+    """Prints the last line of a finished run, on rank 0."""
     if world.is_main:
         print(f"finished {state.update_step:,} updates, {state.tokens_seen:,} tokens; everything is in {folder.path}")
 
 
-def say_passed_over(record: Recorder, run: Run, world: World) -> None:
-    """Records of the data that the run did without, by kind, if there were any; every process calls it."""
+def print_skipped_records(record: Recorder, run: Run, world: World) -> None:
+    """Prints how many unusable records of the data were skipped, by kind; every process calls it."""
     counts = merge_states(gather_objects(run.parts.loader.state_dict(), world))["bad_records"]
     if counts:
         kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items())
-        record.say(f"records passed over since the run began: {kinds}")
+        record.say(f"records skipped since the run began: {kinds}")

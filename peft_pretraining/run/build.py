@@ -1,4 +1,4 @@
-"""From arguments to the parts of a run: data, tokenizer, model, optimizer; and from a checkpoint back to a model."""
+"""Builds the parts of a run from its arguments: data, tokenizer, model and optimizer."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from peft_pretraining.plan.plan import Plan
 
 
 def default_workers(device: torch.device, world: World) -> int:
-    """Tokenising processes per rank: up to 8, and one core left to each trainer."""
+    """Returns the number of tokenising processes per rank: at most 8, leaving one core to each training process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores // world.local_size - 1))
 
 
 @dataclass(frozen=True)
 class Data:
-    """The tokenizer and both splits."""
+    """The data of a run: source, tokenizer, training loader and evaluation set."""
 
     source: Source
     tokenizer: Tokenizer
@@ -53,17 +53,17 @@ class Data:
 
 
 def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) -> Data:
-    """Open the data and the tokenizer, and check that they fit the model.
+    """Opens the data and the tokenizer and checks that they fit the model.
 
     Raises:
-        DataError, TokenizerError: what cannot be opened, and why.
-        ConfigError: the tokenizer produces ids that the model does not have.
+        DataError, TokenizerError: the data or the tokenizer cannot be opened.
+        ConfigError: the tokenizer produces ids outside the model's vocabulary.
     """
     source = open_source(args.dataset, "train", text_field=args.text_field)
     held_out = open_source(
         args.eval_dataset or args.dataset, "validation", text_field=args.text_field, hold_out=args.eval_dataset is None
     )
-    # Prepared data brings a copy of its tokenizer: for the run's folder and bits per byte, nothing is encoded with it.
+    # Prepared data contains its tokenizer, used only for the run's folder and for bits per byte.
     tokenizer = load_tokenizer(args.tokenizer or source.default_tokenizer)
     check_vocabulary(plan.model, tokenizer)
     workers = default_workers(device, world) if args.workers is None else args.workers
@@ -99,7 +99,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a model whose embedding lacks ids that ordinary text produces. Raises ConfigError."""
+    """Refuses a model whose vocabulary is smaller than the tokenizer's. Raises ConfigError."""
     if model.vocab_size < tokenizer.text_vocab_size:
         raise ConfigError(
             [
@@ -113,15 +113,15 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
 def build_module(
     args: Arguments, plan: Plan, world: World, device: torch.device, eos_id: int | None = None, restored: bool = False
 ) -> TokenLoss:
-    """The model with its method applied and its loss, on the device, with the seed's initial values; sharded if asked for.
+    """Builds the model with its method and loss on the device, with initial values drawn from the seed; sharded with fsdp.
 
-    eos_id: what ends a document, for --document_mask. restored: a checkpoint's values follow, so that none need be decomposed.
+    eos_id: token id that ends a document, for --document_mask. restored: a checkpoint is loaded next, so --init svd is skipped.
     """
     model = meta_model(plan.model, torch_dtype(plan.dtype), lambda model: METHODS[args.peft_model].apply(model, args))
     module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
     sharded = args.parallel == "fsdp" and world.size > 1
     if sharded:
-        # A tied embedding is the head too, and belongs to what stays gathered.
+        # A tied embedding is also the output head, which stays gathered.
         embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
         sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
         shard(module, [*embedding, *model.model.layers], device, sharding)
@@ -140,7 +140,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device) -> Updates:
-    """The optimizer and when it steps. Raises OptimizerUnavailable."""
+    """Builds the optimizer and its update procedure (whole or per layer). Raises OptimizerUnavailable."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     settings: dict[str, Any] = {
         "lr": args.lr,

@@ -1,4 +1,4 @@
-"""How a run is saved, and how it ends before its time: on request, without data, by numbers that are not finite."""
+"""Ends a run early: on request, when data is missing, after a non-finite loss or gradient, or when memory runs out."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from peft_pretraining.training.update import StepResult
 
 
 def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str | None:
-    """Save and say how it goes on; the problem in words, or None where the run was asked to stop: a marker tells scripts.
+    """Saves the run and returns an error message, or None if the stop was requested, in which case a marker file is written.
 
-    The record of the updates so far must be settled.
+    All updates must have been logged.
     """
     state, folder = run.parts.state, run.folder
-    kept = "nothing was trained yet"
+    kept = "no update was made yet"
     if state.update_step:
         run.saver.save()
         run.saver.finish()
-        kept = f"everything up to update {state.update_step:,} is in {folder.path}; {how_to_go_on(args, folder.path)}"
+        kept = f"everything up to update {state.update_step:,} is saved in {folder.path}; {how_to_resume(args, folder.path)}"
     if stopped.problem is not None:
         return f"{stopped.problem}; {kept}"
     if world.is_main:
@@ -41,20 +41,20 @@ def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str 
     return None
 
 
-def how_to_go_on(args: Arguments, folder: Path) -> str:
-    """Which command goes on in `folder`."""
+def how_to_resume(args: Arguments, folder: Path) -> str:
+    """Returns a sentence that says which command resumes the run in `folder`."""
     left_out = [f"--continue_from {args.continue_from}"] if args.continue_from else []
     left_out += ["--resume never"] if args.resume == "never" else []
     if not left_out:
-        return "the same command goes on"
-    return f"the same command without {' and '.join(left_out)}, and with --save_dir {folder}, goes on"
+        return "run the same command again to resume"
+    return f"to resume, run the same command without {' and '.join(left_out)} and with --save_dir {folder}"
 
 
 def keep_for_inspection(run: Run, args: Arguments, world: World, micro_batches: Sequence[Batch], step: StepResult) -> NoReturn:
-    """Save the state before the update that was not finite, with its token ids, apart from the run's checkpoints.
+    """Saves the state before a non-finite update, and the update's token ids, to nonfinite/ in the run's folder.
 
-    Its data position is behind that update's: going on from there leaves its sequences out. With --per_layer the tensors whose
-    gradients were finite have been stepped already. Raises TrainingError.
+    The saved data position is after that update, so a run resumed from this state skips its sequences. With --per_layer the
+    tensors with finite gradients have been stepped already. Raises TrainingError.
     """
     folder = run.folder.path / "nonfinite"
     number = run.parts.state.update_step + 1
@@ -66,18 +66,18 @@ def keep_for_inspection(run: Run, args: Arguments, world: World, micro_batches: 
         numbers = {"loss": str(float(step.loss)), "gradnorm": str(float(step.gradnorm)), "tensors": int(step.skipped)}
         write_json(record, {"update_step": number, **numbers, "input_ids": ids})
     stepped = args.per_layer and bool(torch.isfinite(step.loss))
-    state = "the state with the other tensors stepped" if stepped else "the state before it"
+    state = "State (other tensors already stepped)" if stepped else "State before the update"
     raise TrainingError(
-        f"update {number}: the loss is {float(step.loss)}, the gradient norm {float(step.gradnorm)}, {int(step.skipped)} tensors "
-        f"would have been spoilt; {state} is kept as {path}, its tokens in {record.name} beside it; {WAY_OUT}, or "
+        f"update {number}: non-finite loss ({float(step.loss)}) or gradient norm ({float(step.gradnorm)}), so "
+        f"{int(step.skipped)} tensors are not stepped. {state} saved to {path}, token ids to {record}; {WAY_OUT}, or use "
         "--on_nonfinite skip"
     )
 
 
 def out_of_memory(error: Exception, args: Arguments, world: World, device: torch.device, dtype: str) -> str | None:
-    """What to say where memory ran out: the plan's largest entry and what lowers it; None for any other failure."""
+    """Returns the message for an out-of-memory error: the plan's largest entry and how to lower it; None for other errors."""
     on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
     if not (on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
         return None
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return out_of_memory_problem(make_plan(args, world, dtype, device.type), args, device.type, said)
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return out_of_memory_problem(make_plan(args, world, dtype, device.type), args, device.type, message)

@@ -1,4 +1,4 @@
-"""A run's folder: which folder a run writes to, which checkpoint it resumes, and run.json, the record of how it was made."""
+"""Chooses a run's folder and the checkpoint it resumes from, and writes run.json, which records how the run was made."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and the checkpoint it starts from (None: from the seed's initial values).
+    """The folder a run writes to and the checkpoint it starts from (None: initial values drawn from the seed).
 
-    warm_start: that checkpoint is a full-rank run's, of which weights and position are taken (--warmed_up_model).
-    warm_up: what is recorded of the full-rank run, for a run that began with one: its arguments, and its updates.
+    wandb_id: identifier of the run at wandb.
+    warm_start: True if the checkpoint is a full-rank run's, from which only weights and position are read (--warmed_up_model).
+    warm_up: arguments and number of updates of the full-rank run that this run started from, else None.
     """
 
     path: Path
@@ -54,16 +55,16 @@ class RunFolder:
 
     @property
     def goes_on_in_place(self) -> bool:
-        """Whether the run resumes a checkpoint of its own folder."""
+        """True if the run resumes from a checkpoint in its own folder."""
         return self.checkpoint is not None and self.path.resolve() == self.checkpoint.parent.resolve()
 
 
 def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
-    """Choose and create the folder; the same answer on every process.
+    """Chooses and creates the run's folder; returns the same result on every process.
 
     Raises:
-        CheckpointError: --continue_from names no checkpoint or a damaged one, or the folder holds damaged ones only.
-        ConfigError: the checkpoint was made with other arguments, or the folder holds another run.
+        CheckpointError: --continue_from names no checkpoint or a damaged one, or all checkpoints in the folder are damaged.
+        ConfigError: the checkpoint was made with other arguments, or the folder contains another run.
         OSError: the folder cannot be written.
     """
     choice: RunFolder | Exception | None = None
@@ -96,7 +97,7 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     wandb_id = secrets.token_hex(4)
     warm_up = None
     if newest is None and args.allow_changes:
-        print(f"notice: --allow_changes {args.allow_changes} has no effect: the run starts afresh", file=sys.stderr)
+        print(f"notice: --allow_changes {args.allow_changes} has no effect: the run starts from the beginning", file=sys.stderr)
     if newest is not None:
         before = _read_record(newest)
         warm_up = before["warm_up"]
@@ -106,18 +107,18 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         changed = _check_same_run(newest, before, args, plan, warm_start)
         if not changed.isdisjoint(EVALUATION_FLAGS) and finished_state(path, newest, args, plan) is not None:
             raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
-        _say_what_breaks_bits(newest, before, plan)
+        _warn_of_changed_environment(newest, before, plan)
         if path.resolve() == newest.parent.resolve():
             wandb_id = before.get("wandb_id", wandb_id)
         elif checkpoint.list_checkpoints(path):
             raise ConfigError(
                 [
-                    f"--continue_from {newest}: {path} already holds another run; leave --continue_from out to go on with that "
-                    "one, or name another --save_dir"
+                    f"--continue_from {newest}: {path} already contains another run; leave out --continue_from to resume that "
+                    "run, or name another --save_dir"
                 ]
             )
     path.mkdir(parents=True, exist_ok=True)
-    # Also where this start fails: scripts read the marker as the outcome of the last start.
+    # Removed before anything can fail: a script that reads the marker must not see the one of an earlier start.
     (path / MARKER_FILE).unlink(missing_ok=True)
     return RunFolder(path, newest, wandb_id, warm_start, warm_up)
 
@@ -127,8 +128,8 @@ def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
     if not _is_full_rank(method):
         raise ConfigError(
             [
-                f"--warmed_up_model {path}: was made with --peft_model {method}; relora starts from the dense weights of "
-                "--peft_model full; to go on with a relora run use --continue_from"
+                f"--warmed_up_model {path}: was made with --peft_model {method}; ReLoRA starts from the dense weights of "
+                "--peft_model full; to resume a ReLoRA run use --continue_from"
             ]
         )
 
@@ -138,10 +139,10 @@ def _is_full_rank(method: str) -> bool:
 
 
 def take_up(folder: RunFolder) -> None:
-    """Bring the folder's record to where the run starts. Rank 0 calls it, once all parts of the run are built.
+    """Makes the folder's contents agree with the checkpoint the run starts from; on rank 0, after all parts were built.
 
-    Going back in its own folder sets later checkpoints aside; going on in another one brings the record along; a run that
-    starts afresh puts a record that it finds (of a run that never saved) out of the way.
+    A run that goes back in its own folder moves later checkpoints aside, a run resumed from another folder copies the record
+    (metrics.jsonl) from there, and a new run renames a record that an earlier run without checkpoints left in the folder.
     """
     record = folder.path / METRICS_FILE
     if folder.checkpoint is None:
@@ -150,7 +151,10 @@ def take_up(folder: RunFolder) -> None:
             while (old := record.with_name(f"metrics.old-{number}.jsonl")).exists():
                 number += 1
             record.rename(old)
-            print(f"notice: {folder.path} held a record without a checkpoint; it is kept as {old.name}", file=sys.stderr)
+            print(
+                f"notice: {folder.path} contains {METRICS_FILE} but no checkpoint; the file is kept as {old.name}",
+                file=sys.stderr,
+            )
     elif folder.goes_on_in_place:
         _set_aside_later(folder.checkpoint)
     elif (folder.checkpoint.parent / METRICS_FILE).is_file():
@@ -158,7 +162,7 @@ def take_up(folder: RunFolder) -> None:
 
 
 def _fresh(path: Path) -> Path:
-    """`path` if it is free, else the first free one of path-2, path-3, ..."""
+    """Returns `path` if it is absent or empty, otherwise the first free one of path-2, path-3, ..."""
     number, candidate = 1, path
     while candidate.exists() and any(candidate.iterdir()):
         number += 1
@@ -167,25 +171,25 @@ def _fresh(path: Path) -> Path:
 
 
 def _set_aside_later(chosen: Path) -> None:
-    """Move checkpoints later than the chosen one to set_aside/: they are damaged, or the run will write other ones."""
+    """Moves checkpoints later than the chosen one to set_aside/: they are damaged, or the run no longer continues from them."""
     later = [path for path in checkpoint.list_checkpoints(chosen.parent) if path.name > chosen.name]
     for path in later:
-        place = _fresh(path.parent / "set_aside" / path.name)
-        place.parent.mkdir(exist_ok=True)
-        path.rename(place)
-        print(f"notice: going on from {chosen.name}, the later {path.name} is set aside as {place}", file=sys.stderr)
+        target = _fresh(path.parent / "set_aside" / path.name)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        print(f"notice: resuming from {chosen.name}; the later checkpoint {path.name} is moved to {target}", file=sys.stderr)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """The run.json of a checkpoint, with every part that is compared. Raises CheckpointError."""
+    """Reads a checkpoint's run.json and returns the parts that are compared. Raises CheckpointError."""
     record = checkpoint.read_json(path / "run.json")
     try:
-        # Runs of earlier versions lack newer arguments or recorded None; they behaved like the defaults.
-        said = {name: value for name, value in record["arguments"].items() if value is not None}
-        arguments = {**as_dict(Arguments()), **said}
+        # Arguments that an earlier version did not record, or recorded as None, had today's default values.
+        recorded = {name: value for name, value in record["arguments"].items() if value is not None}
+        arguments = {**as_dict(Arguments()), **recorded}
         if not isinstance(record["plan"]["model"], dict):
-            raise TypeError("no model in it")
-        versions_then, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
+            raise TypeError("the plan has no model")
+        package_versions, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
         fingerprint = str(record["dataset"]["fingerprint"])
         wandb_id = str(record["wandb_id"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -193,7 +197,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     return {
         "arguments": arguments,
         "plan": record["plan"],
-        "versions": versions_then,
+        "versions": package_versions,
         "world": world,
         "machine": machine,
         "fingerprint": fingerprint,
@@ -203,14 +207,15 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan, warm_start: bool) -> set[str]:
-    """The names of the arguments that differ from the checkpoint's and may: --allow_changes lists them, or it is a warm start.
+    """Refuses to resume with arguments that differ from the checkpoint's, unless they are allowed to change; returns their names.
 
-    Raises ConfigError where others differ, with both values and the way out.
+    warm_start: the checkpoint is a full-rank run's. Raises ConfigError with both values and the way out.
     """
     differing = differing_arguments(before["arguments"], before["plan"], args, plan)
     allowed = allowed_changes(args) | {name for name, row in ROWS.items() if warm_start and row.warm_start}
-    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):  # the data is compared later
-        print(f"notice: --allow_changes {','.join(unused)} has no effect: the same in {path}", file=sys.stderr)
+    # Whether the data set differs is not known yet.
+    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):
+        print(f"notice: --allow_changes {','.join(unused)} has no effect: {path} has the same values", file=sys.stderr)
     problems = []
     for name, (then, now) in differing.items():
         if name in allowed:
@@ -220,7 +225,7 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
             way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
         other = f"another --save_dir; to evaluate alone use {_evaluate_command(path, args)}"
         other = other if name in EVALUATION_FLAGS else "another --save_dir"
-        problems.append(f"--{name} {now}: {path} was made with {then}; use that, {way_out}or {other}")
+        problems.append(f"--{name} {now}: {path} was made with {then}; use {then}, {way_out}or {other}")
     problems += [
         f"{args.model_config}: {key} is {now}, {path} was made with {then}"
         for key, (then, now) in differing_shape(before["plan"], plan).items()
@@ -237,22 +242,26 @@ def _evaluate_command(path: Path, args: Arguments) -> str:
 
 
 def check_same_data(path: Path, args: Arguments, source: Source) -> None:
-    """Raises ConfigError where the data are not those the checkpoint `path` was made with; where they lie does not matter."""
+    """Refuses to resume with other data than the checkpoint's; the same files in another place are accepted.
+
+    Raises ConfigError.
+    """
     before = _read_record(path)
     # --text_field is part of the fingerprint and is compared as an argument already.
     fingerprint = replace(source, text_field=before["arguments"]["text_field"]).fingerprint
     if fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
         raise ConfigError(
             [
-                f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) are not those that {path} was made "
-                f"with, --dataset {before['arguments']['dataset']}: fingerprint {fingerprint}, then "
-                f"{before['fingerprint']}; restore them, or go on with these from the same position: --allow_changes dataset"
+                f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) differ from those of --dataset "
+                f"{before['arguments']['dataset']} that {path} was made with: fingerprint {fingerprint} instead of "
+                f"{before['fingerprint']}; restore the files, or continue with the new ones from the same position: "
+                "--allow_changes dataset"
             ]
         )
 
 
-def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> None:
-    """Prints one line where the resumed run will not be bit-identical to one that was never stopped."""
+def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan) -> None:
+    """Prints a notice if package versions, processes, threads or hardware changed, so that results are not bit-identical."""
     names = ("torch", "transformers", "bitsandbytes", "torchao", "triton")
     then = {name: before["versions"].get(name) for name in names}
     now = {name: versions().get(name) for name in names}
@@ -262,17 +271,17 @@ def _say_what_breaks_bits(path: Path, before: dict[str, Any], plan: Plan) -> Non
     ):
         values |= {"processes": world.get("processes"), "threads": world.get("threads")}
         values |= {"CPU capability": machine.get("cpu_capability"), "GPU": machine.get("gpu")}
-    changes = [f"{name} {now[name]} (then {then[name]})" for name in now if now[name] != then[name]]
+    changes = [f"{name} {now[name]} (before: {then[name]})" for name in now if now[name] != then[name]]
     if changes:
         print(
-            f"notice: going on from {path} with {', '.join(changes)}: data order and schedule are unchanged; results will not be "
+            f"notice: resuming from {path} with {', '.join(changes)}: data order and schedule are unchanged; results will not be "
             "bit-identical",
             file=sys.stderr,
         )
 
 
 def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source) -> dict[str, Any]:
-    """The content of run.json: everything needed to know how the run was made, and nothing secret."""
+    """Returns the contents of run.json: everything needed to reproduce the run, and no secrets."""
     return {
         "arguments": as_dict(args),
         "plan": plan_document(plan),
@@ -284,11 +293,12 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, s
         "git_commit": _git_commit(),
         "world": {
             "processes": world.size,
-            "local_processes": world.local_size,  # on process 0's machine
+            # On process 0's machine.
+            "local_processes": world.local_size,
             "threads": torch.get_num_threads(),
         },
         "machine": _machine(),
-        # What else the bits depend on (docs/resume.md).
+        # Further settings that results depend on (docs/resume.md).
         "numerics": {
             "attention": "sdpa",
             "compiled_layers": args.compile,
@@ -306,19 +316,19 @@ def _machine() -> dict[str, Any]:
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON-able values."""
+    """Returns the plan as JSON-serialisable values."""
     return {**asdict(plan), "save_dir": str(plan.save_dir)}
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    """Returns the installed versions of Python and of the packages that results depend on."""
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _git_commit() -> str | None:

@@ -1,4 +1,4 @@
-"""The content of a run's checkpoint, and how a run is resumed from it."""
+"""Collects the state of a run for a checkpoint, and restores a run from a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from peft_pretraining.training.update import TrainState
 from sparse_lora import ReLoRALinear
 
 _MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
-_GROWTH = "growth/previous_norms"  # of --grad_norm_growth, one per parameter in the model's order
+# Gradient norms kept by --grad_norm_growth, one per parameter in the model's order.
+_GROWTH = "growth/previous_norms"
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """The parts of a run whose state is saved."""
+    """The parts of a run that have a state: model, optimizer, data loader and counters."""
 
     model: nn.Module
     updates: Updates
@@ -38,7 +39,10 @@ class RunParts:
 
 
 def run_content(run_folder: Path, parts: RunParts, world: World, run_document: Mapping[str, Any]) -> checkpoint.Content:
-    """The content of a checkpoint of the run's present state: its own tensors, not copies. Every process calls it."""
+    """Returns the content of a checkpoint of the run's current state. Its tensors are the run's, not copies.
+
+    Every process calls it.
+    """
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
     moments = optimizer_state(parts.updates, dict(parts.model.named_parameters()))
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.shared.items()}
@@ -62,10 +66,10 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
 
 
 def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: Plan) -> TrainState | None:
-    """The state of the checkpoint `path` if there is nothing left to do after it, the last evaluation included.
+    """Returns the state of the checkpoint `path` if the run is finished, last evaluation included; otherwise None.
 
-    A run that is finished says so without opening its data, building its model or asking a network; but where the data has
-    another name, it has to be opened to know whether it is the same.
+    A finished run is recognised without opening its data, building its model or using a network. With another --dataset the
+    result is None, because the data has to be opened to be compared.
     """
     if path is None or path.parent.resolve() != run_folder.resolve():
         return None
@@ -77,19 +81,20 @@ def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: P
 
 
 def refuse_if_over(path: Path, plan: Plan) -> None:
-    """Raise ConfigError where the full-rank checkpoint `path` leaves no update of the plan to make."""
+    """Raises ConfigError if the full-rank checkpoint `path` already has all of the plan's updates."""
     state = train_state(path)
     if is_finished(plan, state.update_step, state.tokens_seen):
         raise ConfigError(
             [
-                f"--warmed_up_model {path}: has {state.update_step:,} updates, which count; --num_training_steps "
-                f"{plan.num_training_steps} leaves none to ReLoRA; raise it, or take an earlier checkpoint"
+                f"--warmed_up_model {path}: its {state.update_step:,} updates count towards --num_training_steps "
+                f"{plan.num_training_steps}, which leaves none for ReLoRA; raise --num_training_steps, or name an earlier "
+                "checkpoint"
             ]
         )
 
 
 def train_state(path: Path) -> TrainState:
-    """Updates and tokens done at the checkpoint `path`. Raises CheckpointError."""
+    """Reads the counters (updates, tokens, ...) of the checkpoint `path`. Raises CheckpointError."""
     try:
         state = TrainState(**checkpoint.read_json(path / "state.json")["train"])
         _check_counts(asdict(state).values())
@@ -99,7 +104,7 @@ def train_state(path: Path) -> TrainState:
 
 
 def restore_data(path: Path, loader: TrainLoader) -> None:
-    """Set the loader to the data position of the checkpoint `path`, before its first batch. Raises CheckpointError."""
+    """Sets the loader to the data position of the checkpoint `path`; call it before the first batch. Raises CheckpointError."""
     try:
         state = checkpoint.read_json(path / "state.json")["data"]
         _check_counts([state["position"], *state["bad_records"].values()])
@@ -107,21 +112,21 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
             _check_counts(LaneState(*numbers))
         loader.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise checkpoint.CheckpointError(f"{path}: its data position cannot be taken up: {error}") from None
+        raise checkpoint.CheckpointError(f"{path}: its data position cannot be restored: {error}") from None
 
 
 def _check_counts(values: Iterable[Any]) -> None:
-    """Raise ValueError where a value read from a file is no count, which the data loader would fail on much later."""
+    """Raises ValueError unless every value is a count; otherwise reading data would fail with it much later."""
     for value in values:
         if type(value) is not int or not 0 <= value < 2**63:
-            raise ValueError(f"{value!r} is no count")
+            raise ValueError(f"{value!r} is not a count")
 
 
 def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = False) -> None:
-    """Bring freshly built parts to where the checkpoint `path` was taken; the data has `restore_data`.
+    """Restores newly built parts from the checkpoint `path`, except the data position (see `restore_data`).
 
-    warm_start: the checkpoint is a full-rank run's and the model has factors too, which keep their initial values, as moments do.
-    Random states are those of the same rank; a rank that the checkpoint did not have keeps its fresh ones.
+    warm_start: the checkpoint is a full-rank run's; the model's factors and the moments keep their initial values.
+    Random states are restored by rank; a rank that the checkpoint does not have keeps its initial states.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or belongs to another model.
@@ -129,11 +134,12 @@ def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = Fa
     document = checkpoint.read_json(path / "state.json")
     index = checkpoint.tensor_index(path)
     factors = _factors(parts.model) if warm_start else frozenset()
-    own = {name: tensor for name, tensor in parts.model.state_dict().items() if name not in factors}
-    checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in own.items()})
+    saved = {name: tensor for name, tensor in parts.model.state_dict().items() if name not in factors}
+    checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in saved.items()})
     if not warm_start:
         _restore_moments(path, parts, index, document, world)
-    if parts.updates.growth is not None and _GROWTH in index and not warm_start:  # switched on later, it starts without a history
+    # A run that adds --grad_norm_growth later starts without earlier norms.
+    if parts.updates.growth is not None and _GROWTH in index and not warm_start:
         checkpoint.load_tensors(path, {_GROWTH: parts.updates.growth.previous})
     states = {
         name: torch.empty(size, dtype=dtype)
@@ -144,14 +150,14 @@ def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = Fa
     try:
         _set_random_states({name.rsplit("/", 1)[1]: tensor for name, tensor in states.items()})
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise checkpoint.CheckpointError(f"{path}: its random states are none ({error})") from None
+        raise checkpoint.CheckpointError(f"{path}: its random states cannot be restored ({error})") from None
     state = train_state(path)
     for name, value in asdict(state).items():
         setattr(parts.state, name, value)
 
 
 def _factors(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that ReLoRA adds to a full-rank model."""
+    """Returns the names of the parameters that ReLoRA adds to a full-rank model."""
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, ReLoRALinear))
     added = ("lora_A", "lora_B", "scaling")
     return frozenset(f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in added)
@@ -164,21 +170,23 @@ def _restore_moments(path: Path, parts: RunParts, index: Mapping[str, Any], docu
         checkpoint.load_tensors(path, {f"{_OPTIMIZER}{name}": tensor for name, tensor in tensors.items()})
 
     try:
-        anew = load_optimizer_state(parts.updates, dict(parts.model.named_parameters()), saved, document["optimizer"], read)
+        requantised = load_optimizer_state(
+            parts.updates, dict(parts.model.named_parameters()), saved, document["optimizer"], read
+        )
     except checkpoint.CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise checkpoint.CheckpointError(f"{path}: its optimizer state does not fit this run ({error})") from None
-    if anew and world.is_main:
+    if requantised and world.is_main:
         print(
-            f"{path.name}: its quantised moments, of {document['processes']} processes, are taken as plain numbers, divided anew "
-            "and quantised again, so that the run goes on to within their rounding",
+            f"{path.name}: its quantised moments were saved by {document['processes']} processes; they are dequantised, divided "
+            "among this run's processes and quantised again, which changes them by up to their rounding",
             file=sys.stderr,
         )
 
 
 def _random_states() -> dict[str, torch.Tensor]:
-    """States of this process's global generators, for libraries that draw from them; ours are keyed by the seed."""
+    """Returns the states of this process's global generators; data order and initial values have generators keyed by the seed."""
     _, words, _ = random.getstate()
     states = {"torch": torch.get_rng_state(), "python": torch.tensor(words, dtype=torch.int64)}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Evaluation: the mean token loss over a set, counted exactly and independent of batch size and process count."""
+"""Evaluation: computes the mean token loss over a data set, independent of batch size and number of processes."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from peft_pretraining.model.loss import IGNORE_INDEX
 
 
 class LabelledBatch(Protocol):
-    """What evaluation needs of a batch: token ids and labels, both (B, T), and how many targets those are."""
+    """The interface of an evaluation batch: token ids and labels, both (B, T), and the number of target tokens."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -24,7 +24,11 @@ class LabelledBatch(Protocol):
 
 @dataclass(frozen=True)
 class EvalResult:
-    """loss: mean over target tokens, nats. perplexity: exp(loss). tokens: targets counted. bits_per_byte: of their text."""
+    """The result of an evaluation.
+
+    loss: mean over target tokens, nats. perplexity: exp(loss). tokens: number of target tokens.
+    bits_per_byte: loss per UTF-8 byte of the targets' text, in bits; None without byte counts.
+    """
 
     loss: float
     perplexity: float
@@ -32,12 +36,12 @@ class EvalResult:
     bits_per_byte: float | None = None
 
 
-# Of each batch: the sum of its token losses, and how many there are.
+# For each batch the sum of its token losses and the number of its target tokens.
 Batches = list[tuple[Tensor, Tensor]]
 
 
 class NothingToEvaluate(ValueError):
-    """An evaluation set without a target token."""
+    """Raised when an evaluation set contains no target token."""
 
 
 @torch.no_grad()
@@ -49,21 +53,24 @@ def evaluate(
     bytes_per_id: Tensor | None = None,
     each: Batches | None = None,
 ) -> EvalResult:
-    """Mean token loss over `batches`, in eval mode (each module's mode is restored), sums in float64.
+    """Computes the mean token loss over `batches` in eval mode; each module's mode is restored afterwards.
 
     Args:
-        loss_module: (input_ids, labels, num_targets) -> sum of token losses, as loss.TokenLoss. Not wrapped in
+        loss_module: maps (input_ids, labels, num_targets) to the sum of token losses, like TokenLoss. Not wrapped in
             DistributedDataParallel, whose forward is collective: processes may have different numbers of batches.
-        batches: token ids and labels on any device; labels as in transformers, -100 where nothing is predicted.
-        world_reduce: adds a small float64 tensor over all processes, in place; called once, at the end.
-        bytes_per_id: (V,), UTF-8 bytes that each id stands for; with it bits per byte are computed.
-        each: gets the sum of losses and the number of targets of every batch, scalars on the device.
+        batches: token ids and labels on any device; labels as in transformers, -100 where no token is predicted.
+        world_reduce: sums a small float64 tensor over all processes, in place; called once, at the end.
+        bytes_per_id: (V,), number of UTF-8 bytes of each token id, needed for bits per byte.
+        each: a list that receives the sum of losses and the number of targets of every batch, scalars on the device.
+
+    Sums are accumulated in float64.
 
     Raises:
-        NothingToEvaluate: no target token in all of `batches`.
+        NothingToEvaluate: the batches contain no target token.
     """
     device = next(loss_module.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # losses, tokens, bytes
+    # Sums of losses, target tokens and bytes.
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     sizes = None if bytes_per_id is None else bytes_per_id.to(device)
     modes = [(module, module.training) for module in loss_module.modules()]
     loss_module.eval()
@@ -87,7 +94,7 @@ def evaluate(
         world_reduce(sums)
     loss_sum, tokens, num_bytes = sums.tolist()
     if tokens == 0:
-        raise NothingToEvaluate("the evaluation set holds no target token; check --eval_dataset and --eval_tokens")
+        raise NothingToEvaluate("the evaluation set contains no target token; check --eval_dataset and --eval_tokens")
     loss = loss_sum / tokens
     return EvalResult(
         loss=loss,

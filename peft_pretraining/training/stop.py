@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C are noted, and obeyed where nothing is half done."""
+"""Handles requests to stop: SIGTERM, SIGUSR1 (sent by Slurm before a time limit) and Ctrl-C end the run between two updates."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from typing import Any
 
 MARKER_FILE = "stopped.json"
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
-# A terminal sends Ctrl-C to torchrun and its processes, and torchrun passes it on: that is one request, not two.
+# A terminal sends Ctrl-C to torchrun and to its processes, and torchrun forwards it: signals within this time are one request.
 _SAME_REQUEST_S = 5.0
 _STDERR = 2
 
 
 class Stopped(BaseException):
-    """Raised out of `StopRequest.waiting` where a request comes while nothing is going on but waiting.
+    """Raised inside `StopRequest.waiting` when a stop is requested while the process only waits for data.
 
-    No Exception: libraries that read over a network would take it for a failure of theirs.
+    A BaseException, because libraries that read over a network catch Exception and retry.
     """
 
 
 class StopRun(Exception):
-    """The run ends before its time, with everything up to the last update kept; raised on all processes together."""
+    """Raised on all processes to end the run early; the state after the last update is saved."""
 
     def __init__(self, problem: str | None = None):
-        """problem: why, where it was not asked for."""
+        """problem: the reason, or None if the stop was requested."""
         super().__init__(problem)
         self.problem = problem
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The first signal is noted; one more, five seconds later, ends it at once."""
+    """Records whether this process was asked to stop. A second signal more than five seconds later ends it immediately."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, exit_now: Callable[[int], Any] = os._exit):
-        """clock, exit_now: for tests."""
+        """clock, exit_now: replaced in tests."""
         self.signal_name: str | None = None
         self._clock, self._exit_now = clock, exit_now
         self._since = 0.0
@@ -52,7 +52,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Note the signals during the block. Only the main thread of a program gets any."""
+        """Records stop signals during the block; does nothing outside the main thread, which receives all signals."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -66,7 +66,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """In the block a request raises Stopped at once, also one that came before it."""
+        """Raises Stopped in the block as soon as a stop is requested, or at its start if one was requested before."""
         self._waiting = True
         try:
             if self.requested:
@@ -82,15 +82,16 @@ class StopRequest:
                 self._leave(name, number)
             return
         self.signal_name, self._since = name, self._clock()
-        # os.write: the signal may have come in the midst of a print.
-        os.write(_STDERR, f"\n{name}: stopping after this update; once more ends it at once\n".encode())
+        # os.write instead of print, because the signal may interrupt a print.
+        os.write(_STDERR, f"\n{name}: stopping after this update; send the signal again to end immediately\n".encode())
         if self._waiting:
             self._waiting = False
             raise Stopped
 
     def _leave(self, name: str, number: int) -> None:
-        text = f"\n{name} again: ended at once; the same command goes on from the newest checkpoint\n"
+        text = f"\n{name} again: ended immediately; run the same command again to resume from the newest checkpoint\n"
         os.write(_STDERR, text.encode())
-        for child in multiprocessing.active_children():  # data workers, which ignore these signals
+        # Data workers ignore stop signals.
+        for child in multiprocessing.active_children():
             child.kill()
         self._exit_now(128 + number)

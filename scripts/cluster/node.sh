@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# One machine's part of a run on several: becomes torchrun. slurm.sh and pod.sh start it, once on each machine.
+# Starts torchrun on one machine of a run on several machines. slurm.sh and pod.sh call it once on each machine.
 #   node.sh RUN_DIR scripts/llm_pretrain/sltrain1b.sh [flags]
 #   node.sh RUN_DIR --model_config configs/llama_1b.json ...     torchrun_main.py's flags
-#   NPROC     processes on this machine, one for each GPU (default: the GPUs that Slurm has allocated here)
-#   PET_...   torchrun's own: PET_NNODES machines meet at PET_RDZV_ENDPOINT; PET_LOCAL_ADDR, where others do not know its name
+#   NPROC     processes on this machine, one for each GPU (default: the GPUs that Slurm has allocated on it)
+#   PET_...   torchrun's variables: PET_NNODES machines, rendezvous at PET_RDZV_ENDPOINT; PET_LOCAL_ADDR is needed if other
+#             machines cannot resolve this machine's name
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
-# A file system may be slow to give torch to the machine where all meet: the others knock for ten minutes, not for one.
-meeting="read_timeout=600"
+# Machines wait ten minutes (not one) for the rendezvous, because loading torch from a slow file system can delay its host.
+rendezvous="read_timeout=600"
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-}}"
-    # Said, not found out by torchrun from names and addresses: the first machine of the job keeps the meeting place.
-    if [ "${SLURM_NODEID:-}" = 0 ]; then meeting+=",is_host=1"; else meeting+=",is_host=0"; fi
+    # The job's first machine hosts the rendezvous; torchrun's own guess from names and addresses can be wrong.
+    if [ "${SLURM_NODEID:-}" = 0 ]; then rendezvous+=",is_host=1"; else rendezvous+=",is_host=0"; fi
 fi
-export NPROC="${NPROC:-}" PET_RDZV_CONF="${PET_RDZV_CONF:-$meeting}"
+export NPROC="${NPROC:-}" PET_RDZV_CONF="${PET_RDZV_CONF:-$rendezvous}"
 if [ -z "$NPROC" ]; then
-    echo "node.sh: no GPU was allocated here: ask for them (sbatch --gpus-per-node=8), or set NPROC to train on CPUs" >&2
+    echo "node.sh: no GPU is allocated on this machine; add sbatch --gpus-per-node=8, or set NPROC to train on CPUs" >&2
     exit 2
 fi
 # shellcheck source=SCRIPTDIR/request.sh

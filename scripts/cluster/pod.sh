@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One pod's part of a run under Kubernetes (pytorchjob.yaml): node.sh, with an exit code that tells a stop from the end.
-# torchrun's is 0 on machines whose processes were told to stop by another machine's: a job would count as complete.
+# Runs node.sh in one pod of a run under Kubernetes (pytorchjob.yaml), with an exit code that distinguishes a stop from the end.
+# torchrun's exit code is 0 on machines that stop because another machine was asked to, so the job would count as complete.
 #   pod.sh RUN_DIR RECIPE [flags]
-# Exit code: 0 done; 143 stopped on request, saved, to be started again; else torchrun's, 1 for every failure.
+# Exit code: 0 done; 143 stopped on request and saved, must be started again; otherwise torchrun's, 1 for every failure.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=SCRIPTDIR/request.sh
@@ -11,7 +11,7 @@ source "$here/request.sh" "$@"
 signalled=""
 bash "$here/node.sh" "$run_dir" "${program[@]}" &
 node=$!
-# Kubernetes signals the first process of a container only. torchrun takes one signal: a second would end it in mid-save.
+# Kubernetes signals only a container's first process. Only one signal is passed on: a second one ends torchrun during the save.
 # shellcheck disable=SC2317,SC2329 # called by the traps
 pass_on() {
     trap : TERM INT USR1
@@ -24,7 +24,8 @@ for name in TERM INT USR1; do
 done
 code=0
 wait "$node" || code=$?
-while [ -n "$signalled" ] && kill -0 "$node" 2>/dev/null; do # the wait was cut short by the signal
+# The signal interrupts wait, so wait again until node.sh has ended.
+while [ -n "$signalled" ] && kill -0 "$node" 2>/dev/null; do
     code=0
     wait "$node" || code=$?
 done

@@ -257,11 +257,11 @@ def test_files_that_cannot_work(trained: Trained, tmp_path: Path, capsys: Capsys
     (checkpoint,) = list_checkpoints(trained("full"))
     (tmp_path / "other.json").write_text('{"rows": [1]}')
     for checkpoint_flag, out, message in [
-        (tmp_path / "nothing", tmp_path / "x.json", "is no checkpoint and holds none"),
+        (tmp_path / "nothing", tmp_path / "x.json", "is not a checkpoint and contains none"),
         (checkpoint, checkpoint / "study.json", f"lies in the checkpoint {checkpoint}"),
         (checkpoint, tmp_path, f"--out {tmp_path}: is a folder; name a file"),
         (checkpoint, tmp_path / "other.json", "holds something else than a study's rows"),
-        (checkpoint, tmp_path / "other.json" / "x.json", f"--out {tmp_path / 'other.json'}: cannot be made"),
+        (checkpoint, tmp_path / "other.json" / "x.json", f"--out {tmp_path / 'other.json'}: cannot be created"),
     ]:
         argv = ["pruning", "--checkpoint", str(checkpoint_flag), "--rank", str(R), "--out", str(out)]
         assert main(argv) == 2

@@ -137,7 +137,7 @@ def test_refusals(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_folders_that_cannot_work(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spectra", "--checkpoint", str(tmp_path / "nothing")]) == 2
-    assert "is no checkpoint and holds none" in capsys.readouterr().err
+    assert "is not a checkpoint and contains none" in capsys.readouterr().err
     (checkpoint,) = list_checkpoints(trained("full"))
     for inside in (checkpoint, checkpoint / "figures"):
         assert main(["spectra", "--checkpoint", str(trained("full")), "--out", str(inside)]) == 2
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
     capsys.readouterr()
     assert main(["spectra", "--checkpoint", str(run), "--out", str(file)]) == 2
     (line,) = capsys.readouterr().err.splitlines()  # no line of a linear before it
-    assert f"--out {file}: cannot be made (File exists); name another folder" in line
+    assert f"--out {file}: cannot be created (File exists); name another folder" in line
 
 
 @pytest.mark.parametrize("name", ["full", "sltrain"])

@@ -168,14 +168,14 @@ def test_script_parses(path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "no folder for the run"),
-        (["scripts/llm_pretrain/sltrain60m.sh"], "no folder for the run"),
-        (["--model_config", "configs/llama_60m.json"], "no folder for the run"),
-        (["runs/x"], "nothing to run"),
+        ([], "is not a run folder"),
+        (["scripts/llm_pretrain/sltrain60m.sh"], "is not a run folder"),
+        (["--model_config", "configs/llama_60m.json"], "is not a run folder"),
+        (["runs/x"], "no recipe to run"),
         (["runs/x", "scripts/llm_pretrain/none.sh"], "no such recipe"),
         (["runs/x", "--model_config", "configs/llama_60m.json", "--save_dir", "y"], "--save_dir"),
         (["runs/x", "--model_config", "configs/llama_60m.json", "--continue_from=y"], "--continue_from"),
-        (["runs/x", "scripts/llm_pretrain/sltrain60m.sh", "--resume", "never"], "begin anew"),
+        (["runs/x", "scripts/llm_pretrain/sltrain60m.sh", "--resume", "never"], "return to the same state"),
     ],
 )
 @pytest.mark.parametrize("script", ["slurm.sh", "pod.sh", "node.sh"])
@@ -250,7 +250,7 @@ def test_a_terminated_job_is_left_to_slurm(slurm, tmp_path):
     end = write_marker(tmp_path / "run", "SIGTERM") + "; exit 1"
     code, output = slurm.run(str(tmp_path / "run"), "--help", FAKE_END=end)
     assert code == 1
-    assert "for Slurm to say" in output
+    assert "Slurm decides whether job" in output
     assert not slurm.said("scontrol")
     assert slurm.said("sleep") == ["600"]
 

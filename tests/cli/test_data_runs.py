@@ -105,7 +105,7 @@ def test_bad_records_are_shown_logged_and_end_a_strict_run(tmp_path, tiny_run, c
     state = json.loads(next((tmp_path / "run").glob("step_*20/state.json")).read_text())
     assert state["data"]["bad_records"] == {"malformed_json": counts[-1]}
     assert counts[-1] > 3
-    assert f"records passed over since the run began: {counts[-1]} malformed json" in capsys.readouterr().err
+    assert f"records skipped since the run began: {counts[-1]} malformed json" in capsys.readouterr().err
     strict = [*SHORT, *flags, "--on_bad_record", "fail", "--save_dir", str(tmp_path / "strict")]
     assert torchrun_main.main(strict) == 1  # what was trained until then is saved
     said = capsys.readouterr().err

@@ -172,8 +172,8 @@ def test_scaling_is_printed_where_rate_and_bandwidth_are_given(capsys):
         assert command([*base, *flags]) == 0
         texts.append(capsys.readouterr().out)
     assert ["on the wire: 0.116 GB" in text for text in texts] == [True] * 3
-    assert ["communication 0.116 s per update" in text for text in texts] == [False, True, True]
-    assert ["efficiency below a half from" in text for text in texts] == [False, False, True]
+    assert ["communication without overlap 0.116 s per update" in text for text in texts] == [False, True, True]
+    assert ["efficiency below one half from" in text for text in texts] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_folder_is_for_one_scaling(trained, capsys):
     for other in (["--start", "0.25"], ["--start", "0.5", "--start_names", "lora_A"], ["--scale", "0.5"]):
         with pytest.raises(SystemExit):
             trained("run", "--peft_model", "sltrain", *other)
-        assert "it holds a run made with {'scale': 1.0, 'start': 0.5" in capsys.readouterr().err
+        assert "contains a run made with {'scale': 1.0, 'start': 0.5" in capsys.readouterr().err
     (folder / "scaled.json").unlink()
     with pytest.raises(SystemExit):
         trained("run", *flags)
@@ -103,5 +103,5 @@ def test_a_folder_is_for_one_scaling(trained, capsys):
 
 def test_names_that_match_nothing_are_refused(trained, capsys):
     trained("run", "--peft_model", "sltrain", "--start", "0.5", "--start_names", "lora_b", expected=2)
-    assert "--start_names lora_b: no parameter has that in its name" in capsys.readouterr().err
+    assert "--start_names lora_b: no parameter's name contains it" in capsys.readouterr().err
     trained("run", "--peft_model", "sltrain", "--start", "0.5", "--start_names", "lora_B")  # nothing was made there

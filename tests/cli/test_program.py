@@ -245,7 +245,7 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path, flags, capsys):
     assert without_times(again) == without_times(whole)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000006"]
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "set_aside")] == ["step_00000006"]
-    assert "step_00000006 is set aside" in capsys.readouterr().err
+    assert "step_00000006 is moved to" in capsys.readouterr().err
 
 
 def test_checkpoint_whose_data_state_does_not_fit_is_refused(tmp_path, flags, capsys):
@@ -322,8 +322,8 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, flag
     capsys.readouterr()
     again = train(tmp_path / "run", *flags)
     message = capsys.readouterr().err
-    assert "step_00000006 is damaged: state.json has other contents than were written" in message
-    assert "step_00000003, the newest sound one, is taken instead" in message
+    assert "step_00000006 is damaged: state.json was changed after it was written" in message
+    assert "using step_00000003, the newest intact checkpoint" in message
     assert without_times(again) == without_times(whole)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000003", "step_00000006"]
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "set_aside")] == ["step_00000006"]
@@ -346,7 +346,7 @@ def test_a_run_without_a_sound_checkpoint_never_starts_afresh(tmp_path, flags, c
     record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
-    assert "holds no sound checkpoint" in message
+    assert "all checkpoints are damaged" in message
     assert message.count("is damaged: tensors/.metadata") == 2
     assert "--resume never" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
@@ -376,7 +376,7 @@ def test_continuing_into_a_folder_with_another_run_is_refused(tmp_path, flags, c
     train(tmp_path / "other", *flags, "--seed", "1")
     arguments = [*flags, "--continue_from", str(tmp_path / "one"), "--save_dir", str(tmp_path / "other")]
     assert torchrun_main.main(arguments) == 2
-    assert "already holds another run" in capsys.readouterr().err
+    assert "already contains another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_going_on_as_another_run_is_refused(tmp_path, flags, change, words, caps
 def test_changes_that_are_named_are_made(tmp_path, flags, capsys):
     """And once they are in a checkpoint, they are what the next start is compared with."""
     whole = train(tmp_path / "run", *flags, "--allow_changes", "lr")
-    assert "--allow_changes lr has no effect: the run starts afresh" in capsys.readouterr().err
+    assert "--allow_changes lr has no effect: the run starts from the beginning" in capsys.readouterr().err
     longer = [*flags, "--num_training_steps", "8", "--lr", "0.001"]
     rows = train(tmp_path / "run", *longer, "--allow_changes", "num_training_steps, lr")
     assert without_times(rows)[: len(whole)] == without_times(whole)
@@ -419,7 +419,7 @@ def test_changes_that_are_named_are_made(tmp_path, flags, capsys):
     train(tmp_path / "run", *longer, "--allow_changes", "num_training_steps,lr")
     capsys.readouterr()
     assert train(tmp_path / "run", *longer, "--allow_changes", "lr")[-1]["update_step"] == 8
-    assert "--allow_changes lr has no effect: the same in" in capsys.readouterr().err
+    assert "--allow_changes lr has no effect: " in capsys.readouterr().err
 
 
 def test_the_data_is_compared_wherever_it_lies(tmp_path, flags, capsys):
@@ -461,8 +461,8 @@ def test_other_versions_and_threads_are_a_notice(tmp_path, flags, capsys):
     capsys.readouterr()
     train(tmp_path / "two", *flags, "--continue_from", str(first))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "not be bit-identical" in line]
-    assert f"torch {torch.__version__} (then 2.0.0)" in line
-    assert "(then 99)" in line
+    assert f"torch {torch.__version__} (before: 2.0.0)" in line
+    assert "(before: 99)" in line
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags,
     arguments = [*flags, "--on_nonfinite", "stop", "--save_every", "1", "--save_dir", str(tmp_path / "run")]
     assert torchrun_main.main(arguments) == 1
     message = capsys.readouterr().err
-    assert "update 4: the loss is inf" in message
+    assert "update 4: non-finite loss (inf)" in message
     kept = tmp_path / "run" / "nonfinite" / "step_00000003"
     assert str(kept) in message
     before, kept_tensors = tensors_of(tmp_path / "run" / "step_00000003"), tensors_of(kept)
@@ -582,7 +582,7 @@ def test_a_network_that_is_gone_is_saved_before(tmp_path, flags, monkeypatch, ca
         patch.setattr(TrainLoader, "__iter__", iterate)
         assert torchrun_main.main([*flags, "--save_every", "100", "--save_dir", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
-    assert "no answer after 10 tries; everything up to update 4 is in" in message
+    assert "no answer after 10 tries; everything up to update 4 is saved in" in message
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000004"]
     assert without_times(train(tmp_path / "run", *flags, "--save_every", "100")) == without_times(whole)
 
@@ -598,7 +598,7 @@ def test_an_evaluation_without_its_data_is_saved_before(tmp_path, flags, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(EvalSet, "_tokenised", gone)
         assert torchrun_main.main([*flags, "--save_every", "100", "--save_dir", str(tmp_path / "run")]) == 1
-    assert "no answer after 10 tries; everything up to update 3 is in" in capsys.readouterr().err
+    assert "no answer after 10 tries; everything up to update 3 is saved in" in capsys.readouterr().err
     assert without_times(train(tmp_path / "run", *flags, "--save_every", "100")) == without_times(whole)
 
 
@@ -608,7 +608,7 @@ def test_what_goes_on_is_said_without_the_flags_that_go_back(tmp_path, flags, mo
     start = ["--continue_from", str(tmp_path / "run" / "step_00000003"), "--save_dir", str(tmp_path / "branch")]
     assert torchrun_main.main([*flags, *start]) == 0
     said = capsys.readouterr().out
-    assert f"without --continue_from {start[1]}, and with --save_dir {tmp_path / 'branch'}, goes on" in said
+    assert f"without --continue_from {start[1]} and with --save_dir {tmp_path / 'branch'}" in said
     monkeypatch.undo()
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "branch")]) == 0
     assert "finished 6 updates" in capsys.readouterr().out

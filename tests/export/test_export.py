@@ -192,13 +192,13 @@ def test_nothing_is_overwritten_and_nothing_kept_that_is_not(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert export(trained("sltrain"), tmp_path / "full") == 2
-    assert "holds something already; name another folder" in capsys.readouterr().err
+    assert "exists and is not an empty folder; name another folder" in capsys.readouterr().err
     assert export(trained("full"), tmp_path / "new", "--keep_factors") == 2
     assert "--peft_model full has no factors to keep; leave --keep_factors out" in capsys.readouterr().err
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert export(trained("sltrain"), Path()) == 2
-    assert "--out .: is the folder that this runs in; name one inside it" in capsys.readouterr().err
+    assert "--out .: is the current working directory; name a folder inside it" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "here"]
 
 

@@ -54,8 +54,8 @@ def test_saves_that_fail_in_the_middle(tmp_path, flags, started, saving):
     code, output = forked.run(argv, tmp_path / "log", largest_file=_LARGEST)
     assert code == 1
     assert "step_00000006 could not be saved" in output
-    assert "training goes on" in output
-    assert "5 attempts failed" in output or "the run ends without its last state" in output
+    assert "training continues" in output
+    assert "5 consecutive attempts failed" in output or "the run's last state is not saved" in output
     assert "the last checkpoint is step_00000003" in output
     assert "Traceback" not in output
     assert [path.name for path in started.glob("*step_*")] == ["step_00000003"]  # and nothing partial takes up space
@@ -69,7 +69,7 @@ def test_a_run_that_ends_unsaved_says_so(tmp_path, flags):
     argv = [*flags, "--save_every", "100", "--save_dir", str(tmp_path / "run")]
     code, output = forked.run(argv, tmp_path / "log", largest_file=_LARGEST)
     assert code == 1
-    assert "the run ends without its last state" in output
+    assert "the run's last state is not saved" in output
     assert "there is no checkpoint" in output
     assert "finished" not in output
 
@@ -78,7 +78,7 @@ def test_several_processes_give_up_together(tmp_path, flags, started):
     argv = [*flags, "--batch_size", "2", "--save_dir", str(started)]
     code, output = forked.run(argv, tmp_path / "log", processes=2, largest_file=_LARGEST)
     assert code == 1
-    assert output.count("5 attempts failed") == 1  # rank 0 says it for all
+    assert output.count("5 consecutive attempts failed") == 1  # rank 0 says it for all
     assert "Traceback" not in output
     assert resolve(started).name == "step_00000003"
 
@@ -115,7 +115,7 @@ def test_a_disk_of_64_megabytes(tmp_path, flags, started):
     if ended.returncode == 77:
         pytest.skip(f"no tmpfs can be mounted here ({ended.stderr.strip()})")
     assert ended.returncode == 1, ended.stderr
-    assert "no space: it takes about" in ended.stderr
+    assert "no space: a checkpoint takes about" in ended.stderr
     assert "are free" in ended.stderr
     assert "Traceback" not in ended.stderr
     names = ended.stdout.split()

@@ -249,20 +249,20 @@ def test_nothing_to_train_on_is_refused(here: Path, capsys: pytest.CaptureFixtur
 def test_a_folder_with_something_in_it_is_not_touched(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "full").mkdir()
     (here / "full" / "file").write_text("mine")
-    assert "holds something already" in refused(flags(here, "full"), capsys)
+    assert "exists and is not an empty folder" in refused(flags(here, "full"), capsys)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "_update", lambda *args: pytest.fail("it trained"))
-    assert "cannot be made (Not a directory)" in refused(flags(here, "few.json/out", data="few"), capsys)
+    assert "cannot be created (Not a directory)" in refused(flags(here, "few.json/out", data="few"), capsys)
     (here / "empty").mkdir()
     monkeypatch.chdir(here / "empty")
-    assert "is the folder that this runs in" in refused(flags(here, "empty", data="few"), capsys)
+    assert "is the current working directory" in refused(flags(here, "empty", data="few"), capsys)
     monkeypatch.chdir(here)
     monkeypatch.setattr(Path, "rmdir", lambda path: os.rmdir("/"))  # refused as for a mount point
-    assert "cannot be made (Device or resource busy)" in refused(flags(here, "empty", data="few"), capsys)
+    assert "cannot be created (Device or resource busy)" in refused(flags(here, "empty", data="few"), capsys)
 
 
 def test_what_was_trained_goes_where_a_link_leads_and_all_may_read_it(here: Path) -> None:

@@ -430,7 +430,7 @@ def test_folders_that_hold_something_are_left_alone(tmp_path: Path, capsys: Capt
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "kept").write_text("mine")
     assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags]) == 2
-    assert "holds something already" in capsys.readouterr().err
+    assert "exists and is not an empty folder" in capsys.readouterr().err
     assert (tmp_path / "run" / "kept").read_text() == "mine"
     assert main(["import", "--published", str(published.parent), "--save_dir", str(tmp_path / "new"), *flags]) == 2
     assert "name a checkpoint in it: model_3" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_made_is_named(runs, tmp_path, capsys):
     (tmp_path / "file").touch()
     for named in (runs, runs / "full1"):
         assert command(["report", str(named), "--out", str(tmp_path / "file")]) == 2
-        assert f"--out {tmp_path / 'file'}: cannot be made (File exists)" in capsys.readouterr().err
+        assert f"--out {tmp_path / 'file'}: cannot be created (File exists)" in capsys.readouterr().err
 
 
 def test_one_run_keeps_its_table_and_curves(tmp_path, capsys):

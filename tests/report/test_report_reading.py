@@ -77,7 +77,7 @@ def test_losses_that_were_not_finite_are_counted(tmp_path):
     rows[5] |= {"skipped_updates": 1}
     write_rows(folder, [*rows, evaluation(UPDATES, None)])
     assert "1 evaluations gave no finite perplexity" in notes_of(folder)
-    assert "1 logged updates had a loss that was not finite" in notes_of(folder)
+    assert "1 logged updates had a non-finite loss" in notes_of(folder)
     assert "1 updates were skipped" in notes_of(folder)
 
 

@@ -284,9 +284,9 @@ def _notes(run: RunRecord) -> list[str]:
         notes.append(
             f"no perplexity after its last update; the last one is that of update {run.figures['final_evaluation_step']:,}"
         )
-    spoilt = sum("loss" in row and row["loss"] is None for row in run.rows)
-    if spoilt:
-        notes.append(f"{spoilt:,} logged updates had a loss that was not finite")
+    nonfinite = sum("loss" in row and row["loss"] is None for row in run.rows)
+    if nonfinite:
+        notes.append(f"{nonfinite:,} logged updates had a non-finite loss")
     skipped = max((int(row.get("skipped_updates") or 0) for row in run.rows), default=0)
     if skipped:
         notes.append(f"{skipped:,} updates were skipped (numbers that were not finite)")
