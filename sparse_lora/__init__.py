@@ -12,12 +12,13 @@ relora.py          ReLoRALinear: a frozen dense weight plus factors that are mer
 reparameterize.py  SLTrainConfig, reparameterize(model, config), attach_relora(model), merge(model)
 """
 
-from .adapted import AdaptedLinear, adapter_parameters, adapter_state
-from .few_rows import prepare_for_inference
+import importlib
+from typing import Any
+
 from .functional import dense_reference, sparse_lowrank_linear
 from .linear import SparseLowRankLinear
 from .relora import ReLoRALinear
-from .reparameterize import SLTrainConfig, attach_relora, merge, reparameterize
+from .reparameterize import SLTrainConfig, attach_relora, merge, prepare_for_inference, reparameterize
 from .support import Support, generator_for
 
 __all__ = [
@@ -36,3 +37,13 @@ __all__ = [
     "reparameterize",
     "sparse_lowrank_linear",
 ]
+
+# Names of fine-tuning, whose module pretraining does not load.
+_FROM_ADAPTED = ("AdaptedLinear", "adapter_parameters", "adapter_state")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a name of adapted.py when it is first used."""
+    if name not in _FROM_ADAPTED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("sparse_lora.adapted"), name)

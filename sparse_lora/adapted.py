@@ -1,18 +1,16 @@
 """AdaptedLinear: a pretrained linear with a low-rank plus sparse part added to its weight, for fine-tuning."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .functional import build_weight, part_of, sparse_lowrank_linear, without_autocast
 from .linear import SparseLowRankLinear, join_name
-from .support import generator_for
+from .reparameterize import SLTrainConfig, replace_targets
+from .support import LARGEST, generator_for
 from .uniform import UniformSupport
-
-# Of support: beside the kinds that are drawn, the entries of W0 that are largest in magnitude.
-LARGEST = "largest"
 
 
 class AdaptedLinear(SparseLowRankLinear):
@@ -105,6 +103,45 @@ class AdaptedLinear(SparseLowRankLinear):
         """A, B, the sparse values and the trained scaling, as far as there are such."""
         parameters = (self.lora_A, self.lora_B, self.sparse_value, self.scaling)
         return [parameter for parameter in parameters if parameter is not None]
+
+
+def adapt(model: nn.Module, config: SLTrainConfig) -> list[str]:
+    """Replaces the targeted linears by AdaptedLinear, in place, and freezes the rest as config.base says: `reparameterize`'s part
+    for fine-tuning, with its results and errors."""
+    for name in config.trained_modules:
+        if name not in dict(model.named_modules()):
+            available = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(f"trained_modules {name!r}: the model has no such module; its top-level modules are: {available}")
+    replaced = replace_targets(
+        model, config.target_modules, lambda linear, name: _adapted(linear, name, config), config.trained_modules
+    )
+    if config.base == "frozen":
+        freeze_but(model, config.trained_modules)
+    return replaced
+
+
+def _adapted(linear: nn.Linear, name: str, config: SLTrainConfig) -> AdaptedLinear:
+    return AdaptedLinear(
+        linear,
+        config.rank,
+        config.sparsity,
+        alpha=config.alpha,
+        support=config.support,
+        trainable_scaling=config.trainable_scaling,
+        path=config.path,
+        seed=config.seed,
+        name=name,
+    )
+
+
+def freeze_but(model: nn.Module, trained_modules: Sequence[str]) -> None:
+    """No parameter requires a gradient but those of adapters and of these modules, by qualified name."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        for parameter in module.adapter if isinstance(module, AdaptedLinear) else ():
+            parameter.requires_grad_(True)
+    for name in trained_modules:
+        model.get_submodule(name).requires_grad_(True)
 
 
 @torch.no_grad()

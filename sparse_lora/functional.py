@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import few_rows
 from .block import BlockPart
 from .support import SparsePart, Support, low_rank_weight, passing_product
 from .uniform import UniformPart
@@ -64,7 +63,7 @@ def sparse_lowrank_linear(
     """
     _check(x, lora_A, lora_B, sparse_value, support, scaling, bias, path, base)
     dtype = _compute_dtype(x, lora_A)
-    few = path != "materialised" and not torch.is_grad_enabled() and few_rows.serves(x, support)
+    few = path != "materialised" and _has_few_rows(x, support)
     if path == "auto" and not few and (base is None or dtype.itemsize >= 4):
         kind, nnz = ("none", 0) if support is None else (support.kind, support.nnz)
         sizes = (x.shape[:-1].numel(), lora_B.shape[0], x.shape[-1], lora_B.shape[1])
@@ -73,7 +72,7 @@ def sparse_lowrank_linear(
         adapted = sparse_lowrank_linear(x, lora_A, lora_B, sparse_value, support, scaling, None, path)
         return F.linear(x, base, bias) + adapted
     if few:
-        return few_rows.few_rows_output(x, lora_A, lora_B, sparse_value, support, scaling, bias)
+        return _few_rows_output(x, lora_A, lora_B, sparse_value, support, scaling, bias)
     code, blocks = (None, 0) if support is None else (support.code, support.blocks)
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
     factored = path == "factored"
@@ -359,6 +358,38 @@ def _gradients_fake(_g: Tensor, _h: Tensor, *inputs_and_settings: Any) -> list[T
     x, lora_A, lora_B, values, _code, scaling, base, *_, needed = inputs_and_settings
     inputs = (x, lora_A, lora_B, values, scaling, base)
     return [t.new_empty(t.shape) for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+
+
+# --- Few rows without gradients, as in generating text ---
+#
+# Most of the time goes into reading weights: factors and values are read once each, and nothing of the weight's size is built.
+
+# A choice, not a measured crossover: text is generated for a few prompts at a time.
+MOST_FEW_ROWS = 32
+
+
+def _has_few_rows(x: Tensor, support: Support | None) -> bool:
+    """Whether `_few_rows_output` serves this x, (..., I): few rows, not being compiled, a support that is ready, no gradients."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta or x.shape[:-1].numel() > MOST_FEW_ROWS:
+        return False
+    return (support is None or support.ready_for_few_rows) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _few_rows_output(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    sparse_value: Tensor | None,
+    support: Support | None,
+    scaling: Scaling,
+    bias: Tensor | None,
+) -> Tensor:
+    """Returns x W^T + bias, (..., O); arguments as of `sparse_lowrank_linear`."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    y_TO = F.linear((F.linear(x_TI, lora_A) * scaling).to(x.dtype), lora_B, bias)
+    if sparse_value is not None and support is not None:
+        support.add_few_rows_(y_TO, x_TI, sparse_value)
+    return y_TO.view(*x.shape[:-1], lora_B.shape[0])
 
 
 # --- Which path takes less time ---

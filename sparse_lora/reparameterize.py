@@ -1,14 +1,16 @@
 """Replace a model's linears by low-rank plus sparse ones, and back."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .adapted import LARGEST, AdaptedLinear
 from .linear import SparseLowRankLinear, hyperparameter_problems
 from .relora import ReLoRALinear
+from .support import LARGEST
+from .uniform import UniformSupport
 
 # What the method leaves dense (arXiv 2406.02214, section 5.1): no linear with one of these in its name is replaced.
 KEPT_DENSE = ("lm_head", "embed", "norm")
@@ -97,27 +99,11 @@ def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
         ValueError: no linear matches, one of the targets (unless they are the default ones) matches none, or the model has no
             module of a name in trained_modules.
     """
-    for name in config.trained_modules:
-        if name not in dict(model.named_modules()):
-            there = ", ".join(child for child, _ in model.named_children())
-            raise ValueError(f"trained_modules {name!r}: the model has no such module; at its top there are: {there}")
-    like = _sparse_lowrank_like if config.base is None else _adapted
-    replaced = _replace_targets(
-        model, config.target_modules, lambda linear, name: like(linear, name, config), config.trained_modules
-    )
-    if config.base == "frozen":
-        freeze_but(model, config.trained_modules)
-    return replaced
-
-
-def freeze_but(model: nn.Module, trained_modules: Sequence[str]) -> None:
-    """No parameter requires a gradient but those of adapters and of these modules, by qualified name."""
-    model.requires_grad_(False)
-    for module in model.modules():
-        for parameter in module.adapter if isinstance(module, AdaptedLinear) else ():
-            parameter.requires_grad_(True)
-    for name in trained_modules:
-        model.get_submodule(name).requires_grad_(True)
+    if config.base is not None:
+        # Fine-tuning only: by name, so that pretraining does not load the module.
+        replaced: list[str] = importlib.import_module("sparse_lora.adapted").adapt(model, config)
+        return replaced
+    return replace_targets(model, config.target_modules, lambda linear, name: _sparse_lowrank_like(linear, name, config))
 
 
 def attach_relora(
@@ -154,10 +140,10 @@ def attach_relora(
                     layer.get_parameter(parameter_name).copy_(values)
         return layer.train(linear.training)
 
-    return _replace_targets(model, DEFAULT_TARGETS, with_factors)
+    return replace_targets(model, DEFAULT_TARGETS, with_factors)
 
 
-def _replace_targets(
+def replace_targets(
     model: nn.Module,
     targets: tuple[str, ...],
     change: Callable[[nn.Linear, str], nn.Module],
@@ -202,6 +188,18 @@ def merge(model: nn.Module) -> list[str]:
     return list(layers)
 
 
+def prepare_for_inference(model: nn.Module) -> nn.Module:
+    """Puts the model into eval mode without gradients, and makes the tables by row that products of few rows need.
+
+    A uniform support's table takes 2 bytes per nonzero (4 from 32,769 inputs on) and 4 per row. Loading other positions does not
+    update the table: call this function again. Returns the model.
+    """
+    for module in model.modules():
+        if isinstance(module, UniformSupport):
+            module.keep_rows()
+    return model.eval().requires_grad_(False)
+
+
 def _eligible_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Linears that may be replaced, by name.
 
@@ -237,20 +235,6 @@ def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) ->
         layer.to_empty(device=linear.weight.device)
         layer.reset_parameters(config.seed, name)
     return layer.train(linear.training)
-
-
-def _adapted(linear: nn.Linear, name: str, config: SLTrainConfig) -> AdaptedLinear:
-    return AdaptedLinear(
-        linear,
-        config.rank,
-        config.sparsity,
-        alpha=config.alpha,
-        support=config.support,
-        trainable_scaling=config.trainable_scaling,
-        path=config.path,
-        seed=config.seed,
-        name=name,
-    )
 
 
 @torch.no_grad()

@@ -12,6 +12,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+# Support for fine-tuning only, in addition to the drawn kinds: the largest-magnitude entries of the pretrained weight.
+LARGEST = "largest"
+
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """CPU generator for the tensor `name` of the run `seed`: the same numbers on any machine and in any order of calls.

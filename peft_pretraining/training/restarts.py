@@ -19,7 +19,7 @@ from peft_pretraining.distributed.parallel import assign_, free_gathered, local
 from peft_pretraining.distributed.world import World, broadcast_
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Restart
-from peft_pretraining.model.svd_start import balanced
+from peft_pretraining.model.llama import balanced
 from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
