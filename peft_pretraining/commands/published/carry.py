@@ -111,7 +111,7 @@ def _new_folder(given: dict[str, Any]) -> Path:
     problems = [f"--{name} {given[name]}: has no place in an import: {why}" for name, why in _STARTS.items() if name in given]
     save_dir = Path(given["save_dir"])
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
-        problems.append(f"--save_dir {save_dir}: holds something already; name another folder, or remove it")
+        problems.append(f"--save_dir {save_dir}: exists and is not an empty folder; name another folder, or remove it")
     if problems:
         raise ConfigError(problems)
     return save_dir
