@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.distributed.parallel import local
-from peft_pretraining.optim import HasState
+from peft_pretraining.optim.updates import HasState
 from sparse_lora import Support
 
 
