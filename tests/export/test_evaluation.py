@@ -135,7 +135,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first(
 ) -> None:
     monkeypatch.setattr(evaluation, "evaluate_one", lambda *args: pytest.fail("it evaluated"))
     assert main(["evaluate", "--checkpoint", str(forms[0]), str(tmp_path / "nowhere"), "--device", "cpu"]) == 2
-    assert "nowhere holds no model" in capsys.readouterr().err
+    assert "nowhere: holds no model" in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", *map(str, forms[:3]), "--device", "cpu"]) == 2
     assert f"needed for {forms[2]}, an export" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining sweep FILE`: settings x seeds as runs of the program, one after another, then a report."""
+"""`python -m peft_pretraining sweep FILE`: runs every setting with every seed, one after another, then writes a report."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from peft_pretraining.commands.sweep.runner import (
 )
 from peft_pretraining.commands.sweep.settings import Sweep, Wanted, load_sweep
 
-HELP = "run a file's settings over seeds, one after another: finished ones are skipped, broken ones go on; ends in a report"
+HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
 REPORT = "report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     parser.add_argument("file", type=Path, help="YAML file: folder, base, seeds, settings (examples: scripts/sweeps/)")
-    parser.add_argument("--dry_run", action="store_true", help="list the runs, their state and commands, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs with their state and command, then exit")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: all finished; 1: one failed; 130: stopped on request. Raises ConfigError."""
+    """Makes the runs. Returns the exit code, 0: all finished; 1: one failed; 130: stopped on request. Raises ConfigError."""
     sweep = load_sweep(args.file)
     if args.dry_run:
         print(format_sweep(sweep))
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         finished = sum(outcome.kind in MADE for outcome in outcomes.values())
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(sweep.runs)} runs are finished; "
-            "what the one under way had done is saved. The same command goes on:\n"
+            "the current run has saved a checkpoint. Continue with the same command:\n"
             f"  python -m peft_pretraining sweep {shlex.quote(str(args.file))}"
         )
         return 130
@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     for name, outcome in failed.items():
         print(f"failed: {name}: {outcome.text}")
     if failed:
-        print(f"{len(failed)} of {len(sweep.runs)} runs failed; the same command tries them again, and skips the others")
+        print(f"{len(failed)} of {len(sweep.runs)} runs failed; repeat the command to retry them, finished runs are skipped")
     return 1 if failed else 0
 
 
 def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
-    """Every run in turn, until one is stopped; how each ended, by name."""
+    """Makes every run in turn until one is stopped; returns the outcomes by name."""
     outcomes: dict[str, Outcome] = {}
     for number, wanted in enumerate(sweep.runs, start=1):
         if stopping.signal_name is not None:
@@ -70,10 +70,10 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
             print(f"{head}: {state.text}, skipped", flush=True)
             continue
         if not _is_needed(wanted, sweep):
-            outcomes[wanted.name] = Outcome("finished", "what begins with it is finished")
+            outcomes[wanted.name] = Outcome("finished", "the runs that start from it are finished")
             print(f"{head}: {outcomes[wanted.name].text}, skipped", flush=True)
             continue
-        if (problem := _why_not(wanted, state, outcomes)) is not None:
+        if (problem := _start_problem(wanted, state, outcomes)) is not None:
             outcomes[wanted.name] = Outcome("failed", problem)
             print(f"{head}: FAILED: {problem}", flush=True)
             continue
@@ -86,26 +86,26 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
 
 
 def _is_needed(wanted: Wanted, sweep: Sweep) -> bool:
-    """False for a full-rank run that only serves as a start for others, if all of those are finished."""
-    others = [run for run in sweep.runs if run.after is not None and run.after.name == wanted.name]
-    return not others or any(state_of(run).kind not in MADE for run in others)
+    """False for a full-rank run that only serves as a start for other runs, if all of those are finished."""
+    dependents = [run for run in sweep.runs if run.after is not None and run.after.name == wanted.name]
+    return not dependents or any(state_of(run).kind not in MADE for run in dependents)
 
 
-def _why_not(wanted: Wanted, state: State, outcomes: Mapping[str, Outcome]) -> str | None:
+def _start_problem(wanted: Wanted, state: State, outcomes: Mapping[str, Outcome]) -> str | None:
     """The reason not to start an unfinished run; None if it may start."""
     if state.kind == "other":
         return f"{wanted.folder} {state.text}"
     if wanted.after is None:
         return None
-    # It would begin with weights of an unfinished run, or of one without a finite loss, and look like any other.
-    why = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[wanted.after.name].kind)
-    return None if why is None else f"{wanted.after.name}, which it begins with, {why}"
+    # Started from an unfinished or diverged run, this run would look like any other in the report.
+    reason = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[wanted.after.name].kind)
+    return None if reason is None else f"it starts from {wanted.after.name}, which {reason}"
 
 
 def _report(sweep: Sweep) -> None:
     folders = [wanted.folder for wanted in sweep.compared if (wanted.folder / "run.json").is_file()]
     if not folders:
-        print("no run left a record: nothing to report")
+        print("no run has a run.json: nothing to report")
         return
     out = sweep.folder / REPORT
     groups = write_report(folders, out, title=sweep.path.stem.replace("_", " "))
@@ -113,12 +113,12 @@ def _report(sweep: Sweep) -> None:
 
 
 def format_sweep(sweep: Sweep) -> str:
-    """Every run with the state of its folder and the command that makes it."""
+    """Formats every run with the state of its folder and its command."""
     states = {wanted.name: state_of(wanted) for wanted in sweep.runs}
     counts = Counter(state.kind for state in states.values())
     words = {
-        "new": "not begun",
-        "begun": "to go on",
+        "new": "not started",
+        "begun": "to continue",
         "finished": "finished",
         "diverged": "finished without a finite perplexity",
         "other": "made with other arguments",
