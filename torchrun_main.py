@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
@@ -24,8 +24,7 @@ from peft_pretraining.plan.checks import check, notices
 if TYPE_CHECKING:
     import torch
 
-    from peft_pretraining.record.late_record import LateRecord
-    from peft_pretraining.record.recorder import Recorder
+    from peft_pretraining.record.recorder import LateRecord, Recorder
     from peft_pretraining.run.assemble import Run
 
 
@@ -98,7 +97,7 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.optim import OptimizerUnavailable
     from peft_pretraining.run.ending import out_of_memory
     from peft_pretraining.training.evaluate import NothingToEvaluate
-    from peft_pretraining.training.health import TrainingError
+    from peft_pretraining.training.update import TrainingError
 
     try:
         device = pick_device(args.device, world)
@@ -121,8 +120,7 @@ def run(args: Arguments, world: World) -> int:
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Builds and restores the run, trains until its end or a stop; returns the exit code."""
-    from peft_pretraining.record.late_record import LateRecord
-    from peft_pretraining.record.throughput import Throughput
+    from peft_pretraining.record.recorder import LateRecord, Throughput
     from peft_pretraining.run.assemble import assemble, open_record, print_finished, print_skipped_records
     from peft_pretraining.run.ending import end_early
     from peft_pretraining.training.stop import StopRun
@@ -157,14 +155,15 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
 def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
     """Makes updates, with evaluations, records and checkpoints when due, until the run is finished. Raises StopRun."""
     # Imported here because torch and transformers take seconds to load, which --help and wrong arguments must not wait for.
-    from peft_pretraining.plan.plan import is_finished, learning_rate
-    from peft_pretraining.record.late_record import Logged
+    from peft_pretraining.plan.plan import learning_rates
+    from peft_pretraining.plan.schedule import is_finished
     from peft_pretraining.record.recorder import peak_memory_bytes
     from peft_pretraining.run.assemble import next_micro_batches, run_evaluation
     from peft_pretraining.run.ending import keep_for_inspection
     from peft_pretraining.training.update import train_step
 
     plan, device, state = run.plan, run.device, run.parts.state
+    rates = learning_rates(args, plan)
     # Whether a scheduled checkpoint has not been written yet.
     scheduled = False
     # After a resume, rank 0's counter starts with the sum over all processes.
@@ -178,8 +177,9 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
             break
 
         micro_batches = next_micro_batches(run, world)
-        run.restarts.before_update(state.update_step)
-        lr = learning_rate(args, plan, state.update_step, state.tokens_seen)
+        if run.restarts is not None:
+            run.restarts.before_update(state.update_step)
+        lr = rates.at(state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
         # Reading step.skipped waits for the device, which nothing else in an update does.
         if args.on_nonfinite == "stop" and bool(step.skipped):
@@ -189,10 +189,16 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         state.tokens_seen += step.num_tokens
         bad_records += step.num_bad_records
         record.advance()
-        logged = None
+        row: dict[str, Any] | None = None
         if state.update_step % args.log_every == 0:
-            logged = Logged(lr, state.tokens_seen, peak_memory_bytes(device), bad_records, run.memory_row())
-        late_record.add(state.update_step, step, logged)
+            row = {
+                "lr": lr,
+                "tokens_seen": state.tokens_seen,
+                "max_memory": peak_memory_bytes(device),
+                "bad_records": bad_records,
+            }
+            row |= run.memory_row()
+        late_record.add(state.update_step, step, row)
 
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         scheduled = scheduled or finished or state.update_step % args.save_every == 0

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.checkpoint.step_folder import load_tensors, resolve, tensor_index
-from peft_pretraining.record.recorder import read_metrics
+from peft_pretraining.record.summary import read_metrics
 
 KEYS = ("loss", "gradnorm", "final_eval_loss")
 

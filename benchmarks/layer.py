@@ -33,7 +33,7 @@ from peft_pretraining.config.model_config import linear_shapes, load_model_confi
 from peft_pretraining.memory.allocator import set_allocator
 from peft_pretraining.run.folder import versions
 from sparse_lora import SparseLowRankLinear
-from sparse_lora.cost import PATHS, cheaper_path
+from sparse_lora.functional import PATHS, cheaper_path
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # (rank, share of nonzeros, tokens per micro-batch); the first two as published (arXiv 2406.02214, tables 2 and 4).

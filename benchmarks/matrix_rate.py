@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchrun_main
 from peft_pretraining.config.arguments import ConfigError
+from peft_pretraining.model import llama
 from peft_pretraining.optim.updates import WholeUpdate
-from peft_pretraining.run import build
 
 
 def scale_steps(scale: float) -> None:
@@ -43,7 +43,7 @@ def scale_steps(scale: float) -> None:
 
 def scale_start(scale: float, part: str) -> None:
     """Scales the initial values of parameters whose names contain `part`, in every later model of this process."""
-    original = build.prepare_to_train
+    original = llama.prepare_to_train
 
     def prepare(model: torch.nn.Module, *how: Any) -> None:
         scaled = [parameter for name, parameter in model.named_parameters() if part in name]
@@ -55,7 +55,7 @@ def scale_start(scale: float, part: str) -> None:
                 parameter.mul_(scale)
         original(model, *how)
 
-    build.prepare_to_train = prepare
+    llama.prepare_to_train = prepare
 
 
 def record_scaling(folder: Path, scaling: dict[str, Any]) -> str | None:

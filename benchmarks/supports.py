@@ -44,7 +44,7 @@ import torchrun_main
 from peft_pretraining.record.intervals import ratio_interval
 from peft_pretraining.run.folder import versions
 from sparse_lora import uniform
-from sparse_lora.layout import Layout
+from sparse_lora.uniform import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
 DELTA = 0.03

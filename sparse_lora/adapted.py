@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .functional import build_weight, sparse_lowrank_linear, without_autocast
-from .kinds import part_of
+from .functional import build_weight, part_of, sparse_lowrank_linear, without_autocast
 from .linear import SparseLowRankLinear, join_name
 from .support import generator_for
 from .uniform import UniformSupport

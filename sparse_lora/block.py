@@ -1,5 +1,5 @@
-"""The block support: S is block-diagonal up to a fixed order of the outputs: its products are small dense ones, and nothing is
-stored of its positions.
+"""The block support: S is block-diagonal up to a fixed reordering of the outputs. Its products are small dense ones, and its
+positions need no storage.
 
 With k blocks, inputs are cut into k consecutive slices, of sizes that differ by one at most, and output o reads slice o mod k.
 Neighbouring outputs thus read different slices: those of an attention head read all of them, which consecutive outputs by
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scratch import scratch_matrix
-from .support import Support
+from .support import SparsePart, Support, scratch_matrix
 
 # 1 / k must be this near to the share that was asked for, relative to it.
 _TOLERANCE = 0.05
@@ -41,9 +40,9 @@ def block_count(sparsity: float) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring blocks of one shape: `count` of (rows, columns), from number `first` on.
+    """`count` neighbouring blocks of one shape (rows, columns), from block number `first` on.
 
-    column: how many columns the blocks before them have together.
+    column: number of columns of all blocks before the first one.
     """
 
     first: int
@@ -54,7 +53,7 @@ class Run:
 
     @property
     def num_values(self) -> int:
-        """Of all its blocks."""
+        """Number of values of all blocks of the run."""
         return self.count * self.rows * self.columns
 
 
@@ -62,19 +61,19 @@ class Run:
 def runs(out_features: int, in_features: int, blocks: int) -> tuple[Run, ...]:
     """All blocks, in at most three runs: the first out % k blocks have one row more than the others, and the first in % k one
     column more."""
-    found: list[Run] = []
+    result: list[Run] = []
     column = 0
     bounds = sorted({0, out_features % blocks, in_features % blocks, blocks})
     for first, end in itertools.pairwise(bounds):
         rows = out_features // blocks + (first < out_features % blocks)
         columns = in_features // blocks + (first < in_features % blocks)
-        found.append(Run(first, end - first, rows, columns, column))
+        result.append(Run(first, end - first, rows, columns, column))
         column += (end - first) * columns
-    return tuple(found)
+    return tuple(result)
 
 
 class BlockSupport(Support):
-    """k dense blocks: full rank, out * in / k positions to within rounding, nothing stored of them."""
+    """k dense blocks: full rank, out * in / k positions up to rounding, none of them stored."""
 
     kind = "block"
 
@@ -91,7 +90,7 @@ class BlockSupport(Support):
 
     @property
     def nbytes(self) -> int:
-        """None at all."""
+        """Always 0: positions follow from the shape and k."""
         return 0
 
     def flat_indices(self) -> Tensor:
@@ -104,15 +103,15 @@ class BlockSupport(Support):
         BlockPart(self.blocks, self.out_features, self.in_features).add_few_rows_(y_TO, x_TI, values)
 
     def draw_(self, generator: torch.Generator) -> None:
-        """Nothing is drawn."""
+        """Does nothing: the positions are fixed."""
 
 
-class BlockPart:
-    """The arithmetic of S with a block support; see support.SparsePart. Batched products of slices, which are views.
+class BlockPart(SparsePart):
+    """The arithmetic of S with a block support, by batched products of slices, which are views.
 
-    The outputs of a block lie k apart, which no matrix product takes: outputs are computed block after block and put in order
-    once, and so are their gradients before a backward pass. Arranged like that, each block has room for ceil(O / k) outputs;
-    what lies in room that a block does not need is never read.
+    The outputs of a block lie k apart, which no matrix product takes. Outputs are therefore computed block after block
+    ("by_block") and reordered once; their gradients are reordered once before a backward pass. In by_block order each block has
+    room for ceil(O / k) outputs; room that a block does not need is never read.
     """
 
     def __init__(self, blocks: int, out_features: int, in_features: int) -> None:
@@ -132,92 +131,89 @@ class BlockPart:
         strides = (self.in_features + run.columns, self.blocks * self.in_features, 1)
         return weight.as_strided((run.count, run.rows, run.columns), strides, offset)
 
-    def _outputs(self, arranged: Tensor, run: Run) -> Tensor:
-        """View (n, T, r) of the run's outputs where those of a block lie together."""
-        return _slices(arranged, run.first * self._room, run.count, self._room)[..., : run.rows]
+    def _outputs(self, by_block: Tensor, run: Run) -> Tensor:
+        """View (n, T, r) of the run's outputs in a (T, k * room) matrix in by_block order."""
+        return _slices(by_block, run.first * self._room, run.count, self._room)[..., : run.rows]
 
-    def _pairs(self, ordered: Tensor, arranged: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of columns of (T, O) in the outputs' order and of the same ones of (T, k * room), arranged."""
+    def _pairs(self, ordered: Tensor, by_block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of views with the same columns: one of (T, O) in the outputs' order, one of (T, k * room) in by_block order."""
         rounds, rest = divmod(self.out_features, self.blocks)
-        by_block = arranged.unflatten(1, (self.blocks, self._room))
-        yield ordered[:, : rounds * self.blocks].unflatten(1, (rounds, self.blocks)), by_block[..., :rounds].mT
-        yield ordered[:, rounds * self.blocks :], by_block[:, :rest, self._room - 1]
+        blocks = by_block.unflatten(1, (self.blocks, self._room))
+        yield ordered[:, : rounds * self.blocks].unflatten(1, (rounds, self.blocks)), blocks[..., :rounds].mT
+        yield ordered[:, rounds * self.blocks :], blocks[:, :rest, self._room - 1]
 
-    def arranged(self, g_TO: Tensor) -> Tensor:
-        """G with the outputs of each block together, (T, k * room)."""
-        found = scratch_matrix(g_TO.shape[0], self.blocks * self._room, g_TO)
-        for columns, arranged in self._pairs(g_TO, found):
-            arranged.copy_(columns)
-        return found
+    def _by_block(self, g_TO: Tensor) -> Tensor:
+        """Reorders G's columns so that the outputs of each block are neighbours, (T, k * room)."""
+        by_block = scratch_matrix(g_TO.shape[0], self.blocks * self._room, g_TO)
+        for columns, reordered in self._pairs(g_TO, by_block):
+            reordered.copy_(columns)
+        return by_block
 
-    def _arranged_rows(self, matrix: Tensor) -> Tensor:
-        """(k * room, R) of the rows of (O, R), which are copied as wholes; zeros where there is room for more."""
+    def _rows_by_block(self, matrix: Tensor) -> Tensor:
+        """Reorders the rows of (O, R) by block, (k * room, R); zeros where a block needs less room."""
         rounds, rest = divmod(self.out_features, self.blocks)
-        found = matrix.new_zeros(self.blocks, self._room, matrix.shape[1])
-        found[:, :rounds] = matrix[: rounds * self.blocks].unflatten(0, (rounds, self.blocks)).transpose(0, 1)
-        found[:rest, self._room - 1] = matrix[rounds * self.blocks :]
-        return found.flatten(0, 1)
+        by_block = matrix.new_zeros(self.blocks, self._room, matrix.shape[1])
+        by_block[:, :rounds] = matrix[: rounds * self.blocks].unflatten(0, (rounds, self.blocks)).transpose(0, 1)
+        by_block[:rest, self._room - 1] = matrix[rounds * self.blocks :]
+        return by_block.flatten(0, 1)
 
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
         """weight += S."""
         for run in self.runs:
             self._in_weight(weight, run).add_(self._in_values(values, run))
 
-    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> None:
-        """No quicker way."""
-
     def gather(self, grad_weight: Tensor) -> Tensor:
-        """The blocks' entries of a gradient of the weight, (O, I), in the order of the values."""
-        found = grad_weight.new_empty(sum(run.num_values for run in self.runs))
+        """The values' gradient (N,): the blocks' entries of the weight's gradient (O, I), in the order of the values."""
+        gradient = grad_weight.new_empty(sum(run.num_values for run in self.runs))
         for run in self.runs:
-            self._in_values(found, run).copy_(self._in_weight(grad_weight, run))
-        return found
+            self._in_values(gradient, run).copy_(self._in_weight(grad_weight, run))
+        return gradient
 
     def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
         """h scaled_B^T + bias + x S^T."""
-        rows = self._arranged_rows(scaled_B)
+        rows = self._rows_by_block(scaled_B)
         by_block = torch.mm(h_TR, rows.t(), out=scratch_matrix(h_TR.shape[0], rows.shape[0], h_TR))
         for run in self.runs:
             _add_products_(self._outputs(by_block, run), _inputs(x_TI, run), self._in_values(values, run).mT)
         y_TO = h_TR.new_empty(h_TR.shape[0], self.out_features)
-        for columns, arranged in self._pairs(y_TO, by_block):
-            columns.copy_(arranged)
+        for columns, reordered in self._pairs(y_TO, by_block):
+            columns.copy_(reordered)
         return y_TO if bias is None else y_TO.add_(bias)
 
     def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
-        """y += x S^T, straight to where a block's outputs lie."""
+        """y += x S^T, written directly to the strided places of each block's outputs."""
         for run in self.runs:
             shape, strides = (run.count, y_TO.shape[0], run.rows), (1, self.out_features, self.blocks)
             outputs = y_TO.as_strided(shape, strides, y_TO.storage_offset() + run.first)
             blocks = self._in_values(values, run)
-            if blocks.device.type == "cpu":  # which multiplies by strided ones up to four times slower than it copies them
+            # A CPU multiplies by strided blocks up to four times slower than it copies them.
+            if blocks.device.type == "cpu":
                 blocks = blocks.contiguous()
             outputs += _inputs(x_TI, run) @ blocks.mT
 
-    def add_input_gradient_(self, grad_TI: Tensor, arranged_TO: Tensor, values: Tensor) -> None:
-        """dx += G S."""
+    def gradients_(
+        self, g_TO: Tensor, x_TI: Tensor, values: Tensor | None, grad_TI: Tensor | None, need_values: bool
+    ) -> Tensor | None:
+        """Adds G S to grad_TI, and returns the blocks' entries of G^T x, (N,), computing nothing else of it."""
+        by_block = self._by_block(g_TO)
+        if grad_TI is not None and values is not None:
+            for run in self.runs:
+                _add_products_(_inputs(grad_TI, run), self._outputs(by_block, run), self._in_values(values, run))
+        if not need_values:
+            return None
+        gradient = g_TO.new_empty(sum(run.num_values for run in self.runs))
         for run in self.runs:
-            _add_products_(_inputs(grad_TI, run), self._outputs(arranged_TO, run), self._in_values(values, run))
-
-    def value_gradient(self, arranged_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """The blocks' entries of G^T x, in the order of the values, and nothing else of it."""
-        found = arranged_TO.new_empty(sum(run.num_values for run in self.runs))
-        for run in self.runs:
-            g_nTr, x_nTc = self._outputs(arranged_TO, run), _inputs(x_TI, run)
-            _add_products_(self._in_values(found, run), g_nTr.mT, x_nTc, beta=0)
-        return found
-
-    def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
-        """Always False: if this paid off, cheaper_path would have chosen the factored path."""
-        return False
+            g_nTr, x_nTc = self._outputs(by_block, run), _inputs(x_TI, run)
+            _add_products_(self._in_values(gradient, run), g_nTr.mT, x_nTc, beta=0)
+        return gradient
 
 
 def _add_products_(result: Tensor, left: Tensor, right: Tensor, beta: float = 1) -> None:
-    """result = beta result + left @ right, of n matrices each; beta = 0 where nothing is in result yet."""
+    """result = beta * result + left @ right, of n matrices each; beta = 0 for an uninitialised result."""
     if result.device.type != "cpu":
         result.baddbmm_(left, right, beta=beta)
         return
-    # Batched, a CPU first copies factors and results that are views: up to 8 times slower.
+    # A CPU's batched product first copies factors and results that are views: up to 8 times slower.
     for block in range(result.shape[0]):
         result[block].addmm_(left[block], right[block], beta=beta)
 

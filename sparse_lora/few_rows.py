@@ -27,8 +27,8 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
 
 
 def serves(x: Tensor, support: Support | None) -> bool:
-    """Whether x, (..., I), has few rows, nobody records or compiles them, and the support is ready."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.shape[:-1].numel() > MOST_ROWS or x.is_meta:
+    """Whether x, (..., I), has few rows, is not being compiled, and the support is ready; ask with gradients disabled."""
+    if torch.compiler.is_compiling() or x.shape[:-1].numel() > MOST_ROWS or x.is_meta:
         return False
     return (support is None or support.ready_for_few_rows) and not torch.is_autocast_enabled(x.device.type)
 

@@ -1,7 +1,7 @@
 """y = x W^T + bias with W = scaling * B A + S (+ W0), without keeping W or its gradient; plain autograd beside it.
 
-Two paths compute the same (cost.py chooses): the materialised one builds W, and its gradient once, and multiplies by it; the
-factored one keeps x A^T and multiplies by the factors, and by S in the way that suits its support.
+Two paths compute the same, and `cheaper_path` chooses one: the materialised path builds W, and once W's gradient, and multiplies
+by them; the factored path keeps x A^T and multiplies by the factors, and by S in the way that suits its support.
 
 Shapes: T rows (all leading dimensions of x together), I in_features, O out_features, R rank, N nonzeros of S.
 """
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import few_rows
-from .cost import PATHS, cheaper_path
-from .kinds import sparse_part
-from .scratch import passing_product
-from .support import SparsePart, Support
+from .block import BlockPart
+from .support import SparsePart, Support, low_rank_weight, passing_product
+from .uniform import UniformPart
 
 Scaling = float | Tensor
+PATHS = ("materialised", "factored")
 
 
 def sparse_lowrank_linear(
@@ -52,7 +52,7 @@ def sparse_lowrank_linear(
         support: positions of the values; None exactly when sparse_value is.
         scaling: factor of B A, a number or a tensor of one element (which then gets a gradient).
         bias: (O,) or None.
-        path: "materialised", "factored", or "auto" for the one that takes less time by the model of cost.py.
+        path: "materialised", "factored", or "auto" for the one that takes less time by the model of `cheaper_path`.
         base: (O, I), W0, or None. On the factored path its product is one of its own, and so it is wherever products are of
             fewer than 32 bits: in a sum of that precision small changes of large entries would be rounded away.
 
@@ -64,7 +64,7 @@ def sparse_lowrank_linear(
     """
     _check(x, lora_A, lora_B, sparse_value, support, scaling, bias, path, base)
     dtype = _compute_dtype(x, lora_A)
-    few = path != "materialised" and few_rows.serves(x, support)
+    few = path != "materialised" and not torch.is_grad_enabled() and few_rows.serves(x, support)
     if path == "auto" and not few and (base is None or dtype.itemsize >= 4):
         kind, nnz = ("none", 0) if support is None else (support.kind, support.nnz)
         sizes = (x.shape[:-1].numel(), lora_B.shape[0], x.shape[-1], lora_B.shape[1])
@@ -110,15 +110,10 @@ def build_weight(
     passing: bool = False,
     base: Tensor | None = None,
 ) -> Tensor:
-    """W = scaled_B A + S (+ base), (O, I), all of one dtype; `passing`: gone before the next one is built (scratch.py)."""
-    if values is not None and part is not None and (built := part.weight(scaled_B, lora_A, values)) is not None:
-        return built if base is None else built.add_(base)
-    weight = passing_product(scaled_B, lora_A) if passing else scaled_B @ lora_A
-    if base is not None:
-        weight += base
-    if values is not None and part is not None:
-        part.add_to_(weight, values)
-    return weight
+    """W = scaled_B A + S (+ base), (O, I), all of one dtype; passing: in scratch memory, valid until the next one is built."""
+    if values is None or part is None:
+        return low_rank_weight(scaled_B, lora_A, base, passing)
+    return part.weight(scaled_B, lora_A, values, base, passing)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -127,10 +122,13 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 class _SparseLowRankLinear(torch.autograd.Function):
-    """Returns y and what the factored path keeps, x A^T: an output, though nobody else sees it, because in eager mode backward is
-    made of differentiable operations and not marked once_differentiable, so that higher derivatives come out right too (at the
-    price of saving what they need)."""
+    """Returns y and x A^T, which the factored path keeps for backward.
 
+    x A^T is an output, although no caller uses it, so that higher derivatives are right: in eager mode backward consists of
+    differentiable operations and is not marked once_differentiable.
+    """
+
+    # Every argument by name: torch.compile takes the first of *arguments for the context.
     @staticmethod
     def forward(
         x: Tensor,
@@ -146,6 +144,7 @@ class _SparseLowRankLinear(torch.autograd.Function):
         blocks: int,
         factored: bool,
     ) -> tuple[Tensor, Tensor]:
+        """Arguments and results of `_output`."""
         compute = _output_op if torch.compiler.is_compiling() else _output
         return compute(x, lora_A, lora_B, values, code, scaling, base, bias, scaling_number, dtype, blocks, factored)
 
@@ -213,7 +212,7 @@ def _output(
 
 @dataclass(frozen=True)
 class _Operands:
-    """What a backward pass works with, in the dtype of the products."""
+    """Tensors of a backward pass, in the dtype of the products."""
 
     g_TO: Tensor
     x_TI: Tensor
@@ -242,7 +241,7 @@ def _gradients(
     factored: bool,
     needed: list[bool],
 ) -> list[Tensor]:
-    """Those of the gradients of x, A, B, values, scaling and base that are needed, each in its tensor's shape and dtype."""
+    """The needed gradients among those of x, A, B, values, scaling and base, each in its tensor's shape and dtype."""
     factor = scaling_number if scaling is None else scaling
     operands = _Operands(
         grad_output.reshape(-1, lora_B.shape[0]),
@@ -274,7 +273,7 @@ def _gradients(
 
 
 class _Gradients(NamedTuple):
-    """None where not needed; B's before it is multiplied by the scaling."""
+    """Gradients, None where not needed; B's is not multiplied by the scaling yet."""
 
     x: Tensor | None = None
     A: Tensor | None = None
@@ -284,18 +283,18 @@ class _Gradients(NamedTuple):
 
 
 def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
-    """By way of W and dW = G^T x."""
+    """By way of W and its gradient dW = G^T x."""
     need_x, need_A, need_B, need_values, need_base = needed
     grad_x = None
     if need_x:
         grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, passing=True, base=o.base)
     if not (need_A or need_B or need_values or need_base):
         return _Gradients(grad_x)
-    spared = need_values and o.part is not None and o.part.spares_weight_gradient(o.g_TO, o.x_TI, o.A.shape[0])
-    if spared and not need_base:
+    num_rows, rank = o.x_TI.shape[0], o.A.shape[0]
+    if need_values and not need_base and o.part is not None and o.part.avoids_weight_gradient(num_rows, rank, o.x_TI):
         o = replace(o, h_TR=o.x_TI @ o.A.t())
         return _factored_gradients(o, (False, need_A, need_B, True, False))._replace(x=grad_x)
-    # Only now, when W is gone; in memory of its own where it is the base's gradient, which stays.
+    # Built only now that W is not needed any more; in memory of its own if it is the base's gradient, which is returned.
     grad_W = o.g_TO.t() @ o.x_TI if need_base else passing_product(o.g_TO.t(), o.x_TI)
     grad_A = o.scaled_B.t() @ grad_W if need_A else None
     grad_B = grad_W @ o.A.t() if need_B else None
@@ -304,36 +303,42 @@ def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
 
 
 def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
-    """With G scaling B shared by those of x and A, and x A^T kept from the forward pass. A base never comes here."""
+    """By way of the factors: x and A share G scaling B, and x A^T is kept from the forward pass. Without a base."""
     need_x, need_A, need_B, need_values, _ = needed
-    grad_x = grad_A = arranged_TO = None
-    if o.part is not None and (need_x or need_values):
-        arranged_TO = o.part.arranged(o.g_TO)
+    grad_x = grad_A = grad_values = None
     if need_x or need_A:
         grad_h_TR = o.g_TO @ o.scaled_B
-        if need_x:
-            grad_x = grad_h_TR @ o.A
-            if o.part is not None and o.values is not None and arranged_TO is not None:
-                o.part.add_input_gradient_(grad_x, arranged_TO, o.values)
+        grad_x = grad_h_TR @ o.A if need_x else None
         grad_A = grad_h_TR.t() @ o.x_TI if need_A else None
+    if o.part is not None and (need_x or need_values):
+        grad_values = o.part.gradients_(o.g_TO, o.x_TI, o.values, grad_x, need_values)
     grad_B = o.g_TO.t() @ o.h_TR if need_B else None
-    grad_values = None
-    if need_values and o.part is not None and arranged_TO is not None:
-        grad_values = o.part.value_gradient(arranged_TO, o.x_TI)
     return _Gradients(grad_x, grad_A, grad_B, grad_values)
 
 
 def _gradients_of_h(grad_h: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
-    """What h = x A^T passes on of its gradient: to x and to A."""
+    """The gradients of x and A from that of h = x A^T."""
     x_TI = x.reshape(-1, x.shape[-1]).to(grad_h.dtype)
     of_x = (grad_h @ lora_A.to(grad_h.dtype)).to(x.dtype).view(x.shape)
     return of_x, (grad_h.t() @ x_TI).to(lora_A.dtype)
 
 
 def _part(values: Tensor | None, code: Tensor | None, blocks: int, lora_B: Tensor, lora_A: Tensor) -> SparsePart | None:
-    if values is None:
-        return None
-    return sparse_part(code, blocks, values.numel(), lora_B.shape[0], lora_A.shape[1])
+    return None if values is None else sparse_part(code, blocks, values.numel(), lora_B.shape[0], lora_A.shape[1])
+
+
+def sparse_part(code: Tensor | None, blocks: int, nnz: int, out_features: int, in_features: int) -> SparsePart:
+    """The arithmetic of a support with these attributes; see Support."""
+    if blocks:
+        return BlockPart(blocks, out_features, in_features)
+    if code is None:
+        raise ValueError("a support needs stored positions or blocks")
+    return UniformPart(code, nnz, out_features, in_features)
+
+
+def part_of(support: Support) -> SparsePart:
+    """The arithmetic of `support`."""
+    return sparse_part(support.code, support.blocks, support.nnz, support.out_features, support.in_features)
 
 
 # torch.compile sees the two computations as opaque operators. Traced through, forward and backward would compute the
@@ -343,43 +348,85 @@ _gradients_op = torch.library.custom_op("sparse_lora::gradients", _gradients, mu
 
 
 @_output_op.register_fake
-def _output_fake(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    values: Tensor | None,
-    code: Tensor | None,
-    scaling: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-    scaling_number: float,
-    dtype: torch.dtype,
-    blocks: int,
-    factored: bool,
-) -> tuple[Tensor, Tensor]:
+def _output_fake(x: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    dtype, factored = others[-3], others[-1]
     h_shape = (x.shape[:-1].numel(), lora_A.shape[0]) if factored else (0,)
     return x.new_empty((*x.shape[:-1], lora_B.shape[0]), dtype=dtype), x.new_empty(h_shape, dtype=dtype)
 
 
 @_gradients_op.register_fake
-def _gradients_fake(
-    grad_output: Tensor,
-    h_TR: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    values: Tensor | None,
-    code: Tensor | None,
-    scaling: Tensor | None,
-    base: Tensor | None,
-    scaling_number: float,
-    dtype: torch.dtype,
-    blocks: int,
-    factored: bool,
-    needed: list[bool],
-) -> list[Tensor]:
+def _gradients_fake(_g: Tensor, _h: Tensor, *inputs_and_settings: Any) -> list[Tensor]:
+    x, lora_A, lora_B, values, _code, scaling, base, *_, needed = inputs_and_settings
     inputs = (x, lora_A, lora_B, values, scaling, base)
     return [t.new_empty(t.shape) for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+
+
+# --- Which path takes less time ---
+
+# Products of thin blocks are as fast as memory: the number of multiplications of large products in the time of moving one element
+# of a block's inputs or outputs. Measured with blocks of 15 x 15 to 550 x 204 on a CPU (docs/speed.md), assumed for a GPU.
+_PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 200.0}
+
+
+def multiplications(
+    path: str,
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    kind: str,
+    nnz: int,
+    device_type: str,
+    with_base: bool = False,
+) -> float:
+    """Forward and backward pass of y = x W^T, W = scaling * B A + S, gradients of all, in multiplications of large products.
+
+    With T rows, r the rank, d x p the weight:
+      materialised: 3 T d p for y, dx and dW, and 4 r d p for building W twice and for dA and dB by way of dW.
+      factored: 3 T r (d + p) for the factors, and for S 3 T d p where it is computed as a dense matrix ("uniform"), 3 T nnz and
+      the time of moving 3 T (2 d + p) elements for blocks ("block"): inputs and outputs of the blocks in three products, and
+      reordered outputs. 0 without S ("none").
+    With a frozen base, factored: 2 T d p more for its own product and dx; the materialised path has the base in W.
+    Adding and gathering the nonzeros costs about the same on both, and much less.
+    """
+    dense = out_features * in_features
+    if path == "materialised":
+        return 3 * num_rows * dense + 4 * rank * dense
+    sparse = {
+        "none": 0.0,
+        "block": nnz + _PER_MOVED_ELEMENT.get(device_type, 200.0) * (2 * out_features + in_features),
+        "uniform": float(dense),
+    }
+    base = 2 * num_rows * dense if with_base else 0
+    return base + 3 * num_rows * (rank * (out_features + in_features) + sparse[kind])
+
+
+def cheaper_path(
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    kind: str,
+    nnz: int,
+    device_type: str,
+    with_base: bool = False,
+) -> str:
+    """The path with fewer multiplications, for inference too: a recomputed forward pass takes the path of the first one.
+
+    Args:
+        num_rows: rows of the input, all leading dimensions together.
+        kind: of the support, "none" without a sparse part.
+        nnz: number of S's entries.
+        device_type: "cpu" or "cuda".
+        with_base: whether the weight has a dense part W0 besides.
+    """
+    sizes = (num_rows, out_features, in_features, rank, kind, nnz, device_type, with_base)
+    # Written out for torch.compile, which traces through it.
+    factored, materialised = (multiplications(path, *sizes) for path in ("factored", "materialised"))
+    return "factored" if factored <= materialised else "materialised"
+
+
+# --- Checks of the arguments ---
 
 
 def _compute_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:

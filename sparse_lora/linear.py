@@ -1,15 +1,15 @@
 """SparseLowRankLinear: nn.Linear with the weight scaling * B A + S."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from .cost import PATHS
-from .functional import build_weight, sparse_lowrank_linear, without_autocast
-from .kinds import SUPPORT_KINDS, make_support, part_of
-from .support import generator_for
+from .block import BlockSupport, block_count
+from .functional import PATHS, build_weight, part_of, sparse_lowrank_linear, without_autocast
+from .support import Support, generator_for
+from .uniform import UniformSupport
 
 # Of the variance that nn.Linear's weights start with, what a layer without S starts with: that of a layer with S at the published
 # delta. With the whole variance it trains far worse (docs/results.md).
@@ -148,6 +148,41 @@ class SparseLowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"sparsity={self.sparsity}, {scaling}, bias={self.bias is not None}"
         )
+
+
+def make_support(
+    kind: str, out_features: int, in_features: int, sparsity: float, device: torch.device | str | None = None
+) -> Support:
+    """A support with a share `sparsity` of a weight's entries, its positions not drawn yet.
+
+    "uniform": int(sparsity * out * in) positions, as published (arXiv 2406.02214). "block": round(1 / sparsity) blocks.
+
+    Raises:
+        ValueError: the sparsity leaves no entry, no number of blocks has about this share, or so many do not fit the weight.
+    """
+    return SUPPORTS[kind](out_features, in_features, sparsity, device)
+
+
+def _uniform(out_features: int, in_features: int, sparsity: float, device: torch.device | str | None) -> Support:
+    nnz = int(sparsity * out_features * in_features)
+    if nnz == 0:
+        raise ValueError(
+            f"sparsity {sparsity} of a {out_features} x {in_features} weight leaves no entry: "
+            f"use at least {1 / (out_features * in_features):.2g}, or 0 for a low-rank weight"
+        )
+    return UniformSupport(out_features, in_features, nnz, device)
+
+
+def _block(out_features: int, in_features: int, sparsity: float, device: torch.device | str | None) -> Support:
+    return BlockSupport(out_features, in_features, block_count(sparsity))
+
+
+# A new kind is one row here, its arithmetic in functional.sparse_part, and one row of peft_pretraining.config.supports.
+SUPPORTS: dict[str, Callable[[int, int, float, torch.device | str | None], Support]] = {
+    UniformSupport.kind: _uniform,
+    BlockSupport.kind: _block,
+}
+SUPPORT_KINDS = tuple(SUPPORTS)
 
 
 def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: str, path: str) -> list[str]:

@@ -1,12 +1,13 @@
-"""What every kind of support is: which entries of a weight its sparse part S has, and the arithmetic of S.
+"""What every kind of support is: which entries of a weight its sparse part S has, the arithmetic of S, and memory for it.
 
 Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S.
 """
 
 import hashlib
+import math
 import operator
+import threading
 from abc import ABC, abstractmethod
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ class Support(nn.Module, ABC):
 
     kind: str
     ready_for_few_rows = True  # whether add_few_rows_ may be called
-    blocks = 0  # how many S consists of, 0 where it has no such structure
-    code: Tensor | None  # what is stored of the positions, if anything
+    blocks = 0  # number of blocks, 0 for a support without blocks
+    code: Tensor | None  # the stored form of the positions, if any is stored
 
     def __init__(self, out_features: int, in_features: int, nnz: int) -> None:
         super().__init__()
@@ -70,38 +71,100 @@ class Support(nn.Module, ABC):
 
     @abstractmethod
     def draw_(self, generator: torch.Generator) -> None:
-        """Draws the positions from a CPU generator, where the kind has anything to draw."""
+        """Draws the positions from a CPU generator; a kind with fixed positions ignores the generator."""
 
     def extra_repr(self) -> str:
         return f"{self.kind}, nnz={self.nnz}, numel={self.numel}, nbytes={self.nbytes}"
 
 
-class SparsePart(Protocol):
-    """The arithmetic of S, given its values (N,), all tensors of one dtype. What ends in _ works in place.
+class SparsePart(ABC):
+    """The arithmetic of S, given its values (N,), all tensors of one dtype. Methods whose names end in _ work in place.
 
     Made from what autograd saved, not from a Support: a backward pass under torch.compile has tensors and numbers only.
     """
 
+    @abstractmethod
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
         """weight (O, I) += S."""
 
-    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor | None:
-        """W = scaled_B A + S, (O, I), where there is a quicker way than a product and add_to_."""
-
+    @abstractmethod
     def gather(self, grad_weight: Tensor) -> Tensor:
-        """The values' gradient (N,) out of the weight's (O, I)."""
+        """The values' gradient (N,): the entries of the weight's gradient (O, I) at S's positions."""
 
+    @abstractmethod
     def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
         """y = h scaled_B^T + bias + x S^T, (T, O)."""
 
-    def arranged(self, g_TO: Tensor) -> Tensor:
-        """G with its columns in the order in which the next two take it; the same tensor where that is no other."""
+    @abstractmethod
+    def gradients_(
+        self, g_TO: Tensor, x_TI: Tensor, values: Tensor | None, grad_TI: Tensor | None, need_values: bool
+    ) -> Tensor | None:
+        """Adds G S to grad_TI, the input's gradient, unless it is None, and returns the values' gradient (N,) if it is needed."""
 
-    def add_input_gradient_(self, grad_TI: Tensor, arranged_TO: Tensor, values: Tensor) -> None:
-        """dx += G S."""
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor, base: Tensor | None, passing: bool) -> Tensor:
+        """W = scaled_B A + base + S, (O, I); passing: in scratch memory, valid until the next such product."""
+        weight = low_rank_weight(scaled_B, lora_A, base, passing)
+        self.add_to_(weight, values)
+        return weight
 
-    def value_gradient(self, arranged_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """The values' gradient (N,), without the weight's where that is possible."""
+    def avoids_weight_gradient(self, num_rows: int, rank: int, like: Tensor) -> bool:
+        """Whether `gradients_`, with thin products for the factors, takes less time than building all of G^T x (O, I).
 
-    def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
-        """Whether value_gradient, with the factors' gradients from thin products, takes less time than building G^T x for all."""
+        False unless a kind of support has a kernel for it. like: a tensor of the products' dtype and device.
+        """
+        return False
+
+
+def low_rank_weight(scaled_B: Tensor, lora_A: Tensor, base: Tensor | None, passing: bool) -> Tensor:
+    """scaled_B A (+ base), (O, I); passing: in scratch memory, valid until the next such product."""
+    weight = passing_product(scaled_B, lora_A) if passing else scaled_B @ lora_A
+    if base is not None:
+        weight += base
+    return weight
+
+
+# --- Scratch memory for one matrix at a time ---
+#
+# A CPU's allocator returns large blocks to the system: fetching 90 MB anew took as long as a tenth of the product it was for
+# (4096 x 11008, 2,048 rows). A GPU's allocator keeps what is freed, and a C library keeps blocks below LARGE_BYTES.
+
+# From this size on the trainer's allocator gives blocks back (peft_pretraining/memory/allocator.py); glibc by itself does from
+# 128 KiB to 32 MiB on, depending on what was freed before.
+LARGE_BYTES = 4 * 2**20
+
+
+class _Kept(threading.local):
+    """A thread's own memory: a backward pass may run in another thread than the forward pass of the next model."""
+
+    memory: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def scratch_matrix(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows, columns), undefined, of the dtype and on the device of `like`; reuses the memory of the last one if that pays off.
+
+    Valid until the next call in the same thread, so use it for a single product. While autograd records, new memory is
+    returned, which may be saved.
+    """
+    num_bytes = rows * columns * like.element_size()
+    if like.device.type != "cpu" or num_bytes < LARGE_BYTES or torch.is_grad_enabled():
+        return like.new_empty(rows, columns)
+    if _kept.memory is None or _kept.memory.numel() < num_bytes:
+        _kept.memory = None  # the smaller one goes first
+        _kept.memory = torch.empty(num_bytes, dtype=torch.uint8)
+    return _kept.memory[:num_bytes].view(like.dtype).view(rows, columns)
+
+
+def passing_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in scratch memory: valid until the next scratch matrix."""
+    if torch.is_grad_enabled():
+        return left @ right
+    return torch.mm(left, right, out=scratch_matrix(left.shape[0], right.shape[1], left))
+
+
+def large_bytes(shape: tuple[int, int], width: int) -> int:
+    """Bytes that stay in use after a scratch matrix of this shape, `width` bytes per entry, on a CPU."""
+    num_bytes = math.prod(shape) * width
+    return num_bytes if num_bytes >= LARGE_BYTES else 0

@@ -1,22 +1,103 @@
-"""The uniform support: entries drawn at random over the whole matrix, stored in a format known to this file and layout.py only.
+"""The uniform support: entries drawn at random over the whole matrix, and the format in which their positions are stored.
+
+Sorted positions are stored as the gaps between them, one byte each: with a share delta of all entries the mean gap is
+1 / delta, and a gap of 256 or more has the probability exp(-256 delta), 2e-6 at delta .05 and 8 % at .01. Of those escaped gaps
+the lower byte is stored in the gap's place like any other; the upper byte and the place go to a list of their own, whose sorted
+places are stored in the same way. Where fewer positions make gaps long, two bytes each, or the plain positions, take less.
+
+The sizes follow from the shape alone, so that a tensor can be allocated, loaded and accounted for before anything is drawn: the
+list of escaped gaps has room for 12 standard deviations above what a uniform draw is expected to need.
 
 Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S.
 """
 
+from __future__ import annotations
+
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .layout import Layout, layout_for, plain_layout
-from .scratch import passing_product, scratch_matrix
-from .support import Support
+from .support import SparsePart, Support, passing_product, scratch_matrix
 
 # Up to this many positions a permutation of all of them is drawn: no scratch worth saving, and it ends the recursion
 # of `sample_positions`.
 _PERMUTE_UP_TO = 4096
+_SPARE_DEVIATIONS = 12
+# Gaps beyond the upper byte's reach must be rarer than this, all together, or the width is not taken.
+_NEGLIGIBLE = 1e-12
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Storage of up to `count` sorted numbers below `limit`.
+
+    width: bytes per number; 1 and 2 are gaps (`escaped` is then set), 4 and 8 plain numbers.
+    escaped: the layout of the places of the gaps that do not fit in `width` bytes.
+    """
+
+    count: int
+    limit: int
+    width: int
+    escaped: Layout | None = None
+
+    @property
+    def upper_bytes_at(self) -> int:
+        """Offset of the escaped gaps' upper bytes; parts begin at multiples of 8, so that they can be viewed as integers."""
+        return _aligned(self.count * self.width)
+
+    @property
+    def places_at(self) -> int:
+        """Offset of the escaped gaps' places."""
+        return self.upper_bytes_at + _aligned(0 if self.escaped is None else self.escaped.count)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return self.count * self.width if self.escaped is None else self.places_at + self.escaped.nbytes
+
+
+def plain_layout(count: int, limit: int) -> Layout:
+    """`count` plain numbers below `limit`, however they lie."""
+    return Layout(count, limit, 4 if limit <= 2**31 else 8)
+
+
+@functools.cache
+def layout_for(nnz: int, numel: int) -> Layout:
+    """The smallest layout for `nnz` uniformly drawn positions below `numel`."""
+    return _smallest(nnz, nnz, nnz, numel)
+
+
+def _smallest(count: int, expected: float, fewest: float, limit: int) -> Layout:
+    """Smallest layout with room for `count` numbers below `limit`; `expected` and at least `fewest` will be there."""
+    candidates = [plain_layout(count, limit)]
+    for width in (1, 2):
+        reach = 256**width
+        if expected * _share_of_gaps(reach * 256, fewest, limit) > _NEGLIGIBLE:
+            continue
+        escaped = expected * _share_of_gaps(reach, fewest, limit)
+        room = math.ceil(escaped + _SPARE_DEVIATIONS * (math.sqrt(escaped) + 1))
+        room = min(room, limit // reach, count)
+        if room < count:
+            below = max(0.0, escaped - _SPARE_DEVIATIONS * math.sqrt(escaped))
+            candidates.append(Layout(count, limit, width, _smallest(room, escaped, below, count)))
+    return min(candidates, key=lambda layout: layout.nbytes)
+
+
+def _share_of_gaps(length: int, count: float, limit: int) -> float:
+    """Probability that a gap between `count` uniform numbers below `limit` is at least `length`."""
+    return 0.0 if length >= limit else math.exp(count * math.log1p(-length / limit))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 8) * 8
+
+
+# --- Drawing and coding positions ---
 
 
 def sample_positions(nnz: int, numel: int, generator: torch.Generator) -> Tensor:
@@ -120,8 +201,8 @@ def _numbers(code: Tensor, layout: Layout) -> Tensor:
 class UniformSupport(Support):
     """Any number of positions, drawn without replacement over the whole matrix (arXiv 2406.02214, section 3.2).
 
-    About one byte per position for 1 % of the entries and more (`layout`), in a buffer that checkpoints carry. A new one holds no
-    valid positions yet, nor does one after `to_empty`: call `draw_`.
+    Stored in about one byte per position for 1 % of the entries and more (`layout`), in a buffer that checkpoints contain. A new
+    support holds no valid positions yet, nor does one after `to_empty`: call `draw_`.
     """
 
     kind = "uniform"
@@ -219,9 +300,9 @@ class UniformSupport(Support):
             self.code = code.to(self.code.device)
 
 
-class UniformPart:
-    """The arithmetic of S with a uniform support; see support.SparsePart. In a product S is a dense matrix for a while: with few
-    percent of entries at random, matrix units multiply the zeros faster than any kernel finds the others."""
+class UniformPart(SparsePart):
+    """The arithmetic of S with a uniform support. In a product S is a dense matrix for a while: with few percent of entries at
+    random, matrix units multiply the zeros faster than any kernel finds the others."""
 
     def __init__(self, code: Tensor, nnz: int, out_features: int, in_features: int) -> None:
         """code: as stored by UniformSupport."""
@@ -238,12 +319,15 @@ class UniformPart:
         """weight += S. Positions are unique and sorted: no two writes meet."""
         weight.view(-1).index_add_(0, self.positions(), values)
 
-    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor) -> Tensor | None:
-        """W = scaled_B A + S, (O, I), in one pass by a kernel."""
-        return kernels.build_weight(lora_A, scaled_B, values, self.positions()) if _kernels_run(lora_A) else None
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor, base: Tensor | None, passing: bool) -> Tensor:
+        """W = scaled_B A + base + S, (O, I); scaled_B A + S in one pass by a kernel where the kernels run."""
+        if not _kernels_run(lora_A):
+            return super().weight(scaled_B, lora_A, values, base, passing)
+        built = kernels.build_weight(lora_A, scaled_B, values, self.positions())
+        return built if base is None else built.add_(base)
 
     def gather(self, grad_weight: Tensor) -> Tensor:
-        """The entries of a gradient of the weight, (O, I), that are those of the values."""
+        """The values' gradient (N,) from the weight's (O, I)."""
         return grad_weight.view(-1).index_select(0, self.positions())
 
     def _dense(self, values: Tensor) -> Tensor:
@@ -255,26 +339,24 @@ class UniformPart:
         """h scaled_B^T + bias + x S^T."""
         return F.linear(h_TR, scaled_B, bias).addmm_(x_TI, self._dense(values).t())
 
-    def arranged(self, g_TO: Tensor) -> Tensor:
-        """As it is."""
-        return g_TO
+    def gradients_(
+        self, g_TO: Tensor, x_TI: Tensor, values: Tensor | None, grad_TI: Tensor | None, need_values: bool
+    ) -> Tensor | None:
+        """Adds G S to grad_TI, and returns the entries of G^T x at the positions, (N,)."""
+        if grad_TI is not None and values is not None:
+            grad_TI.addmm_(g_TO, self._dense(values))
+        if not need_values:
+            return None
+        if self.avoids_weight_gradient(x_TI.shape[0], 0, x_TI):
+            return kernels.gather_gradient(g_TO, x_TI, self.positions())
+        return self.gather(passing_product(g_TO.t(), x_TI))
 
-    def add_input_gradient_(self, grad_TI: Tensor, arranged_TO: Tensor, values: Tensor) -> None:
-        """dx += G S."""
-        grad_TI.addmm_(arranged_TO, self._dense(values))
-
-    def value_gradient(self, arranged_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """G^T x at the positions, (N,)."""
-        if self.spares_weight_gradient(arranged_TO, x_TI, 0):
-            return kernels.gather_gradient(arranged_TO, x_TI, self.positions())
-        return self.gather(passing_product(arranged_TO.t(), x_TI))
-
-    def spares_weight_gradient(self, g_TO: Tensor, x_TI: Tensor, rank: int) -> bool:
-        """Where the kernels run, for few rows."""
+    def avoids_weight_gradient(self, num_rows: int, rank: int, like: Tensor) -> bool:
+        """Whether the kernels run and the rows are few."""
         out_features, in_features = self.shape
-        return _kernels_run(x_TI) and kernels.pays_off(x_TI.shape[0], in_features, out_features, rank)
+        return _kernels_run(like) and kernels.pays_off(num_rows, in_features, out_features, rank)
 
 
 def _kernels_run(tensor: Tensor) -> bool:
-    """They give no gradients: where somebody differentiates a backward pass, plain operations do."""
+    """Whether the Triton kernels are used; never while autograd records, since they give no gradients."""
     return not torch.is_grad_enabled() and kernels.is_available(tensor.device, tensor.dtype)

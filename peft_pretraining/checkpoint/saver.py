@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.checkpoint.step_folder import Content
-from peft_pretraining.distributed.shards import local, on_cpu
+from peft_pretraining.distributed.parallel import local, on_cpu
 from peft_pretraining.distributed.world import World, gather_objects, own_group
 
 # Consecutive failed saves after which the run ends.

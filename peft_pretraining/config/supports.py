@@ -1,6 +1,6 @@
 """The kinds of support that --support names: what the program must know of each before sparse_lora is loaded. No torch.
 
-A new kind is one row of SUPPORTS, and its class and one row of sparse_lora.kinds.
+A new kind is one row of SUPPORTS, and its class and one row of sparse_lora.linear.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class SupportKind:
     """Which entries of a weight are sparse.
 
-    nonzeros(out_features, in_features, sparsity): number of entries of S in such a weight, as sparse_lora.kinds.make_support.
+    nonzeros(out_features, in_features, sparsity): number of entries of S in such a weight, as sparse_lora.linear.make_support.
     problem(sparsity): why no support of this kind has about this share of a weight's entries; None where one has.
     fit_problem(sparsity, out_features, in_features): why none fits a weight of this shape; None where one fits.
     """

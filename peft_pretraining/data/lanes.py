@@ -1,4 +1,4 @@
-"""The order of training data: a fixed number of virtual readers ("lanes"), each a pure stream of sequences.
+"""The order of training data: a fixed number of virtual readers ("lanes"), each a stream of sequences.
 
 Lane q reads its share of the files in an order drawn from (seed, epoch, q), in windows of records whose order is drawn
 from (seed, epoch, q, file, window), and cuts its documents into sequences with a carry of its own. Global position p is
@@ -6,39 +6,37 @@ the next sequence of lane p mod R. Ranks and workers only decide which process r
 any number of them, and five integers per lane (`LaneState`) are all that an exact restart needs.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import Health, OnBadRecord
-from peft_pretraining.data.encoding import Ids, encode_documents
-from peft_pretraining.data.packing import Document, packed_sequences, padded_sequences
-from peft_pretraining.data.records import (
-    UNREADABLE_FILE,
-    BadRecord,
-    RawRecord,
-    SkippedRecords,
-    document_in_split,
-    read_records,
-)
+from peft_pretraining.data.bad_records import BadRecord, Health, OnBadRecord, RawRecord, SkippedRecords
+from peft_pretraining.data.records import WindowReader, documents_in_split
 from peft_pretraining.data.source import Shard, Source
-from peft_pretraining.data.token_file import TokenFile
-from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
 ORDER_VERSION = 1  # raise it with any change that would give another order; a checkpoint of another order is refused
 WINDOW_RECORDS = 512
 _ENCODE_TOGETHER = 16
+IGNORE_INDEX = -100
+
+Position = TypeVar("Position")
 
 
 class LaneState(NamedTuple):
-    """Where a lane goes on. unit: ordinal of its file (part) in this epoch's order. window_start: first record of the
-    window, counted in the file. documents_done: records of the permuted window that are finished. tokens_done: ids of the
-    next document (its eos included) that earlier sequences hold; always 0 in the padded layout."""
+    """The position from which a lane continues.
+
+    unit: ordinal of its file (part) in this epoch's order. window_start: first record of the window, counted in the file.
+    documents_done: records of the permuted window that are finished. tokens_done: ids of the next document (its eos included)
+    that earlier sequences hold; always 0 in the padded layout.
+    """
 
     epoch: int = 0
     unit: int = 0
@@ -49,7 +47,7 @@ class LaneState(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """What the global order depends on besides the source and the tokenizer."""
+    """The settings on which the global order depends, besides the source and the tokenizer."""
 
     lanes: int
     seed: int
@@ -59,7 +57,7 @@ class Order:
 
 
 class LaneSequence(NamedTuple):
-    """ids: (n,) int32, n <= max_length. state: where the lane goes on after it. skipped: records passed over before it."""
+    """A sequence of a lane. ids: (n,) int32, n <= max_length. state: position after it. skipped: records skipped before it."""
 
     ids: np.ndarray
     state: LaneState
@@ -75,7 +73,7 @@ class Unit(NamedTuple):
 
 
 def lane_units(shards: tuple[Shard, ...], lane: int, order: Order, epoch: int) -> list[Unit]:
-    """What lane `lane` reads in an epoch, in order. Over all lanes, each record of each file exactly once.
+    """The units that lane `lane` reads in an epoch, in order. Over all lanes, each record of each file exactly once.
 
     With at least as many files as lanes, about equally long, lanes take whole files (dealt anew in every epoch), and the
     remainder is split; otherwise every file is split by record number, so that lanes are equally long.
@@ -120,22 +118,22 @@ def lane_sequences(source: Source, tokenizer: Tokenizer, order: Order, lane: int
     else:
         sequences = padded_sequences(documents, eos_id=tokenizer.eos_id, max_length=order.max_length)
     for ids, state in sequences:
-        yield LaneSequence(ids, state, reader.skipped.take())
+        yield LaneSequence(ids, state, reader.skipped.take() if reader.skipped.counts else None)
 
 
 class _Lane:
-    """The documents of one lane, with what was passed over among them."""
+    """Reads the documents of one lane, and notes the skipped records among them."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, order: Order, lane: int):
         self.source, self.tokenizer, self.order, self.lane = source, tokenizer, order, lane
         self.skipped = SkippedRecords()
         self._health = Health(source, order.on_bad_record)
-        self._cursor = _Cursor(source, self._health)
+        self._reader = WindowReader(source, self._health)
         self._documents_in_epoch = 0
 
     def documents(self, start: LaneState) -> Iterator[tuple[Document, LaneState, LaneState]]:
         """(document, state at it, state after it), epoch after epoch."""
-        with contextlib.closing(self._cursor):
+        with contextlib.closing(self._reader):
             while True:
                 self._documents_in_epoch = 0
                 units = lane_units(self.source.shards, self.lane, self.order, start.epoch)
@@ -143,8 +141,8 @@ class _Lane:
                 while at.unit < len(units):
                     yield from self._unit_documents(units[at.unit], at)
                     at = LaneState(at.epoch, at.unit + 1)
-                # Where all files of this epoch cannot be read, the next epoch deals others, and Health bounds their number;
-                # otherwise waiting for a document would never end.
+                # If all files of this epoch are unreadable, the next epoch deals others, and Health bounds the number of
+                # unreadable files. Any other epoch without a document would be followed by endless others.
                 unreadable = self._health.unreadable.issuperset(unit.shard for unit in units)
                 if not self._documents_in_epoch and start == LaneState(start.epoch) and not unreadable:
                     raise self._health.empty_lane(self.lane, self.order.lanes)
@@ -152,7 +150,7 @@ class _Lane:
 
     def _unit_documents(self, unit: Unit, at: LaneState) -> Iterator[tuple[Document, LaneState, LaneState]]:
         span = WINDOW_RECORDS * unit.parts
-        while (window := self._cursor.window(unit, at.window_start, span)) is not None:
+        while (window := self._reader.window(unit.shard, at.window_start, span, unit.parts, unit.residue)) is not None:
             key = (self.lane, unit.shard, at.window_start)
             places = _permutation(len(window), self.order.seed, at.epoch, "window", *key)
             next_window = LaneState(at.epoch, at.unit, at.window_start + span)
@@ -171,12 +169,12 @@ class _Lane:
             at = next_window
 
     def _encoded(self, records: list[RawRecord], shard_index: int) -> Iterator[tuple[RawRecord, Ids | BadRecord | None]]:
-        """Each record with its ids, with what is wrong with it, or with None if it is not of this split."""
+        """Each record with its ids, with a BadRecord, or with None if it belongs to the other split."""
         shard = self.source.shards[shard_index]
         enough = None if self.order.packing else self.order.max_length - 1
         for first in range(0, len(records), _ENCODE_TOGETHER):
             together = records[first : first + _ENCODE_TOGETHER]
-            contents = [document_in_split(record, shard, self.source) for record in together]
+            contents = documents_in_split(together, shard, self.source)
             documents = [content for content in contents if isinstance(content, str | np.ndarray)]
             encoded = encode_documents(self.tokenizer, documents, enough)
             for record, content in zip(together, contents, strict=True):
@@ -184,61 +182,74 @@ class _Lane:
                 yield record, next(encoded) if isinstance(content, str | np.ndarray) else content
 
 
-class _Cursor:
-    """Reads windows of a file one after the other without opening it again for each."""
+# --- From documents to sequences: pure functions ---
+#
+# Padded (the published protocol): one document per sequence, cut to max_length, its last id eos. Packed: documents with eos after
+# each, one after the other, cut every max_length ids; no id is dropped.
 
-    def __init__(self, source: Source, health: Health):
-        self._source, self._health = source, health
-        self._unit: Unit | None = None
-        self._records: Iterator[RawRecord] = iter(())
-        self._next_window = 0
-        self._ahead: RawRecord | None = None
-        self._tokens: TokenFile | None = None
 
-    def window(self, unit: Unit, start: int, span: int) -> list[RawRecord] | None:
-        """The unit's records numbered start to start + span - 1 in their file (maybe none); None at the file's end."""
-        if self._source.prepared is not None:
-            return self._token_window(unit, start, span)
-        if unit != self._unit or start != self._next_window:
-            self.close()
-            self._records = read_records(self._source.shards[unit.shard], self._source, start)
-            self._unit = unit
-            self._health.file_tried(unit.shard)
-            self._ahead = self._read()
-        self._next_window = start + span
-        if self._ahead is None:
-            return None
-        window = []
-        record: RawRecord | None = self._ahead
-        while record is not None and record.number < start + span:
-            if record.number % unit.parts == unit.residue:
-                window.append(record)
-            record = self._read()
-        self._ahead = record
-        return window
+class Document(NamedTuple):
+    """ids: without eos, at least one. start_token: ids (eos counts as the last) that earlier sequences already hold."""
 
-    def _read(self) -> RawRecord | None:
-        record = next(self._records, None)
-        if record is not None and isinstance(record.content, BadRecord) and record.content.kind == UNREADABLE_FILE:
-            assert self._unit is not None
-            # Every lane that reads the file notices, though the record is counted in one of them.
-            self._health.file_unreadable(self._unit.shard, record.content.detail)
-        return record
+    ids: Sequence[int] | np.ndarray
+    start_token: int = 0
 
-    def _token_window(self, unit: Unit, start: int, span: int) -> list[RawRecord] | None:
-        """`window` of prepared data, any of which is reached at once."""
-        if self._tokens is None or unit != self._unit:
-            self._tokens, self._unit = TokenFile(self._source.shards[unit.shard].url), unit
-        tokens = self._tokens
-        if start >= len(tokens):
-            return None
-        first = start + (unit.residue - start) % unit.parts
-        numbers = range(first, min(start + span, len(tokens)), unit.parts)
-        return [RawRecord(number, number + 1, tokens[number]) for number in numbers]
 
-    def close(self) -> None:
-        """Close the file, if one is open."""
-        close = getattr(self._records, "close", None)
-        if close is not None:
-            close()
-        self._records, self._unit, self._ahead, self._tokens = iter(()), None, None, None
+def padded_sequences(
+    documents: Iterable[tuple[Document, Position, Position]], *, eos_id: int, max_length: int
+) -> Iterator[tuple[np.ndarray, Position]]:
+    """One sequence per document: its first max_length - 1 ids and eos, as transformers' truncation gives it.
+
+    documents: (document, position at it, position after it). Yields (int32 ids, 2 to max_length of them; position after).
+    """
+    for document, _, after in documents:
+        yield _with_eos(document.ids[: max_length - 1], eos_id), after
+
+
+def packed_sequences(
+    documents: Iterable[tuple[Document, Position, Position]],
+    *,
+    eos_id: int,
+    max_length: int,
+    inside: Callable[[Position, int], Position],
+) -> Iterator[tuple[np.ndarray, Position]]:
+    """Sequences of exactly max_length ids; the rest of a finite stream (less than max_length ids) comes last.
+
+    inside(position of a document, ids used): the position from which a restarted stream goes on in mid-document. Yields
+    (int32 ids, position after them).
+    """
+    sequence = np.empty(max_length, dtype=np.int32)
+    filled = 0
+    last_position: Position  # bound before the first id is
+    for document, here, after in documents:
+        ids = _with_eos(document.ids, eos_id)
+        used = document.start_token
+        while used < len(ids):
+            count = min(max_length - filled, len(ids) - used)
+            sequence[filled : filled + count] = ids[used : used + count]
+            filled, used = filled + count, used + count
+            last_position = inside(here, used) if used < len(ids) else after
+            if filled == max_length:
+                yield sequence.copy(), last_position
+                filled = 0
+    if filled:
+        yield sequence[:filled].copy(), last_position
+
+
+def _with_eos(ids: Sequence[int] | np.ndarray, eos_id: int) -> np.ndarray:
+    ended = np.empty(len(ids) + 1, dtype=np.int32)
+    ended[:-1], ended[-1] = ids, eos_id
+    return ended
+
+
+def pad_and_label(sequences: list[np.ndarray], *, max_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences -> (input_ids, labels), both (B, max_length) int64; labels equal the ids, -100 where padded.
+
+    Padding goes by length, never by value: pad_id may be an id of text.
+    """
+    input_ids = np.full((len(sequences), max_length), pad_id, dtype=np.int64)
+    labels = np.full((len(sequences), max_length), IGNORE_INDEX, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = sequence
+        labels[row, : len(sequence)] = sequence
+    return input_ids, labels

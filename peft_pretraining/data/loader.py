@@ -14,22 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_pretraining.data.bad_records import Health, OnBadRecord
-from peft_pretraining.data.encoding import encode_documents
+from peft_pretraining.data.bad_records import MAX_EXAMPLES, BadRecord, Health, OnBadRecord, SkippedRecords
 from peft_pretraining.data.errors import DataError, TokenizerError
-from peft_pretraining.data.lanes import ORDER_VERSION, LaneSequence, LaneState, Order, lane_sequences, lane_units
-from peft_pretraining.data.packing import Document, packed_sequences, pad_and_label, padded_sequences
-from peft_pretraining.data.records import (
-    MAX_EXAMPLES,
-    UNREADABLE_FILE,
-    BadRecord,
-    SkippedRecords,
-    check_source,
-    document_in_split,
-    read_records,
+from peft_pretraining.data.lanes import (
+    ORDER_VERSION,
+    Document,
+    LaneSequence,
+    LaneState,
+    Order,
+    lane_sequences,
+    lane_units,
+    packed_sequences,
+    pad_and_label,
+    padded_sequences,
 )
+from peft_pretraining.data.records import UNREADABLE_FILE, check_source, document_in_split, read_records
 from peft_pretraining.data.source import Source
-from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 from peft_pretraining.data.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -37,10 +38,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, labels: (B, T) int64, labels as transformers wants them: equal to the ids, -100 where padded.
+    """A micro-batch. input_ids, labels: (B, T) int64; labels equal the ids, and are -100 where padded, as in transformers.
 
-    num_tokens: ids that are not padding. num_targets: labels that count after the shift by one. num_bad_records: passed over
-    since the batch before.
+    num_tokens: ids that are not padding. num_targets: labels that are not ignored after the shift by one. num_bad_records: bad
+    records skipped since the batch before.
     """
 
     input_ids: Tensor
@@ -61,7 +62,7 @@ def _make_batch(
 
 
 def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
-    """Refuse prepared data whose ids are another tokenizer's. Raises TokenizerError with both."""
+    """Refuse prepared data whose ids were made with another tokenizer. Raises TokenizerError naming both tokenizers."""
     made_with = source.prepared
     if made_with is not None and made_with.fingerprint != tokenizer.fingerprint:
         raise TokenizerError(
@@ -76,7 +77,7 @@ def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
 
 @dataclass(frozen=True)
 class _RankLanes:
-    """The lanes of one rank from their states on; `lanes` in the order of their turns, `first` turn of each at state."""
+    """The lanes of one rank, each from its state on; `lanes` is in the order of their turns."""
 
     source: Source
     tokenizer: Tokenizer
@@ -85,7 +86,7 @@ class _RankLanes:
     states: tuple[LaneState, ...]
 
     def items(self, worker: int, workers: int) -> Iterator[list[LaneSequence]]:
-        """Rounds: the next sequence of each of this worker's lanes."""
+        """Yields rounds: the next sequence of each of this worker's lanes."""
         lanes = [
             lane_sequences(self.source, self.tokenizer, self.order, lane, state)
             for lane, state in zip(self.lanes[worker::workers], self.states[worker::workers], strict=True)
@@ -97,7 +98,7 @@ class _RankLanes:
 class TrainLoader:
     """Endless micro-batches of one rank, in the order that (seed, lanes) give for any number of ranks and workers.
 
-    Iterating goes on from the state, which covers the batches handed out and no prefetched one. Use one iterator at a
+    Iterating continues from the state, which covers the returned batches, not the prefetched ones. Use one iterator at a
     time.
     """
 
@@ -125,8 +126,8 @@ class TrainLoader:
             lanes: virtual readers, R; a multiple of world_size.
             workers: processes that read and tokenise for this rank; 0 does it in this process.
             pin_memory: batches in page-locked memory, for a GPU.
-            on_bad_record: pass over and count records that are not documents and files that the disk does not give, or
-                raise DataError at the first.
+            on_bad_record: skip and count records that are not documents and files that cannot be read, or raise
+                DataError at the first.
 
         Raises:
             ValueError: numbers that do not fit together.
@@ -151,7 +152,7 @@ class TrainLoader:
         check_source(source)
 
     def _warn(self, workers: int) -> None:
-        """Of what works, but not as was meant: fewer processes, or more traffic."""
+        """Warn about settings that work differently than intended: fewer processes, or more network traffic."""
         source, lanes = self._source, self._order.lanes
         if self._num_workers < workers:
             _log.warning(
@@ -172,7 +173,7 @@ class TrainLoader:
         states = tuple(self._states[lane] for lane in lanes)
         work = _RankLanes(self._source, self._tokenizer, self._order, lanes, states)
         self._running = Workers(work, self._num_workers)
-        return self._batches(_in_turn(self._running, lanes, max(1, self._num_workers)))
+        return self._batches(_in_turn(iter(self._running), lanes, max(1, self._num_workers)))
 
     def _batches(self, sequences: Iterator[tuple[int, LaneSequence]]) -> Iterator[Batch]:
         while True:
@@ -188,7 +189,7 @@ class TrainLoader:
 
     @property
     def num_bad_records(self) -> int:
-        """Bad records passed over so far; after a restart rank 0 carries on the count of all ranks before it."""
+        """Bad records skipped so far; after a resume, rank 0's count includes those of all ranks before it."""
         return self._skipped.total() - self._skipped["empty"]
 
     def _note(self, skipped: SkippedRecords | None) -> None:
@@ -203,8 +204,8 @@ class TrainLoader:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state after the last batch handed out: `merge_states` of all ranks' is what `load_state_dict` takes.
 
-        position: sequences handed out by all ranks since the run began. lanes: this rank's lanes, five integers each.
-        bad_records: records passed over, by kind. order: what the positions refer to.
+        position: sequences returned by all ranks since the run began. lanes: this rank's lanes, five integers each.
+        bad_records: skipped records, by kind. order: the settings of the order that the positions refer to.
         """
         return {
             "position": self._taken * self._world_size,
@@ -224,7 +225,7 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state merged over all ranks, of any number of ranks and workers; before iterating.
+        """Continue from a state merged over all ranks, for any number of ranks and workers; call before iterating.
 
         Raises ValueError: the state belongs to another order, lacks lanes, or cannot be divided among the ranks.
         """
@@ -240,25 +241,25 @@ class TrainLoader:
             )
         self.take_back(state)
         if self._rank:
-            # The counts are of all ranks together; one of them carries them on, so that the next merge counts them once.
+            # The counts are those of all ranks together; only rank 0 keeps them, so that the next merge counts them once.
             self._skipped.clear()
 
     def take_back(self, state: Mapping[str, Any]) -> None:
-        """Return to a `state_dict` of this rank: batches handed out since then count as not handed out. Ends iterating."""
+        """Return to an earlier `state_dict` of this rank; batches returned since then are returned again. Ends iterating."""
         self.close()
         self._taken = state["position"] // self._world_size
         self._states = {lane: LaneState(*state["lanes"][str(lane)]) for lane in self._lanes}
         self._skipped = Counter(state["bad_records"])
 
     def close(self) -> None:
-        """Stop the workers. The state stays, and iterating again goes on from it."""
+        """Stop the workers. The state stays, and iterating again continues from it."""
         if self._running is not None:
             self._running.close()
             self._running = None
 
 
 def _in_turn(rounds: Iterator[list[LaneSequence]], lanes: Sequence[int], workers: int) -> Iterator[tuple[int, LaneSequence]]:
-    """(lane, its next sequence), lane after lane: one item of each worker makes a round over all lanes."""
+    """Yields (lane, its next sequence), lane after lane: one item of each worker is a round over all lanes."""
     while True:
         items = [next(rounds) for _ in range(workers)]
         for turn, lane in enumerate(lanes):
@@ -300,7 +301,7 @@ def _check_sizes(*, max_length: int, lanes: int, world_size: int, batch_size: in
 
 
 class _EncodedTexts(NamedTuple):
-    """Documents of a chunk: their ids end to end, int32, and how many each has."""
+    """The documents of a chunk: their ids end to end, int32, and the number of ids of each."""
 
     ids: np.ndarray
     lengths: list[int]
@@ -323,14 +324,14 @@ class _SplitDocuments:
             if number % workers == worker:
                 ids = [np.asarray(each, dtype=np.int32) for each in encode_documents(self.tokenizer, documents, self.enough)]
                 flat = np.concatenate([np.empty(0, np.int32), *ids])
-                # Every worker meets every record; the first one reports the bad ones.
+                # Every worker reads every record; the first worker reports the bad ones.
                 yield _EncodedTexts(flat, [len(document) for document in ids], skipped.take() if not worker else None)
 
     def _chunks(self, skipped: SkippedRecords) -> Iterator[list[str | np.ndarray]]:
         documents: list[str | np.ndarray] = []
         health = Health(self.source, self.on_bad_record)
         for index, shard in enumerate(self.source.shards):
-            health.file_tried(index)
+            health.tried.add(index)
             for record in read_records(shard, self.source):
                 health.records += 1
                 content = document_in_split(record, shard, self.source)
@@ -399,7 +400,7 @@ class EvalSet:
     def __iter__(self) -> Iterator[Batch]:
         ids, offsets = self._tokenised()
         own = range(self._rank, len(offsets) - 1, self._world_size)
-        # As many batches on every rank, those of the last ones perhaps empty: a sharded model's forward needs all of them.
+        # The same number of batches on every rank, perhaps with an empty last one: a sharded model's forward pass is collective.
         for first in range(0, -(-(len(offsets) - 1) // self._world_size), self._batch_size):
             sequences = [ids[offsets[i] : offsets[i + 1]] for i in own[first : first + self._batch_size]]
             yield _make_batch(sequences or [ids[:1]], self._max_length, self._tokenizer.pad_id, self._pin_memory)
@@ -411,7 +412,7 @@ class EvalSet:
             sequences, num_targets = [], 0
             enough = None if self._packing else self._max_length - 1
             work = _SplitDocuments(self._source, self._tokenizer, self._on_bad_record, enough)
-            # Prepared data has nothing to do that would be worth a process.
+            # Prepared data needs no tokenising, so no worker processes.
             workers = 0 if self._source.prepared is not None else self._workers
             chunks: Workers[_EncodedTexts] = Workers(work, workers)
             try:

@@ -17,10 +17,12 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import Health, OnBadRecord
-from peft_pretraining.data.encoding import Ids, encode_documents
+from peft_pretraining.data.bad_records import BadRecord, Health, OnBadRecord, RawRecord
 from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.prepared import (
+    BAD_KINDS,
+    INDEX,
+    INDEX_SUFFIX,
     JOB,
     MANIFEST,
     TOKENIZER_FOLDER,
@@ -28,6 +30,7 @@ from peft_pretraining.data.prepared import (
     Job,
     Manifest,
     PreparedShard,
+    ids_suffix,
     is_prepared,
     manifest_document,
     new_checksum,
@@ -36,10 +39,9 @@ from peft_pretraining.data.prepared import (
     shard_from,
     verify,
 )
-from peft_pretraining.data.records import UNREADABLE_FILE, BadRecord, RawRecord, document_text, read_records
-from peft_pretraining.data.source import Source, is_held_out, open_source, prepared_folder
-from peft_pretraining.data.token_file import BAD_KINDS, INDEX, INDEX_SUFFIX, ids_suffix
-from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.records import UNREADABLE_FILE, document_text, is_held_out, read_records
+from peft_pretraining.data.source import Source, open_source, prepared_folder
+from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
 _TOGETHER = 256  # records that are encoded in one call
 _COMMIT_RECORDS = 4096  # what a crash costs at most

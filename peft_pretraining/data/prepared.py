@@ -1,27 +1,45 @@
-"""The manifest of a prepared data set: which token files there are, what they were made from and with, and their checksums.
+"""Prepared data: its manifest (token files, what they were made from and with, checksums), and the token files themselves.
 
-Only JSON and file sizes are read here, so that a dry run can describe prepared data at once; token_file.py has the tokens.
+NAME.uint16 (or NAME.uint32, for vocabularies above 65,536) holds the ids of all documents end to end, without eos. NAME.index
+holds 14 bytes for each record of the source, including bad records and both sides of the hold-out rule, so that record numbers,
+and with them the order of the data, are those of the source. Any record is read directly.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from peft_pretraining.data.errors import DataError
 
 MANIFEST = "prepared.json"
-JOB = "job.json"  # what a preparation is about; alone, without a manifest, it tells one that has not finished
+JOB = "job.json"  # the Job of a preparation; without a manifest beside it the preparation is unfinished
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
+INDEX_SUFFIX = ".index"
+# end: ids up to and with this record. characters: of its text. kind: number in BAD_KINDS. held_out: by the hold-out rule.
+INDEX = np.dtype([("end", "<u8"), ("characters", "<u4"), ("kind", "u1"), ("held_out", "u1")])
+# 0 is a document. Numbers are in files: new kinds go to the end.
+BAD_KINDS = (
+    "",
+    "malformed_json",
+    "missing_text",
+    "text_not_string",
+    "invalid_unicode",
+    "oversized",
+    "unreadable_rest",
+    "unreadable_file",
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the content of a prepared data set, byte for byte."""
+    """Everything that determines the content of a prepared data set, byte for byte."""
 
     dataset: str
     text_field: str
@@ -106,7 +124,7 @@ def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
 
 
 def shard_from(document: Mapping[str, Any]) -> PreparedShard:
-    """From its JSON form."""
+    """A PreparedShard from its JSON form."""
     ids, index = (FileSeal(**document[name]) for name in ("ids", "index"))
     return PreparedShard(**{**document, "ids": ids, "index": index})
 
@@ -117,7 +135,7 @@ def manifest_document(manifest: Manifest) -> dict[str, Any]:
 
 
 def seals(manifest: Manifest) -> list[FileSeal]:
-    """Of all files that hold tokens."""
+    """The seals of all files that hold tokens."""
     return [seal for shard in manifest.shards for seal in (shard.ids, shard.index)]
 
 
@@ -154,3 +172,66 @@ def checksum_of(path: Path) -> str:
 def new_checksum() -> Any:
     """The hash that checksums are made with, with the methods of those of hashlib."""
     return hashlib.blake2b(digest_size=16)
+
+
+# --- The tokens of one file, mapped into memory ---
+
+
+class TokenRecord(NamedTuple):
+    """A record of the source. ids: of its text, without eos. bad: what was wrong with it, "" for a document."""
+
+    ids: np.ndarray
+    characters: int
+    bad: str
+    held_out: bool
+
+
+def ids_suffix(vocab_size: int) -> str:
+    """Extension of the file of ids, which names their type."""
+    return ".uint16" if vocab_size <= 2**16 else ".uint32"
+
+
+class TokenFile:
+    """A finished file of ids with its index; `path` is that of the ids. Raises DataError where it cannot be mapped."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        dtype = np.dtype({".uint16": "<u2", ".uint32": "<u4"}[self.path.suffix])
+        self._ids = _mapped(self.path, dtype)
+        self._index = _mapped(self.path.with_suffix(INDEX_SUFFIX), INDEX)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> TokenRecord:
+        """Record `number`. Raises DataError where the index is damaged."""
+        end, characters, kind, held_out = self._index[number].item()
+        begin = int(self._index["end"][number - 1]) if number else 0
+        if not begin <= end <= len(self._ids) or kind >= len(BAD_KINDS):
+            raise damaged(self.path.with_suffix(INDEX_SUFFIX), number)
+        return TokenRecord(self._ids[begin:end], characters, BAD_KINDS[kind], bool(held_out))
+
+    def select(self, numbers: Iterable[int]) -> list[TokenRecord]:
+        """The records of these numbers."""
+        return [self[number] for number in numbers]
+
+    def records(self, start: int = 0) -> Iterator[TokenRecord]:
+        """Records from `start` on."""
+        return (self[number] for number in range(start, len(self)))
+
+
+def damaged(path: Path | str, number: int) -> DataError:
+    """The error for tokens that cannot be what was written."""
+    return DataError(
+        f"{path}, record {number + 1}: not what was prepared, the file is damaged; "
+        "`python -m peft_pretraining data inspect --verify` compares checksums"
+    )
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype, mode="r"))  # slicing a plain array is faster
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be mapped into memory: {error}") from error

@@ -1,100 +1,54 @@
-"""The records of one file, in order: lines of JSON, blocks of text, rows of parquet, prepared tokens; from a disk or a network.
+"""Reads the records of a file in order: lines of JSON, blocks of text, rows of parquet, prepared tokens; from disk or network.
 
-A network read that breaks is taken up again at the record where it broke. What is wrong with a record is not decided
-while reading: the reader hands on raw records, and `document_in_split` says of each what it holds or why it is bad.
+An interrupted network read continues at the record where it broke. Reading returns raw records; `document_in_split` returns the
+document that a raw record holds, or why the record is bad.
 """
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import zlib
-from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 import numpy as np
 
+from peft_pretraining.data.bad_records import BadRecord, Health, RawRecord, place_of
 from peft_pretraining.data.errors import DataError, first_line
 from peft_pretraining.data.network import open_network_file
-from peft_pretraining.data.source import RetryPolicy, Shard, Source, is_held_out, is_remote, refuse_if_offline
-from peft_pretraining.data.token_file import TokenFile, TokenRecord, damaged
+from peft_pretraining.data.prepared import TokenFile, TokenRecord, damaged
+from peft_pretraining.data.source import HELD_OUT_ONE_IN, RetryPolicy, Shard, Source, refuse_if_offline
 
 UNREADABLE_FILE = "unreadable_file"
-MAX_EXAMPLES = 3
-# Longer ones, such as an endless line of a file that is not what its name says, are read past and never held in memory.
+# Longer records, such as an endless line of a file of another kind, are skipped and never held in memory.
 MAX_RECORD_BYTES = 2**28
 _BUFFER_BYTES = 2**18
 _ZSTD_STEP_BYTES = 2**13  # where a file is damaged, at most this much before the damage is lost
-
-
-class RawRecord(NamedTuple):
-    """number: of the record in its file, from 0. line: where it begins (row for parquet), from 1, for messages.
-
-    content: bytes of a JSON line or a text block; the value of the text column for parquet; a TokenRecord of prepared data;
-    a BadRecord where a record is too long or the rest of the file cannot be read.
-    """
-
-    number: int
-    line: int
-    content: Any
-
-
-class BadRecord(NamedTuple):
-    """kind: malformed_json | missing_text | text_not_string | invalid_unicode | oversized | unreadable_rest (damaged
-    compression) | unreadable_file (the disk or its permissions)."""
-
-    kind: str
-    detail: str
-
-    def in_words(self) -> str:
-        """For messages."""
-        return f"{self.kind.replace('_', ' ')}: {self.detail}"
-
-
-def place_of(record: RawRecord, shard: Shard) -> str:
-    """Where a record is, for messages."""
-    if shard.format == "tokens":
-        return f"{shard.url}, record {record.line} of {shard.name}"
-    return f"{shard.url}, line {record.line}"
-
-
-@dataclass
-class SkippedRecords:
-    """What was passed over: counts by kind (bad records, and "empty" documents), and the first few bad ones in words."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, kind: str, example: str | None = None) -> None:
-        self.counts[kind] += 1
-        if example is not None and len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(example)
-
-    def take(self) -> "SkippedRecords | None":
-        """What has gathered since the last call, None if nothing."""
-        if not self.counts:
-            return None
-        taken = SkippedRecords(self.counts, self.examples)
-        self.counts, self.examples = Counter(), []
-        return taken
 
 
 # --- What a record holds ---
 
 
 def document_in_split(record: RawRecord, shard: Shard, source: Source) -> str | np.ndarray | BadRecord | None:
-    """The text of a record (of prepared data: its ids), None if the hold-out rule puts it on the other side, or what is wrong
-    with it. Raises DataError: prepared data is damaged."""
+    """The text of a record (of prepared data: its ids), None if it belongs to the other split, or a BadRecord.
+
+    Raises DataError: prepared data is damaged.
+    """
     if isinstance(record.content, TokenRecord):
         return _prepared_ids(record.content, record, shard, source)
     text = document_text(record, shard, source.text_field)
     return text if isinstance(text, BadRecord) or belongs_to_split(text, source) else None
 
 
+def documents_in_split(records: list[RawRecord], shard: Shard, source: Source) -> list[str | np.ndarray | BadRecord | None]:
+    """`document_in_split` of each record."""
+    return [document_in_split(record, shard, source) for record in records]
+
+
 def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | BadRecord:
-    """The text of a record, or what is wrong with it."""
+    """The text of a record, or a BadRecord."""
     content = record.content
     if isinstance(content, BadRecord):
         return content
@@ -128,7 +82,7 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
 
 def _prepared_ids(content: TokenRecord, record: RawRecord, shard: Shard, source: Source) -> np.ndarray | BadRecord | None:
     if content.bad:
-        return BadRecord(content.bad, "it was so when the data was prepared")
+        return BadRecord(content.bad, "it was bad when the data was prepared")
     if source.keep != "all" and content.held_out != (source.keep == "validation"):
         return None
     if source.prepared is not None and len(content.ids) and content.ids.max() >= source.prepared.vocab_size:
@@ -139,6 +93,12 @@ def _prepared_ids(content: TokenRecord, record: RawRecord, shard: Shard, source:
 def belongs_to_split(text: str, source: Source) -> bool:
     """Whether a document is on the source's side of the hold-out rule."""
     return source.keep == "all" or is_held_out(text) == (source.keep == "validation")
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document of a data set without a validation split belongs to validation: 1 in 100 by a hash of its text."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
 def _kind(value: object) -> str:
@@ -188,7 +148,70 @@ def check_source(source: Source) -> None:
     raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
 
 
-# --- Reading one file ---
+# --- Reading files ---
+
+
+class WindowReader:
+    """Reads the records of a source in windows, one list each; goes on in an open file where the next window begins."""
+
+    def __init__(self, source: Source, health: Health):
+        self._source, self._health = source, health
+        self._shard_index: int | None = None
+        self._records: Iterator[RawRecord] = iter(())
+        self._next_window = 0
+        self._ahead: RawRecord | None = None  # read already, but of the next window
+        self._tokens: TokenFile | None = None
+
+    def window(self, shard_index: int, start: int, span: int, parts: int, residue: int) -> list[RawRecord] | None:
+        """The records start to start + span - 1 of a file whose number is `residue` modulo `parts`, perhaps none.
+
+        None at the end of the file.
+        """
+        if self._source.prepared is not None:
+            return self._token_window(shard_index, start, span, parts, residue)
+        if shard_index != self._shard_index or start != self._next_window:
+            self.close()
+            self._records = read_records(self._source.shards[shard_index], self._source, start)
+            self._shard_index = shard_index
+            self._health.tried.add(shard_index)
+            self._ahead = self._read()
+        self._next_window = start + span
+        if self._ahead is None:
+            return None
+        window = []
+        record: RawRecord | None = self._ahead
+        while record is not None and record.number < start + span:
+            if record.number % parts == residue:
+                window.append(record)
+            record = self._read()
+        self._ahead = record
+        return window
+
+    def _read(self) -> RawRecord | None:
+        record = next(self._records, None)
+        if record is not None and isinstance(record.content, BadRecord) and record.content.kind == UNREADABLE_FILE:
+            assert self._shard_index is not None
+            # Each lane that reads the file notices that it is unreadable, though the record is counted in one lane only.
+            self._health.file_unreadable(self._shard_index, record.content.detail)
+        return record
+
+    def _token_window(self, shard_index: int, start: int, span: int, parts: int, residue: int) -> list[RawRecord] | None:
+        """`window` of prepared data, of which any record is read directly."""
+        if self._tokens is None or shard_index != self._shard_index:
+            self._tokens, self._shard_index = TokenFile(self._source.shards[shard_index].url), shard_index
+        if start >= len(self._tokens):
+            return None
+        first = start + (residue - start) % parts
+        numbers = range(first, min(start + span, len(self._tokens)), parts)
+        contents = self._tokens.select(numbers)
+        return [RawRecord(number, number + 1, content) for number, content in zip(numbers, contents, strict=True)]
+
+    def close(self) -> None:
+        """Close the file, if one is open."""
+        close = getattr(self._records, "close", None)
+        if close is not None:
+            close()
+        self._records, self._shard_index, self._ahead, self._tokens = iter(()), None, None, None
 
 
 def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawRecord]:
@@ -202,7 +225,6 @@ def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawR
         for index, tokens in enumerate(TokenFile(shard.url).records(start), start=start):
             yield RawRecord(index, index + 1, tokens)
         return
-    refuse_if_offline(shard.url)
     number, line = start - 1, 0
     try:
         with contextlib.ExitStack() as stack:
@@ -227,9 +249,11 @@ class _DamagedFile(Exception):
 
 
 def _open_binary(url: str, retry: RetryPolicy) -> IO[bytes]:
-    if is_remote(url):
-        return open_network_file(url, retry)
-    return open(url.removeprefix("file://").removeprefix("local://"), "rb")
+    path = url.removeprefix("file://").removeprefix("local://")
+    if "://" not in path:
+        return open(path, "rb")
+    refuse_if_offline(url)
+    return open_network_file(url, retry)
 
 
 # --- Formats ---

@@ -26,7 +26,7 @@ from peft_pretraining.data.prepared import (
     read_manifest,
 )
 
-__all__ = ["DataError", "RetryPolicy", "Shard", "Source", "default_lanes", "is_held_out", "open_source"]
+__all__ = ["DataError", "RetryPolicy", "Shard", "Source", "default_lanes", "open_source"]
 
 Split = Literal["train", "validation"]
 Format = Literal["json", "text", "parquet", "tokens"]
@@ -79,9 +79,10 @@ class PreparedWith:
 class Source:
     """Files of one split in their order, and the rule that says which of their documents belong to it.
 
-    keep: "all" documents, or the "train" or "validation" side of the hold-out rule (`is_held_out`). prepared: where the files
-    hold tokens. fingerprint: equal for equal files, names and rules, wherever they lie; of local files names, sizes, and the
-    first and last 4 kB (a compressed file's checksum is there), of prepared ones their checksums. Immutable and picklable.
+    keep: "all" documents, or the "train" or "validation" side of the hold-out rule (records.is_held_out). prepared: set if the
+    files hold tokens. fingerprint: equal for equal files, names and rules, wherever they lie; for local files it covers names,
+    sizes, and the first and last 4 kB (where a compressed file has its checksum), for prepared ones their checksums. Immutable
+    and picklable.
     """
 
     dataset: str
@@ -140,12 +141,6 @@ def original_dataset(dataset: str) -> str:
         return read_manifest(folder, check_sizes=False).job.dataset
     except DataError:  # is told where the data is opened
         return dataset
-
-
-def is_held_out(text: str) -> bool:
-    """Whether a document of a data set without a validation split belongs to validation: 1 in 100 by a hash of its text."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
 def prepared_folder(dataset: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Tokenizers from the hub, a folder or a SentencePiece model, reduced to what pretraining needs: text in, ordinary ids out.
+"""Tokenizers from the hub, a folder or a SentencePiece model, and the encoding of documents of any length.
 
 A document is data, so nothing in it may act as a control symbol: "</s>" in a web page is five characters, not the end of
 the document, and T5's "<extra_id_0>" must not become id 32,099 of a 32,000-row embedding. `Tokenizer` therefore encodes
@@ -6,12 +6,15 @@ with a copy of the tokenizer's backend from which special tokens have been taken
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from peft_pretraining.data.errors import TokenizerError, causes, first_line
 
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer as Backend
 
+PART_CHARACTERS = 2**18
+_TOGETHER_CHARACTERS = 2**20  # encoded in one call, which uses several cores
+_AROUND_CUT = 200  # characters on either side that tell whether a cut changes the ids
+_TRIED_CUTS = 20
+_BLANK_INSIDE = re.compile(r"(?<=\S)[ \n](?=\S)")
+
+Ids = Sequence[int] | np.ndarray
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # What a fingerprint compares besides the vocabulary: spaces, line breaks, digits, rare characters, special-looking text.
 _PROBE = "A  probe:\n\tnaïve 123,456 — 你好 \U0001f600 </s> <extra_id_0> don't `x_1 = f(y)`"
@@ -319,3 +329,84 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
             if left in scores and right in scores:
                 merges.append((-score, order, cut, (left, right)))
     return [pair for *_, pair in sorted(merges)]
+
+
+# --- Documents to ids in bounded memory ---
+#
+# A fast tokenizer holds about 80 bytes per character of what it encodes at once, so a document of 50 MB would take 4 GB. A long
+# text is therefore cut at single spaces or line breaks inside it. At each cut the text around it is encoded whole and in two
+# parts; only a cut where both give the same ids is used, so the ids are those of the whole text. A stretch without such a
+# place (no blank in a quarter of a million characters) is cut where the part is full, which can split one word differently.
+
+
+class Encoder(Protocol):
+    """The part of a Tokenizer that encoding needs."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+def encode_documents(tokenizer: Encoder, documents: Sequence[str | np.ndarray], enough: int | None = None) -> Iterator[Ids]:
+    """The ids of each document, without eos; documents that are ids already (prepared data) are returned as they are.
+
+    enough: number of ids needed of a document; of a long document only the parts that contain them are encoded.
+    """
+    return itertools.chain.from_iterable(_encoded_batches(tokenizer, documents, enough))
+
+
+def _encoded_batches(tokenizer: Encoder, documents: Sequence[str | np.ndarray], enough: int | None) -> Iterator[list[Ids]]:
+    """The ids of all documents, in batches of at most _TOGETHER_CHARACTERS; a long document is a batch of its own."""
+    together: list[str | np.ndarray] = []
+    characters = 0
+    for document in documents:
+        size = len(document) if isinstance(document, str) else 0
+        if together and characters + size > _TOGETHER_CHARACTERS:
+            yield _encode_together(tokenizer, together)
+            together, characters = [], 0
+        if size > PART_CHARACTERS and isinstance(document, str):
+            yield _encode_together(tokenizer, together)
+            together, characters = [], 0
+            yield [_encode_long(tokenizer, document, enough)]
+        else:
+            together.append(document)
+            characters += size
+    yield _encode_together(tokenizer, together)
+
+
+def _encode_together(tokenizer: Encoder, documents: Sequence[str | np.ndarray]) -> list[Ids]:
+    texts = [document for document in documents if isinstance(document, str)]
+    encoded = iter(tokenizer.encode_batch(texts) if texts else [])
+    return [next(encoded) if isinstance(document, str) else document for document in documents]
+
+
+def _encode_long(tokenizer: Encoder, text: str, enough: int | None) -> np.ndarray:
+    parts, count = [], 0
+    for part in _parts(tokenizer, text):
+        parts.append(np.array(tokenizer.encode_batch([part])[0], dtype=np.int32))
+        count += len(parts[-1])
+        if enough is not None and count >= enough:
+            break
+    return np.concatenate(parts)
+
+
+def _parts(tokenizer: Encoder, text: str) -> Iterator[str]:
+    first = 0
+    while len(text) - first > PART_CHARACTERS:
+        end, following = _cut(tokenizer, text, first)
+        yield text[first:end]
+        first = following
+    yield text[first:]
+
+
+def _cut(tokenizer: Encoder, text: str, first: int) -> tuple[int, int]:
+    """(end of the part that begins at `first`, begin of the next part): the blank between may belong to neither."""
+    full = first + PART_CHARACTERS
+    blanks = list(_BLANK_INSIDE.finditer(text, max(first + 1, full - PART_CHARACTERS // 2), full))
+    for blank in blanks[: -_TRIED_CUTS - 1 : -1]:
+        at = blank.start()
+        before, after = text[max(first, at - _AROUND_CUT) : at], text[at + 1 : at + 1 + _AROUND_CUT]
+        whole, left, with_blank, without = tokenizer.encode_batch([before + blank[0] + after, before, blank[0] + after, after])
+        if left + with_blank == whole:
+            return at, at
+        if left + without == whole:
+            return at, at + 1
+    return full, full

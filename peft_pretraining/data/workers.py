@@ -1,7 +1,7 @@
-"""Processes that prepare data beside the training process: torch's DataLoader without its collation, errors and signals.
+"""Worker processes that prepare data: torch's DataLoader without its collation, error handling and signal handling.
 
-A worker's DataError comes out of the main process as the same DataError, in its place among the items. Workers ignore
-the signals that ask a run to stop, which reach a whole process group: the update under way still needs their data.
+A worker's DataError is raised in the main process as the same DataError, in its place among the items. Workers ignore the
+signals that stop a run, which reach the whole process group: the current update still needs their data.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Work(Protocol[ItemT]):
-    """Picklable; `items` is what one of `workers` processes does."""
+    """A picklable job; `items` yields the share of one of `workers` processes."""
 
     def items(self, worker: int, workers: int) -> Iterator[ItemT]: ...
 
@@ -52,7 +52,10 @@ class _WorkerItems(IterableDataset):
 
 
 class Workers(Generic[T]):
-    """Iterator over the items of all workers in turn: item 0 of each, then item 1 of each, ...; 0 workers: in process."""
+    """The items of all workers in turn: item 0 of each, then item 1 of each, ...; with 0 workers made in this process.
+
+    To be iterated once; keep a reference to this object meanwhile, since the processes end with it.
+    """
 
     def __init__(self, work: Work[T], workers: int):
         self._running: _Running | None = None
@@ -61,11 +64,11 @@ class Workers(Generic[T]):
             return
         self._running = _Running(work, workers)
         self._items = self._running.items()
-        # Also at the interpreter's exit, before multiprocessing waits for its children there.
+        # Also runs at the interpreter's exit, before multiprocessing waits for its children.
         self._finalizer = weakref.finalize(self, self._running.stop)
 
     def __iter__(self) -> Iterator[T]:
-        return self
+        return self._items
 
     def __next__(self) -> T:
         return next(self._items)
@@ -122,7 +125,7 @@ class _Running:
 
 @contextlib.contextmanager
 def _child_signals_kept() -> Iterator[None]:
-    """Keep torch from raising a worker's death in the midst of whatever runs then; the next item tells it, in seconds."""
+    """Keep torch from raising an error at once when a worker dies; the next item raises it, within seconds."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
@@ -140,7 +143,7 @@ def _prepare_process(parent: int, worker: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has: torch's watchdog asks who the parent is too late, and not within an item."""
+    """End this process when its parent has ended: torch's watchdog checks only between items, and too late."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -165,7 +165,7 @@ def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
     if setting.linear_path != "auto":
         return setting.linear_path == "factored"
     # Imported here because the package imports torch, which would delay error messages for wrong arguments.
-    from sparse_lora.cost import cheaper_path
+    from sparse_lora.functional import cheaper_path
 
     support = _support(setting)
     kind, nnz = (setting.support, support.nonzeros(*shape, setting.sp_ratio)) if support else ("none", 0)
@@ -192,7 +192,7 @@ def _lasting_scratch(setting: Setting) -> int:
     """Returns bytes of the CPU's reused scratch memory: the largest weight that is built, or the largest reordered outputs."""
     if not setting.method.replaces_linears or setting.device_type != "cpu":
         return 0
-    from sparse_lora.scratch import large_bytes
+    from sparse_lora.support import large_bytes
 
     width, shapes = DTYPE_BYTES[setting.computes_in], linear_shapes(setting.model)
     used = [shape for shape in shapes if _builds_matrix(setting, shape)]

@@ -234,7 +234,7 @@ def support_bytes(nnz: int, entries: int) -> int:
     if not entries:
         return 0
     # Imported here because the package imports torch, which would delay error messages for wrong arguments.
-    from sparse_lora.layout import layout_for
+    from sparse_lora.uniform import layout_for
 
     return layout_for(nnz, entries).nbytes
 

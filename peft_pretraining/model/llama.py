@@ -1,25 +1,32 @@
-"""ModelConfig -> transformers' LlamaForCausalLM, with the traps of the published files handled in this one place.
+"""Builds transformers' LlamaForCausalLM from a ModelConfig; the traps of the published files are handled in this one place.
 
 Order: build on the meta device -> the method's change (SLTrain's layers) -> storage on the device -> seeded initial
-values -> activation checkpointing -> compile. Nothing is allocated or drawn twice, and initial values depend on (seed,
-parameter name) only.
+values -> activation checkpointing -> compile. Nothing is allocated or drawn twice, and initial values depend only on (seed,
+parameter name).
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import sparse_lora
+from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.data.demo import default_cache_dir
 from peft_pretraining.distributed.parallel import assign_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear, generator_for
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 ACTIVATION_CHECKPOINTING = ("layer", "selective")
 
 
@@ -54,7 +61,8 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device | str,
     seed: int,
-    reparameterize: Callable[[nn.Module], object] | None = None,
+    reparameterize: Callable[["LlamaForCausalLM"], object] | None = None,
+    start: Callable[["LlamaForCausalLM"], object] | None = None,
     activation_checkpointing: str | None = None,
     compile: bool = False,
 ) -> "LlamaForCausalLM":
@@ -64,9 +72,10 @@ def build_model(
         dtype: of the parameters and the arithmetic (norms, softmax and rotary tables use float32 inside).
         device: "meta" stops before storage and values, for counting.
         seed: of the initial values; see initialize.
-        reparameterize: changes the model in place while it is on the meta device.
+        reparameterize: changes the model in place while it is on the meta device (the method's layers, sharding).
+        start: changes the initial values in place.
         activation_checkpointing: None, "layer" (each decoder layer keeps its input only) or "selective" (attention's
-            output too, which is small and dear to compute again).
+            output too, which is small and expensive to recompute).
         compile: each decoder layer by torch.compile; one compilation serves all layers.
 
     Raises:
@@ -76,6 +85,8 @@ def build_model(
     if torch.device(device).type != "meta":
         materialize(model, device)
         initialize(model, seed)
+        if start is not None:
+            start(model)
     prepare_to_train(model, activation_checkpointing, compile)
     return model
 
@@ -90,14 +101,14 @@ def prepare_to_train(model: "LlamaForCausalLM", activation_checkpointing: str | 
 
 
 def meta_model(
-    cfg: ModelConfig, dtype: torch.dtype, reparameterize: Callable[[nn.Module], object] | None = None
+    cfg: ModelConfig, dtype: torch.dtype, reparameterize: Callable[["LlamaForCausalLM"], object] | None = None
 ) -> "LlamaForCausalLM":
-    """The first step of build_model: the model of the method, without storage."""
+    """The first step of build_model: the model with its method's layers, without storage."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
         model: LlamaForCausalLM = LlamaForCausalLM._from_config(hf_config(cfg), dtype=dtype, attn_implementation="sdpa")
-    # With a padding index the embedding's row never gets a gradient: wrong where the padding id is also a real token
+    # With a padding index the embedding's row never gets a gradient, which is wrong if the padding id is also a token of text
     # (often the end of sequence). Padding needs no such help: nothing attends to it and it is not scored.
     model.model.embed_tokens.padding_idx = None
     model.config.use_cache = False
@@ -132,7 +143,7 @@ class HasInitialValues(Protocol):
 @torch.no_grad()
 def initialize(model: "LlamaForCausalLM", seed: int) -> None:
     """Draw every parameter from the CPU generator of (seed, qualified name), in float32, and cast: the same numbers on
-    any device, in any construction order, and up to rounding in any dtype. Of a sharded parameter this process's part is kept.
+    any device, in any construction order, and up to rounding in any dtype. A sharded parameter keeps this process's part.
 
     Linears, frozen ones too, and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Factors and sparse values: the
     module's own `initial_values`. Raises TypeError on a module whose initialisation is not known here.
@@ -194,3 +205,42 @@ _ATTENTION_OPS = (
 def _keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     # Of a low-rank plus sparse linear nothing must be kept: the dense weight is one of its intermediate results.
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --- A lasting folder for compiled code ---
+
+
+def keep_compiled_code() -> str | None:
+    """Give torch.compile a lasting folder: $TORCHINDUCTOR_CACHE_DIR, or one beside the demo corpus. Call before compiling.
+
+    The next start of a run then reuses the compiled code. torch's default is a temporary folder, which ends with the job.
+
+    Returns:
+        the problem if nothing can be kept, else None.
+
+    Raises:
+        ConfigError: the folder that the variable names cannot be written.
+    """
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    folder = Path(chosen) if chosen else default_cache_dir() / f"compiled-{_layer_version()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "permission denied")
+    except OSError as error:
+        if chosen:
+            raise ConfigError([f"{FOLDER_VARIABLE}={chosen}: cannot be written ({error.strerror})"]) from None
+        return (
+            f"compiled code is not kept for the next start: {folder} cannot be written ({error.strerror}); "
+            f"set {FOLDER_VARIABLE} to a folder that can"
+        )
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    return None
+
+
+def _layer_version() -> str:
+    """Digest of the layer's sources: torch keys compiled code by the names of operators, not by what they compute."""
+    digest = hashlib.blake2b(digest_size=4)
+    for path in sorted(Path(sparse_lora.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Cross-entropy summed over tokens, without ever holding the logits of a whole micro-batch.
+"""The forward pass and the loss: cross-entropy summed over tokens, without ever holding the logits of a whole micro-batch.
 
 Shape letters: B sequences, T positions, N rows, C rows of one chunk, D model width, V vocabulary.
 """
@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.memory.counts import loss_chunk_rows
-from peft_pretraining.model.forward import hidden_states
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, LlamaModel
 
 IGNORE_INDEX = -100
 
@@ -124,11 +123,59 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+# --- The forward pass, on transformers' own modules ---
+#
+# Without a cache, and without waiting for the device: transformers' `LlamaModel.forward` asks the device in every call whether
+# positions restart anywhere.
+
+
+def hidden_states(model: "LlamaModel", input_ids: Tensor, document_end: int | None = None) -> Tensor:
+    """The last hidden states (B, T, D) of `model` for input_ids (B, T), with causal attention.
+
+    document_end: the id that ends documents; attention and positions then stay inside each document. None treats a sequence as
+    one document.
+    """
+    hidden: Tensor = model.embed_tokens(input_ids)
+    mask = None  # the attention kernels' own causal mask, which costs nothing
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    if document_end is not None:
+        begins = document_begins(input_ids, document_end)
+        mask = document_mask(begins, hidden.dtype)
+        positions = positions - begins
+    rotations = model.rotary_emb(hidden, position_ids=positions)
+    for layer in model.layers:
+        hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotations)
+    last: Tensor = model.norm(hidden)
+    return last
+
+
+def document_begins(input_ids: Tensor, document_end: int) -> Tensor:
+    """(B, T) int64: the position at which each token's document begins in its sequence.
+
+    A document ends with `document_end`; the first one may have begun in an earlier sequence.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    ended_before = torch.zeros_like(input_ids, dtype=torch.bool)
+    ended_before[:, 1:] = input_ids[:, :-1] == document_end
+    return torch.where(ended_before, positions, 0).cummax(dim=1).values
+
+
+def document_mask(begins: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask (B, 1, T, T) to add to attention's scores: 0 from the begin of a token's document up to the token, else -inf.
+
+    In the dtype of queries and keys: every layer would convert a boolean mask to one of its own, and keep it for backward.
+    """
+    keys = torch.arange(begins.shape[1], device=begins.device)
+    hidden = (keys < begins[:, :, None]) | (keys > keys[:, None])
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=begins.device)
+    return mask.masked_fill_(hidden, -torch.inf)[:, None]
+
+
 class TokenLoss(nn.Module):
     """A causal language model together with its loss: what data parallelism wraps and the training step calls."""
 
     def __init__(self, model: "LlamaForCausalLM", chunk_rows: int | None = None, document_end: int | None = None) -> None:
-        """model: its linears may be of any kind; chunk_rows: as in chunked_cross_entropy; document_end: as in hidden_states."""
+        """model: with linears of any kind. chunk_rows: as in chunked_cross_entropy. document_end: as in hidden_states."""
         super().__init__()
         self.model = model
         self.chunk_rows = chunk_rows

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed.shards import part_of, rows_of_part, whole_of
+from peft_pretraining.distributed.parallel import part_of, rows_of_part, whole_of
 from peft_pretraining.distributed.world import World, gather_objects
 from sparse_lora import generator_for
 

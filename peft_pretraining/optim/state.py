@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed.shards import Part, local, part_of, rows_of_part, whole_of
+from peft_pretraining.distributed.parallel import Part, local, part_of, rows_of_part, whole_of
 from peft_pretraining.optim.moments import plain_moments, set_moments_
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
 

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed.parallel import average_
-from peft_pretraining.distributed.shards import gradient_norms, local, local_parameters
+from peft_pretraining.distributed.parallel import average_, gradient_norms, local, local_parameters
 from peft_pretraining.distributed.world import World
 
 

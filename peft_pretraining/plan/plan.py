@@ -14,8 +14,8 @@ from peft_pretraining.memory.account import account
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
 from peft_pretraining.methods import METHODS
-from peft_pretraining.plan import schedule
 from peft_pretraining.plan.checks import _slow_save, _warnings, check, schedule_arguments
+from peft_pretraining.plan.schedule import LearningRates
 
 _C4_EVAL_TOKENS = 10_000_000
 GIB = 2**30
@@ -84,27 +84,12 @@ def setting_of(plan: Plan, args: Arguments, device_type: str) -> Setting:
     return memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
 
 
-def learning_rate(args: Arguments, plan: Plan, update_step: int, tokens_seen: int) -> float:
-    """The learning rate of the update that follows `update_step` finished ones.
-
-    With max_train_tokens the schedule runs on tokens instead, in units of full updates: padding makes the number of
-    updates unknown beforehand, and the schedule still has to end where the run does.
-    """
-    position: float = update_step
-    if plan.max_train_tokens is not None:
-        position = min(tokens_seen / plan.tokens_per_update, plan.num_training_steps - 1)
-    rate = schedule.lr_at(position, lr=args.lr, **schedule_arguments(args, plan.num_training_steps))
-    if args.scheduler == "cosine_restarts":
-        return rate
+def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
+    """The learning rates of a planned run."""
+    settings = {"lr": args.lr, **schedule_arguments(args, plan.num_training_steps)}
+    tokens_per_update = None if plan.max_train_tokens is None else plan.tokens_per_update
     restart = METHODS[args.peft_model].restart(args)
-    return rate * schedule.after_restart(update_step, restart.every if restart else None, args.restart_warmup_steps)
-
-
-def is_finished(plan: Plan, update_step: int, tokens_seen: int) -> bool:
-    """Whether the run has made its num_training_steps updates, or with max_train_tokens reached that many tokens."""
-    if plan.max_train_tokens is not None:
-        return tokens_seen >= plan.max_train_tokens
-    return update_step >= plan.num_training_steps
+    return LearningRates(settings, tokens_per_update, restart.every if restart else None)
 
 
 def _method_arguments(args: Arguments) -> dict[str, Any]:

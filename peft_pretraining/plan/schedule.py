@@ -1,8 +1,50 @@
-"""Learning-rate schedules, as published, as pure functions of the number of finished updates."""
+"""When a run is over, and its learning-rate schedules, as published: pure functions of the number of finished updates."""
 
 import math
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
+
+
+class Length(Protocol):
+    """How long a run is: in updates, or in tokens where max_train_tokens is set."""
+
+    @property
+    def num_training_steps(self) -> int: ...
+    @property
+    def max_train_tokens(self) -> int | None: ...
+
+
+def is_finished(length: Length, update_step: int, tokens_seen: int) -> bool:
+    """Whether a run is over: after exactly num_training_steps updates, or the first update that reaches max_train_tokens."""
+    if length.max_train_tokens is not None:
+        return tokens_seen >= length.max_train_tokens
+    return update_step >= length.num_training_steps
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """The learning rate of every update of a run.
+
+    settings: arguments of `lr_at` except the step. tokens_per_update: set if the run's length is counted in tokens. The schedule
+    then advances by tokens, in units of full updates: padding makes the number of updates unknown beforehand, and the schedule
+    must end with the run. restart_every: updates between restarts of the method, None without restarts.
+    """
+
+    settings: dict[str, Any]
+    tokens_per_update: int | None = None
+    restart_every: int | None = None
+
+    def at(self, update_step: int, tokens_seen: int) -> float:
+        """The rate of the update that follows `update_step` finished updates and `tokens_seen` tokens."""
+        step: float = update_step
+        if self.tokens_per_update is not None:
+            step = min(tokens_seen / self.tokens_per_update, self.settings["num_training_steps"] - 1)
+        rate = lr_at(step, **self.settings)
+        if self.settings["scheduler"] == "cosine_restarts":
+            return rate
+        return rate * after_restart(update_step, self.restart_every, self.settings["restart_warmup_steps"])
 
 
 def lr_at(

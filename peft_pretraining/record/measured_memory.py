@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from peft_pretraining.distributed.shards import local
+from peft_pretraining.distributed.parallel import local
 from peft_pretraining.optim import HasState
 from sparse_lora import Support
 

@@ -1,58 +1,47 @@
-"""The record of a run: metrics.jsonl always, a progress bar, and wandb, which can never stop or block the training."""
+"""The record of a run: metrics.jsonl, a progress bar, and wandb, whose failures never stop or block the training.
+
+An update's numbers are read from the device one update late (LateRecord), so that the next update is queued before this process
+waits for anything.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import resource
+import statistics
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft_pretraining.record.summary import summary
+import torch
+
+from peft_pretraining.record.summary import METRICS_FILE, read_metrics, summary
 from peft_pretraining.record.wandb_run import _one_line, start_wandb
-from peft_pretraining.training.health import LossSpikes
+from peft_pretraining.training.evaluate import EvalResult
+from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
 
-if TYPE_CHECKING:
-    import torch
-
-    from peft_pretraining.training.evaluate import EvalResult
-
-METRICS_FILE = "metrics.jsonl"
+# A loss is a spike where it exceeds the median of the last _WINDOW by _SIGMAS standard deviations and by _MIN_JUMP nats.
+_WINDOW, _MIN_LOSSES = 100, 20
+_SIGMAS, _MIN_JUMP = 6.0, 0.2
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory held so far: allocated by torch on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
-        import torch
-
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
-    path = run_folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
-    return rows
-
-
 class _Lines:
-    """A file of lines, open for more. A full disk costs no line as long as this lives: they are written once there is room."""
+    """A file of lines, open for appending. On a full disk lines are kept in memory and written once there is room."""
 
     def __init__(self, path: Path):
         self._path, self._file = path, path.open("ab", buffering=0)
@@ -60,16 +49,16 @@ class _Lines:
         self._failing = False
 
     def write(self, line: str) -> str | None:
-        """Write a line, and those that wait. Returns what is wrong, once, where they cannot be written."""
+        """Write the lines kept so far and this one. Returns the problem at the first of several failures, else None."""
         self._waiting.append(line + "\n")
         return self._try(self._write_waiting)
 
     def sync(self) -> str | None:
-        """Write what waits, and have it on disk."""
+        """Write the lines kept so far, and flush them to disk."""
         return self._try(self._write_waiting) or self._try(lambda: os.fsync(self._file.fileno()))
 
     def close(self) -> str | None:
-        """Write what waits; the file takes no more."""
+        """Write the lines kept so far, and close the file."""
         problem = self._try(self._write_waiting)
         self._file.close()
         return problem
@@ -92,16 +81,38 @@ class _Lines:
         return None
 
 
-class Recorder:
-    """Writes what happened: one JSON line per logged update, the same to wandb, and a bar for whoever watches.
+class LossSpikes:
+    """Detects a logged loss far above the last 100 losses: by 6 standard deviations and at least 0.2 nats above their median.
 
-    Every process may hold one; only rank 0's does anything (`enabled`).
+    The standard deviation is estimated as 1.4826 times the median absolute deviation, its value for a normal distribution.
+    """
+
+    def __init__(self, losses: Iterable[float | None] = ()):
+        """losses: losses logged before the run was resumed, oldest first."""
+        self._recent = deque((loss for loss in losses if loss is not None), maxlen=_WINDOW)
+
+    def usual(self, loss: float) -> float | None:
+        """Adds a loss; returns the median of the earlier losses if `loss` is a spike, else None (also with too few losses)."""
+        usual = None
+        if len(self._recent) >= _MIN_LOSSES:
+            median = statistics.median(self._recent)
+            deviation = 1.4826 * statistics.median(abs(value - median) for value in self._recent)
+            if loss > median + max(_MIN_JUMP, _SIGMAS * deviation):
+                usual = median
+        self._recent.append(loss)
+        return usual
+
+
+class Recorder:
+    """Writes one JSON line per logged update and evaluation, the same to wandb, and moves the progress bar.
+
+    Every process has one; only rank 0's does anything (`enabled`).
     """
 
     def __init__(
         self, run_folder: Path, *, enabled: bool, total_updates: int, start_step: int, wandb_settings: Mapping[str, Any]
     ):
-        """Opens the run's record at `start_step`: lines past it (a crash after the checkpoint) are taken back."""
+        """Open the run's record at `start_step`, and remove later lines, which a crash after the checkpoint left."""
         self.enabled = enabled
         self.run_folder = run_folder
         rows = [row for row in read_metrics(run_folder) if row.get("update_step", 0) <= start_step]
@@ -128,7 +139,7 @@ class Recorder:
         partial.rename(path)
 
     def sync(self) -> None:
-        """Flush the record to disk, before a checkpoint: a run that goes on from there lacks no line, whatever stops it."""
+        """Flush the record to disk, before a checkpoint, so that a run resumed from it lacks no line."""
         if self.enabled:
             self._tell(self._file.sync())
 
@@ -147,7 +158,7 @@ class Recorder:
         )
 
     def _spike(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """The record's key of a loss that jumped, and a line about it."""
+        """The row's key `loss_spike` for a loss that jumped, and a line about it for the user; empty otherwise."""
         usual = self._spikes.usual(row["loss"]) if math.isfinite(row["loss"]) else None
         if usual is None:
             return {}
@@ -155,12 +166,12 @@ class Recorder:
         return {"loss_spike": row["loss"] - usual}
 
     def advance(self) -> None:
-        """One more update is finished: move the bar."""
+        """Move the bar by one finished update."""
         if self.enabled:
             self._bar.update(1)
 
     def log_evaluation(self, update_step: int, result: EvalResult, tokens_seen: int | None = None) -> None:
-        """Record an evaluation, after so many tokens of training, and say its result above the bar."""
+        """Record an evaluation after `tokens_seen` tokens of training, and print its result above the bar."""
         self.last_evaluated_step = update_step
         if not self.enabled:
             return
@@ -181,7 +192,7 @@ class Recorder:
         )
 
     def say(self, text: str) -> None:
-        """A line for the person who watches, above the bar."""
+        """Print a line above the progress bar."""
         if self.enabled:
             from tqdm import tqdm
 
@@ -195,7 +206,7 @@ class Recorder:
             return
         try:
             self._wandb.log(row)
-        except Exception as error:  # whatever the dashboard suffers must not cost the run
+        except Exception as error:  # no failure of the dashboard may end the run
             self.say(f"warning: wandb stopped recording ({_one_line(error)}); training and metrics.jsonl go on")
             self._wandb = None
 
@@ -216,7 +227,7 @@ class Recorder:
                 print(f"warning: wandb did not finish ({_one_line(error)})", file=sys.stderr)
 
     def _finish_wandb(self, exit_code: int) -> None:
-        """What the run reached becomes its summary there, for tables of runs and scatter plots."""
+        """Write what the run reached to wandb's summary, for tables of runs and scatter plots."""
         try:
             figures = summary(self._document, read_metrics(self.run_folder))
             self._wandb.summary.update({name: value for name, value in figures.items() if value is not None})
@@ -239,7 +250,7 @@ def _memory_text(row: Mapping[str, Any]) -> str:
 def _progress_bar(total_updates: int, start_step: int) -> Any:
     from tqdm import tqdm
 
-    # A log file gets a line now and then instead of thousands of carriage returns.
+    # A log file gets a line every 15 seconds instead of thousands of carriage returns.
     watched = sys.stderr.isatty()
     return tqdm(
         total=total_updates,
@@ -250,3 +261,130 @@ def _progress_bar(total_updates: int, start_step: int) -> Any:
         mininterval=0.5 if watched else 15.0,
         smoothing=0.05,
     )
+
+
+class PendingUpdate:
+    """An update whose loss, gradient norm and number of skipped tensors are on their way from the device to this process."""
+
+    def __init__(self, step: int, result: StepResult, known: dict[str, Any] | None, num_tokens: int, num_updates: int):
+        """Start the copy without waiting for it.
+
+        step: number of finished updates. known: what is known of the update's row already; None if it gets no row. num_tokens,
+        num_updates: work since the last row.
+        """
+        self.step, self.known, self.num_tokens, self.num_updates = step, known, num_tokens, num_updates
+        values = torch.stack((result.loss, result.gradnorm, result.skipped))
+        self._copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._copy.copy_(values, non_blocking=True)
+        self._event = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._arrived_at = time.perf_counter() if self.arrived else None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether `read` returns without waiting."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> tuple[float, float, float, float]:
+        """Wait for (loss, gradnorm, skipped), and the time (time.perf_counter) at which they were first seen to have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._arrived_at is None:
+            self._arrived_at = time.perf_counter()
+        loss, gradnorm, skipped = self._copy.tolist()
+        return loss, gradnorm, skipped, self._arrived_at
+
+
+class Throughput:
+    """Tokens, sequences and micro-batches per second of training; evaluation and saving do not count."""
+
+    def __init__(self, sequences_per_update: int, micro_batches_per_update: int):
+        """Counts are per update, over all processes."""
+        self._per_update = {"examples": sequences_per_update, "batches": micro_batches_per_update}
+        self._start = time.perf_counter()
+
+    def rates(self, num_tokens: int, num_updates: int, done_at: float) -> dict[str, float]:
+        """The published throughput keys, per second, of work that ended at `done_at` (time.perf_counter).
+
+        The work is assumed to have begun when the work before it ended.
+        """
+        seconds = max(done_at - self._start, 1e-9)
+        self._start = done_at
+        rates = {f"throughput_{name}": num_updates * count / seconds for name, count in self._per_update.items()}
+        return rates | {"throughput_tokens": num_tokens / seconds}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out; all updates before it must be done."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - before
+
+
+class LateRecord:
+    """Takes every update from the loop, reads the one before it, counts skipped updates, and writes rows to the Recorder.
+
+    Every process has one; all of them see the same numbers.
+    """
+
+    def __init__(self, record: Recorder, state: TrainState, throughput: Throughput):
+        """state: its count of skipped updates is kept up to date as updates are read."""
+        self._record, self._state, self._throughput = record, state, throughput
+        self._skipped = SkippedUpdates(state.skipped_updates)
+        self._waiting: deque[PendingUpdate] = deque()
+        self._num_tokens = self._num_updates = 0  # since the last row
+
+    def add(self, update_step: int, result: StepResult, known: dict[str, Any] | None) -> None:
+        """Take an update that is queued on the device, and read the one before it.
+
+        known: what is known of the update's row already; None if it gets no row. Raises TrainingError, as `settle`.
+        """
+        self._num_tokens += result.num_tokens
+        self._num_updates += 1
+        self._waiting.append(PendingUpdate(update_step, result, known, self._num_tokens, self._num_updates))
+        if known is not None:
+            self._num_tokens = self._num_updates = 0
+        self._read_all_but(1)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Settle first, and leave the time of the block out of the throughput."""
+        self.settle()
+        with self._throughput.paused():
+            yield
+
+    def settle(self) -> None:
+        """Wait for the device, and write every row. Raises TrainingError after too many skipped updates in a row."""
+        self._read_all_but(0)
+
+    def _read_all_but(self, newest: int) -> None:
+        while len(self._waiting) > newest:
+            update = self._waiting.popleft()
+            _, _, skipped, _ = update.read()
+            self._skipped.add(update.step, skipped)
+            self._state.skipped_updates = self._skipped.total
+            self._write(update)
+
+    @property
+    def last_one_skipped(self) -> bool:
+        """Whether the newest update that was read was skipped."""
+        return self._skipped.last_one
+
+    def close(self) -> None:
+        """Write what has arrived without waiting: the run may have failed, and the rest may never arrive."""
+        with contextlib.suppress(RuntimeError):  # a device that has failed raises its error at every call
+            while self._waiting and self._waiting[0].arrived:
+                self._write(self._waiting.popleft())
+
+    def _write(self, update: PendingUpdate) -> None:
+        if update.known is None:
+            return
+        loss, gradnorm, _, arrived_at = update.read()
+        row = {"update_step": update.step, "loss": loss, "gradnorm": gradnorm, **update.known}
+        row |= self._throughput.rates(update.num_tokens, update.num_updates, arrived_at)
+        row |= {"skipped_updates": self._skipped.total} if self._skipped.total else {}
+        self._record.log_update(row)

@@ -1,12 +1,33 @@
-"""Summarises a run's results from its record, for the terminal, the report and the dashboard."""
+"""Reads the rows of a run's metrics.jsonl, and summarises its results for the terminal, the report and the dashboard."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+METRICS_FILE = "metrics.jsonl"
+
 Row = Mapping[str, Any]
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without a last line that a crash cut short; empty if there is no file."""
+    path = run_folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows
 
 
 def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

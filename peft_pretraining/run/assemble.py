@@ -21,7 +21,7 @@ from peft_pretraining.data.loader import Batch, merge_states
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
-from peft_pretraining.model.compile_cache import keep_compiled_code
+from peft_pretraining.model.llama import keep_compiled_code
 from peft_pretraining.plan.plan import Plan, make_plan
 from peft_pretraining.plan.text import format_plan, memory_problems
 from peft_pretraining.record.measured_memory import comparison, measured_bytes
@@ -50,7 +50,7 @@ class Run:
     batches: Iterator[Batch]
     module: nn.Module
     parts: RunParts
-    restarts: Restarts
+    restarts: Restarts | None  # None for a run without restarts
     document: dict[str, Any]
     stop: StopRequest
     saver: Saver
@@ -108,7 +108,11 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         timeout_s=args.timeout_s,
     )
     restarts = Restarts(args, token_loss.model, updates, world)
-    return Run(plan, device, folder, data, batches, module, parts, restarts, document, StopRequest(), saver)
+    return Run(
+        *(plan, device, folder, data, batches, module, parts),
+        restarts if restarts.restart is not None else None,
+        *(document, StopRequest(), saver),
+    )
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:

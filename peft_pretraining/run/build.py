@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
+from peft_pretraining.memory.counts import loss_chunk_rows
 from peft_pretraining.methods import METHODS
-from peft_pretraining.model.llama import initialize, materialize, meta_model, prepare_to_train
+from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.model.svd_start import start_from_svd
 from peft_pretraining.optim import (
@@ -34,6 +35,9 @@ from peft_pretraining.optim import (
     build_optimizer,
 )
 from peft_pretraining.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 
 def default_workers(device: torch.device, world: World) -> int:
@@ -117,22 +121,36 @@ def build_module(
 
     eos_id: token id that ends a document, for --document_mask. restored: a checkpoint is loaded next, so --init svd is skipped.
     """
-    model = meta_model(plan.model, torch_dtype(plan.dtype), lambda model: METHODS[args.peft_model].apply(model, args))
-    module = TokenLoss(model, document_end=eos_id if args.packing and args.document_mask else None)
     sharded = args.parallel == "fsdp" and world.size > 1
-    if sharded:
-        # A tied embedding is also the output head, which stays gathered.
-        embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
-        sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
-        shard(module, [*embedding, *model.model.layers], device, sharding)
-    materialize(model, device)
-    initialize(model, args.seed)
-    if args.init == "svd" and not restored:
-        start_from_svd(model, model.config.initializer_range, args.seed, world)
-    if sharded:
-        settle_shards(module, device)
-    prepare_to_train(model, args.activation_checkpointing, args.compile)
-    return module
+    modules: list[TokenLoss] = []
+
+    def apply_method(model: LlamaForCausalLM) -> None:
+        METHODS[args.peft_model].apply(model, args)
+        document_end = eos_id if args.packing and args.document_mask else None
+        modules.append(TokenLoss(model, loss_chunk_rows(device.type), document_end))
+        if sharded:
+            # A tied embedding is also the output head, which stays gathered.
+            embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
+            sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
+            shard(modules[0], [*embedding, *model.model.layers], device, sharding)
+
+    def start(model: LlamaForCausalLM) -> None:
+        if args.init == "svd" and not restored:
+            start_from_svd(model, model.config.initializer_range, args.seed, world)
+        if sharded:
+            settle_shards(modules[0], device)
+
+    build_model(
+        plan.model,
+        dtype=torch_dtype(plan.dtype),
+        device=device,
+        seed=args.seed,
+        reparameterize=apply_method,
+        start=start,
+        activation_checkpointing=args.activation_checkpointing,
+        compile=args.compile,
+    )
+    return modules[0]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

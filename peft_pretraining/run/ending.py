@@ -16,9 +16,8 @@ from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.plan.text import out_of_memory_problem
 from peft_pretraining.run.assemble import Run
 from peft_pretraining.run.resume import run_content
-from peft_pretraining.training.health import WAY_OUT, TrainingError
 from peft_pretraining.training.stop import MARKER_FILE, StopRun
-from peft_pretraining.training.update import StepResult
+from peft_pretraining.training.update import WAY_OUT, StepResult, TrainingError
 
 
 def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str | None:

@@ -20,7 +20,7 @@ from peft_pretraining.data.source import Source
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
-from peft_pretraining.record.recorder import METRICS_FILE
+from peft_pretraining.record.summary import METRICS_FILE
 from peft_pretraining.run.resume import finished_state, train_state
 from peft_pretraining.run.same_run import EVALUATION_FLAGS, differing_arguments, differing_shape
 from peft_pretraining.training.stop import MARKER_FILE

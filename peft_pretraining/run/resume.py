@@ -18,8 +18,9 @@ from peft_pretraining.data.lanes import LaneState
 from peft_pretraining.data.loader import TrainLoader, merge_states
 from peft_pretraining.distributed.world import World, gather_objects
 from peft_pretraining.optim import Updates, load_optimizer_state, optimizer_state
-from peft_pretraining.plan.plan import Plan, is_finished
-from peft_pretraining.record.recorder import read_metrics
+from peft_pretraining.plan.plan import Plan
+from peft_pretraining.plan.schedule import is_finished
+from peft_pretraining.record.summary import read_metrics
 from peft_pretraining.training.update import TrainState
 from sparse_lora import ReLoRALinear
 

@@ -15,15 +15,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_pretraining.config.arguments import Arguments
-from peft_pretraining.distributed.parallel import assign_, free_gathered
-from peft_pretraining.distributed.shards import local
+from peft_pretraining.distributed.parallel import assign_, free_gathered, local
 from peft_pretraining.distributed.world import World, broadcast_
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Restart
+from peft_pretraining.model.svd_start import balanced
 from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
-from sparse_lora.decomposition import balanced
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -33,14 +32,14 @@ class Restarts:
 
     def __init__(self, args: Arguments, model: nn.Module, updates: Updates, world: World):
         """model: with its method applied. updates: of its parameters, which are all on one device."""
-        self._restart = METHODS[args.peft_model].restart(args)
+        self.restart = METHODS[args.peft_model].restart(args)  # None for a run without restarts
         self._args, self._model, self._updates, self._world = args, model, updates, world
         self._rounding = StochasticRounding(args.seed) if args.stochastic_rounding else None
 
     @torch.no_grad()
     def before_update(self, update_step: int) -> bool:
         """Restart if one is due after `update_step` finished updates; returns whether it was."""
-        restart = self._restart
+        restart = self.restart
         if restart is None or update_step == 0 or update_step % restart.every:
             return False
         free_gathered(self._model)

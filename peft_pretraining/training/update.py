@@ -1,4 +1,4 @@
-"""One update: forward, backward, all-reduce, clip, step. No arguments, files, dashboards or clocks in here."""
+"""One update: forward, backward, all-reduce, clip, step. Knows no arguments, files, dashboards or clocks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,46 @@ from peft_pretraining.distributed.parallel import gradient_sync, is_sharded
 from peft_pretraining.distributed.world import World, all_reduce_sum_, totals
 from peft_pretraining.optim import Updates
 
+MAX_SKIPPED_IN_A_ROW = 10
+WAY_OUT = (
+    "resume from the last checkpoint (--continue_from the run's folder) with a lower --lr or --grad_clipping 1.0, and "
+    "--allow_changes lr,grad_clipping"
+)
+
+
+class TrainingError(RuntimeError):
+    """Raised when training cannot continue."""
+
+
+class SkippedUpdates:
+    """Counts updates that were skipped whole or for some tensors."""
+
+    def __init__(self, so_far: int = 0):
+        """so_far: updates skipped before the run was resumed."""
+        self.total = so_far
+        self._in_a_row = 0
+
+    def add(self, update_step: int, num_tensors: float) -> None:
+        """Adds an update in which `num_tensors` tensors were not stepped. Raises TrainingError after too many in a row."""
+        if not num_tensors:
+            self._in_a_row = 0
+            return
+        self.total += 1
+        self._in_a_row += 1
+        if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"{self._in_a_row} updates in a row, up to update {update_step}, had a non-finite loss or gradient and were "
+                f"skipped: training has diverged; {WAY_OUT}"
+            )
+
+    @property
+    def last_one(self) -> bool:
+        """True if the newest update was skipped."""
+        return self._in_a_row > 0
+
 
 class Batch(Protocol):
-    """What a micro-batch offers; T tokens per sequence, labels as transformers has them (unshifted, -100 is ignored)."""
+    """A micro-batch with T tokens per sequence, and labels as in transformers (unshifted, -100 is ignored)."""
 
     @property
     def input_ids(self) -> torch.Tensor: ...  # (batch, T) int64
@@ -24,9 +61,9 @@ class Batch(Protocol):
     @property
     def num_tokens(self) -> int: ...  # inputs that are text
     @property
-    def num_targets(self) -> int: ...  # labels that count, after the shift
+    def num_targets(self) -> int: ...  # labels that are not ignored, after the shift
     @property
-    def num_bad_records(self) -> int: ...  # passed over on the way to it
+    def num_bad_records(self) -> int: ...  # bad records skipped since the micro-batch before
 
 
 @dataclass
@@ -34,19 +71,19 @@ class TrainState:
     """How far a run has come."""
 
     update_step: int = 0  # finished updates
-    tokens_seen: int = 0  # tokens of text that went in, over all processes
-    skipped_updates: int = 0  # of the finished ones, in which a tensor was not stepped because of a number that is not finite
+    tokens_seen: int = 0  # tokens of text trained on, over all processes
+    skipped_updates: int = 0  # finished updates in which a tensor was not stepped because a number was not finite
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update was, over all processes; tensors stay on the device so that nothing waits for them."""
+    """Numbers of one update over all processes; tensors stay on the device, so that nothing waits for them."""
 
     loss: torch.Tensor  # mean over the update's target tokens, float32
     gradnorm: torch.Tensor  # global norm before clipping, float32
     skipped: torch.Tensor  # tensors that were not stepped because loss or gradient was not finite, float32
     num_tokens: int  # tokens of text
-    num_bad_records: int  # records of the data passed over
+    num_bad_records: int  # bad records skipped
 
 
 def train_step(
@@ -65,8 +102,8 @@ def train_step(
 
     Where the loss or a gradient is not finite, nothing is stepped (per layer: only tensors whose gradient is finite).
 
-    Nothing in here waits for the device, but: an optimizer that needs to know in Python whether to step (`step_unless`), and
-    with per-layer updates the loss before the last backward pass.
+    Two things wait for the device: an optimizer that needs to know in Python whether to step (`step_unless`), and per-layer
+    updates, which need the loss before the last backward pass.
 
     Args:
         module: maps (input_ids, labels, num_targets) to the float32 sum of token losses; as `parallel` shares it among
@@ -98,10 +135,9 @@ def train_step(
             loss_sum += loss.detach()
             if last:
                 all_reduce_sum_(loss_sum, world)
-                # Stepping begins in this backward pass: what must not be stepped has to be known before it, at the cost of
-                # waiting for the forward pass.
+                # Stepping begins in this backward pass, so whether to step must be known before it: this waits for the device.
                 abandoned = updates.steps_in_backward and not bool(torch.isfinite(loss_sum))
-            # FSDP2 holds gradients of earlier micro-batches where only a backward pass that sums them takes them from.
+            # FSDP2 keeps gradients of earlier micro-batches until a backward pass sums them, so that pass is made in any case.
             if not abandoned or is_sharded(module):
                 updates.before_backward(last and not abandoned)
                 (loss * gradient_scale).backward()

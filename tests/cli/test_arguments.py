@@ -13,7 +13,8 @@ from peft_pretraining.config.command_line import build_parser, parse_args, parse
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan import plan as plan_module
 from peft_pretraining.plan.checks import check, notices
-from peft_pretraining.plan.plan import is_finished, learning_rate, make_plan
+from peft_pretraining.plan.plan import learning_rates, make_plan
+from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.plan.text import format_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -390,7 +391,7 @@ def test_max_train_tokens_ends_with_the_update_that_reaches_it():
     assert plan.num_training_steps == 10  # ceil(20000 / (8 * 256))
     assert not is_finished(plan, 100, 19_999)
     assert is_finished(plan, 8, 20_000)
-    rates = [learning_rate(args, plan, 0, tokens) for tokens in range(0, 20_000, 500)]
+    rates = [learning_rates(args, plan).at(0, tokens) for tokens in range(0, 20_000, 500)]
     assert rates == sorted(rates, reverse=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peft_pretraining.config.arguments import ConfigError
-from peft_pretraining.model.compile_cache import FOLDER_VARIABLE, keep_compiled_code
+from peft_pretraining.model.llama import FOLDER_VARIABLE, keep_compiled_code
 
 ROOT = Path(__file__).resolve().parents[2]
 # The program, and what torch.compile did in it.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from outcomes import tensors_of
 
+from peft_pretraining.model import llama
 from peft_pretraining.optim.updates import WholeUpdate
-from peft_pretraining.run import build
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "matrix_rate.py"
 MATRIX = "model/model.layers.0.mlp.up_proj"
@@ -27,7 +27,7 @@ def trained(monkeypatch, tmp_path, tiny_run):
     def run(name: str, *flags: str, expected: int = 0) -> Path:
         # What the benchmark changes in this process is as before the next time.
         with monkeypatch.context() as patch:
-            patch.setattr(build, "prepare_to_train", build.prepare_to_train)
+            patch.setattr(llama, "prepare_to_train", llama.prepare_to_train)
             patch.setattr(WholeUpdate, "finish", WholeUpdate.finish)
             common = [
                 "--rank",

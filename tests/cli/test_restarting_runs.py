@@ -14,7 +14,7 @@ from peft_pretraining.checkpoint.step_folder import list_checkpoints
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.export.load import load_model
-from peft_pretraining.plan.plan import learning_rate, make_plan
+from peft_pretraining.plan.plan import learning_rates, make_plan
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
 
 BF16 = ("--dtype", "bfloat16")
@@ -259,7 +259,7 @@ def test_what_has_its_effect_is_not_warned_of(flags, capsys, extra):
 def test_the_rate_after_a_restart(flags):
     args = parse_args([*flags, *SLTRAIN, "--restart_every", "3", "--warmup_steps", "0", "--scheduler", "linear"])
     plan = make_plan(args, World())
-    rates = [learning_rate(args, plan, step, 0) / (0.003 * (6 - step) / 6) for step in range(6)]
+    rates = [learning_rates(args, plan).at(step, 0) / (0.003 * (6 - step) / 6) for step in range(6)]
     assert rates == pytest.approx([1, 1, 1, 0.5, 1, 1])
 
 
@@ -269,7 +269,7 @@ def test_the_rate_after_a_merge(flags):
 
     def rates(*schedule: str) -> list[float]:
         args = parse_args([*flags, *relora, "--scheduler", *schedule])
-        return [learning_rate(args, make_plan(args, World()), step, 0) / 0.003 for step in range(6)]
+        return [learning_rates(args, make_plan(args, World())).at(step, 0) / 0.003 for step in range(6)]
 
     assert rates("linear") == pytest.approx([0, 1 / 2, 1, 3 / 4 / 3, 2 / 4 * 2 / 3, 1 / 4])
     # One cosine from update 2 to 6; after the merge from 0 to its value there.

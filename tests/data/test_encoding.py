@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from corpora import ByteTokenizer, json_lines, texts
 
-from peft_pretraining.data import encoding
-from peft_pretraining.data.encoding import encode_documents
+from peft_pretraining.data import tokenizer as encoding
 from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
 from peft_pretraining.data.source import open_source
-from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.data.tokenizer import encode_documents, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -117,7 +116,7 @@ def test_a_document_of_50_mb_takes_little_more_memory_than_itself(tmp_path, tiny
         import resource, sys
         from peft_pretraining.data.loader import TrainLoader
         from peft_pretraining.data.source import open_source
-        from peft_pretraining.data.tokenizer import load_tokenizer
+        from peft_pretraining.data.tokenizer import encode_documents, load_tokenizer
 
         tokenizer = load_tokenizer({tiny_run[tiny_run.index("--tokenizer") + 1]!r})
         source = open_source({str(path)!r}, "train", hold_out=False)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_pretraining.data.packing import Document, packed_sequences, pad_and_label, padded_sequences
+from peft_pretraining.data.lanes import Document, packed_sequences, pad_and_label, padded_sequences
 
 EOS = 1
 documents_strategy = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=30), max_size=20)

@@ -27,9 +27,9 @@ from peft_pretraining.data.errors import DataError, TokenizerError
 from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
 from peft_pretraining.data.loader import EvalSet, TrainLoader, merge_states
 from peft_pretraining.data.prepare import prepare
-from peft_pretraining.data.prepared import read_manifest
-from peft_pretraining.data.source import default_lanes, is_held_out, open_source
-from peft_pretraining.data.token_file import BAD_KINDS, TokenFile
+from peft_pretraining.data.prepared import BAD_KINDS, TokenFile, read_manifest
+from peft_pretraining.data.records import is_held_out
+from peft_pretraining.data.source import default_lanes, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD_LINES = [b"broken\n", b'{"text": null}\n', b'{"text": 3}\n', b'{"text": ""}\n', b'{"text": "\xff"}\n']

@@ -159,7 +159,7 @@ def c4_texts(c4_sample) -> list[str]:
 
 def test_t5_ids_of_c4_equal_the_published_ones(t5_model, c4_sample):
     """Wrapped, and read from its .model file, T5's tokenizer gives the ids of transformers, cut and ended as published."""
-    from peft_pretraining.data.packing import Document, padded_sequences
+    from peft_pretraining.data.lanes import Document, padded_sequences
 
     theirs, texts = t5(t5_model), c4_texts(c4_sample)
     assert len(texts) == 300

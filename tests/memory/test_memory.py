@@ -29,9 +29,8 @@ from peft_pretraining.memory.counts import (
     tensor_groups,
 )
 from peft_pretraining.methods.galore import projected_matrices
-from peft_pretraining.model.forward import hidden_states
 from peft_pretraining.model.llama import build_model
-from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy
+from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy, hidden_states
 from peft_pretraining.optim import (
     PerLayerUpdate,
     StochasticRounding,
@@ -42,7 +41,7 @@ from peft_pretraining.optim import (
 )
 from peft_pretraining.record.measured_memory import measured_bytes
 from sparse_lora import SLTrainConfig, attach_relora, reparameterize
-from sparse_lora.kinds import make_support
+from sparse_lora.linear import make_support
 from sparse_lora.uniform import UniformSupport
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.supports import SUPPORTS
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.build import BUILDERS
-from sparse_lora import kinds
+from sparse_lora import linear
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peft_pretraining"
@@ -58,4 +58,4 @@ def test_every_name_has_its_object():
     assert METHODS.keys() == METHOD_NAMES.keys()
     assert all(method.name == name and method.title and method.description for name, method in METHODS.items())
     assert OPTIMIZERS.keys() == BUILDERS.keys()
-    assert SUPPORTS.keys() == kinds.SUPPORTS.keys()
+    assert SUPPORTS.keys() == linear.SUPPORTS.keys()

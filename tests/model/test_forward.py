@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
-from peft_pretraining.model.forward import document_begins, document_mask, hidden_states
 from peft_pretraining.model.llama import build_model
-from peft_pretraining.model.loss import TokenLoss
+from peft_pretraining.model.loss import TokenLoss, document_begins, document_mask, hidden_states
 from peft_pretraining.training.evaluate import evaluate
 from sparse_lora import SLTrainConfig, reparameterize
 

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from peft_pretraining.record.recorder import METRICS_FILE, Recorder, _Lines, read_metrics
-from peft_pretraining.record.throughput import Throughput
+from peft_pretraining.record.recorder import Recorder, Throughput, _Lines
+from peft_pretraining.record.summary import METRICS_FILE, read_metrics
 from peft_pretraining.record.wandb_run import _has_wandb_key
 from peft_pretraining.training.evaluate import EvalResult
 
@@ -162,15 +162,10 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     clock.now = 4.0
     with throughput.paused():
         clock.now = 104.0
-    throughput.add_update(1000)
-    throughput.add_update(600)
-    clock.now = 106.0
-    taken = throughput.take()
-    throughput.add_update(500)  # begun before the others are read
-    assert throughput.rates(taken, done_at=106.0) == pytest.approx(
+    assert throughput.rates(1600, 2, done_at=106.0) == pytest.approx(
         {"throughput_tokens": 1600 / 6, "throughput_examples": 16 / 6, "throughput_batches": 4 / 6}
     )
-    assert throughput.rates(throughput.take(), done_at=108.0)["throughput_tokens"] == pytest.approx(500 / 2)
+    assert throughput.rates(500, 1, done_at=108.0)["throughput_tokens"] == pytest.approx(500 / 2)
 
 
 def test_lines_that_cannot_be_written_wait(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from sparse_lora import (
     reparameterize,
 )
 from sparse_lora.adapted import largest_entries
-from sparse_lora.cost import PATHS
+from sparse_lora.functional import PATHS
 from sparse_lora.reparameterize import ALL_LINEARS
 
 IN, OUT, RANK = 40, 30, 3
@@ -160,7 +160,7 @@ def test_of_equal_entries_the_first_are_taken() -> None:
 
 
 def test_the_gradient_of_a_trained_base_is_not_in_passing_memory() -> None:
-    """Of two layers so large that matrices share their memory (scratch.py): each has the gradient of its own."""
+    """Of two layers so large that matrices share their memory (scratch_matrix): each has the gradient of its own."""
     layers = [AdaptedLinear(nn.Linear(1024, 1100, bias=False), 2, 0.001, path="materialised") for _ in range(2)]
     x = torch.randn(3, 1024, generator=generator_for(0, "x"))
     grads = [torch.autograd.grad(layer(x).square().sum(), layer.weight)[0] for layer in layers]

@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_lora import SparseLowRankLinear
-from sparse_lora.cost import cheaper_path, multiplications
+from sparse_lora.functional import cheaper_path, multiplications
 
 
 def count(path: str, kind: str = "none", nnz: int = 0) -> float:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_lora import Support, dense_reference, generator_for, sparse_lowrank_linear
 from sparse_lora.block import BlockSupport
-from sparse_lora.cost import PATHS
+from sparse_lora.functional import PATHS
 from sparse_lora.uniform import UniformSupport
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Support | None, float | Tensor, Tensor | None]

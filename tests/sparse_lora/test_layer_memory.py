@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_lora import SparseLowRankLinear
-from sparse_lora.cost import PATHS
-from sparse_lora.kinds import SUPPORT_KINDS
+from sparse_lora.functional import PATHS
+from sparse_lora.linear import SUPPORT_KINDS
 
 IN, OUT, RANK, SPARSITY = 64, 80, 8, 0.1
 DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "autocast": (torch.float32, True)}

@@ -5,16 +5,16 @@ import threading
 import pytest
 import torch
 
-from sparse_lora import SparseLowRankLinear, dense_reference, scratch
-from sparse_lora.cost import PATHS
-from sparse_lora.kinds import SUPPORT_KINDS
-from sparse_lora.scratch import large_bytes, passing_product, scratch_matrix
+from sparse_lora import SparseLowRankLinear, dense_reference, support
+from sparse_lora.functional import PATHS
+from sparse_lora.linear import SUPPORT_KINDS
+from sparse_lora.support import large_bytes, passing_product, scratch_matrix
 
 
 @pytest.fixture
 def every_size_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "LARGE_BYTES", 1)
-    monkeypatch.setattr(scratch._kept, "memory", None, raising=False)
+    monkeypatch.setattr(support, "LARGE_BYTES", 1)
+    monkeypatch.setattr(support._kept, "memory", None, raising=False)
 
 
 @torch.no_grad()

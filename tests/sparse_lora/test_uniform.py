@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_lora import generator_for
 from sparse_lora import uniform as uniform_module
-from sparse_lora.layout import Layout
-from sparse_lora.uniform import UniformSupport, _decode, encode, sample_positions
+from sparse_lora.uniform import Layout, UniformSupport, _decode, encode, sample_positions
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from peft_pretraining.training.health import MAX_SKIPPED_IN_A_ROW, LossSpikes, SkippedUpdates, TrainingError
+from peft_pretraining.record.recorder import LossSpikes
+from peft_pretraining.training.update import MAX_SKIPPED_IN_A_ROW, SkippedUpdates, TrainingError
 
 
 def counted(pattern: list[int], so_far: int = 0) -> SkippedUpdates:

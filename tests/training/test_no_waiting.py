@@ -22,7 +22,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim import GrowthLimit, WholeUpdate, build_optimizer
-from peft_pretraining.record import late_record
+from peft_pretraining.record import recorder
 from peft_pretraining.run import assemble
 from peft_pretraining.training.update import StepResult, train_step
 from sparse_lora import SLTrainConfig, reparameterize
@@ -143,14 +143,13 @@ def test_an_update_on_a_gpu_does_not_wait():
     batches = [replace(b, input_ids=b.input_ids.pin_memory(), labels=b.labels.pin_memory()) for b in padded_batches()]
     step = partial(train_step, TokenLoss(model), updates, batches, lr=1e-3, world=World(), device=device)
     step()
-    late_record.Reading(step().loss).read()
+    recorder.PendingUpdate(1, step(), None, 0, 1).read()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        reading = late_record.Reading(step().loss)
+        pending = recorder.PendingUpdate(2, step(), None, 0, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    (loss,), _ = reading.read()
-    assert loss > 0
+    assert pending.read()[0] > 0
 
 
 @pytest.fixture
@@ -187,13 +186,13 @@ def test_the_training_loop_never_waits_between_updates(tmp_path, flags, monkeypa
 
 def test_a_loss_that_is_read_at_once_counts_as_waiting(tmp_path, flags, monkeypatch):
     """Guards the test above: a float(loss) in the loop's record makes it fail."""
-    original = late_record.LateRecord.add
+    original = recorder.LateRecord.add
 
-    def add(self, update_step: int, step: StepResult, logged):
+    def add(self, update_step: int, step: StepResult, known):
         assert float(step.loss) > 0
-        return original(self, update_step, step, logged)
+        return original(self, update_step, step, known)
 
-    monkeypatch.setattr(late_record.LateRecord, "add", add)
+    monkeypatch.setattr(recorder.LateRecord, "add", add)
     waits = waits_by_update(monkeypatch, [*flags, "--log_every", "2", "--save_dir", str(tmp_path / "run")])
     assert waits[3] == ["aten._local_scalar_dense.default"]
 

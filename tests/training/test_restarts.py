@@ -16,7 +16,7 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method, Restart
 from peft_pretraining.methods.relora import moments_at_a_merge
 from peft_pretraining.model.llama import build_model
-from peft_pretraining.model.svd_start import start_from_svd
+from peft_pretraining.model.svd_start import balanced, best_low_rank, start_from_svd
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,
@@ -29,7 +29,6 @@ from peft_pretraining.optim import (
 from peft_pretraining.plan.schedule import after_restart
 from peft_pretraining.training.restarts import Restarts
 from sparse_lora import ReLoRALinear, SparseLowRankLinear, attach_relora, generator_for, merge
-from sparse_lora.decomposition import balanced, best_low_rank
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 FACTORS = ("lora_A", "lora_B", "scaling")

@@ -21,7 +21,7 @@ from peft_pretraining.commands.analysis.decompose import check_rank, decompose, 
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.distributed.world import World
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.plan.plan import Plan, learning_rate
+from peft_pretraining.plan.plan import Plan, learning_rates
 from peft_pretraining.run.build import Data, build_updates
 from peft_pretraining.training.evaluate import evaluate
 from peft_pretraining.training.update import train_step
@@ -173,7 +173,7 @@ def train_sparse_parts(module: TokenLoss, args: Arguments, plan: Plan, data: Dat
         batches = iter(data.loader)
         for step in range(plan.num_training_steps):
             micro_batches = [next(batches) for _ in range(plan.gradient_accumulation)]
-            lr = learning_rate(args, plan, step, tokens)
+            lr = learning_rates(args, plan).at(step, tokens)
             result = train_step(module, updates, micro_batches, lr=lr, world=world, device=device)
             tokens += result.num_tokens
             skipped += result.skipped > 0

@@ -31,7 +31,7 @@ from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.checks import notices, value_problems
-from peft_pretraining.plan.plan import is_finished
+from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.run.assemble import Run, assemble
 from peft_pretraining.run.folder import take_up
 from peft_pretraining.run.resume import run_content

@@ -12,8 +12,7 @@ from typing import Any
 from peft_pretraining.config.arguments import Arguments, as_dict
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.memory.counts import paper_bytes, paper_estimate, parameter_counts
-from peft_pretraining.record.recorder import METRICS_FILE, read_metrics
-from peft_pretraining.record.summary import Row, seconds_of, summary
+from peft_pretraining.record.summary import METRICS_FILE, Row, read_metrics, seconds_of, summary
 from peft_pretraining.training.stop import MARKER_FILE
 
 FIGURES = "report.json"  # a report's figures, in its folder

@@ -18,8 +18,8 @@ from typing import IO
 from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.commands.sweep.settings import Wanted
 from peft_pretraining.config.arguments import ROWS
-from peft_pretraining.plan.plan import is_finished
-from peft_pretraining.record.recorder import read_metrics
+from peft_pretraining.plan.schedule import is_finished
+from peft_pretraining.record.summary import read_metrics
 from peft_pretraining.training.stop import MARKER_FILE
 
 PROGRAM = Path(__file__).resolve().parents[3] / "torchrun_main.py"

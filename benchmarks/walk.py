@@ -1,0 +1,275 @@
+"""How far a reader walks: our files entered by an update, a forward pass and a micro-batch, and what the entry imports.
+
+`python benchmarks/walk.py [--out FILE]` trains a tiny SLTrain model in this process (two seconds on a CPU) under sys.setprofile.
+
+update        one iteration of torchrun_main.loop, from the micro-batches at hand to the logged row
+forward       the forward pass of one low-rank plus sparse linear, as training calls it
+micro_batch   the same iteration with the reading, encoding and packing of its sequences before it
+window        the sequences of one file of 512 records (a window): opening, reading, encoding and packing
+closure       files that are imported by torchrun_main.py, late imports included, and their lines; empty files do not count
+
+A file counts as entered when a function of it is called. A change is a call of, or a return to, another file of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+OURS = ("torchrun_main.py", "peft_pretraining/", "sparse_lora/")
+MODEL = {
+    "architectures": ["LLaMAForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_sequence_length": 64,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "vocab_size": 320,
+}
+NUM_FILES, NUM_DOCUMENTS = 3, 512  # documents of each file: as many as a window has records
+NUM_UPDATES = 6
+WATCHED_UPDATE = 4  # counted from 0: by then optimizer states, supports and the first row's figures of memory exist
+
+
+class Walk:
+    """The files of this project that were entered while watching, and how often the file changed."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self.changes = 0
+        self._last: str | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Profile the block; nothing else may use sys.setprofile meanwhile."""
+        sys.setprofile(self._note)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def start(self) -> None:
+        """Watch until `stop`."""
+        sys.setprofile(self._note)
+
+    @staticmethod
+    def stop() -> None:
+        """Watch no more."""
+        sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "return" and frame.f_back is not None:
+            file = our_file(frame.f_back.f_code.co_filename)
+        elif event == "call":
+            file = our_file(frame.f_code.co_filename)
+            if file is not None:
+                self.files.add(file)
+        else:
+            return
+        if file is not None and file != self._last:
+            self.changes += self._last is not None
+            self._last = file
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"files": len(self.files), "changes": self.changes, "entered": sorted(self.files)}
+
+
+def our_file(filename: str) -> str | None:
+    """A file's path inside the project, None where it is none of ours."""
+    if not filename.startswith(f"{ROOT}/"):
+        return None
+    inside = filename[len(str(ROOT)) + 1 :]
+    return inside if inside.startswith(OURS) else None
+
+
+def write_inputs(folder: Path) -> list[str]:
+    """Write a model's JSON, a corpus and a tokenizer; returns the flags that name them."""
+    import sentencepiece
+
+    numbers = range(NUM_FILES * NUM_DOCUMENTS)
+    texts = [f"Fox {n} jumps over dog {n * 7 % 101} in month {n % 12}. " * (1 + n % 5) for n in numbers]
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    for number in range(NUM_FILES):
+        (corpus / f"words-train.{number}.jsonl").write_text("".join(lines[number::NUM_FILES]))
+    (corpus / "words-validation.jsonl").write_text("".join(lines[:8]))
+    (folder / "tiny.json").write_text(json.dumps(MODEL))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[:200]),
+        model_prefix=str(folder / "tiny"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return [
+        *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model"), "--dataset", str(corpus)),
+        *("--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--dtype", "float32", "--optimizer", "adamw"),
+        *("--lr", "0.001", "--warmup_steps", "2", "--num_training_steps", str(NUM_UPDATES), "--batch_size", "8"),
+        *("--max_length", "64", "--packing", "--data_lanes", "1", "--eval_every", "1000", "--save_every", "1000"),
+        *("--wandb", "disabled", "--device", "cpu", "--workers", "0", "--log_every", "1"),
+    ]
+
+
+def watch_training(folder: Path) -> dict[str, Walk]:
+    """Train a tiny run in this process. Returns the walks "update" and "micro_batch" of one of its updates."""
+    import torchrun_main
+    from peft_pretraining.run import assemble
+
+    flags = write_inputs(folder)
+    update, reading = Walk(), Walk()
+    number = 0
+    original = assemble.next_micro_batches
+
+    def watched(run: Any, world: Any) -> Any:
+        """Watch from the micro-batches of one update up to those of the next one."""
+        nonlocal number
+        Walk.stop()
+        number += 1
+        if number != WATCHED_UPDATE + 1:
+            return original(run, world)
+        with reading.watching():
+            micro_batches = original(run, world)
+        update.start()
+        return micro_batches
+
+    assemble.next_micro_batches = watched
+    try:
+        assert torchrun_main.main([*flags, "--save_dir", str(folder / "run")]) == 0
+    finally:
+        Walk.stop()
+        assemble.next_micro_batches = original
+    # The watched micro-batch may be part of a window that was read before it, so the reading of a window is added.
+    reading.files |= watch_window(folder).files
+    both = Walk()
+    both.files, both.changes = update.files | reading.files, update.changes + reading.changes
+    return {"update": update, "micro_batch": both}
+
+
+def watch_window(folder: Path) -> Walk:
+    """Watch a lane from near the end of one file to near the end of the next one."""
+    from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
+    from peft_pretraining.data.source import open_source
+    from peft_pretraining.data.tokenizer import load_tokenizer
+
+    source, tokenizer = open_source(str(folder / "corpus"), "train"), load_tokenizer(str(folder / "tiny.model"))
+    sequences, near_end = lane_sequences(source, tokenizer, Order(1, 0, 64, True), 0, LaneState()), NUM_DOCUMENTS - 8
+    while next(sequences).state < LaneState(0, 0, 0, near_end):
+        pass
+    walk = Walk()
+    with walk.watching():
+        while next(sequences).state < LaneState(0, 1, 0, near_end):
+            pass
+    return walk
+
+
+def watch_forward() -> Walk:
+    """Call one linear as training does."""
+    import torch
+
+    from sparse_lora import SparseLowRankLinear
+
+    layer = SparseLowRankLinear(64, 96, 8, 0.1, seed=0)
+    x = torch.ones(4, 16, 64, requires_grad=True)
+    layer(x).sum().backward()
+    walk = Walk()
+    with walk.watching():
+        layer(x)
+    return walk
+
+
+def import_closure(root: Path = ROOT) -> dict[str, int]:
+    """Lines of each file that torchrun_main.py imports, directly or through others, at any place in a file."""
+    lines: dict[str, int] = {}
+    todo = [root / "torchrun_main.py"]
+    while todo:
+        path = todo.pop()
+        name = str(path.relative_to(root))
+        if name in lines:
+            continue
+        text = path.read_text(encoding="utf-8")
+        lines[name] = len(text.splitlines())
+        todo += [target for module in imported_modules(path, text, root) for target in module_files(module, root)]
+    return {name: count for name, count in sorted(lines.items()) if count}
+
+
+def imported_modules(path: Path, text: str, root: Path) -> Iterator[str]:
+    """Names of what a file imports: modules, and names out of modules, which may be modules too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(root).parts[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, [package, node.module]))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def module_files(module: str, root: Path) -> list[Path]:
+    """The file of a module of ours and the __init__.py of every package around it; empty for others' modules."""
+    parts = module.split(".")
+    around = [root.joinpath(*parts[:count], "__init__.py") for count in range(1, len(parts) + 1)]
+    return [path for path in [*around, root.joinpath(*parts).with_suffix(".py")] if path.is_file()]
+
+
+def lines_by_room(root: Path = ROOT) -> dict[str, int]:
+    """Lines of all Python files of a room, which may be more than the entry imports."""
+    rooms: dict[str, int] = {"torchrun_main": len((root / "torchrun_main.py").read_text().splitlines())}
+    for package in ("sparse_lora", "peft_pretraining"):
+        for path in sorted((root / package).rglob("*.py")):
+            inside = path.relative_to(root).parts
+            room = inside[0] if package == "sparse_lora" or len(inside) == 2 else inside[1]
+            rooms[room] = rooms.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    return dict(sorted(rooms.items()))
+
+
+def measure() -> dict[str, Any]:
+    """All figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        walks = watch_training(Path(folder))
+        walks["window"] = watch_window(Path(folder))
+    walks["forward"] = watch_forward()
+    closure = import_closure()
+    return {
+        **{name: walks[name].figures() for name in ("update", "forward", "micro_batch", "window")},
+        "closure": {"files": len(closure), "lines": sum(closure.values()), "imported": closure},
+        "lines_by_room": lines_by_room(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
+    args = parser.parse_args()
+    found = measure()
+    for name in ("update", "forward", "micro_batch", "window"):
+        print(f"{name:12} {found[name]['files']:3} files, {found[name]['changes']:5} changes of file")
+    print(f"closure      {found['closure']['files']:3} files, {found['closure']['lines']:,} lines")
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
