@@ -25,9 +25,9 @@ def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: boo
     """Returns the text of README.md. record: the checkpoint's run.json; folder: the checkpoint; name: the export's name."""
     args, plan = record["arguments"], record["plan"]
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["train"]
-    parameters, whole = plan["parameters"]["total"], plan["full_rank_parameters"]
+    parameters, full_rank = plan["parameters"]["total"], plan["full_rank_parameters"]
     rows = [
-        ("architecture", f"LLaMA, {plan['model']['name']}: {whole:,} parameters as a dense model"),
+        ("architecture", f"LLaMA, {plan['model']['name']}: {full_rank:,} parameters as a dense model"),
         ("trained as", f"{METHODS[args['peft_model']].description}: {parameters:,} parameters"),
         ("stored as", f"{'factors' if factored else 'dense weights'}, {dtype}"),
         ("data", _data(record)),

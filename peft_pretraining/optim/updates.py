@@ -142,10 +142,10 @@ class WholeUpdate:
     def _limit_growth(
         self, growth: GrowthLimit, gradients: dict[int, torch.Tensor], norms: torch.Tensor, bad: torch.Tensor
     ) -> None:
-        before = growth.previous.clone()
+        previous = growth.previous.clone()
         for (number, gradient), norm in zip(gradients.items(), norms, strict=True):
             growth.limit_(number, local(gradient), norm)
-        growth.previous.copy_(torch.where(bad, before, growth.previous))
+        growth.previous.copy_(torch.where(bad, previous, growth.previous))
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=self._free)

@@ -137,7 +137,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first(
     assert main(["evaluate", "--checkpoint", str(forms[0]), str(tmp_path / "nowhere"), "--device", "cpu"]) == 2
     assert "nowhere: holds no model" in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", *map(str, forms[:3]), "--device", "cpu"]) == 2
-    assert f"needed for {forms[2]}, an export" in capsys.readouterr().err
+    assert f"--dataset is required for {forms[2]}: an export records no data set" in capsys.readouterr().err
 
 
 def test_what_was_found_is_kept_where_a_later_one_fails(

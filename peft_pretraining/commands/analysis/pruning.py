@@ -94,16 +94,16 @@ def study_arguments(args: argparse.Namespace, folder: Path, record: Mapping[str,
     Raises:
         ConfigError: values that cannot work, one line per flag.
     """
-    before = arguments_of_record(record["arguments"])
+    recorded = arguments_of_record(record["arguments"])
     dense = [name for name, method in METHODS.items() if not method.replaces_linears]
-    if before.peft_model not in dense:
+    if recorded.peft_model not in dense:
         raise ConfigError(
             [
-                f"--checkpoint {folder}: weights of --peft_model {before.peft_model} are already factored; "
+                f"--checkpoint {folder}: weights of --peft_model {recorded.peft_model} are already factored; "
                 f"name a checkpoint of {' or '.join(dense)}"
             ]
         )
-    values = {name: getattr(before, name) for name in (*_DATA, *_TRAINING)}
+    values = {name: getattr(recorded, name) for name in (*_DATA, *_TRAINING)}
     values["total_batch_size"] = record["plan"].get("total_batch_size")
     if not isinstance(values["total_batch_size"], int):
         raise ConfigError([f"{folder / 'run.json'}: the plan has no total_batch_size; it was written by another version"])
@@ -194,16 +194,16 @@ def rows_of(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str, An
         raise ValueError(f"--out {path}: is a folder; name a file")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        before, rows = dict(document["settings"]), [dict(row) for row in document["rows"]]
+        recorded, rows = dict(document["settings"]), [dict(row) for row in document["rows"]]
         complete = all({"row", "perplexity", "loss", "relative_error"} <= row.keys() for row in rows)
     except (ValueError, KeyError, TypeError):
         complete = False
     if not complete:
         raise ValueError(f"--out {path}: does not hold the rows of a study; name another file")
     differing = [
-        f"{name} was {before.get(name)!r}, is now {settings.get(name)!r}"
-        for name in sorted(before.keys() | settings.keys())
-        if before.get(name) != settings.get(name)
+        f"{name} was {recorded.get(name)!r}, is now {settings.get(name)!r}"
+        for name in sorted(recorded.keys() | settings.keys())
+        if recorded.get(name) != settings.get(name)
     ]
     if differing:
         raise ValueError(f"--out {path}: holds another study ({'; '.join(differing)}); name another file")

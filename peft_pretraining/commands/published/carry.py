@@ -109,7 +109,9 @@ def import_published(folder: Path, given: dict[str, Any]) -> Imported:
 def _new_folder(given: dict[str, Any]) -> Path:
     if "save_dir" not in given:
         raise ConfigError(["--save_dir is required: name a new folder for the run, e.g. --save_dir runs/imported"])
-    problems = [f"--{name} {given[name]}: not allowed in an import: {why}" for name, why in _REFUSED.items() if name in given]
+    problems = [
+        f"--{name} {given[name]}: not allowed in an import: {reason}" for name, reason in _REFUSED.items() if name in given
+    ]
     save_dir = Path(given["save_dir"])
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         problems.append(f"--save_dir {save_dir}: exists and is not an empty folder; name another folder, or remove it")

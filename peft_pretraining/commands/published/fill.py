@@ -66,8 +66,8 @@ def _name_problems(published: Published, expected: set[str], tied: bool) -> Iter
         yield "config.json ties lm_head to the embedding, but their weights differ; set tie_word_embeddings to false there"
     missing = sorted(expected - set(published.tensors))
     # Older LLaMA classes save the frequencies of the rotary embedding, which follow from the configuration.
-    known = {name for name in published.tensors if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
-    unknown = sorted(set(published.tensors) - expected - known)
+    ignored = {name for name in published.tensors if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    unknown = sorted(set(published.tensors) - expected - ignored)
     reason = "; exactly the linears of attention and MLP must be reparameterised (target_modules)"
     for state, names in (("missing", missing), ("unknown", unknown)):
         if names:

@@ -144,7 +144,7 @@ def _plain_names(items: list[tuple[str, Tensor]], folder: Path) -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for name, tensor in items:
         plain = name
-        while (prefix := next((each for each in _WRAPPERS if plain.startswith(each)), None)) is not None:
+        while (prefix := next((wrapper for wrapper in _WRAPPERS if plain.startswith(wrapper)), None)) is not None:
             plain = plain.removeprefix(prefix)
         if plain in tensors:
             raise PublishedError(f"{folder}: holds {plain} twice, once as {name}; remove one of them")
@@ -228,10 +228,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _counts(path: Path, values: Mapping[str, Any]) -> dict[str, int]:
     """update_step and tokens_seen, if the file has them. Raises PublishedError for values out of range."""
     counts = {}
-    for name, most in (("update_step", _LARGEST_STEP), ("tokens_seen", 2**63 - 1)):
+    for name, largest in (("update_step", _LARGEST_STEP), ("tokens_seen", 2**63 - 1)):
         if name not in values:
             continue
-        if type(values[name]) is not int or not 0 <= values[name] <= most:
-            raise PublishedError(f"{path}: {name} {values[name]!r}: must be a whole number from 0 to {most}")
+        if type(values[name]) is not int or not 0 <= values[name] <= largest:
+            raise PublishedError(f"{path}: {name} {values[name]!r}: must be a whole number from 0 to {largest}")
         counts[name] = values[name]
     return counts

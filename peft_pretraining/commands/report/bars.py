@@ -86,7 +86,7 @@ def _stacks(
     places: Sequence[float],
     bars: Sequence[tuple[Group, str, dict[str, int]]],
     kinds: Sequence[str],
-    what: str,
+    quantity: str,
 ) -> None:
     """Draws each bar as a stack of `kinds`, with its sum and whether it is predicted or measured written beside it."""
     largest = max(sum(parts[kind] for kind in kinds) for _, _, parts in bars)
@@ -94,9 +94,9 @@ def _stacks(
     for place, (group, side, parts) in zip(places, bars, strict=True):
         left = 0.0
         for kind in kinds:
-            whole = side == "measured" and group.measured("parameters") is None and kind == "rest"
+            undivided = side == "measured" and group.measured("parameters") is None and kind == "rest"
             width = parts[kind] / unit
-            hatch = "///" if whole else None
+            hatch = "///" if undivided else None
             panel.barh(
                 place,
                 width,
@@ -113,7 +113,7 @@ def _stacks(
         panel.text(left + largest / unit * 0.01, place, label, va="center", fontsize=9.5)
     panel.grid(axis="y", visible=False)
     panel.set_xlim(0, largest / unit * 1.45)
-    panel.set_xlabel(f"{what}, {name}")
+    panel.set_xlabel(f"{quantity}, {name}")
 
 
 def draw_throughput(groups: Sequence[Group], path: Path) -> Path | None:
@@ -124,7 +124,7 @@ def draw_throughput(groups: Sequence[Group], path: Path) -> Path | None:
     bars = [(group, rate) for group, rate in shown if rate is not None]
     if not bars:
         return None
-    most = max(rate for _, rate in bars)
+    highest = max(rate for _, rate in bars)
     figure, panel = pyplot.subplots(figsize=(11, 1.3 + 0.5 * len(bars)), layout="constrained")
     styles = line_styles([group for group, _ in bars])
     for number, ((group, rate), style) in enumerate(zip(bars, styles, strict=True)):
@@ -135,11 +135,11 @@ def draw_throughput(groups: Sequence[Group], path: Path) -> Path | None:
             panel.errorbar(rate, number, xerr=[[rate - min(rates)], [max(rates) - rate]], color="#000000", capsize=4)
         published = THROUGHPUT.get((group.first.model, group.method)) if group.published else None
         comparison = f"   (published: {published:,} on {THROUGHPUT_MACHINE[group.first.model]})" if published else ""
-        panel.text(max(rates) + most * 0.015, number, f"{rate:,.0f}{comparison}", va="center", fontsize=9.5)
+        panel.text(max(rates) + highest * 0.015, number, f"{rate:,.0f}{comparison}", va="center", fontsize=9.5)
     panel.set_yticks(range(len(bars)), [wrapped(name_of(group)) for group, _ in bars])
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
-    panel.set_xlim(0, most * 1.35)
+    panel.set_xlim(0, highest * 1.35)
     panel.xaxis.set_major_formatter("{x:,.0f}")
     panel.set_xlabel("tokens of text per second (median over logged updates; whiskers: lowest and highest run)")
     return save(figure, path)

@@ -127,10 +127,10 @@ def format_groups(groups: Sequence[Group]) -> str:
 
 def format_summary(figures: dict[str, Any]) -> str:
     """Formats one run's summary as an aligned table for a terminal."""
-    total, whole = figures["parameters"], figures["full_rank_parameters"]
+    total, full_rank = figures["parameters"], figures["full_rank_parameters"]
     parameters = "not recorded" if total is None else f"{total:,}"
-    if total is not None and whole is not None:
-        parameters += f" ({total / whole:.1%} of full-rank {whole:,})"
+    if total is not None and full_rank is not None:
+        parameters += f" ({total / full_rank:.1%} of full-rank {full_rank:,})"
 
     def number(name: str, form: str) -> str:
         return "not measured" if figures[name] is None else format(figures[name], form)

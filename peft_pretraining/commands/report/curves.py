@@ -132,10 +132,10 @@ def _from_zero(panels: Sequence[tuple[str, Any, float]]) -> None:
         panel.set_xlim(left=0)
 
 
-def _cut_above(panel: Any, most: float) -> None:
-    """Cuts the shared vertical axis at `most`, as the high values at the start of a run would take up most of it."""
+def _cut_above(panel: Any, limit: float) -> None:
+    """Cuts the shared vertical axis at `limit`, as the high values at the start of a run would take up most of it."""
     low, high = panel.get_ylim()
-    panel.set_ylim(low, min(high, max(most, low)))
+    panel.set_ylim(low, min(high, max(limit, low)))
 
 
 def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:

@@ -41,8 +41,8 @@ def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """
     methods = [group.method for group in groups]
     ranks_within_method = [methods[:number].count(method) for number, method in enumerate(methods)]
-    known = all(method in METHODS for method in methods)
-    if known and max(ranks_within_method, default=0) < len(_DASHES) and (len(set(methods)) > 1 or len(methods) == 1):
+    all_known = all(method in METHODS for method in methods)
+    if all_known and max(ranks_within_method, default=0) < len(_DASHES) and (len(set(methods)) > 1 or len(methods) == 1):
         return [
             {"color": METHODS[method].colour, "linestyle": _DASHES[dashes], "marker": _MARKERS[number % len(_MARKERS)]}
             for number, (method, dashes) in enumerate(zip(methods, ranks_within_method, strict=True))

@@ -111,9 +111,9 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether the run made all its updates."""
-        most = self.plan.get("max_train_tokens")
-        if most is not None:
-            return self.tokens_seen >= int(most)
+        max_tokens = self.plan.get("max_train_tokens")
+        if max_tokens is not None:
+            return self.tokens_seen >= int(max_tokens)
         return self.reached >= int(self.plan.get("num_training_steps") or self.arguments["num_training_steps"])
 
     @property
@@ -128,8 +128,8 @@ class RunRecord:
         if self.finished:
             return "finished"
         planned = self.plan.get("num_training_steps") or self.arguments["num_training_steps"]
-        how = "stopped" if self.stopped is not None else "unfinished"
-        return f"{how} after update {self.reached:,} of {planned:,}"
+        state = "stopped" if self.stopped is not None else "unfinished"
+        return f"{state} after update {self.reached:,} of {planned:,}"
 
     @property
     def paper_memory(self) -> float | None:
@@ -177,13 +177,13 @@ def _tokens(updates: Sequence[Row]) -> list[float]:
 
 def _at(step: int, steps: list[int], positions: list[float]) -> float:
     """Interpolates the position of an update linearly between logged updates; it is 0 before the first one."""
-    before_step, before = 0, 0.0
+    last_step, last_position = 0, 0.0
     for logged, position in zip(steps, positions, strict=True):
         if logged >= step:
-            share = (step - before_step) / (logged - before_step) if logged > before_step else 1.0
-            return before + share * (position - before)
-        before_step, before = logged, position
-    return before
+            share = (step - last_step) / (logged - last_step) if logged > last_step else 1.0
+            return last_position + share * (position - last_position)
+        last_step, last_position = logged, position
+    return last_position
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
@@ -248,9 +248,9 @@ def _stopped(folder: Path) -> dict[str, Any] | None:
 
 
 def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | None:
-    known = {field.name for field in fields(ModelConfig)}
+    field_names = {field.name for field in fields(ModelConfig)}
     try:
-        model = ModelConfig(**{key: value for key, value in (plan.get("model") or {}).items() if key in known})
+        model = ModelConfig(**{key: value for key, value in (plan.get("model") or {}).items() if key in field_names})
         method = str(arguments["peft_model"])
         counts = parameter_counts(
             model,

@@ -34,7 +34,7 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
     measured = any(group.figure("states_bytes") for group in shown)
     models = {group.first.model for group in shown}
     published = [entry for entry in TABLE if entry.model in models and entry.memory is not None]
-    most = max([group.figure("parameters") or 0.0 for group in shown] + [1e6 * (entry.parameters or 0) for entry in published])
+    largest = max([group.figure("parameters") or 0.0 for group in shown] + [1e6 * (entry.parameters or 0) for entry in published])
     styles = line_styles(shown)
     figure, row = pyplot.subplots(
         1,
@@ -47,7 +47,7 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
     panels = list(row[0])
 
     def area(parameters: float) -> float:
-        return 900 * parameters / most
+        return 900 * parameters / largest
 
     unit, name = (1e9, "10⁹") if max(group.first.paper_memory or 0 for group in shown) >= 0.1 or published else (1e6, "10⁶")
     _circles(panels[0], shown, styles, area, lambda group: (group.first.paper_memory or 0) * 1e9 / unit)

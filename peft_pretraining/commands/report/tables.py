@@ -78,7 +78,7 @@ def methods_table(groups: Sequence[Group]) -> Table:
 
 def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
     first, published = group.first, group.published
-    parameters, whole = group.figure("parameters"), group.figure("full_rank_parameters")
+    parameters, full_rank = group.figure("parameters"), group.figure("full_rank_parameters")
     states, peak, tokens = (group.figure(name) for name in ("states_bytes", "peak_memory_bytes", "tokens"))
     baseline = against_baseline(group, groups)
     is_baseline = len(groups) > 1 and baseline_of(task_of(group.settings), groups) is group
@@ -90,7 +90,7 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
         PUBLISHED: f"{published.perplexity:.2f} ({published.tokens})" if published else MISSING,
         GAP: "baseline" if is_baseline else gap_text(baseline[1] if baseline else None),
         "parameters, 10⁶": number(parameters and parameters / 1e6, ",.2f"),
-        "of full-rank, %": number(100 * parameters / whole if parameters and whole else None, ".0f"),
+        "of full-rank, %": number(100 * parameters / full_rank if parameters and full_rank else None, ".0f"),
         "published parameters, 10⁶": number(published.parameters if published else None),
         "memory by the paper's convention, 10⁹ bytes": number(paper, ".2f" if paper and paper >= 0.1 else ".3f"),
         "published memory, 10⁹ bytes": number(published.memory if published else None, ".2f"),

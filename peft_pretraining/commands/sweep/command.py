@@ -19,7 +19,7 @@ from peft_pretraining.commands.sweep.runner import (
     make_run,
     state_of,
 )
-from peft_pretraining.commands.sweep.settings import Sweep, Wanted, load_sweep
+from peft_pretraining.commands.sweep.settings import PlannedRun, Sweep, load_sweep
 
 HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
 REPORT = "report"
@@ -60,50 +60,50 @@ def run(args: argparse.Namespace) -> int:
 def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
     """Makes every run in turn until one is stopped; returns the outcomes by name."""
     outcomes: dict[str, Outcome] = {}
-    for number, wanted in enumerate(sweep.runs, start=1):
+    for number, planned in enumerate(sweep.runs, start=1):
         if stopping.signal_name is not None:
             break
-        head = f"[{number}/{len(sweep.runs)}] {wanted.name}"
-        state = state_of(wanted)
+        head = f"[{number}/{len(sweep.runs)}] {planned.name}"
+        state = state_of(planned)
         if state.kind in MADE:
-            outcomes[wanted.name] = Outcome(state.kind, state.text)
+            outcomes[planned.name] = Outcome(state.kind, state.text)
             print(f"{head}: {state.text}, skipped", flush=True)
             continue
-        if not _is_needed(wanted, sweep):
-            outcomes[wanted.name] = Outcome("finished", "the runs that start from it are finished")
-            print(f"{head}: {outcomes[wanted.name].text}, skipped", flush=True)
+        if not _is_needed(planned, sweep):
+            outcomes[planned.name] = Outcome("finished", "the runs that start from it are finished")
+            print(f"{head}: {outcomes[planned.name].text}, skipped", flush=True)
             continue
-        if (problem := _start_problem(wanted, state, outcomes)) is not None:
-            outcomes[wanted.name] = Outcome("failed", problem)
+        if (problem := _start_problem(planned, state, outcomes)) is not None:
+            outcomes[planned.name] = Outcome("failed", problem)
             print(f"{head}: FAILED: {problem}", flush=True)
             continue
-        print(f"{head}: {state.text}; output in {log_path(wanted)}", flush=True)
-        outcome = outcomes[wanted.name] = make_run(wanted, sweep.nproc_per_node, stopping)
+        print(f"{head}: {state.text}; output in {log_path(planned)}", flush=True)
+        outcome = outcomes[planned.name] = make_run(planned, sweep.nproc_per_node, stopping)
         print(f"{head}: {'FAILED: ' if outcome.kind == 'failed' else ''}{outcome.text}", flush=True)
         if outcome.kind == "stopped":
             break
     return outcomes
 
 
-def _is_needed(wanted: Wanted, sweep: Sweep) -> bool:
+def _is_needed(planned: PlannedRun, sweep: Sweep) -> bool:
     """False for a full-rank run that only serves as a start for other runs, if all of those are finished."""
-    dependents = [run for run in sweep.runs if run.after is not None and run.after.name == wanted.name]
+    dependents = [run for run in sweep.runs if run.after is not None and run.after.name == planned.name]
     return not dependents or any(state_of(run).kind not in MADE for run in dependents)
 
 
-def _start_problem(wanted: Wanted, state: State, outcomes: Mapping[str, Outcome]) -> str | None:
+def _start_problem(planned: PlannedRun, state: State, outcomes: Mapping[str, Outcome]) -> str | None:
     """The reason not to start an unfinished run; None if it may start."""
     if state.kind == "other":
-        return f"{wanted.folder} {state.text}"
-    if wanted.after is None:
+        return f"{planned.folder} {state.text}"
+    if planned.after is None:
         return None
     # Started from an unfinished or diverged run, this run would look like any other in the report.
-    reason = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[wanted.after.name].kind)
-    return None if reason is None else f"it starts from {wanted.after.name}, which {reason}"
+    reason = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[planned.after.name].kind)
+    return None if reason is None else f"it starts from {planned.after.name}, which {reason}"
 
 
 def _report(sweep: Sweep) -> None:
-    folders = [wanted.folder for wanted in sweep.compared if (wanted.folder / "run.json").is_file()]
+    folders = [planned.folder for planned in sweep.compared if (planned.folder / "run.json").is_file()]
     if not folders:
         print("no run has a run.json: nothing to report")
         return
@@ -114,7 +114,7 @@ def _report(sweep: Sweep) -> None:
 
 def format_sweep(sweep: Sweep) -> str:
     """Formats every run with the state of its folder and its command."""
-    states = {wanted.name: state_of(wanted) for wanted in sweep.runs}
+    states = {planned.name: state_of(planned) for planned in sweep.runs}
     counts = Counter(state.kind for state in states.values())
     words = {
         "new": "not started",
@@ -124,7 +124,7 @@ def format_sweep(sweep: Sweep) -> str:
         "other": "made with other arguments",
     }
     lines = [f"{len(sweep.runs)} runs: " + ", ".join(f"{count} {words[kind]}" for kind, count in counts.items())]
-    for wanted in sweep.runs:
-        lines.append(f"\n{wanted.name}: {states[wanted.name].text}")
-        lines.append(f"  {shlex.join(command_line(wanted, sweep.nproc_per_node))}")
+    for planned in sweep.runs:
+        lines.append(f"\n{planned.name}: {states[planned.name].text}")
+        lines.append(f"  {shlex.join(command_line(planned, sweep.nproc_per_node))}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import IO
 
 from peft_pretraining.commands.report.read import read_run
-from peft_pretraining.commands.sweep.settings import Wanted
+from peft_pretraining.commands.sweep.settings import PlannedRun
 from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.record.summary import read_metrics
@@ -39,18 +39,18 @@ class State:
     text: str
 
 
-def state_of(wanted: Wanted) -> State:
+def state_of(planned: PlannedRun) -> State:
     """Reads the state of a run's folder from its record, without loading tensors."""
-    if not (wanted.folder / "run.json").is_file():
+    if not (planned.folder / "run.json").is_file():
         return State("new", "not started")
     try:
-        record = read_run(wanted.folder)
+        record = read_run(planned.folder)
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
     # The warm-up run lies in the sweep's folder, and its settings are part of this run's name.
-    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if wanted.after is not None else [])}
+    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if planned.after is not None else [])}
     requested = {
-        name: getattr(wanted.args, name)
+        name: getattr(planned.args, name)
         for name, row in ROWS.items()
         if (row.defines_run or row.on_resume != "freely") and name not in not_compared
     }
@@ -60,15 +60,15 @@ def state_of(wanted: Wanted) -> State:
         if record.arguments.get(name) != value
     ]
     batch = record.plan.get("total_batch_size")
-    differing += [f"total_batch_size {batch} (now {total})"] if batch != (total := wanted.plan.total_batch_size) else []
+    differing += [f"total_batch_size {batch} (now {total})"] if batch != (total := planned.plan.total_batch_size) else []
     if differing:
         return State("other", f"was made with {', '.join(differing)}; remove that folder, or name another `folder`")
-    if is_finished(wanted.plan, record.reached, record.tokens_seen):
+    if is_finished(planned.plan, record.reached, record.tokens_seen):
         if record.final_perplexity is not None:
             return State("finished", f"finished, perplexity {record.final_perplexity:,.2f}")
-        if _evaluated_without_result(wanted.folder, record.reached):
+        if _evaluated_without_result(planned.folder, record.reached):
             return State("diverged", "finished with a non-finite perplexity")
-    if not any(wanted.folder.glob("step_*")):
+    if not any(planned.folder.glob("step_*")):
         return State("begun", f"{record.status}, no checkpoint: starts from the beginning")
     return State("begun", f"{record.status}: continues from its newest checkpoint")
 
@@ -79,13 +79,13 @@ def _evaluated_without_result(folder: Path, step: int) -> bool:
     return any("final_eval_perplexity" in row and row.get("update_step") == step for row in rows)
 
 
-def command_line(wanted: Wanted, processes: int) -> list[str]:
+def command_line(planned: PlannedRun, processes: int) -> list[str]:
     """The command that starts a run: the program itself, through torchrun for two or more processes."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         start += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    return [*start, str(PROGRAM), *wanted.argv]
+    return [*start, str(PROGRAM), *planned.argv]
 
 
 class Stopping:
@@ -136,19 +136,19 @@ class Outcome:
     text: str
 
 
-def make_run(wanted: Wanted, processes: int, stopping: Stopping) -> Outcome:
+def make_run(planned: PlannedRun, processes: int, stopping: Stopping) -> Outcome:
     """Makes a run and returns its outcome, from exit code and record. Output goes to <folder>.log beside the folder."""
-    path = log_path(wanted)
+    path = log_path(planned)
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = command_line(wanted, processes)
+    command = command_line(planned, processes)
     with path.open("ab", buffering=0) as log:
         log.write(f"== {shlex.join(command)}\n".encode())
         begin = log.tell()
         code = stopping.run(command, log)
-    state = state_of(wanted)
+    state = state_of(planned)
     if code == 0 and state.kind in MADE:
         return Outcome(state.kind, state.text)
-    if stopping.signal_name is not None or (wanted.folder / MARKER_FILE).is_file():
+    if stopping.signal_name is not None or (planned.folder / MARKER_FILE).is_file():
         return Outcome("stopped", state.text)
     if code == 0:
         return Outcome("failed", f"exited without an error but is {state.text}; log {path}")
@@ -156,9 +156,9 @@ def make_run(wanted: Wanted, processes: int, stopping: Stopping) -> Outcome:
     return Outcome("failed", f"{ending}: {_last_error(path, begin)}; log {path}")
 
 
-def log_path(wanted: Wanted) -> Path:
+def log_path(planned: PlannedRun) -> Path:
     """The file that a run's output goes to."""
-    return wanted.folder.with_name(f"{wanted.folder.name}.log")
+    return planned.folder.with_name(f"{planned.folder.name}.log")
 
 
 def _last_error(path: Path, begin: int) -> str:

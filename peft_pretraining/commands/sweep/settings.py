@@ -30,7 +30,7 @@ _KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlannedRun:
     """A run of the sweep. argv: the arguments of torchrun_main.py; after: the full-rank run whose weights it starts from."""
 
     name: str
@@ -38,7 +38,7 @@ class Wanted:
     argv: tuple[str, ...]
     args: Arguments
     plan: Plan
-    after: Wanted | None = None
+    after: PlannedRun | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Sweep:
     path: Path
     folder: Path
     nproc_per_node: int
-    runs: tuple[Wanted, ...]
+    runs: tuple[PlannedRun, ...]
 
     @property
-    def compared(self) -> tuple[Wanted, ...]:
+    def compared(self) -> tuple[PlannedRun, ...]:
         """The runs that the report compares: all but the full-rank runs that other runs start from."""
         warm_ups = {run.after.name for run in self.runs if run.after is not None}
         return tuple(run for run in self.runs if run.name not in warm_ups)
@@ -84,10 +84,10 @@ def load_sweep(path: Path) -> Sweep:
         problems.append(f"{path}: nproc_per_node {processes!r}: must be a whole number of processes, at least 1")
     if problems:
         raise ConfigError(problems)
-    runs: list[Wanted] = []
+    runs: list[PlannedRun] = []
     for seed, entry in itertools.product(seeds or (), settings or ()):
         for setting in _combinations(path, base or {}, entry, problems):
-            runs += _wanted(path, Path(str(folder)), setting, seed, processes, problems)
+            runs += _runs_of(path, Path(str(folder)), setting, seed, processes, problems)
     runs = _without_duplicates(runs)
     repeated = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     problems += [f"{path}: {name} appears twice: two entries of settings are the same; remove one" for name in repeated]
@@ -111,8 +111,8 @@ def _read(path: Path) -> dict[Any, Any]:
 
 
 def _is_seeds(seeds: Any) -> bool:
-    whole = isinstance(seeds, list) and bool(seeds) and all(type(seed) is int for seed in seeds)
-    return whole and len(set(seeds)) == len(seeds)
+    are_integers = isinstance(seeds, list) and bool(seeds) and all(type(seed) is int for seed in seeds)
+    return are_integers and len(set(seeds)) == len(seeds)
 
 
 @dataclass(frozen=True)
@@ -158,26 +158,26 @@ def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _wanted(path: Path, folder: Path, setting: _Setting, seed: int, processes: int, problems: list[str]) -> Iterator[Wanted]:
+def _runs_of(path: Path, folder: Path, setting: _Setting, seed: int, processes: int, problems: list[str]) -> Iterator[PlannedRun]:
     """Yields the run of a setting with this seed, after the run that it starts from; adds what cannot work to `problems`."""
     name = run_name(setting.shown, seed)
-    wanted = _planned(path, folder, setting.flags, name, seed, processes, problems)
+    planned = _planned_run(path, folder, setting.flags, name, seed, processes, problems)
     if setting.first is None:
-        yield from [] if wanted is None else [wanted]
+        yield from [] if planned is None else [planned]
         return
     name = f"{WARM_UP}/{run_name(setting.first.shown, seed)}"  # one level deeper, so that a report on the folder leaves it out
-    after = _planned(path, folder, setting.first.flags, name, seed, processes, problems)
-    if wanted is not None and after is not None:
+    after = _planned_run(path, folder, setting.first.flags, name, seed, processes, problems)
+    if planned is not None and after is not None:
         problems += [
-            f"{path}, {wanted.name}: {problem}" for problem in disagreements(wanted.args, wanted.plan, after.args, after.plan)
+            f"{path}, {planned.name}: {problem}" for problem in disagreements(planned.args, planned.plan, after.args, after.plan)
         ]
         # The warm-up's folder does not exist yet: the flag would be refused if it were set before the checks.
-        args = dataclasses.replace(wanted.args, warmed_up_model=str(after.folder))
-        argv = (*wanted.argv, f"--warmed_up_model={after.folder}")
-        yield from (after, dataclasses.replace(wanted, args=args, argv=argv, after=after))
+        args = dataclasses.replace(planned.args, warmed_up_model=str(after.folder))
+        argv = (*planned.argv, f"--warmed_up_model={after.folder}")
+        yield from (after, dataclasses.replace(planned, args=args, argv=argv, after=after))
 
 
-def _planned(
+def _planned_run(
     path: Path,
     folder: Path,
     flags: Mapping[str, Any],
@@ -185,17 +185,17 @@ def _planned(
     seed: int,
     processes: int,
     problems: list[str],
-) -> Wanted | None:
+) -> PlannedRun | None:
     argv = (*_argv(flags), f"--seed={seed}", f"--save_dir={folder / name}")
     try:
         args = parse_args(argv)
-        return Wanted(name, folder / name, argv, args, make_plan(args, World(size=processes)))
+        return PlannedRun(name, folder / name, argv, args, make_plan(args, World(size=processes)))
     except ConfigError as error:
         problems += [f"{path}, {name}: {problem}" for problem in error.problems]
         return None
 
 
-def _without_duplicates(runs: list[Wanted]) -> list[Wanted]:
+def _without_duplicates(runs: list[PlannedRun]) -> list[PlannedRun]:
     """The runs without duplicates of full-rank runs that several runs start from."""
     warm_ups = {run.after.name for run in runs if run.after is not None}
     seen: set[tuple[str, ...]] = set()

@@ -30,8 +30,8 @@ def unusable_warm_up(base: Mapping[str, Any], entry: Mapping[str, Any]) -> str |
             f"{WARM_UP}: must map flags of the full-rank run to one value each, "
             f"e.g. {{lr: 0.001, num_training_steps: 150}}, not {first!r}"
         )
-    before = METHODS.get(str(first.get("peft_model", Arguments.peft_model)))
-    if before is None or not before.full_rank:
+    first_method = METHODS.get(str(first.get("peft_model", Arguments.peft_model)))
+    if first_method is None or not first_method.full_rank:
         return f"{WARM_UP}: peft_model {first['peft_model']}: ReLoRA starts from full-rank weights; leave peft_model out"
     ambiguous = [
         name
