@@ -128,7 +128,7 @@ def test_a_full_rank_start(tmp_path, flags, capsys):
     ("prepare", "extra", "words"),
     [
         ("sltrain", ["--warmed_up_model", "{}"], ["--warmed_up_model", "--peft_model sltrain", "full"]),
-        ("full", ["--warmed_up_model", "{}", "--num_training_steps", "2"], ["has 2 updates", "--num_training_steps 2"]),
+        ("full", ["--warmed_up_model", "{}", "--num_training_steps", "2"], ["its 2 updates", "--num_training_steps 2"]),
         ("full", ["--continue_from", "{}"], ["--peft_model relora", "made with full", "--warmed_up_model"]),
         ("full", ["--warmed_up_model", "{}", "--max_length", "32"], ["--max_length 32", "made with 64"]),
     ],
