@@ -360,7 +360,7 @@ WRONG: list[tuple[Callable[[Path], object], list[str], str]] = [
     (settings("training_state.json", tokens_seen=1.5), [], "tokens_seen 1.5: must be a whole number"),
     (settings("config.json", tie_word_embeddings=True), [], "ties lm_head to the embedding, but their weights differ"),
     (settings("config.json", hidden_size=30), [], "hidden_size = 30, num_attention_heads = 4"),
-    (change_weights(lambda t: t.pop(f"{Q}.lora_B")), [], f"{Q}.lora_B: missing; the linears of attention and MLP"),
+    (change_weights(lambda t: t.pop(f"{Q}.lora_B")), [], f"{Q}.lora_B: missing; exactly the linears of attention and MLP"),
     (change_weights(lambda t: t.update({"model.extra": torch.ones(1)})), [], "model.extra: unknown"),
     (change_weights(lambda t: t.update({f"module.{Q}.lora_A": torch.ones(1)})), [], f"holds {Q}.lora_A twice"),
     (change_weights(lambda t: t[f"{Q}.lora_A"][0, 0].fill_(torch.nan)), [], f"{Q}.lora_A holds non-finite numbers"),
