@@ -1,7 +1,5 @@
 """Distributes a model over processes: replicated on each (DDP) or with every parameter sharded over all (FSDP2)."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Iterable, Mapping

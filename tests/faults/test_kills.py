@@ -77,7 +77,8 @@ def test_killed_and_started_again(tmp_path, flags, kills, name):
         options = ["--workers", str(number % 2), *(["--async_save"] if chance.random() < 0.5 else [])]
         program = forked.start([*flags, *options, "--save_dir", str(folder)], tmp_path / f"log-{number}")
         cut_short += end_somewhere(program, folder, chance, getattr(signal, name))
-        assert "Traceback" not in program.output, program.output
+        # A killed trainer's data worker may be sending a batch: multiprocessing's thread then prints where it was.
+        assert "Traceback" not in program.output or (name == "SIGKILL" and "resource_sharer" in program.output), program.output
         for path in list_checkpoints(folder):
             resolve(path)  # all that have a name are sound
     code, output = forked.run([*flags, "--workers", "0", "--save_dir", str(folder)], tmp_path / "log-end")
