@@ -128,7 +128,7 @@ def low_rank_weight(scaled_B: Tensor, lora_A: Tensor, base: Tensor | None, passi
 # A CPU's allocator returns large blocks to the system: fetching 90 MB anew took as long as a tenth of the product it was for
 # (4096 x 11008, 2,048 rows). A GPU's allocator keeps what is freed, and a C library keeps blocks below LARGE_BYTES.
 
-# From this size on the trainer's allocator gives blocks back (peft_pretraining/memory/allocator.py); glibc by itself does from
+# From this size on the trainer's allocator gives blocks back (peft_pretraining/distributed/device.py); glibc by itself does from
 # 128 KiB to 32 MiB on, depending on what was freed before.
 LARGE_BYTES = 4 * 2**20
 

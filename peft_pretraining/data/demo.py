@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy")
 TRAIN_SHARDS = 4

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.network import network_file_info, open_network_file
 from peft_pretraining.data.source import RetryPolicy, Shard, is_remote, open_source, refuse_if_offline
 

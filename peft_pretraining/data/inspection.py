@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import MAX_EXAMPLES, BadRecord, RawRecord, place_of
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import check_tokenizer
 from peft_pretraining.data.prepared import TokenRecord, read_manifest, seals, verify
-from peft_pretraining.data.records import document_in_split, read_records
+from peft_pretraining.data.records import MAX_EXAMPLES, BadRecord, RawRecord, document_in_split, place_of, read_records
 from peft_pretraining.data.source import Source, Split, open_source, prepared_folder
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 

@@ -17,8 +17,15 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import BadRecord, Health, OnBadRecord, RawRecord, SkippedRecords
-from peft_pretraining.data.records import WindowReader, documents_in_split
+from peft_pretraining.data.records import (
+    BadRecord,
+    Health,
+    OnBadRecord,
+    RawRecord,
+    SkippedRecords,
+    WindowReader,
+    documents_in_split,
+)
 from peft_pretraining.data.source import Shard, Source
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 

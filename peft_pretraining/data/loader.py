@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_pretraining.data.bad_records import MAX_EXAMPLES, BadRecord, Health, OnBadRecord, SkippedRecords
-from peft_pretraining.data.errors import DataError, TokenizerError
+from peft_pretraining.data import DataError, TokenizerError
 from peft_pretraining.data.lanes import (
     ORDER_VERSION,
     Document,
@@ -28,7 +27,17 @@ from peft_pretraining.data.lanes import (
     pad_and_label,
     padded_sequences,
 )
-from peft_pretraining.data.records import UNREADABLE_FILE, check_source, document_in_split, read_records
+from peft_pretraining.data.records import (
+    MAX_EXAMPLES,
+    UNREADABLE_FILE,
+    BadRecord,
+    Health,
+    OnBadRecord,
+    SkippedRecords,
+    check_source,
+    document_in_split,
+    read_records,
+)
 from peft_pretraining.data.source import Source
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 from peft_pretraining.data.workers import Workers

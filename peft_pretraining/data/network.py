@@ -1,7 +1,8 @@
-"""Files on other machines, read with patience: a read that breaks goes on at the byte where it broke.
+"""Streams that report damage and survive interruptions: files on other machines, and zstd-compressed files.
 
-Over this layer a decompressor or a parser sees an ordinary file. It knows which failures may pass (dropped connections,
-silence, HTTP 408, 429 and 5xx, with the wait that the server asks for) and which will not.
+A network read that breaks is retried and continues at the byte where it broke, so a decompressor or a parser sees an ordinary
+file. Retried are failures that may pass: dropped connections, silence, and HTTP 408, 429 and 5xx, after the wait that the server
+asks for.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, TypeVar
 
-from peft_pretraining.data.errors import DataError, NetworkGone, causes, first_line
+from peft_pretraining.data import DataError, NetworkGone, causes, first_line
 from peft_pretraining.data.source import RetryPolicy
 
 T = TypeVar("T")
@@ -22,6 +23,8 @@ _BUFFER_BYTES = 2**18
 # One request of this size at a time: an idle reader holds no connection that the server could drop.
 _BLOCK_BYTES = 2**21
 _SILENCE_S = 60.0
+# Where a compressed file is damaged, at most this much before the damage is lost.
+_ZSTD_STEP_BYTES = 2**13
 
 
 def open_network_file(url: str, retry: RetryPolicy, block_bytes: int | None = None) -> IO[bytes]:
@@ -210,3 +213,52 @@ def _retry_after_s(error: BaseException) -> float:
                 with contextlib.suppress(ValueError, TypeError):
                     return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
+
+
+# --- Streams of compressed files ---
+
+
+class ZstdStream(io.RawIOBase):
+    """Decompresses zstd frames; unlike the library's own stream it tells a truncated file (EOFError) from a whole one."""
+
+    def __init__(self, file: IO[bytes], url: str):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(f"{url}: reading .zst files needs the package zstandard") from error
+        self._error = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._file = file
+        self._inside_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._file.read(_ZSTD_STEP_BYTES)
+            if not compressed:
+                if self._inside_frame:
+                    raise EOFError("compressed file ended before the end of its last frame")
+                return 0
+            self._ready = memoryview(self._decompress(compressed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompress(self, compressed: bytes) -> bytes:
+        parts = []
+        try:
+            while compressed:
+                parts.append(self._frame.decompress(compressed))
+                self._inside_frame = not self._frame.eof
+                compressed = b""
+                if self._frame.eof:
+                    compressed = self._frame.unused_data
+                    self._frame = self._new_frame()
+        except self._error as error:
+            raise EOFError(str(error)) from error
+        return b"".join(parts)

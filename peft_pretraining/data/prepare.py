@@ -17,8 +17,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import BadRecord, Health, OnBadRecord, RawRecord
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.prepared import (
     BAD_KINDS,
     INDEX,
@@ -39,10 +38,20 @@ from peft_pretraining.data.prepared import (
     shard_from,
     verify,
 )
-from peft_pretraining.data.records import UNREADABLE_FILE, document_text, is_held_out, read_records
+from peft_pretraining.data.records import (
+    UNREADABLE_FILE,
+    BadRecord,
+    Health,
+    OnBadRecord,
+    RawRecord,
+    document_text,
+    is_held_out,
+    read_records,
+)
 from peft_pretraining.data.source import Source, open_source, prepared_folder
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
+_INDEX_BYTES = np.dtype(INDEX).itemsize  # of one record
 _TOGETHER = 256  # records that are encoded in one call
 _COMMIT_RECORDS = 4096  # what a crash costs at most
 _SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
@@ -309,7 +318,7 @@ class _Writer:
         self.counts = Counter(dict.fromkeys(_COUNTS, 0) | progress["counts"])
         self.bad_records: Counter[str] = Counter(progress["bad_records"])
         self._end = int(progress["ids"])  # ids written
-        sizes = self._end * self._dtype.itemsize, self.counts["records"] * INDEX.itemsize
+        sizes = self._end * self._dtype.itemsize, self.counts["records"] * _INDEX_BYTES
         self._checksums = new_checksum(), new_checksum()
         self._files: list[IO[bytes]] = []
         for name, size, checksum in zip(self._names, sizes, self._checksums, strict=True):
@@ -329,7 +338,7 @@ class _Writer:
         if not self._progress_file.is_file():
             return empty
         progress: dict[str, Any] = json.loads(self._progress_file.read_text(encoding="utf-8"))
-        sizes = progress["ids"] * self._dtype.itemsize, progress["counts"].get("records", 0) * INDEX.itemsize
+        sizes = progress["ids"] * self._dtype.itemsize, progress["counts"].get("records", 0) * _INDEX_BYTES
         for name, size in zip(self._names, sizes, strict=True):
             path = _partial(self._out, name)
             if not path.is_file() or path.stat().st_size < size:

@@ -5,17 +5,20 @@ holds 14 bytes for each record of the source, including bad records and both sid
 and with them the order of the data, are those of the source. Any record is read directly.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
+from peft_pretraining.data import DataError
 
-from peft_pretraining.data.errors import DataError
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "prepared.json"
 JOB = "job.json"  # the Job of a preparation; without a manifest beside it the preparation is unfinished
@@ -23,7 +26,7 @@ TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
 INDEX_SUFFIX = ".index"
 # end: ids up to and with this record. characters: of its text. kind: number in BAD_KINDS. held_out: by the hold-out rule.
-INDEX = np.dtype([("end", "<u8"), ("characters", "<u4"), ("kind", "u1"), ("held_out", "u1")])
+INDEX = [("end", "<u8"), ("characters", "<u4"), ("kind", "u1"), ("held_out", "u1")]
 # 0 is a document. Numbers are in files: new kinds go to the end.
 BAD_KINDS = (
     "",
@@ -196,8 +199,7 @@ class TokenFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        dtype = np.dtype({".uint16": "<u2", ".uint32": "<u4"}[self.path.suffix])
-        self._ids = _mapped(self.path, dtype)
+        self._ids = _mapped(self.path, {".uint16": "<u2", ".uint32": "<u4"}[self.path.suffix])
         self._index = _mapped(self.path.with_suffix(INDEX_SUFFIX), INDEX)
 
     def __len__(self) -> int:
@@ -228,7 +230,11 @@ def damaged(path: Path | str, number: int) -> DataError:
     )
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+def _mapped(path: Path, dtype: Any) -> np.ndarray:
+    """The content of a file as an array, mapped into memory. Raises DataError."""
+    # A dry run describes prepared data without loading numpy.
+    import numpy as np
+
     try:
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)

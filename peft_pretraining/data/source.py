@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from peft_pretraining.data import DataError, first_line
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
-from peft_pretraining.data.errors import DataError, first_line
 from peft_pretraining.data.prepared import (
     TOKENIZER_FOLDER,
     Manifest,

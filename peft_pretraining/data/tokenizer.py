@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from peft_pretraining.data.errors import TokenizerError, causes, first_line
+from peft_pretraining.data import TokenizerError, causes, first_line
 
 if TYPE_CHECKING:
     import torch

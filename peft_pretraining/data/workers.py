@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 
 _PREFETCHED_ITEMS = 4  # per worker
 

@@ -7,7 +7,7 @@ import pytest
 from corpora import ByteTokenizer, json_lines, texts
 
 from peft_pretraining.__main__ import main
-from peft_pretraining.data.errors import DataError, TokenizerError
+from peft_pretraining.data import DataError, TokenizerError
 from peft_pretraining.data.inspection import inspect_dataset, shown
 from peft_pretraining.data.prepare import prepare
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 from corpora import json_lines, texts
 
-from peft_pretraining.data import lanes
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError, lanes
 from peft_pretraining.data.loader import EvalSet, TrainLoader, merge_states
 from peft_pretraining.data.source import open_source
 from peft_pretraining.data.workers import Workers

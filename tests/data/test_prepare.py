@@ -21,9 +21,8 @@ import pytest
 import torch
 from corpora import ByteTokenizer, json_lines, texts
 
-from peft_pretraining.data import lanes
+from peft_pretraining.data import DataError, TokenizerError, lanes
 from peft_pretraining.data import prepare as prepare_module
-from peft_pretraining.data.errors import DataError, TokenizerError
 from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
 from peft_pretraining.data.loader import EvalSet, TrainLoader, merge_states
 from peft_pretraining.data.prepare import prepare

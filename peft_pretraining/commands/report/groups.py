@@ -15,12 +15,17 @@ from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
 
 # What makes perplexities comparable: everything but the method and how it is tuned.
-_TASK = ("model", "data", "tokenizer", "text_field", "max_length", "packing", "document_mask", "total_batch_size")
+_TASK = (
+    *("model", "data", "eval_dataset", "tokenizer", "text_field", "max_length", "packing", "document_mask"),
+    "total_batch_size",
+)
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
 # What a setting is made of; seeds are its repetitions, the others are taken from the plan, as resolved.
 _RESOLVED = ("dtype", "data_lanes", "total_batch_size")
 _SETTINGS = tuple(
-    name for name, row in ROWS.items() if row.defines_run and name not in ("seed", "model_config", "dataset", *_RESOLVED)
+    name
+    for name, row in ROWS.items()
+    if (row.defines_run or name == "eval_dataset") and name not in ("seed", "model_config", "dataset", *_RESOLVED)
 )
 _SHORT = {
     "rank": "r",
