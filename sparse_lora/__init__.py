@@ -1,23 +1,23 @@
 """The SLTrain layer: a linear whose weight is low-rank plus sparse (arXiv 2406.02214). Needs torch only.
 
 linear.py          SparseLowRankLinear, a drop-in for nn.Linear
-functional.py      sparse_lowrank_linear (memory-saving autograd), which of its two paths takes less time, dense_reference
-support.py         Support: the positions of S; SparsePart: its arithmetic; generator_for; scratch memory
-uniform.py         positions anywhere, as published, and how they are stored
+functional.py      sparse_lowrank_linear (memory-saving autograd), the choice between its two paths, dense_reference
+support.py         Support: the positions of S; SparsePart: the arithmetic of S; generator_for; scratch memory
+uniform.py         random positions over the whole matrix, as published, and their storage format
 block.py           positions in dense blocks of consecutive inputs and interleaved outputs
-few_rows.py        products of few rows without gradients, for generating text
-kernels.py         W, and the values' gradient, by Triton kernels (kernels_triton.py) on a GPU with Triton
-adapted.py         AdaptedLinear: a pretrained linear with the two parts added, for fine-tuning; its counts and its state
+kernels.py         W and the values' gradient by Triton kernels (kernels_triton.py), on a GPU with Triton
+adapted.py         AdaptedLinear: a pretrained linear plus a low-rank plus sparse part, for fine-tuning
 relora.py          ReLoRALinear: a frozen dense weight plus factors that are merged into it
-reparameterize.py  SLTrainConfig, reparameterize(model, config), attach_relora(model), merge(model)
+reparameterize.py  SLTrainConfig, reparameterize(model, config), attach_relora(model), merge(model), prepare_for_inference(model)
 """
 
-from .adapted import AdaptedLinear, adapter_parameters, adapter_state
-from .few_rows import prepare_for_inference
+import importlib
+from typing import Any
+
 from .functional import dense_reference, sparse_lowrank_linear
 from .linear import SparseLowRankLinear
 from .relora import ReLoRALinear
-from .reparameterize import SLTrainConfig, attach_relora, merge, reparameterize
+from .reparameterize import SLTrainConfig, attach_relora, merge, prepare_for_inference, reparameterize
 from .support import Support, generator_for
 
 __all__ = [
@@ -36,3 +36,13 @@ __all__ = [
     "reparameterize",
     "sparse_lowrank_linear",
 ]
+
+# Names for fine-tuning; pretraining does not load their module.
+_FROM_ADAPTED = ("AdaptedLinear", "adapter_parameters", "adapter_state")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports adapted.py when one of its names is first used."""
+    if name not in _FROM_ADAPTED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("sparse_lora.adapted"), name)

@@ -1,37 +1,35 @@
 """AdaptedLinear: a pretrained linear with a low-rank plus sparse part added to its weight, for fine-tuning."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .functional import build_weight, part_of, sparse_lowrank_linear, without_autocast
 from .linear import SparseLowRankLinear, join_name
-from .support import generator_for
+from .reparameterize import SLTrainConfig, replace_targets
+from .support import LARGEST, generator_for
 from .uniform import UniformSupport
-
-# Of support: beside the kinds that are drawn, the entries of W0 that are largest in magnitude.
-LARGEST = "largest"
 
 
 class AdaptedLinear(SparseLowRankLinear):
-    """y = x (W0 + (alpha / rank) B A + S)^T + bias; it begins as the linear it is made of.
+    """y = x (W0 + (alpha / rank) B A + S)^T + bias; initially it computes the same as the pretrained linear.
 
-    Parameters: `weight` (out, in), W0, and `bias`, the linear's own tensors, trained where they require a gradient; the adapter's
-    `lora_A` (rank, in), `lora_B` (out, rank), `sparse_value` (nnz,) and optional `scaling` (1,), as of SparseLowRankLinear.
+    Parameters: the linear's own `weight` (out, in), W0, and `bias`, which train if they require a gradient; the adapter's
+    `lora_A` (rank, in), `lora_B` (out, rank), `sparse_value` (nnz,) and optional `scaling` (1,), as in SparseLowRankLinear.
 
     Initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, values 0.
 
     Args:
-        linear: whose weight and bias are taken, not copied. On "meta" nothing is drawn: call `reset_parameters` when there are
-            weights.
-        rank, sparsity, alpha, trainable_scaling, path: as of SparseLowRankLinear; with sparsity 0 this is LoRA.
-        support: as of SparseLowRankLinear, or "largest": the int(sparsity * out * in) entries of W0 of the largest magnitude.
-        seed, name: of the adapter's initial values, as of `reset_parameters`.
+        linear: the pretrained linear, whose weight and bias are used without a copy. On "meta" nothing is drawn: call
+            `reset_parameters` once the weights exist.
+        rank, sparsity, alpha, trainable_scaling, path: see SparseLowRankLinear; sparsity 0 is LoRA.
+        support: see SparseLowRankLinear, or "largest": the int(sparsity * out * in) entries of W0 with the largest magnitude.
+        seed, name: for the adapter's initial values, see `reset_parameters`.
 
     Raises:
-        ValueError: a value is out of its range, or the sparsity leaves S without a single entry.
+        ValueError: a value is out of its range, or the sparsity is so small that S has no entry.
     """
 
     def __init__(
@@ -61,21 +59,22 @@ class AdaptedLinear(SparseLowRankLinear):
         )
         self.on_largest = support == LARGEST
         device = linear.weight.device
-        self.to_empty(device=device)  # before it has any tensor of the linear's
+        # Before the linear's tensors become attributes, since to_empty would replace them.
+        self.to_empty(device=device)
         self.weight, self.bias = linear.weight, linear.bias
         if device.type != "meta":
             self.reset_parameters(seed, name)
         self.train(linear.training)
 
     def draw_support(self, seed: int, name: str) -> None:
-        """Draws the support alone, or finds W0's largest entries; arguments as of `reset_parameters`."""
+        """Draws the support, or sets it to W0's largest entries; see `reset_parameters` for the arguments."""
         if self.on_largest and isinstance(self.support, UniformSupport):
             self.support.place_(largest_entries(self.weight, self.support.nnz))
         else:
             super().draw_support(seed, name)
 
     def initial_values(self, seed: int, name: str) -> Iterator[tuple[str, Tensor]]:
-        """As of SparseLowRankLinear, but of the adapter alone: it changes nothing yet."""
+        """Yields (parameter name, float32 CPU tensor) of the adapter, with which the layer computes what the linear does."""
         bound = 1 / math.sqrt(self.in_features)
         generator = generator_for(seed, join_name(name, "lora_A"))
         values = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
@@ -87,14 +86,14 @@ class AdaptedLinear(SparseLowRankLinear):
             yield "scaling", torch.ones(1, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Maps (..., in_features) to (..., out_features)."""
         scaling = self.effective_scaling()
         return sparse_lowrank_linear(
             x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path, self.weight
         )
 
     def dense_weight(self) -> Tensor:
-        """W0 + (alpha / rank) B A + S, (out_features, in_features), in the parameters' dtype; differentiable."""
+        """Returns W0 + (alpha / rank) B A + S, (out_features, in_features), in the parameters' dtype; differentiable."""
         part = None if self.support is None else part_of(self.support)
         scaled_B = (self.lora_B * self.effective_scaling()).to(self.lora_B.dtype)
         with without_autocast(scaled_B):
@@ -102,14 +101,55 @@ class AdaptedLinear(SparseLowRankLinear):
 
     @property
     def adapter(self) -> list[nn.Parameter]:
-        """A, B, the sparse values and the trained scaling, as far as there are such."""
+        """The adapter's parameters: A, B, and the sparse values and the scaling if present."""
         parameters = (self.lora_A, self.lora_B, self.sparse_value, self.scaling)
         return [parameter for parameter in parameters if parameter is not None]
 
 
+def adapt(model: nn.Module, config: SLTrainConfig) -> list[str]:
+    """Replaces the targeted linears by AdaptedLinear, in place, and freezes all other parameters if config.base is "frozen".
+
+    Called by `reparameterize`, which documents results and errors.
+    """
+    for name in config.trained_modules:
+        if name not in dict(model.named_modules()):
+            available = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(f"trained_modules {name!r}: the model has no such module; its top-level modules are: {available}")
+    replaced = replace_targets(
+        model, config.target_modules, lambda linear, name: _adapted(linear, name, config), config.trained_modules
+    )
+    if config.base == "frozen":
+        freeze_but(model, config.trained_modules)
+    return replaced
+
+
+def _adapted(linear: nn.Linear, name: str, config: SLTrainConfig) -> AdaptedLinear:
+    return AdaptedLinear(
+        linear,
+        config.rank,
+        config.sparsity,
+        alpha=config.alpha,
+        support=config.support,
+        trainable_scaling=config.trainable_scaling,
+        path=config.path,
+        seed=config.seed,
+        name=name,
+    )
+
+
+def freeze_but(model: nn.Module, trained_modules: Sequence[str]) -> None:
+    """Freezes all parameters except those of adapters and of `trained_modules`, given by qualified name."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        for parameter in module.adapter if isinstance(module, AdaptedLinear) else ():
+            parameter.requires_grad_(True)
+    for name in trained_modules:
+        model.get_submodule(name).requires_grad_(True)
+
+
 @torch.no_grad()
 def largest_entries(weight: Tensor, count: int) -> Tensor:
-    """Sorted int64 positions (count,) of the row-major weight's largest magnitudes, on the CPU; of equal ones the first.
+    """Returns the sorted int64 CPU positions (count,) of the weight's largest magnitudes; the first ones among equals.
 
     Args:
         count: 1 .. weight.numel().
@@ -121,7 +161,7 @@ def largest_entries(weight: Tensor, count: int) -> Tensor:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, int]:
-    """Of each AdaptedLinear, by qualified name: rank * (in + out) + nnz, and 1 more for a trained scaling."""
+    """Returns each AdaptedLinear's number of adapter parameters by qualified name: rank * (in + out) + nnz, + 1 if scaled."""
     return {
         name: sum(parameter.numel() for parameter in module.adapter)
         for name, module in model.named_modules()
@@ -130,10 +170,10 @@ def adapter_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The part of state_dict() that training with a frozen base changes or adds: trained parameters and stored supports.
+    """Returns the part of state_dict() that fine-tuning with a frozen base changes: trained parameters and stored supports.
 
-    On the pretrained model, reparameterised with the same SLTrainConfig, `load_state_dict(state, strict=False)` brings the
-    fine-tuned one back.
+    To restore the fine-tuned model, reparameterise the pretrained one with the same SLTrainConfig and call
+    `load_state_dict(state, strict=False)`.
     """
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     names |= {

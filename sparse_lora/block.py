@@ -2,8 +2,8 @@
 positions need no storage.
 
 With k blocks, inputs are cut into k consecutive slices, of sizes that differ by one at most, and output o reads slice o mod k.
-Neighbouring outputs thus read different slices: those of an attention head read all of them, which consecutive outputs by
-consecutive inputs do not, and end worse (docs/results.md). Values lie row after row: the order of the sorted positions.
+Neighbouring outputs thus read different slices, and the outputs of an attention head together read all of them. Blocks of
+consecutive outputs do not have this property and reach a higher loss (docs/results.md). Values are stored row by row.
 
 Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S; n blocks of a run, r rows and c columns of each.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .support import SparsePart, Support, scratch_matrix
 
-# 1 / k must be this near to the share that was asked for, relative to it.
+# Largest relative difference between 1 / k and the requested share.
 _TOLERANCE = 0.05
 
 
 def block_count(sparsity: float) -> int:
-    """k, the number of blocks for a share `sparsity` of all entries: round(1 / sparsity).
+    """Returns k, the number of blocks for a share `sparsity` of all entries: round(1 / sparsity).
 
     Raises:
         ValueError: no 1 / k is within 5 % of the share.
@@ -32,7 +32,7 @@ def block_count(sparsity: float) -> int:
     if abs(1 / blocks - sparsity) > _TOLERANCE * sparsity:
         below, above = 1 / (int(1 / sparsity) + 1), 1 / max(1, int(1 / sparsity))
         raise ValueError(
-            f"sparsity {sparsity}: k blocks have a share 1 / k of all entries, the nearest are {below:.4g} and {above:.4g}: "
+            f"sparsity {sparsity}: k blocks hold a share 1 / k of all entries, the nearest are {below:.4g} and {above:.4g}: "
             'choose one of these, or support "uniform"'
         )
     return blocks
@@ -40,7 +40,7 @@ def block_count(sparsity: float) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """`count` neighbouring blocks of one shape (rows, columns), from block number `first` on.
+    """A run of `count` neighbouring blocks of one shape (rows, columns), starting at block number `first`.
 
     column: number of columns of all blocks before the first one.
     """
@@ -59,8 +59,10 @@ class Run:
 
 @functools.cache
 def runs(out_features: int, in_features: int, blocks: int) -> tuple[Run, ...]:
-    """All blocks, in at most three runs: the first out % k blocks have one row more than the others, and the first in % k one
-    column more."""
+    """Returns all blocks in at most three runs.
+
+    The first out % k blocks have one more row than the others, and the first in % k blocks one more column.
+    """
     result: list[Run] = []
     column = 0
     bounds = sorted({0, out_features % blocks, in_features % blocks, blocks})
@@ -73,7 +75,7 @@ def runs(out_features: int, in_features: int, blocks: int) -> tuple[Run, ...]:
 
 
 class BlockSupport(Support):
-    """k dense blocks: full rank, out * in / k positions up to rounding, none of them stored."""
+    """A support of k dense blocks: full rank, out * in / k positions up to rounding, none of them stored."""
 
     kind = "block"
 
@@ -99,7 +101,7 @@ class BlockSupport(Support):
         return BlockPart(self.blocks, self.out_features, self.in_features).gather(numbers)
 
     def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
-        """y += x S^T."""
+        """Adds x S^T to y."""
         BlockPart(self.blocks, self.out_features, self.in_features).add_few_rows_(y_TO, x_TI, values)
 
     def draw_(self, generator: torch.Generator) -> None:
@@ -107,11 +109,11 @@ class BlockSupport(Support):
 
 
 class BlockPart(SparsePart):
-    """The arithmetic of S with a block support, by batched products of slices, which are views.
+    """The arithmetic of S with a block support: batched products of slices, which are views.
 
-    The outputs of a block lie k apart, which no matrix product takes. Outputs are therefore computed block after block
+    A block's outputs are k columns apart, which no matrix product supports. Outputs are therefore computed block by block
     ("by_block") and reordered once; their gradients are reordered once before a backward pass. In by_block order each block has
-    room for ceil(O / k) outputs; room that a block does not need is never read.
+    room for ceil(O / k) outputs; unused room is never read.
     """
 
     def __init__(self, blocks: int, out_features: int, in_features: int) -> None:
@@ -121,22 +123,22 @@ class BlockPart(SparsePart):
         self._room = -(-out_features // blocks)
 
     def _in_values(self, values: Tensor, run: Run) -> Tensor:
-        """View (n, r, c) of the values: k rows after each other have one of every column, I values together."""
+        """Returns a view (n, r, c) of the values; each k consecutive rows hold one value per column, I values together."""
         offset = values.storage_offset() + run.column
         return values.as_strided((run.count, run.rows, run.columns), (run.columns, self.in_features, 1), offset)
 
     def _in_weight(self, weight: Tensor, run: Run) -> Tensor:
-        """View (n, r, c) of a contiguous (O, I) matrix."""
+        """Returns a view (n, r, c) of the run's blocks in a contiguous (O, I) matrix."""
         offset = weight.storage_offset() + run.first * self.in_features + run.column
         strides = (self.in_features + run.columns, self.blocks * self.in_features, 1)
         return weight.as_strided((run.count, run.rows, run.columns), strides, offset)
 
     def _outputs(self, by_block: Tensor, run: Run) -> Tensor:
-        """View (n, T, r) of the run's outputs in a (T, k * room) matrix in by_block order."""
+        """Returns a view (n, T, r) of the run's outputs in a (T, k * room) matrix in by_block order."""
         return _slices(by_block, run.first * self._room, run.count, self._room)[..., : run.rows]
 
     def _pairs(self, ordered: Tensor, by_block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of views with the same columns: one of (T, O) in the outputs' order, one of (T, k * room) in by_block order."""
+        """Yields pairs of views of the same columns: of (T, O) in the outputs' order, and of (T, k * room) in by_block order."""
         rounds, rest = divmod(self.out_features, self.blocks)
         blocks = by_block.unflatten(1, (self.blocks, self._room))
         yield ordered[:, : rounds * self.blocks].unflatten(1, (rounds, self.blocks)), blocks[..., :rounds].mT
@@ -158,19 +160,19 @@ class BlockPart(SparsePart):
         return by_block.flatten(0, 1)
 
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
-        """weight += S."""
+        """Adds S to the weight."""
         for run in self.runs:
             self._in_weight(weight, run).add_(self._in_values(values, run))
 
     def gather(self, grad_weight: Tensor) -> Tensor:
-        """The values' gradient (N,): the blocks' entries of the weight's gradient (O, I), in the order of the values."""
+        """Returns the values' gradient (N,): the blocks' entries of the weight's gradient (O, I), in the order of the values."""
         gradient = grad_weight.new_empty(sum(run.num_values for run in self.runs))
         for run in self.runs:
             self._in_values(gradient, run).copy_(self._in_weight(grad_weight, run))
         return gradient
 
     def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
-        """h scaled_B^T + bias + x S^T."""
+        """Returns h scaled_B^T + bias + x S^T, (T, O)."""
         rows = self._rows_by_block(scaled_B)
         by_block = torch.mm(h_TR, rows.t(), out=scratch_matrix(h_TR.shape[0], rows.shape[0], h_TR))
         for run in self.runs:
@@ -181,7 +183,7 @@ class BlockPart(SparsePart):
         return y_TO if bias is None else y_TO.add_(bias)
 
     def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
-        """y += x S^T, written directly to the strided places of each block's outputs."""
+        """Adds x S^T to y, directly in the strided columns of each block's outputs."""
         for run in self.runs:
             shape, strides = (run.count, y_TO.shape[0], run.rows), (1, self.out_features, self.blocks)
             outputs = y_TO.as_strided(shape, strides, y_TO.storage_offset() + run.first)
@@ -194,7 +196,7 @@ class BlockPart(SparsePart):
     def gradients_(
         self, g_TO: Tensor, x_TI: Tensor, values: Tensor | None, grad_TI: Tensor | None, need_values: bool
     ) -> Tensor | None:
-        """Adds G S to grad_TI, and returns the blocks' entries of G^T x, (N,), computing nothing else of it."""
+        """Adds G S to grad_TI, and returns the blocks' entries of G^T x, (N,), without computing the other entries."""
         by_block = self._by_block(g_TO)
         if grad_TI is not None and values is not None:
             for run in self.runs:
@@ -209,21 +211,21 @@ class BlockPart(SparsePart):
 
 
 def _add_products_(result: Tensor, left: Tensor, right: Tensor, beta: float = 1) -> None:
-    """result = beta * result + left @ right, of n matrices each; beta = 0 for an uninitialised result."""
+    """Sets result to beta * result + left @ right, for n matrices each; beta = 0 allows an uninitialised result."""
     if result.device.type != "cpu":
         result.baddbmm_(left, right, beta=beta)
         return
-    # A CPU's batched product first copies factors and results that are views: up to 8 times slower.
+    # The CPU's batched product copies operands that are views, which makes it up to 8 times slower.
     for block in range(result.shape[0]):
         result[block].addmm_(left[block], right[block], beta=beta)
 
 
 def _inputs(tensor_TI: Tensor, run: Run) -> Tensor:
-    """View (n, T, c) of the slices of the inputs that the run's blocks read."""
+    """Returns a view (n, T, c) of the slices of the inputs that the run's blocks read."""
     return _slices(tensor_TI, run.column, run.count, run.columns)
 
 
 def _slices(tensor: Tensor, start: int, count: int, size: int) -> Tensor:
-    """View (count, T, size) of `count` neighbouring slices of the columns of a (T, ...) tensor."""
+    """Returns a view (count, T, size) of `count` neighbouring slices of the columns of a (T, ...) tensor."""
     sliced: Tensor = tensor[:, start : start + count * size].unflatten(1, (count, size))
     return sliced.transpose(0, 1)

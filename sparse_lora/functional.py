@@ -1,7 +1,7 @@
-"""y = x W^T + bias with W = scaling * B A + S (+ W0), without keeping W or its gradient; plain autograd beside it.
+"""Computes y = x W^T + bias with W = scaling * B A + S (+ W0) without keeping W or its gradient; and the dense reference.
 
-Two paths compute the same, and `cheaper_path` chooses one: the materialised path builds W, and once W's gradient, and multiplies
-by them; the factored path keeps x A^T and multiplies by the factors, and by S in the way that suits its support.
+Two paths compute the same result, and `cheaper_path` chooses one. The materialised path builds W, and in backward W's gradient.
+The factored path keeps x A^T and multiplies by the factors, and by S in the way that suits its support.
 
 Shapes: T rows (all leading dimensions of x together), I in_features, O out_features, R rank, N nonzeros of S.
 """
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import few_rows
 from .block import BlockPart
-from .support import SparsePart, Support, low_rank_weight, passing_product
+from .support import SparsePart, Support, low_rank_weight, scratch_product
 from .uniform import UniformPart
 
 Scaling = float | Tensor
@@ -35,14 +34,14 @@ def sparse_lowrank_linear(
     path: str = "auto",
     base: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + bias with W = scaling * B A + S (arXiv 2406.02214, section 3.2); saves no dense weight for backward.
+    """Returns x W^T + bias with W = scaling * B A + S (arXiv 2406.02214, section 3.2); saves no dense weight for backward.
 
-    With a base W = W0 + scaling * B A + S, built the same way; W0's gradient, which is dense, only where it is asked for.
+    With a base, W = W0 + scaling * B A + S. W0's gradient, which is dense, is computed only if W0 requires one.
 
-    Saved are x, A, B, the values, the stored support and, on the factored path, x A^T, (T, R). At most one matrix of W's size
-    is alive at a time, in forward and in backward, compiled or not; on the factored path none, but for a uniform support. Under
-    autocast the products run in the autocast dtype, as nn.Linear's do; x and the parameters are then saved in their own dtype,
-    without a copy.
+    Saved for backward are x, A, B, the values, the stored support and, on the factored path, x A^T, (T, R). At most one matrix of
+    W's size exists at a time, in forward and in backward, compiled or not; the factored path needs none, except with a uniform
+    support. Under autocast the products run in the autocast dtype, as nn.Linear's do; x and the parameters are then saved in
+    their own dtype, without a copy.
 
     Args:
         x: (..., I), any number of leading dimensions.
@@ -52,19 +51,19 @@ def sparse_lowrank_linear(
         support: positions of the values; None exactly when sparse_value is.
         scaling: factor of B A, a number or a tensor of one element (which then gets a gradient).
         bias: (O,) or None.
-        path: "materialised", "factored", or "auto" for the one that takes less time by the model of `cheaper_path`.
-        base: (O, I), W0, or None. On the factored path its product is one of its own, and so it is wherever products are of
-            fewer than 32 bits: in a sum of that precision small changes of large entries would be rounded away.
+        path: "materialised", "factored", or "auto" for the path that `cheaper_path` estimates to be faster.
+        base: (O, I), W0, or None. Its product is computed separately on the factored path, and in dtypes of fewer than 32 bits,
+            in which adding to W0 would round away small changes of large entries.
 
     Returns:
         (..., O) in x's dtype, or in the autocast dtype under autocast.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other, or the path has another name.
+        ValueError: shapes or dtypes do not fit each other, or the path is unknown.
     """
     _check(x, lora_A, lora_B, sparse_value, support, scaling, bias, path, base)
     dtype = _compute_dtype(x, lora_A)
-    few = path != "materialised" and not torch.is_grad_enabled() and few_rows.serves(x, support)
+    few = path != "materialised" and _has_few_rows(x, support)
     if path == "auto" and not few and (base is None or dtype.itemsize >= 4):
         kind, nnz = ("none", 0) if support is None else (support.kind, support.nnz)
         sizes = (x.shape[:-1].numel(), lora_B.shape[0], x.shape[-1], lora_B.shape[1])
@@ -73,7 +72,7 @@ def sparse_lowrank_linear(
         adapted = sparse_lowrank_linear(x, lora_A, lora_B, sparse_value, support, scaling, None, path)
         return F.linear(x, base, bias) + adapted
     if few:
-        return few_rows.few_rows_output(x, lora_A, lora_B, sparse_value, support, scaling, bias)
+        return _few_rows_output(x, lora_A, lora_B, sparse_value, support, scaling, bias)
     code, blocks = (None, 0) if support is None else (support.code, support.blocks)
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
     factored = path == "factored"
@@ -92,7 +91,7 @@ def dense_reference(
     bias: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
-    """The same value as `sparse_lowrank_linear`, by plain autograd that keeps W: what the tests compare with."""
+    """Computes the same as `sparse_lowrank_linear` by plain autograd, which keeps W; tests compare with it."""
     weight = scaling * (lora_B @ lora_A)
     if base is not None:
         weight = weight + base
@@ -107,17 +106,20 @@ def build_weight(
     scaled_B: Tensor,
     values: Tensor | None,
     part: SparsePart | None,
-    passing: bool = False,
+    scratch: bool = False,
     base: Tensor | None = None,
 ) -> Tensor:
-    """W = scaled_B A + S (+ base), (O, I), all of one dtype; passing: in scratch memory, valid until the next one is built."""
+    """Returns W = scaled_B A + S (+ base), (O, I); all tensors have one dtype.
+
+    scratch: put W in scratch memory, where it is valid until the next W is built.
+    """
     if values is None or part is None:
-        return low_rank_weight(scaled_B, lora_A, base, passing)
-    return part.weight(scaled_B, lora_A, values, base, passing)
+        return low_rank_weight(scaled_B, lora_A, base, scratch)
+    return part.weight(scaled_B, lora_A, values, base, scratch)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Turns autocast off on the tensor's device: for products whose dtype is already decided."""
+    """Turns autocast off on the tensor's device, for products whose dtype is already chosen."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -128,7 +130,7 @@ class _SparseLowRankLinear(torch.autograd.Function):
     differentiable operations and is not marked once_differentiable.
     """
 
-    # Every argument by name: torch.compile takes the first of *arguments for the context.
+    # Every argument is named, because torch.compile takes the first of *arguments for the context.
     @staticmethod
     def forward(
         x: Tensor,
@@ -144,7 +146,7 @@ class _SparseLowRankLinear(torch.autograd.Function):
         blocks: int,
         factored: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Arguments and results of `_output`."""
+        """Calls `_output` with these arguments, as an operator under torch.compile."""
         compute = _output_op if torch.compiler.is_compiling() else _output
         return compute(x, lora_A, lora_B, values, code, scaling, base, bias, scaling_number, dtype, blocks, factored)
 
@@ -169,7 +171,8 @@ class _SparseLowRankLinear(torch.autograd.Function):
             grads = [next(found) if need else None for need in needed]
             if need_bias:
                 grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
-        if grad_h is not None and not compiling:  # of a second derivative, which no compiled graph has
+        # Present only in second derivatives, which compiled graphs do not support.
+        if grad_h is not None and not compiling:
             _, x, lora_A, *_ = ctx.saved_tensors
             of_x, of_A = _gradients_of_h(grad_h, x, lora_A)
             grads[0] = of_x if grads[0] is None else grads[0] + of_x
@@ -192,7 +195,7 @@ def _output(
     blocks: int,
     factored: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, (..., O), and x A^T, (T, R), or an empty tensor where W is built; of the given dtype."""
+    """Returns y, (..., O), and x A^T, (T, R), in the given dtype; if W is built, an empty tensor instead of x A^T."""
     scaled_B = (lora_B * (scaling_number if scaling is None else scaling)).to(dtype)
     out_shape = (*x.shape[:-1], lora_B.shape[0])
     x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), lora_A.to(dtype)
@@ -202,7 +205,7 @@ def _output(
     part = _part(values, code, blocks, lora_B, lora_A)
     with without_autocast(x):
         if not factored:
-            weight = build_weight(A, scaled_B, values, part, passing=True, base=base)
+            weight = build_weight(A, scaled_B, values, part, scratch=True, base=base)
             return F.linear(x_TI, weight, bias).view(out_shape), x_TI.new_empty(0)
         h_TR = x_TI @ A.t()
         if part is None or values is None:
@@ -241,7 +244,7 @@ def _gradients(
     factored: bool,
     needed: list[bool],
 ) -> list[Tensor]:
-    """The needed gradients among those of x, A, B, values, scaling and base, each in its tensor's shape and dtype."""
+    """Returns the needed gradients of x, A, B, values, scaling and base, in this order, each in its tensor's shape and dtype."""
     factor = scaling_number if scaling is None else scaling
     operands = _Operands(
         grad_output.reshape(-1, lora_B.shape[0]),
@@ -273,7 +276,7 @@ def _gradients(
 
 
 class _Gradients(NamedTuple):
-    """Gradients, None where not needed; B's is not multiplied by the scaling yet."""
+    """Gradients of the operands, None if not needed; B's is not multiplied by the scaling yet."""
 
     x: Tensor | None = None
     A: Tensor | None = None
@@ -283,19 +286,19 @@ class _Gradients(NamedTuple):
 
 
 def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
-    """By way of W and its gradient dW = G^T x."""
+    """Computes gradients from W and its gradient dW = G^T x."""
     need_x, need_A, need_B, need_values, need_base = needed
     grad_x = None
     if need_x:
-        grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, passing=True, base=o.base)
+        grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, scratch=True, base=o.base)
     if not (need_A or need_B or need_values or need_base):
         return _Gradients(grad_x)
     num_rows, rank = o.x_TI.shape[0], o.A.shape[0]
     if need_values and not need_base and o.part is not None and o.part.avoids_weight_gradient(num_rows, rank, o.x_TI):
         o = replace(o, h_TR=o.x_TI @ o.A.t())
         return _factored_gradients(o, (False, need_A, need_B, True, False))._replace(x=grad_x)
-    # Built only now that W is not needed any more; in memory of its own if it is the base's gradient, which is returned.
-    grad_W = o.g_TO.t() @ o.x_TI if need_base else passing_product(o.g_TO.t(), o.x_TI)
+    # W is no longer needed here, so dW may reuse its scratch memory; as the base's gradient it is returned and needs new memory.
+    grad_W = o.g_TO.t() @ o.x_TI if need_base else scratch_product(o.g_TO.t(), o.x_TI)
     grad_A = o.scaled_B.t() @ grad_W if need_A else None
     grad_B = grad_W @ o.A.t() if need_B else None
     grad_values = o.part.gather(grad_W) if need_values and o.part is not None else None
@@ -303,7 +306,7 @@ def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
 
 
 def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
-    """By way of the factors: x and A share G scaling B, and x A^T is kept from the forward pass. Without a base."""
+    """Computes gradients from the factors, without a base; x and A share G scaling B, and x A^T comes from the forward pass."""
     need_x, need_A, need_B, need_values, _ = needed
     grad_x = grad_A = grad_values = None
     if need_x or need_A:
@@ -317,7 +320,7 @@ def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
 
 
 def _gradients_of_h(grad_h: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and A from that of h = x A^T."""
+    """Returns the gradients of x and A, given the gradient of h = x A^T."""
     x_TI = x.reshape(-1, x.shape[-1]).to(grad_h.dtype)
     of_x = (grad_h @ lora_A.to(grad_h.dtype)).to(x.dtype).view(x.shape)
     return of_x, (grad_h.t() @ x_TI).to(lora_A.dtype)
@@ -328,7 +331,7 @@ def _part(values: Tensor | None, code: Tensor | None, blocks: int, lora_B: Tenso
 
 
 def sparse_part(code: Tensor | None, blocks: int, nnz: int, out_features: int, in_features: int) -> SparsePart:
-    """The arithmetic of a support with these attributes; see Support."""
+    """Returns the arithmetic of a support with these attributes; see Support."""
     if blocks:
         return BlockPart(blocks, out_features, in_features)
     if code is None:
@@ -337,12 +340,12 @@ def sparse_part(code: Tensor | None, blocks: int, nnz: int, out_features: int, i
 
 
 def part_of(support: Support) -> SparsePart:
-    """The arithmetic of `support`."""
+    """Returns the arithmetic of `support`."""
     return sparse_part(support.code, support.blocks, support.nnz, support.out_features, support.in_features)
 
 
-# torch.compile sees the two computations as opaque operators. Traced through, forward and backward would compute the
-# same B A in one joint graph, and the compiler would compute it once and keep W for backward: the memory of a dense model.
+# Opaque operators for torch.compile. If it traced through them, forward and backward would both compute B A in one joint graph;
+# the compiler would compute it once and keep W for backward, which takes the memory of a dense model.
 _output_op = torch.library.custom_op("sparse_lora::output", _output, mutates_args=())
 _gradients_op = torch.library.custom_op("sparse_lora::gradients", _gradients, mutates_args=())
 
@@ -361,10 +364,42 @@ def _gradients_fake(_g: Tensor, _h: Tensor, *inputs_and_settings: Any) -> list[T
     return [t.new_empty(t.shape) for t, need in zip(inputs, needed, strict=True) if need and t is not None]
 
 
+# --- Few rows without gradients, as in generating text ---
+#
+# Most of the time goes into reading weights, so factors and values are read once each and no matrix of W's size is built.
+
+# Chosen, not measured: text is generated for a few prompts at a time.
+MOST_FEW_ROWS = 32
+
+
+def _has_few_rows(x: Tensor, support: Support | None) -> bool:
+    """Tells whether `_few_rows_output` may be used: without gradients or compilation, x (..., I) short, the support prepared."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta or x.shape[:-1].numel() > MOST_FEW_ROWS:
+        return False
+    return (support is None or support.ready_for_few_rows) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _few_rows_output(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    sparse_value: Tensor | None,
+    support: Support | None,
+    scaling: Scaling,
+    bias: Tensor | None,
+) -> Tensor:
+    """Returns x W^T + bias, (..., O); arguments as of `sparse_lowrank_linear`."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    y_TO = F.linear((F.linear(x_TI, lora_A) * scaling).to(x.dtype), lora_B, bias)
+    if sparse_value is not None and support is not None:
+        support.add_few_rows_(y_TO, x_TI, sparse_value)
+    return y_TO.view(*x.shape[:-1], lora_B.shape[0])
+
+
 # --- Which path takes less time ---
 
-# Products of thin blocks are as fast as memory: the number of multiplications of large products in the time of moving one element
-# of a block's inputs or outputs. Measured with blocks of 15 x 15 to 550 x 204 on a CPU (docs/speed.md), assumed for a GPU.
+# Products of thin blocks are limited by memory bandwidth. These are the multiplications that a large product makes while one
+# element is moved; measured with blocks of 15 x 15 to 550 x 204 on a CPU (docs/speed.md), assumed for a GPU.
 _PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 200.0}
 
 
@@ -379,15 +414,15 @@ def multiplications(
     device_type: str,
     with_base: bool = False,
 ) -> float:
-    """Forward and backward pass of y = x W^T, W = scaling * B A + S, gradients of all, in multiplications of large products.
+    """Estimates the time of forward and backward of y = x W^T with all gradients, in multiplications of large products.
 
-    With T rows, r the rank, d x p the weight:
-      materialised: 3 T d p for y, dx and dW, and 4 r d p for building W twice and for dA and dB by way of dW.
-      factored: 3 T r (d + p) for the factors, and for S 3 T d p where it is computed as a dense matrix ("uniform"), 3 T nnz and
-      the time of moving 3 T (2 d + p) elements for blocks ("block"): inputs and outputs of the blocks in three products, and
-      reordered outputs. 0 without S ("none").
-    With a frozen base, factored: 2 T d p more for its own product and dx; the materialised path has the base in W.
-    Adding and gathering the nonzeros costs about the same on both, and much less.
+    With T rows, rank r and a d x p weight:
+      materialised: 3 T d p for y, dx and dW, and 4 r d p for building W twice and for dA and dB from dW.
+      factored: 3 T r (d + p) for the factors, plus S. "uniform": 3 T d p, as S is multiplied as a dense matrix. "block": 3 T nnz
+      plus the time to move 3 T (2 d + p) elements (inputs and outputs of the blocks in three products, and reordered outputs).
+      "none": 0.
+    A frozen base adds 2 T d p to the factored path, for its own product and dx; the materialised path has the base in W.
+    Adding and gathering the nonzeros is left out: it takes much less time, and about the same on both paths.
     """
     dense = out_features * in_features
     if path == "materialised":
@@ -411,14 +446,14 @@ def cheaper_path(
     device_type: str,
     with_base: bool = False,
 ) -> str:
-    """The path with fewer multiplications, for inference too: a recomputed forward pass takes the path of the first one.
+    """Returns the path with fewer multiplications, in inference too, so that a recomputed forward pass takes the same path.
 
     Args:
         num_rows: rows of the input, all leading dimensions together.
-        kind: of the support, "none" without a sparse part.
+        kind: kind of the support, "none" without a sparse part.
         nnz: number of S's entries.
         device_type: "cpu" or "cuda".
-        with_base: whether the weight has a dense part W0 besides.
+        with_base: True if the weight also has a dense part W0.
     """
     sizes = (num_rows, out_features, in_features, rank, kind, nnz, device_type, with_base)
     # Written out for torch.compile, which traces through it.
@@ -430,9 +465,9 @@ def cheaper_path(
 
 
 def _compute_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
-    """The dtype of the products: autocast's where it is on (it leaves float64 alone), else that of x and parameters."""
+    """Returns the dtype of the products: autocast's if it is on and x is not float64, else the dtype of x and the parameters."""
     device_type = x.device.type
-    # Meta tensors know no autocast and raise; torch.amp.is_autocast_available would break the graph in torch 2.11.
+    # Autocast functions raise for the meta device, and torch.amp.is_autocast_available would break the graph in torch 2.11.
     if not x.is_meta and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if x.dtype != lora_A.dtype:

@@ -1,11 +1,11 @@
-"""Two products of a linear with a sparse part as Triton kernels, where Triton and a GPU are there; nothing needs them.
+"""Optional Triton kernels for two products of a linear with a sparse part, used on a GPU with Triton.
 
-build_weight      W = scaled_B A + S in one pass: no second trip through memory for S, no atomics, one rounding.
+build_weight      W = scaled_B A + S in one pass: no second pass over memory for S, no atomics, one rounding.
 gather_gradient   the entries of G^T x at S's positions, without writing G^T x.
 
-Shapes: T rows, I in_features, O out_features, R rank, N positions. Accumulators are float32. The kernels keep nothing for
-autograd: call them below it, as an autograd function or an operator does. Which sizes a call takes depends on shapes and on the
-GPU's model alone, never on timings, so that a resumed run repeats the bits. Kernels: kernels_triton.py.
+Shapes: T rows, I in_features, O out_features, R rank, N positions. Accumulators are float32. The kernels have no gradients: call
+them inside an autograd function or an operator. Tile sizes depend only on shapes and the GPU's model, never on timings, so that
+resumed runs are bit-identical. The kernels themselves are in kernels_triton.py.
 """
 
 import functools
@@ -21,25 +21,25 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Columns of a block of `starts`. Fewer make less work for each tile and a larger table: 4 bytes for 32 entries of W.
+# Columns per block of the table `starts`, which has 4 bytes per block. Narrower blocks mean less work per tile, a larger table.
 _WIDTH = 32
-# Rows of tiles worked off together.
+# Rows of tiles that are computed together.
 _GROUP = 8
-# Entries of a row of a tile gathered at once: what nearly every 128 columns have at a density of .05.
+# Entries of a tile's row that are gathered at once; at a density of .05 nearly all rows of 128 columns have at most this many.
 _GATHERED_AT_ONCE = 16
-# For gather_gradient: the most shares of the T rows, and the fewest rows in one.
+# For gather_gradient: the largest number of splits of the T rows, and the fewest rows in a split.
 _MOST_SPLITS, _ROWS_PER_SPLIT = 8, 512
 
-# Assumed, not measured: the speed of the kernel's products relative to cuBLAS's, and how many multiply-adds an H100 makes in the
-# time that it takes to move one byte.
+# Assumed, not measured: the speed of the kernel's products relative to cuBLAS, and the multiply-adds that an H100 makes in the
+# time of moving one byte.
 _RELATIVE_SPEED = 0.8
 _PRODUCTS_PER_BYTE = 100
 
 
 class Tile(NamedTuple):
-    """Sizes of a program: rows x columns of the weight, depth of one product, warps, and loads under way at a time.
+    """Sizes of a kernel program: rows x columns of the weight, depth of one product, warps, and pipeline stages.
 
-    rows, columns and depth are powers of two of at least 16.
+    rows, columns and depth are powers of two, at least 16.
     """
 
     rows: int
@@ -49,19 +49,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Compiled for an H100 these spill nothing, or 8 bytes for a thread (gather_gradient, Triton 3.7); 128 x 256, and 128 x 128 with 4
+# Compiled for an H100 these spill at most 8 bytes per thread (gather_gradient, Triton 3.7); 128 x 256, and 128 x 128 with 4
 # warps, spill 100 to 400.
 LARGE_TILE = Tile(128, 128, 64, 8, 4)
 SMALL_TILE = Tile(64, 64, 64, 4, 4)
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run for tensors of `dtype` on `device`, and are meant to.
+    """Tells whether the kernels are used for tensors of `dtype` on `device`.
 
-    On a GPU: bfloat16 and float16 from compute capability 8.0, float32 where torch may use TF32 (exact float32 products are
-    left to cuBLAS). The first call for a GPU makes a small trial and compiles for it; where that fails, a warning says why.
-    On the CPU: where TRITON_INTERPRET=1 was set before Triton was imported (for tests; slow). Nowhere with SPARSE_LORA_TRITON=0
-    in the environment.
+    On a GPU: bfloat16 and float16 from compute capability 8.0, float32 if torch may use TF32 (exact float32 products are left to
+    cuBLAS). The first call for a GPU compiles and runs a small trial, and warns with the reason if it fails.
+    On the CPU: if TRITON_INTERPRET=1 was set before Triton was imported (for tests; slow). SPARSE_LORA_TRITON=0 in the
+    environment switches the kernels off.
     """
     if dtype not in DTYPES or os.environ.get("SPARSE_LORA_TRITON") == "0":
         return False
@@ -74,20 +74,21 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor, *, tile: Tile | None = None) -> Tensor:
-    """W = scaled_B A + S, of lora_A's dtype, rounded once.
+    """Returns W = scaled_B A + S in lora_A's dtype, rounded once.
 
     Args:
-        lora_A: (R, I); scaled_B: (O, R), of the same dtype.
-        values: (N,), of any of the kernels' dtypes.
-        positions: (N,) int32 or int64, strictly increasing, row-major in (O, I): what uniform.decode gives.
-        tile: sizes, where the choice by shape is not wanted.
+        lora_A: (R, I).
+        scaled_B: (O, R), in lora_A's dtype.
+        values: (N,), in any of the kernels' dtypes.
+        positions: (N,) int32 or int64, strictly increasing, row-major in (O, I), as uniform.decode returns them.
+        tile: sizes; None chooses them by shape.
 
     Returns:
         (O, I).
 
     Raises:
-        ValueError: a dtype that the kernels do not know, or tensors that do not fit each other.
-        RuntimeError: autograd would want a gradient through the kernel.
+        ValueError: a dtype is not supported, or tensors do not fit each other.
+        RuntimeError: a tensor requires a gradient, or Triton is not installed.
     """
     _check({"lora_A": lora_A, "scaled_B": scaled_B, "values": values}, positions)
     (rank, in_features), out_features = lora_A.shape, scaled_B.shape[0]
@@ -124,15 +125,16 @@ def gather_gradient(
     tile: Tile | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
-    """The gradient of S's values: the entries of G^T x, (O, I), at the positions.
+    """Returns the gradient of S's values: the entries of G^T x, (O, I), at the positions.
 
-    With more than one split, each takes a share of the T rows and the shares' float32 results, (splits, N), are added.
+    With several splits, each handles a share of the T rows, and their float32 results, (splits, N), are added.
 
     Args:
-        grad_output: G, (T, O); x: (T, I), of the same dtype.
+        grad_output: G, (T, O).
+        x: (T, I), in grad_output's dtype.
         positions: as in build_weight.
-        dtype: of the result; x's by default.
-        tile, num_splits: where the choice by shape is not wanted.
+        dtype: the result's dtype; None for x's.
+        tile, num_splits: None chooses them by shape.
 
     Returns:
         (N,).
@@ -157,7 +159,7 @@ def gather_gradient(
     with on_device:
         starts = _block_starts(positions, out_features, in_features, width)
         grad_output, x = _with_wide_rows(grad_output), _with_wide_rows(x)
-        # Rounded once: by the kernel where it finishes the sum, else after the sum of the shares.
+        # Rounded once: by the kernel if there is one split, else after the splits' results are added.
         kind = dtype if splits == 1 and not interpreted else torch.float32
         gathered = torch.empty(splits, positions.numel(), dtype=kind, device=x.device)
         kernels.gather_gradient[(num_tiles, splits)](
@@ -171,10 +173,10 @@ def gather_gradient(
 
 
 def pays_off(num_rows: int, in_features: int, out_features: int, rank: int) -> bool:
-    """Whether gather_gradient, with the gradients of A and B from factored products, should beat one dense G^T x for all three.
+    """Tells whether gather_gradient plus factored products for A and B should be faster than one dense G^T x for all three.
 
-    In multiply-adds: T I O at the kernel's speed and 2 T R (I + O) against T I O + 2 R I O and what it takes to write a
-    16-bit matrix of G^T x once and to read it three times. From assumed speeds; benchmarks/triton_kernels.py measures them.
+    Compares multiply-adds: T I O at the kernel's speed plus 2 T R (I + O), against T I O + 2 R I O plus the time of writing G^T x
+    once and reading it three times in 16 bits. The speeds are assumed; benchmarks/triton_kernels.py measures them.
     """
     dense = num_rows * in_features * out_features
     apart = dense / _RELATIVE_SPEED + 2 * num_rows * rank * (in_features + out_features)
@@ -183,13 +185,13 @@ def pays_off(num_rows: int, in_features: int, out_features: int, rank: int) -> b
 
 
 def scratch_bytes(out_features: int, in_features: int) -> int:
-    """What build_weight and gather_gradient need besides their arguments and results: the table of starts."""
+    """Returns the bytes that build_weight and gather_gradient need for the table `starts`."""
     return 4 * (out_features * _cdiv(in_features, _WIDTH) + 1)
 
 
 @functools.cache
 def _triton_kernels() -> ModuleType | None:
-    """The module with the kernels; None where Triton is not installed."""
+    """Returns the module with the kernels; None if Triton is not installed."""
     try:
         import sparse_lora.kernels_triton as kernels
     except ImportError:
@@ -198,31 +200,32 @@ def _triton_kernels() -> ModuleType | None:
 
 
 def _loaded_kernels() -> tuple[ModuleType, bool]:
-    """The kernels, and whether Triton's interpreter runs them."""
+    """Returns the module with the kernels, and whether Triton's interpreter runs them."""
     kernels = _triton_kernels()
     if kernels is None:
-        raise RuntimeError("Triton is not installed: pip install triton, or ask is_available before")
+        raise RuntimeError("Triton is not installed: pip install triton, or check is_available first")
     return kernels, kernels.INTERPRETED
 
 
 @functools.cache
 def _works(index: int) -> bool:
-    """Whether a trial on this GPU gives the right numbers: Triton also needs a C compiler and a driver that is new enough."""
+    """Tells whether a trial on this GPU gives the right numbers; Triton also needs a C compiler and a recent driver."""
     device = torch.device("cuda", index)
     kernels = _triton_kernels()
     if kernels is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         problem = None if _trial_succeeds(device) else "a trial gave wrong numbers"
-    except Exception as error:  # whatever a compiler, an assembler or a driver may raise
+    # Compilers, assemblers and drivers may raise anything.
+    except Exception as error:
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if problem:
-        warnings.warn(f"Triton's kernels are not used on {device}, plain PyTorch is: {problem}", stacklevel=3)
+        warnings.warn(f"Triton kernels are not used on {device}, PyTorch is used instead: {problem}", stacklevel=3)
     return problem is None
 
 
 def _trial_succeeds(device: torch.device) -> bool:
-    """Both kernels on whole numbers that bfloat16 holds exactly: 3 x 5 tiles of them, every third entry."""
+    """Runs both kernels on integers that bfloat16 represents exactly: 3 x 5 tiles, every third entry in S."""
     with torch.no_grad():
         out_features, in_features, rank = 160, 290, 16
         numbers = torch.arange(out_features * in_features, dtype=torch.int32, device=device)
@@ -240,9 +243,9 @@ def _trial_succeeds(device: torch.device) -> bool:
 def _check(tensors: dict[str, Tensor], positions: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}, but the kernels know float32, bfloat16 and float16 only")
+            raise ValueError(f"{name} is {tensor.dtype}, but the kernels support float32, bfloat16 and float16 only")
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name} wants a gradient, which the kernels do not give: call them under torch.no_grad()")
+            raise RuntimeError(f"{name} requires a gradient, which the kernels do not compute: call them under torch.no_grad()")
         if tensor.device != positions.device:
             raise ValueError(f"{name} is on {tensor.device} and positions on {positions.device}: move one of them")
     if positions.dtype not in (torch.int32, torch.int64) or not positions.is_contiguous():
@@ -254,7 +257,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _block_starts(positions: Tensor, out_features: int, in_features: int, width: int) -> Tensor:
-    """(O * blocks + 1,) int32: how many positions lie before each block of `width` columns of each row."""
+    """Returns the number of positions before each block of `width` columns of each row, (O * blocks + 1,) int32."""
     kernels, _ = _loaded_kernels()
     num_blocks, size = _cdiv(in_features, width), 256
     kind = torch.int32 if positions.numel() < 2**31 else torch.int64
@@ -266,9 +269,9 @@ def _block_starts(positions: Tensor, out_features: int, in_features: int, width:
 
 
 def _with_wide_rows(matrix: Tensor) -> Tensor:
-    """The matrix with rows that begin at multiples of 16 entries: without them a GPU loads odd rows entry by entry.
+    """Returns the matrix with rows that start at multiples of 16 entries; copies it if necessary.
 
-    Copied where they do not.
+    Otherwise a GPU loads unaligned rows entry by entry.
     """
     num_columns = matrix.shape[1]
     stride = _cdiv(num_columns, 16) * 16
@@ -278,28 +281,28 @@ def _with_wide_rows(matrix: Tensor) -> Tensor:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """For the interpreter, whose products and roundings of bfloat16 are wrong."""
+    """Converts bfloat16 to float32 for the interpreter, whose bfloat16 products and roundings are wrong."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _tile_for(out_features: int, in_features: int, device: torch.device) -> Tile:
-    """Large tiles, unless they leave more than half of the processors without one."""
+    """Returns large tiles, unless they leave more than half of the processors idle."""
     return LARGE_TILE if 2 * _num_tiles(out_features, in_features, LARGE_TILE) > _num_processors(device) else SMALL_TILE
 
 
 def _for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
-    """Four-byte entries take the same shared memory with half the depth."""
+    """Halves the depth for four-byte entries, so that they take the same shared memory."""
     return tile._replace(depth=max(16, tile.depth // 2)) if dtype == torch.float32 else tile
 
 
 def _splits_for(num_tiles: int, num_rows: int, num_processors: int) -> int:
-    """Shares of the rows with which the processors' rounds take least, each processor having one tile at a time."""
+    """Returns the number of row splits with the shortest total time, if each processor computes one tile at a time."""
     most = min(_MOST_SPLITS, max(1, num_rows // _ROWS_PER_SPLIT))
     return min(range(1, most + 1), key=lambda splits: (_cdiv(num_tiles * splits, num_processors) / splits, splits))
 
 
 def _tf32_allowed() -> bool:
-    # Not allow_tf32: reading it raises once somebody has set fp32_precision.
+    # Reading allow_tf32 instead would raise after fp32_precision was set.
     precision: str = torch.backends.cuda.matmul.fp32_precision
     return precision == "tf32"
 
@@ -326,7 +329,7 @@ def _constants(tile: Tile, width: int, dtype: torch.dtype) -> dict[str, int | st
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton starts kernels on the current GPU, which need not be the tensors'."""
+    """Selects the tensors' GPU, because Triton starts kernels on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -1,14 +1,14 @@
-"""Triton kernels for weights with a sparse part; imported by kernels.py only, where triton is there.
+"""Triton kernels for weights with a sparse part; imported only by kernels.py, and only if triton is installed.
 
-A weight (out_features, in_features) is cut into tiles of ROWS x COLUMNS, one program each. Entries of S are found through
-`starts`: every row of the weight is cut into blocks of WIDTH columns, and as positions are sorted, the entries of block b of row
-o are those numbered starts[o * num_blocks + b] to starts[o * num_blocks + b + 1] - 1; there are at most WIDTH of them.
+A weight (out_features, in_features) is divided into tiles of ROWS x COLUMNS, one program each. The table `starts` locates entries
+of S: every row of the weight is divided into blocks of WIDTH columns. Since positions are sorted, the entries of block b of row o
+have the numbers starts[o * num_blocks + b] to starts[o * num_blocks + b + 1] - 1, at most WIDTH of them.
 """
 
 import triton
 import triton.language as tl
 
-# TRITON_INTERPRET=1 when this module is imported: the kernels then run in NumPy, on the CPU.
+# True if TRITON_INTERPRET=1 when this module is imported; the kernels then run in NumPy on the CPU.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
@@ -16,10 +16,10 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 def block_starts(
     positions, starts, num_positions, out_features, in_features, num_blocks, WIDTH: tl.constexpr, SIZE: tl.constexpr
 ):
-    """starts[c] = how many positions lie before block c, for out_features * num_blocks + 1 blocks: a binary search for each."""
+    """Sets starts[c] to the number of positions before block c, c = 0 .. out_features * num_blocks, by binary search."""
     block = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     row, column = block // num_blocks, block % num_blocks * WIDTH
-    # 64 bits: the bound of the last block is the number of entries, which int32 positions need not reach.
+    # 64 bits, because the last bound is the number of entries, which may exceed int32 even if all positions fit.
     bound = row.to(tl.int64) * in_features + column
     low = tl.zeros((SIZE,), tl.int64)
     high = low + num_positions
@@ -33,7 +33,7 @@ def block_starts(
 
 @triton.jit
 def _place(program, out_features, in_features, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a program's tile: GROUP rows of tiles are worked off together, as they share what L2 holds."""
+    """Returns the first row and column of a program's tile; GROUP rows of tiles run together, to share data in the L2 cache."""
     across = tl.cdiv(in_features, COLUMNS)
     first = program // (GROUP * across) * GROUP
     height = min(tl.cdiv(out_features, ROWS) - first, GROUP)
@@ -62,9 +62,9 @@ def build_weight(
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of scaled_B A + S. The accumulator starts as the tile of S, is multiplied onto, and is stored once.
+    """Computes one tile of scaled_B A + S: the accumulator starts as the tile of S, the product is added, the sum is stored once.
 
-    stride_A >= in_features: columns beyond in_features are read and thrown away, which keeps loads wide and aligned.
+    stride_A >= in_features: columns beyond in_features are read and ignored, which keeps loads wide and aligned.
     """
     first_row, first_column = _place(tl.program_id(0), out_features, in_features, ROWS, COLUMNS, GROUP)
     rows, columns = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
@@ -74,7 +74,7 @@ def build_weight(
     start = starts + (rows[:, None] * num_blocks + blocks[None, :])
     begin = tl.load(start, mask=known, other=0)
     end = tl.load(start + 1, mask=known, other=0)
-    # In the positions' own type: they are 64 bits wide exactly where the product needs it.
+    # In the positions' dtype, which is 64 bits wide if the product needs it.
     origin = rows[:, None].to(positions.dtype.element_ty) * in_features + blocks[None, :] * WIDTH
     inside = tl.arange(0, WIDTH)[None, None, :]
     sparse = tl.zeros((ROWS, COLUMNS // WIDTH, WIDTH), tl.float32)
@@ -90,9 +90,9 @@ def build_weight(
     from_B = scaled_B + rows[:, None].to(tl.int64) * stride_B + depth[None, :]
     from_A = lora_A + depth[:, None].to(tl.int64) * stride_A + columns[None, :]
     for done in range(0, rank, DEPTH):
-        there = depth < rank - done
-        b = tl.load(from_B, mask=(rows[:, None] < out_features) & there[None, :], other=0.0)
-        a = tl.load(from_A, mask=there[:, None] & (columns[None, :] < stride_A), other=0.0)
+        valid = depth < rank - done
+        b = tl.load(from_B, mask=(rows[:, None] < out_features) & valid[None, :], other=0.0)
+        a = tl.load(from_A, mask=valid[:, None] & (columns[None, :] < stride_A), other=0.0)
         accumulator = tl.dot(b, a, accumulator, input_precision=PRECISION)
         from_B += DEPTH
         from_A += DEPTH * stride_A
@@ -125,9 +125,9 @@ def gather_gradient(
     AT_ONCE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of G^T x over one share of the rows of G and x, of which only the entries at the positions are stored.
+    """Computes one tile of G^T x over one share of the rows of G and x, and stores only the entries at the positions.
 
-    gathered: (splits, num_positions), one line for each share; program_id(1) is its number.
+    gathered: (splits, num_positions), one row per share; program_id(1) is the share's number.
     stride_G >= out_features, stride_x >= in_features: as in build_weight.
     """
     first_row, first_column = _place(tl.program_id(0), out_features, in_features, ROWS, COLUMNS, GROUP)
@@ -140,14 +140,14 @@ def gather_gradient(
     from_x = x + token[:, None].to(tl.int64) * stride_x + columns[None, :]
     accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
     for done in range(first, last, DEPTH):
-        there = done + tl.arange(0, DEPTH) < last
-        g = tl.load(from_G, mask=there[:, None] & (rows[None, :] < stride_G), other=0.0)
-        x_tile = tl.load(from_x, mask=there[:, None] & (columns[None, :] < stride_x), other=0.0)
+        valid = done + tl.arange(0, DEPTH) < last
+        g = tl.load(from_G, mask=valid[:, None] & (rows[None, :] < stride_G), other=0.0)
+        x_tile = tl.load(from_x, mask=valid[:, None] & (columns[None, :] < stride_x), other=0.0)
         accumulator = tl.dot(tl.trans(g), x_tile, accumulator, input_precision=PRECISION)
         from_G += DEPTH * stride_G
         from_x += DEPTH * stride_x
 
-    # The blocks of a tile follow each other, so that a row's entries in the tile are one piece of the positions.
+    # The blocks of a tile are adjacent, so a row's entries in the tile are one contiguous range of positions.
     block = rows * num_blocks + first_column // WIDTH
     known = rows < out_features
     begin = tl.load(starts + block, mask=known, other=0)
@@ -157,8 +157,8 @@ def gather_gradient(
     to = gathered + tl.program_id(1).to(tl.int64) * num_positions
     for done in range(0, tl.max(end - begin), AT_ONCE):
         number = begin[:, None] + done + tl.arange(0, AT_ONCE)[None, :]
-        there = number < end[:, None]
-        position = tl.load(positions + number, mask=there, other=0)
-        column = tl.where(there, position - origin[:, None], 0).to(tl.int32)
+        valid = number < end[:, None]
+        position = tl.load(positions + number, mask=valid, other=0)
+        column = tl.where(valid, position - origin[:, None], 0).to(tl.int32)
         found = tl.gather(accumulator, column, 1)
-        tl.store(to + number, found.to(gathered.dtype.element_ty), mask=there)
+        tl.store(to + number, found.to(gathered.dtype.element_ty), mask=valid)

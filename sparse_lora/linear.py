@@ -1,4 +1,4 @@
-"""SparseLowRankLinear: nn.Linear with the weight scaling * B A + S."""
+"""SparseLowRankLinear: a linear layer with the weight scaling * B A + S."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,8 +11,8 @@ from .functional import PATHS, build_weight, part_of, sparse_lowrank_linear, wit
 from .support import Support, generator_for
 from .uniform import UniformSupport
 
-# Of the variance that nn.Linear's weights start with, what a layer without S starts with: that of a layer with S at the published
-# delta. With the whole variance it trains far worse (docs/results.md).
+# A layer without S starts with this share of the variance of nn.Linear's initial weights, as a layer with S at the published
+# delta does. With the full variance it trains far worse (docs/results.md).
 LOW_RANK_START = 0.03
 
 
@@ -24,25 +24,25 @@ class SparseLowRankLinear(nn.Module):
 
     Initial values: A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, values ~
     U(-1/sqrt(in), 1/sqrt(in)), bias ~ U(-1/sqrt(out), 1/sqrt(out)), as published. With `sparsity=0` the layer is
-    low-rank only; B = 0 in every layer would then make every gradient zero, so B ~ N(0, .03 / (scaling^2 rank)), which
-    gives the entries of scaling * B A the variance .03 / (3 in) that S alone gives W with `sparsity=0.03`.
+    low-rank only. B = 0 in every layer would then make all gradients zero, so B ~ N(0, .03 / (scaling^2 rank)): the entries of
+    scaling * B A get the variance .03 / (3 in), the same that S gives W with `sparsity=0.03`.
 
     Args:
         in_features, out_features: shape of the weight, (out_features, in_features).
-        rank: of B A, at least 1; it may exceed min(in_features, out_features).
-        sparsity: share of the weight's entries that S has (delta in the paper), 0 .. 1; 0 leaves S out.
+        rank: rank of B A, at least 1; it may exceed min(in_features, out_features).
+        sparsity: share of the weight's entries that are in S (delta in the paper), 0 .. 1; 0 leaves S out.
         alpha: the low-rank part is scaled by alpha / rank.
-        bias: whether there is one.
-        support: which positions S has; "uniform": int(sparsity * out * in), drawn without replacement over the whole matrix, as
-            published; "block": round(1 / sparsity) dense blocks, which take less time and nothing to store.
-        trainable_scaling: scale by tanh(c) with c a trained scalar, initially 1, instead of alpha / rank.
-        path: how it is computed, "materialised", "factored" or "auto" (sparse_lora.functional).
-        seed: of the initial values and the support; None draws one from torch's default generator.
+        bias: add a bias.
+        support: the positions of S. "uniform": int(sparsity * out * in) positions, drawn without replacement over the whole
+            matrix, as published. "block": round(1 / sparsity) dense blocks, which are faster and need no storage.
+        trainable_scaling: scale by tanh(c), with c a trained scalar that starts at 1, instead of alpha / rank.
+        path: how the product is computed: "materialised", "factored" or "auto" (sparse_lora.functional).
+        seed: seed of the initial values and the support; None draws a seed from torch's default generator.
         device, dtype: of the parameters, as in nn.Linear. On "meta" nothing is drawn: call `reset_parameters` after
             `to_empty`.
 
     Raises:
-        ValueError: a value is out of its range, or the sparsity leaves S without a single entry.
+        ValueError: a value is out of its range, or the sparsity is so small that S has no entry.
     """
 
     def __init__(
@@ -84,26 +84,26 @@ class SparseLowRankLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, name: str) -> None:
-        """Draws the support and all initial values anew, in place, on whatever device the layer is.
+        """Draws the support and all initial values, in place, on any device.
 
-        The numbers depend on (seed, name) and the layer's shape only: each tensor comes from the CPU generator of its
-        own qualified name, in float32, and is then cast, so that float32 and bfloat16 start from the same numbers.
+        The numbers depend on (seed, name) and the layer's shape only. Each tensor is drawn in float32 by the CPU generator of its
+        qualified name and then cast, so that float32 and bfloat16 layers start from the same numbers.
 
         Args:
-            seed: of the run.
-            name: the layer's qualified name in its model, such as "model.layers.0.mlp.up_proj"; "" outside one.
+            seed: the run's seed.
+            name: the layer's qualified name in its model, such as "model.layers.0.mlp.up_proj"; "" outside a model.
         """
         for parameter_name, values in self.initial_values(seed, name):
             self.get_parameter(parameter_name).copy_(values)
         self.draw_support(seed, name)
 
     def draw_support(self, seed: int, name: str) -> None:
-        """Draws the support alone; arguments as of `reset_parameters`."""
+        """Draws the support only; see `reset_parameters` for the arguments."""
         if self.support is not None:
             self.support.draw_(generator_for(seed, join_name(name, "support")))
 
     def initial_values(self, seed: int, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Yields (parameter name, float32 CPU tensor) one parameter at a time; arguments as of `reset_parameters`."""
+        """Yields (parameter name, float32 CPU tensor), one parameter at a time; see `reset_parameters` for the arguments."""
         in_bound = 1 / math.sqrt(self.in_features)
         for parameter_name, parameter in self.named_parameters(recurse=False):
             values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
@@ -123,20 +123,20 @@ class SparseLowRankLinear(nn.Module):
             yield parameter_name, values
 
     def initial_scaling(self) -> float:
-        """The factor of B A before training."""
+        """Returns the factor of B A before training."""
         return self.alpha / self.rank if self.scaling is None else math.tanh(1.0)
 
     def effective_scaling(self) -> float | Tensor:
-        """The factor of B A: alpha / rank, or tanh(scaling), (1,), where it is trained."""
+        """Returns the factor of B A: alpha / rank, or tanh(scaling), (1,), if the scaling is trained."""
         return self.alpha / self.rank if self.scaling is None else torch.tanh(self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Maps (..., in_features) to (..., out_features)."""
         scaling = self.effective_scaling()
         return sparse_lowrank_linear(x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path)
 
     def dense_weight(self) -> Tensor:
-        """The weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
+        """Returns the weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
         part = None if self.support is None else part_of(self.support)
         scaled_B = (self.lora_B * self.effective_scaling()).to(self.lora_B.dtype)
         with without_autocast(scaled_B):
@@ -153,12 +153,12 @@ class SparseLowRankLinear(nn.Module):
 def make_support(
     kind: str, out_features: int, in_features: int, sparsity: float, device: torch.device | str | None = None
 ) -> Support:
-    """A support with a share `sparsity` of a weight's entries, its positions not drawn yet.
+    """Creates a support with a share `sparsity` of a weight's entries, whose positions are not drawn yet.
 
     "uniform": int(sparsity * out * in) positions, as published (arXiv 2406.02214). "block": round(1 / sparsity) blocks.
 
     Raises:
-        ValueError: the sparsity leaves no entry, no number of blocks has about this share, or so many do not fit the weight.
+        ValueError: the sparsity leaves no entry, no number of blocks has about this share, or the weight is too small for it.
     """
     return SUPPORTS[kind](out_features, in_features, sparsity, device)
 
@@ -177,7 +177,7 @@ def _block(out_features: int, in_features: int, sparsity: float, device: torch.d
     return BlockSupport(out_features, in_features, block_count(sparsity))
 
 
-# A new kind is one row here, its arithmetic in functional.sparse_part, and one row of peft_pretraining.config.supports.
+# A new kind needs a row here, its arithmetic in functional.sparse_part, and a row in peft_pretraining.config.supports.
 SUPPORTS: dict[str, Callable[[int, int, float, torch.device | str | None], Support]] = {
     UniformSupport.kind: _uniform,
     BlockSupport.kind: _block,
@@ -186,7 +186,7 @@ SUPPORT_KINDS = tuple(SUPPORTS)
 
 
 def hyperparameter_problems(rank: int, sparsity: float, alpha: float, support: str, path: str) -> list[str]:
-    """One message for each value that a layer cannot have."""
+    """Returns one message for each value that is out of its range."""
     problems = []
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         problems.append(f"rank is {rank!r}, but it must be a whole number of at least 1")
@@ -206,5 +206,5 @@ def _is_number(value: object) -> bool:
 
 
 def join_name(prefix: str, name: str) -> str:
-    """Qualified name of a tensor of the layer called `prefix`, "" outside a model."""
+    """Returns the qualified name of a tensor of the layer called `prefix`; prefix is "" outside a model."""
     return f"{prefix}.{name}" if prefix else name

@@ -1,4 +1,4 @@
-"""ReLoRALinear: a frozen dense weight plus a trained low-rank part that is merged into it from time to time."""
+"""ReLoRALinear: a frozen dense weight plus a trained low-rank part, which is merged into the weight at intervals."""
 
 import math
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from .support import generator_for
 class ReLoRALinear(nn.Module):
     """y = x (W0 + (alpha / rank) B A)^T + bias, W0 frozen (arXiv 2307.05695, section 3).
 
-    Parameters: `weight` (out, in), W0, which gets no gradient; `lora_A` (rank, in), `lora_B` (out, rank), optional `scaling` (1,)
-    and `bias` (out,), trained. The names of W0 and bias are nn.Linear's, so that a full-rank checkpoint names them alike.
+    Parameters: the frozen `weight` (out, in), W0; the trained `lora_A` (rank, in), `lora_B` (out, rank), and optional `scaling`
+    (1,) and `bias` (out,). W0 and bias have nn.Linear's names, so that full-rank checkpoints fit.
 
-    Initial values of the factors: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, as published: attaching them changes nothing.
+    Initial values of the factors: A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, as published, so attaching them does not change outputs.
 
     Args:
         in_features, out_features: shape of the weight, (out_features, in_features).
-        rank: of B A, at least 1.
+        rank: rank of B A, at least 1.
         alpha: the low-rank part is scaled by alpha / rank.
-        bias: whether there is one.
-        trainable_scaling: scale by tanh(c) with c a trained scalar, initially 1, instead of alpha / rank.
-        device, dtype: of the parameters. Nothing is drawn here: see `initial_values`.
+        bias: add a bias.
+        trainable_scaling: scale by tanh(c) with c a trained scalar that starts at 1, instead of alpha / rank.
+        device, dtype: of the parameters, which the constructor leaves undefined; see `initial_values`.
 
     Raises:
         ValueError: a value is out of its range.
@@ -60,12 +60,12 @@ class ReLoRALinear(nn.Module):
         self.bias = nn.Parameter(empty(out_features)) if bias else None
 
     def initial_values(self, seed: int, name: str, restart: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """Yields (parameter name, float32 CPU tensor) of factors and scale.
+        """Yields (parameter name, float32 CPU tensor) of the factors and the scaling.
 
         Args:
-            seed: of the run.
+            seed: the run's seed.
             name: the layer's qualified name in its model.
-            restart: how often the factors were merged before; each time A is another one.
+            restart: number of merges so far; A is drawn differently after each.
         """
         bound = 1 / math.sqrt(self.in_features)
         key = f"{name}.lora_A" if restart == 0 else f"{name}.lora_A/restart/{restart}"
@@ -76,24 +76,24 @@ class ReLoRALinear(nn.Module):
             yield "scaling", torch.ones(1, device="cpu")
 
     def effective_scaling(self) -> float | Tensor:
-        """The factor of B A: alpha / rank, or tanh(scaling), (1,), where it is trained."""
+        """Returns the factor of B A: alpha / rank, or tanh(scaling), (1,), if the scaling is trained."""
         return self.alpha / self.rank if self.scaling is None else torch.tanh(self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features). Kept for backward: x, and x A^T, rank numbers for each row."""
+        """Maps (..., in_features) to (..., out_features). Keeps x and x A^T, rank numbers per row, for backward."""
         dense = F.linear(x, self.weight, self.bias)
         h = F.linear(x, self.lora_A).reshape(-1, self.rank)
         scaling, B = self._scaling_and_B()
         return torch.addmm(dense.reshape(-1, self.out_features), h, B.t(), alpha=scaling).view(dense.shape)
 
     def dense_weight(self) -> Tensor:
-        """The weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
+        """Returns the weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
         scaling, B = self._scaling_and_B()
         with without_autocast(B):
             return torch.addmm(self.weight, B, self.lora_A, alpha=scaling)
 
     def _scaling_and_B(self) -> tuple[float, Tensor]:
-        """A factor and (out, rank), together B with its scale: a trained one is multiplied in."""
+        """Returns a number and a matrix (out, rank) whose product is scaling * B; a trained scaling is inside the matrix."""
         scaling = self.effective_scaling()
         if isinstance(scaling, Tensor):
             return 1.0, (self.lora_B * scaling).to(self.lora_B.dtype)

@@ -1,41 +1,43 @@
-"""Replace a model's linears by low-rank plus sparse ones, and back."""
+"""Replaces a model's linears by low-rank plus sparse ones, and back."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .adapted import LARGEST, AdaptedLinear
 from .linear import SparseLowRankLinear, hyperparameter_problems
 from .relora import ReLoRALinear
+from .support import LARGEST
+from .uniform import UniformSupport
 
-# What the method leaves dense (arXiv 2406.02214, section 5.1): no linear with one of these in its name is replaced.
+# Linears with one of these in their names stay dense (arXiv 2406.02214, section 5.1).
 KEPT_DENSE = ("lm_head", "embed", "norm")
 
 DEFAULT_TARGETS = ("attn", "mlp")
-# Every linear that may be replaced, whatever its name: models differ in what they call attention.
+# Targets all linears that may be replaced, for models with other names for attention and MLP.
 ALL_LINEARS = ("*",)
 
-# What becomes of the weights that a model has: "frozen" stays as it is, "trained" stays and trains.
+# How fine-tuning treats the pretrained weights: "frozen" keeps them unchanged, "trained" trains them too.
 BASES = ("frozen", "trained")
 
 
 @dataclass(frozen=True)
 class SLTrainConfig:
-    """How `reparameterize` replaces linears; the values are explained at SparseLowRankLinear.
+    """Settings of `reparameterize`; SparseLowRankLinear explains rank, sparsity, alpha, trainable_scaling, seed and path.
 
-    target_modules: a linear is replaced when its qualified name contains one of these strings, as that of
-    model.layers.0.self_attn.q_proj contains "attn"; "*" is in every name.
+    target_modules: a linear is replaced if its qualified name contains one of these strings, as
+    model.layers.0.self_attn.q_proj contains "attn"; "*" matches every name.
 
-    base: None for pretraining, W = (alpha/r) B A + S with nothing left of the model's weights. For fine-tuning the weight W0 that
-    a linear has stays, W = W0 + (alpha/r) B A + S (AdaptedLinear), and the model computes what it did until it is trained: with
-    "frozen" the adapters and trained_modules are all that trains, in the whole model; with "trained" nothing is frozen.
+    base: None for pretraining: W = (alpha/r) B A + S, and the model's weights are dropped. For fine-tuning (AdaptedLinear),
+    W = W0 + (alpha/r) B A + S keeps the weight W0, and the model's outputs do not change until it is trained. "frozen" trains
+    only the adapters and trained_modules, in the whole model; "trained" freezes nothing.
 
-    support: with a base also "largest", its entries of the largest magnitude.
+    support: see SparseLowRankLinear; with a base also "largest", the largest-magnitude entries of W0.
 
-    trained_modules: with a base, qualified names of modules, such as a new classifier, whose linears stay as they are and which
-    train in full.
+    trained_modules: only with a base: qualified names of modules, such as a new classifier, which are not replaced and train in
+    full.
 
     Raises:
         ValueError: a value is out of its range (all problems in one message).
@@ -71,7 +73,7 @@ class SLTrainConfig:
         if self.base not in (None, *BASES):
             problems.append(f"base is {self.base!r}, but it must be None or one of: {', '.join(BASES)}")
         if self.base is None and self.support == LARGEST:
-            problems.append("support 'largest' is that of a base's entries: give base='frozen' or 'trained' too")
+            problems.append("support 'largest' selects entries of a base weight: set base='frozen' or 'trained' too")
         modules = self.trained_modules
         if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
             problems.append(f"trained_modules is {modules!r}, but it must be names, such as ('classifier',)")
@@ -83,50 +85,33 @@ class SLTrainConfig:
 
 
 def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
-    """Replaces, in place, the model's targeted nn.Linear modules by SparseLowRankLinear with newly drawn weights, or, with
-    config.base, by AdaptedLinear with the weights they have.
+    """Replaces the model's targeted nn.Linear modules in place: by SparseLowRankLinear, or by AdaptedLinear with config.base.
 
-    Device, dtype, training mode and the presence of a bias are kept; without a base the old weights and biases are dropped.
-    Every new tensor is drawn with (config.seed, its qualified name); a model on the meta device stays there, undrawn. Embedding,
-    lm_head, norms, weights tied to an embedding, and subclasses of nn.Linear are left alone.
+    SparseLowRankLinear gets newly drawn weights and biases; AdaptedLinear keeps the linear's. Device, dtype, training mode and
+    the presence of a bias are kept. Every new tensor is drawn with (config.seed, its qualified name); on the meta device nothing
+    is drawn. Embedding, lm_head, norms, weights tied to an embedding, and subclasses of nn.Linear are not replaced.
 
     Returns:
         Qualified names of the replaced modules, in the model's order.
 
     Raises:
-        ValueError: no linear matches, one of the targets (unless they are the default ones) matches none, or the model has no
-            module of a name in trained_modules.
+        ValueError: no linear matches, one of the targets (unless they are the defaults) matches no linear, or trained_modules
+            names a module that the model does not have.
     """
-    for name in config.trained_modules:
-        if name not in dict(model.named_modules()):
-            there = ", ".join(child for child, _ in model.named_children())
-            raise ValueError(f"trained_modules {name!r}: the model has no such module; at its top there are: {there}")
-    like = _sparse_lowrank_like if config.base is None else _adapted
-    replaced = _replace_targets(
-        model, config.target_modules, lambda linear, name: like(linear, name, config), config.trained_modules
-    )
-    if config.base == "frozen":
-        freeze_but(model, config.trained_modules)
-    return replaced
-
-
-def freeze_but(model: nn.Module, trained_modules: Sequence[str]) -> None:
-    """No parameter requires a gradient but those of adapters and of these modules, by qualified name."""
-    model.requires_grad_(False)
-    for module in model.modules():
-        for parameter in module.adapter if isinstance(module, AdaptedLinear) else ():
-            parameter.requires_grad_(True)
-    for name in trained_modules:
-        model.get_submodule(name).requires_grad_(True)
+    if config.base is not None:
+        # Imported by name, so that pretraining does not load a module that only fine-tuning needs.
+        replaced: list[str] = importlib.import_module("sparse_lora.adapted").adapt(model, config)
+        return replaced
+    return replace_targets(model, config.target_modules, lambda linear, name: _sparse_lowrank_like(linear, name, config))
 
 
 def attach_relora(
     model: nn.Module, *, rank: int, alpha: float = 32.0, trainable_scaling: bool = False, seed: int = 0
 ) -> list[str]:
-    """Freezes, in place, the linears of attention and MLP and adds factors to them; arguments: see ReLoRALinear.
+    """Freezes the linears of attention and MLP in place and adds factors to them; see ReLoRALinear for the arguments.
 
-    Weights and biases are kept, so that the model computes what it did. Each factor is drawn with (seed, its qualified name); a
-    model on the meta device stays there, undrawn.
+    Weights and biases are kept, so the model's outputs do not change. Each factor is drawn with (seed, its qualified name); on
+    the meta device nothing is drawn.
 
     Returns:
         Qualified names of the changed modules, in the model's order.
@@ -154,27 +139,29 @@ def attach_relora(
                     layer.get_parameter(parameter_name).copy_(values)
         return layer.train(linear.training)
 
-    return _replace_targets(model, DEFAULT_TARGETS, with_factors)
+    return replace_targets(model, DEFAULT_TARGETS, with_factors)
 
 
-def _replace_targets(
+def replace_targets(
     model: nn.Module,
     targets: tuple[str, ...],
     change: Callable[[nn.Linear, str], nn.Module],
     kept_modules: Sequence[str] = (),
 ) -> list[str]:
-    """Puts change(linear, name) in the place of every linear that matches and is not inside one of kept_modules, by qualified
-    name; returns and raises what `reparameterize` does."""
+    """Replaces every matching linear by change(linear, name), except inside kept_modules, given by qualified name.
+
+    Returns and raises the same as `reparameterize`.
+    """
     inside = tuple(f"{module}." for module in kept_modules)
     eligible = {name: linear for name, linear in _eligible_linears(model).items() if not f"{name}.".startswith(inside)}
     replaced = [name for name in eligible if any(_matches(target, name) for target in targets)]
     unmatched = [t for t in targets if not any(_matches(t, name) for name in eligible)]
-    # A model without one of the two default blocks is no mistake; a target that somebody wrote is meant.
+    # A model may lack one of the two default blocks, but a target that the user wrote must match.
     if not replaced or (unmatched and targets != DEFAULT_TARGETS):
         names = ", ".join(list(eligible)[:5]) or "none"
         raise ValueError(
             f"target_modules {', '.join(map(repr, unmatched))} match no linear of the model that can be replaced "
-            f"({', '.join([*KEPT_DENSE, *kept_modules])} are left dense): choose parts of names such as: {names}"
+            f"({', '.join([*KEPT_DENSE, *kept_modules])} stay dense): choose parts of names such as: {names}"
         )
     _replace(model, {id(eligible[name]): change(eligible[name], name) for name in replaced})
     return replaced
@@ -185,28 +172,39 @@ def _matches(target: str, name: str) -> bool:
 
 
 def merge(model: nn.Module) -> list[str]:
-    """Replaces, in place, every SparseLowRankLinear (AdaptedLinear is one) and ReLoRALinear by an nn.Linear with its
-    dense_weight() and bias.
+    """Replaces every SparseLowRankLinear, AdaptedLinear and ReLoRALinear in place by an nn.Linear with its dense weight and bias.
 
     Returns:
-        Qualified names of the replaced modules; empty when the model has none.
+        Qualified names of the replaced modules; empty if the model has none.
 
     Raises:
-        ValueError: the model is itself such a layer, which cannot be replaced in place.
+        ValueError: the model itself is such a layer, which cannot be replaced in place.
     """
     kinds = (SparseLowRankLinear, ReLoRALinear)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if "" in layers:
-        raise ValueError(f"the model is itself a {type(model).__name__}: wrap it in a module, or use its dense_weight()")
+        raise ValueError(f"the model itself is a {type(model).__name__}: wrap it in a module, or use its dense_weight()")
     _replace(model, {id(layer): _linear_like(layer) for layer in layers.values()})
     return list(layers)
 
 
-def _eligible_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linears that may be replaced, by name.
+def prepare_for_inference(model: nn.Module) -> nn.Module:
+    """Puts the model into eval mode without gradients, and makes the tables by row that products of few rows need.
 
-    A subclass of nn.Linear is something else (nn.MultiheadAttention reads its weight without calling it, quantised ones
-    store it differently), and a weight shared with an embedding stays dense.
+    A uniform support's table takes 2 bytes per nonzero (4 from 32,769 inputs on) and 4 per row. Loading other positions does not
+    update the table: call this function again. Returns the model.
+    """
+    for module in model.modules():
+        if isinstance(module, UniformSupport):
+            module.keep_rows()
+    return model.eval().requires_grad_(False)
+
+
+def _eligible_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Returns the linears that may be replaced, by name.
+
+    Subclasses of nn.Linear are excluded, because some use the weight differently (nn.MultiheadAttention reads it without calling
+    the module, quantised linears store it differently). A weight tied to an embedding stays dense.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
@@ -239,20 +237,6 @@ def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) ->
     return layer.train(linear.training)
 
 
-def _adapted(linear: nn.Linear, name: str, config: SLTrainConfig) -> AdaptedLinear:
-    return AdaptedLinear(
-        linear,
-        config.rank,
-        config.sparsity,
-        alpha=config.alpha,
-        support=config.support,
-        trainable_scaling=config.trainable_scaling,
-        path=config.path,
-        seed=config.seed,
-        name=name,
-    )
-
-
 @torch.no_grad()
 def _linear_like(layer: SparseLowRankLinear | ReLoRALinear) -> nn.Linear:
     weight = layer.dense_weight()
@@ -265,7 +249,7 @@ def _linear_like(layer: SparseLowRankLinear | ReLoRALinear) -> nn.Linear:
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Puts replacements[id(module)] wherever the module hangs in the model, under several names if it is shared."""
+    """Puts replacements[id(module)] in the module's place in the model; a shared module is replaced under all of its names."""
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
             if id(child) in replacements:

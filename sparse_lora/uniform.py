@@ -1,12 +1,12 @@
 """The uniform support: entries drawn at random over the whole matrix, and the format in which their positions are stored.
 
-Sorted positions are stored as the gaps between them, one byte each: with a share delta of all entries the mean gap is
-1 / delta, and a gap of 256 or more has the probability exp(-256 delta), 2e-6 at delta .05 and 8 % at .01. Of those escaped gaps
-the lower byte is stored in the gap's place like any other; the upper byte and the place go to a list of their own, whose sorted
-places are stored in the same way. Where fewer positions make gaps long, two bytes each, or the plain positions, take less.
+Sorted positions are stored as the gaps between them, one byte each. With a share delta of all entries the mean gap is 1 / delta,
+and a gap is 256 or more with probability exp(-256 delta): 2e-6 at delta .05, 8 % at .01. Such an escaped gap keeps its lower byte
+in its place like any other gap; its upper byte and its place go to a separate list, whose sorted places are stored in the same
+way. For few positions, whose gaps are long, two bytes per gap or the plain positions take less memory.
 
-The sizes follow from the shape alone, so that a tensor can be allocated, loaded and accounted for before anything is drawn: the
-list of escaped gaps has room for 12 standard deviations above what a uniform draw is expected to need.
+Sizes follow from the shape alone, so that a tensor can be allocated, loaded and counted before anything is drawn. The list of
+escaped gaps has room for 12 standard deviations more than a uniform draw is expected to need.
 
 Shapes: T rows of the input, I in_features, O out_features, N nonzeros of S.
 """
@@ -22,22 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .support import SparsePart, Support, passing_product, scratch_matrix
+from .support import SparsePart, Support, scratch_matrix, scratch_product
 
-# Up to this many positions a permutation of all of them is drawn: no scratch worth saving, and it ends the recursion
-# of `sample_positions`.
+# Up to this many entries, positions are taken from a permutation of all entries, which is small; it also ends the recursion of
+# `sample_positions`.
 _PERMUTE_UP_TO = 4096
 _SPARE_DEVIATIONS = 12
-# Gaps beyond the upper byte's reach must be rarer than this, all together, or the width is not taken.
+# A width is used only if the expected number of gaps that do not fit into its upper byte is at most this.
 _NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Storage of up to `count` sorted numbers below `limit`.
+    """The storage format of up to `count` sorted numbers below `limit`.
 
-    width: bytes per number; 1 and 2 are gaps (`escaped` is then set), 4 and 8 plain numbers.
-    escaped: the layout of the places of the gaps that do not fit in `width` bytes.
+    width: bytes per number; 1 and 2 are for gaps (`escaped` is then set), 4 and 8 for plain numbers.
+    escaped: the layout of the places of gaps that do not fit in `width` bytes.
     """
 
     count: int
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def upper_bytes_at(self) -> int:
-        """Offset of the escaped gaps' upper bytes; parts begin at multiples of 8, so that they can be viewed as integers."""
+        """Offset of the escaped gaps' upper bytes; parts start at multiples of 8, so that they can be viewed as integers."""
         return _aligned(self.count * self.width)
 
     @property
@@ -57,23 +57,23 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Total number of bytes."""
         return self.count * self.width if self.escaped is None else self.places_at + self.escaped.nbytes
 
 
 def plain_layout(count: int, limit: int) -> Layout:
-    """`count` plain numbers below `limit`, however they lie."""
+    """Returns the layout of `count` plain numbers below `limit`, which may have any gaps."""
     return Layout(count, limit, 4 if limit <= 2**31 else 8)
 
 
 @functools.cache
 def layout_for(nnz: int, numel: int) -> Layout:
-    """The smallest layout for `nnz` uniformly drawn positions below `numel`."""
+    """Returns the smallest layout for `nnz` uniformly drawn positions below `numel`."""
     return _smallest(nnz, nnz, nnz, numel)
 
 
 def _smallest(count: int, expected: float, fewest: float, limit: int) -> Layout:
-    """Smallest layout with room for `count` numbers below `limit`; `expected` and at least `fewest` will be there."""
+    """Returns the smallest layout for at most `count`, at least `fewest` and on average `expected` numbers below `limit`."""
     candidates = [plain_layout(count, limit)]
     for width in (1, 2):
         reach = 256**width
@@ -89,7 +89,7 @@ def _smallest(count: int, expected: float, fewest: float, limit: int) -> Layout:
 
 
 def _share_of_gaps(length: int, count: float, limit: int) -> float:
-    """Probability that a gap between `count` uniform numbers below `limit` is at least `length`."""
+    """Returns the probability that a gap between `count` uniform numbers below `limit` is at least `length`."""
     return 0.0 if length >= limit else math.exp(count * math.log1p(-length / limit))
 
 
@@ -101,11 +101,10 @@ def _aligned(nbytes: int) -> int:
 
 
 def sample_positions(nnz: int, numel: int, generator: torch.Generator) -> Tensor:
-    """A uniformly drawn set of `nnz` of the positions 0 .. numel - 1, without replacement, sorted.
+    """Draws `nnz` of the positions 0 .. numel - 1 uniformly without replacement, sorted.
 
-    The distinct values among independent uniform draws are, given their number, a uniformly random set of that number;
-    so is what remains of such a set when a uniformly random part of it is dropped. Scratch is proportional to nnz,
-    not to numel, as long as nnz <= numel / 2.
+    The distinct values among independent uniform draws are a uniformly random set of their number, and stay one when a uniformly
+    random part is dropped. Temporary memory is proportional to nnz, not to numel, as long as nnz <= numel / 2.
 
     Returns:
         int64 tensor (nnz,) on the CPU, strictly increasing.
@@ -127,23 +126,23 @@ def sample_positions(nnz: int, numel: int, generator: torch.Generator) -> Tensor
 
 
 def _draw(count: int, numel: int, generator: torch.Generator) -> Tensor:
-    # Not randint: it reduces a 32-bit number modulo numel, which favours the first rows of a 4096 x 11008 matrix by
-    # 1 %. From 63 bits the remainder's bias is numel / 2^63.
+    # randint reduces a 32-bit number modulo numel, which favours the first rows of a 4096 x 11008 matrix by 1 %. With 63 bits the
+    # bias is numel / 2^63.
     draws = torch.empty(count, dtype=torch.int64, device="cpu").random_(generator=generator)
     return draws.remainder_(numel)
 
 
 def _kept(dropped: Tensor, numel: int) -> Tensor:
-    """Boolean mask of the `numel` positions without the dropped ones."""
+    """Returns a boolean mask of `numel` positions, False for the dropped ones."""
     mask = torch.ones(numel, dtype=torch.bool, device="cpu")
     mask[dropped] = False
     return mask
 
 
 def encode(positions: Tensor, layout: Layout) -> Tensor | None:
-    """Sorted int64 positions on the CPU -> the uint8 tensor (layout.nbytes,) that `decode` reads; None if they do not fit.
+    """Encodes sorted int64 CPU positions as the uint8 tensor (layout.nbytes,) that `decode` reads; None if they do not fit.
 
-    Fewer than layout.count positions are filled up by repeating the last one.
+    If there are fewer than layout.count positions, the last one is repeated.
     """
     last = positions[-1:] if positions.numel() else positions.new_zeros(1)
     positions = torch.cat((positions, last.expand(layout.count - positions.numel())))
@@ -159,7 +158,7 @@ def encode(positions: Tensor, layout: Layout) -> Tensor | None:
     coded_places = encode(places, layout.escaped)
     if coded_places is None:
         return None
-    # The lowest bytes of a little-endian integer; its sign, for two bytes, is the decoder's business.
+    # Keeps the lowest bytes of a little-endian integer; `_decode` undoes the sign of two-byte integers.
     _numbers(code, layout).copy_(gaps - (upper << (8 * layout.width)))
     code[layout.upper_bytes_at :][: places.numel()].copy_(upper[places])
     code[layout.places_at :].copy_(coded_places)
@@ -167,13 +166,13 @@ def encode(positions: Tensor, layout: Layout) -> Tensor | None:
 
 
 def decode(code: Tensor, nnz: int, numel: int) -> Tensor:
-    """The sorted row-major positions that a UniformSupport's stored tensor stands for: (nnz,), int32 or int64, no lasting copy.
+    """Decodes a UniformSupport's stored tensor to sorted row-major positions, (nnz,), int32 or int64.
 
-    A function of the tensor and of sizes alone, so that the autograd function can save the stored form and decode it in
-    backward.
+    Needs only the tensor and sizes, so that the autograd function can save the stored form and decode it in backward.
     """
     layout = layout_for(nnz, numel)
-    if code.numel() != layout.nbytes:  # positions that were chosen, not drawn, and whose gaps do not fit it
+    # Positions that were chosen instead of drawn may not fit the layout; `place_` then stores them plain.
+    if code.numel() != layout.nbytes:
         layout = plain_layout(nnz, numel)
     return _decode(code, layout, torch.int32 if numel <= 2**31 else torch.int64)
 
@@ -187,40 +186,40 @@ def _decode(code: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
         gaps &= 0xFFFF
     if layout.escaped.count:
         upper = code[layout.upper_bytes_at :][: layout.escaped.count].to(dtype)
-        # Places that fill up the list are repeated and have 0 as their upper byte.
+        # Unused places at the end of the list repeat the last one, with an upper byte of 0.
         gaps.index_add_(0, _decode(code[layout.places_at :], layout.escaped, dtype), upper << (8 * layout.width))
     return gaps.cumsum_(0)
 
 
 def _numbers(code: Tensor, layout: Layout) -> Tensor:
-    """View of the first part of a layout: (count,), integers of its width."""
+    """Returns a view of a layout's first part: (count,), integers of its width."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return code[: layout.count * layout.width].view(kinds[layout.width])
 
 
 class UniformSupport(Support):
-    """Any number of positions, drawn without replacement over the whole matrix (arXiv 2406.02214, section 3.2).
+    """A support of any number of positions, drawn without replacement over the whole matrix (arXiv 2406.02214, section 3.2).
 
-    Stored in about one byte per position for 1 % of the entries and more (`layout`), in a buffer that checkpoints contain. A new
-    support holds no valid positions yet, nor does one after `to_empty`: call `draw_`.
+    A position takes about one byte for 1 % of the entries and more (`layout`), in a buffer that checkpoints contain. Positions
+    are undefined in a new support and after `to_empty`, until `draw_` is called.
     """
 
     kind = "uniform"
     code: Tensor
-    columns: Tensor | None  # of the positions, row after row: (nnz,), int16 where in_features allows, else int32
-    starts: Tensor | None  # where each row begins among them: (out,), int32
+    columns: Tensor | None  # columns of the positions, row by row: (nnz,), int16 if in_features allows, else int32
+    starts: Tensor | None  # index in `columns` at which each row starts: (out,), int32
 
     def __init__(self, out_features: int, in_features: int, nnz: int, device: torch.device | str | None = None) -> None:
-        """device: of the buffer; "meta" allocates nothing."""
+        """device: the buffer's device; "meta" allocates nothing."""
         super().__init__(out_features, in_features, nnz)
-        # Bytes, not wider integers: gloo does not broadcast int16, and every part is a view of them.
+        # Stored as bytes, because gloo does not broadcast int16; every part is a view.
         self.register_buffer("code", torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device))
         self.register_buffer("columns", None, persistent=False)
         self.register_buffer("starts", None, persistent=False)
 
     @property
     def layout(self) -> Layout:
-        """How the positions are stored."""
+        """Storage format of the positions."""
         return layout_for(self.nnz, self.numel)
 
     @property
@@ -234,12 +233,12 @@ class UniformSupport(Support):
 
     @property
     def ready_for_few_rows(self) -> bool:  # type: ignore[override]
-        """After keep_rows."""
+        """True after `keep_rows`."""
         return self.columns is not None
 
     @torch.no_grad()
     def keep_rows(self) -> None:
-        """Make `columns` and `starts` for add_few_rows_; they are those of the positions as they are now."""
+        """Creates `columns` and `starts` from the current positions, for `add_few_rows_`."""
         positions = self.flat_indices()
         narrow = self.in_features <= torch.iinfo(torch.int16).max + 1
         self.columns = (positions % self.in_features).to(torch.int16 if narrow else torch.int32)
@@ -247,13 +246,14 @@ class UniformSupport(Support):
         self.starts = torch.searchsorted(positions, beginnings).to(torch.int32)
 
     def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
-        """y += x S^T: each output is a weighted sum of inputs, as bags of an embedding are."""
+        """Adds x S^T to y; each output is a weighted sum of inputs, as embedding_bag computes."""
         if self.columns is None or self.starts is None:
             raise RuntimeError("the support has no table of its rows: call keep_rows, or sparse_lora.prepare_for_inference")
         num_rows = x_TI.shape[0]
-        # With fewer than four columns torch takes another way, five times slower.
+        # With fewer than four columns embedding_bag is five times slower.
         inputs_IT = F.pad(x_TI, (0, 0, 0, max(0, 4 - num_rows))).t().contiguous()
-        columns = self.columns.to(torch.int32)  # what embedding_bag takes; kept narrow, a table takes half the memory
+        # embedding_bag requires int32; int16 storage halves the table's memory.
+        columns = self.columns.to(torch.int32)
         sums_OT = F.embedding_bag(columns, inputs_IT, self.starts, mode="sum", per_sample_weights=values)
         y_TO += sums_OT[:, :num_rows].t()
 
@@ -261,23 +261,23 @@ class UniformSupport(Support):
     def draw_(self, generator: torch.Generator) -> None:
         """Draws the positions uniformly without replacement from a CPU generator, into the existing storage."""
         code = None
-        # A draw that does not fit its storage is 12 standard deviations off; drawn anew, nobody will ever see it.
+        # A draw that does not fit its storage deviates by more than 12 standard deviations; it is practically impossible.
         while code is None:
             code = encode(sample_positions(self.nnz, self.numel, generator), self.layout)
         self._store(code)
 
     @torch.no_grad()
     def place_(self, positions: Tensor) -> None:
-        """Takes these positions instead of drawn ones.
+        """Sets the positions to given ones.
 
-        Where their gaps are not those of random positions they are stored plain, in new storage of 4 or 8 bytes each; a support
-        whose positions are drawn then cannot load this one's state.
+        If their gaps do not fit the layout of drawn positions, they are stored plain, in new storage of 4 or 8 bytes each. A
+        support with drawn positions then cannot load this support's state.
 
         Args:
             positions: int64 (nnz,), strictly increasing, in 0 .. numel - 1.
 
         Raises:
-            ValueError: they are something else.
+            ValueError: the positions do not meet these conditions.
         """
         positions = positions.cpu()
         if positions.shape != (self.nnz,) or positions.dtype != torch.int64:
@@ -289,11 +289,12 @@ class UniformSupport(Support):
         code = encode(positions, self.layout)
         if code is None:
             code = encode(positions, plain_layout(self.nnz, self.numel))
-        assert code is not None  # plain numbers always fit
+        # Plain numbers always fit.
+        assert code is not None
         self._store(code)
 
     def _store(self, code: Tensor) -> None:
-        """Into the storage there is, where it has the size."""
+        """Copies `code` to the existing storage, or replaces the storage if the sizes differ."""
         if code.shape == self.code.shape:
             self.code.copy_(code)
         else:
@@ -301,8 +302,11 @@ class UniformSupport(Support):
 
 
 class UniformPart(SparsePart):
-    """The arithmetic of S with a uniform support. In a product S is a dense matrix for a while: with few percent of entries at
-    random, matrix units multiply the zeros faster than any kernel finds the others."""
+    """The arithmetic of S with a uniform support.
+
+    Products use S as a temporary dense matrix: with a few percent of random entries, multiplying the zeros too is faster than any
+    sparse kernel.
+    """
 
     def __init__(self, code: Tensor, nnz: int, out_features: int, in_features: int) -> None:
         """code: as stored by UniformSupport."""
@@ -310,24 +314,24 @@ class UniformPart(SparsePart):
         self._positions: Tensor | None = None
 
     def positions(self) -> Tensor:
-        """Sorted row-major positions (N,), int32 or int64; kept as long as this object, a backward pass needs them twice."""
+        """Returns sorted row-major positions (N,), int32 or int64; cached, because a backward pass needs them twice."""
         if self._positions is None:
             self._positions = decode(self.code, self.nnz, math.prod(self.shape))
         return self._positions
 
     def add_to_(self, weight: Tensor, values: Tensor) -> None:
-        """weight += S. Positions are unique and sorted: no two writes meet."""
+        """Adds S to the weight. Positions are unique, so no entry is written twice."""
         weight.view(-1).index_add_(0, self.positions(), values)
 
-    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor, base: Tensor | None, passing: bool) -> Tensor:
-        """W = scaled_B A + base + S, (O, I); scaled_B A + S in one pass by a kernel where the kernels run."""
+    def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor, base: Tensor | None, scratch: bool) -> Tensor:
+        """Returns W = scaled_B A + base + S, (O, I); computes scaled_B A + S by one Triton kernel if available."""
         if not _kernels_run(lora_A):
-            return super().weight(scaled_B, lora_A, values, base, passing)
+            return super().weight(scaled_B, lora_A, values, base, scratch)
         built = kernels.build_weight(lora_A, scaled_B, values, self.positions())
         return built if base is None else built.add_(base)
 
     def gather(self, grad_weight: Tensor) -> Tensor:
-        """The values' gradient (N,) from the weight's (O, I)."""
+        """Returns the values' gradient (N,), taken from the weight's gradient (O, I)."""
         return grad_weight.view(-1).index_select(0, self.positions())
 
     def _dense(self, values: Tensor) -> Tensor:
@@ -336,7 +340,7 @@ class UniformPart(SparsePart):
         return weight
 
     def output(self, h_TR: Tensor, scaled_B: Tensor, bias: Tensor | None, x_TI: Tensor, values: Tensor) -> Tensor:
-        """h scaled_B^T + bias + x S^T."""
+        """Returns h scaled_B^T + bias + x S^T, (T, O)."""
         return F.linear(h_TR, scaled_B, bias).addmm_(x_TI, self._dense(values).t())
 
     def gradients_(
@@ -349,14 +353,14 @@ class UniformPart(SparsePart):
             return None
         if self.avoids_weight_gradient(x_TI.shape[0], 0, x_TI):
             return kernels.gather_gradient(g_TO, x_TI, self.positions())
-        return self.gather(passing_product(g_TO.t(), x_TI))
+        return self.gather(scratch_product(g_TO.t(), x_TI))
 
     def avoids_weight_gradient(self, num_rows: int, rank: int, like: Tensor) -> bool:
-        """Whether the kernels run and the rows are few."""
+        """Tells whether the Triton kernels are available and the rows are few enough for them."""
         out_features, in_features = self.shape
         return _kernels_run(like) and kernels.pays_off(num_rows, in_features, out_features, rank)
 
 
 def _kernels_run(tensor: Tensor) -> bool:
-    """Whether the Triton kernels are used; never while autograd records, since they give no gradients."""
+    """Tells whether the Triton kernels are used; never while autograd records, since they have no gradients."""
     return not torch.is_grad_enabled() and kernels.is_available(tensor.device, tensor.dtype)

@@ -27,6 +27,16 @@ PRIVATE_PHRASES = {
     r"ended at once": "ended immediately",
     r"run starts afresh": "starts from the beginning",
     r"own message says why": "see its error message",
+    r"copy it anew": "copy it again",
+    r"[Ll]ikeliest": "most likely",
+    r"[Ww]hat became of": "the result of",
+    r"[Tt]aken? apart|[Tt]akes apart": "decomposed",
+    r"\bas ever\b": "the default",
+    r"is no number": "is not a number",
+    r"[Nn]umbers that are not finite": "non-finite numbers",
+    r"in the midst of": "during",
+    r"[Aa]gain and again": "periodically",
+    r"holds something already": "exists and is not an empty folder",
 }
 # Ways of beginning a docstring that leave out its noun.
 RIDDLES = re.compile(r"^(Those of|That of|The same as|Then |It |What of)\b")

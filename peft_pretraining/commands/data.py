@@ -40,35 +40,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added.add_argument("--dataset", required=True, help="as for training: c4, demo, folder, file, glob, hub:NAME")
         added.add_argument("--text_field", default="text", help="field of a record that holds the text (default: text)")
 
-    demo = action("demo", "build the embedded corpus and its tokenizer, once, and say where they are")
+    demo = action("demo", "build the embedded corpus and its tokenizer, once, and print their folder")
     demo.add_argument("--cache_dir", type=Path, help="where to build (default: $SPARSE_LORA_CACHE or ~/.cache/sltrain)")
 
-    fetch = action("fetch", "copy files of a data set from the network to a folder; run again, it goes on")
+    fetch = action("fetch", "copy files of a data set from the network to a folder; repeat to continue")
     add_source(fetch)
     fetch.add_argument("--out", type=Path, required=True, help="folder to copy to")
-    fetch.add_argument("--shards", type=_at_least_one, required=True, help="training files to copy, the first ones")
+    fetch.add_argument("--shards", type=_at_least_one, required=True, help="number of training files to copy, from the first")
     fetch.add_argument(
         "--validation_shards", type=_at_least_one, default=8, help="validation files to copy (default: 8, all of C4's)"
     )
 
-    prepare = action("prepare", "tokenise a data set once, into files that training maps into memory; run again, it goes on")
+    prepare = action("prepare", "tokenise a data set once into files that training maps into memory; repeat to continue")
     add_source(prepare)
     prepare.add_argument(
         "--tokenizer",
         help="hub name, tokenizer folder or SentencePiece .model file (default: the data set's own, t5-base)",
     )
-    prepare.add_argument("--out", type=Path, required=True, help="folder to write; afterwards it is the --dataset")
+    prepare.add_argument("--out", type=Path, required=True, help="folder to write; train with it as --dataset")
     prepare.add_argument("--documents", type=_at_least_one, help="largest number of documents per split (default: all)")
     prepare.add_argument(
         "--on_bad_record",
         choices=("skip", "fail"),
         default="skip",
-        help="records that hold no text: skip (count them; more than a quarter of a file's is an error) | fail (default: skip)",
+        help="records without text: skip (and count; more than a quarter of a file is an error) | fail (default: skip)",
     )
 
     inspect = action("inspect", "show counts, lengths, bad records and a few documents of a data set")
     add_source(inspect)
-    inspect.add_argument("--tokenizer", help="count tokens with it (default: the one that demo and prepared data bring)")
+    inspect.add_argument("--tokenizer", help="tokenizer for counting (default: the one of demo or prepared data)")
     inspect.add_argument(
         "--documents", type=_number_or_all, default=1000, help="documents of each split to read, or all (default: 1000)"
     )
@@ -76,9 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_length",
         type=_at_least_one,
         default=256,
-        help="sequence length for the shares cut and padded (default: 256)",
+        help="sequence length for the shares of tokens cut and padded (default: 256)",
     )
-    inspect.add_argument("--verify", action="store_true", help="prepared data: compare every file with its checksum first")
+    inspect.add_argument("--verify", action="store_true", help="prepared data: verify every file's checksum first")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,7 +99,7 @@ def _demo(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     figures = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     text = (
         f"{figures['train_documents']:,} documents to train on ({figures['train_bytes'] / 1e6:.1f} MB), "
-        f"{figures['validation_documents']:,} held out, a tokenizer of {figures['vocab_size']:,} pieces: {folder}"
+        f"{figures['validation_documents']:,} held out, tokenizer with {figures['vocab_size']:,} pieces: {folder}"
     )
     return {"folder": str(folder), **figures}, text
 
@@ -130,17 +130,17 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         documents=args.documents,
         on_bad_record=args.on_bad_record,
     )
-    bad: dict[str, int] = {}
+    bad_records: dict[str, int] = {}
     for shard in manifest.shards:
         for kind, count in shard.bad_records.items():
-            bad[kind] = bad.get(kind, 0) + count
+            bad_records[kind] = bad_records.get(kind, 0) + count
     totals = {name: manifest.total(name) for name in ("train", "train_tokens", "validation", "validation_tokens", "empty")}
-    kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in bad.items())
+    kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in bad_records.items())
     text = (
         f"{totals['train']:,} documents to train on, {totals['train_tokens']:,} tokens; {totals['validation']:,} held out, "
         f"{totals['validation_tokens']:,} tokens; bad records: {kinds or 'none'}; train with --dataset {args.out}"
     )
-    return {"folder": str(args.out), **totals, "bad_records": bad}, text
+    return {"folder": str(args.out), **totals, "bad_records": bad_records}, text
 
 
 def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -149,14 +149,14 @@ def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     verified = verify_prepared(args.dataset) if args.verify else None
     figures = inspect_dataset(
         args.dataset,
-        _own_tokenizer(args),
+        _available_tokenizer(args),
         documents=args.documents,
         max_length=args.max_length,
         text_field=args.text_field,
     )
     text = format_inspection(figures)
     if verified is not None:
-        text = f"all {verified} files have the checksums that were written\n{text}"
+        text = f"all {verified} files verified by their checksums\n{text}"
     return figures | {"verified_files": verified}, text
 
 
@@ -167,9 +167,9 @@ def _tokenizer_for(args: argparse.Namespace) -> Tokenizer:
     return load_tokenizer(args.tokenizer or open_source(args.dataset, "train").default_tokenizer)
 
 
-def _own_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
-    """The tokenizer of --tokenizer, or the data set's own; None if that one is on the hub."""
+def _available_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
+    """The tokenizer of --tokenizer, or the data set's; None if the latter would be loaded from the hub."""
     from peft_pretraining.data.source import prepared_folder
 
-    brings_one = args.dataset == "demo" or prepared_folder(args.dataset) is not None
-    return _tokenizer_for(args) if args.tokenizer or brings_one else None
+    has_tokenizer = args.dataset == "demo" or prepared_folder(args.dataset) is not None
+    return _tokenizer_for(args) if args.tokenizer or has_tokenizer else None

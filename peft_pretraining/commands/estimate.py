@@ -15,18 +15,20 @@ from peft_pretraining.memory.counts import paper_estimate, parameter_counts
 from peft_pretraining.methods import METHODS
 
 HELP = (
-    "parameters and memory of a run with these flags, by class and at the peak, the paper's estimate beside it, and what several "
-    "processes exchange"
+    "predict a run's parameters, memory by class and at the peak, memory by the paper's convention, and communication between "
+    "processes"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags and every flag of the trainer; those that memory does not depend on have no effect."""
+    """Adds the command's flags and every flag of the trainer; flags that do not affect memory have no effect."""
     parser.add_argument("--json", action="store_true", help="print JSON: parameters, bytes, paper, wire")
-    parser.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"), help="where it would run (default: cpu)")
-    parser.add_argument("--world", type=int, default=1, help="processes it would run in (default: 1)")
-    parser.add_argument("--bandwidth", type=float, help="what a process sends to the others, 10^9 bytes per second")
-    parser.add_argument("--rate", type=float, help="measured tokens per second of one device; with --bandwidth: scaling")
+    parser.add_argument("--device_type", default="cpu", choices=("cpu", "cuda"), help="device of the run (default: cpu)")
+    parser.add_argument("--world", type=int, default=1, help="number of processes of the run (default: 1)")
+    parser.add_argument("--bandwidth", type=float, help="network bandwidth of a process, 10^9 bytes per second")
+    parser.add_argument(
+        "--rate", type=float, help="measured tokens per second of one device; needs --bandwidth, predicts scaling"
+    )
     add_flags(parser)
 
 
@@ -40,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value}: must be above 0 and finite")
     if args.rate is not None and args.bandwidth is None:
-        raise ValueError(f"--rate {args.rate:g}: says nothing of several processes without --bandwidth (10^9 bytes per second)")
-    # Required flags of the method on which memory does not depend.
+        raise ValueError(f"--rate {args.rate:g}: needs --bandwidth, in 10^9 bytes per second, to predict scaling")
+    # Stand-ins fill required flags of the method that do not affect memory.
     method = METHODS.get(str(given.get("peft_model")).lower())
     values = arguments_from({"batch_size": 1, **(method.stand_ins if method else {}), **given})
     figures = estimate(values, args.device_type, args.world, args.bandwidth, args.rate)
@@ -56,8 +58,8 @@ def estimate(
     bandwidth: float | None = None,
     tokens_per_s: float | None = None,
 ) -> dict[str, Any]:
-    """{"parameters", "bytes", "paper", "wire"}: elements, bytes per process, units of 10^9 bytes by the paper's convention, and
-    what processes exchange (see communication.wire_figures for bandwidth and tokens_per_s)."""
+    """Predicts {"parameters", "bytes", "paper", "wire"}: elements, bytes per process, 10^9 bytes by the paper's convention, and
+    communication between processes (bandwidth and tokens_per_s: see communication.wire_figures)."""
     from peft_pretraining.plan.plan import make_plan, setting_of
 
     default = "bfloat16" if device_type == "cuda" else "float32"
@@ -72,7 +74,7 @@ def estimate(
 
 
 def format_estimate(figures: dict[str, Any]) -> str:
-    """The estimate as a table for a terminal."""
+    """Formats the estimate as a table for a terminal."""
     lines = [f"{name:<12}{value:>18,} parameters" for name, value in figures["parameters"].items()]
     lines += [f"{name:<12}{value:>18,} bytes {value / 2**30:>9.2f} GiB" for name, value in figures["bytes"].items()]
     paper = figures["paper"]

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining evaluate`: measures held-out perplexity of checkpoints and exports, with its interval."""
+"""`python -m peft_pretraining evaluate`: measures held-out perplexity of checkpoints and exports, with a 95 % interval."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HELP = "perplexity of checkpoints and exports on a data set, with a 95 % interva
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The figures of one model. loss: mean over target tokens, nats. perplexity: exp(loss); low and high are the ends of its 95 %
-    interval, None for a single batch. bits_per_byte: None if the tokenizer's pieces have no byte lengths. max_length, packing:
-    how text was cut into sequences; only perplexities of equal cuts are comparable."""
+    """The evaluation of one model. loss: mean over target tokens, nats. perplexity: exp(loss); low and high are the ends of its
+    95 % interval, None for a single batch. bits_per_byte: None if the tokenizer's pieces have no byte lengths. max_length,
+    packing: how text was cut into sequences; perplexities are comparable only if these are equal."""
 
     checkpoint: str
     loss: float
@@ -45,22 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="run, step_XXXXXXXX folder, export, or LLaMA in transformers' layout; several make one table",
+        help="run, step_XXXXXXXX folder, export, or LLaMA in transformers' layout; several are shown in one table",
     )
     parser.add_argument("--dataset", help="as the trainer's --eval_dataset (default: the held-out data of the run)")
-    parser.add_argument("--text_field", help="key of a record's text (default: the run's, else text)")
+    parser.add_argument("--text_field", help="field of a record that holds the text (default: the run's, else text)")
     parser.add_argument("--tokenizer", help="as the trainer's (default: the one beside the model)")
-    parser.add_argument("--max_length", type=int, help="tokens of a sequence (default: the run's, else the model's most)")
+    parser.add_argument("--max_length", type=int, help="tokens per sequence (default: the run's, else the model's positions)")
     parser.add_argument(
         "--packing",
         action=argparse.BooleanOptionalAction,
-        help="documents end to end instead of one a sequence (default: as the run)",
+        help="pack documents end to end instead of one per sequence (default: as the run)",
     )
-    parser.add_argument("--eval_tokens", type=int, help="targets to stop at (default: the whole set)")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model (default: as stored)")
+    parser.add_argument("--eval_tokens", type=int, help="target tokens to evaluate (default: the whole set)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the model (default: as stored)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON: an object, of several checkpoints a list")
+    parser.add_argument("--json", action="store_true", help="print JSON: an object, or a list for several checkpoints")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,23 +75,21 @@ def run(args: argparse.Namespace) -> int:
 
     for path in args.checkpoint:  # check all before the first evaluation, which may take hours
         if holds_export(path) and args.dataset is None:
-            raise ValueError(
-                f"--dataset: needed for {path}, an export, which records no data set; name one, such as c4 or a folder"
-            )
+            raise ValueError(f"--dataset is required for {path}: an export records no data set; name one, such as c4 or a folder")
     device = pick_device(args.device, World())
-    found: list[Evaluated] = []
+    evaluated: list[Evaluated] = []
     try:
         for path in args.checkpoint:
-            found.append(evaluate_one(path, device, args))  # printed even if a later model fails
+            evaluated.append(evaluate_one(path, device, args))  # printed even if a later model fails
     finally:
-        if found:
-            one = len(args.checkpoint) == 1
-            print(_as_json(found, one) if args.json else format_table(found))
+        if evaluated:
+            single = len(args.checkpoint) == 1
+            print(_as_json(evaluated, single) if args.json else format_table(evaluated))
     return 0
 
 
-def _as_json(found: Sequence[Evaluated], one: bool) -> str:
-    return json.dumps(asdict(found[0]) if one else [asdict(each) for each in found])
+def _as_json(evaluated: Sequence[Evaluated], single: bool) -> str:
+    return json.dumps(asdict(evaluated[0]) if single else [asdict(entry) for entry in evaluated])
 
 
 def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> Evaluated:
@@ -102,10 +100,10 @@ def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> 
 
     loaded = load_for_inference(path, device, args.dtype)
     tokenizer = _tokenizer(loaded, args, path)
-    most = loaded.model.config.max_position_embeddings
-    max_length = args.max_length or (loaded.args.max_length if loaded.args is not None else most)
-    if max_length > most:
-        raise ValueError(f"--max_length {max_length}: {path} has {most} positions")
+    positions = loaded.model.config.max_position_embeddings
+    max_length = args.max_length or (loaded.args.max_length if loaded.args is not None else positions)
+    if max_length > positions:
+        raise ValueError(f"--max_length {max_length}: {path} has {positions} positions; use at most {positions}")
     packing = args.packing if args.packing is not None else bool(loaded.args is not None and loaded.args.packing)
     masked = packing and loaded.args is not None and loaded.args.document_mask
     module = TokenLoss(loaded.model, document_end=tokenizer.eos_id if masked else None)
@@ -132,27 +130,27 @@ def _tokenizer(loaded: Loaded, args: argparse.Namespace, path: Path) -> Tokenize
 
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else loaded.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{path}: the folder has no tokenizer; give --tokenizer")
+        raise ValueError(f"{path}: the folder has no tokenizer; name one with --tokenizer")
     if tokenizer.text_vocab_size > loaded.model.config.vocab_size:
         raise ValueError(
-            f"--tokenizer {tokenizer.name}: text needs ids up to {tokenizer.text_vocab_size - 1}, {path} has "
-            f"{loaded.model.config.vocab_size}"
+            f"--tokenizer {tokenizer.name}: has ids up to {tokenizer.text_vocab_size - 1}, but {path} has a vocabulary of "
+            f"{loaded.model.config.vocab_size}; use the tokenizer it was trained with"
         )
     return tokenizer
 
 
 def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, max_length: int, packing: bool) -> EvalSet:
-    """The evaluation set of the model's run, with the values of given flags in place of the run's."""
+    """The evaluation set: the one of the model's run, with given flags replacing the run's values."""
     from peft_pretraining.data.loader import EvalSet
     from peft_pretraining.data.source import open_source
 
     run = loaded.args
-    own = None if run is None else run.eval_dataset
-    dataset = args.dataset or own or (run.dataset if run is not None else "")
+    recorded = None if run is None else run.eval_dataset
+    dataset = args.dataset or recorded or (run.dataset if run is not None else "")
     field = args.text_field or (run.text_field if run is not None else "text")
-    # A data set named for evaluation is used whole; of the training data only the held-out part is.
-    named = own is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
-    source = open_source(dataset, "validation", text_field=field, hold_out=not named)
+    # An evaluation data set is used completely; of the training data, only the held-out part is used.
+    separate = recorded is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
+    source = open_source(dataset, "validation", text_field=field, hold_out=not separate)
     return EvalSet(
         source,
         tokenizer,
@@ -164,7 +162,7 @@ def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, ma
 
 
 def interval(batches: Sequence[tuple[float, int]]) -> tuple[float | None, float | None]:
-    """Ends of the 95 % interval of exp(sum of losses / sum of tokens): batches as independent draws, a ratio of their means.
+    """Returns the ends of the 95 % interval of exp(sum of losses / sum of tokens), batches being independent draws.
 
     Variance of a ratio estimator by linearisation (Cochran, Sampling Techniques, 6.4), Student's t for the number of batches.
     """
@@ -183,21 +181,21 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else math.inf
 
 
-def format_table(found: Sequence[Evaluated]) -> str:
-    """A table with one line per model, for a terminal."""
+def format_table(evaluated: Sequence[Evaluated]) -> str:
+    """Formats a table with one line per model, for a terminal."""
 
-    def cells(each: Evaluated) -> Iterator[str]:
-        bounds = "" if each.perplexity_low is None else f" [{each.perplexity_low:,.2f}, {each.perplexity_high:,.2f}]"
-        yield each.checkpoint
-        yield f"{each.perplexity:,.2f}{bounds}"
-        yield f"{each.loss:.4f}"
-        yield "-" if each.bits_per_byte is None else f"{each.bits_per_byte:.4f}"
-        yield f"{each.tokens:,}"
-        yield f"{each.max_length}{', packed' if each.packing else ''}"
+    def cells(entry: Evaluated) -> Iterator[str]:
+        bounds = "" if entry.perplexity_low is None else f" [{entry.perplexity_low:,.2f}, {entry.perplexity_high:,.2f}]"
+        yield entry.checkpoint
+        yield f"{entry.perplexity:,.2f}{bounds}"
+        yield f"{entry.loss:.4f}"
+        yield "-" if entry.bits_per_byte is None else f"{entry.bits_per_byte:.4f}"
+        yield f"{entry.tokens:,}"
+        yield f"{entry.max_length}{', packed' if entry.packing else ''}"
 
     rows = [
         ("model", "perplexity [95 %]", "loss", "bits per byte", "tokens", "length"),
-        *(tuple(cells(each)) for each in found),
+        *(tuple(cells(entry)) for entry in evaluated),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining export`: writes a checkpoint as a model for transformers, or with its factors."""
+"""`python -m peft_pretraining export`: writes a checkpoint as a dense model for transformers, or with its factors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep_factors",
         action="store_true",
-        help="B, A and the sparse values instead of dense weights: half the size, loaded by "
+        help="write B, A and the sparse values instead of dense weights: half the size; load with "
         "peft_pretraining.export.load_factored",
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: the run's)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the weights (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -27,10 +27,12 @@ def run(args: argparse.Namespace) -> int:
     """Writes the export and prints a summary. Raises ValueError or OSError for refused values."""
     from peft_pretraining.export.write import export
 
-    done = export(args.checkpoint, args.out, keep_factors=args.keep_factors, dtype=args.dtype)
+    exported = export(args.checkpoint, args.out, keep_factors=args.keep_factors, dtype=args.dtype)
     if args.json:
-        print(json.dumps({"folder": str(done.folder), "bytes": done.num_bytes, "dtype": done.dtype}))
+        print(json.dumps({"folder": str(exported.folder), "bytes": exported.num_bytes, "dtype": exported.dtype}))
         return 0
     kind = "factored" if args.keep_factors else "dense"
-    print(f"{done.folder}: {kind} model, {done.num_bytes / 2**30:.2f} GiB of {done.dtype}; how to load it is in its README.md")
+    print(
+        f"{exported.folder}: {kind} model, {exported.num_bytes / 2**30:.2f} GiB of {exported.dtype}; see its README.md to load it"
+    )
     return 0

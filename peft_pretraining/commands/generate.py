@@ -22,20 +22,27 @@ HELP = "continue prompts with the model of a checkpoint or an export"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="run, step_XXXXXXXX folder, or export")
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--prompt", nargs="+", help="text to continue; several are continued together (default: 'The ')")
-    given.add_argument("--file", type=Path, help="file whose whole text is the prompt; - for standard input")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", nargs="+", help="text to continue; several are continued in one batch (default: 'The ')")
+    source.add_argument("--file", type=Path, help="file whose whole text is the prompt; - for standard input")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest; 0: all (default: %(default)s)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="sampling temperature; 0: always the most likely token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="sample among the k most likely tokens; 0: all (default: %(default)s)"
+    )
     parser.add_argument(
         "--top_p",
         type=float,
         default=1.0,
-        help="sample among the likeliest that have this share (default: %(default)s)",
+        help="sample among the most likely tokens that reach this total probability (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model (default: as stored)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the model (default: as stored)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: %(default)s)")
 
 
@@ -54,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     prepare_for_inference(loaded.model)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{args.checkpoint}: no tokenizer lies beside the model, which cannot read a prompt without")
+        raise ValueError(
+            f"{args.checkpoint}: the folder has no tokenizer, which prompts need; copy the tokenizer's files into it"
+        )
     ids = encode(prompts, tokenizer, loaded.model.config.max_position_embeddings, args.max_new_tokens)
     torch.manual_seed(args.seed)
     if len(ids) == 1:
@@ -62,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
         generate(loaded, tokenizer, ids, args, printer)
         print()
         return 0
-    for number, found in enumerate(generate(loaded, tokenizer, ids, args)):
-        print(f"{'' if number == 0 else chr(10)}[{number + 1}] {printable(tokenizer.decode(found))}")
+    for number, tokens in enumerate(generate(loaded, tokenizer, ids, args)):
+        print(f"{'' if number == 0 else chr(10)}[{number + 1}] {printable(tokenizer.decode(tokens))}")
     return 0
 
 
@@ -71,10 +80,10 @@ def check_values(args: argparse.Namespace) -> None:
     """Raises ValueError, naming the first flag that is out of range."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    # Logits over a smaller temperature may overflow.
+    # Dividing logits by a smaller temperature may overflow.
     if args.temperature != 0 and not _LEAST_TEMPERATURE <= args.temperature < math.inf:
         raise ValueError(
-            f"--temperature {args.temperature}: must be 0 (the likeliest token), or a number of at least {_LEAST_TEMPERATURE}"
+            f"--temperature {args.temperature}: must be 0 (the most likely token), or a number of at least {_LEAST_TEMPERATURE}"
         )
     if args.top_k < 0:
         raise ValueError(f"--top_k {args.top_k}: must be at least 0")
@@ -86,7 +95,7 @@ def check_values(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts from the arguments, a file or standard input. Raises ValueError or OSError."""
-    given = "--prompt" if args.file is None else f"--file {args.file}"
+    source = "--prompt" if args.file is None else f"--file {args.file}"
     try:
         if args.file is None:
             prompts: list[str] = args.prompt or ["The "]
@@ -95,29 +104,29 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         for prompt in prompts:
             prompt.encode()  # Python reads invalid bytes of arguments and standard input as surrogates
     except UnicodeError as error:
-        raise ValueError(f"{given}: is not UTF-8 text ({error})") from None
+        raise ValueError(f"{source}: is not UTF-8 text ({error}); convert it to UTF-8") from None
     return prompts
 
 
 def encode(prompts: Sequence[str], tokenizer: Tokenizer, positions: int, new: int) -> list[list[int]]:
     """Token ids of each prompt. Raises ValueError for an empty prompt, or one too long for the model's positions."""
     if new >= positions:
-        raise ValueError(f"--max_new_tokens {new}: must be below {positions}, the model's positions, which the prompt shares")
-    found = tokenizer.encode_batch(prompts)
-    for prompt, ids in zip(prompts, found, strict=True):
+        raise ValueError(f"--max_new_tokens {new}: must be below the model's {positions} positions, which include the prompt")
+    encoded = tokenizer.encode_batch(prompts)
+    for prompt, ids in zip(prompts, encoded, strict=True):
         if not 1 <= len(ids) <= positions - new:
             shown = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
             raise ValueError(
                 f"prompt {shown!r} has {len(ids)} tokens: must be 1 to {positions - new}, so that prompt and continuation fit "
                 f"the model's {positions} positions"
             )
-    return found
+    return encoded
 
 
 def generate(
     loaded: Loaded, tokenizer: Tokenizer, prompts: Sequence[list[int]], args: argparse.Namespace, streamer: Any = None
 ) -> list[list[int]]:
-    """Token ids of each prompt and its continuation, up to the end token. Prompts are padded on the left to equal length."""
+    """Token ids of each prompt and its continuation, up to the end token. Prompts are left-padded to equal length."""
     import torch
 
     longest, device = max(map(len, prompts)), next(loaded.model.parameters()).device

@@ -12,8 +12,8 @@ class DataError(ValueError):
 
 
 class NetworkGone(DataError):
-    """A server has not answered for longer than the retry policy waits; the data handed out so far is sound, and the run can
-    be saved and go on later from there."""
+    """A server has not answered for longer than the retry policy waits; the data delivered so far is complete, so
+    the run can be saved and resumed later."""
 
 
 class TokenizerError(ValueError):

@@ -109,7 +109,7 @@ class Health:
         """Count a bad record and return a message about it. Raises DataError if it ends the run."""
         place = f"{place_of(record, self._source.shards[shard_index])}: {bad.in_words()}"
         if self._on_bad_record == "fail":
-            raise DataError(f"bad record in {place}; mend it, or pass over such records with --on_bad_record skip")
+            raise DataError(f"bad record in {place}; repair it, or skip such records with --on_bad_record skip")
         self.bad += 1
         self.first_bad = self.first_bad or place
         if self.bad >= _MIN_BAD and self.bad > _MAX_BAD_SHARE * self.records:

@@ -1,8 +1,8 @@
 """Exports a trained model: a dense LLaMA for transformers, or the factors themselves.
 
-command.py     python -m peft_pretraining export
 write.py       checkpoint -> folder, one part of the model at a time
-read.py        folder -> model and tokenizer
+read.py        folder -> model
+load.py        run, checkpoint or export -> model and tokenizer for inference
 shards.py      safetensors files of a bounded size, and their index
 card.py        README.md of a model: how it was made, what it reached, how to load it
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def load_factored(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LlamaForCausalLM, Any]:
-    """Model, prepared for inference, and transformers' tokenizer of what `export --keep_factors` wrote.
+    """Loads a model written by `export --keep_factors`, prepared for inference, and its tokenizer as one of transformers.
 
     Args:
-        dtype: of the parameters; as exported by default.
+        dtype: dtype of the parameters (default: as exported).
 
     Raises:
-        ExportError: no such export, or files that are missing, damaged or do not fit each other.
+        ExportError: the folder is not such an export, or its files are missing, damaged or contradict each other.
     """
     from transformers import AutoTokenizer
 
@@ -37,6 +37,6 @@ def load_factored(
     if config is None:
         from peft_pretraining.export.shards import ExportError
 
-        raise ExportError(f"{folder}: a dense export; AutoModelForCausalLM.from_pretrained loads it")
+        raise ExportError(f"{folder}: a dense export; load it with AutoModelForCausalLM.from_pretrained")
     prepare_for_inference(model)
     return model, AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

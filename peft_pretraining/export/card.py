@@ -17,17 +17,17 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 _LOAD_FACTORED = """from peft_pretraining.export import load_factored
 
 model, tokenizer = load_factored("{name}")"""
-# Flags that name places only; the values of a --config file are recorded under their own flags.
+# Flags left out of the card's command: they only name folders and services. Values of --config appear as flags.
 _PLACES = ("config", "save_dir", "continue_from", "resume", "dry_run", "device", "wandb", "wandb_project", "wandb_name")
 
 
 def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: bool, dtype: str) -> str:
-    """The text of README.md. record: the checkpoint's run.json. folder: the checkpoint. name: of the export."""
+    """Returns the text of README.md. record: the checkpoint's run.json; folder: the checkpoint; name: the export's name."""
     args, plan = record["arguments"], record["plan"]
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["train"]
-    parameters, whole = plan["parameters"]["total"], plan["full_rank_parameters"]
+    parameters, full_rank = plan["parameters"]["total"], plan["full_rank_parameters"]
     rows = [
-        ("architecture", f"LLaMA, {plan['model']['name']}: {whole:,} parameters as a dense model"),
+        ("architecture", f"LLaMA, {plan['model']['name']}: {full_rank:,} parameters as a dense model"),
         ("trained as", f"{METHODS[args['peft_model']].description}: {parameters:,} parameters"),
         ("stored as", f"{'factors' if factored else 'dense weights'}, {dtype}"),
         ("data", _data(record)),
@@ -54,12 +54,12 @@ def _data(record: dict[str, Any]) -> str:
 
 
 def _perplexity(folder: Path, step: int) -> str:
-    """The perplexity evaluated after this update, from the run's metrics.jsonl if the file still exists."""
+    """The perplexity evaluated after this update, from the run's metrics.jsonl if that file exists."""
     try:
         lines = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
         return "not known: the run's metrics.jsonl was not beside the checkpoint"
-    found = None
+    text = None
     for line in lines:
         try:
             row = json.loads(line)
@@ -68,12 +68,12 @@ def _perplexity(folder: Path, step: int) -> str:
         for kind in ("eval", "final_eval"):
             loss = row.get(f"{kind}_loss")
             if row.get("update_step") == step and isinstance(loss, float) and math.isfinite(loss):
-                found = f"{math.exp(min(loss, 700)):,.2f} over {row.get(f'{kind}_tokens', 0):,} tokens"
-    return found or "not evaluated after this update"
+                text = f"{math.exp(min(loss, 700)):,.2f} over {row.get(f'{kind}_tokens', 0):,} tokens"
+    return text or "not evaluated after this update"
 
 
 def _command(args: dict[str, Any]) -> str:
-    """The training command: all flags that differ from their defaults."""
+    """The training command with all flags that differ from their defaults."""
     import dataclasses
 
     from peft_pretraining.config.arguments import Arguments

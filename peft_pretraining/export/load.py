@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_pretraining.checkpoint import step_folder as checkpoint
-from peft_pretraining.config.arguments import Arguments, arguments_of_record
+from peft_pretraining.checkpoint.step_folder import CheckpointError, is_checkpoint, list_checkpoints
+from peft_pretraining.config.arguments import DTYPES, Arguments, arguments_of_record
 from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.methods import METHODS
 from peft_pretraining.model.llama import build_model
 
@@ -19,21 +21,11 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
-from typing import TYPE_CHECKING
-
-from peft_pretraining.checkpoint.step_folder import CheckpointError, is_checkpoint, list_checkpoints
-from peft_pretraining.config.arguments import DTYPES
-from peft_pretraining.distributed.device import torch_dtype
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
-
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode on its device, its tokenizer, and the arguments of its run where they are known.
+    """A model in eval mode on its device, its tokenizer, and the arguments of its run.
 
-    tokenizer: None where none lies beside the model.
+    tokenizer: None if the folder has none. args: None for an export, which does not record them.
     """
 
     model: LlamaForCausalLM
@@ -47,18 +39,18 @@ class Loaded:
 
 
 def load_for_inference(path: Path, device: torch.device, dtype: str | None = None) -> Loaded:
-    """dtype: of the parameters; as stored by default.
+    """Loads a run, checkpoint, export or LLaMA for inference. dtype: of the parameters (default: as stored).
 
     Raises:
-        CheckpointError, ExportError: nothing that can be loaded, or files that are damaged.
-        TokenizerError: the one beside the model cannot be read.
+        CheckpointError, ExportError: the path holds no model, or files are damaged.
+        TokenizerError: the tokenizer beside the model cannot be read.
     """
     from peft_pretraining.export.read import load_export
 
     if holds_export(path):
         model, _ = load_export(path, device, None if dtype is None else torch_dtype(dtype))
-        beside = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-        return Loaded(model, load_tokenizer(str(path)) if beside else None, None)
+        has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+        return Loaded(model, load_tokenizer(str(path)) if has_tokenizer else None, None)
     model, tokenizer, record = load_model(path, device)
     if dtype is not None:
         torch.nn.Module.to(model, torch_dtype(dtype))
@@ -66,14 +58,17 @@ def load_for_inference(path: Path, device: torch.device, dtype: str | None = Non
 
 
 def holds_export(path: Path) -> bool:
-    """True for an export or a LLaMA in transformers' layout, False for a run or a checkpoint; else raises CheckpointError."""
+    """Whether the path is an export (or a LLaMA in transformers' layout) rather than a run or checkpoint.
+
+    Raises CheckpointError for anything else.
+    """
     from peft_pretraining.export.read import is_export
 
     if is_export(path):
         return True
     if not is_checkpoint(path) and not list_checkpoints(path):
         raise CheckpointError(
-            f"{path} holds no model: no checkpoint (step_XXXXXXXX), no run with one, and no export (model.safetensors)"
+            f"{path}: holds no model; name a checkpoint (step_XXXXXXXX), a run with one, or an export (model.safetensors)"
         )
     return False
 
@@ -83,19 +78,21 @@ def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
     run = checkpoint.read_json(folder / "run.json")
     try:
         args = arguments_of_record(run["arguments"])
-        known = run["plan"]["dtype"] in DTYPES.values() and args.peft_model in METHODS
+        supported = run["plan"]["dtype"] in DTYPES.values() and args.peft_model in METHODS
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{folder / 'run.json'}: not the record of a run ({error!r})") from None
-    if not known:
-        raise checkpoint.CheckpointError(f"{folder / 'run.json'}: of a method or dtype that this version does not know")
+    if not supported:
+        raise checkpoint.CheckpointError(
+            f"{folder / 'run.json'}: method or dtype is unknown to this version; load it with the version that wrote it"
+        )
     return args, run
 
 
 def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
-    """Model, tokenizer and run.json of a checkpoint (or of the newest in a run's folder), in the run's dtype.
+    """Loads model, tokenizer and run.json of a checkpoint, or of a run's newest checkpoint, in the run's dtype.
 
     Raises:
-        CheckpointError: not a checkpoint, or not a sound one.
+        CheckpointError: the path is not a checkpoint, or the checkpoint is damaged.
     """
     folder = checkpoint.resolve(path)
     args, run = checkpoint_record(folder)

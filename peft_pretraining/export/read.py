@@ -25,9 +25,9 @@ def is_export(folder: Path) -> bool:
 def load_export(
     folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LlamaForCausalLM, SLTrainConfig | None]:
-    """The model, in eval mode and with a key-value cache, and the configuration of its linears, None for a dense model.
+    """Loads the model, in eval mode with a key-value cache, and the configuration of its linears (None for a dense model).
 
-    dtype: of the parameters (default: as exported).
+    dtype: dtype of the parameters (default: as exported).
 
     Raises:
         ExportError: a file is missing or damaged, or the files contradict each other.
@@ -49,9 +49,9 @@ def load_export(
         raise ExportError(f"{folder}: its configuration cannot be used ({error})") from None
     model = meta_model(cfg, dtype, None if factors is None else lambda model: reparameterize(model, factors))
     materialize(model, device)
-    wanted = model.state_dict()
+    tensors = model.state_dict()
     if cfg.tie_word_embeddings:
-        wanted.pop("lm_head.weight")
-    read_tensors(folder, wanted)
+        tensors.pop("lm_head.weight")
+    read_tensors(folder, tensors)
     model.config.use_cache = True
     return model.eval(), factors

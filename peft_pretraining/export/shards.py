@@ -30,14 +30,14 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Adds a CPU tensor, which must not change until its shard is written. Raises OSError."""
-        waiting = sum(each.nbytes for each in self._waiting.values())
-        if self._waiting and waiting + tensor.nbytes > self._max_bytes:
+        waiting_bytes = sum(waiting.nbytes for waiting in self._waiting.values())
+        if self._waiting and waiting_bytes + tensor.nbytes > self._max_bytes:
             self._flush()
         self._waiting[name] = tensor.detach().contiguous()
         self.num_bytes += tensor.nbytes
 
     def close(self) -> None:
-        """Write the last shard and the index, and give the shards their final names. Raises OSError."""
+        """Writes the last shard and the index, and renames the shards to their final names. Raises OSError."""
         self._flush()
         if len(self._shards) == 1:
             self._partial(0).rename(self._folder / SINGLE)
@@ -57,7 +57,7 @@ class ShardWriter:
         file = self._partial(len(self._shards))
         try:
             save_file(self._waiting, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # safetensors creates files that only their owner can read
+            file.chmod(0o644)  # safetensors makes files readable by their owner only
         except SafetensorError as error:  # what safetensors raises when the disk is full
             raise OSError(f"{self._folder}: cannot be written ({error})") from None
         self._shards.append(list(self._waiting))
@@ -65,7 +65,7 @@ class ShardWriter:
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills the given tensors in place, converting the stored dtype if it differs.
+    """Fills the given tensors in place from a folder's files, converting dtypes where they differ.
 
     Raises:
         ExportError: a tensor is missing or has another shape (up to five are named), or a file is missing or damaged.
@@ -90,20 +90,20 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it. Raises ExportError."""
+    """Maps each tensor name to the file that holds it. Raises ExportError."""
     single, index = folder / SINGLE, folder / INDEX
     try:
         if single.exists():
             with safe_open(str(single), framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {str(name): folder / Path(file).name for name, file in weight_map.items()}
+        files = {str(name): folder / Path(file).name for name, file in weight_map.items()}
     except FileNotFoundError:
         raise ExportError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{folder}: its weights cannot be read ({error})") from None
-    return found
+    return files
 
 
-# Not config.json, with which transformers would load a factored model as a dense one without its weights.
+# Named unlike config.json: transformers would otherwise load a factored export as a dense model with random weights.
 LLAMA_CONFIG, FACTORS_CONFIG = "llama_config.json", "sltrain_config.json"

@@ -45,12 +45,12 @@ class Exported:
 def export(
     path: Path, out: Path, *, keep_factors: bool = False, dtype: str | None = None, shard_bytes: int = _SHARD_BYTES
 ) -> Exported:
-    """Writes the checkpoint's model to the folder `out`, which appears complete or not at all.
+    """Writes the checkpoint's model to the folder `out`, which is created only when complete.
 
     Args:
-        path: a checkpoint, or a run's folder, of which the newest undamaged checkpoint is taken.
+        path: a checkpoint, or a run's folder, whose newest undamaged checkpoint is used.
         keep_factors: write B, A, the sparse values and the support instead of dense weights.
-        dtype: of the weights (default: the run's). Weights are merged in the wider of the two dtypes.
+        dtype: dtype of the weights (default: the run's). Weights are merged in the wider of the two dtypes.
         shard_bytes: largest size of a file.
 
     Raises:
@@ -62,9 +62,11 @@ def export(
     args, record = checkpoint_record(folder)
     method = METHODS[args.peft_model]
     if keep_factors and not method.factored:
-        raise ExportError(f"{folder}: a run of --peft_model {args.peft_model} has no factors to keep; leave --keep_factors out")
+        raise ExportError(f"{folder}: --peft_model {args.peft_model} has no factors to keep; leave --keep_factors out")
     if not method.mergeable:
-        raise ExportError(f"{folder}: the linears of --peft_model {args.peft_model} equal no dense ones, which an export holds")
+        raise ExportError(
+            f"{folder}: --peft_model {args.peft_model} has linears without an equal dense weight, so it cannot be exported"
+        )
     if (problem := folder_problem(out)) is not None:
         raise ExportError(problem)
     model = meta_model(
@@ -90,7 +92,9 @@ def _check_room(out: Path, record: dict[str, Any], dtype: str, keep_factors: boo
     existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise OSError(f"--out {out}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB are free there")
+        raise OSError(
+            f"--out {out}: needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free; choose another disk"
+        )
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""Training methods: one object for each, in a file of its own. No torch is imported here; methods load it where they need it."""
+"""Training methods: one object per method, each in one file. Methods import torch only inside functions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import cast
 from peft_pretraining.config.arguments import METHOD_NAMES
 from peft_pretraining.methods.method import Method
 
-# Every file of this folder that defines METHOD, by the file's name.
+# METHOD of each method's file in this folder, by file name.
 METHODS: dict[str, Method] = {
     name: cast(Method, importlib.import_module(f"peft_pretraining.methods.{name}").METHOD) for name in METHOD_NAMES
 }
 
 
 def register(method: Method) -> None:
-    """Make a method that is defined outside this folder known to the program, as a choice of --peft_model too."""
+    """Registers a method defined outside this folder, also as a choice of --peft_model."""
     METHODS[method.name] = method
     METHOD_NAMES[method.name] = method.name
 
@@ -26,5 +26,5 @@ def has_effect(flag: str, method: str) -> bool:
 
 
 def owners(flag: str) -> list[str]:
-    """Names of the methods that read the argument `flag`; none for an argument that does not depend on the method."""
+    """Names of the methods that read the argument `flag`; empty for an argument that every method reads."""
     return [name for name, method in METHODS.items() if flag in method.flags]

@@ -1,10 +1,10 @@
-"""Full-rank training: every weight dense and trained."""
+"""Full-rank training: every weight is dense and trained."""
 
 from peft_pretraining.methods.method import Method
 
 
 class Full(Method):
-    """Full-rank training, the base class's own values."""
+    """Full-rank training: the defaults of the base class."""
 
     name = "full"
     title = description = "full-rank"

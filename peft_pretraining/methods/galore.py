@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class GaLore(Method):
-    """Every weight is dense and trained; the optimizer steps `projected_matrices` in subspaces of their gradients."""
+    """GaLore: all weights are dense and trained; the optimizer steps `projected_matrices` in subspaces of their gradients."""
 
     name = "galore"
     title = "GaLore"
@@ -24,39 +24,40 @@ class GaLore(Method):
     lighter = "sltrain"
 
     def problems(self, args: Arguments) -> list[str]:
-        """FSDP leaves no process a whole gradient to project."""
+        """Refuses FSDP, under which no process has a whole gradient to project."""
         if args.parallel != "fsdp":
             return []
         return [
-            "--parallel fsdp with --peft_model galore: the projection is the SVD of a weight's whole gradient, of which a "
-            "process has a part; use --parallel ddp, with --per_layer and adam8bit where memory is short, or --peft_model sltrain"
+            "--parallel fsdp with --peft_model galore: the projection needs the SVD of a weight's whole gradient, but each "
+            "process has only a part; use --parallel ddp (with --per_layer and adam8bit to save memory), or --peft_model sltrain"
         ]
 
     def warnings(self, args: Arguments, model: ModelConfig) -> list[str]:
-        """Projections that leave the gradients as large as they are."""
+        """Warns of a rank at which projected gradients are as large as the gradients."""
         largest = max(min(shape) for shape in linear_shapes(model))
         if args.rank < largest:
             return []
         return [
-            f"--rank {args.rank} with --peft_model galore: no weight's shorter side is above {largest}, so that projected "
-            f"gradients are as large as whole ones, and projections come on top; use --rank {largest // 4}, or --peft_model full"
+            f"--rank {args.rank} with --peft_model galore: no weight's shorter side exceeds {largest}, so projected "
+            f"gradients are as large as whole ones, and projections need more memory; use --rank {largest // 4}, or "
+            "--peft_model full"
         ]
 
     def optimizer_text(self, args: Arguments) -> str:
-        """The subspaces."""
-        kind = f"{args.proj_type}, anew every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
+        """Describes the subspaces."""
+        kind = f"{args.proj_type}, recomputed every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
         return f" in subspaces of rank {args.rank} ({kind})"
 
     def optimizer_flags(self, optimizer: str) -> str:
-        """The published name, where there is one: the optimizer's name may be all that says galore on a command line."""
-        wanted = {"optimizer": optimizer, "peft_model": self.name}
-        published = (alias for alias, flags in PUBLISHED_NAMES.items() if flags == wanted)
+        """The published name if there is one (galore_adamw), else the optimizer and --peft_model galore."""
+        flags = {"optimizer": optimizer, "peft_model": self.name}
+        published = (alias for alias, meaning in PUBLISHED_NAMES.items() if meaning == flags)
         return next(published, f"{optimizer} --peft_model {self.name}")
 
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
     ) -> list[TensorGroup]:
-        """Dense weights, stepped in a subspace."""
+        """Groups of dense weights that are stepped in a subspace."""
         return [TensorGroup("dense", shape, count, projected=True)]
 
     def projected_matrices(self, model: nn.Module) -> list[str]:
@@ -65,7 +66,7 @@ class GaLore(Method):
 
 
 def projected_matrices(model: nn.Module) -> list[str]:
-    """Names of the weights whose gradients GaLore projects: those of the linears that other methods replace."""
+    """Names of the weights whose gradients GaLore projects: the weights of the linears that other methods replace."""
     from torch import nn
 
     from sparse_lora.reparameterize import DEFAULT_TARGETS

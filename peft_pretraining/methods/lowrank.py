@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from sparse_lora import SLTrainConfig
 
-# Above these two together, runs were seen to stall at a high loss (a low-rank part that moves too far per update).
+# Runs with both values at or above these stalled at a high loss: the low-rank part moves too far per update.
 _STALLING_SCALE, _STALLING_LR = 0.5, 0.003
 
 
 class LowRank(Method):
-    """Linears are factored; --restart_every sets their moments to zero from time to time."""
+    """Low-rank training: linears are factored; --restart_every sets their moments to zero periodically."""
 
     name = "lowrank"
     title = "low-rank"
@@ -28,65 +28,69 @@ class LowRank(Method):
     replaces_linears = factored = True
 
     def problems(self, args: Arguments) -> list[str]:
-        """Restarts that contradict the schedule or that never come."""
+        """Refuses restarts that contradict the schedule, and rebalancing without restarts."""
         problems = super().problems(args)
         if args.restart_every is not None and args.scheduler == "cosine_restarts":
             problems.append(
-                f"--restart_every {args.restart_every} with --scheduler cosine_restarts: that schedule has restarts of its own, "
+                f"--restart_every {args.restart_every} with --scheduler cosine_restarts: this schedule already restarts, "
                 "at other updates; use --scheduler cosine or linear"
             )
         if args.rebalance and args.restart_every is None:
-            problems.append("--rebalance needs --restart_every N: factors are replaced at restarts, e.g. --restart_every 200")
+            problems.append(
+                "--rebalance needs --restart_every N, as factors are rebalanced at restarts, e.g. --restart_every 200"
+            )
         return problems
 
     def model_problems(self, args: Arguments, model: ModelConfig) -> list[str]:
-        """Ranks that no singular value decomposition of a weight has."""
+        """Refuses ranks above the number of singular values of a weight, if the SVD is used."""
         smallest = min(size for shape in linear_shapes(model) for size in shape)
         if args.rank <= smallest:
             return []
         return [
-            f"--rank {args.rank} with {flag}: a weight with {smallest} rows or columns has no more singular values than that; "
+            f"--rank {args.rank} with {flag}: a weight with {smallest} rows or columns has only {smallest} singular values; "
             f"use --rank {smallest} or less, or leave {flag} out"
             for flag, given in (("--init svd", args.init == "svd"), ("--rebalance", args.rebalance))
             if given
         ]
 
     def warnings(self, args: Arguments, model: ModelConfig) -> list[str]:
-        """Restarts after the end of the run, and learning rates at which the low-rank part is too large."""
+        """Warns of restarts after the end of the run, and of scales and learning rates at which runs stall."""
         lines = []
         if args.restart_every is not None and args.max_train_tokens is None and args.restart_every >= args.num_training_steps:
             lines.append(
-                f"--restart_every {args.restart_every} with --num_training_steps {args.num_training_steps}: there is no restart; "
-                "lower --restart_every, or leave it out"
+                f"--restart_every {args.restart_every} with --num_training_steps {args.num_training_steps}: the run ends before "
+                "a restart; lower --restart_every, or leave it out"
             )
         scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
         if scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
-            what = "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
+            scale_text = (
+                "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
+            )
             lines.append(
-                f"{what} = {scale:.2g} with --lr {args.lr:g}: above {_STALLING_SCALE} at lr {_STALLING_LR} and more, runs were "
-                "seen to stall at a high loss; lower --lora_alpha or --lr"
+                f"{scale_text} = {scale:.2g} with --lr {args.lr:g}: scales above {_STALLING_SCALE} with --lr {_STALLING_LR} or "
+                "more have stalled at a high loss; lower --lora_alpha or --lr"
             )
         return lines
 
     def notices(self, args: Arguments) -> list[str]:
-        """Restarts of moments that do not exist."""
+        """Notices for restarts with an optimizer that keeps no moments."""
         does_more = args.rebalance or args.restart_warmup_steps or args.grad_norm_growth
         return [] if does_more else moments_notices(args, ("restart_every",))
 
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
     ) -> list[TensorGroup]:
-        """The factors."""
+        """Groups of the factors."""
         return factor_groups(shape, count, rank, train_scaling)
 
     def apply(self, model: nn.Module, args: Arguments) -> list[str]:
-        """Put sparse_lora's layers in the place of the linears."""
+        """Replaces the linears by sparse_lora's layers."""
         from sparse_lora import reparameterize
 
         return reparameterize(model, self.layer_config(args))
 
     def layer_config(self, args: Arguments) -> SLTrainConfig:
-        """The settings of the layers, as sparse_lora takes them."""
+        """The configuration of the layers for sparse_lora."""
         from sparse_lora import SLTrainConfig
 
         return SLTrainConfig(
@@ -100,7 +104,7 @@ class LowRank(Method):
         )
 
     def restart(self, args: Arguments) -> Restart | None:
-        """Moments of the factored linears start again from zero (arXiv 2505.22922)."""
+        """Restarts set the moments of the factored linears to zero (arXiv 2505.22922); None without --restart_every."""
         return Restart(args.restart_every, "restart_every", rebalance=args.rebalance) if args.restart_every else None
 
 

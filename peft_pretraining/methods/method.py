@@ -1,4 +1,4 @@
-"""What a training method is: the base class of the objects in this folder, and what they are asked for."""
+"""The base class of training methods, and the types that describe their parameters and restarts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TensorGroup:
     """`count` parameters of one shape.
 
     kind: "dense" | "low_rank" | "sparse". trained: False for frozen weights. projected: the optimizer steps the matrix in a
-    subspace (GaLore). support_entries: for a "sparse" group whose positions are stored, entries of the matrix that its values
-    are spread over. embedding: embedding or output head, whose moments may have a size of their own.
+    subspace (GaLore). support_entries: for a "sparse" group whose positions are stored, the number of entries of
+    the matrix. embedding: embedding or output head, whose moments may have a different number of bits.
     """
 
     kind: str
@@ -43,12 +43,12 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class Restart:
-    """What happens to factors and their moments between two updates, every `every` updates.
+    """Changes factors and their moments between two updates, every `every` updates.
 
-    flag: the argument that says how often. merge: the factors are merged into the frozen weights, and drawn anew. rebalance:
-    factors are replaced by balanced ones of the same product. moments: "zero" | "random" | "magnitude" | "keep": which of the
-    factors' moments are set to zero, and `share`, how many of them. act: a method's own action instead, called on every process
-    with (model, number of the restart, world); it returns the names of the parameters whose moments are set to zero.
+    flag: the argument that sets `every`. merge: merge the factors into the frozen weights and initialise new ones. rebalance:
+    replace factors by balanced ones with the same product. moments: which of the factors' moments are set to zero ("zero" |
+    "random" | "magnitude" | "keep"); share: the fraction of them. act: an action of the method instead, called on every process
+    with (model, number of the restart, world), which returns the names of the parameters whose moments are set to zero.
     """
 
     every: int
@@ -61,75 +61,75 @@ class Restart:
 
     @property
     def text(self) -> str:
-        """For the line of the plan that says what the optimizer does."""
+        """The restart in the plan's line about the optimizer."""
         if not self.merge:
             balanced = ", balanced factors" if self.rebalance else ""
-            return f"; every {self.every:,} updates the linears' moments from zero{balanced}"
+            return f"; linears' moments set to zero every {self.every:,} updates{balanced}"
         moments = {"zero": "zeroed", "keep": "kept"}.get(self.moments, f"{self.share:.0%} zeroed ({self.moments})")
         return f"; factors merged every {self.every:,} updates, their moments {moments}"
 
 
 class Method:
-    """A training method: what becomes of the attention and MLP linears, and what the rest of the program must know of it.
+    """A training method: how it changes the attention and MLP linears, and its properties for the rest of the program.
 
-    A method is a subclass with one object, METHOD, in a file of this folder that has the method's name. The values and methods
-    below are those of full-rank training; a subclass overrides what is different.
+    Each method is a subclass with one object, METHOD, in the file of this folder named after the method. The defaults below are
+    those of full-rank training; a subclass overrides what differs.
     """
 
-    # As --peft_model has it.
+    # The value of --peft_model.
     name = ""
-    # In reports and figures, on the card of an exported model, and the colour of its lines.
+    # Its name in reports and figures, its description on an exported model's card, and the colour of its lines.
     title = ""
     description = ""
     colour = "#56B4E9"
-    # Arguments that the method requires and memory does not depend on, with values that `estimate` may take instead.
+    # Values that `estimate` uses for required arguments that do not affect memory.
     stand_ins: Mapping[str, Any] = MappingProxyType({})
 
-    # The linears become modules of another class. The next three say more about them.
+    # The linears are replaced by modules of another class; the next three attributes describe these.
     replaces_linears = False
-    # They are sparse_lora's SparseLowRankLinear: no dense weight is left, factors can be kept in an export and rebalanced.
+    # The modules are sparse_lora's SparseLowRankLinear, without a dense weight; factors can be exported and rebalanced.
     factored = False
-    # They have sparse values beside their factors.
+    # The modules have sparse values in addition to factors.
     sparse = False
-    # They keep a dense weight that is not trained.
+    # The modules keep a dense weight that is not trained.
     frozen_base = False
     # The optimizer steps the linears' weights in subspaces (`projected_matrices`).
     projected = False
-    # The trained linears equal dense ones, so that the model can be exported.
+    # The trained linears equal dense linears, so the model can be exported.
     mergeable = True
-    # Another method to suggest where memory does not suffice.
+    # The method to suggest if memory does not suffice.
     lighter: str | None = None
 
     @property
     def flags(self) -> Collection[str]:
-        """Arguments that not every method reads, and this one does; by their rows, which a method of one's own need not touch."""
+        """Arguments that this method reads and some others do not, by their rows; override it for a method defined elsewhere."""
         return [name for name, row in ROWS.items() if self.name in (row.methods or ())]
 
     @property
     def full_rank(self) -> bool:
-        """Whether training is ordinary training: dense linears, and nothing special about their updates."""
+        """Whether this is ordinary training: dense linears, not projected."""
         return not self.replaces_linears and not self.projected
 
     def value_problems(self, args: Arguments) -> dict[str, str]:
-        """Why single values are refused, by argument: sentences with the value, the reason and the way out."""
+        """Refusals of single values, by argument: sentences with the value, the reason and what to type instead."""
         return {}
 
     def problems(self, args: Arguments) -> list[str]:
-        """Why arguments that are good one by one do not go together: sentences with the values, the reason and the way out."""
+        """Refusals of combinations of arguments: sentences with the values, the reason and what to type instead."""
         restart, warmup = self.restart(args), args.restart_warmup_steps
         if restart is None or warmup is None or args.scheduler == "cosine_restarts" or warmup < restart.every:
             return []
         return [
-            f"--restart_warmup_steps {warmup}: must be below --{restart.flag} {restart.every}, or the rate never comes back to "
-            "the schedule's"
+            f"--restart_warmup_steps {warmup}: must be below --{restart.flag} {restart.every}, or the learning rate never "
+            "returns to the schedule's"
         ]
 
     def model_problems(self, args: Arguments, model: ModelConfig) -> list[str]:
-        """Why a run with these arguments and this model is refused."""
+        """Refusals of these arguments with this model: sentences with the reason and what to type instead."""
         return []
 
     def warnings(self, args: Arguments, model: ModelConfig) -> list[str]:
-        """What the plan warns about."""
+        """Warnings for the plan, one sentence each."""
         return []
 
     def notices(self, args: Arguments) -> list[str]:
@@ -137,21 +137,21 @@ class Method:
         return []
 
     def optimizer_text(self, args: Arguments) -> str:
-        """What follows the optimizer's name in the plan."""
+        """Text after the optimizer's name in the plan."""
         return ""
 
     def optimizer_flags(self, optimizer: str) -> str:
-        """What to type after --optimizer to choose another optimizer for this method."""
+        """The value to suggest after --optimizer for this method."""
         return optimizer
 
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
     ) -> list[TensorGroup]:
-        """The parameters of `count` linears whose weight has this shape, (out_features, in_features), biases aside."""
+        """Groups of the parameters, without biases, of `count` linears with weights of this shape (out_features, in_features)."""
         return [TensorGroup("dense", shape, count)]
 
     def apply(self, model: nn.Module, args: Arguments) -> list[str]:
-        """Replace the model's linears in place, on the meta device; the names of those that were replaced."""
+        """Replaces the model's linears in place, on the meta device; returns the names of the replaced linears."""
         return []
 
     def projected_matrices(self, model: nn.Module) -> list[str]:
@@ -159,19 +159,19 @@ class Method:
         return []
 
     def restart(self, args: Arguments) -> Restart | None:
-        """What happens between updates; None: nothing."""
+        """The restart between updates; None if there is none."""
         return None
 
 
 def factor_groups(shape: tuple[int, int], count: int, rank: int, train_scaling: bool) -> list[TensorGroup]:
-    """A (rank, in), B (out, rank), and a trained scale, if there is one, of `count` linears."""
+    """Groups of A (rank, in), B (out, rank) and the trained scale, if there is one, of `count` linears."""
     out_features, in_features = shape
     scales = [TensorGroup("low_rank", (1,), count)] if train_scaling else []
     return [TensorGroup("low_rank", (rank, in_features), count), TensorGroup("low_rank", (out_features, rank), count), *scales]
 
 
 def moments_notices(args: Arguments, flags: tuple[str, ...]) -> list[str]:
-    """Notices for `flags`, which say what a restart does to moments, with an optimizer that keeps none."""
+    """Notices for `flags` about moments at restarts, if the optimizer keeps no moments."""
     if OPTIMIZERS[args.optimizer].keeps_moments(args.beta1):
         return []
     return [

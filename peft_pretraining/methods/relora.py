@@ -1,4 +1,4 @@
-"""ReLoRA (arXiv 2307.05695): frozen dense linears plus factors that are merged into them again and again."""
+"""ReLoRA (arXiv 2307.05695): frozen dense linears plus trained factors that are merged into them periodically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOMENT_FLAGS = ("reset_optimizer_on_relora", "optimizer_random_pruning", "optim
 
 
 class ReLoRA(Method):
-    """Linears keep their dense weight, frozen; factors beside it are trained, merged into it every --relora updates, and new."""
+    """ReLoRA: linears keep a frozen dense weight; factors are trained, merged into it every --relora updates, and replaced."""
 
     name = "relora"
     title = "ReLoRA"
@@ -30,74 +30,74 @@ class ReLoRA(Method):
     lighter = "sltrain"
 
     def problems(self, args: Arguments) -> list[str]:
-        """Merges that are missing, pruning that cannot be done, and starts from two places."""
+        """Refuses missing merges, impossible pruning of moments, and two starting points."""
         problems = []
         if args.relora is None:
             problems.append(
                 "--peft_model relora needs --relora N (update steps between merges), e.g. --relora 1000; without merges it "
-                "would train one low-rank change of random weights"
+                "trains only one low-rank change of random weights"
             )
         problems += _pruning_problems(args)
         if args.max_train_tokens is not None and args.scheduler == "cosine_restarts":
             problems.append(
-                f"--max_train_tokens {args.max_train_tokens} with --relora and --scheduler cosine_restarts: the schedule would "
-                "restart by tokens and the factors by updates; use --num_training_steps"
+                f"--max_train_tokens {args.max_train_tokens} with --relora and --scheduler cosine_restarts: the schedule "
+                "restarts by tokens and factors merge by updates; use --num_training_steps"
             )
         if args.warmed_up_model is not None and not Path(args.warmed_up_model).is_dir():
             problems.append(f"--warmed_up_model {args.warmed_up_model}: no such folder")
         if args.warmed_up_model is not None and args.continue_from is not None:
             problems.append(
-                f"--warmed_up_model {args.warmed_up_model} with --continue_from {args.continue_from}: a run begins from one of "
-                "them; drop one of the two"
+                f"--warmed_up_model {args.warmed_up_model} with --continue_from {args.continue_from}: a run starts from one "
+                "of them; drop one of the two"
             )
         if args.restart_every is not None:
             problems.append(
-                f"--restart_every {args.restart_every} with --peft_model relora: it restarts at its merges; use --relora N"
+                f"--restart_every {args.restart_every} with --peft_model relora: ReLoRA restarts at its merges; use --relora N"
             )
         return problems + super().problems(args)
 
     def warnings(self, args: Arguments, model: ModelConfig) -> list[str]:
-        """Merges that the schedule of the learning rate does not follow."""
+        """Warns of runs without a merge, and of merges without a warm-up of the learning rate."""
         if args.relora is None:
             return []
         if args.max_train_tokens is None and args.relora >= args.num_training_steps:
             return [
-                f"--relora {args.relora} with --num_training_steps {args.num_training_steps}: factors are never merged, so that "
-                "the run trains one low-rank change of the weights it starts from; lower --relora"
+                f"--relora {args.relora} with --num_training_steps {args.num_training_steps}: factors are never merged, "
+                "so the run trains one low-rank change of its initial weights; lower --relora"
             ]
         if args.scheduler != "cosine_restarts":
             if args.restart_warmup_steps or _cycles_warm_up(args):
                 return []
             return [
-                f"--relora {args.relora} with --scheduler {args.scheduler}: after a merge the new factors are trained at the "
-                "full rate at once; use --restart_warmup_steps 100, or as published --scheduler cosine_restarts "
+                f"--relora {args.relora} with --scheduler {args.scheduler}: after a merge the new factors train at the full "
+                "rate immediately; use --restart_warmup_steps 100, or the published --scheduler cosine_restarts "
                 f"--cycle_length {args.relora} too"
             ]
         if args.cycle_length != args.relora or args.adjust_step % args.relora:
             return [
                 f"--relora {args.relora} with --cycle_length {args.cycle_length} and --adjust_step {args.adjust_step}: the rate "
-                f"warms up again at other updates than those after merges; use --cycle_length {args.relora} --adjust_step 0"
+                f"warms up at other updates than after merges; use --cycle_length {args.relora} --adjust_step 0"
             ]
         return []
 
     def notices(self, args: Arguments) -> list[str]:
-        """Flags about moments that do not exist."""
+        """Notices for flags about moments with an optimizer that keeps none."""
         return moments_notices(args, _MOMENT_FLAGS)
 
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
     ) -> list[TensorGroup]:
-        """The frozen weight and the factors."""
+        """Groups of the frozen weight and the factors."""
         return [TensorGroup("dense", shape, count, trained=False), *factor_groups(shape, count, rank, train_scaling)]
 
     def apply(self, model: nn.Module, args: Arguments) -> list[str]:
-        """Freeze the attention and MLP linears and give them factors."""
+        """Freezes the attention and MLP linears and adds factors."""
         from sparse_lora import attach_relora
 
         return attach_relora(model, rank=args.rank, alpha=args.lora_alpha, trainable_scaling=args.train_scaling, seed=args.seed)
 
     def restart(self, args: Arguments) -> Restart | None:
-        """The merge of the factors."""
+        """The merge of the factors every --relora updates; None without --relora."""
         if not args.relora:
             return None
         moments, share = moments_at_a_merge(args)
@@ -112,12 +112,12 @@ def _pruning_problems(args: Arguments) -> list[str]:
             problems.append(f"--{name} {share}: must be a share above 0 and at most 1, e.g. 0.9")
         if not OPTIMIZERS[args.optimizer].prunable:
             problems.append(
-                f"--{name} {share} with --optimizer {args.optimizer}: its moments are quantised or factored, and not pruned one "
-                "by one; use --reset_optimizer_on_relora true, or --optimizer adamw"
+                f"--{name} {share} with --optimizer {args.optimizer}: its moments are quantised or factored and cannot be "
+                "pruned one by one; use --reset_optimizer_on_relora true, or --optimizer adamw"
             )
         if args.reset_optimizer_on_relora:
             problems.append(
-                f"--{name} {share} with --reset_optimizer_on_relora true: nothing is left to prune; drop one of the two"
+                f"--{name} {share} with --reset_optimizer_on_relora true: no moments are left to prune; drop one of the two"
             )
     if len(prunings) == 2:
         problems.append(
@@ -127,12 +127,12 @@ def _pruning_problems(args: Arguments) -> list[str]:
 
 
 def _cycles_warm_up(args: Arguments) -> bool:
-    """Whether the cosine schedule's own cycles begin with a warm-up where factors are merged."""
+    """Whether the cosine schedule's cycles start, with a warm-up, at the merges."""
     return args.scheduler == "cosine" and args.cycle_length == args.relora and args.warmup_steps > 0
 
 
 def moments_at_a_merge(args: Arguments) -> tuple[str, float]:
-    """What happens to the moments of the factors: ("zero" | "random" | "magnitude" | "keep", share of them)."""
+    """How a merge changes the factors' moments: ("zero" | "random" | "magnitude" | "keep", share of them set to zero)."""
     if args.optimizer_random_pruning is not None:
         return "random", args.optimizer_random_pruning
     if args.optimizer_magnitude_pruning is not None:

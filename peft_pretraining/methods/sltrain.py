@@ -1,4 +1,4 @@
-"""SLTrain (arXiv 2406.02214): attention and MLP linears are (alpha / r) B A + S, S sparse on a fixed support."""
+"""SLTrain (arXiv 2406.02214): attention and MLP linears are (alpha / r) B A + S, with S sparse on a fixed support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_pretraining.methods.method import TensorGroup
 
 
 class SLTrain(LowRank):
-    """Low-rank training with sparse values beside the factors."""
+    """SLTrain: low-rank training with sparse values in addition to the factors."""
 
     name = "sltrain"
     title = "SLTrain"
@@ -21,7 +21,7 @@ class SLTrain(LowRank):
     sparse = True
 
     def value_problems(self, args: Arguments) -> dict[str, str]:
-        """Shares of the entries that no sparse part has."""
+        """Refuses a share of sparse entries outside (0, 1)."""
         if 0 < args.sp_ratio < 1:
             return {}
         problem = (
@@ -31,12 +31,12 @@ class SLTrain(LowRank):
         return {"sp_ratio": problem}
 
     def problems(self, args: Arguments) -> list[str]:
-        """Also shares that this kind of support cannot have."""
+        """Also refuses shares that this kind of support cannot have."""
         problem = SUPPORTS[args.support].problem(args.sp_ratio)
         return [*([problem] if problem else []), *super().problems(args)]
 
     def model_problems(self, args: Arguments, model: ModelConfig) -> list[str]:
-        """Also supports that do not fit the smallest weight, which has the fewest rows or columns too."""
+        """Also refuses supports that do not fit the smallest weight, which also has the fewest rows or columns."""
         smallest = min(linear_shapes(model), key=math.prod)
         problem = SUPPORTS[args.support].fit_problem(args.sp_ratio, *smallest)
         return [*([problem] if problem else []), *super().model_problems(args, model)]
@@ -44,7 +44,7 @@ class SLTrain(LowRank):
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
     ) -> list[TensorGroup]:
-        """The factors and the sparse values."""
+        """Groups of the factors and the sparse values."""
         kind = SUPPORTS[support]
         entries = math.prod(shape) if kind.stored else 0
         values = TensorGroup("sparse", (kind.nonzeros(*shape, sparsity),), count, support_entries=entries)

@@ -1,11 +1,11 @@
-"""Builds transformers' LlamaForCausalLM from a ModelConfig; the traps of the published files are handled in this one place.
+"""Builds transformers' LlamaForCausalLM from a ModelConfig.
 
-Order: build on the meta device -> the method's change (SLTrain's layers) -> storage on the device -> seeded initial
-values -> activation checkpointing -> compile. Nothing is allocated or drawn twice, and initial values depend only on (seed,
-parameter name).
+Order: build on the meta device -> apply the method (SLTrain's layers) -> allocate on the device -> draw initial values ->
+activation checkpointing -> compile. Nothing is allocated or drawn twice. Initial values depend only on (seed, parameter name).
 """
 
 import hashlib
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.data.demo import default_cache_dir
 from peft_pretraining.distributed.device import cpu_features
 from peft_pretraining.distributed.parallel import assign_
+from peft_pretraining.distributed.world import World, broadcast_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear, generator_for
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ ACTIVATION_CHECKPOINTING = ("layer", "selective")
 
 
 def hf_config(cfg: ModelConfig) -> "LlamaConfig":
-    """The transformers configuration of `cfg`, as saved beside an export."""
+    """Returns the transformers configuration of `cfg`, which exports contain."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -68,20 +69,21 @@ def build_model(
     activation_checkpointing: str | None = None,
     compile: bool = False,
 ) -> "LlamaForCausalLM":
-    """A model ready to train: scaled-dot-product attention, no key-value cache, in train mode.
+    """Builds a model that is ready to train: scaled-dot-product attention, no key-value cache, in train mode.
 
     Args:
-        dtype: of the parameters and the arithmetic (norms, softmax and rotary tables use float32 inside).
-        device: "meta" stops before storage and values, for counting.
-        seed: of the initial values; see initialize.
+        cfg: sizes and settings of the model.
+        dtype: dtype of the parameters and the arithmetic (norms, softmax and rotary tables use float32 inside).
+        device: the model's device; "meta" leaves out storage and values, for counting.
+        seed: seed of the initial values; see `initialize`.
         reparameterize: changes the model in place while it is on the meta device (the method's layers, sharding).
         start: changes the initial values in place.
-        activation_checkpointing: None, "layer" (each decoder layer keeps its input only) or "selective" (attention's
-            output too, which is small and expensive to recompute).
-        compile: each decoder layer by torch.compile; one compilation serves all layers.
+        activation_checkpointing: None, "layer" (each decoder layer keeps only its input) or "selective" (also keeps attention's
+            output, which is small and expensive to recompute).
+        compile: compile each decoder layer by torch.compile; one compilation serves all layers.
 
     Raises:
-        ValueError: an unknown kind of checkpointing.
+        ValueError: the kind of checkpointing is unknown.
     """
     model = meta_model(cfg, dtype, reparameterize)
     if torch.device(device).type != "meta":
@@ -94,7 +96,7 @@ def build_model(
 
 
 def prepare_to_train(model: "LlamaForCausalLM", activation_checkpointing: str | None, compile: bool) -> None:
-    """The last step of build_model, in place, with its arguments."""
+    """Applies activation checkpointing and compilation in place, and sets train mode; arguments as for build_model."""
     apply_activation_checkpointing(model, activation_checkpointing)
     if compile:
         for layer in model.model.layers:
@@ -105,13 +107,13 @@ def prepare_to_train(model: "LlamaForCausalLM", activation_checkpointing: str | 
 def meta_model(
     cfg: ModelConfig, dtype: torch.dtype, reparameterize: Callable[["LlamaForCausalLM"], object] | None = None
 ) -> "LlamaForCausalLM":
-    """The first step of build_model: the model with its method's layers, without storage."""
+    """Builds the model with its method's layers on the meta device, without storage; arguments as for build_model."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
         model: LlamaForCausalLM = LlamaForCausalLM._from_config(hf_config(cfg), dtype=dtype, attn_implementation="sdpa")
-    # With a padding index the embedding's row never gets a gradient, which is wrong if the padding id is also a token of text
-    # (often the end of sequence). Padding needs no such help: nothing attends to it and it is not scored.
+    # A padding index stops the gradient of its embedding row, which is wrong if the padding id also occurs in text (often as the
+    # end of sequence). Padding does not need it: no token attends to padding, and padding is not scored.
     model.model.embed_tokens.padding_idx = None
     model.config.use_cache = False
     if reparameterize is not None:
@@ -120,40 +122,42 @@ def meta_model(
 
 
 def materialize(model: "LlamaForCausalLM", device: torch.device | str) -> None:
-    """Give a meta model storage on `device`; parameters are left undefined, the rotary tables are right."""
+    """Allocates a meta model's storage on `device`; computes the rotary tables and leaves parameters undefined."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     model.to_empty(device=device)
-    # The rotary tables are non-persistent buffers computed in the constructor: to_empty leaves garbage in them.
+    # The rotary tables are buffers that the constructor computes; to_empty leaves them undefined.
     with torch.device("cpu"):
         rotary = LlamaRotaryEmbedding(model.config)
     model.model.rotary_emb = rotary.to(device)
-    model.tie_weights()  # to_empty gives tied parameters a storage each
+    # to_empty allocates separate storage for tied parameters.
+    model.tie_weights()
 
 
 @runtime_checkable
 class HasInitialValues(Protocol):
-    """A module that knows the initial values of its own parameters, as the linears of sparse_lora and of methods do."""
+    """A module that defines the initial values of its own parameters, such as the linears of sparse_lora and of methods."""
 
     def initial_values(self, seed: int, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Yields (parameter name, float32 CPU tensor), drawn with (seed, the module's qualified name and the parameter's)."""
+        """Yields (parameter name, float32 CPU tensor), drawn with (seed, qualified name of the parameter)."""
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """As nn.Module has it."""
+        """Returns a parameter by name, like nn.Module."""
 
 
 @torch.no_grad()
 def initialize(model: "LlamaForCausalLM", seed: int) -> None:
-    """Draw every parameter from the CPU generator of (seed, qualified name), in float32, and cast: the same numbers on
-    any device, in any construction order, and up to rounding in any dtype. A sharded parameter keeps this process's part.
+    """Draws every parameter from the CPU generator of (seed, qualified name), in float32, and casts it.
 
-    Linears, frozen ones too, and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Factors and sparse values: the
-    module's own `initial_values`. Raises TypeError on a module whose initialisation is not known here.
+    The numbers are the same on any device, in any construction order, and up to rounding in any dtype. Of a sharded parameter
+    this process's part is set. Linears (also frozen ones) and embedding: N(0, initializer_range^2). Norms: 1. Biases: 0. Factors
+    and sparse values: the module's own `initial_values`. Raises TypeError for a module of another kind.
     """
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     std = model.config.initializer_range
-    drawn: set[nn.Parameter] = set()  # a tied weight is drawn once, under its first name
+    # A tied weight is drawn once, under its first name.
+    drawn: set[nn.Parameter] = set()
     for name, module in model.named_modules():
         parameters = {p for p in module.parameters(recurse=False) if p not in drawn}
         drawn |= parameters
@@ -180,9 +184,9 @@ def _draw_normal(parameter: Tensor, std: float, generator: torch.Generator) -> N
 
 
 def apply_activation_checkpointing(model: "LlamaForCausalLM", kind: str | None) -> None:
-    """Compute decoder layers again in backward instead of keeping their activations; see build_model for the kinds.
+    """Makes decoder layers recompute activations in backward instead of keeping them; see build_model for the kinds.
 
-    Raises ValueError on an unknown kind.
+    Raises ValueError for an unknown kind.
     """
     if kind is None:
         return
@@ -205,23 +209,109 @@ _ATTENTION_OPS = (
 
 
 def _keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    # Of a low-rank plus sparse linear nothing must be kept: the dense weight is one of its intermediate results.
+    # Intermediate results of low-rank plus sparse linears include the dense weight, so none of them is saved.
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# --- A lasting folder for compiled code ---
+# --- Factors from singular values: the start of --init svd, and balanced factors of a product ---
+#
+# Shapes: O out_features, I in_features, r rank.
+
+# Norm of A's row for a direction that the product lacks: the norm of a row of the published initial A, whose entries have
+# variance 1 / (3 I).
+_IDLE_ROW_NORM = 1 / math.sqrt(3)
+
+
+@torch.no_grad()
+def start_from_svd(model: nn.Module, std: float, seed: int, world: World) -> None:
+    """Sets A, B and sparse values of every low-rank plus sparse layer, in place, from a dense initial weight.
+
+    The dense weight W ~ N(0, std^2) is the one that full-rank training with this seed draws. scaling B A is W's best
+    approximation of rank r, in balanced factors, and S is the rest of W at the support's positions. Supports must be drawn
+    before. Every process calls this function: process 0 computes the values on the CPU and broadcasts them, because signs of
+    singular vectors are arbitrary.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLowRankLinear):
+            for parameter_name, values in _values(module, name, std, seed, world):
+                assign_(module.get_parameter(parameter_name), broadcast_(values, world))
+
+
+def _values(layer: SparseLowRankLinear, name: str, std: float, seed: int, world: World) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (parameter name, float32 CPU tensor) of a layer; the values are undefined on all processes except the first."""
+    if not world.is_main:
+        for parameter_name in ("lora_B", "lora_A", *(["sparse_value"] if layer.support is not None else [])):
+            yield parameter_name, torch.empty(layer.get_parameter(parameter_name).shape)
+        return
+    dense = torch.empty(layer.out_features, layer.in_features)
+    dense.normal_(0.0, std, generator=generator_for(seed, f"{name}.weight"))
+    left, right = best_low_rank(dense, layer.rank)
+    share = layer.initial_scaling() ** -0.5
+    yield "lora_B", (share * left).contiguous()
+    yield "lora_A", (share * right).contiguous()
+    if layer.support is not None:
+        rest = dense.addmm_(left, right, alpha=-1)
+        yield "sparse_value", rest.flatten()[layer.support.flat_indices().cpu()]
+
+
+@torch.no_grad()
+def balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns balanced float32 factors B' (O, r) and A' (r, I) of the product B A.
+
+    Balanced means B'^T B' = A' A'^T = the diagonal matrix of the product's singular values, in descending order. With B = Q_B R_B
+    and A^T = Q_A R_A, only the r x r matrix R_B R_A^T = U S V^T is decomposed: B' = Q_B U sqrt(S), A' = sqrt(S) V^T Q_A^T
+    (arXiv 2505.22922, section 4). A direction whose singular value is only rounding error gets zeros in B' and a non-zero row in
+    A', since with zeros in both, neither would get a gradient.
+
+    Args:
+        lora_B, lora_A: (O, r) and (r, I) with r at most O and I, of any floating dtype.
+    """
+    Q_B, R_B = torch.linalg.qr(lora_B.float())
+    Q_A, R_A = torch.linalg.qr(lora_A.float().t())
+    U, S, Vt = torch.linalg.svd(R_B @ R_A.t())
+    noise = S[0] * max(Q_B.shape[0], Q_A.shape[0]) * torch.finfo(torch.float32).eps
+    alive = noise < S
+    root = S.sqrt()
+    column, row = torch.where(alive, root, 0.0), torch.where(alive, root, _IDLE_ROW_NORM)
+    return Q_B @ (U * column), (row[:, None] * Vt) @ Q_A.t()
+
+
+@torch.no_grad()
+def best_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns balanced float32 factors (O, r) and (r, I) of the nearest matrix of rank r (Eckart and Young).
+
+    They are computed from the eigenvectors of the smaller of W W^T and W^T W in float64, at a small multiple of the cost of one
+    product with W. Singular values are accurate down to about 1e-8 of the largest.
+
+    Args:
+        weight: (O, I), of any floating dtype; rank at most O and I.
+    """
+    W = weight.double()
+    wide = W.shape[0] <= W.shape[1]
+    _, vectors = torch.linalg.eigh(W @ W.t() if wide else W.t() @ W)
+    leading = vectors[:, -rank:].flip(1)
+    # Rows (or columns) of the other factor are the singular vectors times the singular values.
+    other = leading.t() @ W if wide else W @ leading
+    root = torch.linalg.vector_norm(other, dim=1 if wide else 0).sqrt()
+    safe = root.clamp(min=torch.finfo(torch.float32).tiny)
+    if wide:
+        return (leading * root).float(), (other / safe[:, None]).float()
+    return (other / safe).float(), (leading * root).t().contiguous().float()
+
+
+# --- A permanent folder for compiled code ---
 
 
 def keep_compiled_code() -> str | None:
-    """Give torch.compile a lasting folder: $TORCHINDUCTOR_CACHE_DIR, or one beside the demo corpus. Call before compiling.
+    """Sets torch.compile's folder to $TORCHINDUCTOR_CACHE_DIR, or to one next to the demo corpus; call before compiling.
 
-    The next start of a run then reuses the compiled code. torch's default is a temporary folder, which ends with the job.
+    The next start of a run then reuses the compiled code. torch's default is a temporary folder, which is deleted with the job.
 
     Returns:
-        the problem if nothing can be kept, else None.
+        A message if compiled code cannot be kept, else None.
 
     Raises:
-        ConfigError: the folder that the variable names cannot be written.
+        ConfigError: the folder that the variable names is not writable.
     """
     chosen = os.environ.get(FOLDER_VARIABLE)
     folder = Path(chosen) if chosen else default_cache_dir() / f"compiled-{_compiled_for()}"

@@ -1,4 +1,4 @@
-"""The forward pass and the loss: cross-entropy summed over tokens, without ever holding the logits of a whole micro-batch.
+"""The forward pass and the loss: cross-entropy summed over tokens, computed without the logits of a whole micro-batch at once.
 
 Shape letters: B sequences, T positions, N rows, C rows of one chunk, D model width, V vocabulary.
 """
@@ -20,23 +20,22 @@ IGNORE_INDEX = -100
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None = None, num_counted: int | None = None
 ) -> Tensor:
-    """Sum over rows of -log softmax(hidden @ weight.T)[label], a float32 scalar.
+    """Returns the sum over rows of -log softmax(hidden @ weight.T)[label], a float32 scalar.
 
     Args:
         hidden: (N, D).
-        weight: (V, D), the output head; any floating dtype, the same as hidden's.
-        labels: (N,) int64, -100 for rows that do not count (they cost nothing).
-        chunk_rows: rows whose logits exist at one time; default: memory.loss_chunk_rows of the device.
-        num_counted: rows that count, where that is known: exactly as many, or rows would be lost. Without it a GPU is waited
-            for.
+        weight: (V, D), the output head, in hidden's dtype, which may be any floating dtype.
+        labels: (N,) int64, -100 for ignored rows, which take no time.
+        chunk_rows: number of rows whose logits exist at a time; default: memory.loss_chunk_rows of the device.
+        num_counted: the exact number of rows that are not ignored, if known; None waits for the GPU to count them.
 
-    The gradients of hidden and weight are computed chunk by chunk in the forward pass, while the logits are there: one
-    matrix product less than computing the logits again in backward. The weight's gradient is summed over chunks in
-    float32, whatever its dtype. Once differentiable.
+    The gradients of hidden and weight are computed chunk by chunk in the forward pass, while the logits exist, which saves one
+    matrix product compared with recomputing the logits in backward. The weight's gradient is summed over chunks in float32 for
+    every dtype. Differentiable once.
     """
     chunk_rows = chunk_rows or loss_chunk_rows(hidden.device.type)
     if not torch.compiler.is_compiling():
-        # A data-dependent shape; inside a compiled region the rows stay and are masked.
+        # This shape depends on data; a compiled region keeps all rows and masks the ignored ones.
         counted = _positions(labels != IGNORE_INDEX, num_counted)
         hidden, labels = hidden[counted], labels[counted]
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -45,7 +44,7 @@ def chunked_cross_entropy(
 
 
 def _positions(flags: Tensor, number: int | None) -> Tensor:
-    """Where the flags are set, `number` of them; if that is None it is asked of the device."""
+    """Returns the indices of the set flags; `number` is their number, or None to count them on the device."""
     if number is None:
         return torch.nonzero(flags)[:, 0]
     return torch.nonzero_static(flags, size=number)[:, 0]
@@ -65,11 +64,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, product = _chunk_gradients(h_CD, weight, labels_C, grad_CD)
             total += loss
             if grad_weight is None:
-                # In bfloat16 an addend below 1/256 of the sum would be lost, and a late chunk is that small.
+                # In bfloat16 a term below 1/256 of the sum would be lost, which late chunks are.
                 grad_weight = product if len(chunks) == 1 else product.to(_wide(product))
             else:
                 grad_weight += product
-            del product  # or it would live through the next chunk's logits
+            # Frees the memory before the next chunk's logits are computed.
+            del product
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
@@ -83,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_gradients(h_CD: Tensor, weight: Tensor, labels_C: Tensor, grad_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the chunk's losses, its gradient of the head); the gradient of h_CD is written to grad_CD."""
+    """Returns the sum of the chunk's losses and the head's gradient; writes the gradient of h_CD to grad_CD."""
     log_p_CV = _log_probabilities(h_CD, weight)
     loss = _token_losses(log_p_CV, labels_C).sum()
     grad_CV = _logit_gradients(log_p_CV, labels_C).to(h_CD.dtype)
@@ -103,7 +103,7 @@ def _token_losses(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
 
 
 def _logit_gradients(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """softmax - onehot(label), 0 in rows that do not count; overwrites the log probabilities."""
+    """Returns softmax - onehot(label), and 0 in ignored rows; overwrites the log probabilities."""
     counted_C1 = (labels_C != IGNORE_INDEX)[:, None]
     grad_CV = log_p_CV.exp_()
     grad_CV.scatter_add_(1, labels_C.clamp(min=0)[:, None], torch.full_like(counted_C1, -1.0, dtype=grad_CV.dtype))
@@ -111,7 +111,7 @@ def _logit_gradients(log_p_CV: Tensor, labels_C: Tensor) -> Tensor:
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, block_rows: int = 1024) -> Tensor:
-    """gradient * scale, multiplied in float32 block by block: a scale rounded to bfloat16 would bias every gradient."""
+    """Returns gradient * scale, multiplied in float32 by blocks; a scale rounded to bfloat16 would bias every gradient."""
     out = torch.empty_like(gradient, dtype=dtype)
     for source, target in zip(gradient.split(block_rows), out.split(block_rows), strict=True):
         target.copy_(source.to(_wide(source), copy=True).mul_(scale))
@@ -119,24 +119,24 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, block_rows: int
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """float32, or the tensor's own dtype where that is wider."""
+    """Returns float32, or the tensor's dtype if that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 # --- The forward pass, on transformers' own modules ---
 #
-# Without a cache, and without waiting for the device: transformers' `LlamaModel.forward` asks the device in every call whether
-# positions restart anywhere.
+# transformers' `LlamaModel.forward` is not used, because every call waits for the device to check whether positions restart.
 
 
 def hidden_states(model: "LlamaModel", input_ids: Tensor, document_end: int | None = None) -> Tensor:
-    """The last hidden states (B, T, D) of `model` for input_ids (B, T), with causal attention.
+    """Returns the last hidden states (B, T, D) of `model` for input_ids (B, T), with causal attention.
 
-    document_end: the id that ends documents; attention and positions then stay inside each document. None treats a sequence as
-    one document.
+    document_end: the token id that ends documents, to which attention and positions are then limited; None treats each sequence
+    as one document.
     """
     hidden: Tensor = model.embed_tokens(input_ids)
-    mask = None  # the attention kernels' own causal mask, which costs nothing
+    # None selects the attention kernels' built-in causal mask, which takes no time or memory.
+    mask = None
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     if document_end is not None:
         begins = document_begins(input_ids, document_end)
@@ -150,9 +150,9 @@ def hidden_states(model: "LlamaModel", input_ids: Tensor, document_end: int | No
 
 
 def document_begins(input_ids: Tensor, document_end: int) -> Tensor:
-    """(B, T) int64: the position at which each token's document begins in its sequence.
+    """Returns the position in the sequence at which each token's document begins, (B, T) int64.
 
-    A document ends with `document_end`; the first one may have begun in an earlier sequence.
+    A document ends with `document_end`; the first one of a sequence may have begun in an earlier sequence.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     ended_before = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -161,9 +161,9 @@ def document_begins(input_ids: Tensor, document_end: int) -> Tensor:
 
 
 def document_mask(begins: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask (B, 1, T, T) to add to attention's scores: 0 from the begin of a token's document up to the token, else -inf.
+    """Returns the mask (B, 1, T, T) to add to attention scores: 0 from the start of a token's document to the token, else -inf.
 
-    In the dtype of queries and keys: every layer would convert a boolean mask to one of its own, and keep it for backward.
+    It has the dtype of queries and keys, because every layer would convert a boolean mask and keep its own copy for backward.
     """
     keys = torch.arange(begins.shape[1], device=begins.device)
     hidden = (keys < begins[:, :, None]) | (keys > keys[:, None])
@@ -172,24 +172,24 @@ def document_mask(begins: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TokenLoss(nn.Module):
-    """A causal language model together with its loss: what data parallelism wraps and the training step calls."""
+    """A causal language model with its loss; data parallelism wraps this module, and the training step calls it."""
 
     def __init__(self, model: "LlamaForCausalLM", chunk_rows: int | None = None, document_end: int | None = None) -> None:
-        """model: with linears of any kind. chunk_rows: as in chunked_cross_entropy. document_end: as in hidden_states."""
+        """chunk_rows: see chunked_cross_entropy. document_end: see hidden_states."""
         super().__init__()
         self.model = model
         self.chunk_rows = chunk_rows
         self.document_end = document_end
 
     def forward(self, input_ids: Tensor, labels: Tensor, num_targets: int | None = None) -> Tensor:
-        """Sum of the losses of all valid targets, a float32 scalar.
+        """Returns the sum of the losses of all target tokens, a float32 scalar.
 
-        input_ids, labels: (B, T), labels as in transformers: not shifted, -100 where nothing is to be predicted. Padding needs
-        no attention mask: it stands on the right and attention is causal, so no real token sees it. num_targets: valid targets
-        among them, where that is known; without it a GPU is waited for.
+        input_ids, labels: (B, T); labels as in transformers, unshifted, -100 is ignored. Padding needs no attention mask, because
+        it is on the right and attention is causal. num_targets: the number of target tokens, if known; None waits for the GPU to
+        count them.
         """
         hidden = hidden_states(self.model.model, input_ids, self.document_end)
-        # Shift the labels, not the hidden states: those stay contiguous. The last position predicts nothing.
+        # Shifts the labels instead of the hidden states, which stay contiguous. The last position has no target.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         return chunked_cross_entropy(
             hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self.chunk_rows, num_targets

@@ -2,9 +2,8 @@
 
 from peft_pretraining.optim.build import OptimizerUnavailable, build_galore, build_optimizer
 from peft_pretraining.optim.galore import Subspace
-from peft_pretraining.optim.resets import Pruning, reset_moments_
 from peft_pretraining.optim.slices import StochasticRounding
-from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
+from peft_pretraining.optim.state import Pruning, load_optimizer_state, optimizer_state, reset_moments_
 from peft_pretraining.optim.updates import GrowthLimit, HasState, PerLayerUpdate, Updates, WholeUpdate
 
 __all__ = [

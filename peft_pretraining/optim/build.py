@@ -1,4 +1,4 @@
-"""Builds the library optimizer behind each name of --optimizer, whole or in GaLore's subspaces."""
+"""Builds the optimizer for each name of --optimizer, on whole matrices or in GaLore's subspaces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OptimizerUnavailable(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What an optimizer is built with; see `build_optimizer`."""
+    """Settings of an optimizer; see `build_optimizer`."""
 
     lr: float
     weight_decay: float
@@ -44,15 +44,15 @@ def build_optimizer(
     embedding_bits: int | None = None,
     rounding: StochasticRounding | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer for a name of --optimizer.
+    """Builds the optimizer for a name of --optimizer.
 
     Args:
         name: one of BUILDERS.
-        parameters: trainable ones by qualified name, all on one device.
+        parameters: trainable parameters by qualified name, all on one device.
         lr: learning rate of the first update; the trainer sets it before every update.
-        weight_decay: added to the gradient for adam and sgd, decoupled for the others (as their libraries do).
-        beta1: sgd's momentum and adafactor's first moment; 0 is off. The Adam family keeps (0.9, 0.999), as published.
-        embedding_bits: 32 for float32 moments of embedding and output head with low-bit optimizers; None: as for the others.
+        weight_decay: added to the gradient for adam and sgd, decoupled for the others (as in their libraries).
+        beta1: sgd's momentum and adafactor's first moment; 0 turns it off. The Adam family keeps the published (0.9, 0.999).
+        embedding_bits: 32 for float32 moments of embedding and output head with low-bit optimizers; None: as for the rest.
         rounding: stochastic rounding of bfloat16 parameters, for the Adam family.
 
     Raises:
@@ -77,26 +77,26 @@ def build_galore(
     embedding_bits: int | None = None,
     rounding: StochasticRounding | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer for a name of --optimizer, stepping some matrices in a subspace of their gradients.
+    """Builds the optimizer for a name of --optimizer; it steps some matrices in a subspace of their gradients.
 
     Args:
-        matrices: names of the matrices that are projected; `parameters` may hold some of them, all, or none.
+        matrices: names of the projected matrices; `parameters` may contain some, all or none of them.
         subspace, world: see GaLore. Other arguments: see build_optimizer.
 
     Raises:
         As build_optimizer.
     """
-    chosen = {key: parameter for key, parameter in parameters.items() if key in matrices}
+    projected = {key: parameter for key, parameter in parameters.items() if key in matrices}
     others = {key: parameter for key, parameter in parameters.items() if key not in matrices}
     ordinary = None
     if others:
         settings: dict[str, Any] = {"beta1": beta1, "embedding_bits": embedding_bits, "rounding": rounding}
         ordinary = build_optimizer(name, others, lr=lr, weight_decay=weight_decay, **settings)
-        if not chosen:
+        if not projected:
             return ordinary
     return GaLore(
-        chosen,
-        lambda projected: build_optimizer(name, {"projected": projected}, lr=lr, weight_decay=0.0, beta1=beta1),
+        projected,
+        lambda matrix: build_optimizer(name, {"projected": matrix}, lr=lr, weight_decay=0.0, beta1=beta1),
         ordinary,
         subspace,
         world,
@@ -108,12 +108,12 @@ def build_galore(
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], embedding_bits: int | None) -> list[dict[str, Any]]:
-    """One parameter group, or two where the moments of embedding and head have a size of their own."""
-    apart = [p for name, p in parameters.items() if embedding_bits and any(part in name for part in EMBEDDINGS)]
-    chosen = set(apart)
+    """Parameters as one group, or two if the moments of embedding and output head have a different number of bits."""
+    embeddings = [p for name, p in parameters.items() if embedding_bits and any(part in name for part in EMBEDDINGS)]
+    embedding_set = set(embeddings)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if p not in chosen]},
-        {"params": apart, "state_bits": embedding_bits},
+        {"params": [p for p in parameters.values() if p not in embedding_set]},
+        {"params": embeddings, "state_bits": embedding_bits},
     ]
     return [group for group in groups if group["params"]]
 
@@ -136,7 +136,7 @@ def _adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.
 
 def _sgd(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     trained = list(parameters.values())
-    # torch's fused kernel for CPUs leaves 16-bit parameters as they are (2.13; its issue 191763).
+    # torch's fused SGD on a CPU does not change 16-bit parameters (torch 2.13, issue 191763).
     fused = all(p.device.type != "cpu" or p.dtype in (torch.float32, torch.float64) for p in trained)
     return torch.optim.SGD(trained, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.beta1, fused=fused)
 
@@ -181,8 +181,8 @@ def _sliced_adam(
         from peft_pretraining.optim.adam_ao import SlicedAdam
     except ImportError as error:
         raise OptimizerUnavailable(
-            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); pip install torchao, "
-            "or --optimizer adam8bit without --stochastic_rounding"
+            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install "
+            "torchao, or use --optimizer adam8bit without --stochastic_rounding"
         ) from None
     return SlicedAdam(
         _groups(parameters, settings.embedding_bits),
@@ -195,7 +195,7 @@ def _sliced_adam(
     )
 
 
-# One builder for each row of config.optimizers.OPTIMIZERS; a package that not every run needs is imported in its builder.
+# One builder for each row of config.optimizers.OPTIMIZERS. Builders import optional packages themselves.
 BUILDERS: dict[str, Callable[[Mapping[str, nn.Parameter], Settings], torch.optim.Optimizer]] = {
     "adam": _adam,
     "adamw": _adamw,

@@ -1,5 +1,6 @@
-"""Saves and loads optimizer states by parameter name, independent of parameter order and of the number of processes.
+"""Optimizer states: saved and loaded by parameter name, dequantised, and reset after restarts.
 
+Saved states are independent of the order of parameters and of the number of processes.
 Moments of a parameter's shape are saved as DTensors, which any number of processes can read. Quantised moments of a sharded
 parameter cannot be, because their quantisation blocks start anew in every part. They are saved part by part under the name
 `<parameter>@<part>of<parts>`. The same number of processes reads them unchanged; another number dequantises, divides and
@@ -14,15 +15,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_CODEBOOK_ENTRIES
 from peft_pretraining.distributed.parallel import Part, local, part_of, rows_of_part, whole_of
-from peft_pretraining.optim.moments import plain_moments, set_moments_
+from peft_pretraining.distributed.world import World, gather_objects
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
+from sparse_lora import generator_for
 
 Scalars = dict[str, dict[str, Any]]
 # All saved tensors: <parameter>/<key> -> shape and dtype.
@@ -186,3 +190,128 @@ def _requantise(
     if isinstance(parameter, DTensor):
         whole = [rows_of_part(moment, part_of(parameter)) for moment in whole]
     set_moments_(state, [moment.flatten().to(parameter.device) for moment in whole])
+
+
+# --- Quantised moments as plain numbers and back ---
+
+
+def plain_moments(state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Returns [first, second] moment of one parameter's optimizer state, each flat; quantised moments become float32.
+
+    Raises KeyError, ValueError or RuntimeError if the state's tensors do not fit together.
+    """
+    return [_dequantised(state, number) for number in (1, 2)]
+
+
+def set_moments_(state: Mapping[str, torch.Tensor], moments: list[torch.Tensor]) -> None:
+    """Writes flat moments into a state that the optimizer has created, quantising them if its layout does."""
+    for number, values in zip((1, 2), moments, strict=True):
+        _quantise_(state, number, values)
+
+
+def _dequantised(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
+    if f"state{number}" not in state:
+        rest = state[f"moment{number}"].flatten()
+        return torch.cat([_torchao(state, number).dequantize().float(), rest]) if f"codes{number}" in state else rest
+    values = state[f"state{number}"].flatten()
+    if values.dtype != torch.uint8:
+        return values
+    import bitsandbytes.functional as kernels
+
+    scales, codes = state[f"absmax{number}"], state[f"qmap{number}"]
+    if scales.numel() != -(-values.numel() // BNB_BLOCK_ELEMENTS) or codes.numel() != BNB_CODEBOOK_ENTRIES:
+        raise ValueError(f"{values.numel()} codes do not fit {scales.numel()} scales and a code book of {codes.numel()} entries")
+    plain: torch.Tensor = kernels.dequantize_blockwise(values, absmax=scales, code=codes, blocksize=BNB_BLOCK_ELEMENTS)
+    return plain
+
+
+def _quantise_(state: Mapping[str, torch.Tensor], number: int, values: torch.Tensor) -> None:
+    if f"state{number}" not in state:
+        rest = state[f"moment{number}"].view(-1)
+        quantised = values.numel() - rest.numel()
+        if quantised:
+            _torchao(state, number).copy_(values[:quantised])
+        rest.copy_(values[quantised:])
+        return
+    target = state[f"state{number}"].view(-1)
+    if target.dtype != torch.uint8:
+        target.copy_(values)
+        return
+    import bitsandbytes.functional as kernels
+
+    codes, scales = kernels.quantize_blockwise(values.contiguous(), code=state[f"qmap{number}"], blocksize=BNB_BLOCK_ELEMENTS)
+    target.copy_(codes.view(-1))
+    state[f"absmax{number}"].copy_(scales.absmax)
+
+
+def _torchao(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
+    """Returns the quantised elements of a moment as torchao's tensor class; shares storage with the state."""
+    from torchao.optim.subclass_4bit import OptimState4bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    codes, scale, qmap = (state[f"{part}{number}"] for part in ("codes", "scale", "qmap"))
+    moment: torch.Tensor
+    if qmap.numel() == 256:
+        moment = OptimState8bit(codes, scale, qmap, number == 1, dtype=torch.float32)
+    else:
+        moment = OptimState4bit(codes, scale, qmap, number == 1, (2 * codes.numel(),), dtype=torch.float32)
+    return moment
+
+
+# --- Moments of parameters whose values a restart replaced ---
+
+# Prefix of the keys of code books, which are constants shared by all parameters.
+_CODE_BOOKS = "qmap"
+
+
+def reset_moments_(state: dict[str, Any]) -> None:
+    """Resets a parameter's optimizer state, in place, to its state before the first step.
+
+    Every optimizer here starts from zeros, in codes and scales too. Step counts are reset, so bias correction starts again.
+    """
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            if not key.startswith(_CODE_BOOKS):
+                value.zero_()
+        elif isinstance(value, (int, float)):
+            state[key] = type(value)(0)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Sets a share of the moments to zero when ReLoRA merges its factors (arXiv 2307.05695, section 3; its repository's names).
+
+    kind: "magnitude" zeroes the smallest elements of each moment, "random" random ones.
+    share: share of a tensor's elements that become zero, in (0, 1].
+    """
+
+    kind: str
+    share: float
+
+    def prune_(self, state: dict[str, Any], parameter: nn.Parameter, seed: int, key: str, world: World) -> None:
+        """Sets elements of each of a parameter's moments to zero, in place; the step count stays.
+
+        state: optimizer state of this process's part of the parameter. parameter: the model's; if it is sharded, every process
+        calls this. seed, key: identify the random draw.
+        """
+        names = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.dim()]
+        if not isinstance(parameter, DTensor):
+            for name in names:
+                state[name].mul_(self._kept(state[name], seed, f"{key}/{name}"))
+            return
+        # An empty part has no state, but its process must take part in the collective gathering.
+        for name in max(gather_objects(names, world), key=len):
+            moment = state[name] if name in names else torch.zeros_like(parameter.to_local())
+            kept = self._kept(whole_of(parameter, moment).full_tensor(), seed, f"{key}/{name}")
+            moment.mul_(rows_of_part(kept, part_of(parameter)).view(moment.shape))
+
+    def _kept(self, moment: torch.Tensor, seed: int, key: str) -> torch.Tensor:
+        """Returns a boolean mask, of the moment's shape, of the elements that are kept."""
+        if self.kind == "random":
+            drawn = torch.rand(moment.shape, generator=generator_for(seed, key), device="cpu")
+            return (drawn >= self.share).to(moment.device)
+        sizes = moment.abs().float().flatten()
+        count = int(self.share * sizes.numel())
+        if count == 0:
+            return torch.ones_like(moment, dtype=torch.bool)
+        return (sizes > sizes.kthvalue(count).values).view(moment.shape)

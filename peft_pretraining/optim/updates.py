@@ -1,6 +1,6 @@
-"""The optimizer's share of an update: of all parameters after the backward pass, or of each one inside it (per-layer).
+"""Steps parameters: all after the backward pass (WholeUpdate), or each one during it (PerLayerUpdate).
 
-Both are driven alike by `train.train_step`: `begin`, `before_backward` for each micro-batch, `finish`.
+`training.update.train_step` calls both in the same way: `begin`, `before_backward` for each micro-batch, `finish`.
 """
 
 from __future__ import annotations
@@ -19,68 +19,68 @@ from peft_pretraining.distributed.world import World
 
 
 class HasState(Protocol):
-    """What checkpoints and the learning rate need of an optimizer."""
+    """The attributes of an optimizer that checkpoints and the learning rate use."""
 
-    state: Any  # parameter -> its state
+    state: Any  # parameter -> state
     param_groups: list[dict[str, Any]]
 
 
 @runtime_checkable
 class PreparesStates(Protocol):
-    """An optimizer that can make its states before its first step."""
+    """An optimizer that can create its states before its first step."""
 
     def prepare_states(self) -> None:
-        """Make the states of every parameter."""
+        """Create the states of every parameter."""
 
 
 class Updates(Protocol):
-    """How parameters are updated."""
+    """Updates a model's parameters: the interface of WholeUpdate and PerLayerUpdate."""
 
     growth: GrowthLimit | None
-    stepped: dict[str, nn.Parameter]  # what the optimizer steps: of sharded parameters this process's parts
-    averages_gradients: bool  # over processes, so that the module must not
-    steps_in_backward: bool  # in the last one of an update
+    stepped: dict[str, nn.Parameter]  # by name; of sharded parameters, this process's parts
+    averages_gradients: bool  # averages over processes, so the module must not do it too
+    steps_in_backward: bool  # in the last micro-batch of an update
 
     @property
     def optimizer(self) -> HasState:
-        """What holds the states and learning rates."""
+        """Holds the states and learning rates."""
 
     def begin(self, lr: float) -> None:
-        """A new update, with this learning rate."""
+        """Starts a new update with this learning rate."""
 
     def before_backward(self, last: bool) -> None:
-        """The backward pass of a micro-batch follows; `last` of the update or not."""
+        """Called before the backward pass of each micro-batch. last: whether it is the last one of the update."""
 
     def finish(self, loss: torch.Tensor) -> Outcome:
-        """All parameters are updated and gradients freed on return. loss: of the update, the same on every process."""
+        """Completes the update and frees gradients. loss: loss of the update, equal on every process."""
 
     def abandon(self) -> Outcome:
-        """Free the gradients of an update that is not made."""
+        """Cancels the update and frees its gradients."""
 
 
 Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 
 
 class Outcome(NamedTuple):
-    """What became of an update; on the device, so that nothing waits for it."""
+    """The result of an update; tensors on the device, so that the CPU need not wait for them."""
 
-    gradnorm: torch.Tensor  # the true global L2 norm, before limits, float32
-    skipped: torch.Tensor  # tensors that were not stepped because a number in them was not finite, float32
+    gradnorm: torch.Tensor  # global L2 norm before any limit, float32
+    skipped: torch.Tensor  # number of tensors not stepped as their gradient was not finite, float32
 
 
 class GrowthLimit:
-    """Limits each tensor's gradient norm to `factor` times what it was in the update before (Fira, arXiv 2410.01623).
+    """Limits each tensor's gradient norm to `factor` times its norm in the previous update (Fira, arXiv 2410.01623).
 
-    Clipping by the global norm has to see all gradients before the first one is used; this needs one at a time.
+    Unlike clipping by the global norm, this needs one gradient at a time.
     """
 
     def __init__(self, factor: float, num_tensors: int, device: torch.device):
-        """The first gradient of a tensor that is not zero is taken as it is."""
+        """The first non-zero gradient of a tensor is not limited."""
         self.factor = factor
         self.previous = torch.zeros(num_tensors, dtype=torch.float32, device=device)
 
     def limit_(self, number: int, gradient: torch.Tensor, norm: torch.Tensor) -> None:
-        """Scale the gradient of tensor `number`, whose L2 norm is `norm`, in place."""
+        """Scales the gradient of tensor `number`, whose L2 norm is `norm`, in place."""
         previous = self.previous[number]
         allowed = torch.where(previous > 0, previous * self.factor, norm)
         scale = torch.where(norm > allowed, allowed / norm, torch.ones_like(norm))
@@ -89,7 +89,7 @@ class GrowthLimit:
 
 
 class WholeUpdate:
-    """Every gradient is there before the first parameter is stepped: clipping by the global norm is possible."""
+    """Steps all parameters after the backward pass, so that gradients can be clipped by their global norm."""
 
     averages_gradients = steps_in_backward = False
 
@@ -103,10 +103,10 @@ class WholeUpdate:
         growth: GrowthLimit | None = None,
         free_gradients: bool = True,
     ):
-        """build: an optimizer for the parameters that it is given. parameters: plain, or all of them sharded by FSDP2.
+        """build: makes an optimizer for given parameters. parameters: all plain, or all sharded by FSDP2.
 
-        grad_clipping: largest global gradient norm, None for no limit. free_gradients: False zeroes them instead: those
-        of DistributedDataParallel are views of its buckets, which stay, and new ones would take their size once more.
+        grad_clipping: largest global gradient norm, None for no limit. free_gradients: False zeroes gradients instead, as those
+        of DistributedDataParallel are views of its permanent buckets, and new ones would take additional memory.
         """
         self.stepped = local_parameters(parameters)
         self.optimizer, self.growth, self._free = build(self.stepped), growth, free_gradients
@@ -114,16 +114,16 @@ class WholeUpdate:
         self._shards = [(p, self.stepped[name]) for name, p in parameters.items() if isinstance(p, DTensor)]
 
     def begin(self, lr: float) -> None:
-        """A new update, with this learning rate."""
+        """Starts a new update with this learning rate."""
         self._drop_gradients()
         set_lr(self.optimizer, lr)
 
     def before_backward(self, last: bool) -> None:
-        """Nothing to prepare: gradients add up."""
+        """Does nothing: gradients accumulate."""
 
     @torch.no_grad()
     def finish(self, loss: torch.Tensor) -> Outcome:
-        """Limit, clip, step, free; nothing is stepped where the loss or the norm of all gradients is not finite."""
+        """Limits, clips, steps and frees; steps nothing if the loss or the global gradient norm is not finite."""
         gradients = {n: p.grad for n, p in enumerate(self._parameters) if p.grad is not None}
         norms = gradient_norms(list(gradients.values()), self._world)
         total: torch.Tensor = torch.linalg.vector_norm(norms)
@@ -142,10 +142,10 @@ class WholeUpdate:
     def _limit_growth(
         self, growth: GrowthLimit, gradients: dict[int, torch.Tensor], norms: torch.Tensor, bad: torch.Tensor
     ) -> None:
-        before = growth.previous.clone()
+        previous = growth.previous.clone()
         for (number, gradient), norm in zip(gradients.items(), norms, strict=True):
             growth.limit_(number, local(gradient), norm)
-        growth.previous.copy_(torch.where(bad, before, growth.previous))
+        growth.previous.copy_(torch.where(bad, previous, growth.previous))
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=self._free)
@@ -153,18 +153,18 @@ class WholeUpdate:
             parameter.grad = None
 
     def abandon(self) -> Outcome:
-        """As if there had been no micro-batch."""
+        """Frees the gradients accumulated so far."""
         self._drop_gradients()
         return _nothing_stepped(len(self._parameters), self._parameters[0].device)
 
 
 class PerLayerUpdate:
-    """Each parameter is stepped as soon as its gradient is complete, in the backward pass, and the gradient freed at once.
+    """Steps each parameter in the backward pass as soon as its gradient is complete, then frees the gradient.
 
-    In the last micro-batch of an update: with accumulation the gradients of the earlier ones stay until then. With several
-    processes each gradient is averaged over them here, before the step: a hook under DistributedDataParallel would fire before
-    its all-reduce, and the processes would drift apart. FSDP2 calls the hook after its reduce-scatter, with this process's part
-    of the averaged gradient; what decides for the whole tensor, its norm, is summed over the parts.
+    Steps happen in the last micro-batch of an update; with accumulation, gradients stay until then. With several processes, each
+    gradient is averaged here before the step: under DistributedDataParallel the hook would run before the all-reduce, and the
+    processes would diverge. FSDP2 calls the hook after its reduce-scatter, with this process's part of the averaged gradient; the
+    norm of the whole tensor is then summed over the parts.
     """
 
     averages_gradients = steps_in_backward = True
@@ -178,9 +178,9 @@ class PerLayerUpdate:
         growth: GrowthLimit | None = None,
         reduce_dtype: torch.dtype | None = None,
     ):
-        """build: an optimizer for the parameters that it is given, here one at a time. parameters: plain, or sharded by FSDP2.
+        """build: makes an optimizer for one given parameter. parameters: plain, or sharded by FSDP2.
 
-        reduce_dtype: in which gradients are summed over processes, None for their own; FSDP2 has its own setting for that.
+        reduce_dtype: dtype in which gradients are summed over processes (None: unchanged); FSDP2 has a separate setting.
         """
         self.stepped = local_parameters(parameters)
         self.optimizer = _OptimizerSet([build({name: stepped}) for name, stepped in self.stepped.items()])
@@ -195,25 +195,25 @@ class PerLayerUpdate:
         ]
 
     def begin(self, lr: float) -> None:
-        """A new update, with this learning rate."""
+        """Starts a new update with this learning rate."""
         self._norms.zero_()
         self._skipped.zero_()
         set_lr(self.optimizer, lr)
 
     def before_backward(self, last: bool) -> None:
-        """Step in this backward pass if it is the update's last."""
+        """Steps parameters in this backward pass if it is the last of the update."""
         self._armed = last
 
     @torch.no_grad()
     def _step(self, number: int, stepped: nn.Parameter, parameter: torch.Tensor) -> None:
-        """The hook: parameter `number`, of which `stepped` is this process's part, has its whole gradient."""
+        """The hook of parameter `number`, called when its gradient is complete. stepped: this process's part of the parameter."""
         if not self._armed or parameter.grad is None:
             return
         if self._world.size > 1 and not isinstance(parameter, DTensor):
             average_(parameter.grad, self._world, self._reduce_dtype)
         norm = gradient_norms([parameter.grad], self._world)[0]
         self._norms[number] = norm
-        # The averaged gradient is the same on every process, or its norm that of all parts, and so is this flag.
+        # The same on every process, as the averaged gradient is, or (sharded) the norm over all parts.
         bad = ~torch.isfinite(norm)
         self._skipped += bad
         gradient = local(parameter.grad)
@@ -225,12 +225,12 @@ class PerLayerUpdate:
         stepped.grad = parameter.grad = None
 
     def finish(self, loss: torch.Tensor) -> Outcome:
-        """Nothing is left to step; tensors whose gradient was not finite were not."""
+        """Returns the result; all tensors with finite gradients have been stepped in the backward pass."""
         self._armed = False
         return Outcome(torch.linalg.vector_norm(self._norms), self._skipped.clone())
 
     def abandon(self) -> Outcome:
-        """Gradients of earlier micro-batches go."""
+        """Frees the gradients of earlier micro-batches."""
         self._armed = False
         for parameter in self._parameters:
             parameter.grad = None
@@ -238,15 +238,15 @@ class PerLayerUpdate:
 
 
 class _OptimizerSet:
-    """Optimizers of one parameter each, with one state for checkpoints."""
+    """Optimizers of one parameter each, with a shared state for checkpoints."""
 
     def __init__(self, members: list[torch.optim.Optimizer]):
         self.members = members
         self.state: Any = defaultdict(dict)
         for member in members:
             member.state = self.state
-            # Moments made in the midst of a backward pass would lie scattered among its temporaries, and the gaps between them
-            # fit no later ones: 0.7 GiB of 1b's peak on a CPU. torch's own make theirs in the first step all the same.
+            # Moments created during a backward pass fragment memory between its temporaries: 0.7 GiB of 1b's peak on a CPU.
+            # torch's optimizers still create theirs in the first step.
             if isinstance(member, PreparesStates):
                 member.prepare_states()
         self.param_groups = [group for member in members for group in member.param_groups]
@@ -257,10 +257,10 @@ def _nothing_stepped(num_tensors: int, device: torch.device) -> Outcome:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
-    """Step, unless the flag `bad` (on the device) is set: then states, step counts too, and parameters stay as they are.
+    """Steps unless the flag `bad` (on the device) is set; parameters, states and step counts then stay unchanged.
 
-    torch's fused optimizers read the flag in their kernels. The others, and SGD's first step, which makes its momentum there,
-    need it in Python: on a GPU that waits for the backward pass.
+    torch's fused optimizers read the flag in their kernels. Other optimizers, and SGD's first step, which creates its momentum,
+    need its value in Python, which on a GPU waits for the backward pass.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     started = all(optimizer.state.get(parameter) for parameter in parameters if parameter.numel())
@@ -272,7 +272,7 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
 
 
 def set_lr(optimizer: HasState, lr: float) -> None:
-    """For the updates to come."""
+    """Sets the learning rate of the following steps."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -283,7 +283,7 @@ def _total_norm(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
 
 
 def clip_(gradients: list[torch.Tensor], total_norm: torch.Tensor, max_norm: float) -> None:
-    """Scale all gradients down, in place, so that their global L2 norm, `total_norm`, becomes at most `max_norm`."""
+    """Scales all gradients in place so that their global L2 norm, now `total_norm`, is at most `max_norm`."""
     scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         local(gradient).mul_(scale.to(gradient.dtype))

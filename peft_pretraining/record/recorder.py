@@ -75,12 +75,12 @@ class _Lines:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._waiting.clear()
 
-    def _try(self, act: Callable[[], object]) -> str | None:
+    def _try(self, operation: Callable[[], object]) -> str | None:
         try:
-            act()
+            operation()
         except OSError as error:
-            told, self._failing = self._failing, True
-            return None if told else f"{self._path} cannot be written ({error.strerror})"
+            reported, self._failing = self._failing, True
+            return None if reported else f"{self._path} cannot be written ({error.strerror})"
         self._failing = False
         return None
 
@@ -211,12 +211,12 @@ class Recorder:
         try:
             self._wandb.log(row)
         except Exception as error:  # no failure of the dashboard may end the run
-            self.say(f"warning: wandb stopped recording ({_one_line(error)}); training and metrics.jsonl go on")
+            self.say(f"warning: wandb stopped recording ({_one_line(error)}); training and metrics.jsonl continue")
             self._wandb = None
 
     def _tell(self, problem: str | None) -> None:
         if problem is not None:
-            self.say(f"warning: {problem}; training goes on, and the lines are kept until it can be written")
+            self.say(f"warning: {problem}; training continues, lines are kept in memory until the file can be written")
 
     def close(self, exit_code: int = 0) -> None:
         """Flush everything and end the wandb run."""
@@ -231,7 +231,7 @@ class Recorder:
                 print(f"warning: wandb did not finish ({_one_line(error)})", file=sys.stderr)
 
     def _finish_wandb(self, exit_code: int) -> None:
-        """Write what the run reached to wandb's summary, for tables of runs and scatter plots."""
+        """Write the run's results to wandb's summary, for tables of runs and scatter plots."""
         try:
             figures = summary(self._document, read_metrics(self.run_folder))
             self._wandb.summary.update({name: value for name, value in figures.items() if value is not None})
@@ -255,26 +255,26 @@ def _progress_bar(total_updates: int, start_step: int) -> Any:
     from tqdm import tqdm
 
     # A log file gets a line every 15 seconds instead of thousands of carriage returns.
-    watched = sys.stderr.isatty()
+    is_terminal = sys.stderr.isatty()
     return tqdm(
         total=total_updates,
         initial=start_step,
         desc="updates",
         unit="update",
-        dynamic_ncols=watched,
-        mininterval=0.5 if watched else 15.0,
+        dynamic_ncols=is_terminal,
+        mininterval=0.5 if is_terminal else 15.0,
         smoothing=0.05,
     )
 
 
 class PendingUpdate:
-    """An update whose loss, gradient norm and number of skipped tensors are on their way from the device to this process."""
+    """An update whose loss, gradient norm and number of skipped tensors are being copied from the device."""
 
     def __init__(self, step: int, result: StepResult, known: dict[str, Any] | None, num_tokens: int, num_updates: int):
         """Start the copy without waiting for it.
 
-        step: number of finished updates. known: what is known of the update's row already; None if it gets no row. num_tokens,
-        num_updates: work since the last row.
+        step: number of finished updates. known: fields of the update's row that are already known; None if it gets no row.
+        num_tokens, num_updates: work since the last row.
         """
         self.step, self.known, self.num_tokens, self.num_updates = step, known, num_tokens, num_updates
         values = torch.stack((result.loss, result.gradnorm, result.skipped))
@@ -321,7 +321,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block out; all updates before it must be done."""
+        """Leave the time of the block out of the rates; all updates before it must be finished."""
         before = time.perf_counter()
         try:
             yield
@@ -345,7 +345,7 @@ class LateRecord:
     def add(self, update_step: int, result: StepResult, known: dict[str, Any] | None) -> None:
         """Take an update that is queued on the device, and read the one before it.
 
-        known: what is known of the update's row already; None if it gets no row. Raises TrainingError, as `settle`.
+        known: fields of the update's row that are already known; None if it gets no row. Raises TrainingError, as `settle`.
         """
         self._num_tokens += result.num_tokens
         self._num_updates += 1

@@ -21,9 +21,8 @@ from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import loss_chunk_rows
 from peft_pretraining.methods import METHODS
-from peft_pretraining.model.llama import build_model
+from peft_pretraining.model.llama import build_model, start_from_svd
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.model.svd_start import start_from_svd
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,

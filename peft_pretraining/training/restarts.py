@@ -1,8 +1,8 @@
-"""Restarts: what a method does to factors and moments between two updates, such as ReLoRA's merges.
+"""Restarts: changes of factors and moments between two updates, such as ReLoRA's merges.
 
-The method says what happens and how often (methods.method.Restart). A restart comes before the update that follows a multiple of
-that many finished updates. What it draws is keyed by (seed, name, number of the restart), so that restarts need no saved state: a
-checkpoint taken at a restart boundary is from before the restart, and the resumed run performs it.
+The method defines what a restart does and its interval (methods.method.Restart); it takes place after every multiple of that
+many finished updates. Random numbers are keyed by (seed, name, number of the restart), so restarts need no saved state. A
+checkpoint taken at a restart boundary is from before the restart; the resumed run performs it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft_pretraining.distributed.parallel import assign_, free_gathered, local
 from peft_pretraining.distributed.world import World, broadcast_
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Restart
-from peft_pretraining.model.svd_start import balanced
+from peft_pretraining.model.llama import balanced
 from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
@@ -31,14 +31,15 @@ class Restarts:
     """Schedules and performs a run's restarts; all processes call `before_update` before each update."""
 
     def __init__(self, args: Arguments, model: nn.Module, updates: Updates, world: World):
-        """model: with its method applied. updates: of its parameters, which are all on one device."""
-        self.restart = METHODS[args.peft_model].restart(args)  # None for a run without restarts
+        """model: with its method's layers. updates: of its parameters, which are all on one device."""
+        # None for a run without restarts.
+        self.restart = METHODS[args.peft_model].restart(args)
         self._args, self._model, self._updates, self._world = args, model, updates, world
         self._rounding = StochasticRounding(args.seed) if args.stochastic_rounding else None
 
     @torch.no_grad()
     def before_update(self, update_step: int) -> bool:
-        """Restart if one is due after `update_step` finished updates; returns whether it was."""
+        """Performs the restart that is due after `update_step` finished updates, if any; returns True if it did."""
         restart = self.restart
         if restart is None or update_step == 0 or update_step % restart.every:
             return False
@@ -55,10 +56,10 @@ class Restarts:
         return True
 
     def _factors(self) -> list[str]:
-        """Names of the parameters of the factored linears.
+        """Returns the names of the parameters of the factored linears, whose moments are reset.
 
-        The moments of embedding, head and norms stay: with second moments near zero, rows of rare tokens would take steps of full
-        size (docs/results.md: what that costs).
+        The moments of embedding, head and norms are kept: with second moments near zero, rows of rare tokens would take steps of
+        full size, which raises the loss (docs/results.md).
         """
         return [
             f"{name}.{own}"
@@ -67,7 +68,7 @@ class Restarts:
         ]
 
     def _merge(self, restart: Restart, number: int) -> None:
-        """W0 += scaling B A, A drawn anew, B = 0, and the factors' moments treated as `restart` says (arXiv 2307.05695)."""
+        """Adds scaling B A to W0, draws a new A, sets B = 0, and resets or prunes the factors' moments (arXiv 2307.05695)."""
         parameters = dict(self._model.named_parameters())
         for name, layer in self._layers(ReLoRALinear):
             noise = None
@@ -75,7 +76,7 @@ class Restarts:
                 noise = self._rounding.generator(f"{name}.weight/merge", number, local(layer.weight).device)
             add_product_(layer, noise)
             if not isinstance(layer.weight, DTensor):
-                # Nothing synchronises frozen weights later, should two machines round a product differently.
+                # Frozen weights are never synchronised later, and two machines may round a product differently.
                 broadcast_(layer.weight, self._world)
             for factor, values in layer.initial_values(self._args.seed, name, restart=number):
                 assign_(layer.get_parameter(factor), values)
@@ -88,14 +89,14 @@ class Restarts:
                     Pruning(restart.moments, restart.share).prune_(state, parameter, self._args.seed, key, self._world)
 
     def _rebalance(self) -> None:
-        """Replace the factors of every layer by balanced ones of the same product.
+        """Replaces the factors of every layer by balanced factors of the same product.
 
-        All processes take process 0's, since the signs of singular vectors are arbitrary.
+        Process 0 computes and broadcasts them, since the signs of singular vectors are arbitrary.
         """
         for _, layer in self._layers(SparseLowRankLinear):
             lora_B, lora_A = (_whole(factor) for factor in (layer.lora_B, layer.lora_A))
-            found = balanced(lora_B, lora_A) if self._world.is_main else (lora_B.float(), lora_A.float())
-            for factor, values in zip((layer.lora_B, layer.lora_A), found, strict=True):
+            factors = balanced(lora_B, lora_A) if self._world.is_main else (lora_B.float(), lora_A.float())
+            for factor, values in zip((layer.lora_B, layer.lora_A), factors, strict=True):
                 assign_(factor, broadcast_(values.contiguous(), self._world).to(factor.dtype))
 
     def _layers(self, kind: type[Layer]) -> Iterator[tuple[str, Layer]]:
@@ -104,27 +105,27 @@ class Restarts:
                 yield name, module
 
     def _state_of(self, name: str) -> dict[str, torch.Tensor]:
-        """The optimizer's state of a parameter; empty before its first step."""
+        """Returns the optimizer's state of a parameter; empty before its first step."""
         state: dict[str, torch.Tensor] = self._updates.optimizer.state.get(self._updates.stepped[name], {})
         return state
 
     def _reset(self, name: str) -> None:
         reset_moments_(self._state_of(name))
         if self._updates.growth is not None:
-            # A replaced factor has gradients of another magnitude: the next one is not limited.
+            # A replaced factor has gradients of another magnitude, so the next gradient is not limited.
             self._updates.growth.previous[list(self._updates.stepped).index(name)] = 0
 
 
 @torch.no_grad()
 def add_product_(layer: ReLoRALinear, noise: torch.Generator | None = None) -> None:
-    """W0 += scaling B A, in float32 and rounded once; of a sharded layer this process's rows.
+    """Adds scaling B A to W0, in float32 with one rounding; in a sharded layer, to this process's rows.
 
-    noise: for stochastic rounding of a bfloat16 weight, None rounds to nearest.
+    noise: generator for stochastic rounding of a bfloat16 weight; None rounds to nearest.
     """
     weight, lora_B, lora_A = local(layer.weight), local(layer.lora_B), _whole(layer.lora_A)
     scaling = layer.effective_scaling()
     scale = float(_whole(scaling)) if isinstance(scaling, torch.Tensor) else scaling
-    # In slices of rows: the whole product would take the weight's size in float32 once more.
+    # By slices of rows, because the whole product would take the weight's size in float32.
     rows = max(1, SLICE_ELEMENTS // weight.shape[1])
     for part, factor in zip(weight.split(rows), lora_B.split(rows), strict=True):
         merged = part.float().addmm(factor.float(), lora_A.float(), alpha=scale)
@@ -135,5 +136,5 @@ def add_product_(layer: ReLoRALinear, noise: torch.Generator | None = None) -> N
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded; every process calls it."""
+    """Gathers a tensor if it is sharded, else returns it; every process calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

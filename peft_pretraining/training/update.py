@@ -1,4 +1,4 @@
-"""One update: forward, backward, all-reduce, clip, step. Knows no arguments, files, dashboards or clocks."""
+"""One update: forward, backward, all-reduce, clip, step; independent of arguments, files, dashboards and clocks."""
 
 from __future__ import annotations
 
@@ -68,20 +68,20 @@ class Batch(Protocol):
 
 @dataclass
 class TrainState:
-    """How far a run has come."""
+    """A run's progress."""
 
     update_step: int = 0  # finished updates
-    tokens_seen: int = 0  # tokens of text trained on, over all processes
-    skipped_updates: int = 0  # finished updates in which a tensor was not stepped because a number was not finite
+    tokens_seen: int = 0  # text tokens trained on, over all processes
+    skipped_updates: int = 0  # finished updates in which a tensor was not stepped because of a non-finite number
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Numbers of one update over all processes; tensors stay on the device, so that nothing waits for them."""
+    """Results of one update over all processes; tensors stay on the device, so that nothing waits for them."""
 
     loss: torch.Tensor  # mean over the update's target tokens, float32
     gradnorm: torch.Tensor  # global norm before clipping, float32
-    skipped: torch.Tensor  # tensors that were not stepped because loss or gradient was not finite, float32
+    skipped: torch.Tensor  # number of tensors not stepped because of a non-finite loss or gradient, float32
     num_tokens: int  # tokens of text
     num_bad_records: int  # bad records skipped
 
@@ -95,19 +95,18 @@ def train_step(
     world: World,
     device: torch.device,
 ) -> StepResult:
-    """One update by the gradient of the mean token loss over all of its sequences.
+    """Performs one update with the gradient of the mean token loss over all sequences of the update.
 
-    The loss is the sum of token losses over the number of target tokens of all micro-batches and processes, so that
-    1 process x 4 micro-batches = 2 x 2 = 4 x 1, however unequal the micro-batches' token counts are.
+    The loss is the sum of token losses divided by the number of target tokens of all micro-batches and processes. Therefore
+    1 process x 4 micro-batches = 2 x 2 = 4 x 1, even if micro-batches have different numbers of tokens.
 
-    Where the loss or a gradient is not finite, nothing is stepped (per layer: only tensors whose gradient is finite).
+    If the loss or a gradient is non-finite, nothing is stepped (per-layer updates: only tensors with a finite gradient).
 
-    Two things wait for the device: an optimizer that needs to know in Python whether to step (`step_unless`), and per-layer
-    updates, which need the loss before the last backward pass.
+    Two cases wait for the device: an optimizer that must know in Python whether to step (`step_unless`), and per-layer updates,
+    which need the loss before the last backward pass.
 
     Args:
-        module: maps (input_ids, labels, num_targets) to the float32 sum of token losses; as `parallel` shares it among
-            processes.
+        module: maps (input_ids, labels, num_targets) to the float32 sum of token losses; distributed by `parallel`.
         updates: steps the parameters, after the last backward pass or inside it.
         micro_batches: this process's share of the update.
         lr: learning rate of this update.
@@ -120,7 +119,7 @@ def train_step(
         ],
         world,
     )
-    # Gradients are averaged over the processes; times their number it is the sum that the mean over all tokens needs.
+    # Gradients are averaged over processes; multiplying by their number gives the sum that the mean over tokens needs.
     gradient_scale = world.size / max(1, num_targets)
 
     updates.begin(lr)
@@ -129,15 +128,15 @@ def train_step(
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         with gradient_sync(module, enabled=last):
-            # From pinned memory: copied when the device gets there, while this process goes on.
+            # From pinned memory, so the copy does not block this process.
             input_ids = batch.input_ids.to(device, non_blocking=True)
             loss = module(input_ids, batch.labels.to(device, non_blocking=True), batch.num_targets)
             loss_sum += loss.detach()
             if last:
                 all_reduce_sum_(loss_sum, world)
-                # Stepping begins in this backward pass, so whether to step must be known before it: this waits for the device.
+                # Per-layer updates step in this backward pass, so whether to step must be known before it; waits for the device.
                 abandoned = updates.steps_in_backward and not bool(torch.isfinite(loss_sum))
-            # FSDP2 keeps gradients of earlier micro-batches until a backward pass sums them, so that pass is made in any case.
+            # FSDP2 keeps gradients of earlier micro-batches until a backward pass sums them, so it always runs that pass.
             if not abandoned or is_sharded(module):
                 updates.before_backward(last and not abandoned)
                 (loss * gradient_scale).backward()

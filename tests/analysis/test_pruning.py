@@ -198,7 +198,7 @@ def test_a_study_goes_on_where_it_was_interrupted(
     before = out.read_bytes()
     assert main([*argv, "--seed", "9", "--lr", "1"]) == 2
     error = capsys.readouterr().err
-    assert "lr is 0.01 there and 1.0 here; seed is 42 there and 9 here; name another file" in error
+    assert "lr was 0.01, is now 1.0; seed was 42, is now 9); name another file" in error
     assert out.read_bytes() == before
 
 
@@ -221,7 +221,7 @@ def test_data_of_ones_own(trained: Trained, tmp_path: Path, capsys: Capsys, whol
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", "32"], "--rank 32: leaves nothing of model.layers.0.self_attn.q_proj, whose shorter side is 32"),
+        (["--rank", "32"], "--rank 32: leaves no residual of model.layers.0.self_attn.q_proj, whose shorter side is 32"),
         (["--rank", "0"], "--rank 0: must be at least 1"),
         (["--sp_ratio", "0"], "--sp_ratio 0.0: must lie strictly between 0 and 1"),
         (["--sp_ratio", "nan"], "--sp_ratio nan: must be a finite number"),
@@ -250,7 +250,7 @@ def test_refusals(trained: Trained, tmp_path: Path, capsys: Capsys, flags: list[
 @pytest.mark.parametrize("name", ["sltrain", "lowrank"])
 def test_a_checkpoint_of_another_method_is_refused(trained: Trained, capsys: Capsys, name: str) -> None:
     assert main(["pruning", "--checkpoint", str(trained(name)), "--rank", str(R)]) == 2
-    assert f"a run of --peft_model {name}, whose weights are factors already" in capsys.readouterr().err
+    assert f"weights of --peft_model {name} are already factored" in capsys.readouterr().err
 
 
 def test_files_that_cannot_work(trained: Trained, tmp_path: Path, capsys: Capsys) -> None:
@@ -258,9 +258,9 @@ def test_files_that_cannot_work(trained: Trained, tmp_path: Path, capsys: Capsys
     (tmp_path / "other.json").write_text('{"rows": [1]}')
     for checkpoint_flag, out, message in [
         (tmp_path / "nothing", tmp_path / "x.json", "is not a checkpoint and contains none"),
-        (checkpoint, checkpoint / "study.json", f"lies in the checkpoint {checkpoint}"),
+        (checkpoint, checkpoint / "study.json", f"is inside the checkpoint {checkpoint}"),
         (checkpoint, tmp_path, f"--out {tmp_path}: is a folder; name a file"),
-        (checkpoint, tmp_path / "other.json", "holds something else than a study's rows"),
+        (checkpoint, tmp_path / "other.json", "does not hold the rows of a study"),
         (checkpoint, tmp_path / "other.json" / "x.json", f"--out {tmp_path / 'other.json'}: cannot be created"),
     ]:
         argv = ["pruning", "--checkpoint", str(checkpoint_flag), "--rank", str(R), "--out", str(out)]

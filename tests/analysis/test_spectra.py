@@ -117,11 +117,11 @@ def test_flags_of_dense_weights_say_where_they_have_no_effect(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", "32"], "--rank 32: leaves nothing of model.layers.0.self_attn.q_proj, whose shorter side is 32"),
+        (["--rank", "32"], "--rank 32: leaves no residual of model.layers.0.self_attn.q_proj, whose shorter side is 32"),
         (["--rank", "0"], "--rank 0: must be at least 1"),
         (["--sp_ratio", "0"], "--sp_ratio 0.0: must lie strictly between 0 and 1"),
         (["--sp_ratio", "1"], "--sp_ratio 1.0: must lie strictly between 0 and 1"),
-        (["--only", "lm_head"], "--only lm_head: in no name of the model's 14 linears"),
+        (["--only", "lm_head"], "--only lm_head: matches none of the model's 14 linears"),
         (["--device", "tpu"], "tpu"),
     ],
 )
@@ -141,7 +141,7 @@ def test_folders_that_cannot_work(trained: Trained, tmp_path: Path, capsys: pyte
     (checkpoint,) = list_checkpoints(trained("full"))
     for inside in (checkpoint, checkpoint / "figures"):
         assert main(["spectra", "--checkpoint", str(trained("full")), "--out", str(inside)]) == 2
-        assert f"--out {inside}: lies in the checkpoint {checkpoint}" in capsys.readouterr().err
+        assert f"--out {inside}: is inside the checkpoint {checkpoint}" in capsys.readouterr().err
     assert resolve(checkpoint) == checkpoint
 
 

@@ -128,7 +128,7 @@ def test_a_full_rank_start(tmp_path, flags, capsys):
     ("prepare", "extra", "words"),
     [
         ("sltrain", ["--warmed_up_model", "{}"], ["--warmed_up_model", "--peft_model sltrain", "full"]),
-        ("full", ["--warmed_up_model", "{}", "--num_training_steps", "2"], ["has 2 updates", "--num_training_steps 2"]),
+        ("full", ["--warmed_up_model", "{}", "--num_training_steps", "2"], ["its 2 updates", "--num_training_steps 2"]),
         ("full", ["--continue_from", "{}"], ["--peft_model relora", "made with full", "--warmed_up_model"]),
         ("full", ["--warmed_up_model", "{}", "--max_length", "32"], ["--max_length 32", "made with 64"]),
     ],
@@ -213,11 +213,11 @@ def test_what_cannot_work_is_refused_with_one_message(flags, capsys, extra, word
         ([*RELORA, *CYCLES, "--relora", "3"], ["--relora 3 with --cycle_length 2", "--cycle_length 3"]),
         ([*RELORA, *CYCLES], ["factors merged every 2 updates, their moments zeroed", "are frozen"]),
         ([*RELORA, "--optimizer_magnitude_pruning", "0.9"], ["90% zeroed (magnitude)"]),
-        ([*SLTRAIN], ["every 2 updates the linears' moments from zero, balanced factors"]),
+        ([*SLTRAIN], ["linears' moments set to zero every 2 updates, balanced factors"]),
         (["--peft_model", "full", "--restart_every", "2"], ["--restart_every has no effect with --peft_model full"]),
         (["--peft_model", "sltrain", "--relora", "2"], ["--relora has no effect with --peft_model sltrain"]),
         ([*RELORA, "--sp_ratio", "0.1"], ["--sp_ratio has no effect with --peft_model relora"]),
-        ([*SLTRAIN, "--restart_every", "6"], ["--restart_every 6 with --num_training_steps 6", "no restart"]),
+        ([*SLTRAIN, "--restart_every", "6"], ["--restart_every 6 with --num_training_steps 6", "before a restart"]),
         (
             [*RELORA, "--optimizer", "sgd", "--optimizer_random_pruning", "0.5"],
             ["--optimizer_random_pruning has no effect with --optimizer sgd without --beta1", "no moments"],

@@ -120,11 +120,11 @@ def test_what_cannot_work_is_named(trained: Trained, capsys: Captured, flags: li
 
 def test_what_an_export_does_not_say(forms: list[Path], tmp_path: Path, capsys: Captured) -> None:
     assert main(["evaluate", "--checkpoint", str(forms[2])]) == 2
-    assert "--dataset: needed for" in capsys.readouterr().err
+    assert "--dataset is required for" in capsys.readouterr().err
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (forms[2] / name).unlink()
     assert main(["evaluate", "--checkpoint", str(forms[2]), "--dataset", "demo"]) == 2
-    assert "the folder has no tokenizer; give --tokenizer" in capsys.readouterr().err
+    assert "the folder has no tokenizer; name one with --tokenizer" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["evaluate", "--checkpoint", str(tmp_path / "empty")]) == 2
     assert "holds no model" in capsys.readouterr().err
@@ -135,9 +135,9 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first(
 ) -> None:
     monkeypatch.setattr(evaluation, "evaluate_one", lambda *args: pytest.fail("it evaluated"))
     assert main(["evaluate", "--checkpoint", str(forms[0]), str(tmp_path / "nowhere"), "--device", "cpu"]) == 2
-    assert "nowhere holds no model" in capsys.readouterr().err
+    assert "nowhere: holds no model" in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", *map(str, forms[:3]), "--device", "cpu"]) == 2
-    assert f"needed for {forms[2]}, an export" in capsys.readouterr().err
+    assert f"--dataset is required for {forms[2]}: an export records no data set" in capsys.readouterr().err
 
 
 def test_what_was_found_is_kept_where_a_later_one_fails(

@@ -224,7 +224,7 @@ def test_a_full_disk_is_seen_before_and_leaves_nothing_after(
     run = trained("sltrain")
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert export(run, tmp_path / "out") == 2
-    assert "0.0 GiB to write, 0.0 GiB are free there" in capsys.readouterr().err
+    assert "needs 0.0 GiB, the disk has 0.0 GiB free" in capsys.readouterr().err
     monkeypatch.undo()
 
     def no_room(*args: object, **kwargs: object) -> None:
@@ -257,7 +257,7 @@ def test_damage_is_named(trained: Trained, tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(ExportError, match="configuration cannot be used"):
         load_factored(tmp_path)
     assert export(trained("sltrain"), tmp_path / "dense") == 0
-    with pytest.raises(ExportError, match=r"a dense export; AutoModelForCausalLM.from_pretrained loads it"):
+    with pytest.raises(ExportError, match=r"a dense export; load it with AutoModelForCausalLM"):
         load_factored(tmp_path / "dense")
 
 

@@ -85,8 +85,8 @@ def test_what_a_terminal_would_obey_is_spelled_out() -> None:
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--temperature", "inf"], "--temperature inf"),
-        (["--temperature", "1e-45"], "must be 0 (the likeliest token), or a number of at least 1e-06"),
-        (["--max_new_tokens", "64"], "--max_new_tokens 64: must be below 64, the model's positions"),
+        (["--temperature", "1e-45"], "must be 0 (the most likely token), or a number of at least 1e-06"),
+        (["--max_new_tokens", "64"], "--max_new_tokens 64: must be below the model's 64 positions"),
         (["--prompt", "\udcff"], "--prompt: is not UTF-8 text"),
         (["--prompt", ""], "prompt '' has 0 tokens: must be 1 to 54"),
         (

@@ -56,7 +56,7 @@ def test_saves_that_fail_in_the_middle(tmp_path, flags, started, saving):
     assert "step_00000006 could not be saved" in output
     assert "training continues" in output
     assert "5 consecutive attempts failed" in output or "the run's last state is not saved" in output
-    assert "the last checkpoint is step_00000003" in output
+    assert "the newest checkpoint is step_00000003" in output
     assert "Traceback" not in output
     assert [path.name for path in started.glob("*step_*")] == ["step_00000003"]  # and nothing partial takes up space
     verify(started / "step_00000003")

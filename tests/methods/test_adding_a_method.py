@@ -100,7 +100,7 @@ def test_it_is_reported_by_its_title(whole, tmp_path):
 
 def test_an_export_of_dense_weights_is_refused(whole, tmp_path, capsys):
     assert command(["export", "--checkpoint", str(whole), "--out", str(tmp_path / "export")]) != 0
-    assert "equal no dense ones" in capsys.readouterr().err
+    assert "has linears without an equal dense weight" in capsys.readouterr().err
 
 
 def test_the_program_says_what_the_method_says(flags, tmp_path, capsys):

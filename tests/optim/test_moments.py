@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.optim import build_optimizer
-from peft_pretraining.optim.moments import plain_moments, set_moments_
+from peft_pretraining.optim.state import plain_moments, set_moments_
 
 # Whole blocks only; a rest beside them; too small to be quantised.
 SHAPES = [(64, 128), (67, 131), (9, 11)]

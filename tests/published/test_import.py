@@ -184,7 +184,7 @@ def test_moments_of_another_kind_are_converted_or_named(tmp_path: Path, capsys: 
     assert torch.equal(found["optimizer/model.norm.weight/state1"].flatten(), optimizer.state[norm]["exp_avg"])
     done = imported(capsys, published, tmp_path / "other", *flags, "--optimizer", "sgd")
     assert (
-        "moments: optimizer.pt is of adam, whose state --optimizer sgd cannot use; they begin at zero" in done["not_carried_over"]
+        "moments: optimizer.pt is of adam, whose state --optimizer sgd cannot use; they start at zero" in done["not_carried_over"]
     )
     assert not any(name.startswith("optimizer/") for name in tensors_of(tmp_path / "other"))
 
@@ -205,8 +205,8 @@ def test_a_galore_checkpoint_goes_on_as_galore(tmp_path: Path, capsys: Captured,
     done = imported(capsys, published, tmp_path / "run", *flags, "--optimizer", "galore_adamw", "--rank", "4")
     assert done["method"] == "galore"
     named = "\n".join(done["not_carried_over"])
-    assert "test_import.Projector, code that is not run here; they begin at zero" in named
-    assert "projections: the first update computes them" in named
+    assert "test_import.Projector), which is refused; they start at zero" in named
+    assert "projections: recomputed from the gradients of the first update" in named
     assert [row["update_step"] for row in gone_on(done)] == [4, 5, 6, 7, 8]
 
 
@@ -231,7 +231,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capsys: Captured, f
     torch.save({"a": Evil(tmp_path / "ran")}, file, _use_new_zipfile_serialization=not legacy)
     assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags]) == 2
     message = capsys.readouterr().err
-    assert "code that is not run here" in message
+    assert "loading it would run code" in message
     assert "safetensors.torch.save_file as model.safetensors" in message
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "run").exists()
@@ -249,15 +249,15 @@ def test_the_command_says_what_it_did_and_how_to_go_on(tmp_path: Path, capsys: C
     said, noted = capsys.readouterr()
     for line in (
         "updates made: 3",  # from optimizer.pt
-        "tokens seen: no training_state.json says; counted from 0",
+        "tokens seen: not recorded in training_state.json; counted from 0",
         "betas (0.9, 0.95): (0.9, 0.999) from now on",
-        "lr 0.002 (then 0.003)",
-        "grad_clipping 1.0 (then 0.0)",
-        "nothing is left to train",
-        "random states: those of --seed 5",
+        "lr 0.002 (published: 0.003)",
+        "grad_clipping 1.0 (published: 0.0)",
+        "no updates are left",
+        "random states: initialised from --seed 5",
     ):
         assert line in said
-    assert "total_batch_size" not in said.partition("go on with")[0]
+    assert "total_batch_size" not in said.partition("continue with")[0]
     command = shlex.split(said.splitlines()[-1])
     assert command[0] == "torchrun"
     argv = command[command.index("torchrun_main.py") + 1 :]
@@ -345,40 +345,40 @@ WRONG: list[tuple[Callable[[Path], object], list[str], str]] = [
     (lambda folder: (folder / "pytorch_model.bin").unlink(), [], "holds neither model.safetensors nor pytorch_model.bin"),
     (lambda folder: (folder / "config.json").unlink(), [], "has no config.json"),
     (lambda folder: (folder / "splora_config.json").unlink(), [], "but neither splora_config.json nor relora_config.json"),
-    (truncate("pytorch_model.bin"), [], "it is damaged or no file of torch.save: copy it anew"),
-    (truncate("optimizer.pt"), [], "or move it away to import the weights without it"),
+    (truncate("pytorch_model.bin"), [], "damaged, or not a file of torch.save; copy it again"),
+    (truncate("optimizer.pt"), [], "or move the file away to import the weights alone"),
     (text("model.safetensors", "x" * 100), [], "model.safetensors: cannot be read"),
     (text("splora_config.json", "{"), [], "splora_config.json: cannot be read"),
-    (text("relora_config.json", "{}"), [], "has splora_config.json and relora_config.json"),
+    (text("relora_config.json", "{}"), [], "has both splora_config.json and relora_config.json"),
     (text("config.json", "[]"), [], "must hold one JSON object"),
     (settings(sp_ratio=1.5), [], "sp_ratio 1.5: must lie strictly between 0 and 1"),
     (settings(r=0, lora_alpha="2"), [], "r 0: must be a whole number of at least 1; lora_alpha '2': must be a number above 0"),
-    (settings(trainable_scaling=True), [], "the weights hold no `scaling`"),
-    (settings(sp_ratio=0.2), [], f"sparse_index has {COUNT} positions, sp_ratio in splora_config.json makes it 204 of 32 x 32"),
-    (settings(r=4), [], f"{Q}.lora_A is (8, 32) there, config.json and the rank make it (4, 32)"),
+    (settings(trainable_scaling=True), [], "the weights have no `scaling`"),
+    (settings(sp_ratio=0.2), [], f"sparse_index has {COUNT} positions, sp_ratio in splora_config.json requires 204 of 32 x 32"),
+    (settings(r=4), [], f"{Q}.lora_A has shape (8, 32), config.json and the rank require (4, 32)"),
     (settings("training_state.json", update_step=-1), [], "update_step -1: must be a whole number from 0 to 99999999"),
     (settings("training_state.json", tokens_seen=1.5), [], "tokens_seen 1.5: must be a whole number"),
-    (settings("config.json", tie_word_embeddings=True), [], "config.json ties lm_head to the embedding, but they differ"),
+    (settings("config.json", tie_word_embeddings=True), [], "ties lm_head to the embedding, but their weights differ"),
     (settings("config.json", hidden_size=30), [], "hidden_size = 30, num_attention_heads = 4"),
-    (change_weights(lambda t: t.pop(f"{Q}.lora_B")), [], f"{Q}.lora_B: missing; the linears of attention and MLP"),
-    (change_weights(lambda t: t.update({"model.extra": torch.ones(1)})), [], "model.extra: not known"),
+    (change_weights(lambda t: t.pop(f"{Q}.lora_B")), [], f"{Q}.lora_B: missing; exactly the linears of attention and MLP"),
+    (change_weights(lambda t: t.update({"model.extra": torch.ones(1)})), [], "model.extra: unknown"),
     (change_weights(lambda t: t.update({f"module.{Q}.lora_A": torch.ones(1)})), [], f"holds {Q}.lora_A twice"),
-    (change_weights(lambda t: t[f"{Q}.lora_A"][0, 0].fill_(torch.nan)), [], f"{Q}.lora_A holds numbers that are not finite"),
+    (change_weights(lambda t: t[f"{Q}.lora_A"][0, 0].fill_(torch.nan)), [], f"{Q}.lora_A holds non-finite numbers"),
     (change_weights(lambda t: t.update({f"{Q}.lora_A": t[f"{Q}.lora_A"].int()})), [], f"{Q}.lora_A is torch.int32, not"),
     (positions(lambda index: index.float()), [], "sparse_index is torch.float32 of shape"),
     (positions(lambda index: index.flip(0)), [], "positions must increase strictly"),
     (positions(lambda index: with_entry(index, 1, int(index[0]))), [], "twice at 0: positions must increase strictly"),
-    (positions(lambda index: with_entry(index, -1, 1024)), [], "holds 1024, positions are 0 .. 1023"),
-    (positions(lambda index: with_entry(index, 0, -5).int()), [], "holds -5, overflowed 32 bits, positions are 0 .. 1023"),
-    (lambda folder: torch.save([1], folder / "pytorch_model.bin"), [], "holds no tensors by name"),
+    (positions(lambda index: with_entry(index, -1, 1024)), [], "holds 1024; positions must be 0 .. 1023"),
+    (positions(lambda index: with_entry(index, 0, -5).int()), [], "holds -5, a 32-bit overflow; positions must be 0 .. 1023"),
+    (lambda folder: torch.save([1], folder / "pytorch_model.bin"), [], "must hold tensors by name"),
     (lambda folder: torch.save({"a": 1}, folder / "optimizer.pt"), [], "holds no state under `optimizer`"),
     (lambda folder: torch.save({"optimizer": {"state": 3}}, folder / "optimizer.pt"), [], "not the state of an optimizer"),
     (lambda folder: None, ["--rank", "4"], "--rank 4: "),
     (lambda folder: None, ["--sp_ratio", "0.2"], "--sp_ratio 0.2: "),
-    (lambda folder: None, ["--peft_model", "full"], "and the weights make it sltrain; leave the flag out"),
-    (lambda folder: None, ["--support", "block"], "and the weights make it uniform"),
+    (lambda folder: None, ["--peft_model", "full"], "and the weights require sltrain; leave the flag out"),
+    (lambda folder: None, ["--support", "block"], "and the weights require uniform"),
     (lambda folder: None, ["--train_scaling"], "--train_scaling True: "),
-    (lambda folder: None, ["--continue_from", "."], "--continue_from .: has no place in an import"),
+    (lambda folder: None, ["--continue_from", "."], "--continue_from .: not allowed in an import"),
     (lambda folder: None, ["--max_length", "4096"], "--max_length 4096"),
     (lambda folder: None, ["--model_config", "configs/llama_9m.json"], "hidden_size is 128, "),
 ]  # fmt: skip
@@ -422,7 +422,7 @@ def test_a_support_that_is_not_uniform_is_refused(
     index.copy_(torch.cat((torch.arange(near), near + 700 * torch.arange(60))))
     published = write(tmp_path / "published", model)
     assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags]) == 2
-    assert "its gaps are not those of positions drawn uniformly" in capsys.readouterr().err
+    assert "its positions are not uniformly distributed over the weight" in capsys.readouterr().err
 
 
 def test_folders_that_hold_something_are_left_alone(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:

@@ -133,7 +133,7 @@ def test_a_seed_counts_once(tmp_path):
     """The same run twice would look like two draws, and narrow the interval."""
     (group,) = groups_of(*(write_run(tmp_path / name, perplexity=value) for name, value in (("a", 30.0), ("b", 34.0))))
     assert (group.perplexity.mean, group.perplexity.n) == (30.0, 1)
-    assert "b has the settings and the seed (42) of" in group.notes[0]
+    assert "b repeats the settings and seed (42) of" in group.notes[0]
 
 
 def test_unfinished_runs_are_listed_and_count_in_no_mean(tmp_path):

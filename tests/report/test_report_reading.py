@@ -36,7 +36,7 @@ def test_unfinished_and_stopped_runs_say_so_and_count_in_no_mean(tmp_path):
 
 def test_run_without_evaluation(tmp_path):
     folder = write_run(tmp_path / "run", perplexity=None)
-    assert "no perplexity after its last update; the last one is that of update 0" in notes_of(folder)
+    assert "no perplexity after its last update; the last evaluation was at update 0" in notes_of(folder)
     write_rows(folder, [row for row in rows_of(folder) if "loss" in row])
     run = read_run(folder)
     assert run.final_perplexity is None
@@ -63,7 +63,7 @@ def test_record_of_an_earlier_version(tmp_path):
     change_document(folder, age)
     write_rows(folder, [{k: v for k, v in row.items() if not k.startswith("memory_")} for row in rows_of(folder)])
     run = read_run(folder)
-    assert "of an earlier version: memory by class was not measured, nor the peak predicted" in notes_of(folder)
+    assert "recorded by an earlier version: memory by class was not measured, nor the peak predicted" in notes_of(folder)
     assert run.arguments["per_layer"] is False
     assert run.predicted("parameters") == run.plan["bytes"]["parameters"]
     assert run.predicted("peak") is None
@@ -101,7 +101,7 @@ def test_a_damaged_line_is_refused_by_name(tmp_path, name, value):
     rows = rows_of(folder)
     rows[1][name] = value
     write_rows(folder, rows)
-    with pytest.raises(ValueError, match=rf"run.metrics\.jsonl: line 2: {name} .* is no number"):
+    with pytest.raises(ValueError, match=rf"run.metrics\.jsonl: line 2: {name} .* is not a number"):
         read_run(folder)
 
 

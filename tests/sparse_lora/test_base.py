@@ -293,7 +293,7 @@ def test_a_trained_base_leaves_everything_trainable() -> None:
     ("bad", "message"),
     [
         ({"base": "loose"}, "base is 'loose', but it must be None or one of: frozen, trained"),
-        ({"support": "largest"}, "'largest' is that of a base's entries"),
+        ({"support": "largest"}, "'largest' selects entries of a base weight"),
         ({"trained_modules": ("classifier",)}, "without a base everything trains"),
         ({"base": "frozen", "trained_modules": "classifier"}, "trained_modules is 'classifier', but it must be names"),
         ({"base": "frozen", "support": "small"}, "support is 'small'"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_lora import SparseLowRankLinear, dense_reference, few_rows, prepare_for_inference
+from sparse_lora import SparseLowRankLinear, dense_reference, functional, prepare_for_inference
 from sparse_lora.uniform import UniformSupport
 
 KINDS = [(0.1, "uniform"), (0.1, "block"), (0.0, "uniform")]
@@ -22,15 +22,15 @@ def reference(layer: SparseLowRankLinear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every call of few_rows_output."""
+    """Rows of every call of _few_rows_output."""
     calls: list[int] = []
-    honest = few_rows.few_rows_output
+    honest = functional._few_rows_output
 
     def spy(x: torch.Tensor, *others: object) -> torch.Tensor:
         calls.append(x.shape[:-1].numel())
         return honest(x, *others)
 
-    monkeypatch.setattr(few_rows, "few_rows_output", spy)
+    monkeypatch.setattr(functional, "_few_rows_output", spy)
     return calls
 
 

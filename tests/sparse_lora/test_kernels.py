@@ -301,7 +301,7 @@ GOOD = {
         (
             {"lora_A": torch.ones(2, 4, dtype=torch.float64)},
             ValueError,
-            "lora_A is torch.float64, but the kernels know",
+            "lora_A is torch.float64, but the kernels support",
         ),
         ({"scaled_B": torch.ones(3, 5)}, ValueError, r"scaled_B \(3, 5\) float32"),
         ({"scaled_B": torch.ones(3, 2, dtype=torch.bfloat16)}, ValueError, "the first two of one dtype"),
@@ -309,7 +309,7 @@ GOOD = {
         ({"values": torch.ones(3, device="meta")}, ValueError, "values is on meta and positions on cpu"),
         ({"positions": torch.arange(3.0)}, ValueError, r"positions are \(3,\) float32"),
         ({"positions": torch.arange(6, dtype=torch.int32)[::2]}, ValueError, "they must be contiguous"),
-        ({"values": torch.ones(3, requires_grad=True)}, RuntimeError, "values wants a gradient"),
+        ({"values": torch.ones(3, requires_grad=True)}, RuntimeError, "values requires a gradient"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(bad: dict[str, Tensor], error: type[Exception], message: str) -> None:

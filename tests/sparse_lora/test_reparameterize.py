@@ -109,7 +109,7 @@ def test_numbers_depend_on_seed_and_qualified_name_only() -> None:
     [
         (("attention",), r"target_modules 'attention' match no linear .*layers.0.self_attn.q_proj"),
         (("attn", "mpl"), r"target_modules 'mpl' match no linear"),
-        (("lm_head",), r"'lm_head' match no linear .*\(lm_head, embed, norm are left dense\)"),
+        (("lm_head",), r"'lm_head' match no linear .*\(lm_head, embed, norm stay dense\)"),
         (("embed_tokens", "norm"), r"'embed_tokens', 'norm' match no linear"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Memory that passing matrices share: when it is, and that nothing which lives longer is in it."""
+"""Memory that scratch matrices share: when it is, and that nothing which lives longer is in it."""
 
 import threading
 
@@ -8,7 +8,7 @@ import torch
 from sparse_lora import SparseLowRankLinear, dense_reference, support
 from sparse_lora.functional import PATHS
 from sparse_lora.linear import SUPPORT_KINDS
-from sparse_lora.support import large_bytes, passing_product, scratch_matrix
+from sparse_lora.support import large_bytes, scratch_matrix, scratch_product
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_small_matrices_and_recorded_products_have_their_own() -> None:
     assert large_bytes((1024, 1025), 4) == 4 * 1024 * 1025
     assert large_bytes((1024, 1023), 4) == 0
     left = torch.randn(3, 4, requires_grad=True)
-    assert passing_product(left, torch.eye(4)).requires_grad
+    assert scratch_product(left, torch.eye(4)).requires_grad
 
 
 @pytest.mark.parametrize("path", PATHS)

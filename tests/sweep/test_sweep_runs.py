@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_the_next_time(tmp_path, stub, capfd):
     assert command(["sweep", str(path)]) == 1
     assert "killed by SIGKILL" in capfd.readouterr().out
     assert command(["sweep", str(path), "--dry_run"]) == 0
-    assert "unfinished after update 2 of 4: goes on from its newest checkpoint" in capfd.readouterr().out
+    assert "unfinished after update 2 of 4: continues from its newest checkpoint" in capfd.readouterr().out
     assert command(["sweep", str(path)]) == 0
     assert starts(tmp_path) == ["weight_decay3-seed42", "weight_decay0-seed42", "weight_decay3-seed42"]
 
@@ -82,7 +82,7 @@ def test_nothing_begins_with_an_unfinished_run(tmp_path, stub, capfd):
     assert command(["sweep", str(path)]) == 1
     told = capfd.readouterr().out
     warm = "num_training_steps2-weight_decay3-seed42"
-    assert f"warm_up/{warm}, which it begins with, did not finish" in told
+    assert f"it starts from warm_up/{warm}, which did not finish" in told
     assert "2 of 3 runs failed" in told
     assert starts(tmp_path) == ["full-seed42"]
     assert command(["sweep", str(path)]) == 0  # the stub finishes it at the second start
@@ -98,7 +98,7 @@ def test_nothing_begins_with_weights_that_are_not_finite(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [entry])
     for _ in range(2):
         assert command(["sweep", str(path)]) == 1
-        assert "which it begins with, has no finite perplexity" in capfd.readouterr().out
+        assert "which has no finite perplexity" in capfd.readouterr().out
     assert starts(tmp_path) == []
     assert len(starts(tmp_path, "warm_up")) == 1
 
@@ -124,7 +124,7 @@ def test_a_run_that_ends_without_a_finite_perplexity_is_finished(tmp_path, stub,
     path = write_sweep(tmp_path, [{"weight_decay": [0, 4]}])
     assert command(["sweep", str(path)]) == 0
     told = capfd.readouterr().out
-    assert "weight_decay4-seed42: finished, its perplexity is not finite" in told
+    assert "weight_decay4-seed42: finished with a non-finite perplexity" in told
     assert "1 evaluations gave no finite perplexity" in told
     assert command(["sweep", str(path)]) == 0
     assert starts(tmp_path) == ["weight_decay0-seed42", "weight_decay4-seed42"]
@@ -157,7 +157,7 @@ def test_dry_run_starts_nothing(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
     assert command(["sweep", str(path), "--dry_run"]) == 0
     told = capfd.readouterr().out
-    assert told.startswith("2 runs: 2 not begun")
+    assert told.startswith("2 runs: 2 not started")
     assert "--lr=0.2" in told
     assert not (tmp_path / "runs").exists()
 
@@ -208,7 +208,7 @@ def test_script_finds_the_file_from_anywhere(tmp_path):
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "2 runs: 2 not begun" in ended.stdout
+    assert "2 runs: 2 not started" in ended.stdout
 
 
 def losses(path):

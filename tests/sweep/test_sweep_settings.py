@@ -88,7 +88,7 @@ def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seeds": [1, 1]}, "seeds [1, 1]: must be a list of whole numbers"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: must be a list of different whole numbers"),
         ({"seeds": 42}, "seeds 42"),
         ({"settings": []}, "settings: must be a list of mappings"),
         ({"folder": None}, "folder None: name the folder"),
@@ -101,18 +101,18 @@ def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
         ({"settings": [{"learning_rate": 1}]}, "learning_rate"),
         ({"settings": [{"lr": [-1.0, 0.1]}]}, "lr-1.0-seed42: --lr -1.0: must be above 0"),
         ({"settings": [{"max_length": 10**6}]}, "max_length1000000-seed42: --max_length 1000000"),
-        ({"settings": [{"lr": 0.1}, {"lr": 0.1}]}, "lr0.1-seed42 is asked for twice"),
+        ({"settings": [{"lr": 0.1}, {"lr": 0.1}]}, "lr0.1-seed42 appears twice"),
         ({"settings": [{**RELORA, "warm_up": 150}]}, "warm_up: must map flags of the full-rank run to one value each"),
         ({"settings": [{**RELORA, "warm_up": {"lr": [1, 2]}}]}, "warm_up: must map flags of the full-rank run"),
         ({"settings": [{**RELORA, "warm_up": {"lr": -1.0}}]}, "warm_up/lr-1.0-seed42: --lr -1.0: must be above 0"),
         ({"settings": [{**RELORA, "warm_up": {"seed": 1}}]}, "seed: give the seeds as `seeds`"),
-        ({"settings": [{**RELORA, "warm_up": {"peft_model": "lowrank"}}]}, "peft_model lowrank: ReLoRA begins with"),
+        ({"settings": [{**RELORA, "warm_up": {"peft_model": "lowrank"}}]}, "peft_model lowrank: ReLoRA starts from"),
         ({"settings": [{**RELORA, "warm_up": {"lr": 1.0}, "warmed_up_model": "x"}]}, "warm_up and warmed_up_model"),
-        ({"settings": [{"peft_model": "full", "warm_up": {"lr": 1.0}}]}, "only runs of peft_model: relora begin"),
+        ({"settings": [{"peft_model": "full", "warm_up": {"lr": 1.0}}]}, "only runs of peft_model: relora start"),
         ({"base": {**BASE, "warm_up": {"lr": 1.0}}}, "warm_up belongs to an entry of settings"),
         (
             {"settings": [{**RELORA, "warm_up": {"lr": 1.0}}]},
-            "the 10,000 updates of its warm_up count, and leave it none",
+            "includes the 10,000 updates of its warm_up, so none are left",
         ),
         ({"settings": [{**RELORA, "max_length": 32, "warm_up": SHORT}]}, "max_length 32: its warm_up has 64"),
         ({"settings": [{**RELORA, "total_batch_size": 8, "warm_up": SHORT}]}, "total_batch_size 8: its warm_up has 4"),
@@ -126,7 +126,7 @@ def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
         ),
         (
             {"base": {**BASE, "lr": [0.1, 0.2]}, "settings": [{**RELORA, "lr": 0.3, "warm_up": SHORT}]},
-            "warm_up: lr: the base has a list and this entry its own value",
+            "warm_up: lr: the base has a list, and this entry overrides it",
         ),
         (
             {
@@ -134,7 +134,7 @@ def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
                     {**RELORA, "lr": 1 + number, "warm_up": {**SHORT, "tags": name}} for number, name in enumerate(("a/b", "a_b"))
                 ]
             },
-            "num_training_steps50-tagsa_b-warmup_steps5-seed42 is asked for twice",
+            "num_training_steps50-tagsa_b-warmup_steps5-seed42 appears twice",
         ),
     ],
 )

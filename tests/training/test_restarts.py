@@ -15,8 +15,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method, Restart
 from peft_pretraining.methods.relora import moments_at_a_merge
-from peft_pretraining.model.llama import build_model
-from peft_pretraining.model.svd_start import balanced, best_low_rank, start_from_svd
+from peft_pretraining.model.llama import balanced, best_low_rank, build_model, start_from_svd
 from peft_pretraining.optim import (
     GrowthLimit,
     PerLayerUpdate,

@@ -1,6 +1,6 @@
-"""What trained weights are made of, as figures of the SLTrain paper (arXiv 2406.02214): two commands and what they compute.
+"""Analyses trained weights as the SLTrain paper (arXiv 2406.02214) does: the commands spectra and pruning.
 
-decompose.py   a linear's weight, its parts, their singular values; what a best rank-r part leaves
-spectra.py     `python -m peft_pretraining spectra`      figures.py   its PNG
-pruning.py     `python -m peft_pretraining pruning`      study.py     its models, and how their sparse values are trained
+decompose.py   a linear's weight, its parts, their singular values, the residual of its best rank-r approximation
+spectra.py     `python -m peft_pretraining spectra`      figures.py   its PNG figures
+pruning.py     `python -m peft_pretraining pruning`      study.py     its models, and the training of their sparse values
 """

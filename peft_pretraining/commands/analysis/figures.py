@@ -1,4 +1,4 @@
-"""PNG figures of spectra: one file for each kind of linear, a row for each of up to four decoder layers."""
+"""Draws spectra as PNG files: one file per kind of linear, with a row for each of up to four decoder layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-# "weight" and "residual" of a dense linear, by its name
+# Pictures "weight" and "residual" of each dense linear, by its name.
 Images = dict[str, dict[str, "Tensor"]]
 
 _MOST_ROWS = 4
@@ -23,27 +23,27 @@ _STYLES = {
 
 
 def drawn_names(names: Iterable[str]) -> set[str]:
-    """Of each kind of linear up to four, evenly spread over the decoder layers, the first and the last among them."""
+    """Names of the linears to draw: up to four per kind, evenly spread over the decoder layers, first and last included."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(kind_and_layer(name)[0], []).append(name)
     drawn = set()
-    for found in kinds.values():
-        rows = min(_MOST_ROWS, len(found))
-        drawn |= {found[round(row * (len(found) - 1) / max(1, rows - 1))] for row in range(rows)}
+    for members in kinds.values():
+        rows = min(_MOST_ROWS, len(members))
+        drawn |= {members[round(row * (len(members) - 1) / max(1, rows - 1))] for row in range(rows)}
     return drawn
 
 
 def kind_and_layer(name: str) -> tuple[str, int]:
-    """("self_attn.q_proj", 3) of model.layers.3.self_attn.q_proj; the whole name and 0 where it has no layer's number."""
+    """("self_attn.q_proj", 3) of model.layers.3.self_attn.q_proj; the whole name and 0 if it has no layer number."""
     match = re.fullmatch(r".*\blayers\.(\d+)\.(.+)", name)
     return (match[2], int(match[1])) if match else (name, 0)
 
 
 def plot_spectra(figures: Sequence[Mapping[str, Any]], images: Images, folder: Path, title: str) -> list[Path]:
-    """Draw spectra-KIND.png for each kind of linear; returns their paths.
+    """Draws spectra-KIND.png for each kind of linear; returns the paths.
 
-    figures: as `decompose.linear_figures` gives them, each with its "name". images: of those of `drawn_names` that are dense.
+    figures: results of `decompose.linear_figures`, each with its "name". images: of the dense linears in `drawn_names`.
     """
     drawn = drawn_names(linear["name"] for linear in figures)
     kinds: dict[str, list[Mapping[str, Any]]] = {}
@@ -85,21 +85,21 @@ def _plot_kind(linears: Sequence[Mapping[str, Any]], images: Images, path: Path,
 
 
 def _rank(linear: Mapping[str, Any]) -> int:
-    """Of the low-rank part, or of the approximation that a dense weight's residual is of."""
+    """The rank of the low-rank part, or of a dense weight's approximation."""
     return int(linear["residual"]["rank"] if "residual" in linear else linear["rank"])
 
 
 def _singular_values(axis: Axes, linear: Mapping[str, Any], title: str) -> None:
-    found = linear["singular_values"]
-    for part, values in found.items():
+    spectra = linear["singular_values"]
+    for part, values in spectra.items():
         label, color = _STYLES[part]
         axis.plot(range(1, len(values) + 1), values, color=color, label=label, linewidth=1.6)
-    largest = max(values[0] for values in found.values())
-    # Below what float64 can tell from 0, as where W is of low rank, there is nothing to see.
-    smallest = [value for values in found.values() for value in values if value > 1e-7 * largest]
+    largest = max(values[0] for values in spectra.values())
+    # The axis ends above rounding errors of float64, which are all that is left where W has low rank.
+    visible = [value for values in spectra.values() for value in values if value > 1e-7 * largest]
     axis.set(title=title, xlabel="index", ylabel="singular value")
-    if smallest:
-        axis.set(yscale="log", ylim=(min(smallest) / 1.5, largest * 1.5))
+    if visible:
+        axis.set(yscale="log", ylim=(min(visible) / 1.5, largest * 1.5))
     _finish(axis, linear)
 
 
@@ -114,19 +114,19 @@ def _contributions(axis: Axes, linear: Mapping[str, Any]) -> None:
 
 
 def _magnitudes(axis: Axes, linear: Mapping[str, Any]) -> None:
-    found = linear["residual"]
-    edges, below = found["edges"], found["below"]
+    residual = linear["residual"]
+    edges, below = residual["edges"], residual["below"]
     shares = [upper - lower for lower, upper in zip([0.0, *below[1:-1]], below[1:], strict=True)]
     axis.bar(edges[:-1], shares, width=edges[1] or 1.0, align="edge", color="tab:blue", alpha=0.5)
     axis.set(
-        title=f"{1 - found['share']:.4g} of the entries: at most {found['cut']:.3g}",
-        xlabel=f"|W - W_{found['rank']}|",
+        title=f"{1 - residual['share']:.4g} of the entries: at most {residual['cut']:.3g}",
+        xlabel=f"|W - W_{residual['rank']}|",
         ylabel="share of entries (bars)",
     )
     cumulative = axis.twinx()
     cumulative.plot(edges, below, color="tab:red", linewidth=1.6)
-    cumulative.axvline(found["cut"], color="gray", linestyle="--", linewidth=1)
-    cumulative.set(ylim=(0, 1.03), ylabel="share at most so large (line)")
+    cumulative.axvline(residual["cut"], color="gray", linestyle="--", linewidth=1)
+    cumulative.set(ylim=(0, 1.03), ylabel="cumulative share (line)")
 
 
 def _finish(axis: Axes, linear: Mapping[str, Any]) -> None:

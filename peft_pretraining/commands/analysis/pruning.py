@@ -1,7 +1,7 @@
-"""`python -m peft_pretraining pruning`: what is left of a full-rank checkpoint as low-rank plus sparse, pruned and trained.
+"""`python -m peft_pretraining pruning`: perplexity of a full-rank checkpoint approximated by low-rank plus sparse weights.
 
-The rows of the paper's table 1 (arXiv 2406.02214): the checkpoint, the best rank-r part L0 of its weights, L0 with the residual's
-largest or random entries, L0 with sparse values trained on these supports.
+The rows follow the paper's table 1 (arXiv 2406.02214): the checkpoint; the best rank-r part L0 of its weights; L0 with the
+residual's largest or random entries; L0 with sparse values trained on these supports.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _LABELS = {
     "top_trained": "L0 + S trained, support of the largest",
     "random_trained": "L0 + S trained, random support",
 }
-# What the study takes from the checkpoint's run where no flag says otherwise.
+# Arguments that the study takes from the checkpoint's run unless a flag is given.
 _DATA = ("dataset", "eval_dataset", "text_field", "eval_tokens", "max_length", "packing", "document_mask", "data_lanes")
 _TRAINING = ("workers", "on_bad_record", "lr", "batch_size", "seed", "stochastic_rounding")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -47,32 +47,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="step_XXXXXXXX folder, or a run's folder, of a full or galore run",
     )
     parser.add_argument("--rank", type=int, required=True, help="rank r of L0, below every weight's shorter side")
-    parser.add_argument(
-        "--sp_ratio", type=float, default=0.03, help="share of each weight's entries that S has (default: %(default)s)"
-    )
+    parser.add_argument("--sp_ratio", type=float, default=0.03, help="share of each weight's entries in S (default: %(default)s)")
     parser.add_argument(
         "--steps",
         type=int,
         default=1000,
-        help="updates that train S, 0 for the other rows alone (default: %(default)s)",
+        help="updates to train S; 0 leaves out the trained rows (default: %(default)s)",
     )
     parser.add_argument("--lr", type=float, help="peak learning rate of S's values (default: the run's)")
     parser.add_argument("--batch_size", type=int, help="sequences per micro-batch (default: the run's)")
     parser.add_argument("--total_batch_size", type=int, help="sequences per update (default: the run's)")
-    parser.add_argument("--dataset", help="as for training; read by the checkpoint's tokenizer (default: the run's)")
+    parser.add_argument("--dataset", help="as for training, tokenised with the checkpoint's tokenizer (default: the run's)")
     parser.add_argument(
         "--eval_dataset",
-        help="held-out data (default: the validation split of --dataset where that is given, else the run's)",
+        help="held-out data (default: the validation split of --dataset if that is given, else the run's)",
     )
     parser.add_argument("--eval_tokens", type=int, help="tokens to evaluate on (default: the run's)")
-    parser.add_argument("--seed", type=int, help="of the random support and the data's order (default: the run's)")
+    parser.add_argument("--seed", type=int, help="seed of the random support and the data order (default: the run's)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file, completed row by row: the same command makes the rows that it lacks")
+    parser.add_argument("--out", type=Path, help="JSON file, completed row by row: repeat the command to add missing rows")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the rows that are missing, print all. Raises ValueError for values that cannot work."""
+    """Computes missing rows and prints all rows. Raises ValueError for values that cannot work."""
     if args.steps < 0:
         raise ValueError(f"--steps {args.steps}: must be 0 or more")
     from peft_pretraining.checkpoint.step_folder import resolve
@@ -89,29 +87,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def study_arguments(args: argparse.Namespace, folder: Path, record: Mapping[str, Any]) -> Arguments:
-    """The trainer's arguments for the study of a checkpoint with this run.json: adam, cosine, a tenth of the updates warm-up.
+    """The trainer's arguments for the study of a checkpoint: adam, cosine schedule, a tenth of the updates as warm-up.
+
+    record: the checkpoint's run.json.
 
     Raises:
-        ConfigError: values that cannot work, by flag.
+        ConfigError: values that cannot work, one line per flag.
     """
-    before = arguments_of_record(record["arguments"])
+    recorded = arguments_of_record(record["arguments"])
     dense = [name for name, method in METHODS.items() if not method.replaces_linears]
-    if before.peft_model not in dense:
+    if recorded.peft_model not in dense:
         raise ConfigError(
             [
-                f"--checkpoint {folder}: a run of --peft_model {before.peft_model}, whose weights are factors already; "
-                f"the study takes apart the dense ones of {' and '.join(dense)}"
+                f"--checkpoint {folder}: weights of --peft_model {recorded.peft_model} are already factored; "
+                f"name a checkpoint of {' or '.join(dense)}"
             ]
         )
-    values = {name: getattr(before, name) for name in (*_DATA, *_TRAINING)}
+    values = {name: getattr(recorded, name) for name in (*_DATA, *_TRAINING)}
     values["total_batch_size"] = record["plan"].get("total_batch_size")
     if not isinstance(values["total_batch_size"], int):
-        raise ConfigError([f"{folder / 'run.json'}: its plan has no total_batch_size; it is of another version"])
+        raise ConfigError([f"{folder / 'run.json'}: the plan has no total_batch_size; it was written by another version"])
     if args.dataset is not None:
         values |= {"eval_dataset": None, "data_lanes": None}
     given = ("dataset", "eval_dataset", "eval_tokens", "lr", "batch_size", "total_batch_size", "seed")
     values |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    found = Arguments(
+    arguments = Arguments(
         **values,
         model_config=str(folder / "config.json"),
         tokenizer=str(folder / "tokenizer"),
@@ -124,17 +124,17 @@ def study_arguments(args: argparse.Namespace, folder: Path, record: Mapping[str,
         warmup_steps=args.steps // 10,
         device=args.device,
     )
-    problems = value_problems(found)
+    problems = value_problems(arguments)
     if problems:
         raise ConfigError(problems)
-    return found
+    return arguments
 
 
 def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Any]:
-    """{"settings", "versions", "rows"}: how the rows were made and the figures of each, written to --out one by one.
+    """Computes the study: {"settings", "versions", "rows"}; --out is rewritten after each row.
 
     Raises:
-        ValueError: the checkpoint is no dense one, numbers do not fit it, or --out is of another study.
+        ValueError: the checkpoint is not dense, values do not fit it, or --out holds another study.
     """
     from peft_pretraining.checkpoint.step_folder import write_json
     from peft_pretraining.commands.analysis.decompose import check_rank, target_linears
@@ -155,23 +155,23 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
     rows = rows_of(args.out, settings)
     if args.out is not None:
         make_folder(args.out.parent)
-    found = {"settings": settings, "versions": versions(), "rows": rows}
-    made = {row["row"] for row in rows}
-    missing = [name for name, (_, trained) in ROWS.items() if name not in made and (args.steps or not trained)]
+    document = {"settings": settings, "versions": versions(), "rows": rows}
+    finished = {row["row"] for row in rows}
+    missing = [name for name, (_, trained) in ROWS.items() if name not in finished and (args.steps or not trained)]
     module = TokenLoss(model, document_end=data.tokenizer.eos_id if values.packing and values.document_mask else None)
     try:
         for row in make_rows(missing, module, values, plan, data, device):
             rows.append(row)
             if args.out is not None:
-                write_json(args.out, found)
+                write_json(args.out, document)
             print(f"{label(row['row'], settings)}: perplexity {shown(row['perplexity'])}", file=sys.stderr)
     finally:
         data.loader.close()
-    return found
+    return document
 
 
 def study_settings(args: Arguments, folder: Path, plan: Plan, fingerprint: str, steps: int) -> dict[str, Any]:
-    """What a study's figures depend on; the checkpoint by the digest of its manifest, wherever it lies."""
+    """All that a study's figures depend on; a checkpoint is identified by the digest of its manifest, not by its path."""
     from peft_pretraining.checkpoint.step_folder import read_json
 
     names = ("rank", "sp_ratio", "seed", "dtype", "stochastic_rounding")
@@ -187,31 +187,31 @@ def study_settings(args: Arguments, folder: Path, plan: Plan, fingerprint: str, 
 
 
 def rows_of(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows that a file of the same study holds. Raises ValueError where it is of another one, naming what differs."""
+    """Reads the rows of an unfinished study. Raises ValueError if the file is of another study, naming the differences."""
     if path is None or not path.exists():
         return []
     if path.is_dir():
         raise ValueError(f"--out {path}: is a folder; name a file")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        before, rows = dict(found["settings"]), [dict(row) for row in found["rows"]]
+        document = json.loads(path.read_text(encoding="utf-8"))
+        recorded, rows = dict(document["settings"]), [dict(row) for row in document["rows"]]
         complete = all({"row", "perplexity", "loss", "relative_error"} <= row.keys() for row in rows)
     except (ValueError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise ValueError(f"--out {path}: holds something else than a study's rows; name another file")
+        raise ValueError(f"--out {path}: does not hold the rows of a study; name another file")
     differing = [
-        f"{name} is {before.get(name)!r} there and {settings.get(name)!r} here"
-        for name in sorted(before.keys() | settings.keys())
-        if before.get(name) != settings.get(name)
+        f"{name} was {recorded.get(name)!r}, is now {settings.get(name)!r}"
+        for name in sorted(recorded.keys() | settings.keys())
+        if recorded.get(name) != settings.get(name)
     ]
     if differing:
-        raise ValueError(f"--out {path}: holds another study, {'; '.join(differing)}; name another file")
+        raise ValueError(f"--out {path}: holds another study ({'; '.join(differing)}); name another file")
     return rows
 
 
 def format_rows(figures: Mapping[str, Any]) -> str:
-    """A line per row for a terminal, in the paper's order."""
+    """Formats one line per row for a terminal, in the paper's order."""
     settings = figures["settings"]
     labels = [label(row["row"], settings) for row in figures["rows"]]
     width = max(map(len, labels))
@@ -230,5 +230,5 @@ def label(row: str, settings: Mapping[str, Any]) -> str:
 
 
 def shown(value: float | None, form: str = ",.2f") -> str:
-    """A figure, or that it is not finite."""
+    """Formats a figure; "not finite" for None."""
     return "not finite" if value is None else format(value, form)

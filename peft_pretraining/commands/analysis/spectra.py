@@ -17,33 +17,33 @@ if TYPE_CHECKING:
     from torch import nn
 
 HELP = (
-    "singular values of a checkpoint's attention and MLP linears, of their low-rank and sparse parts, and what each part adds; "
-    "for dense ones what a best rank-r approximation leaves"
+    "singular values of a checkpoint's attention and MLP linears and of their low-rank and sparse parts, and each part's "
+    "contribution; for dense linears the residual of the best rank-r approximation"
 )
 TABLE = "spectra.csv"
 _COLUMNS = ("weight", "low_rank", "sparse")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="step_XXXXXXXX folder, or a run's folder")
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="linears with one of these in their names, such as layers.0. or q_proj (default: all)",
+        help="only linears whose name contains one of these texts, such as layers.0. or q_proj (default: all)",
     )
     parser.add_argument(
         "--rank",
         type=int,
         help="dense weights: rank r of the approximation whose residual is measured (default: a quarter of each weight's shorter "
-        "side, as 128 of 512 in the paper)",
+        "side, like the paper's 128 of 512)",
     )
     parser.add_argument(
         "--sp_ratio",
         type=float,
-        help="dense weights: share of the residual's entries whose least magnitude is marked, in (0, 1) (default: 0.03)",
+        help="dense weights: share of the residual's largest entries, whose threshold is marked, in (0, 1) (default: 0.03)",
     )
     parser.add_argument(
         "--out", type=Path, help="folder for figures and table (default: spectra-step_XXXXXXXX beside the checkpoint)"
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, draw, print. Raises ValueError for values that cannot work."""
+    """Computes, draws and prints the spectra. Raises ValueError for values that cannot work."""
     share = 0.03 if args.sp_ratio is None else args.sp_ratio
     if not 0 < share < 1:
         raise ValueError(f"--sp_ratio {share}: must lie strictly between 0 and 1 (e.g. 0.03)")
@@ -96,16 +96,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse_inside_checkpoint(path: Path) -> None:
-    """Raises ValueError for a path inside a checkpoint, which an additional file would damage."""
+    """Raises ValueError for a path inside a checkpoint, whose manifest allows no additional files."""
     from peft_pretraining.checkpoint.step_folder import is_checkpoint
 
     for folder in (path.absolute(), *path.absolute().parents):
         if is_checkpoint(folder):
-            raise ValueError(f"--out {path}: lies in the checkpoint {folder}, which would count as damaged; name another")
+            raise ValueError(
+                f"--out {path}: is inside the checkpoint {folder}, which would then count as damaged; name another folder"
+            )
 
 
 def check_residual_flags(args: argparse.Namespace, method: str, linears: Mapping[str, nn.Module]) -> None:
-    """A notice for flags of dense weights where there are none. Raises ValueError on a rank that leaves no residual."""
+    """Prints a notice if flags for dense weights have no effect. Raises ValueError for a rank that leaves no residual."""
     from peft_pretraining.commands.analysis.decompose import check_rank
     from sparse_lora import SparseLowRankLinear
 
@@ -120,7 +122,7 @@ def check_residual_flags(args: argparse.Namespace, method: str, linears: Mapping
 
 
 def write_table(figures: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A line per linear and index: singular values of W and its parts, contributions; empty where there is no such part."""
+    """Writes a CSV row per linear and index: singular values of W and its parts, contributions; missing parts are empty."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "index", *_COLUMNS, "low_rank_contribution", "sparse_contribution"])
@@ -133,7 +135,7 @@ def write_table(figures: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def format_figures(figures: Sequence[Mapping[str, Any]]) -> str:
-    """A line per linear for a terminal."""
+    """Formats one line per linear for a terminal."""
     width = max(len(short_name(linear["name"])) for linear in figures)
     head = f"{'linear':<{width}}  {'shape':>12}  {'largest s':>9}  {'stable rank':>11}"
     dense = "residual" in figures[0]
@@ -147,9 +149,9 @@ def format_figures(figures: Sequence[Mapping[str, Any]]) -> str:
         line = f"{short_name(linear['name']):<{width}}  {' x '.join(map(str, linear['shape'])):>12}"
         line += f"  {linear['singular_values']['weight'][0]:9.4g}  {linear['stable_rank']:11.4g}"
         if dense:
-            found = linear["residual"]
-            ratio = found["norm"] / found["weight_norm"] if found["weight_norm"] else 0.0
-            line += f"  {found['rank']:4}  {ratio:15.4f}  {found['cut']:16.4g}  {found['top_energy']:8.1%}"
+            residual = linear["residual"]
+            ratio = residual["norm"] / residual["weight_norm"] if residual["weight_norm"] else 0.0
+            line += f"  {residual['rank']:4}  {ratio:15.4f}  {residual['cut']:16.4g}  {residual['top_energy']:8.1%}"
         elif "sparse_share" in linear:
             shares = [linear["sparse_share"][key] for key in ("first_r", "rest")]
             first, rest = ("none" if share is None else f"{share:.1%}" for share in shares)

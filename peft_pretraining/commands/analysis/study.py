@@ -1,7 +1,7 @@
-"""The pruning study's models (arXiv 2406.02214, table 1): best low-rank parts of dense weights, with a sparse part each.
+"""Builds and trains the pruning study's models (arXiv 2406.02214, table 1): low-rank plus sparse versions of dense weights.
 
-W = L0 + R with L0 = B A the best rank-r part of a trained dense weight. Every model of the study has the layers of SLTrain, B A
-with these factors and S with entries of R, so that what evaluates and trains SLTrain evaluates and trains them.
+W = L0 + R, where L0 = B A is the best rank-r approximation of a trained dense weight. All models use SLTrain's layers, with
+these factors and an S made of entries of R, so SLTrain's evaluation and training work on them unchanged.
 
 Shapes: O out_features, I in_features, N nonzeros of S.
 """
@@ -28,7 +28,7 @@ from peft_pretraining.training.update import train_step
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 from sparse_lora.uniform import UniformSupport
 
-# The row of the model as it is, whose weights are not taken apart.
+# The row of the unchanged model.
 INTACT = "full"
 # name -> (support of S, whether its values are trained), in the order of the paper's table
 ROWS: dict[str, tuple[str | None, bool]] = {
@@ -44,10 +44,10 @@ ROWS: dict[str, tuple[str | None, bool]] = {
 def make_rows(
     names: Sequence[str], module: TokenLoss, args: Arguments, plan: Plan, data: Data, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """The figures of these ROWS in their order, "full" first; the model is taken apart after that one.
+    """Yields the figures of these ROWS in order, "full" first, as later rows change the model in place.
 
-    A row: held-out "loss" (nats), "perplexity" and "bits_per_byte" (None where not finite), "tokens" evaluated on,
-    "relative_error" (see `relative_error`), "updates" that its S was trained for, "skipped_updates" of them.
+    A row has the held-out "loss" (nats), "perplexity" and "bits_per_byte" (None where not finite), the evaluated "tokens",
+    "relative_error" (see `relative_error`), the "updates" that trained its S, and how many were skipped ("skipped_updates").
     """
     splits: dict[str, Split] = {}
     for name in names:
@@ -72,15 +72,15 @@ def make_rows(
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """The value, None if not finite: JSON has no infinity and no NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Split:
-    """A linear's layer with L0 in its factors, and what else there was of its weight.
+    """A linear's layer with L0 as its factors, and the entries of the residual R that S may get.
 
-    positions, values: of R's entries on the "top" and on the "random" support, (N,) int64 and float64. squared_norm: ||W||_F^2.
+    positions, values: entries of R on the "top" and the "random" support, (N,) int64 and float64. squared_norm: ||W||_F^2.
     squared_residual: ||R||_F^2.
     """
 
@@ -93,13 +93,13 @@ class Split:
 
 @torch.no_grad()
 def split_model(model: nn.Module, rank: int, sparsity: float, seed: int) -> dict[str, Split]:
-    """Replaces, in place, the model's dense attention and MLP linears by layers of L0 and an S of int(sparsity * O * I) zeros.
+    """Replaces the model's dense attention and MLP linears in place by layers with L0 and an S of int(sparsity * O * I) zeros.
 
-    L0's factors have the model's dtype, and R is what these leave of W. The random support is the one that SLTrain with this seed
-    draws. Everything but S's values is frozen.
+    L0's factors have the model's dtype; R is W minus the product of the rounded factors. The random support is the one that
+    SLTrain draws with this seed. All parameters except S's values are frozen.
 
     Raises:
-        ValueError: the rank leaves nothing of a weight, or the sparsity no entry.
+        ValueError: the rank leaves no residual of a weight, or the sparsity leaves S no entry.
     """
     dense = target_linears(model)
     check_rank(dense, rank)
@@ -125,7 +125,7 @@ def _split(linear: nn.Module, layer: nn.Module) -> Split:
     return Split(
         layer=layer,
         positions=positions,
-        values={support: flat[where] for support, where in positions.items()},
+        values={support: flat[indices] for support, indices in positions.items()},
         squared_norm=float(weight.square().sum()),
         squared_residual=float(flat.square().sum()),
     )
@@ -133,7 +133,7 @@ def _split(linear: nn.Module, layer: nn.Module) -> Split:
 
 @torch.no_grad()
 def set_sparse_parts(splits: Mapping[str, Split], support: str | None) -> None:
-    """Give every S the residual's entries on the "top" or the "random" support; None: zeros, which leaves L0 alone."""
+    """Sets every S to the residual's entries on the "top" or "random" support; None: to zeros, so only L0 remains."""
     for split in splits.values():
         sparse_value = split.layer.get_parameter("sparse_value")
         if support is None:
@@ -146,25 +146,25 @@ def set_sparse_parts(splits: Mapping[str, Split], support: str | None) -> None:
 
 @torch.no_grad()
 def relative_error(splits: Mapping[str, Split], support: str | None) -> float:
-    """||W - L0 - S||_F / ||W||_F over all replaced linears together, S with the values that it has now on this support."""
+    """||W - L0 - S||_F / ||W||_F over all replaced linears together, with the current values of S on this support."""
     total = 0.0
     for split in splits.values():
         total += split.squared_residual
         if support is not None:
             values = split.values[support]
-            left = values - split.layer.get_parameter("sparse_value").double()
-            total += float(left.square().sum() - values.square().sum())
+            remainder = values - split.layer.get_parameter("sparse_value").double()
+            total += float(remainder.square().sum() - values.square().sum())
     return math.sqrt(max(0.0, total) / sum(split.squared_norm for split in splits.values()))
 
 
 def train_sparse_parts(module: TokenLoss, args: Arguments, plan: Plan, data: Data, device: torch.device) -> int:
-    """Train what is not frozen for the plan's updates, by the trainer's own update and schedule, on the data from its beginning.
+    """Trains the sparse values for the plan's updates with the trainer's update and schedule, from the first record of the data.
 
     Returns:
-        Updates in which nothing was stepped because the loss or a gradient was not finite.
+        The number of skipped updates, whose loss or gradients were not finite.
     """
     world = World()
-    beginning = data.loader.state_dict()
+    initial_state = data.loader.state_dict()
     updates = build_updates(args, module.model, world, device)
     module.train()
     skipped = torch.zeros((), device=device)
@@ -180,5 +180,5 @@ def train_sparse_parts(module: TokenLoss, args: Arguments, plan: Plan, data: Dat
             if (step + 1) % max(1, plan.num_training_steps // 10) == 0:
                 print(f"  update {step + 1} of {plan.num_training_steps}: loss {float(result.loss):.4f}", file=sys.stderr)
     finally:
-        data.loader.take_back(beginning)
+        data.loader.take_back(initial_state)
     return int(skipped)

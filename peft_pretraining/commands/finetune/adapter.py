@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from sparse_lora import SLTrainConfig, adapter_state, reparameterize
+from sparse_lora import SLTrainConfig, reparameterize
+from sparse_lora.adapted import adapter_state
 
 ADAPTER_FILE = "sltrain_adapter.safetensors"
 _CONFIG_KEY = "sltrain_config"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peft_pretraining.checkpoint.new_folder import folder_problem, new_folder
 from peft_pretraining.commands.finetune.tasks import TASKS
+from peft_pretraining.config.supports import SUPPORTS
 
 HELP = "fine-tune a sequence classifier, its linears W0 + (alpha/r) B A + S, on a GLUE task or on files in that format"
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora_alpha", type=float, default=64.0, help="B A is scaled by alpha / rank (default: %(default)s)")
     add(
         "--support",
-        choices=("uniform", "block", "largest"),
+        choices=(*SUPPORTS, "largest"),
         default="uniform",
         help="entries of S: uniform at random | 1/sp_ratio dense blocks | the largest magnitudes of W0 (default: %(default)s)",
     )

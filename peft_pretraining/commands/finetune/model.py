@@ -18,8 +18,9 @@ from peft_pretraining.data.tokenizer import hub_problem
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
 from peft_pretraining.export.shards import FACTORS_CONFIG
-from sparse_lora import SLTrainConfig, adapter_parameters, merge, reparameterize
-from sparse_lora.reparameterize import ALL_LINEARS, freeze_but
+from sparse_lora import SLTrainConfig, merge, reparameterize
+from sparse_lora.adapted import adapter_parameters, freeze_but
+from sparse_lora.reparameterize import ALL_LINEARS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

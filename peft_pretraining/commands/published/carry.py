@@ -1,4 +1,4 @@
-"""A published checkpoint -> a run of ours with one checkpoint, from which torchrun_main.py goes on."""
+"""Makes a published checkpoint the first checkpoint of a new run, which torchrun_main.py continues."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ from peft_pretraining.run.folder import take_up
 from peft_pretraining.run.resume import run_content
 
 MODEL_CONFIG = "model_config.json"  # in the run's folder, a copy of the published one
-_STARTS = {
-    "continue_from": "the run goes on from the published checkpoint",
-    "warmed_up_model": "it is for torchrun_main.py, once the full-rank checkpoint is imported as --peft_model full",
-    "allow_changes": "there is no earlier run of ours to differ from; give the values that it is to have",
-    "resume": "torchrun_main.py goes on from the checkpoint without it",
-    "dry_run": "leave it out here, and give it to torchrun_main.py once the checkpoint is imported",
+# Flags that an import refuses, and why.
+_REFUSED = {
+    "continue_from": "the run continues the published checkpoint; leave it out",
+    "warmed_up_model": "import the full-rank checkpoint as --peft_model full, then give this flag to torchrun_main.py",
+    "allow_changes": "a new run has no earlier values to change; give the wanted values",
+    "resume": "torchrun_main.py continues the imported checkpoint without it; leave it out",
+    "dry_run": "import first, then give it to torchrun_main.py",
 }
-# Arguments that decide where a run ends up, by their names in the published optimizer.pt.
+# Arguments that a continued run should keep, by their names in the published optimizer.pt.
 _RECORDED = {
     "max_lr": "lr",
     **{name: name for name in ("optimizer", "scheduler", "warmup_steps", "min_lr_ratio", "num_training_steps")},
@@ -55,7 +56,7 @@ _RECORDED = {
 
 @dataclass(frozen=True)
 class Imported:
-    """What became of a published checkpoint. argv: of torchrun_main.py, to go on. finished: nothing is left to train."""
+    """The result of an import. argv: arguments of torchrun_main.py to continue. finished: no updates are left."""
 
     checkpoint: Path
     method: str
@@ -69,28 +70,28 @@ class Imported:
 
     @property
     def command(self) -> str:
-        """What starts the training."""
+        """The command that continues the training."""
         return shlex.join(["torchrun", "--standalone", "--nproc_per_node", "1", "torchrun_main.py", *self.argv])
 
 
 def import_published(folder: Path, given: dict[str, Any]) -> Imported:
-    """Make the published checkpoint in `folder` the first one of a new run's folder, complete or not at all.
+    """Makes the published checkpoint in `folder` the first one of a new run's folder; leaves nothing behind if that fails.
 
     Args:
-        given: the flags of torchrun_main.py that were said, by name; save_dir must be among them.
+        given: the flags given on the command line, by name; save_dir is required.
 
     Raises:
-        PublishedError: the checkpoint is not whole, or cannot become one of ours.
-        ConfigError: flags that cannot work or contradict the checkpoint, or a save_dir that holds something.
-        DataError, TokenizerError, DeviceError, OptimizerUnavailable: as of torchrun_main.py.
-        OSError: no room, or a file that cannot be written.
+        PublishedError: the checkpoint is incomplete, or cannot be converted.
+        ConfigError: flags that cannot work or contradict the checkpoint, or a save_dir that is not empty.
+        DataError, TokenizerError, DeviceError, OptimizerUnavailable: as for torchrun_main.py.
+        OSError: the disk is full, or a file cannot be written.
     """
     save_dir = _new_folder(given)
     published = read_published(folder)
     args, flags = _arguments(published, given)
     for line in notices(args):
         print(f"notice: {line}", file=sys.stderr)
-    was_there = save_dir.exists()
+    existed = save_dir.exists()
     save_dir.mkdir(parents=True, exist_ok=True)
     try:
         if "model_config" not in given:
@@ -100,25 +101,27 @@ def import_published(folder: Path, given: dict[str, Any]) -> Imported:
     except BaseException:
         for path in save_dir.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not was_there:
+        if not existed:
             save_dir.rmdir()
         raise
 
 
 def _new_folder(given: dict[str, Any]) -> Path:
     if "save_dir" not in given:
-        raise ConfigError(["--save_dir is required: the new run's folder, which the imported checkpoint goes into"])
-    problems = [f"--{name} {given[name]}: has no place in an import: {why}" for name, why in _STARTS.items() if name in given]
+        raise ConfigError(["--save_dir is required: name a new folder for the run, e.g. --save_dir runs/imported"])
+    problems = [
+        f"--{name} {given[name]}: not allowed in an import: {reason}" for name, reason in _REFUSED.items() if name in given
+    ]
     save_dir = Path(given["save_dir"])
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
-        problems.append(f"--save_dir {save_dir}: holds something already; name another folder, or remove it")
+        problems.append(f"--save_dir {save_dir}: exists and is not an empty folder; name another folder, or remove it")
     if problems:
         raise ConfigError(problems)
     return save_dir
 
 
 def _implied(published: Published) -> dict[str, Any]:
-    """The flags that the checkpoint decides."""
+    """The flags that follow from the checkpoint."""
     if not METHODS[published.method].replaces_linears:
         return {}
     settings = published.settings
@@ -132,8 +135,8 @@ def _implied(published: Published) -> dict[str, Any]:
 
 
 def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
-    """The run's arguments, and the flags that say so: what the checkpoint decides, what was said, and the checkpoint's own model
-    and dtype where nothing was. Raises ConfigError where both do not agree."""
+    """Returns the run's arguments, and the flags that produce them: those given, those that follow from the checkpoint, and its
+    model and dtype as defaults. Raises ConfigError if given flags contradict the checkpoint."""
     if given.get("sp_ratio") == published.settings.get("sp_ratio"):
         given = {name: value for name, value in given.items() if name != "sp_ratio"}
     implied = _implied(published)
@@ -149,22 +152,23 @@ def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, 
         raise ConfigError(unusable)
     file = RELORA if published.by_relora else SLTRAIN
     problems = [
-        f"--{name} {given[name]}: {published.folder / file} and the weights make it {value}; leave the flag out"
+        f"--{name} {given[name]}: {published.folder / file} and the weights require {value}; leave the flag out"
         for name, value in implied.items()
         if name in given and getattr(args, name) != value
     ]
     if not METHODS[published.method].replaces_linears and METHODS[args.peft_model].replaces_linears:
-        # A checkpoint of GaLore says nothing of the method.
+        # A checkpoint of GaLore does not record its method.
         dense = " or ".join(name for name, method in METHODS.items() if not method.replaces_linears)
         problems.append(
-            f"--peft_model {args.peft_model}: {published.folder} holds dense weights, which go on as {dense}; for relora "
-            "import them as full, and start it with --warmed_up_model"
+            f"--peft_model {args.peft_model}: {published.folder} holds dense weights, which continue as {dense}; for "
+            "relora, import them as full and start a run with --warmed_up_model"
         )
-    there, here = (load_model_config(path) for path in (published.folder / CONFIG, args.model_config))
+    published_model, model = (load_model_config(path) for path in (published.folder / CONFIG, args.model_config))
     problems += [
-        f"--model_config {args.model_config}: {key} is {value}, {there.path} has {getattr(there, key)}; leave the flag out"
-        for key, value in asdict(here).items()
-        if key not in ("name", "path") and value != getattr(there, key)
+        f"--model_config {args.model_config}: {key} is {value}, {published_model.path} has {getattr(published_model, key)}; "
+        "leave the flag out"
+        for key, value in asdict(model).items()
+        if key not in ("name", "path") and value != getattr(published_model, key)
     ]
     if problems:
         raise ConfigError(problems)
@@ -172,17 +176,17 @@ def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, 
 
 
 def _carry(published: Published, args: Arguments, flags: dict[str, Any]) -> Imported:
-    """Build the run, fill it, save it."""
+    """Builds the run, fills it with the published checkpoint and saves it."""
     world = World()
     device = pick_device(args.device, world)
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     run = assemble(args, world, device)
-    assert run is not None  # nothing is finished in an empty folder
+    assert run is not None  # None is for a finished run, which an empty folder does not hold
     try:
         parts = run.parts
         fill(parts.model, published, tied=run.plan.model.tie_word_embeddings)
-        why_not = carry_moments(published, parts.model, parts.updates, args)
+        moments_problem = carry_moments(published, parts.model, parts.updates, args)
         parts.state.update_step = published.update_step or 0
         parts.state.tokens_seen = published.tokens_seen or 0
         run.document["continued_from"] = str(published.folder)
@@ -197,15 +201,15 @@ def _carry(published: Published, args: Arguments, flags: dict[str, Any]) -> Impo
         args.peft_model,
         parts.state.update_step,
         parts.state.tokens_seen,
-        _carried(published, why_not),
-        _not_carried(published, args, why_not),
+        _carried(published, moments_problem),
+        _not_carried(published, args, moments_problem),
         _other_settings(published, args, run),
         [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in flags.items()],
         is_finished(run.plan, parts.state.update_step, parts.state.tokens_seen),
     )
 
 
-def _carried(published: Published, why_not: str | None) -> list[str]:
+def _carried(published: Published, moments_problem: str | None) -> list[str]:
     weights = {
         "sltrain": "weights: dense ones, B, A, values and positions of S",
         "relora": "weights: frozen ones, B and A",
@@ -215,44 +219,44 @@ def _carried(published: Published, why_not: str | None) -> list[str]:
     counts = {"updates made": published.update_step, "tokens seen": published.tokens_seen}
     return [
         weights[published.method],
-        *([] if why_not else ["optimizer: moments and step counts"]),
+        *([] if moments_problem else ["optimizer: moments and step counts"]),
         *(f"{name}: {count:,}" for name, count in counts.items() if count is not None),
     ]
 
 
-def _not_carried(published: Published, args: Arguments, why_not: str | None) -> list[str]:
-    """What is not carried over, each with its replacement."""
-    lines = [f"moments: {why_not}; they begin at zero"] if why_not else []
+def _not_carried(published: Published, args: Arguments, moments_problem: str | None) -> list[str]:
+    """Describes what is not carried over, and what replaces it."""
+    lines = [f"moments: {moments_problem}; they start at zero"] if moments_problem else []
     if published.update_step is None:
-        lines.append(f"updates made: no {STATE} or {OPTIMIZER} says; the schedule begins at update 0")
+        lines.append(f"updates made: not recorded in {STATE} or {OPTIMIZER}; the schedule starts at update 0")
     if published.tokens_seen is None:
-        lines.append(f"tokens seen: no {STATE} says; counted from 0")
+        lines.append(f"tokens seen: not recorded in {STATE}; counted from 0")
     weights = published.tensors["model.embed_tokens.weight"].dtype
     if f"torch.{args.dtype}" != str(weights):
         lines.append(f"dtype {str(weights).removeprefix('torch.')}: weights and moments are {args.dtype} from now on")
     if (dropout := published.settings.get("lora_dropout")) and published.by_relora:
-        lines.append(f"lora_dropout {dropout}: there is none here")
+        lines.append(f"lora_dropout {dropout}: not supported, dropout is 0 from now on")
     if METHODS[args.peft_model].projected:
-        lines.append("projections: the first update computes them from its gradients")
-    if (betas := other_betas(published, args)) is not None and not why_not:
+        lines.append("projections: recomputed from the gradients of the first update")
+    if (betas := other_betas(published, args)) is not None and not moments_problem:
         lines.append(betas)
     return [
         *lines,
-        "scheduler's state: the rate follows from the number of updates and the flags",
-        "position and order of the data: the run begins with the first record, in the order of --seed and --data_lanes",
-        f"random states: those of --seed {args.seed}",
+        "scheduler state: the learning rate follows from the number of updates and the flags",
+        "position and order of the data: the run starts at the first record, in the order of --seed and --data_lanes",
+        f"random states: initialised from --seed {args.seed}",
     ]
 
 
 def _other_settings(published: Published, args: Arguments, run: Run) -> list[str]:
-    """Recorded arguments of the published run that differ from this run's."""
+    """Lists arguments recorded by the published run that differ from this run's."""
     recorded = (published.optimizer or {}).get("config")
     lines = []
-    for theirs, name in _RECORDED.items():
-        if not isinstance(recorded, dict) or theirs not in recorded:
+    for published_name, name in _RECORDED.items():
+        if not isinstance(recorded, dict) or published_name not in recorded:
             continue
-        then, now = recorded[theirs], getattr(args if name != "total_batch_size" else run.plan, name)
+        then, now = recorded[published_name], getattr(args if name != "total_batch_size" else run.plan, name)
         then = then.lower() if isinstance(then, str) else then
         if then != now and (then or now):  # 0 and None are both off
-            lines.append(f"{name} {now} (then {then})")
+            lines.append(f"{name} {now} (published: {then})")
     return lines

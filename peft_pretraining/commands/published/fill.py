@@ -23,15 +23,15 @@ _SHOWN = 5
 
 @torch.no_grad()
 def fill(model: nn.Module, published: Published, *, tied: bool) -> None:
-    """Give every parameter and support of the model its published values, in the model's dtype.
+    """Fills every parameter and support of the model with published values, in the model's dtype.
 
     Args:
-        model: with the method of `published` applied, on any device.
-        tied: whether its head is its embedding.
+        model: a model with the method of `published` applied, on any device.
+        tied: whether the output head is the embedding.
 
     Raises:
-        PublishedError: tensors that are missing, unknown, of another shape, not finite, or no positions of a support; up to five
-            are named. The model is then filled in part.
+        PublishedError: tensors are missing, unknown, of another shape, not finite, or not valid positions; up to five are named.
+            The model is then only partly filled.
     """
     targets = {
         _published_name(name, published.by_relora): tensor
@@ -56,80 +56,80 @@ def fill(model: nn.Module, published: Published, *, tied: bool) -> None:
 
 
 def _published_name(name: str, relora: bool) -> str:
-    """What a tensor of ours is called in a published checkpoint; ReLoRA's factors are linears."""
+    """The name of our tensor in a published checkpoint; ReLoRA's factors are linears there."""
     return f"{name}.weight" if relora and name.endswith((".lora_A", ".lora_B")) else name
 
 
 def _name_problems(published: Published, expected: set[str], tied: bool) -> Iterator[str]:
     head, embedding = (published.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if tied and head is not None and embedding is not None and not torch.equal(head, embedding):
-        yield "config.json ties lm_head to the embedding, but they differ; set tie_word_embeddings to false there"
+        yield "config.json ties lm_head to the embedding, but their weights differ; set tie_word_embeddings to false there"
     missing = sorted(expected - set(published.tensors))
     # Older LLaMA classes save the frequencies of the rotary embedding, which follow from the configuration.
-    known = {name for name in published.tensors if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
-    unknown = sorted(set(published.tensors) - expected - known)
-    why = "; the linears of attention and MLP, and no others, must be reparameterised (target_modules)"
-    for what, names in (("missing", missing), ("not known", unknown)):
+    ignored = {name for name in published.tensors if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    unknown = sorted(set(published.tensors) - expected - ignored)
+    reason = "; exactly the linears of attention and MLP must be reparameterised (target_modules)"
+    for state, names in (("missing", missing), ("unknown", unknown)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"{', '.join(names[:_SHOWN])}{more}: {what}{why if METHODS[published.method].replaces_linears else ''}"
+            yield f"{', '.join(names[:_SHOWN])}{more}: {state}{reason if METHODS[published.method].replaces_linears else ''}"
 
 
 def _fill_one(name: str, target: Tensor, values: Tensor) -> Iterator[str]:
     if values.shape != target.shape:
-        yield f"{name} is {tuple(values.shape)} there, config.json and the rank make it {tuple(target.shape)}"
+        yield f"{name} has shape {tuple(values.shape)}, config.json and the rank require {tuple(target.shape)}"
     elif not values.is_floating_point():
         yield f"{name} is {values.dtype}, not floating-point numbers"
     elif not bool(torch.isfinite(values).all()):
-        yield f"{name} holds numbers that are not finite; take an earlier checkpoint"
+        yield f"{name} holds non-finite numbers; import an earlier checkpoint"
     else:
         target.copy_(values)
 
 
 def _place(name: str, support: UniformSupport, index: Tensor) -> Iterator[str]:
-    """Put the published positions in the support's storage."""
+    """Writes the published positions to the support's storage; yields a problem if they do not fit."""
     problem = _position_problem(name, support, index)
     if problem is not None:
         yield problem
         return
     size = support.nbytes
     support.place_(index.to(torch.int64))
-    if support.nbytes != size:  # plain numbers, which a run that goes on has no room for
+    if support.nbytes != size:  # stored uncompressed, which a resumed run has no room for
         yield (
-            f"{name}: its gaps are not those of positions drawn uniformly over the weight, which is what a support has room for; "
-            "merge the factors into dense weights where it was made, and import those"
+            f"{name}: its positions are not uniformly distributed over the weight, so they do not fit the compressed support; "
+            "merge the factors into dense weights with the published program, and import those"
         )
 
 
 def _position_problem(name: str, support: UniformSupport, index: Tensor) -> str | None:
-    """The reason why these are not valid positions of the support; None if they are."""
+    """Why these are not valid positions of the support; None if they are."""
     if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
         return f"{name} is {index.dtype} of shape {tuple(index.shape)}, not whole numbers in one dimension"
     if index.numel() != support.nnz:
         return (
-            f"{name} has {index.numel()} positions, sp_ratio in {SLTRAIN} makes it {support.nnz} of "
+            f"{name} has {index.numel()} positions, sp_ratio in {SLTRAIN} requires {support.nnz} of "
             f"{support.out_features} x {support.in_features}; correct sp_ratio there"
         )
     lowest, highest = (int(end) for end in index.aminmax())
     if lowest < 0 or highest >= support.numel:
-        bad = lowest if lowest < 0 else highest
-        why = ", overflowed 32 bits" if lowest < 0 and index.dtype == torch.int32 else ""
-        return f"{name} holds {bad}{why}, positions are 0 .. {support.numel - 1}; save it anew as int64"
+        invalid = lowest if lowest < 0 else highest
+        cause = ", a 32-bit overflow" if lowest < 0 and index.dtype == torch.int32 else ""
+        return f"{name} holds {invalid}{cause}; positions must be 0 .. {support.numel - 1}; save them again as int64"
     gaps = index.diff()
     if bool((gaps < 1).any()):
         place = int((gaps < 1).nonzero()[0])
-        what = "twice" if int(gaps[place]) == 0 else f"before {int(index[place + 1])}"
+        order = "twice" if int(gaps[place]) == 0 else f"before {int(index[place + 1])}"
         return (
-            f"{name} holds {int(index[place])} {what} at {place}: positions must increase strictly; sort them, and the values "
-            "and moments with them"
+            f"{name} holds {int(index[place])} {order} at {place}: positions must increase strictly; sort them together with "
+            "values and moments"
         )
     return None
 
 
 def matching_sparsity(sp_ratio: float, tensors: Mapping[str, Tensor]) -> float:
-    """sp_ratio, or the next number above it where int(sp_ratio * out * in) is the published count of every layer for that only.
+    """Returns sp_ratio, or the next larger float if only that gives int(sp_ratio * out * in) = the published count everywhere.
 
-    The published program multiplies out * in first, which may round up to a whole number that is otherwise just missed.
+    The published program multiplies out * in first, so its product may round up to a whole number that ours just misses.
     """
     counts = []
     for name, index in tensors.items():

@@ -1,4 +1,4 @@
-"""A published checkpoint's folder: what is in it, read without running anybody's code and checked as far as it can be alone."""
+"""Reads and checks the folder of a published checkpoint, without running code from its pickles."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _LARGEST_STEP = 10**8 - 1  # a checkpoint's name has eight digits
 
 
 class PublishedError(ValueError):
-    """A published checkpoint that is not there, not whole, or cannot become one of ours."""
+    """A published checkpoint that is missing, incomplete, or cannot be converted."""
 
 
 class NeedsCode(PublishedError):
-    """A pickle that only code named in it could load."""
+    """A pickle that needs code to be run for loading."""
 
 
 @dataclass(frozen=True)
 class Published:
     """A published checkpoint.
 
-    method: sltrain | relora | lowrank (ReLoRA without dense weights) | full, which GaLore's are too.
-    tensors: by their names in the LLaMA, without prefixes of wrappers; on the CPU.
-    settings: of splora_config.json or relora_config.json, of which r, lora_alpha and sp_ratio are known to be sound.
-    optimizer: of optimizer.pt; None where there is none, or where `moments_problem` says why it was left alone.
-    update_step, tokens_seen: None where no file says.
+    method: sltrain | relora | lowrank (ReLoRA without dense weights) | full (also GaLore's checkpoints).
+    tensors: on the CPU, by their names in the LLaMA, without prefixes of wrappers.
+    settings: the content of splora_config.json or relora_config.json; r, lora_alpha and sp_ratio have been checked.
+    optimizer: the content of optimizer.pt, or None; `moments_problem` is then the reason.
+    update_step, tokens_seen: None if not recorded.
     """
 
     folder: Path
@@ -57,25 +57,25 @@ class Published:
 
     @property
     def by_relora(self) -> bool:
-        """Whether ReLoRA's program wrote the checkpoint, which names and orders factors in its own way."""
+        """Whether ReLoRA's program wrote the checkpoint; its names and order of factors differ from SLTrain's."""
         method = METHODS[self.method]
         return method.replaces_linears and not method.sparse
 
     @property
     def trained_scaling(self) -> bool:
-        """Whether the scale of B A is tanh of a tensor; the published splora_config.json does not say so."""
+        """Whether the scale of B A is trained (tanh of a tensor); splora_config.json does not record it."""
         return any(name.endswith(".scaling") for name in self.tensors)
 
 
 def read_published(folder: Path) -> Published:
-    """Read the folder of one checkpoint (published: model_XXXX).
+    """Reads the folder of one checkpoint (published name: model_XXXX).
 
     Raises:
-        PublishedError: files that are missing, damaged, would have to run code, or contradict each other.
+        PublishedError: files are missing, damaged, need code to be run, or contradict each other.
     """
     files = _weight_files(folder)
     if not (folder / CONFIG).is_file():
-        raise PublishedError(f"{folder}: has no {CONFIG}; copy it from where the checkpoint was made")
+        raise PublishedError(f"{folder}: has no {CONFIG}; copy it from the original checkpoint")
     tensors = _plain_names([item for file in files for item in _read_weights(file).items()], folder)
     method, settings = _method(folder, tensors)
     optimizer, problem = _read_optimizer(folder / OPTIMIZER)
@@ -84,25 +84,25 @@ def read_published(folder: Path) -> Published:
 
 
 def load_pickle(path: Path) -> Any:
-    """What torch.save wrote, on the CPU, as long as it is tensors in plain containers.
+    """Loads a file of torch.save that holds only tensors in plain containers; tensors are on the CPU.
 
     Raises:
-        NeedsCode: it holds something else, which is not run.
-        PublishedError: it cannot be read.
+        NeedsCode: the file holds other objects, whose code is not run.
+        PublishedError: the file cannot be read.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file fails in every way there is
+    except Exception as error:  # damaged files raise many types of error
         named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if named or "reduce" in str(error):
-            what = named[1] if named else "a function"
+            code = named[1] if named else "a function"
             raise NeedsCode(
-                f"{path}: holds {what}, code that is not run here; on the machine that made it, load the file and save its "
-                f"tensors with safetensors.torch.save_file as {SINGLE}"
+                f"{path}: loading it would run code ({code}), which is refused; load the file with the published program "
+                f"and save its tensors with safetensors.torch.save_file as {SINGLE}"
             ) from None
         reason = (str(error).splitlines() or [""])[0][:200]
         raise PublishedError(
-            f"{path}: cannot be read ({type(error).__name__}: {reason}); it is damaged or no file of torch.save: copy it anew"
+            f"{path}: cannot be read ({type(error).__name__}: {reason}); damaged, or not a file of torch.save; copy it again"
         ) from None
 
 
@@ -116,60 +116,62 @@ def _weight_files(folder: Path) -> list[Path]:
             try:
                 shards = {Path(file).name for file in _read_json(folder / index)["weight_map"].values()}
             except (KeyError, TypeError, AttributeError) as error:
-                raise PublishedError(f"{folder / index}: no index of weights ({error!r}); copy it anew") from None
+                raise PublishedError(f"{folder / index}: not an index of weights ({error!r}); copy it again") from None
             return [folder / name for name in sorted(shards)]
-    inside = sorted(path.name for path in folder.glob("model_*") if path.is_dir())
-    hint = f"; name a checkpoint in it: {', '.join(inside[:5])}" if inside else ""
+    checkpoints = sorted(path.name for path in folder.glob("model_*") if path.is_dir())
+    hint = f"; name a checkpoint in it: {', '.join(checkpoints[:5])}" if checkpoints else ""
     raise PublishedError(f"--published {folder}: holds neither {SINGLE} nor {BIN}{hint}")
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        raise PublishedError(f"{file}: no such file, but the index beside it names it; copy it too")
+        raise PublishedError(f"{file}: no such file, but the index beside it lists it; copy it too")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
-            raise PublishedError(f"{file}: cannot be read ({error}); it is damaged: copy it anew") from None
+            raise PublishedError(f"{file}: cannot be read ({error}), damaged; copy it again") from None
     loaded = load_pickle(file)
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
     ):
-        raise PublishedError(f"{file}: holds no tensors by name; it must be what save_pretrained wrote")
+        raise PublishedError(f"{file}: must hold tensors by name, as save_pretrained writes them")
     return loaded
 
 
 def _plain_names(items: list[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:
-    """Tensors by names without the prefixes that wrappers put before them."""
-    found: dict[str, Tensor] = {}
+    """Tensors by name, without the prefixes of wrappers such as DistributedDataParallel. Raises PublishedError."""
+    tensors: dict[str, Tensor] = {}
     for name, tensor in items:
         plain = name
-        while (prefix := next((each for each in _WRAPPERS if plain.startswith(each)), None)) is not None:
+        while (prefix := next((wrapper for wrapper in _WRAPPERS if plain.startswith(wrapper)), None)) is not None:
             plain = plain.removeprefix(prefix)
-        if plain in found:
+        if plain in tensors:
             raise PublishedError(f"{folder}: holds {plain} twice, once as {name}; remove one of them")
-        found[plain] = tensor
-    return found
+        tensors[plain] = tensor
+    return tensors
 
 
 def _method(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """The method and its settings, checked."""
+    """The method and its checked settings. Raises PublishedError."""
     names = [name for name in (SLTRAIN, RELORA) if (folder / name).is_file()]
     if len(names) == 2:
-        raise PublishedError(f"{folder}: has {SLTRAIN} and {RELORA}; remove the one that is not of these weights")
+        raise PublishedError(f"{folder}: has both {SLTRAIN} and {RELORA}; remove the one that does not belong to these weights")
     if not names:
         factor = next((name for name in tensors if ".lora_" in name or name.endswith(".sparse_value")), None)
         if factor is not None:
             raise PublishedError(
-                f"{folder}: holds {factor} but neither {SLTRAIN} nor {RELORA}, which says rank and alpha; copy that file too"
+                f"{folder}: holds {factor} but neither {SLTRAIN} nor {RELORA}, which hold rank and alpha; copy that file too"
             )
         return "full", {}
     settings = _read_json(folder / names[0])
     problems = _setting_problems(settings, sparse=names[0] == SLTRAIN)
     if settings.get("trainable_scaling") is True and not any(name.endswith(".scaling") for name in tensors):
-        problems.append("trainable_scaling true: but the weights hold no `scaling`")
+        problems.append("trainable_scaling true: but the weights have no `scaling`; copy all weights, or set it to false")
     if settings.get("quantize"):
-        problems.append(f"quantize {settings['quantize']!r}: frozen weights of 4 or 8 bits are not read; dequantise first")
+        problems.append(
+            f"quantize {settings['quantize']!r}: frozen weights of 4 or 8 bits are not supported; dequantise them first"
+        )
     if problems:
         raise PublishedError(f"{folder / names[0]}: {'; '.join(problems)}")
     if names[0] == SLTRAIN:
@@ -190,46 +192,46 @@ def _setting_problems(settings: Mapping[str, Any], *, sparse: bool) -> list[str]
 
 
 def _number(value: Any) -> float:
-    """The value, NaN where it is no number."""
+    """The value as a float; NaN if it is not a number."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return float(value) if usable else math.nan
 
 
 def _read_optimizer(path: Path) -> tuple[Mapping[str, Any] | None, str | None]:
-    """What optimizer.pt holds, or why it was left alone."""
+    """Returns the content of optimizer.pt, or None and why it was not read. Raises PublishedError if the file is damaged."""
     if not path.is_file():
-        return None, f"there is no {OPTIMIZER}"
+        return None, f"the checkpoint has no {OPTIMIZER}"
     try:
         loaded = load_pickle(path)
     except NeedsCode as error:  # GaLore's projectors are objects of its own class
         return None, str(error).partition(";")[0]
     except PublishedError as error:
-        raise PublishedError(f"{error}, or move it away to import the weights without it") from None
+        raise PublishedError(f"{error}, or move the file away to import the weights alone") from None
     if not isinstance(loaded, dict) or not isinstance(loaded.get("optimizer"), dict):
-        raise PublishedError(f"{path}: holds no state under `optimizer`; move it away to import the weights without it")
+        raise PublishedError(f"{path}: holds no state under `optimizer`; move the file away to import the weights alone")
     return loaded, None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is no file."""
+    """Reads a JSON object; {} if the file does not exist. Raises PublishedError."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PublishedError(f"{path}: cannot be read ({error}); copy it anew") from None
-    if not isinstance(found, dict):
-        raise PublishedError(f"{path}: must hold a JSON object, not a {type(found).__name__}")
-    return found
+        raise PublishedError(f"{path}: cannot be read ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise PublishedError(f"{path}: must hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
 def _counts(path: Path, values: Mapping[str, Any]) -> dict[str, int]:
-    """update_step and tokens_seen, where the file has them."""
-    found = {}
-    for name, most in (("update_step", _LARGEST_STEP), ("tokens_seen", 2**63 - 1)):
+    """update_step and tokens_seen, if the file has them. Raises PublishedError for values out of range."""
+    counts = {}
+    for name, largest in (("update_step", _LARGEST_STEP), ("tokens_seen", 2**63 - 1)):
         if name not in values:
             continue
-        if type(values[name]) is not int or not 0 <= values[name] <= most:
-            raise PublishedError(f"{path}: {name} {values[name]!r}: must be a whole number from 0 to {most}")
-        found[name] = values[name]
-    return found
+        if type(values[name]) is not int or not 0 <= values[name] <= largest:
+            raise PublishedError(f"{path}: {name} {values[name]!r}: must be a whole number from 0 to {largest}")
+        counts[name] = values[name]
+    return counts

@@ -1,6 +1,6 @@
-"""Runs side by side: read -> groups of seeds -> figures and tables -> one page. `python -m peft_pretraining report`.
+"""Compares runs: reads them, groups seeds, draws figures and tables, writes one page (`python -m peft_pretraining report`).
 
-Nothing is imported here but what the command line needs at once; matplotlib comes with the first figure.
+Only what the command line needs is imported here; matplotlib is loaded with the first figure.
 """
 
 from peft_pretraining.commands.report.command import HELP, add_arguments, run

@@ -1,4 +1,4 @@
-"""What runs took: memory by class, predicted and measured, and throughput."""
+"""Draws memory by class, predicted and measured, and throughput."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ CLASS_NAMES = {
 
 
 def memory_parts(group: Group, side: str) -> dict[str, int] | None:
-    """Bytes of parameters, support, optimizer and the rest up to the peak; side: "predicted", or "measured", the mean over runs.
+    """Returns bytes of parameters, support, optimizer and the rest up to the peak; None if unknown.
 
-    None: unknown.
+    side: "predicted", or "measured" (the mean over runs).
     """
     read = group.first.predicted if side == "predicted" else group.measured
-    found = {name: read(name) for name in ("parameters", "support", "optimizer")}
+    sizes = {name: read(name) for name in ("parameters", "support", "optimizer")}
     peak = read("peak")
-    known = {name: value for name, value in found.items() if value is not None}
-    if peak is None and len(known) < len(found):
+    known = {name: value for name, value in sizes.items() if value is not None}
+    if peak is None and len(known) < len(sizes):
         return None
     rest = 0 if peak is None else max(0, peak - sum(known.values()))
-    return {**{name: known.get(name, 0) for name in found}, "rest": rest}
+    return {**{name: known.get(name, 0) for name in sizes}, "rest": rest}
 
 
 def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
-    """Memory by class, predicted above measured, for each group (the paper's Fig. 3 shows such bars of the peak)."""
+    """Draws memory by class, predicted above measured, for each group (as the paper's Fig. 3 does for the peak)."""
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
@@ -68,11 +68,11 @@ def draw_memory(groups: Sequence[Group], path: Path) -> Path | None:
 
 
 def _name_groups(panel: Any, places: Sequence[float], groups: Sequence[Group]) -> None:
-    """One label for all bars of a group, at their middle: a long one would run into itself beside each bar."""
+    """Puts one label at the middle of each group's bars: long labels beside every bar would overlap."""
     middles = {}
     for group in groups:
-        own = [place for place, other in zip(places, groups, strict=True) if other is group]
-        middles[sum(own) / len(own)] = wrapped(group.label)
+        bars = [place for place, owner in zip(places, groups, strict=True) if owner is group]
+        middles[sum(bars) / len(bars)] = wrapped(group.label)
     panel.set_yticks(list(middles), list(middles.values()))
     panel.invert_yaxis()
 
@@ -86,17 +86,17 @@ def _stacks(
     places: Sequence[float],
     bars: Sequence[tuple[Group, str, dict[str, int]]],
     kinds: Sequence[str],
-    what: str,
+    quantity: str,
 ) -> None:
-    """A stack of `kinds` for each bar; beside it its sum, and whether that is predicted or measured."""
+    """Draws each bar as a stack of `kinds`, with its sum and whether it is predicted or measured written beside it."""
     largest = max(sum(parts[kind] for kind in kinds) for _, _, parts in bars)
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
     for place, (group, side, parts) in zip(places, bars, strict=True):
         left = 0.0
         for kind in kinds:
-            whole = side == "measured" and group.measured("parameters") is None and kind == "rest"
+            undivided = side == "measured" and group.measured("parameters") is None and kind == "rest"
             width = parts[kind] / unit
-            hatch = "///" if whole else None
+            hatch = "///" if undivided else None
             panel.barh(
                 place,
                 width,
@@ -108,23 +108,23 @@ def _stacks(
                 linewidth=0.6,
             )
             left += width
-        known = f"{side} {digits(left)} {name}" if left else f"not {side}"
-        known += "" if "rest" not in kinds or _has_peak(group, side) else ", the rest not predicted"
-        panel.text(left + largest / unit * 0.01, place, known, va="center", fontsize=9.5)
+        label = f"{side} {digits(left)} {name}" if left else f"not {side}"
+        label += "" if "rest" not in kinds or _has_peak(group, side) else ", the rest not predicted"
+        panel.text(left + largest / unit * 0.01, place, label, va="center", fontsize=9.5)
     panel.grid(axis="y", visible=False)
     panel.set_xlim(0, largest / unit * 1.45)
-    panel.set_xlabel(f"{what}, {name}")
+    panel.set_xlabel(f"{quantity}, {name}")
 
 
 def draw_throughput(groups: Sequence[Group], path: Path) -> Path | None:
-    """Median tokens per second of each group's runs, their mean and range, and the published figure for the configuration."""
+    """Draws the median tokens per second of each group's runs, with mean and range, and the configuration's published figure."""
     from matplotlib import pyplot
 
     shown = [(group, group.figure("tokens_per_second")) for group in groups]
     bars = [(group, rate) for group, rate in shown if rate is not None]
     if not bars:
         return None
-    most = max(rate for _, rate in bars)
+    highest = max(rate for _, rate in bars)
     figure, panel = pyplot.subplots(figsize=(11, 1.3 + 0.5 * len(bars)), layout="constrained")
     styles = line_styles([group for group, _ in bars])
     for number, ((group, rate), style) in enumerate(zip(bars, styles, strict=True)):
@@ -134,12 +134,12 @@ def draw_throughput(groups: Sequence[Group], path: Path) -> Path | None:
         if len(rates) > 1:
             panel.errorbar(rate, number, xerr=[[rate - min(rates)], [max(rates) - rate]], color="#000000", capsize=4)
         published = THROUGHPUT.get((group.first.model, group.method)) if group.published else None
-        beside = f"   (published: {published:,} on {THROUGHPUT_MACHINE[group.first.model]})" if published else ""
-        panel.text(max(rates) + most * 0.015, number, f"{rate:,.0f}{beside}", va="center", fontsize=9.5)
+        comparison = f"   (published: {published:,} on {THROUGHPUT_MACHINE[group.first.model]})" if published else ""
+        panel.text(max(rates) + highest * 0.015, number, f"{rate:,.0f}{comparison}", va="center", fontsize=9.5)
     panel.set_yticks(range(len(bars)), [wrapped(name_of(group)) for group, _ in bars])
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
-    panel.set_xlim(0, most * 1.35)
+    panel.set_xlim(0, highest * 1.35)
     panel.xaxis.set_major_formatter("{x:,.0f}")
     panel.set_xlabel("tokens of text per second (median over logged updates; whiskers: lowest and highest run)")
     return save(figure, path)

@@ -20,12 +20,12 @@ PAGE = "report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Adds the command's flags."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or a folder of runs' folders")
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder for {PAGE}, {FIGURES} and the figures (default: one run's own folder, its curves alone)",
+        help=f"folder for {PAGE}, {FIGURES} and the figures (default: with one run, that run's folder, curves only)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     parser.add_argument("--title", default="Comparison of runs", help="the page's title (default: %(default)s)")
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         return _one_run(args)
     folders = find_runs(args.runs)
     if args.out is None:
-        raise ValueError(f"{len(folders)} runs: where to? Name a folder for the page and its figures, --out DIR")
+        raise ValueError(f"--out is required for {len(folders)} runs: name a folder for the page and its figures, --out DIR")
     groups = _write(args, folders)
     if args.json:
         print(json.dumps(tables.as_json(groups)))
@@ -85,7 +85,7 @@ def _write(args: argparse.Namespace, folders: Sequence[Path]) -> list[Group]:
 
 
 def write_report(folders: Sequence[Path], out: Path, title: str) -> list[Group]:
-    """Page, figures and JSON of the runs in `folders`, in the folder `out`; returns the groups. Raises ValueError, OSError."""
+    """Writes page, figures and JSON of the runs in `folders` to `out`; returns the groups. Raises ValueError, OSError."""
     from peft_pretraining.commands.report.figures import draw_all
     from peft_pretraining.commands.report.page import write_page
 
@@ -98,7 +98,7 @@ def write_report(folders: Sequence[Path], out: Path, title: str) -> list[Group]:
 
 
 def format_groups(groups: Sequence[Group]) -> str:
-    """A line for each setting, aligned for a terminal, and below it what is missing."""
+    """Formats one line per setting, aligned for a terminal, followed by notes on what is missing."""
     table = tables.methods_table(groups)
     short = {
         "setting": "setting",
@@ -126,11 +126,11 @@ def format_groups(groups: Sequence[Group]) -> str:
 
 
 def format_summary(figures: dict[str, Any]) -> str:
-    """One run's summary as an aligned table for a terminal."""
-    total, whole = figures["parameters"], figures["full_rank_parameters"]
+    """Formats one run's summary as an aligned table for a terminal."""
+    total, full_rank = figures["parameters"], figures["full_rank_parameters"]
     parameters = "not recorded" if total is None else f"{total:,}"
-    if total is not None and whole is not None:
-        parameters += f" ({total / whole:.1%} of full-rank {whole:,})"
+    if total is not None and full_rank is not None:
+        parameters += f" ({total / full_rank:.1%} of full-rank {full_rank:,})"
 
     def number(name: str, form: str) -> str:
         return "not measured" if figures[name] is None else format(figures[name], form)

@@ -13,7 +13,7 @@ from peft_pretraining.commands.report.read import RunRecord
 
 
 def draw_loss(groups: Sequence[Group], path: Path) -> Path | None:
-    """Smoothed training loss of every run against update steps, tokens and time."""
+    """Draws the smoothed training loss of every run against update steps, tokens and time."""
     shown = [group for group in groups if any(run.updates for run in group.runs)]
     if not shown:
         return None
@@ -38,7 +38,7 @@ def draw_loss(groups: Sequence[Group], path: Path) -> Path | None:
 
 
 def draw_perplexity(groups: Sequence[Group], path: Path) -> Path | None:
-    """Held-out perplexity of every run against update steps, tokens and time; logarithmic."""
+    """Draws the held-out perplexity of every run against update steps, tokens and time, on a logarithmic scale."""
     shown = [group for group in groups if any(run.evaluations for run in group.runs)]
     if not shown:
         return None
@@ -65,7 +65,7 @@ def draw_perplexity(groups: Sequence[Group], path: Path) -> Path | None:
 
 
 def draw_curves(run: RunRecord, path: Path, title: str) -> Path:
-    """One run: training loss and held-out perplexity against update steps; returns the path."""
+    """Draws one run's training loss and held-out perplexity against update steps; returns the path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,10 +83,10 @@ def draw_curves(run: RunRecord, path: Path, title: str) -> Path:
         perplexity_axis.plot(steps, trained, color=COLOURS[0], linewidth=1.2, label="training, smoothed")
         if run.evaluations:
             values = [row["final_eval_perplexity"] for row in run.evaluations]
-            at = run.axis("steps")[1]
-            perplexity_axis.plot(at, values, color=COLOURS[1], marker="o", markersize=5, label="held-out")
+            evaluated_steps = run.axis("steps")[1]
+            perplexity_axis.plot(evaluated_steps, values, color=COLOURS[1], marker="o", markersize=5, label="held-out")
             perplexity_axis.annotate(
-                f"{values[-1]:.1f}", (at[-1], values[-1]), textcoords="offset points", xytext=(-4, 9), ha="right"
+                f"{values[-1]:.1f}", (evaluated_steps[-1], values[-1]), textcoords="offset points", xytext=(-4, 9), ha="right"
             )
         perplexity_axis.set(xlabel="update step", ylabel="perplexity", yscale="log")
         plain_log_ticks(perplexity_axis.yaxis)
@@ -112,7 +112,7 @@ def _count_unit(count: float) -> tuple[float, str]:
 
 
 def _axes_by_position(groups: Sequence[Group], height: float) -> tuple[Any, list[tuple[str, Any, float]]]:
-    """A figure of three panels; (axis's name in RunRecord.axis, its panel, what a unit of it is worth)."""
+    """Makes a figure of three panels; returns it with (axis name in RunRecord.axis, panel, size of the axis's unit) of each."""
     from matplotlib import pyplot
 
     runs = [run for group in groups for run in group.runs if run.updates]
@@ -127,19 +127,19 @@ def _axes_by_position(groups: Sequence[Group], height: float) -> tuple[Any, list
 
 
 def _from_zero(panels: Sequence[tuple[str, Any, float]]) -> None:
-    """Every axis of positions begins where training does, also where the first evaluation came late."""
+    """Starts every horizontal axis at zero, also if the first evaluation came late."""
     for _, panel, _ in panels:
         panel.set_xlim(left=0)
 
 
-def _cut_above(panel: Any, most: float) -> None:
-    """What a run starts with would take nearly all of the axis; all panels share it."""
+def _cut_above(panel: Any, limit: float) -> None:
+    """Cuts the shared vertical axis at `limit`, as the high values at the start of a run would take up most of it."""
     low, high = panel.get_ylim()
-    panel.set_ylim(low, min(high, max(most, low)))
+    panel.set_ylim(low, min(high, max(limit, low)))
 
 
 def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """Exponential moving average over about `share` of the series, without the bias of its start."""
+    """Exponential moving average over about `share` of the series, corrected for its bias at the start."""
     window = max(1.0, share * len(values))
     keep = 1.0 - 1.0 / window
     total = weight = 0.0

@@ -1,4 +1,4 @@
-"""The report's panels in wandb: the same figures, table and page, in one run beside those that it compares."""
+"""Sends the report's figures, table and page to wandb, as one run beside those that it compares."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from peft_pretraining.record.wandb_run import WANDB_PROJECT
 
 
 def send(groups: Sequence[Group], out: Path, mode: Literal["online", "offline"], title: str) -> None:
-    """Log what lies in `out` to wandb; mode: "online" or "offline" (files below `out`, for `wandb sync`).
+    """Logs the report in `out` to wandb; mode: "online", or "offline" (files below `out`, for `wandb sync`).
 
-    Raises ValueError where wandb does not take it: the page is written by then.
+    Raises ValueError if wandb fails; the page is already written then.
     """
     import wandb
 
@@ -32,7 +32,7 @@ def send(groups: Sequence[Group], out: Path, mode: Literal["online", "offline"],
             content |= {path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))}
             content["page"] = wandb.Html((out / "report.html").read_text(encoding="utf-8"))
             run.log(content)
-    except Exception as error:  # whatever wandb suffers: a refused key, a lost network, a version that lacks something
+    except Exception as error:  # a refused key, a lost network, an old version: wandb raises many types
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"--wandb {mode}: {text}; the page is in {out}, and --wandb offline needs no network") from None
     if mode == "offline":

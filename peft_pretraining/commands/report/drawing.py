@@ -1,4 +1,4 @@
-"""What the report's figures share: dark text, colours that the colour-blind tell apart, legends below what they explain."""
+"""Style shared by the report's figures: dark text, colours that are distinct to the colour-blind, legends below the panels."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ DPI = 140
 
 
 def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Colour, dashes and marker of each group.
+    """Returns the colour, dashes and marker of each group.
 
-    Where several methods have a few settings each, the colour says the method and the dashes the setting; else every group has a
-    colour of its own, as long as there are some.
+    With several methods of a few settings each, colour stands for the method and dashes for the setting; otherwise each group
+    gets a different colour until the colours run out.
     """
     methods = [group.method for group in groups]
-    within = [methods[:number].count(method) for number, method in enumerate(methods)]
-    known = all(method in METHODS for method in methods)
-    if known and max(within, default=0) < len(_DASHES) and (len(set(methods)) > 1 or len(methods) == 1):
+    ranks_within_method = [methods[:number].count(method) for number, method in enumerate(methods)]
+    all_known = all(method in METHODS for method in methods)
+    if all_known and max(ranks_within_method, default=0) < len(_DASHES) and (len(set(methods)) > 1 or len(methods) == 1):
         return [
             {"color": METHODS[method].colour, "linestyle": _DASHES[dashes], "marker": _MARKERS[number % len(_MARKERS)]}
-            for number, (method, dashes) in enumerate(zip(methods, within, strict=True))
+            for number, (method, dashes) in enumerate(zip(methods, ranks_within_method, strict=True))
         ]
     return [
         {
@@ -64,7 +64,7 @@ def name_of(group: Group, counted: bool = False) -> str:
 
 
 def wrapped(label: str) -> str:
-    """A label in lines of at most 44 letters."""
+    """Breaks a label into lines of at most 44 characters."""
     return "\n".join(textwrap.wrap(label, 44))
 
 
@@ -78,7 +78,7 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], widest: int = 4) -> None:
-    """Below the panels, in as many columns as fit; the figure grows by its height, so that the panels keep theirs."""
+    """Adds a legend below the panels in as many columns as fit; the figure grows by its height, so the panels do not shrink."""
     width, height = figure.get_size_inches()
     longest = max(map(len, labels))
     columns = max(1, min(widest, len(labels), int(11 * width) // (longest + 8)))
@@ -87,12 +87,12 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], widest: i
 
 
 def plain_log_ticks(axis: Any) -> None:
-    """100 and 200 instead of 10^2 and 2 x 10^2; few enough to be read."""
+    """Labels a logarithmic axis with a few plain numbers: 100 and 200 instead of 10^2 and 2 x 10^2."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low) if low > 0 else 3.0
-    if decades < 0.5:  # no power of ten, and few of its multiples, lie within
+    if decades < 0.5:  # a range this short may contain no power of ten
         axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
         axis.set_minor_locator(NullLocator())
     else:
@@ -102,14 +102,14 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def whiskers(panel: Any, x: float, found: Interval, colour: str, **more: Any) -> None:
-    """The 95 % interval of a perplexity, cut at 1, the least perplexity, below which an interval of two seeds may reach."""
-    if found.low is not None and found.high is not None:
-        reach = [[found.mean - max(found.low, 1.0)], [found.high - found.mean]]
-        panel.errorbar([x], [found.mean], yerr=reach, color=colour, capsize=4, **more)
+def whiskers(panel: Any, x: float, interval: Interval, colour: str, **more: Any) -> None:
+    """Draws the 95 % interval of a perplexity, cut at 1, the smallest perplexity (the interval of two seeds may reach lower)."""
+    if interval.low is not None and interval.high is not None:
+        lengths = [[interval.mean - max(interval.low, 1.0)], [interval.high - interval.mean]]
+        panel.errorbar([x], [interval.mean], yerr=lengths, color=colour, capsize=4, **more)
 
 
 def digits(value: float) -> str:
-    """Three digits or more, never an exponent: 0.123, 3.20, 62.4, 1,020."""
+    """Formats a number with at least three digits and no exponent: 0.123, 3.20, 62.4, 1,020."""
     places = next((places for places, least in enumerate((100.0, 10.0, 1.0)) if abs(value) >= least), 3)
     return f"{value:,.{places}f}"

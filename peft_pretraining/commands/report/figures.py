@@ -13,7 +13,7 @@ from peft_pretraining.commands.report.scatter import draw_learning_rate, draw_pe
 
 
 def draw_all(groups: Sequence[Group], out: Path) -> dict[str, Path]:
-    """Every figure that the runs have something for, by name, as files of `out`."""
+    """Draws every figure for which the runs have data, as PNG files in `out`; returns their paths by name."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,12 +25,12 @@ def draw_all(groups: Sequence[Group], out: Path) -> dict[str, Path]:
         "throughput": draw_throughput,
         "learning_rate": draw_learning_rate,
     }
-    found = {}
+    paths = {}
     with matplotlib.rc_context(STYLE):
         for name, draw in figures.items():
-            wanted = out / f"{name}.png"
-            wanted.unlink(missing_ok=True)  # of an earlier report, which perhaps had something to show
-            path = draw(groups, wanted)
+            file = out / f"{name}.png"
+            file.unlink(missing_ok=True)  # an earlier report may have drawn a figure that this one lacks
+            path = draw(groups, file)
             if path is not None:
-                found[name] = path
-    return found
+                paths[name] = path
+    return paths

@@ -1,4 +1,4 @@
-"""Groups runs that differ in their seed only: mean and interval, and the gap to a baseline, paired by seed."""
+"""Groups runs that differ only in their seed; computes mean, interval, and the gap to a baseline paired by seed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
 
-# What makes perplexities comparable: everything but the method and how it is tuned.
+# Arguments that must be equal for perplexities to be comparable: all but the method and its tuning.
 _TASK = (
     *("model", "data", "eval_dataset", "tokenizer", "text_field", "max_length", "packing", "document_mask"),
     "total_batch_size",
 )
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
-# What a setting is made of; seeds are its repetitions, the others are taken from the plan, as resolved.
+# Arguments whose resolved values are in the plan.
 _RESOLVED = ("dtype", "data_lanes", "total_batch_size")
+# Arguments that distinguish settings; runs that differ only in their seed repeat one setting.
 _SETTINGS = tuple(
     name
     for name, row in ROWS.items()
@@ -37,7 +38,7 @@ _SHORT = {
 
 
 def method_title(name: str) -> str:
-    """What reports call a method; its name where this version does not know it."""
+    """The name of a method in reports; the recorded name if this version does not know the method."""
     return METHODS[name].title if name in METHODS else name
 
 
@@ -47,34 +48,34 @@ def is_full_rank(name: str) -> bool:
 
 
 def settings_of(run: RunRecord) -> dict[str, Any]:
-    """What defines a run but its seed: by name, flags without effect in its method left out, JSON-able."""
+    """Everything that defines a run except its seed, by name, JSON-able; flags that its method does not read are left out."""
     arguments = run.arguments
     names = list(_SETTINGS)
     names += sorted(set(run.document["arguments"]) - ROWS.keys())
-    found = {name: arguments[name] for name in names if has_effect(name, run.method)}
-    found |= {name: run.plan.get(name) for name in _RESOLVED}
+    settings = {name: arguments[name] for name in names if has_effect(name, run.method)}
+    settings |= {name: run.plan.get(name) for name in _RESOLVED}
     model = run.plan.get("model") or {}
-    if "warmed_up_model" in found:  # each seed has its own: what it was is the setting
-        found["warmed_up_model"] = found["warmed_up_model"] is not None
-        found |= _warm_up_of(run)
-    # Where a file lies does not matter; what is in it does.
-    found["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
-    found["data"] = (run.document.get("dataset") or {}).get("fingerprint") or arguments["dataset"]
+    if "warmed_up_model" in settings:  # each seed starts from its own full-rank run: compare those runs' settings
+        settings["warmed_up_model"] = settings["warmed_up_model"] is not None
+        settings |= _warm_up_of(run)
+    # The content of a file matters, not its path.
+    settings["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
+    settings["data"] = (run.document.get("dataset") or {}).get("fingerprint") or arguments["dataset"]
     if arguments["max_train_tokens"] is not None:
-        found.pop("num_training_steps")
-    return found
+        settings.pop("num_training_steps")
+    return settings
 
 
 def _warm_up_of(run: RunRecord) -> dict[str, Any]:
-    """Settings of the full-rank run that a ReLoRA run began with; none where an older version did not record them."""
+    """Settings of the full-rank run that a ReLoRA run started from; empty if an older version did not record them."""
     warm_up = run.document.get("warm_up") or {}
     arguments = warm_up.get("arguments") or {}
-    found = {
+    settings = {
         f"warm-up {name}": arguments[name]
         for name in _SETTINGS
         if name in arguments and has_effect(name, "full") and name not in _TASK
     }
-    return found | ({"warm-up updates": warm_up["updates"]} if "updates" in warm_up else {})
+    return settings | ({"warm-up updates": warm_up["updates"]} if "updates" in warm_up else {})
 
 
 def task_of(settings: dict[str, Any]) -> str:
@@ -84,7 +85,7 @@ def task_of(settings: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one setting. `counted`: those finished and evaluated at the end, one per seed; the mean is theirs."""
+    """Runs of one setting. `counted`: the runs that enter the mean, finished and evaluated at the end, one per seed."""
 
     label: str
     settings: dict[str, Any]
@@ -94,7 +95,7 @@ class Group:
 
     @property
     def first(self) -> RunRecord:
-        """The first run, for everything that all runs share."""
+        """The first run; read from it what all runs of the group share."""
         return (self.counted or self.runs)[0]
 
     @property
@@ -115,12 +116,12 @@ class Group:
         return published_for(self.first.model, self.method, arguments["rank"], arguments["sp_ratio"])
 
     def measured(self, name: str) -> int | None:
-        """Measured bytes of a class (or "peak"): the mean over the runs that have it."""
-        found = [value for run in self.counted or self.runs if (value := run.measured(name)) is not None]
-        return round(sum(found) / len(found)) if found else None
+        """Measured bytes of a class (or "peak"): the mean over the runs that recorded them."""
+        values = [value for run in self.counted or self.runs if (value := run.measured(name)) is not None]
+        return round(sum(values) / len(values)) if values else None
 
     def figure(self, name: str) -> float | None:
-        """The mean of a figure of the summary over the runs that have it."""
+        """A figure of the summary: the mean over the runs that recorded it."""
         values = [run.figures[name] for run in self.counted or self.runs if run.figures.get(name) is not None]
         return sum(values) / len(values) if values else None
 
@@ -146,7 +147,7 @@ def _group(label: str, settings: dict[str, Any], runs: list[RunRecord]) -> Group
             continue
         if run.seed in counted:
             notes.append(
-                f"{run.folder} has the settings and the seed ({run.seed}) of {counted[run.seed].folder}: not counted again"
+                f"{run.folder} repeats the settings and seed ({run.seed}) of {counted[run.seed].folder}: not counted again"
             )
         counted.setdefault(run.seed, run)
     evaluated = Counter(run.figures["evaluation_tokens"] for run in counted.values())
@@ -157,11 +158,11 @@ def _group(label: str, settings: dict[str, Any], runs: list[RunRecord]) -> Group
 
 
 def _labels(members: list[tuple[RunRecord, dict[str, Any]]]) -> list[str]:
-    """The method and what differs between the groups: "SLTrain, r = 64, lr = 0.002"."""
+    """Labels made of the method and the settings that differ between the groups: "SLTrain, r = 64, lr = 0.002"."""
     names = sorted({name for _, values in members for name in values if name != "peft_model"})
 
     def varies(name: str) -> bool:
-        """Between groups that both have it: r = 64 says nothing where only one method has a rank."""
+        """Whether a setting differs between the groups that have it; a rank that only one method has does not vary."""
         return len({json.dumps(values[name], sort_keys=True, default=str) for _, values in members if name in values}) > 1
 
     differing = [name for name in names if varies(name) and name not in ("model", "data")]
@@ -175,12 +176,14 @@ def _labels(members: list[tuple[RunRecord, dict[str, Any]]]) -> list[str]:
         parts += [text for name in differing if (text := _shown(name, values.get(name)))]
         parts += [f"data {str(values['data'])[:6]}"] if several_data else []
         labels.append(", ".join(parts))
-    twice = {label for label, count in Counter(labels).items() if count > 1}
-    return [f"{label}, {run.folder.name}" if label in twice else label for label, (run, _) in zip(labels, members, strict=True)]
+    repeated = {label for label, count in Counter(labels).items() if count > 1}
+    return [
+        f"{label}, {run.folder.name}" if label in repeated else label for label, (run, _) in zip(labels, members, strict=True)
+    ]
 
 
 def _shown(name: str, value: Any) -> str:
-    """A setting in a label: "lr = 0.002", the bare name where that says it; "" where it is off, or as ever."""
+    """A setting as part of a label: "lr = 0.002", the name alone for a switch, "" if it is off or the default."""
     if value is None or value is False or value == "default":
         return ""
     if value is True:
@@ -190,8 +193,8 @@ def _shown(name: str, value: Any) -> str:
 
 
 def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:
-    """What the groups of a task are compared with: full-rank training, of several settings the one of the lowest mean, or else
-    the setting that was named first. None where none was evaluated at its end."""
+    """The baseline of a task's groups: the full-rank setting with the lowest mean perplexity, or else the setting named first.
+    None if no group was evaluated at its end."""
     evaluated = [
         (group.perplexity.mean, number, group)
         for number, group in enumerate(groups)
@@ -204,11 +207,11 @@ def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:
 
 
 def against_baseline(group: Group, groups: Sequence[Group]) -> tuple[Group, Interval] | None:
-    """The baseline of the group's task, and this group's perplexity over its, paired by seed; None for the baseline itself."""
+    """The baseline of the group's task and the ratio of the group's perplexity to it, paired by seed; None for the baseline."""
     baseline = baseline_of(task_of(group.settings), groups)
     if baseline is None or baseline is group or group.perplexity is None:
         return None
-    theirs = {run.seed: run.final_perplexity for run in baseline.counted}
-    pairs = [(run.final_perplexity, theirs[run.seed]) for run in group.counted if run.seed in theirs]
-    both = [(own, other) for own, other in pairs if own is not None and other is not None]
-    return (baseline, ratio_interval(both)) if both else None
+    references = {run.seed: run.final_perplexity for run in baseline.counted}
+    pairs = [(run.final_perplexity, references[run.seed]) for run in group.counted if run.seed in references]
+    known = [(perplexity, reference) for perplexity, reference in pairs if perplexity is not None and reference is not None]
+    return (baseline, ratio_interval(known)) if known else None

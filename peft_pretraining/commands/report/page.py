@@ -15,17 +15,16 @@ from peft_pretraining.commands.report.tables import Table
 
 _PIXELS_PER_INCH = 90
 _CAPTIONS = {
-    "loss": "Training loss of every run, smoothed over about 3 % of its updates; what lies far above the end is cut off. Time is "
-    "training alone, without evaluation, "
-    "saving and stops.",
-    "perplexity": "Held-out perplexity at every evaluation; what lies far above the end is cut off.",
+    "loss": "Training loss of every run, smoothed over about 3 % of its updates; values far above the final loss are cut off. "
+    "Time is training time, without evaluation, saving and stops.",
+    "perplexity": "Held-out perplexity at every evaluation; values far above the final one are cut off.",
     "perplexity_memory": "Final perplexity against memory (the paper's Fig. 1): filled circles are these runs, whiskers the "
-    "95 % interval over seeds, dashed circles the published results of the same model. Markers that would hide one "
-    "another, at the same memory, stand side by side; the circles are where they belong.",
-    "memory": "Memory by class, as the account predicts it and as it was measured, the mean over seeds (the paper's Fig. 3). "
-    "On a CPU the peak is what the process has resident, with Python and its libraries; on a GPU what torch has allocated.",
+    "95 % interval over seeds, dashed circles the published results of the same model. Markers that "
+    "would overlap at the same memory are drawn side by side; the circles are at the true position.",
+    "memory": "Memory by class, predicted and measured, mean over seeds (the paper's Fig. 3). On a CPU the peak is the resident "
+    "memory of the process, with Python and its libraries; on a GPU it is the memory allocated by torch.",
     "throughput": "Tokens of text per second; padding does not count.",
-    "learning_rate": "Final perplexity against the learning rate, for settings that were run at several.",
+    "learning_rate": "Final perplexity against the learning rate, for settings that were run at several rates.",
 }
 _STYLE = """
 :root { color-scheme: light }
@@ -57,7 +56,7 @@ dt { font-weight: 600 } dd { margin: 0 0 .3rem 1.2rem; overflow-wrap: anywhere }
 
 
 def write_page(groups: Sequence[Group], figures: Mapping[str, Path], path: Path, title: str) -> Path:
-    """The page of the groups with their figures; returns its path."""
+    """Writes the page of the groups with their figures; returns its path."""
     runs = [run for group in groups for run in group.runs]
     sections = [
         f"<h1>{escape(title)}</h1>\n<p>{escape(_overview(groups))}</p>",
@@ -74,29 +73,31 @@ def write_page(groups: Sequence[Group], figures: Mapping[str, Path], path: Path,
         ("Throughput", ("throughput",)),
     )
     for heading, names in headings:
-        there = [_figure(name, figures[name]) for name in names if name in figures]
-        if there:
-            sections.append(f"<h2>{heading}</h2>\n" + "\n".join(there))
+        available = [_figure(name, figures[name]) for name in names if name in figures]
+        if available:
+            sections.append(f"<h2>{heading}</h2>\n" + "\n".join(available))
         if heading == "Memory":
             sections.append(_html_table(tables.memory_table(groups)))
             peaks = tables.published_memory_table(groups)
-            sections.append("" if peaks is None else f"{_html_table(peaks)}\n<p>{escape(_PEAKS_OF)}</p>")
+            sections.append("" if peaks is None else f"{_html_table(peaks)}\n<p>{escape(_PEAK_CONDITIONS)}</p>")
     sections.append("<h2>Runs</h2>\n" + _html_table(tables.runs_table(runs)))
     published = tables.published_table(groups)
     if published is not None:
-        note = f"<p>Published figures are for comparison only: other machines, another order of the data, {escape(_EVALUATION)}. "
+        note = f"<p>Published figures are for comparison only: machines and data order differ, {escape(_EVALUATION)}. "
         sections.append(f"<h2>Published figures</h2>\n{_html_table(published)}\n{note}{escape(MISPRINTS)}</p>")
     sections.append(_commands(groups))
     path.write_text(_document(title, "\n".join(section for section in sections if section)), encoding="utf-8")
     return path
 
 
-_PEAKS_OF = "Published peaks (SLTrain, arXiv 2406.02214, Fig. 3): one A100-80G, batch 1, bfloat16, no activation checkpointing."
-_EVALUATION = "and an evaluation that read 1.7 to 3.5 % low"
+_PEAK_CONDITIONS = (
+    "Published peaks (SLTrain, arXiv 2406.02214, Fig. 3): one A100-80G, batch 1, bfloat16, no activation checkpointing."
+)
+_EVALUATION = "and the published evaluation reported perplexities 1.7 to 3.5 % too low"
 
 
 def _document(title: str, body: str) -> str:
-    # The empty icon keeps browsers from asking for one.
+    # An empty icon keeps browsers from requesting one.
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
@@ -110,8 +111,8 @@ def _overview(groups: Sequence[Group]) -> str:
     settings = f"{len(groups)} setting{'s' if len(groups) > 1 else ''}"
     models = ", ".join(dict.fromkeys(run.model for run in runs))
     return (
-        f"{len(runs)} run{'s' if len(runs) > 1 else ''} ({finished} finished) of {settings}; model {models}. Runs that differ in "
-        "their seed alone are one setting; its perplexity is the mean over seeds with Student's 95 % interval."
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''} ({finished} finished) of {settings}; model {models}. Runs that differ "
+        "only in their seed are one setting; its perplexity is the mean over seeds with Student's 95 % interval."
     )
 
 
@@ -120,19 +121,19 @@ def _missing(groups: Sequence[Group]) -> str:
     if not lines:
         return ""
     items = "\n".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="missing"><strong>To be known before comparing</strong>\n<ul>\n{items}\n</ul></div>'
+    return f'<div class="missing"><strong>Note before comparing</strong>\n<ul>\n{items}\n</ul></div>'
 
 
 def _methods(groups: Sequence[Group]) -> str:
-    """What the methods reached, and what they took."""
+    """Two tables: the results of the methods and their costs."""
     table = tables.methods_table(groups)
-    reached = [heading for heading in table.headings if heading not in tables.COSTS]
-    took = [heading for heading in table.headings if heading in ("setting", *tables.COSTS)]
+    results = [heading for heading in table.headings if heading not in tables.COSTS]
+    costs = [heading for heading in table.headings if heading in ("setting", *tables.COSTS)]
     return (
-        f"{_html_table(table.columns(reached))}\n{_html_table(table.columns(took))}\n"
+        f"{_html_table(table.columns(results))}\n{_html_table(table.columns(costs))}\n"
         "<p>States: parameters, support and moments, measured after the first update. Against the baseline: ratio of "
-        "perplexities, minus one, paired by seed, to the best full-rank setting of the same model, data, batch and length, or to "
-        "the first setting of these where none is full-rank. Published: with the tokens that it was trained on. "
+        "perplexities, minus one, paired by seed; the baseline is the best full-rank setting of the same model, data, batch and "
+        "length, or the first setting if none is full-rank. Published: with the number of training tokens. "
         f"{tables.MISSING}: not known, or not published.</p>"
     )
 
@@ -157,10 +158,10 @@ def _figure(name: str, path: Path) -> str:
     content = path.read_bytes()
     data = base64.b64encode(content).decode("ascii")
     caption = escape(_CAPTIONS[name])
-    # A PNG has its width in bytes 16 to 19; all figures are shown at one scale, so that their letters have one size.
+    # Bytes 16 to 19 of a PNG hold its width. All figures are shown at one scale, so that their text has one size.
     width = round(int.from_bytes(content[16:20], "big") / DPI * _PIXELS_PER_INCH)
     image = f'<img width="{width}" alt="{caption}" src="data:image/png;base64,{data}">'
-    # On a narrow screen a figure is moved sideways, as a table is: shrunk to fit, its letters could not be read.
+    # On a narrow screen figures scroll sideways, as tables do: shrunk to fit, their text would be too small.
     return f'<figure><div class="scroll">{image}</div><figcaption>{caption}</figcaption></figure>'
 
 
@@ -169,9 +170,11 @@ def _commands(groups: Sequence[Group]) -> str:
     names = tables.run_names([run for group in groups for run in group.runs])
     for group in groups:
         for run in group.runs:
-            made = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in tables.made_with(run).items())
+            provenance = "\n".join(
+                f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in tables.made_with(run).items()
+            )
             summary = f"{names[run.folder]}: {group.label}, seed {run.seed}, {run.status}"
             parts.append(
-                f"<details><summary>{escape(summary)}</summary>\n<pre>{escape(tables.command_of(run))}</pre>\n<dl>{made}</dl></details>"
+                f"<details><summary>{escape(summary)}</summary>\n<pre>{escape(tables.command_of(run))}</pre>\n<dl>{provenance}</dl></details>"
             )
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Published figures, to be shown beside one's own. Never a bound of a test: evaluation, data order and machines were others.
+"""Published figures for comparison. No test may use them as bounds: evaluation, data order and machines differ from ours.
 
 Perplexities are of held-out C4 at length 256, memory in units of 10^9 bytes by the paper's convention (memory.paper_estimate),
 which counts no gradients and no activations. The evaluation loop of the published program scaled the mean loss by n / (n + 1),
@@ -24,7 +24,7 @@ ORIGINS = {
 
 @dataclass(frozen=True)
 class Published:
-    """One cell of a published table. parameters: millions. memory: 10^9 bytes, None where none is given."""
+    """One published result. parameters: millions. memory: 10^9 bytes, None if not published."""
 
     method: str
     model: str
@@ -37,7 +37,7 @@ class Published:
 
 
 _SIZES = (("llama_60m", "1.1B"), ("llama_130m", "2.2B"), ("llama_350m", "6.4B"), ("llama_1b", "13.1B"))
-# Of all methods but full-rank training, and of SLTrain, in that table.
+# Rank of the low-rank methods and delta of SLTrain in SLTrain's Table 2.
 _RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
 _DELTA = 0.03
 # Perplexity, parameters in millions, memory in G for each of _SIZES: SLTrain's comparison of methods (Table 2).
@@ -83,22 +83,22 @@ THROUGHPUT = {
     ("llama_1b", "sltrain"): 20412,
 }
 THROUGHPUT_MACHINE = {"llama_350m": "one A100-80G", "llama_1b": "four A100-80G"}
-# What the printed memory figures do not agree with, by the paper's own rule (docs/method.md).
+# Printed memory figures that contradict the paper's own rule (docs/method.md).
 MISPRINTS = (
-    "By its own rule the printed memory is low-rank 60M .26 (printed .24) and GaLore 350M 1.39 (printed 1.59, from a projection "
-    "of 144.04M elements where the rule gives 44.04M); ReLoRA's printed totals count embedding, head and norms twice."
+    "By the paper's own rule memory is .26 for low-rank 60M (printed .24) and 1.39 for GaLore 350M (printed 1.59, from a "
+    "projection of 144.04M elements where the rule gives 44.04M); ReLoRA's printed totals count embedding, head and norms twice."
 )
 
 
 def published_for(model: str, method: str, rank: int, delta: float) -> Published | None:
-    """The published result of a method at a size, rank and delta (of the methods that have them); None where there is none."""
-    found = next((entry for entry in TABLE if (entry.model, entry.method) == (model, method)), None)
+    """The published result of a method at a size, rank and delta (if the method has them); None if there is none."""
+    result = next((entry for entry in TABLE if (entry.model, entry.method) == (model, method)), None)
     sparse = has_effect("sp_ratio", method)
     same_rank = not has_effect("rank", method) or rank == _RANKS.get(model)
-    if found is None or (same_rank and (not sparse or delta == _DELTA)):
-        return found
+    if result is None or (same_rank and (not sparse or delta == _DELTA)):
+        return result
     perplexity = RANK_AND_DELTA.get((rank, delta)) if sparse and model == RANK_AND_DELTA_MODEL else None
     if perplexity is None:
         return None
     note = f"r = {rank}, delta = {delta:g} (Tables 6 and 7)"
-    return Published(method, model, found.tokens, perplexity, None, None, SLTRAIN, note)
+    return Published(method, model, result.tokens, perplexity, None, None, SLTRAIN, note)

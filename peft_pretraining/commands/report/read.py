@@ -15,14 +15,14 @@ from peft_pretraining.memory.counts import paper_bytes, paper_estimate, paramete
 from peft_pretraining.record.summary import METRICS_FILE, Row, read_metrics, seconds_of, summary
 from peft_pretraining.training.stop import MARKER_FILE
 
-FIGURES = "report.json"  # what a report's folder has
-# How the names begin of what a report reads from metrics.jsonl; numbers, or null.
+FIGURES = "report.json"  # a report's figures, in its folder
+# Prefixes of the fields of metrics.jsonl that a report reads: numbers or null.
 _NUMBERS = ("update_step", "tokens_seen", "loss", "throughput_", "max_memory", "memory_", "final_eval_")
-_PRINTED_FROM = 0.1  # 10^9 bytes; the paper prints two digits behind the point
+_PRINTED_FROM = 0.1  # 10^9 bytes; below this, the paper's two decimals round too much away
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """run.json and the metrics of a run. Raises ValueError with what is missing."""
+    """Reads run.json and the metrics of a run. Raises ValueError naming what is missing."""
     document = _document(folder)
     rows = _rows(folder)
     if not rows:
@@ -31,14 +31,14 @@ def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. Raises ValueError, naming the line, for a figure that is not a number."""
+    """Reads the rows of metrics.jsonl. Raises ValueError, naming the line, for a figure that is not a number."""
     rows = read_metrics(folder)
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             if name.startswith(_NUMBERS) and not isinstance(value, int | float | None):
                 raise ValueError(
-                    f"{folder / METRICS_FILE}: line {number}: {name} {value!r} is no number; the record is damaged there, and a "
-                    "report needs it mended or that line taken out"
+                    f"{folder / METRICS_FILE}: line {number}: {name} {value!r} is not a number; the line is damaged: correct "
+                    "or remove it"
                 )
     return rows
 
@@ -46,7 +46,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def _document(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no run.json in it; name a run's folder, such as the --save_dir of torchrun_main.py")
+        raise ValueError(f"{folder}: has no run.json; name a run's folder, such as the --save_dir of torchrun_main.py")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -58,11 +58,11 @@ def _document(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The record of a run."""
+    """The record of a run: its run.json, metrics and figures."""
 
     folder: Path
     document: dict[str, Any]
-    arguments: dict[str, Any]  # all of this version's, those of an older record by their defaults
+    arguments: dict[str, Any]  # all arguments of this version; defaults for those that an older record lacks
     rows: Sequence[Row]  # of metrics.jsonl
     figures: dict[str, Any]  # summary.summary
     stopped: dict[str, Any] | None  # stopped.json
@@ -80,7 +80,7 @@ class RunRecord:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """The plan as recorded; of an older version without some of its entries."""
+        """The plan as recorded; older versions recorded fewer entries."""
         return dict(self.document["plan"])
 
     @property
@@ -111,14 +111,14 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether the run made all its updates."""
-        most = self.plan.get("max_train_tokens")
-        if most is not None:
-            return self.tokens_seen >= int(most)
+        max_tokens = self.plan.get("max_train_tokens")
+        if max_tokens is not None:
+            return self.tokens_seen >= int(max_tokens)
         return self.reached >= int(self.plan.get("num_training_steps") or self.arguments["num_training_steps"])
 
     @property
     def final_perplexity(self) -> float | None:
-        """Held-out perplexity after the last update; None where the run did not get there."""
+        """Held-out perplexity after the last update; None if the run did not reach it or was not evaluated there."""
         at_end = self.finished and self.figures["final_evaluation_step"] == self.reached
         return self.figures["final_perplexity"] if at_end else None
 
@@ -128,29 +128,29 @@ class RunRecord:
         if self.finished:
             return "finished"
         planned = self.plan.get("num_training_steps") or self.arguments["num_training_steps"]
-        how = "stopped" if self.stopped is not None else "unfinished"
-        return f"{how} after update {self.reached:,} of {planned:,}"
+        state = "stopped" if self.stopped is not None else "unfinished"
+        return f"{state} after update {self.reached:,} of {planned:,}"
 
     @property
     def paper_memory(self) -> float | None:
-        """Parameters and moments by the paper's convention, 10^9 bytes; None where the record lacks the model.
+        """Parameters and moments by the paper's convention, 10^9 bytes; None if the record lacks the model.
 
-        Rounded as the paper prints it, but for models so small that nothing would be left.
+        Rounded as in the paper, except for models so small that rounding would leave zero.
         """
         return _paper_memory(self.plan, self.arguments)
 
     def predicted(self, name: str) -> int | None:
-        """Bytes of a class (or "peak") by the account, on the device that it ran on."""
+        """Predicted bytes of a class (or "peak") on the device of the run."""
         key = f"memory_{name}_predicted"
-        found = [int(row[key]) for row in self.updates if row.get(key) is not None]
-        return found[-1] if found else self._planned(name)
+        values = [int(row[key]) for row in self.updates if row.get(key) is not None]
+        return values[-1] if values else self._planned(name)
 
     def _planned(self, name: str) -> int | None:
         value = (self.plan.get("bytes") or {}).get(name)
         return None if value is None else int(value)
 
     def measured(self, name: str) -> int | None:
-        """Measured bytes of parameters, support or optimizer; of "peak" the largest seen."""
+        """Measured bytes of parameters, support or optimizer; for "peak" the largest measurement."""
         if name == "peak":
             peak: int | None = self.figures["peak_memory_bytes"]
             return peak
@@ -168,53 +168,53 @@ class RunRecord:
 
 
 def _tokens(updates: Sequence[Row]) -> list[float]:
-    found, last = [], 0.0
+    counts, last = [], 0.0
     for row in updates:
         last = float(row.get("tokens_seen") or last)
-        found.append(last)
-    return found
+        counts.append(last)
+    return counts
 
 
 def _at(step: int, steps: list[int], positions: list[float]) -> float:
-    """The position at an update between logged ones, by a straight line; 0 before the first."""
-    before_step, before = 0, 0.0
+    """Interpolates the position of an update linearly between logged updates; it is 0 before the first one."""
+    last_step, last_position = 0, 0.0
     for logged, position in zip(steps, positions, strict=True):
         if logged >= step:
-            share = (step - before_step) / (logged - before_step) if logged > before_step else 1.0
-            return before + share * (position - before)
-        before_step, before = logged, position
-    return before
+            share = (step - last_step) / (logged - last_step) if logged > last_step else 1.0
+            return last_position + share * (position - last_position)
+        last_step, last_position = logged, position
+    return last_position
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
-    """Folders of runs: those named, and those one level below a named folder of runs; each once, in order.
+    """Returns the folders of runs: those named, and those one level below a named folder; each once, in order.
 
-    A sweep's log, FOLDER.log beside a named folder, and its report are passed over: runs/my-sweep/* names them too. Of a folder
-    of runs those come first whose names say least, as a sweep gives them: the plain setting before those with something added.
+    A sweep's logs (FOLDER.log beside FOLDER) and its report are skipped, as the pattern runs/my-sweep/* matches them too. Within
+    a folder, runs with fewer parts in their name come first: a sweep adds parts to the name of the plain setting.
 
-    Raises ValueError naming a path that is neither.
+    Raises ValueError naming a path that holds no run.
     """
-    found: dict[Path, Path] = {}
-    passed_over = {path.with_name(f"{path.name}.log") for path in paths}
+    folders: dict[Path, Path] = {}
+    skipped = {path.with_name(f"{path.name}.log") for path in paths}
     if len(paths) > 1:
-        passed_over |= {path for path in paths if (path / FIGURES).is_file() and not (path / "run.json").is_file()}
-    for path in (path for path in paths if path not in passed_over):
+        skipped |= {path for path in paths if (path / FIGURES).is_file() and not (path / "run.json").is_file()}
+    for path in (path for path in paths if path not in skipped):
         inside = [path] if (path / "run.json").is_file() else []
         if not inside and path.is_dir():
             inside = [child for child in path.iterdir() if (child / "run.json").is_file()]
             inside.sort(key=lambda child: (child.name.count("-"), child.name))
         if not inside:
             raise ValueError(
-                f"{path}: no run.json in it or in a folder below; name runs' folders, such as the --save_dir of "
+                f"{path}: no run.json in it or one level below; name runs' folders, such as the --save_dir of "
                 "torchrun_main.py, or a folder of them"
             )
         for folder in inside:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+            folders.setdefault(folder.resolve(), folder)
+    return list(folders.values())
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of a run, with notes on what it lacks. Raises ValueError where run.json is none, or a figure no number."""
+    """Reads a run, with notes on missing parts. Raises ValueError if run.json is not a run's or a figure is not a number."""
     document = _document(folder)
     rows = _rows(folder)
     run = RunRecord(
@@ -229,9 +229,9 @@ def read_run(folder: Path) -> RunRecord:
     return replace(run, notes=tuple(_notes(run)))
 
 
-def _with_defaults(said: dict[str, Any]) -> dict[str, Any]:
-    """An older record lacks newer arguments, or left them open: it ran as their defaults do."""
-    return {**as_dict(Arguments()), **{name: value for name, value in said.items() if value is not None}}
+def _with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Adds the defaults of arguments that an older record lacks or left open; the run used them."""
+    return {**as_dict(Arguments()), **{name: value for name, value in recorded.items() if value is not None}}
 
 
 def _is_number(value: object) -> bool:
@@ -248,9 +248,9 @@ def _stopped(folder: Path) -> dict[str, Any] | None:
 
 
 def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | None:
-    known = {field.name for field in fields(ModelConfig)}
+    field_names = {field.name for field in fields(ModelConfig)}
     try:
-        model = ModelConfig(**{key: value for key, value in (plan.get("model") or {}).items() if key in known})
+        model = ModelConfig(**{key: value for key, value in (plan.get("model") or {}).items() if key in field_names})
         method = str(arguments["peft_model"])
         counts = parameter_counts(
             model,
@@ -273,7 +273,7 @@ def _notes(run: RunRecord) -> list[str]:
         return [f"no update is logged yet ({METRICS_FILE} is missing or empty)"]
     notes = []
     if not run.finished:
-        notes.append(f"{run.status}: its last perplexity is in the table of runs, and counts in no mean")
+        notes.append(f"{run.status}: its last perplexity is in the table of runs but not in the mean")
     infinite = sum("final_eval_perplexity" in row and row["final_eval_perplexity"] is None for row in run.rows)
     if infinite:
         notes.append(f"{infinite:,} evaluations gave no finite perplexity")
@@ -281,21 +281,21 @@ def _notes(run: RunRecord) -> list[str]:
         notes.append("never evaluated: no held-out perplexity")
     if run.evaluations and run.finished and run.final_perplexity is None:
         notes.append(
-            f"no perplexity after its last update; the last one is that of update {run.figures['final_evaluation_step']:,}"
+            f"no perplexity after its last update; the last evaluation was at update {run.figures['final_evaluation_step']:,}"
         )
     nonfinite = sum("loss" in row and row["loss"] is None for row in run.rows)
     if nonfinite:
         notes.append(f"{nonfinite:,} logged updates had a non-finite loss")
     skipped = max((int(row.get("skipped_updates") or 0) for row in run.rows), default=0)
     if skipped:
-        notes.append(f"{skipped:,} updates were skipped (numbers that were not finite)")
+        notes.append(f"{skipped:,} updates were skipped (non-finite gradients or loss)")
     if run.updates and run.figures["states_bytes"] is None:
         notes.append(
-            "of an earlier version: memory by class was not measured"
+            "recorded by an earlier version: memory by class was not measured"
             + ("" if run.predicted("peak") else ", nor the peak predicted")
         )
     if run.updates and run.figures["tokens_per_second"] is None:
-        notes.append("no throughput is recorded, so there is no time axis for it")
+        notes.append("no throughput is recorded, so the run is missing from plots against time")
     unknown = sorted(set(run.document["arguments"]) - set(as_dict(Arguments())))
     if unknown:
         notes.append(f"recorded with arguments that this version does not know: {', '.join(unknown)}")

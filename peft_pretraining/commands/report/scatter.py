@@ -21,10 +21,10 @@ from peft_pretraining.methods import METHODS
 
 
 def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
-    """The paper's Fig. 1 (arXiv 2406.02214): perplexity against memory, circles whose area is the number of parameters.
+    """Draws the paper's Fig. 1 (arXiv 2406.02214): perplexity against memory; a circle's area is the number of parameters.
 
-    Left by the paper's convention, with the published results of the same configurations; right what parameters, support and
-    moments really took. Whiskers: the 95 % interval over seeds.
+    Left: memory by the paper's convention, with the published results of the same configurations. Right: measured memory of
+    parameters, support and moments. Whiskers: the 95 % interval over seeds.
     """
     from matplotlib import pyplot
 
@@ -33,8 +33,8 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
         return None
     measured = any(group.figure("states_bytes") for group in shown)
     models = {group.first.model for group in shown}
-    theirs = [entry for entry in TABLE if entry.model in models and entry.memory is not None]
-    most = max([group.figure("parameters") or 0.0 for group in shown] + [1e6 * (entry.parameters or 0) for entry in theirs])
+    published = [entry for entry in TABLE if entry.model in models and entry.memory is not None]
+    largest = max([group.figure("parameters") or 0.0 for group in shown] + [1e6 * (entry.parameters or 0) for entry in published])
     styles = line_styles(shown)
     figure, row = pyplot.subplots(
         1,
@@ -47,13 +47,13 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
     panels = list(row[0])
 
     def area(parameters: float) -> float:
-        return 900 * parameters / most
+        return 900 * parameters / largest
 
-    unit, name = (1e9, "10⁹") if max(group.first.paper_memory or 0 for group in shown) >= 0.1 or theirs else (1e6, "10⁶")
+    unit, name = (1e9, "10⁹") if max(group.first.paper_memory or 0 for group in shown) >= 0.1 or published else (1e6, "10⁶")
     _circles(panels[0], shown, styles, area, lambda group: (group.first.paper_memory or 0) * 1e9 / unit)
     panels[0].set_xlabel(f"parameters and moments by the paper's convention (bfloat16), {name} bytes")
     panels[0].set_ylabel("final held-out perplexity")
-    for entry in theirs:
+    for entry in published:
         colour = METHODS[entry.method].colour
         panels[0].scatter(
             [(entry.memory or 0) * 1e9 / unit], [entry.perplexity], s=area(1e6 * (entry.parameters or 0)),
@@ -67,18 +67,18 @@ def draw_perplexity_memory(groups: Sequence[Group], path: Path) -> Path | None:
         _widen(panel)
         panel.set_yscale("log")
         plain_log_ticks(panel.yaxis)
-    handles, labels = _entries(shown, styles, list(dict.fromkeys(entry.method for entry in theirs)))
+    handles, labels = _entries(shown, styles, list(dict.fromkeys(entry.method for entry in published)))
     figure.suptitle("Circle area: number of parameters. Lower left is better.", fontsize=10.5)
     legend(figure, handles, labels)
     return save(figure, path)
 
 
 def _widen(panel: Any) -> None:
-    """To at least a tenth of what is shown: bytes that differ by less are as good as the same."""
+    """Widens the memory axis to at least 5 % of its middle, so that tiny differences of memory do not look large."""
     low, high = panel.get_xlim()
-    short = 0.05 * (low + high) / 2 - (high - low) / 2
-    if short > 0:
-        panel.set_xlim(low - short, high + short)
+    padding = 0.05 * (low + high) / 2 - (high - low) / 2
+    if padding > 0:
+        panel.set_xlim(low - padding, high + padding)
     panel.ticklabel_format(axis="x", useOffset=False, style="plain")
 
 
@@ -108,46 +108,46 @@ def _circles(
     from matplotlib.transforms import ScaledTranslation
 
     shown = [
-        (group, style, x, found)
+        (group, style, x, perplexity)
         for group, style in zip(groups, styles, strict=True)
-        if (found := group.perplexity) is not None and (x := position(group)) > 0
+        if (perplexity := group.perplexity) is not None and (x := position(group)) > 0
     ]
-    aside = _apart([(x, found.mean) for _, _, x, found in shown])
-    for (group, style, x, found), points in zip(shown, aside, strict=True):
-        beside = panel.transData + ScaledTranslation(points / 72, 0, panel.figure.dpi_scale_trans)
+    offsets = _offsets([(x, perplexity.mean) for _, _, x, perplexity in shown])
+    for (group, style, x, perplexity), points in zip(shown, offsets, strict=True):
+        shifted = panel.transData + ScaledTranslation(points / 72, 0, panel.figure.dpi_scale_trans)
         panel.scatter(
-            [x], [found.mean], s=area(group.figure("parameters") or 0.0), color=style["color"], alpha=0.35, linewidths=0
+            [x], [perplexity.mean], s=area(group.figure("parameters") or 0.0), color=style["color"], alpha=0.35, linewidths=0
         )
-        marker = {"color": style["color"], "marker": style["marker"], "transform": beside}
-        panel.plot([x], [found.mean], markersize=6, linestyle="", **marker)
-        whiskers(panel, x, found, style["color"], transform=beside)
+        marker = {"color": style["color"], "marker": style["marker"], "transform": shifted}
+        panel.plot([x], [perplexity.mean], markersize=6, linestyle="", **marker)
+        whiskers(panel, x, perplexity, style["color"], transform=shifted)
 
 
-def _apart(places: Sequence[tuple[float, float]], step: float = 9.0) -> list[float]:
-    """How far to the side each marker is drawn, in points: of those that would hide one another, side by side.
+def _offsets(places: Sequence[tuple[float, float]], step: float = 9.0) -> list[float]:
+    """Returns horizontal offsets, in points, that draw overlapping markers side by side.
 
-    places: memory and perplexity. Markers hide one another at the same memory and perplexities less than 3 % apart.
+    places: memory and perplexity. Markers overlap if their memory is the same and their perplexities are within 3 %.
     """
-    found = [0.0] * len(places)
-    left = list(range(len(places)))
-    while left:
-        x, y = places[left[0]]
-        alike = [n for n in left if abs(places[n][0] - x) <= 1e-3 * x and abs(places[n][1] - y) <= 0.03 * y]
-        for rank, number in enumerate(alike):
-            found[number] = step * (rank - (len(alike) - 1) / 2)
-        left = [number for number in left if number not in alike]
-    return found
+    offsets = [0.0] * len(places)
+    remaining = list(range(len(places)))
+    while remaining:
+        x, y = places[remaining[0]]
+        overlapping = [n for n in remaining if abs(places[n][0] - x) <= 1e-3 * x and abs(places[n][1] - y) <= 0.03 * y]
+        for rank, number in enumerate(overlapping):
+            offsets[number] = step * (rank - (len(overlapping) - 1) / 2)
+        remaining = [number for number in remaining if number not in overlapping]
+    return offsets
 
 
 def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
-    """Final perplexity against the learning rate: a line for each setting that was run at several; None where none was."""
+    """Draws final perplexity against the learning rate, a line per setting run at several rates; None if there is none."""
     from matplotlib import pyplot
 
     lines: dict[str, list[Group]] = {}
     for group in groups:
         if group.perplexity is not None:
-            others = {name: value for name, value in group.settings.items() if name != "lr"}
-            lines.setdefault(json.dumps(others, sort_keys=True, default=str), []).append(group)
+            other_settings = {name: value for name, value in group.settings.items() if name != "lr"}
+            lines.setdefault(json.dumps(other_settings, sort_keys=True, default=str), []).append(group)
     swept = [sorted(members, key=lambda group: group.settings["lr"]) for members in lines.values() if len(members) > 1]
     if not swept:
         return None
@@ -155,9 +155,9 @@ def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
     handles, labels = [], []
     for members, style in zip(swept, line_styles([members[0] for members in swept]), strict=True):
         points = [(group.settings["lr"], group.perplexity) for group in members if group.perplexity is not None]
-        (line,) = panel.plot([rate for rate, _ in points], [found.mean for _, found in points], **style, markersize=6)
-        for rate, found in points:
-            whiskers(panel, rate, found, style["color"])
+        (line,) = panel.plot([rate for rate, _ in points], [perplexity.mean for _, perplexity in points], **style, markersize=6)
+        for rate, perplexity in points:
+            whiskers(panel, rate, perplexity, style["color"])
         handles.append(line)
         parts = [part for part in members[0].label.split(", ") if not part.startswith("lr = ")]
         labels.append(", ".join(parts))

@@ -1,4 +1,4 @@
-"""The report's tables as plain values: rows of text under headings with units, the same for the page, JSON and the dashboard."""
+"""The report's tables: rows of text under headings with units, shared by the page, the terminal and the dashboard."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from peft_pretraining.record.intervals import Interval
 MISSING = "—"
 PERPLEXITY = "held-out perplexity ± 95 % interval"
 PUBLISHED = "published perplexity (tokens)"
-# What a run took, shown in a table of its own beside what it reached.
+# Headings of what a run cost, shown in a separate table below its results.
 COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", "updates", "tokens, 10⁶")
 GAP = "against the baseline, % [95 % interval]"
-# Arguments that say where a run lies or how it is watched; a command that makes the run again names its own.
+# Arguments left out of the command that repeats a run: its folders, how it started, how it was watched.
 _NOT_REPEATED = ("save_dir", "continue_from", "resume", "allow_changes", "config", "name", "tags", "wandb", "dry_run")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings with units, and rows of as many texts."""
+    """A table: headings with units, and rows with one text per heading."""
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def columns(self, names: Sequence[str]) -> Table:
-        """The columns of these headings, those of them that there are, in this table's order."""
+        """A table of the columns with these headings, in this table's order; unknown headings are ignored."""
         kept = [column for column, heading in enumerate(self.headings) if heading in names]
         return Table(
             tuple(self.headings[column] for column in kept),
@@ -45,30 +45,30 @@ class Table:
 
 
 def number(value: float | None, form: str = ",.0f") -> str:
-    """The value in a format, or a dash."""
+    """Formats a value; a dash for None."""
     return MISSING if value is None else format(value, form)
 
 
-def perplexity_text(found: Interval | None) -> str:
-    """Mean +- half the 95 % interval, and of how many seeds."""
-    if found is None:
+def perplexity_text(interval: Interval | None) -> str:
+    """Formats mean ± half the 95 % interval, and the number of seeds."""
+    if interval is None:
         return MISSING
-    scatter = "" if found.half is None else f" ± {found.half:,.2f}"
-    return f"{found.mean:,.2f}{scatter} (n = {found.n})"
+    scatter = "" if interval.half is None else f" ± {interval.half:,.2f}"
+    return f"{interval.mean:,.2f}{scatter} (n = {interval.n})"
 
 
-def gap_text(found: Interval | None) -> str:
-    """A ratio as a gap in percent with its interval."""
-    if found is None:
+def gap_text(ratio: Interval | None) -> str:
+    """Formats a ratio as a gap in percent with its interval."""
+    if ratio is None:
         return MISSING
     bounds = ""
-    if found.low is not None and found.high is not None:
-        bounds = f" [{100 * (found.low - 1):+.1f}, {100 * (found.high - 1):+.1f}]"
-    return f"{100 * (found.mean - 1):+.1f}{bounds} (n = {found.n})"
+    if ratio.low is not None and ratio.high is not None:
+        bounds = f" [{100 * (ratio.low - 1):+.1f}, {100 * (ratio.high - 1):+.1f}]"
+    return f"{100 * (ratio.mean - 1):+.1f}{bounds} (n = {ratio.n})"
 
 
 def methods_table(groups: Sequence[Group]) -> Table:
-    """Method x parameters x memory x perplexity, the published figures beside; empty columns are left out."""
+    """A table of each setting's perplexity, parameters and memory with the published figures; empty columns are left out."""
     rows = [_methods_row(group, groups) for group in groups]
     several_models = len({group.first.model for group in groups}) > 1
     names = [name for name in rows[0] if name != "model" or several_models]
@@ -78,7 +78,7 @@ def methods_table(groups: Sequence[Group]) -> Table:
 
 def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
     first, published = group.first, group.published
-    parameters, whole = group.figure("parameters"), group.figure("full_rank_parameters")
+    parameters, full_rank = group.figure("parameters"), group.figure("full_rank_parameters")
     states, peak, tokens = (group.figure(name) for name in ("states_bytes", "peak_memory_bytes", "tokens"))
     baseline = against_baseline(group, groups)
     is_baseline = len(groups) > 1 and baseline_of(task_of(group.settings), groups) is group
@@ -90,7 +90,7 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
         PUBLISHED: f"{published.perplexity:.2f} ({published.tokens})" if published else MISSING,
         GAP: "baseline" if is_baseline else gap_text(baseline[1] if baseline else None),
         "parameters, 10⁶": number(parameters and parameters / 1e6, ",.2f"),
-        "of full-rank, %": number(100 * parameters / whole if parameters and whole else None, ".0f"),
+        "of full-rank, %": number(100 * parameters / full_rank if parameters and full_rank else None, ".0f"),
         "published parameters, 10⁶": number(published.parameters if published else None),
         "memory by the paper's convention, 10⁹ bytes": number(paper, ".2f" if paper and paper >= 0.1 else ".3f"),
         "published memory, 10⁹ bytes": number(published.memory if published else None, ".2f"),
@@ -103,7 +103,7 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
 
 
 def published_table(groups: Sequence[Group]) -> Table | None:
-    """Every published result of the configurations that were run; None where there is none."""
+    """A table of every published result of the models that were run; None if there is none."""
     models = {group.first.model for group in groups}
     entries = [entry for entry in (*TABLE, *LATER, *SEVEN_B) if entry.model in models]
     if not entries:
@@ -120,7 +120,7 @@ def published_table(groups: Sequence[Group]) -> Table | None:
 
 
 def published_memory_table(groups: Sequence[Group]) -> Table | None:
-    """Published measurements of the peak for the configurations that were run; None where there are none."""
+    """A table of published measurements of peak memory for the models that were run; None if there are none."""
     models = [model for model in dict.fromkeys(group.first.model for group in groups) if model in PEAKS]
     if not models:
         return None
@@ -133,11 +133,14 @@ def _is_sparse(method: str) -> bool:
 
 
 def rank_delta_table(groups: Sequence[Group]) -> Table | None:
-    """SLTrain's perplexity by rank (rows) and delta (columns), published beside at llama_60m; None below two settings."""
+    """A table of SLTrain's perplexity by rank (rows) and delta (columns), with published values for llama_60m.
+
+    None with fewer than two settings, or if they also differ in something else.
+    """
     shown = [group for group in groups if _is_sparse(group.method) and group.perplexity is not None]
     pairs = {(group.settings["rank"], group.settings["sp_ratio"]) for group in shown}
-    alike = {(task_of(group.settings), group.settings["lr"]) for group in shown}
-    if len(pairs) < 2 or len(alike) > 1 or len(pairs) < len(shown):
+    tasks_and_rates = {(task_of(group.settings), group.settings["lr"]) for group in shown}
+    if len(pairs) < 2 or len(tasks_and_rates) > 1 or len(pairs) < len(shown):
         return None
     ranks, deltas = sorted({rank for rank, _ in pairs}), sorted({delta for _, delta in pairs})
     by_pair = {(group.settings["rank"], group.settings["sp_ratio"]): group for group in shown}
@@ -152,31 +155,31 @@ def rank_delta_table(groups: Sequence[Group]) -> Table | None:
 
 
 def memory_table(groups: Sequence[Group]) -> Table:
-    """Every class of the memory account, and beside it what was measured, the mean over runs."""
-    both = ("parameters", "support", "optimizer", "peak")
+    """A table of every class of the memory prediction, with the measured mean over runs where it is measured."""
+    measured = ("parameters", "support", "optimizer", "peak")
     names = (*CLASSES, "peak")
-    headings = tuple(f"{name}, MiB" + (": predicted / measured" if name in both else "") for name in names)
+    headings = tuple(f"{name}, MiB" + (": predicted / measured" if name in measured else "") for name in names)
 
     def mebibytes(value: int | None) -> str:
         return number(None if value is None else value / 2**20, ",.1f")
 
     def cell(group: Group, name: str) -> str:
         predicted = mebibytes(group.first.predicted(name))
-        return f"{predicted} / {mebibytes(group.measured(name))}" if name in both else predicted
+        return f"{predicted} / {mebibytes(group.measured(name))}" if name in measured else predicted
 
     rows = [(group.label, *(cell(group, name) for name in names)) for group in groups]
     return Table(("setting", *headings), tuple(rows))
 
 
 def run_names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """By folder: its name, with that of the folder it lies in where sweeps have runs of one name."""
-    found = {run.folder: run.folder.resolve() for run in runs}
-    counts = Counter(path.name for path in found.values())
-    return {folder: path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}" for folder, path in found.items()}
+    """Names of runs by folder; with the parent folder's name if several runs have the same name."""
+    paths = {run.folder: run.folder.resolve() for run in runs}
+    counts = Counter(path.name for path in paths.values())
+    return {folder: path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}" for folder, path in paths.items()}
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:
-    """A line for each run."""
+    """A table with one row per run."""
     names = run_names(runs)
     headings = (
         *("run", "method", "lr", "seed", "state", "updates", "first perplexity", "last perplexity", "bits per byte"),
@@ -206,9 +209,9 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def command_of(run: RunRecord) -> str:
-    """The command line that makes the run again: every argument that was not its default, several processes by torchrun.
+    """The command line that repeats the run: every argument that differs from its default, torchrun for several processes.
 
-    Of a run on several machines it is one machine's, HOST the name of one of them.
+    For a run on several machines: the command for each machine, HOST being the name of one of them.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
     words = []
@@ -224,8 +227,8 @@ def _start_of(run: RunRecord) -> str:
     processes = int(world.get("processes") or run.plan.get("world_size") or 1)
     local = int(world.get("local_processes") or processes)  # older records lack it
     if processes > local:
-        meeting = "--rdzv_backend c10d --rdzv_endpoint HOST:29400"
-        return f"torchrun --nnodes {processes // local} --nproc_per_node {local} {meeting}"
+        rendezvous = "--rdzv_backend c10d --rdzv_endpoint HOST:29400"
+        return f"torchrun --nnodes {processes // local} --nproc_per_node {local} {rendezvous}"
     return f"torchrun --standalone --nproc_per_node {processes}" if processes > 1 else "python"
 
 
@@ -233,7 +236,7 @@ def made_with(run: RunRecord) -> dict[str, str]:
     """Versions, commit, data and machine, by name."""
     document = run.document
     machine, world, data = (document.get(name) or {} for name in ("machine", "world", "dataset"))
-    found = {
+    texts = {
         "versions": ", ".join(f"{name} {version}" for name, version in (document.get("versions") or {}).items()),
         "git commit": document.get("git_commit"),
         "data": data.get("description"),
@@ -242,11 +245,11 @@ def made_with(run: RunRecord) -> dict[str, str]:
         "machine": ", ".join(str(value) for value in (machine.get("platform"), machine.get("gpu")) if value),
         "continued from": document.get("continued_from"),
     }
-    return {name: str(value) for name, value in found.items() if value}
+    return {name: str(value) for name, value in texts.items() if value}
 
 
 def problems(groups: Sequence[Group]) -> list[str]:
-    """What is missing in the runs or does not compare, one sentence each."""
+    """Notes on what is missing in the runs or cannot be compared, one sentence each."""
     names_of = run_names([run for group in groups for run in group.runs])
     runs_by_note: dict[str, list[str]] = {}
     for group in groups:
@@ -259,22 +262,26 @@ def problems(groups: Sequence[Group]) -> list[str]:
         run.figures["evaluation_tokens"] for group in groups for run in group.counted if run.figures["evaluation_tokens"]
     }
     if len(evaluated) > 1 and max(evaluated) > 1.01 * min(evaluated):
-        lines.append(f"the runs were evaluated on {min(evaluated):,} to {max(evaluated):,} tokens: small differences say nothing")
+        lines.append(
+            f"the runs were evaluated on {min(evaluated):,} to {max(evaluated):,} tokens: small differences are not meaningful"
+        )
     tasks = {task_of(group.settings) for group in groups}
     if len(tasks) > 1:
-        lines.append("the runs differ in model, data, batch or length: perplexities compare within one of these only")
+        lines.append(
+            "the runs differ in model, data, batch or length: perplexities are comparable only between runs that agree in these"
+        )
     machines = {
         (str(made_with(run).get("machine")), str(made_with(run).get("processes x threads")))
         for group in groups
         for run in group.runs
     }
     if len(machines) > 1:
-        lines.append("the runs were made on different machines or numbers of threads: their throughputs do not compare")
+        lines.append("the runs used different machines or numbers of threads: their throughputs are not comparable")
     return lines
 
 
 def as_json(groups: Sequence[Group]) -> dict[str, Any]:
-    """Groups and runs with their figures, JSON-able."""
+    """Groups and runs with their figures, as JSON-able values."""
 
     def group_entry(group: Group) -> dict[str, Any]:
         baseline = against_baseline(group, groups)

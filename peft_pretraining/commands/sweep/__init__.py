@@ -1,4 +1,4 @@
-"""Many runs one after another: a YAML file of settings -> runs -> a report. `python -m peft_pretraining sweep FILE`."""
+"""Makes the runs of a YAML file of settings one after another, then a report (`python -m peft_pretraining sweep FILE`)."""
 
 from peft_pretraining.commands.sweep.command import HELP, add_arguments, run
 

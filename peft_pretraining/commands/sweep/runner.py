@@ -1,4 +1,4 @@
-"""Starts, stops and judges one run of a sweep as a process of its own, by the state of the run's folder."""
+"""Starts and stops the runs of a sweep as separate processes, and reads their state from their folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import IO
 
 from peft_pretraining.commands.report.read import read_run
-from peft_pretraining.commands.sweep.settings import Wanted
+from peft_pretraining.commands.sweep.settings import PlannedRun
 from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.record.summary import read_metrics
@@ -24,87 +24,87 @@ from peft_pretraining.training.stop import MARKER_FILE
 
 PROGRAM = Path(__file__).resolve().parents[3] / "torchrun_main.py"
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-# Where a file lies may be said in another way the next time.
+# Paths to the same file may be written differently the next time.
 _PATHS = ("model_config", "tokenizer", "dataset")
-# Kinds of State and Outcome that there is nothing left to do for.
+# Kinds of State and Outcome of runs that are not started again.
 MADE = ("finished", "diverged")
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a run's folder. kind: "new", "begun" (it goes on), "finished", "diverged" (finished, its perplexity not finite), or
-    "other" (made with other arguments)."""
+    """The state of a run's folder. kind: "new", "begun" (can continue), "finished", "diverged" (finished with a non-finite
+    perplexity), or "other" (made with other arguments). text: the state in words."""
 
     kind: str
     text: str
 
 
-def state_of(wanted: Wanted) -> State:
-    """What is in the run's folder, from its record; nothing is loaded."""
-    if not (wanted.folder / "run.json").is_file():
-        return State("new", "not begun")
+def state_of(planned: PlannedRun) -> State:
+    """Reads the state of a run's folder from its record, without loading tensors."""
+    if not (planned.folder / "run.json").is_file():
+        return State("new", "not started")
     try:
-        record = read_run(wanted.folder)
+        record = read_run(planned.folder)
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
-    # What the sweep itself makes first lies where the sweep does; how it was made is in the run's name.
-    elsewhere = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if wanted.after is not None else [])}
-    mine = {
-        name: getattr(wanted.args, name)
+    # The warm-up run lies in the sweep's folder, and its settings are part of this run's name.
+    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if planned.after is not None else [])}
+    requested = {
+        name: getattr(planned.args, name)
         for name, row in ROWS.items()
-        if (row.defines_run or row.on_resume != "freely") and name not in elsewhere
+        if (row.defines_run or row.on_resume != "freely") and name not in not_compared
     }
     differing = [
         f"{name} {record.arguments.get(name)} (now {value})"
-        for name, value in mine.items()
+        for name, value in requested.items()
         if record.arguments.get(name) != value
     ]
     batch = record.plan.get("total_batch_size")
-    differing += [f"total_batch_size {batch} (now {total})"] if batch != (total := wanted.plan.total_batch_size) else []
+    differing += [f"total_batch_size {batch} (now {total})"] if batch != (total := planned.plan.total_batch_size) else []
     if differing:
-        return State("other", f"was made with {', '.join(differing)}; remove it, or name another `folder`")
-    if is_finished(wanted.plan, record.reached, record.tokens_seen):
+        return State("other", f"was made with {', '.join(differing)}; remove that folder, or name another `folder`")
+    if is_finished(planned.plan, record.reached, record.tokens_seen):
         if record.final_perplexity is not None:
             return State("finished", f"finished, perplexity {record.final_perplexity:,.2f}")
-        if _evaluated_without_result(wanted.folder, record.reached):
-            return State("diverged", "finished, its perplexity is not finite")
-    if not any(wanted.folder.glob("step_*")):
-        return State("begun", f"{record.status}, no checkpoint: begins anew")
-    return State("begun", f"{record.status}: goes on from its newest checkpoint")
+        if _evaluated_without_result(planned.folder, record.reached):
+            return State("diverged", "finished with a non-finite perplexity")
+    if not any(planned.folder.glob("step_*")):
+        return State("begun", f"{record.status}, no checkpoint: starts from the beginning")
+    return State("begun", f"{record.status}: continues from its newest checkpoint")
 
 
 def _evaluated_without_result(folder: Path, step: int) -> bool:
-    """Whether the evaluation at this update gave no finite perplexity: to start the run again would change nothing."""
+    """Whether the evaluation at this update gave no finite perplexity; starting the run again would not change that."""
     rows = read_metrics(folder)
     return any("final_eval_perplexity" in row and row.get("update_step") == step for row in rows)
 
 
-def command_line(wanted: Wanted, processes: int) -> list[str]:
-    """The words that start a run: the program itself, by torchrun from two processes on."""
+def command_line(planned: PlannedRun, processes: int) -> list[str]:
+    """The command that starts a run: the program itself, through torchrun for two or more processes."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         start += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    return [*start, str(PROGRAM), *wanted.argv]
+    return [*start, str(PROGRAM), *planned.argv]
 
 
 class Stopping:
-    """Whether the sweep was asked to stop. Every signal is passed on to the run under way, which saves and ends."""
+    """Records requests to stop the sweep, and passes every signal on to the current run, which saves and exits."""
 
     def __init__(self) -> None:
-        """Nothing is asked for yet."""
+        """Starts without a request."""
         self.signal_name: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stopping]:
-        """Records signals during the block; they do not end the process."""
+        """Records signals during the block instead of ending the process."""
         numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-        before = {number: signal.signal(number, self._note) for number in numbers}
+        handlers = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -114,13 +114,13 @@ class Stopping:
                 self._process.send_signal(number)
 
     def run(self, command: Sequence[str], log: IO[bytes]) -> int:
-        """Run the command to its end; its exit code. Its process group is its own: a terminal's Ctrl-C comes through here."""
-        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", **os.environ}  # as scripts/setup.sh: time to save
+        """Runs the command and returns its exit code. Its process group is separate, so a terminal's Ctrl-C arrives here only."""
+        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", **os.environ}  # seconds to save, as in scripts/setup.sh
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
         ) as process:
             self._process = process
-            if self.signal_name is not None:  # it came while the process was being made
+            if self.signal_name is not None:  # the signal arrived while the process was starting
                 process.send_signal(getattr(signal, self.signal_name))
             try:
                 return process.wait()
@@ -130,35 +130,35 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. kind: "finished", "diverged", "stopped" or "failed"; text: in words."""
+    """How a run ended. kind: "finished", "diverged", "stopped" or "failed"; text: the outcome in words."""
 
     kind: str
     text: str
 
 
-def make_run(wanted: Wanted, processes: int, stopping: Stopping) -> Outcome:
-    """Start the run, wait for it, and judge by exit code and record. Its output goes to <folder>.log beside its folder."""
-    path = log_path(wanted)
+def make_run(planned: PlannedRun, processes: int, stopping: Stopping) -> Outcome:
+    """Makes a run and returns its outcome, from exit code and record. Output goes to <folder>.log beside the folder."""
+    path = log_path(planned)
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = command_line(wanted, processes)
+    command = command_line(planned, processes)
     with path.open("ab", buffering=0) as log:
         log.write(f"== {shlex.join(command)}\n".encode())
         begin = log.tell()
         code = stopping.run(command, log)
-    state = state_of(wanted)
+    state = state_of(planned)
     if code == 0 and state.kind in MADE:
         return Outcome(state.kind, state.text)
-    if stopping.signal_name is not None or (wanted.folder / MARKER_FILE).is_file():
+    if stopping.signal_name is not None or (planned.folder / MARKER_FILE).is_file():
         return Outcome("stopped", state.text)
     if code == 0:
-        return Outcome("failed", f"it ended without an error but is {state.text}; log {path}")
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return Outcome("failed", f"{how}: {_last_error(path, begin)}; log {path}")
+        return Outcome("failed", f"exited without an error but is {state.text}; log {path}")
+    ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return Outcome("failed", f"{ending}: {_last_error(path, begin)}; log {path}")
 
 
-def log_path(wanted: Wanted) -> Path:
-    """The file for a run's output."""
-    return wanted.folder.with_name(f"{wanted.folder.name}.log")
+def log_path(planned: PlannedRun) -> Path:
+    """The file that a run's output goes to."""
+    return planned.folder.with_name(f"{planned.folder.name}.log")
 
 
 def _last_error(path: Path, begin: int) -> str:
