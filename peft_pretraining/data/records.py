@@ -42,7 +42,7 @@ _MIN_UNREADABLE, _MAX_UNREADABLE_SHARE = 4, 0.25
 class RawRecord(NamedTuple):
     """A record as it was read, before its text is looked at.
 
-    number: of the record in its file, from 0. line: of its begin (row for parquet), from 1, for messages. content: bytes of a
+    number: of the record in its file, from 0. line: its first line (row for parquet), from 1, for messages. content: bytes of a
     JSON line or a text block; the value of the text column for parquet; a TokenRecord of prepared data; a BadRecord if the record
     is too long or the rest of the file cannot be read.
     """
@@ -76,7 +76,7 @@ def place_of(record: RawRecord, shard: Shard) -> str:
 
 @dataclass
 class SkippedRecords:
-    """Records that were skipped: counts by kind (bad ones, and "empty" documents), and messages about the first few bad ones."""
+    """Skipped records: counts by kind (kinds of bad records, and "empty" documents), and messages about the first bad ones."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class SkippedRecords:
             self.examples.append(example)
 
     def take(self) -> "SkippedRecords | None":
-        """The records since the last call; None if there are none."""
+        """Returns and clears the records skipped since the last call; None if there are none."""
         if not self.counts:
             return None
         taken = SkippedRecords(self.counts, self.examples)
@@ -96,7 +96,7 @@ class SkippedRecords:
 
 
 class Health:
-    """Counts the bad records and unreadable files of one reader (a lane, an evaluation, a preparation), and stops at too many."""
+    """Counts the bad records and unreadable files of one reader (a lane, an evaluation, a preparation); raises at too many."""
 
     def __init__(self, source: Source, on_bad_record: OnBadRecord):
         self._source, self._on_bad_record = source, on_bad_record
@@ -106,7 +106,7 @@ class Health:
         self.unreadable: set[int] = set()  # numbers of the files that could not be read
 
     def bad_record(self, bad: BadRecord, shard_index: int, record: RawRecord) -> str:
-        """Count a bad record and return a message about it. Raises DataError if it ends the run."""
+        """Counts a bad record and returns a message about it. Raises DataError if it ends the run."""
         place = f"{place_of(record, self._source.shards[shard_index])}: {bad.in_words()}"
         if self._on_bad_record == "fail":
             raise DataError(f"bad record in {place}; repair it, or skip such records with --on_bad_record skip")
@@ -117,7 +117,7 @@ class Health:
         return place
 
     def file_unreadable(self, shard_index: int, why: str) -> None:
-        """Count a file that cannot be read, or not to its end. Raises DataError if that ends the run."""
+        """Counts a file that cannot be read to its end. Raises DataError if that ends the run."""
         place = f"{self._source.shards[shard_index].url} cannot be read: {why}"
         if self._on_bad_record == "fail":
             raise DataError(place)
@@ -128,7 +128,7 @@ class Health:
             raise DataError(f"{count} of {len(self.tried)} files tried cannot be read, the last one: {place}")
 
     def empty_lane(self, lane: int, num_lanes: int) -> DataError:
-        """The error of a lane that read a whole epoch without a document."""
+        """Returns the error for a lane that read a whole epoch without a document."""
         bad = f" ({self.bad} bad records, the first one in {self.first_bad})" if self.bad else ""
         return DataError(
             f"dataset {self._source.dataset!r} is too small for --data_lanes {num_lanes}: lane {lane} got no "
@@ -221,12 +221,12 @@ def _kind(value: object) -> str:
 
 
 def check_source(source: Source) -> None:
-    """Read a first document of the split, so that a wrong address, field or format is reported before anything is built.
+    """Reads a first document of the split, to report a wrong address, field or format before anything is built.
 
-    Raises DataError: unreachable, no file that can be opened, empty, no usable record among the first 100 of the first file
-    that holds any, or documents only of the other split.
+    Raises DataError: the source is unreachable or empty, no file can be opened, the first 100 records of the first file with
+    records are bad, or all documents belong to the other split.
     """
-    others = 0
+    of_other_split = 0
     unreadable: str | None = None
     for shard in source.shards:
         problem: str | None = None
@@ -241,17 +241,17 @@ def check_source(source: Source) -> None:
                 elif text is not None:
                     return
                 else:
-                    others += 1
-                if record.number >= 99 and not others:
+                    of_other_split += 1
+                if record.number >= 99 and not of_other_split:
                     break
-        if problem is not None and not others:
+        if problem is not None and not of_other_split:
             raise DataError(f"dataset {source.dataset!r}: no usable record at the start of a file; {problem}")
     if unreadable is not None:
         raise DataError(f"dataset {source.dataset!r}: no file with a document; {unreadable}")
-    if others:
+    if of_other_split:
         raise DataError(
-            f"dataset {source.dataset!r}: none of its {others} documents is in the {source.split} split, which is told by a "
-            "hash of the text where no file is named *validation*; give --eval_dataset, or more data"
+            f"dataset {source.dataset!r}: none of its {of_other_split} documents is in the {source.split} split, which is "
+            "chosen by a hash of the text if no file is named *validation*; give --eval_dataset, or more data"
         )
     raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
 
@@ -260,14 +260,14 @@ def check_source(source: Source) -> None:
 
 
 class WindowReader:
-    """Reads the records of a source in windows, one list each; goes on in an open file where the next window begins."""
+    """Reads the records of a source in windows, one list each; the next window continues in the open file."""
 
     def __init__(self, source: Source, health: Health):
         self._source, self._health = source, health
         self._shard_index: int | None = None
         self._records: Iterator[RawRecord] = iter(())
         self._next_window = 0
-        self._ahead: RawRecord | None = None  # read already, but of the next window
+        self._ahead: RawRecord | None = None  # the first record of the next window
         self._tokens: TokenFile | None = None
 
     def window(self, shard_index: int, start: int, span: int, parts: int, residue: int) -> list[RawRecord] | None:
@@ -325,9 +325,9 @@ class WindowReader:
 def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawRecord]:
     """Records of a file from number `start` on; blank lines do not count as records.
 
-    Where the rest of a file is damaged (truncated or garbled compression), or the disk does not give it (missing, not
-    allowed, broken), the last record is a BadRecord that says so. Raises DataError: wrong kind of file, a server that refuses
-    it; NetworkGone: no answer for longer than `source.retry`.
+    If the rest of a file is damaged (truncated or corrupt compression) or cannot be read from disk (missing, not permitted,
+    broken), the last record is a BadRecord with the reason. Raises DataError: wrong kind of file, or a server refuses access;
+    NetworkGone: no answer for longer than `source.retry`.
     """
     if shard.format == "tokens":
         for index, tokens in enumerate(TokenFile(shard.url).records(start), start=start):
@@ -374,7 +374,7 @@ def _decompressed(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
     if shard.compression is None:
         yield file
     elif shard.compression == "gzip":
-        # Not wrapped in another buffer: at damage that would drop the whole lines before it.
+        # No second buffer: at damaged data it would drop complete lines before the damage.
         with gzip.GzipFile(fileobj=file, mode="rb") as stream:
             yield cast(IO[bytes], stream)
     else:
