@@ -93,7 +93,7 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.data import DataError, TokenizerError
     from peft_pretraining.distributed.device import DeviceError, pick_device, resolve_dtype
     from peft_pretraining.distributed.world import LostProcess, process_group
-    from peft_pretraining.optim import OptimizerUnavailable
+    from peft_pretraining.optim.build import OptimizerUnavailable
     from peft_pretraining.run.ending import out_of_memory
     from peft_pretraining.training.evaluate import NothingToEvaluate
     from peft_pretraining.training.update import TrainingError

@@ -1,4 +1,4 @@
-"""The block support: S is block-diagonal up to a fixed reordering of the outputs. Its products are small dense ones, and its
+"""The block support: S is block-diagonal up to a fixed reordering of the outputs; its products are small dense products, and its
 positions need no storage.
 
 With k blocks, inputs are cut into k consecutive slices, of sizes that differ by one at most, and output o reads slice o mod k.

@@ -167,8 +167,8 @@ class _SparseLowRankLinear(torch.autograd.Function):
         if grad_output is not None:
             compute: Callable[..., list[Tensor]] = _gradients_op if compiling else _gradients
             needed = [need_x, need_A, need_B, need_values, need_scaling, need_base]
-            found = iter(compute(grad_output, *ctx.saved_tensors, *ctx.settings, needed))
-            grads = [next(found) if need else None for need in needed]
+            computed = iter(compute(grad_output, *ctx.saved_tensors, *ctx.settings, needed))
+            grads = [next(computed) if need else None for need in needed]
             if need_bias:
                 grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
         # Present only in second derivatives, which compiled graphs do not support.
@@ -388,7 +388,7 @@ def _few_rows_output(
     scaling: Scaling,
     bias: Tensor | None,
 ) -> Tensor:
-    """Returns x W^T + bias, (..., O); arguments as of `sparse_lowrank_linear`."""
+    """Returns x W^T + bias, (..., O); see `sparse_lowrank_linear` for the arguments."""
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO = F.linear((F.linear(x_TI, lora_A) * scaling).to(x.dtype), lora_B, bias)
     if sparse_value is not None and support is not None:

@@ -160,5 +160,5 @@ def gather_gradient(
         valid = number < end[:, None]
         position = tl.load(positions + number, mask=valid, other=0)
         column = tl.where(valid, position - origin[:, None], 0).to(tl.int32)
-        found = tl.gather(accumulator, column, 1)
-        tl.store(to + number, found.to(gathered.dtype.element_ty), mask=valid)
+        gradient = tl.gather(accumulator, column, 1)
+        tl.store(to + number, gradient.to(gathered.dtype.element_ty), mask=valid)

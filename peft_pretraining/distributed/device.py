@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# What oneDNN needs for bfloat16 products on x86: AVX-512 with these extensions, or bfloat16 instructions of its own.
+# oneDNN computes bfloat16 products on an x86 CPU that has one of these sets of features: AVX-512 with extensions, or bfloat16
+# instructions.
 _X86_BFLOAT16 = ({"avx512bw", "avx512vl", "avx512dq"}, {"amx_bf16"}, {"avx512_bf16"}, {"avx_ne_convert"})
 # Values of ONEDNN_MAX_CPU_ISA that forbid all of these.
 _ISA_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
@@ -56,10 +57,10 @@ def device_memory(device: torch.device, world: World) -> DeviceMemory:
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo"), environ: Mapping[str, str] = os.environ) -> bool | None:
-    """Whether oneDNN multiplies bfloat16 matrices with the CPU's own instructions; None where that is not known.
+    """Tells whether oneDNN has fast bfloat16 products on this CPU; None if that is unknown.
 
-    Without them it takes a reference kernel. One thread, 512 x 512 matrices, torch 2 on AVX-512: bfloat16 0.6 ms, float32 2.8 ms;
-    with ONEDNN_MAX_CPU_ISA=AVX2 bfloat16 98 ms. ATEN_CPU_CAPABILITY does not change which kernel is taken.
+    Otherwise oneDNN uses a slow reference kernel. One thread, 512 x 512 matrices, torch 2 on AVX-512: bfloat16 0.6 ms, float32
+    2.8 ms; with ONEDNN_MAX_CPU_ISA=AVX2 bfloat16 98 ms. ATEN_CPU_CAPABILITY has no influence on the choice of kernel.
     """
     highest = environ.get("ONEDNN_MAX_CPU_ISA", environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if highest in _ISA_WITHOUT_BFLOAT16:

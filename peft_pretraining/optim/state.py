@@ -1,8 +1,9 @@
 """Optimizer states: saved and loaded by parameter name, dequantised, and reset after restarts.
 
 Saved states are independent of the order of parameters and of the number of processes.
+
 Moments of a parameter's shape are saved as DTensors, which any number of processes can read. Quantised moments of a sharded
-parameter cannot be, because their quantisation blocks start anew in every part. They are saved part by part under the name
+parameter cannot be, because quantisation blocks start at the beginning of every part. They are saved part by part under the name
 `<parameter>@<part>of<parts>`. The same number of processes reads them unchanged; another number dequantises, divides and
 quantises them again.
 
@@ -281,7 +282,7 @@ def reset_moments_(state: dict[str, Any]) -> None:
 class Pruning:
     """Sets a share of the moments to zero when ReLoRA merges its factors (arXiv 2307.05695, section 3; its repository's names).
 
-    kind: "magnitude" zeroes the smallest elements of each moment, "random" random ones.
+    kind: "magnitude" zeroes the smallest elements of each moment, "random" random elements.
     share: share of a tensor's elements that become zero, in (0, 1].
     """
 

@@ -50,7 +50,7 @@ class Plan:
 
 
 def make_plan(args: Arguments, world: World, dtype: str | None = None, device_type: str = "cpu") -> Plan:
-    """Derive the plan; `dtype` is what --dtype resolves to where it was not given, `device_type` cpu or cuda.
+    """Derives the plan. dtype: what --dtype resolves to if it was not given. device_type: cpu or cuda.
 
     Raises:
         ConfigError: all problems at once, each with the values, the reason and the flag to change.
@@ -59,12 +59,12 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     model, dtype = checked.model, args.dtype or dtype or "float32"
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **_method_arguments(args))
-    found = account(setting)
+    num_bytes = account(setting)
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
         full_rank_parameters=parameter_counts(model, method="full", rank=1, sparsity=0.0).total,
-        bytes=found,
+        bytes=num_bytes,
         dtype=dtype,
         world_size=world.size,
         batch_size=args.batch_size,
@@ -76,7 +76,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=checked.data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
-        warnings=(*_warnings(args, world, model), *_slow_save(found)),
+        warnings=(*_warnings(args, world, model), *_slow_save(num_bytes)),
     )
 
 
@@ -193,13 +193,13 @@ def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
     return f"{text}; {verdict} in the {device.num_bytes / GIB:.1f} GiB of {device.name}"
 
 
-def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, said: str) -> str:
-    """The message of a run that ran out of memory; `said`: the allocator's own message."""
+def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, message: str) -> str:
+    """The message of a run that ran out of memory; `message`: the allocator's own."""
     largest = max(CLASSES, key=lambda name: plan.bytes[name])
     setting = setting_of(plan, args, device_type)
     lower = ", ".join(f"{saving.text} ({saving.peak / GIB:.1f} GiB)" for saving in savings(setting))
     return (
-        f"memory ran out ({said}); by the plan the peak is {plan.bytes['peak'] / GIB:.1f} GiB, most of it {largest} "
+        f"memory ran out ({message}); by the plan the peak is {plan.bytes['peak'] / GIB:.1f} GiB, most of it {largest} "
         f"({plan.bytes[largest] / GIB:.1f} GiB); "
         + (f"to lower the peak: {lower}" if lower else "no flag lowers it: take a smaller model or another device")
     )

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.distributed.parallel import local
-from peft_pretraining.optim import HasState
+from peft_pretraining.optim.updates import HasState
 from peft_pretraining.record.summary import METRICS_FILE, read_metrics, summary
 from peft_pretraining.record.wandb_run import _one_line, start_wandb
 from peft_pretraining.training.evaluate import EvalResult

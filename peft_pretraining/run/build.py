@@ -23,16 +23,10 @@ from peft_pretraining.memory.counts import loss_chunk_rows
 from peft_pretraining.methods import METHODS
 from peft_pretraining.model.llama import build_model, start_from_svd
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.optim import (
-    GrowthLimit,
-    PerLayerUpdate,
-    StochasticRounding,
-    Subspace,
-    Updates,
-    WholeUpdate,
-    build_galore,
-    build_optimizer,
-)
+from peft_pretraining.optim.build import build_galore, build_optimizer
+from peft_pretraining.optim.galore import Subspace
+from peft_pretraining.optim.slices import StochasticRounding
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, Updates, WholeUpdate
 from peft_pretraining.plan.plan import Plan
 
 if TYPE_CHECKING:

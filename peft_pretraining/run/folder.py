@@ -355,15 +355,15 @@ EVALUATION_FLAGS = ("eval_dataset", "eval_tokens")
 
 
 def differing_arguments(
-    arguments: Mapping[str, Any], plan: Mapping[str, Any], args: Arguments, own: Plan
+    arguments: Mapping[str, Any], plan: Mapping[str, Any], args: Arguments, new_plan: Plan
 ) -> dict[str, tuple[Any, Any]]:
-    """(then, now) of every argument with two values that may not change freely, by name; data and model's shape are not here.
+    """Returns (then, now) of every argument that differs and may not change freely, by name, without data and model's shape.
 
-    arguments, plan: of the recorded run, as in its run.json. args, own: of the run that is asked for.
+    arguments, plan: of the recorded run, as in its run.json. args, new_plan: of the requested run.
     """
     then, now = dict(arguments), as_dict(args)
     for name in _RESOLVED:
-        then[name], now[name] = plan.get(name), getattr(own, name)
+        then[name], now[name] = plan.get(name), getattr(new_plan, name)
     compared = {name for name, row in ROWS.items() if row.on_resume != "freely" and name not in _BY_CONTENT}
     if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
         compared.remove("num_training_steps")  # has no effect in either run
@@ -376,8 +376,8 @@ def _same_place(one: Any, other: Any) -> bool:
     return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
 
 
-def differing_shape(plan: Mapping[str, Any], own: Plan) -> dict[str, tuple[Any, Any]]:
-    """(then, now) of every entry of the model's configuration that differs, by name."""
+def differing_shape(plan: Mapping[str, Any], new_plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """Returns (then, now) of every entry of the model's configuration that differs, by name."""
     then = plan["model"]
-    shape = {key: value for key, value in asdict(own.model).items() if key not in ("name", "path")}
+    shape = {key: value for key, value in asdict(new_plan.model).items() if key not in ("name", "path")}
     return {key: (then.get(key), value) for key, value in shape.items() if then.get(key) != value}

@@ -17,7 +17,8 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.data.lanes import LaneState
 from peft_pretraining.data.loader import TrainLoader, merge_states
 from peft_pretraining.distributed.world import World, gather_objects
-from peft_pretraining.optim import Updates, load_optimizer_state, optimizer_state
+from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
+from peft_pretraining.optim.updates import Updates
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.record.summary import read_metrics

@@ -20,8 +20,9 @@ from peft_pretraining.distributed.world import World, broadcast_
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Restart
 from peft_pretraining.model.llama import balanced
-from peft_pretraining.optim import Pruning, StochasticRounding, Updates, reset_moments_
-from peft_pretraining.optim.slices import SLICE_ELEMENTS, round_stochastically_
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
+from peft_pretraining.optim.state import Pruning, reset_moments_
+from peft_pretraining.optim.updates import Updates
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
 
 Layer = TypeVar("Layer", bound=nn.Module)

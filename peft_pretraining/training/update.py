@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import gradient_sync, is_sharded
 from peft_pretraining.distributed.world import World, all_reduce_sum_, totals
-from peft_pretraining.optim import Updates
+from peft_pretraining.optim.updates import Updates
 
 MAX_SKIPPED_IN_A_ROW = 10
 WAY_OUT = (

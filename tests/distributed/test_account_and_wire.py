@@ -23,7 +23,8 @@ from peft_pretraining.memory.communication import full_rank, traffic
 from peft_pretraining.memory.setting import Setting
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.optim import PerLayerUpdate, WholeUpdate, build_optimizer
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.updates import PerLayerUpdate, WholeUpdate
 from peft_pretraining.record.recorder import measured_bytes
 from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 

@@ -12,7 +12,9 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import average_
 from peft_pretraining.distributed.world import World, process_group
-from peft_pretraining.optim import PerLayerUpdate, Subspace, WholeUpdate, build_galore
+from peft_pretraining.optim.build import build_galore
+from peft_pretraining.optim.galore import Subspace
+from peft_pretraining.optim.updates import PerLayerUpdate, WholeUpdate
 
 CPU = torch.device("cpu")
 

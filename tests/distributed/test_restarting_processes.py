@@ -14,7 +14,8 @@ from benchmarks.compare_runs import deviations
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.distributed.world import World, process_group
 from peft_pretraining.export.load import load_model
-from peft_pretraining.optim import WholeUpdate, build_optimizer
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.updates import WholeUpdate
 from peft_pretraining.training import restarts
 from sparse_lora import attach_relora, merge
 

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from peft_pretraining.distributed.world import World, process_group
-from peft_pretraining.optim import GrowthLimit, PerLayerUpdate, WholeUpdate, build_optimizer
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
 from peft_pretraining.training.update import train_step
 from sparse_lora import SparseLowRankLinear
 

@@ -31,14 +31,10 @@ from peft_pretraining.memory.counts import (
 from peft_pretraining.methods.galore import projected_matrices
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy, hidden_states
-from peft_pretraining.optim import (
-    PerLayerUpdate,
-    StochasticRounding,
-    Subspace,
-    WholeUpdate,
-    build_galore,
-    build_optimizer,
-)
+from peft_pretraining.optim.build import build_galore, build_optimizer
+from peft_pretraining.optim.galore import Subspace
+from peft_pretraining.optim.slices import StochasticRounding
+from peft_pretraining.optim.updates import PerLayerUpdate, WholeUpdate
 from peft_pretraining.record.recorder import measured_bytes
 from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 from sparse_lora.linear import make_support

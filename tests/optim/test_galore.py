@@ -11,16 +11,11 @@ from torch import nn
 from peft_pretraining.config.arguments import PROJ_TYPES
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import subspace_shapes
-from peft_pretraining.optim import (
-    GrowthLimit,
-    PerLayerUpdate,
-    StochasticRounding,
-    Subspace,
-    WholeUpdate,
-    build_galore,
-    load_optimizer_state,
-    optimizer_state,
-)
+from peft_pretraining.optim.build import build_galore
+from peft_pretraining.optim.galore import Subspace
+from peft_pretraining.optim.slices import StochasticRounding
+from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 # The projected matrices of `network`: a tall and a wide one. Its last weight is stepped without a projection.

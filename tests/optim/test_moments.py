@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.optim import build_optimizer
+from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.state import plain_moments, set_moments_
 
 # Whole blocks only; a rest beside them; too small to be quantised.

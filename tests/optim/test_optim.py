@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from peft_pretraining.distributed.world import World
-from peft_pretraining.optim import WholeUpdate, build_optimizer, load_optimizer_state, optimizer_state
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
+from peft_pretraining.optim.updates import WholeUpdate
 
 NAMES = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 

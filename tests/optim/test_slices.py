@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.optim import StochasticRounding, adam8bit, adam_ao, build_optimizer
-from peft_pretraining.optim.slices import round_stochastically_, slices
+from peft_pretraining.optim import adam8bit, adam_ao
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.slices import StochasticRounding, round_stochastically_, slices
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8192), (20_000, 8192), (30_000, 8192)])

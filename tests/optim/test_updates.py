@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from peft_pretraining.distributed.world import World
-from peft_pretraining.optim import GrowthLimit, PerLayerUpdate, WholeUpdate, build_optimizer
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 

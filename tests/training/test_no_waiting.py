@@ -21,7 +21,8 @@ from peft_pretraining.data.loader import Batch
 from peft_pretraining.distributed.world import World
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.optim import GrowthLimit, WholeUpdate, build_optimizer
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.updates import GrowthLimit, WholeUpdate
 from peft_pretraining.record import recorder
 from peft_pretraining.run import assemble
 from peft_pretraining.training.update import StepResult, train_step

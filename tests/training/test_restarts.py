@@ -16,15 +16,10 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method, Restart
 from peft_pretraining.methods.relora import moments_at_a_merge
 from peft_pretraining.model.llama import balanced, best_low_rank, build_model, start_from_svd
-from peft_pretraining.optim import (
-    GrowthLimit,
-    PerLayerUpdate,
-    Pruning,
-    StochasticRounding,
-    WholeUpdate,
-    build_optimizer,
-    reset_moments_,
-)
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.slices import StochasticRounding
+from peft_pretraining.optim.state import Pruning, reset_moments_
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
 from peft_pretraining.plan.schedule import after_restart
 from peft_pretraining.training.restarts import Restarts
 from sparse_lora import ReLoRALinear, SparseLowRankLinear, attach_relora, generator_for, merge

@@ -12,7 +12,8 @@ from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.distributed.world import World
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.optim import WholeUpdate, build_optimizer
+from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.updates import WholeUpdate
 from peft_pretraining.training.update import train_step
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 

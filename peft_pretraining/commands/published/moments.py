@@ -17,8 +17,8 @@ from peft_pretraining.commands.published.read import OPTIMIZER, Published, Publi
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.methods import METHODS
-from peft_pretraining.optim import Updates, load_optimizer_state
-from peft_pretraining.optim.state import set_moments_
+from peft_pretraining.optim.state import load_optimizer_state, set_moments_
+from peft_pretraining.optim.updates import Updates
 
 _WRAPPED = "__bnb_optimizer_quant_state__"  # key of a state's tensors in newer versions of bitsandbytes
 _BNB_BLOCKS = (256, 2048)  # elements per scale; 2048 in older versions of bitsandbytes
