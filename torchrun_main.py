@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.distributed.device import set_allocator
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.allocator import set_allocator
 from peft_pretraining.plan.checks import check, notices
 
 if TYPE_CHECKING:
@@ -65,11 +65,10 @@ def tell_torchrun(message: str) -> None:
 
 def dry_run(args: Arguments, world: World) -> int:
     """Prints the plan and returns the exit code; needs no network and no data."""
-    from peft_pretraining.data.errors import DataError
+    from peft_pretraining.data import DataError
     from peft_pretraining.data.source import open_source
     from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
-    from peft_pretraining.plan.plan import make_plan
-    from peft_pretraining.plan.text import format_plan
+    from peft_pretraining.plan.plan import format_plan, make_plan
 
     try:
         device = pick_device(args.device, world)
@@ -91,7 +90,7 @@ def run(args: Arguments, world: World) -> int:
 
     from peft_pretraining.checkpoint.saver import SavingFailed
     from peft_pretraining.checkpoint.step_folder import CheckpointError
-    from peft_pretraining.data.errors import DataError, TokenizerError
+    from peft_pretraining.data import DataError, TokenizerError
     from peft_pretraining.distributed.device import DeviceError, pick_device, resolve_dtype
     from peft_pretraining.distributed.world import LostProcess, process_group
     from peft_pretraining.optim.build import OptimizerUnavailable

@@ -32,7 +32,7 @@ from layer import SETTINGS
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.config.model_config import load_model_config
-from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.distributed.device import set_allocator
 from peft_pretraining.run.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.config.model_config import linear_shapes, load_model_config
-from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.distributed.device import set_allocator
 from peft_pretraining.run.folder import versions
 from sparse_lora import SparseLowRankLinear
 from sparse_lora.functional import PATHS, cheaper_path

@@ -24,14 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
-from peft_pretraining.distributed.device import device_memory, pick_device, resolve_dtype
+from peft_pretraining.distributed.device import device_memory, pick_device, resolve_dtype, set_allocator
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.allocator import set_allocator
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.plan.plan import make_plan
-from peft_pretraining.plan.text import memory_problems
-from peft_pretraining.record.measured_memory import measured_bytes
-from peft_pretraining.record.recorder import peak_memory_bytes
+from peft_pretraining.plan.plan import make_plan, memory_problems
+from peft_pretraining.record.recorder import measured_bytes, peak_memory_bytes
 from peft_pretraining.run.build import build_module, build_updates
 from peft_pretraining.run.folder import versions
 from peft_pretraining.training.update import train_step

@@ -46,9 +46,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import load_model_config
-from peft_pretraining.distributed.device import pick_device, resolve_dtype
+from peft_pretraining.distributed.device import pick_device, resolve_dtype, set_allocator
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.allocator import set_allocator
 from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.record.recorder import peak_memory_bytes

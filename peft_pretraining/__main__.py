@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m peft_pretraining", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        module.add_arguments(subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False))
+        # argparse expands % in the one-line help, but not in a description.
+        listed = module.HELP.replace("%", "%%")
+        module.add_arguments(subparsers.add_parser(name, help=listed, description=module.HELP, allow_abbrev=False))
     args = parser.parse_args(argv)
     try:
         code = int(COMMANDS[args.command].run(args))

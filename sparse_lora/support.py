@@ -131,7 +131,7 @@ def low_rank_weight(scaled_B: Tensor, lora_A: Tensor, base: Tensor | None, scrat
 # A CPU's allocator returns large blocks to the system. Allocating 90 MB again took a tenth of the time of the product that
 # needed it (4096 x 11008, 2,048 rows). A GPU's allocator keeps freed memory, and a C library keeps blocks below LARGE_BYTES.
 
-# The trainer's allocator returns blocks of at least this size (peft_pretraining/memory/allocator.py). glibc's own threshold
+# The trainer's allocator returns blocks of at least this size (peft_pretraining/distributed/device.py). glibc's own threshold
 # varies between 128 KiB and 32 MiB, depending on what was freed before.
 LARGE_BYTES = 4 * 2**20
 

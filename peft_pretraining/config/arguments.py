@@ -1,4 +1,7 @@
-"""The program's arguments: one dataclass per topic, in which every flag is one row (`flag.Row`).
+"""The program's arguments: one dataclass per topic, in which every flag is one row (`flag.Row`): default, help, class.
+
+The class says whether a resumed run may change the flag (`never`, `if_allowed` or `freely`; rows without one: freely) and holds
+the rest of the row. Flags that a resumed run cannot change freely also define the run, unless a row says otherwise.
 
 `Arguments` holds what the user asked for, as `command_line` reads it; what follows from it (gradient accumulation, update steps,
 tokens) is `plan.Plan`. Imports no torch: `--help` and every refusal must answer in about a second.
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config.flag import flag, rows_of
+from peft_pretraining.config.flag import flag, freely, if_allowed, never, rows_of
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.supports import SUPPORTS
 
@@ -56,43 +59,24 @@ class ModelArguments:
     model_config: str = flag(
         "",
         "JSON file of the model's shape, e.g. configs/llama_60m.json",
-        defines_run=True,
-        on_resume="never",
-        unit="file",
-        required=True,
-        synonyms=("model", "model_name_or_path", "model_path", "config_name"),
+        never(unit="file", required=True, synonyms="model model_name_or_path model_path config_name"),
     )
     dtype: str | None = flag(
         None,
         "parameters and arithmetic: bfloat16 | float32 (default: bfloat16 on a GPU that has it, else float32)",
-        defines_run=True,
-        on_resume="never",
-        choices=DTYPES,
-        synonyms=("precision", "torch_dtype", "bf16"),
+        never(choices=DTYPES, synonyms="precision torch_dtype bf16"),
     )
     activation_checkpointing: str | None = flag(
         None,
         "recompute activations in the backward pass: layer (keep only each decoder layer's input; the flag alone) | selective "
         "(keep attention's output too)",
-        defines_run=False,
-        on_resume="freely",
-        const="layer",
-        choices=("layer", "selective"),
-        synonyms=("gradient_checkpointing", "recompute"),
+        freely(const="layer", choices=("layer", "selective"), synonyms="gradient_checkpointing recompute"),
     )
-    compile: bool = flag(
-        False,
-        "compile every decoder layer with torch.compile",
-        defines_run=False,
-        on_resume="freely",
-        synonyms=("torch_compile",),
-    )
+    compile: bool = flag(False, "compile every decoder layer with torch.compile", freely(synonyms="torch_compile"))
     use_hf_model: bool = flag(
         False,
         "published flag, no effect: the model always is transformers' LLaMA",
-        defines_run=False,
-        on_resume="freely",
-        no_effect=lambda args: "in this program: the model always is transformers' LLaMA" if args.use_hf_model else None,
+        freely(no_effect=lambda args: "in this program: the model always is transformers' LLaMA" if args.use_hf_model else None),
     )
 
 
@@ -105,189 +89,116 @@ class MethodArguments:
         f"what the attention and MLP linears become: {' | '.join(METHOD_NAMES)}; full: dense, galore: dense with projected "
         "gradients, lowrank: two factors, relora: dense and frozen, plus factors that are merged into them every --relora "
         "updates, sltrain: two factors plus a sparse part",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        choices=METHOD_NAMES,
-        synonyms=("method", "peft_type", "training_method"),
+        never(warm_start=True, choices=METHOD_NAMES, synonyms="method peft_type training_method"),
     )
     rank: int = flag(
         128,
         "rank r of the low-rank part B A; of galore's projections",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        minimum=1,
-        methods=(*_FACTORED, "galore"),
-        synonyms=("lora_r", "r", "lora_rank"),
+        never(warm_start=True, minimum=1, methods=(*_FACTORED, "galore"), synonyms="lora_r r lora_rank"),
     )
     sp_ratio: float = flag(
         0.01,
         "sparsity delta: share of each weight's entries that the sparse part trains, in (0, 1)",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        unit="share",
-        methods=("sltrain",),
-        synonyms=("sparsity", "delta", "density", "sparse_ratio"),
+        never(warm_start=True, unit="share", methods=("sltrain",), synonyms="sparsity delta density sparse_ratio"),
     )
     lora_alpha: float = flag(
         32.0,
         "alpha: the low-rank part is scaled by alpha / rank",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        above=0,
-        methods=_FACTORED,
-        no_effect=lambda args: (
-            "with --train_scaling: the trained scale tanh(c) replaces alpha / rank" if args.train_scaling else None
+        if_allowed(
+            warm_start=True,
+            above=0,
+            methods=_FACTORED,
+            no_effect=lambda args: (
+                "with --train_scaling: the trained scale tanh(c) replaces alpha / rank" if args.train_scaling else None
+            ),
+            synonyms="alpha",
         ),
-        synonyms=("alpha",),
     )
     train_scaling: bool = flag(
         False,
         "train the low-rank part's scale as tanh(c), c starting at 1, instead of alpha / rank",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        methods=_FACTORED,
-        synonyms=("trainable_scaling",),
+        never(warm_start=True, methods=_FACTORED, synonyms="trainable_scaling"),
     )
     support: str = flag(
         "uniform",
         "positions of the sparse entries: uniform (random over the whole weight, as published) | block (1/sp_ratio dense "
         "blocks, rows interleaved: faster, no positions to store)",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        choices=tuple(SUPPORTS),
-        methods=("sltrain",),
-        synonyms=("sparse_support", "sparsity_pattern"),
+        never(warm_start=True, choices=tuple(SUPPORTS), methods=("sltrain",), synonyms="sparse_support sparsity_pattern"),
     )
     linear_path: str = flag(
         "auto",
         "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (whichever is faster)",
-        defines_run=False,
-        on_resume="freely",
-        choices=LINEAR_PATHS,
-        methods=_REPARAMETERIZED,
+        freely(choices=LINEAR_PATHS, methods=_REPARAMETERIZED),
     )
     lora_dropout: float = flag(
         0.0,
         "published flag, no effect (the published layer never applied it)",
-        defines_run=False,
-        on_resume="freely",
-        unit="share",
-        no_effect=lambda args: "in this program: the published layer never applied it" if args.lora_dropout else None,
+        freely(
+            unit="share",
+            no_effect=lambda args: "in this program: the published layer never applied it" if args.lora_dropout else None,
+        ),
     )
     update_proj_gap: int = flag(
         200,
         "galore: update steps from one SVD of the gradients to the next",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=1,
-        methods=("galore",),
-        synonyms=("galore_update_proj_gap", "update_interval"),
+        if_allowed(
+            warm_start=True, unit="updates", minimum=1, methods=("galore",), synonyms="galore_update_proj_gap update_interval"
+        ),
     )
     galore_scale: float = flag(
         0.25,
         "galore: the projected step is multiplied by this when it is mapped back to the weights",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        above=0,
-        methods=("galore",),
-        synonyms=("galore_alpha",),
+        if_allowed(warm_start=True, above=0, methods=("galore",), synonyms="galore_alpha"),
     )
     proj_type: str = flag(
         "std",
         "galore: singular vectors that span the subspace: std (of the weight's shorter side) | reverse_std (of its longer one) "
         "| right | left | full (both)",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        choices=PROJ_TYPES,
-        methods=("galore",),
-        synonyms=("galore_proj_type", "projection_type"),
+        never(warm_start=True, choices=PROJ_TYPES, methods=("galore",), synonyms="galore_proj_type projection_type"),
     )
     init: str = flag(
         "default",
         "lowrank, sltrain: initial values: default (as published) | svd (of a dense initialisation: the best rank-r part as "
         "balanced factors, the sparse values from the remainder)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        choices=INITS,
-        methods=_REPARAMETERIZED,
-        synonyms=("init_lora_weights", "initialization"),
+        if_allowed(warm_start=True, choices=INITS, methods=_REPARAMETERIZED, synonyms="init_lora_weights initialization"),
     )
     restart_every: int | None = flag(
         None,
         "lowrank, sltrain: update steps between restarts, which set the moments of the factored linears to zero (default: none)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=1,
-        methods=_REPARAMETERIZED,
+        if_allowed(warm_start=True, unit="updates", minimum=1, methods=_REPARAMETERIZED),
     )
     rebalance: bool = flag(
         False,
         "with --restart_every: a restart replaces B and A by balanced factors of the same product",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        methods=_REPARAMETERIZED,
+        if_allowed(warm_start=True, methods=_REPARAMETERIZED),
     )
     relora: int | None = flag(
         None,
         "relora: update steps between merges of the factors into the dense weights",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=1,
-        methods=("relora",),
-        synonyms=("merge_every", "relora_steps", "relora_every"),
+        if_allowed(
+            warm_start=True, unit="updates", minimum=1, methods=("relora",), synonyms="merge_every relora_steps relora_every"
+        ),
     )
     warmed_up_model: str | None = flag(
         None,
         "relora: a full-rank run's folder or checkpoint, whose weights, update step and data position it starts from "
         "(default: from the seed's initial values)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="folder",
-        methods=("relora",),
-        synonyms=("warm_start", "init_from"),
+        if_allowed(warm_start=True, unit="folder", methods=("relora",), synonyms="warm_start init_from"),
     )
     reset_optimizer_on_relora: bool | None = flag(
         None,
         "relora: zero the factors' moments at a merge (default: true, unless they are pruned)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        methods=("relora",),
+        if_allowed(warm_start=True, methods=("relora",)),
     )
     optimizer_random_pruning: float | None = flag(
         None,
         "relora: share of the factors' moments, chosen at random, that a merge zeroes instead",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="share",
-        methods=("relora",),
+        if_allowed(warm_start=True, unit="share", methods=("relora",)),
     )
     optimizer_magnitude_pruning: float | None = flag(
         None,
         "relora: share of the factors' moments, the smallest ones, that a merge zeroes instead",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="share",
-        methods=("relora",),
+        if_allowed(warm_start=True, unit="share", methods=("relora",)),
     )
 
 
@@ -299,84 +210,62 @@ class DataArguments:
         "c4",
         "c4 (streamed from the hub) | demo (built from installed documentation) | folder, file, glob or URL | hub:NAME | folder "
         "made by `python -m peft_pretraining data prepare`",
-        defines_run=True,
-        on_resume="if_allowed",
-        synonyms=("data", "dataset_name", "train_file", "data_path", "data_dir", "train_data"),
+        if_allowed(synonyms="data dataset_name train_file data_path data_dir train_data"),
     )
     eval_dataset: str | None = flag(
         None,
         "held-out data, named like --dataset (default: the validation split of --dataset)",
-        defines_run=False,  # the trained model does not depend on it
-        on_resume="if_allowed",
-        synonyms=("validation_file", "val_data", "eval_data", "valid_data", "validation_dataset"),
+        # The trained model does not depend on it.
+        if_allowed(defines_run=False, synonyms="validation_file val_data eval_data valid_data validation_dataset"),
     )
     text_field: str = flag(
-        "text",
-        "field of a record that holds the text",
-        defines_run=True,
-        on_resume="if_allowed",
-        synonyms=("text_column", "dataset_text_field", "text_key"),
+        "text", "field of a record that holds the text", if_allowed(synonyms="text_column dataset_text_field text_key")
     )
     tokenizer: str | None = flag(
         None,
         "hub name, tokenizer folder or SentencePiece .model file (default: t5-base; their own for demo and prepared data)",
-        defines_run=True,
-        on_resume="if_allowed",
-        synonyms=("tokenizer_name", "tokenizer_path", "tokenizer_name_or_path"),
+        if_allowed(synonyms="tokenizer_name tokenizer_path tokenizer_name_or_path"),
     )
     max_length: int = flag(
         256,
         "sequence length, tokens",
-        defines_run=True,
-        on_resume="never",
-        unit="tokens",
-        minimum=2,  # a sequence of one token has nothing to predict
-        synonyms=(
-            *("seq_len", "seq_length", "sequence_length", "max_seq_len", "max_seq_length"),
-            *("block_size", "context_length", "ctx_len"),
+        never(
+            unit="tokens",
+            # A sequence of one token has nothing to predict.
+            minimum=2,
+            synonyms="seq_len seq_length sequence_length max_seq_len max_seq_length block_size context_length ctx_len",
         ),
     )
     packing: bool = flag(
         False,
         "concatenate documents with eos, no padding (default, as published: each document cut to max_length and padded)",
-        defines_run=True,
-        on_resume="never",
-        synonyms=("pack", "sample_packing"),
+        never(synonyms="pack sample_packing"),
     )
     document_mask: bool = flag(
         False,
         "with --packing: a token attends to its own document only, and positions begin anew at each document, in training and "
         "evaluation",
-        defines_run=True,
-        on_resume="if_allowed",
-        no_effect=lambda args: (
-            "without --packing: a sequence holds one document" if args.document_mask and not args.packing else None
+        if_allowed(
+            no_effect=lambda args: (
+                "without --packing: a sequence holds one document" if args.document_mask and not args.packing else None
+            )
         ),
     )
     data_lanes: int | None = flag(
         None,
         "virtual readers; they fix the data's order for any number of processes and workers (default: c4 64, else 24)",
-        defines_run=True,
-        on_resume="never",
-        unit="readers",
-        minimum=1,
+        never(unit="readers", minimum=1),
     )
     workers: int | None = flag(
         None,
         "tokenising processes per rank, 0 for none (default: up to 8, leaving a core to the trainer; 0 for prepared data)",
-        defines_run=False,
-        on_resume="freely",
-        unit="processes",
-        minimum=0,
-        synonyms=("num_workers", "dataloader_num_workers"),
+        freely(unit="processes", minimum=0, synonyms="num_workers dataloader_num_workers"),
     )
     on_bad_record: str = flag(
         "skip",
         "records that hold no text, and files that cannot be read: skip (pass over and count; more than a quarter of all end "
         "the run) | fail (end the run at the first, with file and line)",
-        defines_run=False,
-        on_resume="freely",
-        choices=ON_BAD_RECORD,
+        freely(choices=ON_BAD_RECORD),
     )
 
 
@@ -387,203 +276,157 @@ class OptimizationArguments:
     batch_size: int = flag(
         0,
         "sequences per micro-batch and process",
-        defines_run=False,
-        on_resume="freely",
-        unit="sequences",
-        required=True,
-        minimum=1,
-        synonyms=("per_device_train_batch_size", "micro_batch_size", "device_batch_size", "micro_batch"),
+        freely(
+            unit="sequences",
+            required=True,
+            minimum=1,
+            synonyms="per_device_train_batch_size micro_batch_size device_batch_size micro_batch",
+        ),
     )
     gradient_accumulation: int | None = flag(
         None,
         "micro-batches per update (default: from total_batch_size)",
-        defines_run=False,
-        on_resume="freely",
-        unit="micro-batches",
-        minimum=1,
-        synonyms=("gradient_accumulation_steps", "grad_accum", "accumulate_grad_batches"),
+        freely(unit="micro-batches", minimum=1, synonyms="gradient_accumulation_steps grad_accum accumulate_grad_batches"),
     )
     total_batch_size: int | None = flag(
         None,
         "sequences per update over all processes (default: batch_size x accumulation x processes)",
-        defines_run=True,
-        on_resume="if_allowed",
-        unit="sequences",
-        minimum=1,
-        synonyms=("global_batch_size", "train_batch_size"),
+        if_allowed(unit="sequences", minimum=1, synonyms="global_batch_size train_batch_size"),
     )
     num_training_steps: int = flag(
         10_000,
         "update steps to train for, exactly",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=1,
-        no_effect=lambda args: (
-            None if args.max_train_tokens is None else f"with --max_train_tokens {args.max_train_tokens}: tokens end the run"
+        if_allowed(
+            warm_start=True,
+            unit="updates",
+            minimum=1,
+            no_effect=lambda args: (
+                None if args.max_train_tokens is None else f"with --max_train_tokens {args.max_train_tokens}: tokens end the run"
+            ),
+            synonyms="max_steps num_steps steps max_iters train_iters total_steps num_iterations",
         ),
-        synonyms=("max_steps", "num_steps", "steps", "max_iters", "train_iters", "total_steps", "num_iterations"),
     )
     max_train_tokens: int | None = flag(
         None,
         "end with the update that reaches this many tokens (150M, 1.1B, ...); replaces num_training_steps",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        kind="tokens",
-        minimum=1,
-        synonyms=("max_tokens", "train_tokens", "num_tokens"),
+        if_allowed(warm_start=True, kind="tokens", minimum=1, synonyms="max_tokens train_tokens num_tokens"),
     )
     optimizer: str = flag(
         "adam",
         f"{' | '.join(OPTIMIZERS)}; published names galore_adamw, ... mean --peft_model galore with one of these",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        choices=tuple(OPTIMIZERS),
-        synonyms=("optim", "optimizer_type"),
+        never(warm_start=True, choices=tuple(OPTIMIZERS), synonyms="optim optimizer_type"),
     )
     lr: float = flag(
-        1e-4,
-        "peak learning rate",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        above=0,
-        synonyms=("learning_rate", "max_lr", "peak_lr", "base_lr"),
+        1e-4, "peak learning rate", if_allowed(warm_start=True, above=0, synonyms="learning_rate max_lr peak_lr base_lr")
     )
     weight_decay: float = flag(
-        0.0,
-        "weight decay, applied to every parameter as published",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        minimum=0,
-        synonyms=("wd",),
+        0.0, "weight decay, applied to every parameter as published", if_allowed(warm_start=True, minimum=0, synonyms="wd")
     )
     beta1: float = flag(
         0.0,
         "momentum of sgd and first moment of adafactor (0: off); the Adam family keeps 0.9",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        minimum=0,
-        below=1,
-        no_effect=lambda args: (
-            None if OPTIMIZERS[args.optimizer].uses_beta1 else f"with --optimizer {args.optimizer}: the Adam family keeps 0.9"
+        never(
+            warm_start=True,
+            minimum=0,
+            below=1,
+            no_effect=lambda args: (
+                None if OPTIMIZERS[args.optimizer].uses_beta1 else f"with --optimizer {args.optimizer}: the Adam family keeps 0.9"
+            ),
+            synonyms="momentum adam_beta1",
         ),
-        synonyms=("momentum", "adam_beta1"),
     )
     grad_clipping: float | None = flag(
         None,
         "clip the global gradient norm to this value (0 or not given: off)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        minimum=0,
-        no_effect=lambda args: (
-            "with an optimizer named *_per_layer, as published; --grad_norm_growth 1.01 limits each tensor's gradient"
-            if args.per_layer and args.grad_clipping is None and "per_layer" not in args.given
-            else None
+        if_allowed(
+            warm_start=True,
+            minimum=0,
+            no_effect=lambda args: (
+                "with an optimizer named *_per_layer, as published; --grad_norm_growth 1.01 limits each tensor's gradient"
+                if args.per_layer and args.grad_clipping is None and "per_layer" not in args.given
+                else None
+            ),
+            synonyms="max_grad_norm grad_clip clip_grad gradient_clipping clip_grad_norm",
         ),
-        synonyms=("max_grad_norm", "grad_clip", "clip_grad", "gradient_clipping", "clip_grad_norm"),
     )
     grad_norm_growth: float | None = flag(
         None,
         "limit each tensor's gradient norm to this many times its last one, e.g. 1.01; works with per_layer too",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        minimum=1,
-        synonyms=("norm_growth_limiter",),
+        if_allowed(warm_start=True, minimum=1, synonyms="norm_growth_limiter"),
     )
     per_layer: bool = flag(
         False,
         "step each parameter in the backward pass and free its gradient at once (published: optimizers *_per_layer)",
-        defines_run=True,
-        on_resume="freely",  # results are bit-identical to whole updates
-        synonyms=("layerwise", "optim_layerwise"),
+        # Results are bit-identical to whole updates.
+        freely(defines_run=True, synonyms="layerwise optim_layerwise"),
     )
     embedding_states: str | None = flag(
         None,
         "moments of embedding and output head with adam8bit and adamw4bit: 32bit (default) | 8bit (as the optimizer's others)",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        choices=EMBEDDING_STATES,
-        no_effect=lambda args: (
-            None if OPTIMIZERS[args.optimizer].low_bit else f"with --optimizer {args.optimizer}: its moments are not quantised"
+        never(
+            warm_start=True,
+            choices=EMBEDDING_STATES,
+            no_effect=lambda args: (
+                None
+                if OPTIMIZERS[args.optimizer].low_bit
+                else f"with --optimizer {args.optimizer}: its moments are not quantised"
+            ),
         ),
     )
     stochastic_rounding: bool = flag(
         False,
         "round new bfloat16 parameters up or down at random, right on average, so that small updates are not lost",
-        defines_run=True,
-        on_resume="never",
-        warm_start=True,
-        no_effect=lambda args: (
-            "with --dtype float32: nothing is rounded" if args.stochastic_rounding and args.dtype == "float32" else None
+        never(
+            warm_start=True,
+            no_effect=lambda args: (
+                "with --dtype float32: nothing is rounded" if args.stochastic_rounding and args.dtype == "float32" else None
+            ),
         ),
     )
     scheduler: str = flag(
         "cosine",
         " | ".join(SCHEDULERS),
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        choices=SCHEDULERS,
-        synonyms=("lr_scheduler_type", "lr_scheduler", "lr_schedule", "lr_decay_style"),
+        if_allowed(warm_start=True, choices=SCHEDULERS, synonyms="lr_scheduler_type lr_scheduler lr_schedule lr_decay_style"),
     )
     min_lr_ratio: float = flag(
         0.1,
         "end of the cosine schedules as a share of the peak",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="share",
-        minimum=0,
-        maximum=1,
-        no_effect=lambda args: "with --scheduler linear, which ends at 0" if args.scheduler == "linear" else None,
-        synonyms=("min_lr", "final_lr_ratio"),
+        if_allowed(
+            warm_start=True,
+            unit="share",
+            minimum=0,
+            maximum=1,
+            no_effect=lambda args: "with --scheduler linear, which ends at 0" if args.scheduler == "linear" else None,
+            synonyms="min_lr final_lr_ratio",
+        ),
     )
     warmup_steps: int = flag(
         1_000,
         "update steps of linear warm-up",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=0,
-        synonyms=("warmup", "num_warmup_steps", "warmup_iters", "warmup_ratio", "lr_warmup_steps"),
+        if_allowed(
+            warm_start=True,
+            unit="updates",
+            minimum=0,
+            synonyms="warmup num_warmup_steps warmup_iters warmup_ratio lr_warmup_steps",
+        ),
     )
     cycle_length: int | None = flag(
         None,
         "update steps per cycle of the cosine schedules (default: one cycle)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=1,
-        no_effect=lambda args: "with --scheduler linear, which has no cycles" if args.scheduler == "linear" else None,
+        if_allowed(
+            warm_start=True,
+            unit="updates",
+            minimum=1,
+            no_effect=lambda args: "with --scheduler linear, which has no cycles" if args.scheduler == "linear" else None,
+        ),
     )
     restart_warmup_steps: int | None = flag(
         None,
         "update steps of warm-up after each restart of cosine_restarts, --restart_every or --relora",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=0,
+        if_allowed(warm_start=True, unit="updates", minimum=0),
     )
     adjust_step: int = flag(
-        0,
-        "shift of the restarts, update steps (cosine_restarts)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        unit="updates",
-        minimum=0,
+        0, "shift of the restarts, update steps (cosine_restarts)", if_allowed(warm_start=True, unit="updates", minimum=0)
     )
 
 
@@ -594,121 +437,72 @@ class RunArguments:
     save_dir: str | None = flag(
         None,
         "the run's folder (default: checkpoints/<config>-<method>-<hash of the arguments>)",
-        defines_run=False,
-        on_resume="freely",
-        unit="folder",
-        synonyms=("output_dir", "out_dir", "run_dir"),
+        freely(unit="folder", synonyms="output_dir out_dir run_dir"),
     )
     save_every: int = flag(
         10_000,
         "update steps between checkpoints; one more is written at the end",
-        defines_run=False,
-        on_resume="freely",
-        unit="updates",
-        minimum=1,
-        synonyms=("save_steps", "save_interval", "checkpoint_every"),
+        freely(unit="updates", minimum=1, synonyms="save_steps save_interval checkpoint_every"),
     )
     keep_checkpoints: int | None = flag(
-        None,
-        "newest checkpoints to keep (default: all)",
-        defines_run=False,
-        on_resume="freely",
-        unit="checkpoints",
-        minimum=1,
-        synonyms=("save_total_limit",),
+        None, "newest checkpoints to keep (default: all)", freely(unit="checkpoints", minimum=1, synonyms="save_total_limit")
     )
     async_save: bool = flag(
-        False,
-        "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)",
-        defines_run=False,
-        on_resume="freely",
+        False, "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)"
     )
     continue_from: str | None = flag(
         None,
         "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to go on from",
-        defines_run=False,
-        on_resume="freely",
-        unit="folder",
-        synonyms=("resume_from_checkpoint", "resume_from", "load_from", "checkpoint"),
+        freely(unit="folder", synonyms="resume_from_checkpoint resume_from load_from checkpoint"),
     )
     resume: str = flag(
         "auto",
         "auto: go on from the newest checkpoint in save_dir; never: start afresh in a numbered folder",
-        defines_run=False,
-        on_resume="freely",
-        choices=("auto", "never"),
+        freely(choices=("auto", "never")),
     )
     on_nonfinite: str = flag(
         "skip",
         "an update whose loss or gradient is not finite: skip it, 10 in a row end the run | stop: save what is needed to look "
         "into it, and end",
-        defines_run=False,
-        on_resume="freely",
-        choices=("skip", "stop"),
+        freely(choices=("skip", "stop")),
     )
     allow_changes: str | None = flag(
-        None,
-        "comma-separated arguments that may differ from the checkpoint's, e.g. lr,num_training_steps",
-        defines_run=False,
-        on_resume="freely",
+        None, "comma-separated arguments that may differ from the checkpoint's, e.g. lr,num_training_steps"
     )
     eval_every: int = flag(
         5_000,
         "update steps between evaluations; one more follows at the end",
-        defines_run=False,
-        on_resume="freely",
-        unit="updates",
-        minimum=1,
-        synonyms=("eval_steps", "eval_interval", "val_interval"),
+        freely(unit="updates", minimum=1, synonyms="eval_steps eval_interval val_interval"),
     )
     eval_tokens: int | None = flag(
         None,
         "tokens to evaluate on (default: 10M for c4, else the whole held-out split)",
-        defines_run=False,  # the trained model does not depend on it
-        on_resume="if_allowed",
-        kind="tokens",
-        minimum=1,
-        synonyms=("eval_iters", "max_eval_tokens", "max_eval_samples"),
+        # The trained model does not depend on it.
+        if_allowed(defines_run=False, kind="tokens", minimum=1, synonyms="eval_iters max_eval_tokens max_eval_samples"),
     )
-    eval_at_start: bool = flag(
-        False,
-        "evaluate before the first update too",
-        defines_run=False,
-        on_resume="freely",
-        synonyms=("eval_on_start",),
-    )
+    eval_at_start: bool = flag(False, "evaluate before the first update too", freely(synonyms="eval_on_start"))
     log_every: int = flag(
         1,
         "update steps between lines of metrics.jsonl",
-        defines_run=False,
-        on_resume="freely",
-        unit="updates",
-        minimum=1,
-        synonyms=("logging_steps", "log_interval", "log_freq"),
+        freely(unit="updates", minimum=1, synonyms="logging_steps log_interval log_freq"),
     )
     name: str | None = flag(
         None,
         "the run's name in wandb (default: the run folder's name)",
-        defines_run=False,
-        on_resume="freely",
-        no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None,
-        synonyms=("run_name", "wandb_name", "exp_name"),
+        freely(
+            no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None,
+            synonyms="run_name wandb_name exp_name",
+        ),
     )
     tags: str | None = flag(
         None,
         "comma-separated tags in wandb",
-        defines_run=False,
-        on_resume="freely",
-        no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None,
-        synonyms=("wandb_tags",),
+        freely(no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None, synonyms="wandb_tags"),
     )
     wandb: str = flag(
         "auto",
         "auto: online with a key, else offline | online | offline | disabled",
-        defines_run=False,
-        on_resume="freely",
-        choices=WANDB_MODES,
-        synonyms=("report_to", "wandb_mode"),
+        freely(choices=WANDB_MODES, synonyms="report_to wandb_mode"),
     )
 
 
@@ -716,88 +510,52 @@ class RunArguments:
 class SystemArguments:
     """system"""
 
-    seed: int = flag(
-        42,
-        "seed of initial values, support and data order",
-        defines_run=True,
-        on_resume="never",
-        minimum=0,
-        below=2**63,
-        synonyms=("random_seed",),
-    )
-    device: str = flag("auto", "auto | cpu | cuda | cuda:N", defines_run=False, on_resume="freely", synonyms=("gpu",))
-    single_gpu: bool = flag(
-        False,
-        "published flag: one process without a process group; refused where torchrun started more",
-        defines_run=False,
-        on_resume="freely",
-    )
+    seed: int = flag(42, "seed of initial values, support and data order", never(minimum=0, below=2**63, synonyms="random_seed"))
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N", freely(synonyms="gpu"))
+    single_gpu: bool = flag(False, "published flag: one process without a process group; refused where torchrun started more")
     parallel: str = flag(
         "ddp",
         "how several processes share the work: ddp (each holds everything) | fsdp (parameters, gradients and moments are "
         "sharded, layers gathered one at a time)",
-        defines_run=False,
-        on_resume="freely",
-        choices=PARALLEL,
-        synonyms=("strategy", "fsdp", "ddp"),
+        freely(choices=PARALLEL, synonyms="strategy fsdp ddp"),
     )
     reduce_dtype: str | None = flag(
         None,
         "dtype in which gradients are summed over processes: bfloat16 | float32 (default: that of the arithmetic)",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        choices=DTYPES,
+        if_allowed(warm_start=True, choices=DTYPES),
     )
     compute_dtype: str | None = flag(
         None,
         "with --parallel fsdp: gather parameters and compute in bfloat16, parameters and moments stay in --dtype float32",
-        defines_run=True,
-        on_resume="if_allowed",
-        warm_start=True,
-        choices={"bfloat16": "bfloat16", "bf16": "bfloat16"},
-        no_effect=lambda args: (
-            f"with --dtype {args.dtype}: parameters have that dtype already" if args.compute_dtype == args.dtype else None
+        if_allowed(
+            warm_start=True,
+            choices={"bfloat16": "bfloat16", "bf16": "bfloat16"},
+            no_effect=lambda args: (
+                f"with --dtype {args.dtype}: parameters have that dtype already" if args.compute_dtype == args.dtype else None
+            ),
+            synonyms="param_dtype",
         ),
-        synonyms=("param_dtype",),
     )
     reshard_after_forward: bool = flag(
         True,
         "with --parallel fsdp: free a layer after its forward pass and gather it again in backward; false keeps all",
-        defines_run=False,
-        on_resume="freely",
-        no_effect=lambda args: (
-            None if args.parallel == "fsdp" else f"with --parallel {args.parallel}: every process holds all layers"
+        freely(
+            no_effect=lambda args: (
+                None if args.parallel == "fsdp" else f"with --parallel {args.parallel}: every process holds all layers"
+            )
         ),
     )
     timeout_s: float = flag(
         1800.0,
         "seconds that processes wait for one another before the run ends; more than the longest save takes",
-        defines_run=False,
-        on_resume="freely",
-        unit="seconds",
-        above=0,
-        synonyms=("timeout", "ddp_timeout"),
+        freely(unit="seconds", above=0, synonyms="timeout ddp_timeout"),
     )
-    force: bool = flag(
-        False,
-        "start even where the plan predicts more memory than the device has",
-        defines_run=False,
-        on_resume="freely",
-    )
-    dry_run: bool = flag(
-        False,
-        "print the plan and stop: no data, no network",
-        defines_run=False,
-        on_resume="freely",
-    )
+    force: bool = flag(False, "start even where the plan predicts more memory than the device has")
+    dry_run: bool = flag(False, "print the plan and stop: no data, no network")
     config: str | None = flag(
         None,
         "YAML or JSON file of these names; the command line wins over it",
-        defines_run=False,
-        on_resume="freely",
-        unit="file",
-        synonyms=("config_file", "config_path"),
+        freely(unit="file", synonyms="config_file config_path"),
     )
 
 

@@ -72,12 +72,33 @@ class Row:
         return f"above {self.above}" if self.minimum is None else f"at least {self.minimum}"
 
 
-def flag(default: Any, help: str, *, defines_run: bool, on_resume: str, choices: Any = None, **row: Any) -> Any:
-    """A dataclass field that is a flag, with its row. choices: names, or a mapping of names to what they mean."""
+def never(*, defines_run: bool = True, **row: Any) -> dict[str, Any]:
+    """The class of a flag that a resumed run cannot change, with the other entries of its row."""
+    return {"on_resume": "never", "defines_run": defines_run, **row}
+
+
+def if_allowed(*, defines_run: bool = True, **row: Any) -> dict[str, Any]:
+    """The class of a flag that a resumed run may change where --allow_changes names it, with the other entries of its row."""
+    return {"on_resume": "if_allowed", "defines_run": defines_run, **row}
+
+
+def freely(*, defines_run: bool = False, **row: Any) -> dict[str, Any]:
+    """The class of a flag that a resumed run may change, with the other entries of its row."""
+    return {"on_resume": "freely", "defines_run": defines_run, **row}
+
+
+def flag(default: Any, help: str, row: Mapping[str, Any] | None = None) -> Any:
+    """A dataclass field that is a flag, with its row.
+
+    row: made by `never`, `if_allowed` or `freely` (the default: most flags are of that class), from the entries of Row that
+    differ from their defaults. There choices may be names without their meanings, and synonyms are separated by spaces.
+    """
+    entries = dict(freely() if row is None else row)
+    choices = entries.get("choices")
     if choices is not None and not isinstance(choices, Mapping):
-        choices = {name: name for name in choices}
-    entry = Row(help, defines_run, on_resume, choices=choices, **row)
-    return dataclasses.field(default=default, metadata={"row": entry})
+        entries["choices"] = {name: name for name in choices}
+    entries["synonyms"] = tuple(entries.get("synonyms", "").split())
+    return dataclasses.field(default=default, metadata={"row": Row(help, **entries)})
 
 
 def rows_of(groups: Iterable[type]) -> dict[str, Row]:

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy")
 TRAIN_SHARDS = 4
@@ -45,7 +45,7 @@ def default_cache_dir() -> Path:
 
 
 def demo_folder(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> Path:
-    """Where `build_demo` puts its result for the installed versions, whether it is there yet or not."""
+    """The folder that `build_demo` creates for the installed versions; it need not exist yet."""
     versions = [f"format {FORMAT_VERSION}", f"python {platform.python_version()}", f"vocabulary {vocab_size}"]
     for package in (*PACKAGES, "sentencepiece"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -60,12 +60,12 @@ def demo_tokenizer_path(folder: str | Path) -> Path:
 
 
 def build_demo(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> Path:
-    """Build the demo shards and tokenizer if they are not there yet, and return their folder.
+    """Builds the demo shards and tokenizer if they do not exist yet, and returns their folder.
 
     The folder holds `demo-train.0000i-of-00004.json.gz`, `demo-validation.00000-of-00001.json.gz`, `demo.model`
     (SentencePiece BPE, pad 0, eos 1, unk 2, no bos, byte fallback, `vocab_size` pieces) and `demo.json` with counts.
-    It appears whole or not at all: it is made beside its place and renamed, and of several processes one builds while
-    the others wait. Raises DataError where the cache folder cannot be written.
+    It is built under a temporary name and renamed, so it appears complete or not at all. Of several processes one builds and the
+    others wait. Raises DataError if the cache folder cannot be written.
     """
     folder = demo_folder(cache_dir, vocab_size)
     if folder.is_dir():
@@ -105,7 +105,7 @@ def _build_into_place(folder: Path, vocab_size: int) -> None:
         try:
             building.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process, on a file system without locks, was faster
+            if not folder.is_dir():  # else another process finished first, on a file system without locks
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -113,7 +113,7 @@ def _build_into_place(folder: Path, vocab_size: int) -> None:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, so that only one process does the work; without locks (some network disks) all may."""
+    """Holds an advisory lock, so that only one process builds; on disks without locks several processes may."""
     with path.open("w") as file:
         try:
             import fcntl

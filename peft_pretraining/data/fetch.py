@@ -1,4 +1,4 @@
-"""Copy files of a data set from a network to a folder, to go on where it was stopped, and verified where the server lets us."""
+"""Copies files of a data set from a network to a folder: resumable, and verified if the server announces checksums."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.network import network_file_info, open_network_file
 from peft_pretraining.data.source import RetryPolicy, Shard, is_remote, open_source, refuse_if_offline
 
@@ -19,7 +19,7 @@ _SHA256 = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
 
 @dataclass(frozen=True)
 class Remote:
-    """What the server says of a file. mark: changes with its content. sha256: of its content. None: it does not say."""
+    """What the server reports about a file. mark: a tag that changes with the content. None: not reported."""
 
     size_bytes: int | None
     mark: str | None
@@ -29,11 +29,11 @@ class Remote:
 def fetch(
     dataset: str, out: Path, *, shards: int, validation_shards: int, text_field: str = "text", progress: bool = True
 ) -> list[Path]:
-    """Copy the first files of both splits; those that are there already are not asked for again.
+    """Copies the first files of both splits; files that were copied before are not requested again.
 
     Raises:
-        DataError: not a data set on a network, not to be had, or other content than the server announced.
-        NetworkGone: no answer; the same call goes on from there.
+        DataError: not a data set on a network, not accessible, or its content differs from what the server announced.
+        NetworkGone: no answer; the same call resumes the copy.
     """
     train = open_source(dataset, "train", text_field=text_field)
     if not train.is_remote:
@@ -48,43 +48,43 @@ def fetch(
 
 
 def fetch_file(shard: Shard, out: Path, retry: RetryPolicy, progress: bool = True) -> Path:
-    """Copy one file to `out` under its name; it appears there whole. Raises DataError, NetworkGone, OSError."""
-    place = out / shard.name
+    """Copies one file to `out` under its name; it appears when it is complete. Raises DataError, NetworkGone, OSError."""
+    target = out / shard.name
     assert is_remote(shard.url)
-    if not place.resolve().is_relative_to(out.resolve()):
+    if not target.resolve().is_relative_to(out.resolve()):
         raise DataError(f"{shard.url}: its name {shard.name!r} leads out of {out}")
     refuse_if_offline(shard.url)
     remote = _remote(network_file_info(shard.url, retry))
-    if place.is_file() and remote.size_bytes in (None, place.stat().st_size):
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.partial")
-    checksum = _begun(partial, remote)
+    if target.is_file() and remote.size_bytes in (None, target.stat().st_size):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    checksum = _resumed_checksum(partial, remote)
     with partial.open("ab") as file, _bar(shard.name, remote, partial.stat().st_size, progress) as bar:
         _copy_rest(shard.url, retry, file, checksum, bar)
         file.flush()
         os.fsync(file.fileno())
     _check(partial, shard.url, remote, checksum.hexdigest())
-    partial.rename(place)
+    partial.rename(target)
     _notes(partial).unlink(missing_ok=True)
-    return place
+    return target
 
 
 def _remote(info: dict[str, Any]) -> Remote:
     size = info.get("size")
     mark = next((str(info[key]) for key in ("blob_id", "ETag", "etag", "Content-MD5") if info.get(key)), None)
     lfs = info.get("lfs") or {}
-    # The hub's file system tells the checksum of large files; over plain HTTP it is their ETag.
-    found = _SHA256.fullmatch(str(lfs.get("sha256") or mark or ""))
-    return Remote(size if isinstance(size, int) else None, mark, found[1] if found else None)
+    # The hub's file system reports the checksum of large files; over plain HTTP it is their ETag.
+    digest = _SHA256.fullmatch(str(lfs.get("sha256") or mark or ""))
+    return Remote(size if isinstance(size, int) else None, mark, digest[1] if digest else None)
 
 
 def _notes(partial: Path) -> Path:
     return partial.with_suffix(".json")
 
 
-def _begun(partial: Path, remote: Remote) -> Any:
-    """The checksum of what is there of the file; nothing is kept that may be of another version of it."""
+def _resumed_checksum(partial: Path, remote: Remote) -> Any:
+    """Returns the checksum of the part copied so far; removes that part if it may belong to another version of the file."""
     notes = _notes(partial)
     checksum = hashlib.sha256()
     try:
@@ -122,7 +122,7 @@ def _check(partial: Path, url: str, remote: Remote, sha256: str) -> None:
     raise DataError(f"{url}: {problem}; what came was removed, run the same command again")
 
 
-def _bar(name: str, remote: Remote, there: int, enabled: bool) -> Any:
+def _bar(name: str, remote: Remote, copied_bytes: int, enabled: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(desc=name, total=remote.size_bytes, initial=there, unit="B", unit_scale=True, disable=not enabled)
+    return tqdm(desc=name, total=remote.size_bytes, initial=copied_bytes, unit="B", unit_scale=True, disable=not enabled)

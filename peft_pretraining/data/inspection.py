@@ -1,4 +1,4 @@
-"""What is in a data set: counts, lengths, what max_length would cut and padding would waste, bad records, a few documents."""
+"""Figures of a data set: counts, lengths, tokens cut at max_length, padding, bad records, and a few documents."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import MAX_EXAMPLES, BadRecord, RawRecord, place_of
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import check_tokenizer
 from peft_pretraining.data.prepared import TokenRecord, read_manifest, seals, verify
-from peft_pretraining.data.records import document_in_split, read_records
+from peft_pretraining.data.records import MAX_EXAMPLES, BadRecord, RawRecord, document_in_split, place_of, read_records
 from peft_pretraining.data.source import Source, Split, open_source, prepared_folder
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 
@@ -21,7 +20,7 @@ _TOGETHER = 64
 
 @dataclass
 class _Seen:
-    """What was met of a split. whole: it was read to its end."""
+    """What was read of a split. whole: the split was read to its end."""
 
     characters: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -43,7 +42,7 @@ def inspect_dataset(
 
     Args:
         tokenizer: None: only characters are counted (of prepared data also tokens).
-        documents: read so many of each split, the first ones; None for all.
+        documents: read only the first `documents` of each split; None for all.
         max_length: ids per sequence, eos included, for the shares that would be cut and padded.
 
     Raises:
@@ -139,7 +138,7 @@ def _lengths(lengths: list[int]) -> dict[str, float] | None:
 
 
 def _shares(tokens: list[int], max_length: int) -> dict[str, float | None]:
-    """Of documents cut, of tokens so lost, and of padding, in the padded layout; eos counts as a token of each document."""
+    """Returns the shares of cut documents, of tokens cut off, and of padding, in the padded layout; eos counts as a token."""
     lengths = np.array([count for count in tokens if count], dtype=np.int64) + 1
     if not len(lengths):
         return {"cut_documents_share": None, "cut_tokens_share": None, "padding_share": None}
@@ -152,17 +151,17 @@ def _shares(tokens: list[int], max_length: int) -> dict[str, float | None]:
 
 
 def shown(text: str, characters: int) -> str:
-    """A text on one line, without anything that a terminal would obey, and not too long."""
+    """Returns the start of a text on one line, with control characters escaped."""
     short = text[:characters]
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
     return escaped + ("…" if len(text) > characters else "")
 
 
 def verify_prepared(dataset: str) -> int:
-    """Compare every checksum of a prepared data set; how many files that were. Raises DataError naming the first bad file."""
+    """Verifies every checksum of a prepared data set; returns the number of files. Raises DataError naming the first bad file."""
     folder = prepared_folder(dataset)
     if folder is None:
-        raise DataError(f"--verify: {dataset} is not prepared data; other files carry no checksums of ours")
+        raise DataError(f"--verify: {dataset} is not prepared data, the only kind with checksums to verify")
     manifest = read_manifest(folder)
     for seal in seals(manifest):
         verify(folder, seal)
@@ -170,7 +169,7 @@ def verify_prepared(dataset: str) -> int:
 
 
 def format_inspection(figures: dict[str, Any]) -> str:
-    """The figures as lines for a person."""
+    """Returns the figures as text for the terminal."""
     lines = []
     for split in ("train", "validation"):
         lines += _split_lines(split, figures[split], figures["max_length"])

@@ -3,7 +3,7 @@
 Lane q reads its share of the files in an order drawn from (seed, epoch, q), in windows of records whose order is drawn
 from (seed, epoch, q, file, window), and cuts its documents into sequences with a carry of its own. Global position p is
 the next sequence of lane p mod R. Ranks and workers only decide which process runs a lane, so the order is the same for
-any number of them, and five integers per lane (`LaneState`) are all that an exact restart needs.
+any number of them, and five integers per lane (`LaneState`) suffice to resume exactly.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import BadRecord, Health, OnBadRecord, RawRecord, SkippedRecords
-from peft_pretraining.data.records import WindowReader, documents_in_split
+from peft_pretraining.data.records import (
+    BadRecord,
+    Health,
+    OnBadRecord,
+    RawRecord,
+    SkippedRecords,
+    WindowReader,
+    documents_in_split,
+)
 from peft_pretraining.data.source import Shard, Source
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
@@ -75,7 +82,7 @@ class Unit(NamedTuple):
 def lane_units(shards: tuple[Shard, ...], lane: int, order: Order, epoch: int) -> list[Unit]:
     """The units that lane `lane` reads in an epoch, in order. Over all lanes, each record of each file exactly once.
 
-    With at least as many files as lanes, about equally long, lanes take whole files (dealt anew in every epoch), and the
+    With at least as many files as lanes, about equally long, lanes take whole files (distributed anew in every epoch), and the
     remainder is split; otherwise every file is split by record number, so that lanes are equally long.
     """
     num_lanes = order.lanes
@@ -95,7 +102,7 @@ def _about_equal(shards: tuple[Shard, ...]) -> bool:
 def _permutation(count: int, seed: int, epoch: int, *key: object) -> list[int]:
     digest = hashlib.blake2b(repr((seed, epoch, *key)).encode(), digest_size=16).digest()
     draw = random.Random(int.from_bytes(digest, "big")).random
-    # Sorting by drawn keys rests on random() alone, whose sequence Python promises to keep; shuffle has no such promise.
+    # Uses random() only, whose sequence Python guarantees across versions; shuffle has no such guarantee.
     keys = [draw() for _ in range(count)]
     return sorted(range(count), key=keys.__getitem__)
 
@@ -215,7 +222,7 @@ def packed_sequences(
 ) -> Iterator[tuple[np.ndarray, Position]]:
     """Sequences of exactly max_length ids; the rest of a finite stream (less than max_length ids) comes last.
 
-    inside(position of a document, ids used): the position from which a restarted stream goes on in mid-document. Yields
+    inside(position of a document, ids used): the position from which a restarted stream continues inside a document. Yields
     (int32 ids, position after them).
     """
     sequence = np.empty(max_length, dtype=np.int32)

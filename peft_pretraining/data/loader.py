@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_pretraining.data.bad_records import MAX_EXAMPLES, BadRecord, Health, OnBadRecord, SkippedRecords
-from peft_pretraining.data.errors import DataError, TokenizerError
+from peft_pretraining.data import DataError, TokenizerError
 from peft_pretraining.data.lanes import (
     ORDER_VERSION,
     Document,
@@ -28,7 +27,17 @@ from peft_pretraining.data.lanes import (
     pad_and_label,
     padded_sequences,
 )
-from peft_pretraining.data.records import UNREADABLE_FILE, check_source, document_in_split, read_records
+from peft_pretraining.data.records import (
+    MAX_EXAMPLES,
+    UNREADABLE_FILE,
+    BadRecord,
+    Health,
+    OnBadRecord,
+    SkippedRecords,
+    check_source,
+    document_in_split,
+    read_records,
+)
 from peft_pretraining.data.source import Source
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 from peft_pretraining.data.workers import Workers
@@ -62,12 +71,12 @@ def _make_batch(
 
 
 def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
-    """Refuse prepared data whose ids were made with another tokenizer. Raises TokenizerError naming both tokenizers."""
-    made_with = source.prepared
-    if made_with is not None and made_with.fingerprint != tokenizer.fingerprint:
+    """Raises TokenizerError, naming both tokenizers, if prepared data was made with another tokenizer."""
+    prepared = source.prepared
+    if prepared is not None and prepared.fingerprint != tokenizer.fingerprint:
         raise TokenizerError(
             f"--tokenizer {tokenizer.name} (fingerprint {tokenizer.fingerprint}) is not the one that {source.dataset} was "
-            f"prepared with: {made_with.name} (fingerprint {made_with.fingerprint}); leave --tokenizer out, or prepare "
+            f"prepared with: {prepared.name} (fingerprint {prepared.fingerprint}); leave --tokenizer out, or prepare "
             "the data anew"
         )
 
@@ -118,7 +127,7 @@ class TrainLoader:
         pin_memory: bool = False,
         on_bad_record: OnBadRecord = "skip",
     ):
-        """Check the numbers and read a first document.
+        """Checks the arguments and reads a first document.
 
         Args:
             max_length: ids per sequence, T. batch_size: sequences per micro-batch, B.
@@ -130,7 +139,7 @@ class TrainLoader:
                 DataError at the first.
 
         Raises:
-            ValueError: numbers that do not fit together.
+            ValueError: the numbers of lanes, processes, sequences or workers are out of range or do not divide.
             DataError: the source cannot be read or holds nothing.
             TokenizerError: the source is prepared with another tokenizer.
         """
@@ -143,7 +152,7 @@ class TrainLoader:
         if rank == 0:
             self._warn(workers)
         self._pin_memory = pin_memory
-        self._taken = 0  # sequences that this rank has handed out since the run began
+        self._taken = 0  # sequences that this rank has returned since the run began
         self._states = dict.fromkeys(self._lanes, LaneState())
         self._skipped: Counter[str] = Counter()
         self._examples_shown = 0
@@ -161,7 +170,7 @@ class TrainLoader:
             )
         if source.is_remote and any(unit.parts > 1 for unit in lane_units(source.shards, 0, self._order, 0)):
             _log.warning(
-                "each of the %d data lanes reads all of %s over the network, since these files cannot be dealt out evenly; "
+                "each of the %d data lanes reads all of %s over the network, since these files cannot be distributed evenly; "
                 "a local copy, or fewer --data_lanes, saves traffic",
                 *(lanes, source.location),
             )
@@ -202,7 +211,7 @@ class TrainLoader:
             _log.warning("bad record passed over: %s%s", example, last)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state after the last batch handed out: `merge_states` of all ranks' is what `load_state_dict` takes.
+        """Returns the JSON-able state after the last returned batch; `load_state_dict` takes all ranks' states, merged.
 
         position: sequences returned by all ranks since the run began. lanes: this rank's lanes, five integers each.
         bad_records: skipped records, by kind. order: the settings of the order that the positions refer to.
@@ -267,7 +276,7 @@ def _in_turn(rounds: Iterator[list[LaneSequence]], lanes: Sequence[int], workers
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state from those of all ranks, taken after the same number of batches. Raises ValueError if they disagree."""
+    """Merges the states of all ranks, taken after the same number of batches. Raises ValueError if they disagree."""
     positions = {state["position"] for state in states}
     if len(positions) != 1:
         raise ValueError(f"ranks have read to different positions: {sorted(positions)}")
@@ -315,7 +324,7 @@ class _SplitDocuments:
     source: Source
     tokenizer: Tokenizer
     on_bad_record: OnBadRecord
-    enough: int | None  # ids of a document that are needed
+    enough: int | None  # number of ids needed of a document, None for all
     chunk: int = 64
 
     def items(self, worker: int, workers: int) -> Iterator[_EncodedTexts]:
@@ -348,7 +357,7 @@ class _SplitDocuments:
 
 
 class EvalSet:
-    """The held-out sequences, the same whatever the batch size and the number of ranks; can be iterated many times.
+    """The held-out sequences, the same for any batch size and number of ranks; can be iterated repeatedly.
 
     Sequences stand in the order of the files, in the layout of training; sequence i belongs to rank i mod N. It ends
     with the sequence at which the number of targets reaches max_tokens. Tokenised at the first use and kept (2 bytes
@@ -383,7 +392,7 @@ class EvalSet:
         check_source(source)
 
     def prepare(self) -> None:
-        """Read and tokenise what is to be evaluated on, once; iterating does it otherwise. Raises DataError."""
+        """Reads and tokenises the evaluation data, unless done before; iterating does so too. Raises DataError."""
         self._tokenised()
 
     @property
@@ -399,14 +408,14 @@ class EvalSet:
 
     def __iter__(self) -> Iterator[Batch]:
         ids, offsets = self._tokenised()
-        own = range(self._rank, len(offsets) - 1, self._world_size)
+        indices = range(self._rank, len(offsets) - 1, self._world_size)
         # The same number of batches on every rank, perhaps with an empty last one: a sharded model's forward pass is collective.
         for first in range(0, -(-(len(offsets) - 1) // self._world_size), self._batch_size):
-            sequences = [ids[offsets[i] : offsets[i + 1]] for i in own[first : first + self._batch_size]]
+            sequences = [ids[offsets[i] : offsets[i + 1]] for i in indices[first : first + self._batch_size]]
             yield _make_batch(sequences or [ids[:1]], self._max_length, self._tokenizer.pad_id, self._pin_memory)
 
     def _tokenised(self) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all sequences end to end, where each begins and the last one ends)."""
+        """Returns the ids of all sequences end to end, and the offsets of their starts and of the last end."""
         if self._kept is None:
             dtype = np.uint16 if self._tokenizer.text_vocab_size <= 2**16 else np.int32
             sequences, num_targets = [], 0
@@ -435,10 +444,10 @@ class EvalSet:
         documents = ((Document(ids), None, None) for ids in self._documents(chunks))
         eos_id, max_length = self._tokenizer.eos_id, self._max_length
         if self._packing:
-            made = packed_sequences(documents, eos_id=eos_id, max_length=max_length, inside=lambda here, used: here)
+            sequences = packed_sequences(documents, eos_id=eos_id, max_length=max_length, inside=lambda here, used: here)
         else:
-            made = padded_sequences(documents, eos_id=eos_id, max_length=max_length)
-        return (ids for ids, _ in made)
+            sequences = padded_sequences(documents, eos_id=eos_id, max_length=max_length)
+        return (ids for ids, _ in sequences)
 
     def _documents(self, chunks: Iterator[_EncodedTexts]) -> Iterator[list[int]]:
         shown = 0

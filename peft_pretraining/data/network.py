@@ -1,7 +1,8 @@
-"""Files on other machines, read with patience: a read that breaks goes on at the byte where it broke.
+"""Streams that report damage and survive interruptions: files on other machines, and zstd-compressed files.
 
-Over this layer a decompressor or a parser sees an ordinary file. It knows which failures may pass (dropped connections,
-silence, HTTP 408, 429 and 5xx, with the wait that the server asks for) and which will not.
+A network read that breaks is retried and continues at the byte where it broke, so a decompressor or a parser sees an ordinary
+file. Retried are failures that may pass: dropped connections, silence, and HTTP 408, 429 and 5xx, after the wait that the server
+asks for.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, TypeVar
 
-from peft_pretraining.data.errors import DataError, NetworkGone, causes, first_line
+from peft_pretraining.data import DataError, NetworkGone, causes, first_line
 from peft_pretraining.data.source import RetryPolicy
 
 T = TypeVar("T")
@@ -22,18 +23,20 @@ _BUFFER_BYTES = 2**18
 # One request of this size at a time: an idle reader holds no connection that the server could drop.
 _BLOCK_BYTES = 2**21
 _SILENCE_S = 60.0
+# Where a compressed file is damaged, at most this much before the damage is lost.
+_ZSTD_STEP_BYTES = 2**13
 
 
 def open_network_file(url: str, retry: RetryPolicy, block_bytes: int | None = None) -> IO[bytes]:
-    """A seekable file at an fsspec address, asked for in blocks of `block_bytes` (default: 2 MiB).
+    """Opens a seekable file at an fsspec address; it is requested in blocks of `block_bytes` (default: 2 MiB).
 
-    Reading raises DataError where trying again is useless, NetworkGone where it was in vain.
+    Reading raises DataError for errors that a retry cannot cure, and NetworkGone when all retries failed.
     """
     return io.BufferedReader(_NetworkFile(url, retry, block_bytes or _BLOCK_BYTES), _BUFFER_BYTES)
 
 
 class _NetworkFile(io.RawIOBase):
-    """A remote file whose reads, when they break, are tried again from the byte where they broke."""
+    """A remote file; a read that breaks is retried from the byte where it broke."""
 
     def __init__(self, url: str, retry: RetryPolicy, block_bytes: int):
         self._url, self._block_bytes = url, block_bytes
@@ -56,12 +59,12 @@ class _NetworkFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: 0}[whence]
         if whence == io.SEEK_END:
-            base = self._persist(lambda file: int(file.size))
+            base = self._retried(lambda file: int(file.size))
         self._offset = base + offset
         return self._offset
 
     def readinto(self, buffer: Any) -> int:
-        content = self._persist(lambda file: self._read(file, len(buffer)))
+        content = self._retried(lambda file: self._read(file, len(buffer)))
         self._offset += len(content)
         buffer[: len(content)] = content
         return len(content)
@@ -71,8 +74,8 @@ class _NetworkFile(io.RawIOBase):
             self._drop()
         super().close()
 
-    def _persist(self, action: Callable[[Any], T]) -> T:
-        """The result of an action on the open file, tried until it succeeds. Raises DataError where that is useless."""
+    def _retried(self, action: Callable[[Any], T]) -> T:
+        """Returns the result of an action on the open file, retried until it succeeds. Raises DataError, NetworkGone."""
         while True:
             try:
                 if self._file is None:
@@ -91,7 +94,7 @@ class _NetworkFile(io.RawIOBase):
     def _open(self) -> Any:
         file_system, path = _file_system(self._url)
         file = file_system.open(path, "rb", block_size=self._block_bytes if self._ranges else 0)
-        # Known where the server tells it; a file opened as a stream after that no longer says.
+        # A file opened as a stream does not report its size, so the size reported earlier is kept.
         self._size = getattr(file, "size", None) or self._size
         return file
 
@@ -100,10 +103,10 @@ class _NetworkFile(io.RawIOBase):
             file.seek(self._offset)
             self._file_offset = self._offset
         while self._file_offset < self._offset:
-            passed_over = len(file.read(min(_BUFFER_BYTES, self._offset - self._file_offset)))
-            if not passed_over:
+            skipped = len(file.read(min(_BUFFER_BYTES, self._offset - self._file_offset)))
+            if not skipped:
                 raise ConnectionError("the transfer ended early")
-            self._file_offset += passed_over
+            self._file_offset += skipped
         content: bytes = file.read(count)
         if not content and self._size is not None and self._offset < self._size:
             raise ConnectionError("the transfer ended early")
@@ -112,7 +115,7 @@ class _NetworkFile(io.RawIOBase):
 
     def _drop(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(Exception):  # what is closed is broken already
+            with contextlib.suppress(Exception):  # the connection may be broken already
                 self._file.close()
         self._file = None
 
@@ -132,7 +135,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def network_file_info(url: str, retry: RetryPolicy) -> dict[str, Any]:
-    """What the server says of a file: size, and its own marks and checksums. Raises DataError, NetworkGone."""
+    """Returns what the server reports about a file: size, version tags, checksums. Raises DataError, NetworkGone."""
     attempts = _Attempts(url, retry)
     while True:
         try:
@@ -143,7 +146,7 @@ def network_file_info(url: str, retry: RetryPolicy) -> dict[str, Any]:
 
 
 class _Attempts:
-    """Counts tries without progress, waits between them, and gives up with NetworkGone."""
+    """Counts failed attempts since the last success, waits before each retry, and raises NetworkGone after the last one."""
 
     _contact_made = False  # in this process, with any file
 
@@ -156,7 +159,7 @@ class _Attempts:
         _Attempts._contact_made = True
 
     def wait_or_raise(self, error: Exception) -> None:
-        """Sleep before the next try. Raises DataError where another one is useless, NetworkGone where the tries are used up."""
+        """Sleeps before the next attempt. Raises DataError if a retry cannot help, NetworkGone if no attempts are left."""
         if isinstance(error, ImportError):
             raise DataError(f"{self._url} cannot be read: {error}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -184,14 +187,14 @@ def _is_transient(error: BaseException) -> bool:
     for status in map(_http_status, chain):
         if status is not None:
             return status in (408, 429) or status >= 500
-    # fsspec reports whatever happens over HTTP as FileNotFoundError, so what caused it is asked first.
-    if any(_is_connection_trouble(cause) for cause in chain):
+    # fsspec reports every HTTP failure as FileNotFoundError, so the error that caused it is examined first.
+    if any(_is_connection_error(cause) for cause in chain):
         return True
     permanent = FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
     return any(isinstance(cause, OSError) and not isinstance(cause, permanent) for cause in chain)
 
 
-def _is_connection_trouble(error: BaseException) -> bool:
+def _is_connection_error(error: BaseException) -> bool:
     # asyncio.TimeoutError is another class than TimeoutError before Python 3.11.
     if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError | http.client.HTTPException):
         return True
@@ -199,7 +202,7 @@ def _is_connection_trouble(error: BaseException) -> bool:
 
 
 def _retry_after_s(error: BaseException) -> float:
-    """What the server asked for in its Retry-After header (seconds or a date), 0 if nothing."""
+    """Returns the wait in the server's Retry-After header (seconds or a date); 0 without one."""
     for cause in causes(error):
         headers = getattr(cause, "headers", None) or getattr(getattr(cause, "response", None), "headers", None)
         value = headers.get("Retry-After") if headers is not None else None
@@ -210,3 +213,52 @@ def _retry_after_s(error: BaseException) -> float:
                 with contextlib.suppress(ValueError, TypeError):
                     return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
+
+
+# --- Streams of compressed files ---
+
+
+class ZstdStream(io.RawIOBase):
+    """Decompresses zstd frames; unlike the library's own stream it tells a truncated file (EOFError) from a whole one."""
+
+    def __init__(self, file: IO[bytes], url: str):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(f"{url}: reading .zst files needs the package zstandard") from error
+        self._error = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._file = file
+        self._inside_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._file.read(_ZSTD_STEP_BYTES)
+            if not compressed:
+                if self._inside_frame:
+                    raise EOFError("compressed file ended before the end of its last frame")
+                return 0
+            self._ready = memoryview(self._decompress(compressed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompress(self, compressed: bytes) -> bytes:
+        parts = []
+        try:
+            while compressed:
+                parts.append(self._frame.decompress(compressed))
+                self._inside_frame = not self._frame.eof
+                compressed = b""
+                if self._frame.eof:
+                    compressed = self._frame.unused_data
+                    self._frame = self._new_frame()
+        except self._error as error:
+            raise EOFError(str(error)) from error
+        return b"".join(parts)

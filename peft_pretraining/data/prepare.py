@@ -1,7 +1,7 @@
-"""Tokenise a data set once into files that training maps into memory. Stopped at any instant it goes on, to the same bytes.
+"""Tokenises a data set once into files that training maps into memory; resumable at any point, with bit-identical results.
 
-Files of the source are done one after the other. One under way has two `.partial` files and a progress file that says how
-much of them counts; a finished one has a `.done.json`; when all are finished, the manifest replaces these.
+Source files are processed one after the other. A file in progress has two `.partial` files and a progress file with their valid
+lengths, a finished file has a `.done.json`. When all are finished, the manifest replaces these.
 """
 
 import contextlib
@@ -17,8 +17,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import BadRecord, Health, OnBadRecord, RawRecord
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.prepared import (
     BAD_KINDS,
     INDEX,
@@ -39,10 +38,20 @@ from peft_pretraining.data.prepared import (
     shard_from,
     verify,
 )
-from peft_pretraining.data.records import UNREADABLE_FILE, document_text, is_held_out, read_records
+from peft_pretraining.data.records import (
+    UNREADABLE_FILE,
+    BadRecord,
+    Health,
+    OnBadRecord,
+    RawRecord,
+    document_text,
+    is_held_out,
+    read_records,
+)
 from peft_pretraining.data.source import Source, open_source, prepared_folder
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
+_INDEX_BYTES = np.dtype(INDEX).itemsize  # of one record
 _TOGETHER = 256  # records that are encoded in one call
 _COMMIT_RECORDS = 4096  # what a crash costs at most
 _SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
@@ -72,16 +81,16 @@ def prepare(
     on_bad_record: OnBadRecord = "skip",
     progress: bool = True,
 ) -> Manifest:
-    """Tokenise both splits of a data set into the folder `out`, or go on with it where it was stopped.
+    """Tokenises both splits of a data set into the folder `out`, or resumes an unfinished preparation there.
 
     Args:
-        documents: at most so many of each split, the first ones; None for all.
-        on_bad_record: keep the places of bad records as such, or raise DataError at the first.
+        documents: use only the first `documents` of each split; None for all.
+        on_bad_record: "skip" records a bad record's place and kind; "fail" raises DataError at the first.
         progress: show a bar.
 
     Raises:
-        DataError: the data cannot be read, `out` holds something else or another preparation, or is being written to.
-        NetworkGone: as for reading; the same call goes on from there.
+        DataError: the data cannot be read, or `out` holds other files or another preparation, or is in use by another process.
+        NetworkGone: no answer; the same call resumes.
     """
     if prepared_folder(dataset) is not None:
         raise DataError(f"dataset {dataset!r} is prepared already")
@@ -90,11 +99,11 @@ def prepare(
     job = Job(dataset, text_field, documents, tokenizer.name, tokenizer.fingerprint, *fingerprints)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _only_one(out):
+        with _locked(out):
             if is_prepared(out):
                 manifest = _finished(out, job)
             else:
-                manifest = _go_on(out, job, _tasks(train, validation), tokenizer, on_bad_record, progress)
+                manifest = _continued(out, job, _tasks(train, validation), tokenizer, on_bad_record, progress)
             _remove_traces(out)
     except OSError as error:
         raise DataError(f"cannot write to {error.filename or out}: {error.strerror or error}") from error
@@ -118,20 +127,22 @@ def _finished(out: Path, job: Job) -> Manifest:
     return manifest
 
 
-def _refuse_other_job(out: Path, there: Job, wanted: Job) -> None:
-    before, now = asdict(there), asdict(wanted)
-    # Names may differ where what they stand for is the same: a folder by another path, a tokenizer's copy.
+def _refuse_other_job(out: Path, existing: Job, wanted: Job) -> None:
+    before, now = asdict(existing), asdict(wanted)
+    # The names may differ if the contents agree: the same folder by another path, a copy of the tokenizer.
     differing = [name for name in before if before[name] != now[name] and name not in ("dataset", "tokenizer")]
     if differing:
         changes = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in differing)
         raise DataError(f"{out} was begun with {changes}; prepare into another --out, or remove this one")
 
 
-def _go_on(out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad_record: OnBadRecord, progress: bool) -> Manifest:
+def _continued(
+    out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad_record: OnBadRecord, progress: bool
+) -> Manifest:
     if (out / JOB).is_file():
-        there = _read_job(out)
-        _refuse_other_job(out, there, job)
-        job = there
+        existing = _read_job(out)
+        _refuse_other_job(out, existing, job)
+        job = existing
     elif any(not path.name.startswith(".") for path in out.iterdir()):
         raise DataError(f"--out {out} holds other files; name a new folder")
     else:
@@ -149,7 +160,7 @@ def _go_on(out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad
             shards.append(preparation.finished() or preparation.run())
             done.update(shards[-1].counts)
     if job.documents is not None:
-        shards = [_of_own_size(shard) for shard in shards]
+        shards = [_with_token_size(shard) for shard in shards]
     manifest = Manifest(job, tokenizer.text_vocab_size, tuple(shards))
     if not manifest.total("train"):
         raise DataError(f"dataset {job.dataset!r}: no document to train on")
@@ -157,8 +168,9 @@ def _go_on(out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad
     return manifest
 
 
-def _of_own_size(shard: PreparedShard) -> PreparedShard:
-    """Of a part of the data the source's sizes would not tell which files are about equal."""
+def _with_token_size(shard: PreparedShard) -> PreparedShard:
+    """Replaces the source file's size by that of the tokens: with --documents the source's sizes no longer show which files
+    are about equal."""
     return PreparedShard(**{**vars(shard), "size_bytes": shard.ids.size_bytes})
 
 
@@ -179,7 +191,7 @@ def _save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> Iterator[None]:
     with (out / ".lock").open("w") as file:
         try:
             import fcntl
@@ -202,7 +214,7 @@ def _bar(total: int | None, enabled: bool) -> Any:
 
 
 class _Preparation:
-    """One file of the source on its way to tokens."""
+    """Tokenises one file of the source."""
 
     def __init__(self, out: Path, task: _Task, tokenizer: Tokenizer, health: Health, documents: int | None, bar: Any):
         self._out, self._task, self._tokenizer, self._health = out, task, tokenizer, health
@@ -213,7 +225,7 @@ class _Preparation:
         bar.set_description(f"{self._limited} {self._shard.name}")
 
     def finished(self) -> PreparedShard | None:
-        """What the file became, if an earlier call finished it and its checksums still hold."""
+        """Returns the result of an earlier call that finished the file, if its checksums still agree; otherwise None."""
         if not self._done_file.is_file():
             return None
         shard = shard_from(json.loads(self._done_file.read_text(encoding="utf-8")))
@@ -222,7 +234,7 @@ class _Preparation:
             for seal in (shard.ids, shard.index):
                 verify(self._out, seal)
         except DataError as error:
-            self._bar.write(f"notice: {error}. It is made anew")
+            self._bar.write(f"notice: {error}. The file is prepared again")
             self._done_file.unlink()
             return None
         self._count(shard.counts[self._limited])
@@ -263,9 +275,9 @@ class _Preparation:
 
     def _note_bad(self, writer: "_Writer", bad: BadRecord, record: RawRecord) -> None:
         if bad.kind == UNREADABLE_FILE:
-            # Unlike a run, which has to go on, a preparation can wait until the file is mended.
+            # A run has to continue without the file; a preparation can wait until it is repaired.
             raise DataError(
-                f"{self._shard.url} cannot be read: {bad.detail}; mend it and run the same command: it goes on from there"
+                f"{self._shard.url} cannot be read: {bad.detail}; repair it and run the same command again, which resumes here"
             )
         self._health.bad_record(bad, self._task.shard_index, record)
         writer.add_bad(bad.kind)
@@ -297,10 +309,10 @@ class _Preparation:
 
 
 class _Writer:
-    """The two files of ids and index, as far as they are written. A context manager that closes them."""
+    """Writes the files of ids and index of one source file; a context manager that closes them."""
 
     def __init__(self, out: Path, stem: str, vocab_size: int):
-        """Open the files, cut to where the progress file says that they are whole."""
+        """Opens the files, truncated to the valid lengths in the progress file."""
         self._out = out
         self._names = f"{stem}{ids_suffix(vocab_size)}", f"{stem}{INDEX_SUFFIX}"
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
@@ -309,7 +321,7 @@ class _Writer:
         self.counts = Counter(dict.fromkeys(_COUNTS, 0) | progress["counts"])
         self.bad_records: Counter[str] = Counter(progress["bad_records"])
         self._end = int(progress["ids"])  # ids written
-        sizes = self._end * self._dtype.itemsize, self.counts["records"] * INDEX.itemsize
+        sizes = self._end * self._dtype.itemsize, self.counts["records"] * _INDEX_BYTES
         self._checksums = new_checksum(), new_checksum()
         self._files: list[IO[bytes]] = []
         for name, size, checksum in zip(self._names, sizes, self._checksums, strict=True):
@@ -329,15 +341,15 @@ class _Writer:
         if not self._progress_file.is_file():
             return empty
         progress: dict[str, Any] = json.loads(self._progress_file.read_text(encoding="utf-8"))
-        sizes = progress["ids"] * self._dtype.itemsize, progress["counts"].get("records", 0) * INDEX.itemsize
+        sizes = progress["ids"] * self._dtype.itemsize, progress["counts"].get("records", 0) * _INDEX_BYTES
         for name, size in zip(self._names, sizes, strict=True):
             path = _partial(self._out, name)
             if not path.is_file() or path.stat().st_size < size:
-                return empty  # taken away by someone: from the start
+                return empty  # a partial file was removed or cut: start again
         return progress
 
     def add_document(self, ids: Ids, characters: int, split: str, by_rule: bool) -> None:
-        """Append a document of `split`; by_rule: where the hold-out rule said which."""
+        """Append a document of `split`; by_rule: the hold-out rule chose the split."""
         self._ids.append(np.asarray(ids, dtype=self._dtype))
         self._end += len(ids)
         kind = split if len(ids) else "empty"
@@ -345,7 +357,7 @@ class _Writer:
         self._add_record(characters, 0, by_rule and split == "validation")
 
     def add_bad(self, kind: str) -> None:
-        """Append the place of a bad record."""
+        """Appends an index entry for a bad record."""
         self.bad_records[kind] += 1
         self._add_record(0, BAD_KINDS.index(kind), False)
 

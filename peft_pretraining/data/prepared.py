@@ -5,17 +5,20 @@ holds 14 bytes for each record of the source, including bad records and both sid
 and with them the order of the data, are those of the source. Any record is read directly.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
+from peft_pretraining.data import DataError
 
-from peft_pretraining.data.errors import DataError
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "prepared.json"
 JOB = "job.json"  # the Job of a preparation; without a manifest beside it the preparation is unfinished
@@ -23,7 +26,7 @@ TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
 INDEX_SUFFIX = ".index"
 # end: ids up to and with this record. characters: of its text. kind: number in BAD_KINDS. held_out: by the hold-out rule.
-INDEX = np.dtype([("end", "<u8"), ("characters", "<u4"), ("kind", "u1"), ("held_out", "u1")])
+INDEX = [("end", "<u8"), ("characters", "<u4"), ("kind", "u1"), ("held_out", "u1")]
 # 0 is a document. Numbers are in files: new kinds go to the end.
 BAD_KINDS = (
     "",
@@ -43,7 +46,7 @@ class Job:
 
     dataset: str
     text_field: str
-    documents: int | None  # at most so many of each split; None for all
+    documents: int | None  # the first ones of each split; None for all
     tokenizer: str  # name, for messages
     tokenizer_fingerprint: str
     train_fingerprint: str  # of the source's files
@@ -62,9 +65,9 @@ class FileSeal:
 
 @dataclass(frozen=True)
 class PreparedShard:
-    """One file of the source as tokens. name: of the source's file. split: "both" where the hold-out rule tells them apart.
+    """One file of the source as tokens. name: of the source's file. split: "both" if the hold-out rule chooses the split.
 
-    size_bytes: what the order of the data goes by (lanes.py): the source's size, so that the order is that of the source.
+    size_bytes: the source file's size, on which the order of the data depends (lanes.py), so that the order is the source's.
     """
 
     name: str
@@ -95,19 +98,19 @@ def is_prepared(folder: str | Path) -> bool:
 
 
 def is_unfinished(folder: str | Path) -> bool:
-    """Whether a folder holds a preparation that was stopped before its end."""
+    """Whether a folder holds an unfinished preparation."""
     return not is_prepared(folder) and os.path.isfile(os.path.join(folder, JOB))
 
 
 def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
-    """The manifest of a prepared data set. Raises DataError: not one, of another format, a file missing or of another size."""
+    """Reads the manifest of prepared data. Raises DataError: no manifest, another format, a file missing or of another size."""
     path = Path(folder) / MANIFEST
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["job"]["format"] != FORMAT_VERSION:
             raise DataError(
                 f"{folder} was prepared in format {document['job']['format']}, this version reads {FORMAT_VERSION}; "
-                "prepare it anew in another folder"
+                "prepare it again in another folder"
             )
         shards = tuple(shard_from(shard) for shard in document["shards"])
         manifest = Manifest(Job(**document["job"]), document["vocab_size"], shards)
@@ -116,7 +119,7 @@ def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); prepare the data anew in another folder") from None
+        raise DataError(f"{path} is damaged ({error!r}); prepare the data again in another folder") from None
     if check_sizes:
         for seal in seals(manifest):
             _check_size(Path(folder), seal)
@@ -143,11 +146,11 @@ def _check_size(folder: Path, seal: FileSeal) -> None:
     try:
         size = (folder / seal.name).stat().st_size
     except OSError as error:
-        raise DataError(f"{folder / seal.name} cannot be read: {error.strerror}; prepare the data anew") from error
+        raise DataError(f"{folder / seal.name} cannot be read: {error.strerror}; prepare the data again") from error
     if size != seal.size_bytes:
         raise DataError(
             f"{folder / seal.name} has {size:,} bytes instead of {seal.size_bytes:,}: it was truncated or changed; copy or "
-            "prepare the data anew"
+            "prepare the data again"
         )
 
 
@@ -156,7 +159,7 @@ def verify(folder: Path, seal: FileSeal) -> None:
     _check_size(folder, seal)
     if checksum_of(folder / seal.name) != seal.checksum:
         raise DataError(
-            f"{folder / seal.name}: its checksum is not that of {MANIFEST}: bits have changed; copy or prepare it anew"
+            f"{folder / seal.name}: its checksum differs from {MANIFEST}: the content has changed; copy or prepare it again"
         )
 
 
@@ -170,7 +173,7 @@ def checksum_of(path: Path) -> str:
 
 
 def new_checksum() -> Any:
-    """The hash that checksums are made with, with the methods of those of hashlib."""
+    """Returns a new hashlib object for checksums."""
     return hashlib.blake2b(digest_size=16)
 
 
@@ -196,8 +199,7 @@ class TokenFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        dtype = np.dtype({".uint16": "<u2", ".uint32": "<u4"}[self.path.suffix])
-        self._ids = _mapped(self.path, dtype)
+        self._ids = _mapped(self.path, {".uint16": "<u2", ".uint32": "<u4"}[self.path.suffix])
         self._index = _mapped(self.path.with_suffix(INDEX_SUFFIX), INDEX)
 
     def __len__(self) -> int:
@@ -221,14 +223,17 @@ class TokenFile:
 
 
 def damaged(path: Path | str, number: int) -> DataError:
-    """The error for tokens that cannot be what was written."""
+    """Returns the error for tokens or an index that cannot have been written so."""
     return DataError(
-        f"{path}, record {number + 1}: not what was prepared, the file is damaged; "
-        "`python -m peft_pretraining data inspect --verify` compares checksums"
+        f"{path}, record {number + 1}: the file is damaged; `python -m peft_pretraining data inspect --verify` compares checksums"
     )
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+def _mapped(path: Path, dtype: Any) -> np.ndarray:
+    """The content of a file as an array, mapped into memory. Raises DataError."""
+    # A dry run describes prepared data without loading numpy.
+    import numpy as np
+
     try:
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)

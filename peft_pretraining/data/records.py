@@ -1,7 +1,7 @@
 """Reads the records of a file in order: lines of JSON, blocks of text, rows of parquet, prepared tokens; from disk or network.
 
 An interrupted network read continues at the record where it broke. Reading returns raw records; `document_in_split` returns the
-document that a raw record holds, or why the record is bad.
+document that a raw record holds, or why the record is bad. `Health` bounds the number of bad records and files.
 """
 
 import contextlib
@@ -10,22 +10,130 @@ import hashlib
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator
-from typing import IO, Any, cast
+from dataclasses import dataclass, field
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from peft_pretraining.data.bad_records import BadRecord, Health, RawRecord, place_of
-from peft_pretraining.data.errors import DataError, first_line
-from peft_pretraining.data.network import open_network_file
+from peft_pretraining.data import DataError, first_line
+from peft_pretraining.data.network import ZstdStream, open_network_file
 from peft_pretraining.data.prepared import TokenFile, TokenRecord, damaged
 from peft_pretraining.data.source import HELD_OUT_ONE_IN, RetryPolicy, Shard, Source, refuse_if_offline
 
 UNREADABLE_FILE = "unreadable_file"
+_BUFFER_BYTES = 2**18
 # Longer records, such as an endless line of a file of another kind, are skipped and never held in memory.
 MAX_RECORD_BYTES = 2**28
-_BUFFER_BYTES = 2**18
-_ZSTD_STEP_BYTES = 2**13  # where a file is damaged, at most this much before the damage is lost
+MAX_EXAMPLES = 3  # bad records that are described in full
+OnBadRecord = Literal["skip", "fail"]
+
+# A reader stops after this many bad records if they are more than this share of all: the data is probably of another kind.
+_MIN_BAD, _MAX_BAD_SHARE = 100, 0.25
+# A reader also stops after this many unreadable files (of few files: this share of all) if they are more than this share of those
+# that it tried.
+_MIN_UNREADABLE, _MAX_UNREADABLE_SHARE = 4, 0.25
+
+
+# --- Raw and bad records ---
+
+
+class RawRecord(NamedTuple):
+    """A record as it was read, before its text is looked at.
+
+    number: of the record in its file, from 0. line: its first line (row for parquet), from 1, for messages. content: bytes of a
+    JSON line or a text block; the value of the text column for parquet; a TokenRecord of prepared data; a BadRecord if the record
+    is too long or the rest of the file cannot be read.
+    """
+
+    number: int
+    line: int
+    content: Any
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be used.
+
+    kind: malformed_json | missing_text | text_not_string | invalid_unicode | oversized | unreadable_rest (damaged
+    compression) | unreadable_file (the disk or its permissions). detail: the reason, for messages.
+    """
+
+    kind: str
+    detail: str
+
+    def in_words(self) -> str:
+        """Kind and detail, for messages."""
+        return f"{self.kind.replace('_', ' ')}: {self.detail}"
+
+
+def place_of(record: RawRecord, shard: Shard) -> str:
+    """File and line of a record, for messages."""
+    if shard.format == "tokens":
+        return f"{shard.url}, record {record.line} of {shard.name}"
+    return f"{shard.url}, line {record.line}"
+
+
+@dataclass
+class SkippedRecords:
+    """Skipped records: counts by kind (kinds of bad records, and "empty" documents), and messages about the first bad ones."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, example: str | None = None) -> None:
+        self.counts[kind] += 1
+        if example is not None and len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(example)
+
+    def take(self) -> "SkippedRecords | None":
+        """Returns and clears the records skipped since the last call; None if there are none."""
+        if not self.counts:
+            return None
+        taken = SkippedRecords(self.counts, self.examples)
+        self.counts, self.examples = Counter(), []
+        return taken
+
+
+class Health:
+    """Counts the bad records and unreadable files of one reader (a lane, an evaluation, a preparation); raises at too many."""
+
+    def __init__(self, source: Source, on_bad_record: OnBadRecord):
+        self._source, self._on_bad_record = source, on_bad_record
+        self.records = self.bad = 0
+        self.first_bad = ""
+        self.tried: set[int] = set()  # numbers of the files that were opened
+        self.unreadable: set[int] = set()  # numbers of the files that could not be read
+
+    def bad_record(self, bad: BadRecord, shard_index: int, record: RawRecord) -> str:
+        """Counts a bad record and returns a message about it. Raises DataError if it ends the run."""
+        place = f"{place_of(record, self._source.shards[shard_index])}: {bad.in_words()}"
+        if self._on_bad_record == "fail":
+            raise DataError(f"bad record in {place}; repair it, or skip such records with --on_bad_record skip")
+        self.bad += 1
+        self.first_bad = self.first_bad or place
+        if self.bad >= _MIN_BAD and self.bad > _MAX_BAD_SHARE * self.records:
+            raise DataError(f"{self.bad} of {self.records} records are bad, the first one in {self.first_bad}")
+        return place
+
+    def file_unreadable(self, shard_index: int, why: str) -> None:
+        """Counts a file that cannot be read to its end. Raises DataError if that ends the run."""
+        place = f"{self._source.shards[shard_index].url} cannot be read: {why}"
+        if self._on_bad_record == "fail":
+            raise DataError(place)
+        self.unreadable.add(shard_index)
+        count, files = len(self.unreadable), len(self._source.shards)
+        enough = count >= _MIN_UNREADABLE or count > _MAX_UNREADABLE_SHARE * files
+        if enough and count > _MAX_UNREADABLE_SHARE * len(self.tried):
+            raise DataError(f"{count} of {len(self.tried)} files tried cannot be read, the last one: {place}")
+
+    def empty_lane(self, lane: int, num_lanes: int) -> DataError:
+        """Returns the error for a lane that read a whole epoch without a document."""
+        bad = f" ({self.bad} bad records, the first one in {self.first_bad})" if self.bad else ""
+        return DataError(
+            f"dataset {self._source.dataset!r} is too small for --data_lanes {num_lanes}: lane {lane} got no "
+            f"document in a whole epoch{bad}; lower --data_lanes"
+        )
 
 
 # --- What a record holds ---
@@ -113,12 +221,12 @@ def _kind(value: object) -> str:
 
 
 def check_source(source: Source) -> None:
-    """Read a first document of the split, so that a wrong address, field or format is reported before anything is built.
+    """Reads a first document of the split, to report a wrong address, field or format before anything is built.
 
-    Raises DataError: unreachable, no file that can be opened, empty, no usable record among the first 100 of the first file
-    that holds any, or documents only of the other split.
+    Raises DataError: the source is unreachable or empty, no file can be opened, the first 100 records of the first file with
+    records are bad, or all documents belong to the other split.
     """
-    others = 0
+    of_other_split = 0
     unreadable: str | None = None
     for shard in source.shards:
         problem: str | None = None
@@ -133,17 +241,17 @@ def check_source(source: Source) -> None:
                 elif text is not None:
                     return
                 else:
-                    others += 1
-                if record.number >= 99 and not others:
+                    of_other_split += 1
+                if record.number >= 99 and not of_other_split:
                     break
-        if problem is not None and not others:
+        if problem is not None and not of_other_split:
             raise DataError(f"dataset {source.dataset!r}: no usable record at the start of a file; {problem}")
     if unreadable is not None:
         raise DataError(f"dataset {source.dataset!r}: no file with a document; {unreadable}")
-    if others:
+    if of_other_split:
         raise DataError(
-            f"dataset {source.dataset!r}: none of its {others} documents is in the {source.split} split, which is told by a "
-            "hash of the text where no file is named *validation*; give --eval_dataset, or more data"
+            f"dataset {source.dataset!r}: none of its {of_other_split} documents is in the {source.split} split, which is "
+            "chosen by a hash of the text if no file is named *validation*; give --eval_dataset, or more data"
         )
     raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
 
@@ -152,14 +260,14 @@ def check_source(source: Source) -> None:
 
 
 class WindowReader:
-    """Reads the records of a source in windows, one list each; goes on in an open file where the next window begins."""
+    """Reads the records of a source in windows, one list each; the next window continues in the open file."""
 
     def __init__(self, source: Source, health: Health):
         self._source, self._health = source, health
         self._shard_index: int | None = None
         self._records: Iterator[RawRecord] = iter(())
         self._next_window = 0
-        self._ahead: RawRecord | None = None  # read already, but of the next window
+        self._ahead: RawRecord | None = None  # the first record of the next window
         self._tokens: TokenFile | None = None
 
     def window(self, shard_index: int, start: int, span: int, parts: int, residue: int) -> list[RawRecord] | None:
@@ -217,9 +325,9 @@ class WindowReader:
 def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawRecord]:
     """Records of a file from number `start` on; blank lines do not count as records.
 
-    Where the rest of a file is damaged (truncated or garbled compression), or the disk does not give it (missing, not
-    allowed, broken), the last record is a BadRecord that says so. Raises DataError: wrong kind of file, a server that refuses
-    it; NetworkGone: no answer for longer than `source.retry`.
+    If the rest of a file is damaged (truncated or corrupt compression) or cannot be read from disk (missing, not permitted,
+    broken), the last record is a BadRecord with the reason. Raises DataError: wrong kind of file, or a server refuses access;
+    NetworkGone: no answer for longer than `source.retry`.
     """
     if shard.format == "tokens":
         for index, tokens in enumerate(TokenFile(shard.url).records(start), start=start):
@@ -249,6 +357,7 @@ class _DamagedFile(Exception):
 
 
 def _open_binary(url: str, retry: RetryPolicy) -> IO[bytes]:
+    """Opens a local file or one at an fsspec address. Raises OSError, DataError."""
     path = url.removeprefix("file://").removeprefix("local://")
     if "://" not in path:
         return open(path, "rb")
@@ -261,60 +370,15 @@ def _open_binary(url: str, retry: RetryPolicy) -> IO[bytes]:
 
 @contextlib.contextmanager
 def _decompressed(file: IO[bytes], shard: Shard) -> Iterator[IO[bytes]]:
+    """Yields the uncompressed content of a shard's file."""
     if shard.compression is None:
         yield file
     elif shard.compression == "gzip":
-        # Not wrapped in another buffer: at damage that would drop the whole lines before it.
+        # No second buffer: at damaged data it would drop complete lines before the damage.
         with gzip.GzipFile(fileobj=file, mode="rb") as stream:
             yield cast(IO[bytes], stream)
     else:
-        yield io.BufferedReader(_ZstdStream(file, shard), _BUFFER_BYTES)
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompresses zstd frames; unlike the library's own stream it tells a truncated file (EOFError) from a whole one."""
-
-    def __init__(self, file: IO[bytes], shard: Shard):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(f"{shard.url}: reading .zst files needs the package zstandard") from error
-        self._error = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame = self._new_frame()
-        self._file = file
-        self._inside_frame = False
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            compressed = self._file.read(_ZSTD_STEP_BYTES)
-            if not compressed:
-                if self._inside_frame:
-                    raise EOFError("compressed file ended before the end of its last frame")
-                return 0
-            self._ready = memoryview(self._decompress(compressed))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def _decompress(self, compressed: bytes) -> bytes:
-        parts = []
-        try:
-            while compressed:
-                parts.append(self._frame.decompress(compressed))
-                self._inside_frame = not self._frame.eof
-                compressed = b""
-                if self._frame.eof:
-                    compressed = self._frame.unused_data
-                    self._frame = self._new_frame()
-        except self._error as error:
-            raise EOFError(str(error)) from error
-        return b"".join(parts)
+        yield io.BufferedReader(ZstdStream(file, shard.url), _BUFFER_BYTES)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:

@@ -1,6 +1,6 @@
-"""Which files a data set consists of and which of their documents belong to a split; nothing is read here but names.
+"""Finds the files of a data set and the rule by which their documents belong to a split; reads no documents.
 
-Imports neither torch nor datasets nor transformers, so that a dry run can describe its data at once.
+Imports neither torch nor datasets nor transformers, so that a dry run describes its data at once.
 """
 
 import fnmatch
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from peft_pretraining.data import DataError, first_line
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
-from peft_pretraining.data.errors import DataError, first_line
 from peft_pretraining.data.prepared import (
     TOKENIZER_FOLDER,
     Manifest,
@@ -49,14 +49,14 @@ class Shard:
     format: Format
     compression: Compression | None = None
     size_bytes: int | None = None
-    content_tag: str = ""  # tells apart files of the same name and size: a digest or the server's own mark
+    content_tag: str = ""  # distinguishes files of the same name and size: a digest or the server's tag
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often an interrupted network read is tried again before it is given up; the wait doubles from try to try.
+    """How often an interrupted network read is retried; the wait doubles with each attempt.
 
-    The first contact fails sooner: whoever starts a run without a network wants to know at once.
+    The first contact has fewer attempts, so that a run started without a network ends soon.
     """
 
     first_tries: int = 4
@@ -127,19 +127,19 @@ class Source:
 def default_lanes(dataset: str) -> int:
     """Virtual readers where `--data_lanes` is not given: 64 divide C4's 1,024 files, 24 have many divisors.
 
-    Prepared data has those of what it was made from, so that its order is the same.
+    Prepared data has as many as its original, so that the order is the same.
     """
     return 64 if original_dataset(dataset) == "c4" else 24
 
 
 def original_dataset(dataset: str) -> str:
-    """What a prepared data set was made from; any other one is its own original."""
+    """Returns the data set that prepared data was made from; any other data set is returned unchanged."""
     folder = prepared_folder(dataset)
     if folder is None:
         return dataset
     try:
         return read_manifest(folder, check_sizes=False).job.dataset
-    except DataError:  # is told where the data is opened
+    except DataError:  # reported when the data is opened
         return dataset
 
 
@@ -160,21 +160,21 @@ def open_source(
     hold_out: bool = True,
     resolve: bool = True,
 ) -> Source:
-    """Find the files of a data set.
+    """Finds the files of a data set.
 
     Args:
         dataset: "c4" | "demo" | "hub:OWNER/NAME[/folder or pattern]" | local folder, file or glob | folder of prepared data | any
             fsspec address.
-        split: files are told apart by `*train*` and `*validation*` in their names (or their folders' names). Without
+        split: chosen by `*train*` and `*validation*` in the names of files (or of their folders). Without
             validation files, 1 document in 100 of the others is held out.
         text_field: key (column) that holds a document's text in JSON and parquet files.
         cache_dir: where the demo is built (default: $SPARSE_LORA_CACHE or ~/.cache/sltrain).
-        hold_out: False: where names tell no validation files, every document belongs to either split; right for a
-            data set that is given for evaluation only.
-        resolve: False: build nothing and ask no network, for a dry run; what cannot be known so is left open.
+        hold_out: False: if no names mark validation files, every document belongs to both splits; for a data set used only
+            for evaluation.
+        resolve: False: build nothing and use no network, for a dry run; unknown files are left out.
 
     Raises:
-        DataError: nothing there, nothing matched, unknown extension, no files for the split, no network, damaged manifest.
+        DataError: no such file, no match, unknown extension, no files for the split, no network, or a damaged manifest.
     """
     if split not in ("train", "validation"):
         raise DataError(f"split {split!r}: must be train or validation")
@@ -209,7 +209,7 @@ def is_remote(url: str) -> bool:
 
 
 def _c4_shards(split: Split) -> tuple[Shard, ...]:
-    # Built, not listed: a dry run needs no network, and the names have not changed since 2020.
+    # Built instead of listed, so that a dry run needs no network; the names have not changed since 2020.
     count = C4_SHARDS[split]
     names = [f"c4-{split}.{index:05d}-of-{count:05d}.json.gz" for index in range(count)]
     return tuple(Shard(f"{C4_URL}/{name}", name, "json", "gzip") for name in names)
@@ -222,10 +222,10 @@ def _local_path(dataset: str) -> Path:
 def _local_shards(dataset: str) -> list[Shard]:
     path = _local_path(dataset)
     if is_unfinished(path):
-        raise DataError(f"dataset {dataset!r}: its preparation has not finished; run `data prepare` again, it goes on")
+        raise DataError(f"dataset {dataset!r}: its preparation has not finished; run `data prepare` again, which resumes it")
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path).as_posix())]
-        shards = _with_known_extension([(str(p), p.relative_to(path).as_posix()) for p in found], dataset)
+        files = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path).as_posix())]
+        shards = _with_known_extension([(str(p), p.relative_to(path).as_posix()) for p in files], dataset)
     elif path.is_file():
         shards = _with_known_extension([(str(path), path.name)], dataset)
     elif glob.has_magic(str(path)):
@@ -273,12 +273,12 @@ def _prepared_source(dataset: str, folder: Path, split: Split, text_field: str, 
         )
         for shard in chosen
     )
-    told_apart = hold_out and any(shard.split == "both" for shard in chosen)
+    uses_rule = hold_out and any(shard.split == "both" for shard in chosen)
     return Source(
         dataset,
         split,
         shards,
-        split if told_apart else "all",
+        split if uses_rule else "all",
         job.text_field,
         str(folder / TOKENIZER_FOLDER),
         str(folder),
@@ -315,7 +315,7 @@ def _remote_shards(url: str) -> list[Shard]:
         raise DataError(f"dataset {url!r} cannot be listed ({reason}); check the address and the network") from error
     files = {name: info for name, info in listing.items() if info.get("type") == "file" and not _is_hidden(name[len(root) :])}
     if not files:
-        raise DataError(f"dataset {url!r}: no file there")
+        raise DataError(f"dataset {url!r}: no file at this address")
     names = [(name if "://" in name else f"{protocol}://{name.lstrip('/')}", name) for name in files]
     shards = _with_known_extension([(address, name[len(root) :].lstrip("/")) for address, name in names], url)
     infos = {address: files[name] for address, name in names}
@@ -327,7 +327,7 @@ def _server_mark(info: dict[str, object]) -> str:
 
 
 def refuse_if_offline(url: str) -> None:
-    """Raise DataError if `url` is on the hub and an environment variable forbids to ask it."""
+    """Raises DataError if `url` is on the hub and an environment variable forbids network access."""
     if not url.startswith("hf://"):
         return
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):

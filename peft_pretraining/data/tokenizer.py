@@ -2,7 +2,7 @@
 
 A document is data, so nothing in it may act as a control symbol: "</s>" in a web page is five characters, not the end of
 the document, and T5's "<extra_id_0>" must not become id 32,099 of a 32,000-row embedding. `Tokenizer` therefore encodes
-with a copy of the tokenizer's backend from which special tokens have been taken out.
+with a copy of the tokenizer's backend from which special tokens are removed.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from peft_pretraining.data.errors import TokenizerError, causes, first_line
+from peft_pretraining.data import TokenizerError, causes, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PART_CHARACTERS = 2**18
 _TOGETHER_CHARACTERS = 2**20  # encoded in one call, which uses several cores
-_AROUND_CUT = 200  # characters on either side that tell whether a cut changes the ids
+_AROUND_CUT = 200  # characters on either side, to check whether a cut changes the ids
 _TRIED_CUTS = 20
 _BLANK_INSIDE = re.compile(r"(?<=\S)[ \n](?=\S)")
 
@@ -43,7 +43,7 @@ class Tokenizer:
     """
 
     def __init__(self, pretrained: Any, name: str):
-        """Wrap a transformers tokenizer. Raises TokenizerError if it has no fast backend or no end-of-text token."""
+        """Wraps a transformers tokenizer. Raises TokenizerError if it has no fast backend or no end-of-text token."""
         if not getattr(pretrained, "is_fast", False):
             raise TokenizerError(f"tokenizer {name!r} has no fast version (tokenizer.json); use one that has")
         if pretrained.eos_token_id is None:
@@ -70,7 +70,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special ids, and ids above the vocabulary, stand for nothing."""
+        """Returns the text of ids; special ids and ids above the vocabulary are ignored."""
         ordinary = [int(i) for i in ids if int(i) not in self._special_ids and int(i) < self.vocab_size]
         return str(self._pretrained.backend_tokenizer.decode(ordinary, skip_special_tokens=False))
 

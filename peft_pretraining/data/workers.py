@@ -1,6 +1,6 @@
 """Worker processes that prepare data: torch's DataLoader without its collation, error handling and signal handling.
 
-A worker's DataError is raised in the main process as the same DataError, in its place among the items. Workers ignore the
+A worker's DataError is raised in the main process, at its position among the items. Workers ignore the
 signals that stop a run, which reach the whole process group: the current update still needs their data.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 
 _PREFETCHED_ITEMS = 4  # per worker
 
@@ -54,7 +54,7 @@ class _WorkerItems(IterableDataset):
 class Workers(Generic[T]):
     """The items of all workers in turn: item 0 of each, then item 1 of each, ...; with 0 workers made in this process.
 
-    To be iterated once; keep a reference to this object meanwhile, since the processes end with it.
+    Can be iterated once. Keep a reference to this object while iterating, because its processes end with it.
     """
 
     def __init__(self, work: Work[T], workers: int):
@@ -88,7 +88,7 @@ class _Running:
             num_workers=workers,
             prefetch_factor=_PREFETCHED_ITEMS,
             worker_init_fn=partial(_prepare_process, os.getpid()),
-            # Its own: a DataLoader draws from the default generator, which belongs to the training run.
+            # A DataLoader without a generator draws from the default one, which belongs to the training run.
             generator=torch.Generator(),
         )
         with _child_signals_kept():
@@ -110,14 +110,14 @@ class _Running:
             yield item
 
     def stop(self) -> None:
-        # Killed rather than asked: they hold nothing that could be lost, ignore SIGTERM, and may be in a long read.
+        # Killed, because they hold nothing that could be lost, ignore SIGTERM, and may be in a long read.
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.join()
         if self._iterator is not None and not self._iterator._shutdown:  # type: ignore[attr-defined]
-            # torch's own end of an iterator sets an event, whose lock a worker may have held when it was killed: that would
-            # wait for ever. What else it does is to join the workers and to forget their ids.
+            # torch's own shutdown sets an event whose lock a killed worker may have held, and would wait forever. The rest of
+            # it is done here: joining the workers and removing their ids.
             self._iterator._shutdown = True  # type: ignore[attr-defined]
             signal_handling._remove_worker_pids(id(self._iterator))
         self._iterator = None
@@ -143,7 +143,7 @@ def _prepare_process(parent: int, worker: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has ended: torch's watchdog checks only between items, and too late."""
+    """Ends this process when its parent has ended; torch's watchdog checks only between items, which may be too late."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

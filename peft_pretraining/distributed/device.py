@@ -1,8 +1,12 @@
-"""Chooses the device a process computes on and its dtype, and reports the device's memory."""
+"""Chooses the device a process computes on and its dtype, and reports the device's memory.
+
+`set_allocator` must run before torch allocates memory, so this module does not import torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Mapping
@@ -61,15 +65,20 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo"), environ: Mapping[str
     highest = environ.get("ONEDNN_MAX_CPU_ISA", environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if highest in _ISA_WITHOUT_BFLOAT16:
         return False
+    features = cpu_features(cpuinfo)
+    if not features:
+        return None
+    return "bf16" in features or any(needed <= features for needed in _X86_BFLOAT16)
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Returns the CPU's instruction-set extensions as the kernel names them; empty if they are not known."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    line = re.search(r"^(flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    if line is None:
-        return None
-    features = set(line[2].split())
-    return "bf16" in features if line[1] == "Features" else any(needed <= features for needed in _X86_BFLOAT16)
+        return frozenset()
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(line[1].split()) if line else frozenset()
 
 
 def pick_device(name: str, world: World) -> torch.device:
@@ -112,3 +121,27 @@ def resolve_dtype(name: str | None, device: torch.device) -> str:
     import torch
 
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+# Options of glibc's mallopt. Freed blocks of 4 MiB or more are returned to the system at once; of smaller blocks up to 64 MiB
+# stay at the end of the heap.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+LARGE_BLOCK_BYTES, _KEPT_BYTES = 4 * 2**20, 64 * 2**20
+
+
+def set_allocator() -> None:
+    """Makes glibc return large freed blocks to the system, and torch use huge pages. Settings in the environment take precedence.
+
+    By default glibc raises its threshold up to 32 MB as such blocks are freed, and keeps smaller blocks. Activations and dense
+    weights then leave gaps that later ones do not fit (2.5 to 5 GB of unused memory at 7B), and page faults for returned memory
+    take up to a third of an update's time. With huge pages these faults are cheap (figures in docs/decisions.md). Does nothing
+    on systems other than Linux with glibc.
+    """
+    # torch reads this variable when it allocates its first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+            libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+            libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft_pretraining.memory.account import parameter_groups
-from peft_pretraining.memory.counts import DTYPE_BYTES
-from peft_pretraining.memory.fsdp_units import units_of
+from peft_pretraining.memory.counts import DTYPE_BYTES, units_of
 from peft_pretraining.memory.setting import Setting
 
 

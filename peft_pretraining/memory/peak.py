@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_pretraining.memory.counts import DTYPE_BYTES
-from peft_pretraining.memory.fsdp_units import Unit, Units
+from peft_pretraining.memory.counts import DTYPE_BYTES, Unit, Units
 
 if TYPE_CHECKING:
     from peft_pretraining.memory.setting import Setting

@@ -7,6 +7,7 @@ activation checkpointing -> compile. Nothing is allocated or drawn twice. Initia
 import hashlib
 import math
 import os
+import platform
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import sparse_lora
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.data.demo import default_cache_dir
+from peft_pretraining.distributed.device import cpu_features
 from peft_pretraining.distributed.parallel import assign_
 from peft_pretraining.distributed.world import World, broadcast_
 from sparse_lora import ReLoRALinear, SparseLowRankLinear, generator_for
@@ -312,7 +314,7 @@ def keep_compiled_code() -> str | None:
         ConfigError: the folder that the variable names is not writable.
     """
     chosen = os.environ.get(FOLDER_VARIABLE)
-    folder = Path(chosen) if chosen else default_cache_dir() / f"compiled-{_layer_version()}"
+    folder = Path(chosen) if chosen else default_cache_dir() / f"compiled-{_compiled_for()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -328,9 +330,14 @@ def keep_compiled_code() -> str | None:
     return None
 
 
-def _layer_version() -> str:
-    """Returns a digest of the layer's sources, since torch's keys of compiled code contain operator names, not their code."""
+def _compiled_for() -> str:
+    """Digest of what torch's key of compiled code leaves out: the layer's sources (it has operators' names only) and the CPU.
+
+    torch compiles for the CPU it runs on, so code from a folder shared between machines may use instructions that another lacks.
+    """
     digest = hashlib.blake2b(digest_size=4)
     for path in sorted(Path(sparse_lora.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
+    cpu = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted(cpu_features())]
+    digest.update(" ".join(cpu).encode())
     return digest.hexdigest()

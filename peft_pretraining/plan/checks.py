@@ -25,7 +25,7 @@ from peft_pretraining.plan import schedule
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks of the arguments work out, for the plan.
+    """The values that the checks of the arguments derive, for the plan.
 
     total_batch_size: sequences per update over all processes. num_training_steps: with max_train_tokens the fewest updates that
     can reach it.
@@ -110,7 +110,7 @@ def refused_values(args: Arguments) -> dict[str, str]:
 
 
 def combination_problems(args: Arguments) -> list[str]:
-    """Problems of values that do not go together; every single one of them is good."""
+    """Problems of values that are valid singly but not together."""
     problems: list[str] = []
     if args.single_gpu and "parallel" in args.given:
         problems.append(f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two")
@@ -233,7 +233,7 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
 def _warnings(args: Arguments, world: World, model: ModelConfig) -> list[str]:
     lines = []
     if args.parallel == "fsdp" and world.size == 1:
-        lines.append("--parallel fsdp has no effect in one process: there is nobody to share with")
+        lines.append("--parallel fsdp has no effect in one process: there is no other process to share with")
     lines += METHODS[args.peft_model].warnings(args, model)
     if (
         args.data_lanes is None
@@ -245,9 +245,9 @@ def _warnings(args: Arguments, world: World, model: ModelConfig) -> list[str]:
     return lines
 
 
-def _slow_save(found: dict[str, int]) -> list[str]:
-    """A warning where saving may take longer than launchers wait after a signal."""
-    size = found["parameters"] + found["support"] + found["optimizer"]
+def _slow_save(num_bytes: dict[str, int]) -> list[str]:
+    """Returns a warning if saving may take longer than launchers wait after a signal."""
+    size = num_bytes["parameters"] + num_bytes["support"] + num_bytes["optimizer"]
     if size < _SLOW_DISK_BYTES_PER_S * _TIME_TO_SAVE_S:
         return []
     return [
@@ -277,6 +277,6 @@ def notices(args: Arguments) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names as in a sentence: a, b and c."""
+    """Joins names as in a sentence: a, b and c."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last

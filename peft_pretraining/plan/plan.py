@@ -1,16 +1,22 @@
-"""The plan: every integer that follows from the arguments, checked before anything is loaded, and printed by --dry_run."""
+"""The plan: every integer that follows from the arguments, checked before anything is loaded, and printed by --dry_run.
+
+Also the messages about insufficient memory, which propose flags that lower the peak.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_pretraining.config.arguments import Arguments, default_save_dir
-from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.config.model_config import ModelConfig, linear_shapes
 from peft_pretraining.data.source import original_dataset
+from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.account import account
+from peft_pretraining.memory.account import CLASSES, account, fitting_flags, savings
+from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
 from peft_pretraining.methods import METHODS
@@ -44,7 +50,7 @@ class Plan:
 
 
 def make_plan(args: Arguments, world: World, dtype: str | None = None, device_type: str = "cpu") -> Plan:
-    """Derive the plan; `dtype` is what --dtype resolves to where it was not given, `device_type` cpu or cuda.
+    """Derives the plan. dtype: what --dtype resolves to if it was not given. device_type: cpu or cuda.
 
     Raises:
         ConfigError: all problems at once, each with the values, the reason and the flag to change.
@@ -53,12 +59,12 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     model, dtype = checked.model, args.dtype or dtype or "float32"
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **_method_arguments(args))
-    found = account(setting)
+    num_bytes = account(setting)
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
         full_rank_parameters=parameter_counts(model, method="full", rank=1, sparsity=0.0).total,
-        bytes=found,
+        bytes=num_bytes,
         dtype=dtype,
         world_size=world.size,
         batch_size=args.batch_size,
@@ -70,7 +76,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=checked.data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
-        warnings=(*_warnings(args, world, model), *_slow_save(found)),
+        warnings=(*_warnings(args, world, model), *_slow_save(num_bytes)),
     )
 
 
@@ -100,3 +106,116 @@ def _method_arguments(args: Arguments) -> dict[str, Any]:
         "train_scaling": args.train_scaling,
         "support": args.support,
     }
+
+
+def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:
+    """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what is available, if known."""
+    counts, method = plan.parameters, METHODS[args.peft_model]
+    restart = method.restart(args)
+    share = f" ({counts['total'] / plan.full_rank_parameters:.0%} of full-rank {plan.full_rank_parameters:,})"
+    length = (
+        f"until {plan.max_train_tokens:,} tokens of text, at least {plan.num_training_steps:,} updates"
+        if plan.max_train_tokens is not None
+        else f"{plan.num_training_steps:,} updates"
+    )
+    positions = plan.num_training_steps * plan.tokens_per_update
+    rows = [
+        ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
+        ("parameters", f"{counts['total']:,}{share if method.replaces_linears else ''}"),
+        (
+            "",
+            f"dense {counts['dense']:,} + low-rank {counts['low_rank']:,} + sparse {counts['sparse']:,}{_frozen(plan, args)}",
+        ),
+        ("length", f"{length}, {positions:,} positions of {args.max_length}-token sequences"),
+        (
+            "batch",
+            f"{plan.total_batch_size} sequences = {plan.batch_size} x {plan.gradient_accumulation} micro-batches "
+            f"x {plan.world_size} process{'es' if plan.world_size > 1 else ''}; {plan.tokens_per_update:,} positions per update",
+        ),
+        (
+            "optimizer",
+            f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}",
+        ),
+        ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
+        ("run folder", str(plan.save_dir)),
+        ("memory", " + ".join(f"{name} {plan.bytes[name] / GIB:.2f}" for name in CLASSES if plan.bytes[name]) + " GiB"),
+        ("", _peak_text(plan, memory_of_device)),
+    ]
+    if args.per_layer and plan.gradient_accumulation > 1:
+        kept = f"{plan.bytes['gradients'] / GIB:.2f} GiB of gradients stay between its {plan.gradient_accumulation} micro-batches"
+        rows.append(("per-layer", f"steps in the last micro-batch of an update; {kept}"))
+    if plan.world_size > 1:
+        rows.append(("wire", format_wire(wire_figures(setting_of(plan, args, "cpu"), None, None))))
+    lines = [f"{name:<12}{text}" for name, text in rows]
+    lines += [f"warning: {text}" for text in plan.warnings]
+    if memory_of_device is not None and memory_of_device.device_type == "cpu":
+        lines += [f"warning: {text}" for text in _slow_dtype(plan)]
+    if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
+        lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
+    return "\n".join(lines)
+
+
+def _schedule_text(args: Arguments) -> str:
+    """The learning rate over the run, e.g. "peak lr 0.1 after 1,100 warm-up updates, cosine decay to 0.01"."""
+    start = f"after {args.warmup_steps:,} warm-up updates" if args.warmup_steps else "from the first update"
+    shape, end = ("linear", 0.0) if args.scheduler == "linear" else ("cosine", args.min_lr_ratio * args.lr)
+    text = f"peak lr {args.lr:g} {start}, {shape} decay to {end:g}"
+    if args.scheduler == "cosine" and args.cycle_length is not None:
+        text += f", anew every {args.cycle_length:,} updates"
+    if args.scheduler == "cosine_restarts":
+        text += f", {args.restart_warmup_steps:,} warm-up updates again every {args.cycle_length:,}"
+    return text
+
+
+def _slow_dtype(plan: Plan) -> list[str]:
+    """A warning where this machine's CPU computes bfloat16 products without instructions for them."""
+    if plan.dtype != "bfloat16" or cpu_has_bfloat16() is not False:
+        return []
+    return [
+        "--dtype bfloat16: this CPU multiplies bfloat16 matrices tens of times slower than float32 (no AVX-512, AMX or "
+        "bf16 instructions); use --dtype float32"
+    ]
+
+
+def _frozen(plan: Plan, args: Arguments) -> str:
+    """How many of the dense parameters are not trained, where some are not."""
+    if not METHODS[args.peft_model].frozen_base:
+        return ""
+    frozen = plan.model.num_hidden_layers * sum(map(math.prod, linear_shapes(plan.model)))
+    return f"; {frozen:,} of the dense ones are frozen, {plan.parameters['total'] - frozen:,} are trained"
+
+
+def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
+    text = f"about {plan.bytes['peak'] / GIB:.2f} GiB at the peak, per process"
+    if device is None:
+        return text
+    verdict = "fits" if plan.bytes["peak"] <= device.num_bytes else "does NOT fit"
+    return f"{text}; {verdict} in the {device.num_bytes / GIB:.1f} GiB of {device.name}"
+
+
+def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, message: str) -> str:
+    """The message of a run that ran out of memory; `message`: the allocator's own."""
+    largest = max(CLASSES, key=lambda name: plan.bytes[name])
+    setting = setting_of(plan, args, device_type)
+    lower = ", ".join(f"{saving.text} ({saving.peak / GIB:.1f} GiB)" for saving in savings(setting))
+    return (
+        f"memory ran out ({message}); by the plan the peak is {plan.bytes['peak'] / GIB:.1f} GiB, most of it {largest} "
+        f"({plan.bytes[largest] / GIB:.1f} GiB); "
+        + (f"to lower the peak: {lower}" if lower else "no flag lowers it: take a smaller model or another device")
+    )
+
+
+def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[str]:
+    """How much memory the run needs beyond the device's, and the flags that would make it fit; [] where it fits."""
+    if plan.bytes["peak"] <= device.num_bytes:
+        return []
+    setting = setting_of(plan, args, device.device_type)
+    wanted = f"{plan.bytes['peak'] / GIB:.1f} GiB at the peak, and {device.name} has {device.num_bytes / GIB:.1f} GiB"
+    single = ", ".join(f"{saving.text} {saving.peak / GIB:.1f}" for saving in savings(setting))
+    together = fitting_flags(setting, device.num_bytes)
+    way_out = (
+        "would fit with " + " ".join(saving.text for saving in together)
+        if together
+        else "no flag makes it fit: take a smaller model, or more processes' memory"
+    )
+    return [f"this run needs about {wanted} per process; {way_out}", f"peak in GiB with one change: {single}"]

@@ -16,16 +16,14 @@ from peft_pretraining.checkpoint.saver import Saver
 from peft_pretraining.checkpoint.step_folder import write_json
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.optimizers import OPTIMIZERS
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import Batch, merge_states
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.llama import keep_compiled_code
-from peft_pretraining.plan.plan import Plan, make_plan
-from peft_pretraining.plan.text import format_plan, memory_problems
-from peft_pretraining.record.measured_memory import comparison, measured_bytes
-from peft_pretraining.record.recorder import Recorder, peak_memory_bytes
+from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
+from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
 from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
 from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_over, restore_data, restore_run, run_content

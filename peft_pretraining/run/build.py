@@ -12,8 +12,8 @@ from torch import nn
 
 from peft_pretraining.config.arguments import Arguments, ConfigError, embedding_bits
 from peft_pretraining.config.model_config import ModelConfig
-from peft_pretraining.data.bad_records import OnBadRecord
 from peft_pretraining.data.loader import EvalSet, TrainLoader
+from peft_pretraining.data.records import OnBadRecord
 from peft_pretraining.data.source import Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype

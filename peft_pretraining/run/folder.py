@@ -1,4 +1,7 @@
-"""Chooses a run's folder and the checkpoint it resumes from, and writes run.json, which records how the run was made."""
+"""Chooses a run's folder and the checkpoint it resumes from, and writes run.json, which records how the run was made.
+
+A run resumes only if its arguments and its model's shape agree with the checkpoint's, except where a flag may change.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +26,6 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.record.summary import METRICS_FILE
 from peft_pretraining.run.resume import finished_state, train_state
-from peft_pretraining.run.same_run import EVALUATION_FLAGS, differing_arguments, differing_shape
 from peft_pretraining.training.stop import MARKER_FILE
 
 _PACKAGES = (
@@ -340,3 +343,41 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
+
+
+# Compared as resolved by the plan: their defaults depend on the machine, the data or other arguments.
+_RESOLVED = ("data_lanes", "total_batch_size", "dtype", "eval_tokens")
+# Compared by content, wherever the files lie: by `differing_shape`, and by the data's fingerprint.
+_BY_CONTENT = ("model_config", "dataset")
+_PATHS = ("warmed_up_model", "eval_dataset")
+# The trained model does not depend on these, only the figures of its evaluations.
+EVALUATION_FLAGS = ("eval_dataset", "eval_tokens")
+
+
+def differing_arguments(
+    arguments: Mapping[str, Any], plan: Mapping[str, Any], args: Arguments, new_plan: Plan
+) -> dict[str, tuple[Any, Any]]:
+    """Returns (then, now) of every argument that differs and may not change freely, by name, without data and model's shape.
+
+    arguments, plan: of the recorded run, as in its run.json. args, new_plan: of the requested run.
+    """
+    then, now = dict(arguments), as_dict(args)
+    for name in _RESOLVED:
+        then[name], now[name] = plan.get(name), getattr(new_plan, name)
+    compared = {name for name, row in ROWS.items() if row.on_resume != "freely" and name not in _BY_CONTENT}
+    if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
+        compared.remove("num_training_steps")  # has no effect in either run
+    differing = {name: (then[name], now[name]) for name in sorted(compared) if then[name] != now[name]}
+    return {name: values for name, values in differing.items() if name not in _PATHS or not _same_place(*values)}
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    """Whether two paths lead to the same place."""
+    return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+
+
+def differing_shape(plan: Mapping[str, Any], new_plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """Returns (then, now) of every entry of the model's configuration that differs, by name."""
+    then = plan["model"]
+    shape = {key: value for key, value in asdict(new_plan.model).items() if key not in ("name", "path")}
+    return {key: (then.get(key), value) for key, value in shape.items() if then.get(key) != value}

@@ -13,9 +13,8 @@ from peft_pretraining.config.command_line import build_parser, parse_args, parse
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan import plan as plan_module
 from peft_pretraining.plan.checks import check, notices
-from peft_pretraining.plan.plan import learning_rates, make_plan
+from peft_pretraining.plan.plan import format_plan, learning_rates, make_plan
 from peft_pretraining.plan.schedule import is_finished
-from peft_pretraining.plan.text import format_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "llama_60m.json")

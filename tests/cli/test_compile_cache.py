@@ -2,13 +2,16 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from peft_pretraining.config.arguments import ConfigError
+from peft_pretraining.model import llama
 from peft_pretraining.model.llama import FOLDER_VARIABLE, keep_compiled_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +65,26 @@ def test_compiled_losses_are_the_same_and_the_second_start_compiles_nothing(tmp_
         assert expected
         assert [row[key] for row in first if key in row] == pytest.approx(expected, rel=tolerance)
         assert [row[key] for row in second if key in row] == [row[key] for row in first if key in row]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(platform, "machine"), (torch.backends.cpu, "get_cpu_capability"), (llama, "cpu_features")]
+)
+def test_another_cpu_does_not_take_up_the_compiled_code(tmp_path, monkeypatch, module, name):
+    """torch compiles for the CPU it runs on; on one without these instructions the code would end the process."""
+    monkeypatch.setenv("SPARSE_LORA_CACHE", str(tmp_path))
+    # So that the variable has its value of before at the test's end.
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+
+    def folder() -> str:
+        monkeypatch.delenv(FOLDER_VARIABLE)
+        assert keep_compiled_code() is None
+        return os.environ[FOLDER_VARIABLE]
+
+    here = folder()
+    assert folder() == here
+    monkeypatch.setattr(module, name, lambda: "another")
+    assert folder() != here
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):

@@ -247,9 +247,9 @@ def test_a_row_names_a_class_that_exists():
     from peft_pretraining.config.flag import flag
 
     with pytest.raises(ValueError, match="on_resume 'sometimes'"):
-        flag(0, "help", defines_run=False, on_resume="sometimes")
+        flag(0, "help", {"on_resume": "sometimes", "defines_run": False})
     with pytest.raises(TypeError, match="on_resume"):
-        flag(0, "help", defines_run=False)
+        flag(0, "help", {"defines_run": False})
     assert rows_of([]) == {}
 
 

@@ -14,6 +14,7 @@ from outcomes import tensors_of, without_times
 from resealing import reseal
 
 import torchrun_main
+from peft_pretraining.__main__ import COMMANDS
 from peft_pretraining.__main__ import main as command
 from peft_pretraining.checkpoint.step_folder import list_checkpoints
 
@@ -566,7 +567,7 @@ def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags,
 
 def test_a_network_that_is_gone_is_saved_before(tmp_path, flags, monkeypatch, capsys):
     """What was trained until then is kept, and the same command goes on as if nothing had happened."""
-    from peft_pretraining.data.errors import NetworkGone
+    from peft_pretraining.data import NetworkGone
     from peft_pretraining.data.loader import TrainLoader
 
     honest = TrainLoader.__iter__
@@ -588,7 +589,7 @@ def test_a_network_that_is_gone_is_saved_before(tmp_path, flags, monkeypatch, ca
 
 
 def test_an_evaluation_without_its_data_is_saved_before(tmp_path, flags, monkeypatch, capsys):
-    from peft_pretraining.data.errors import NetworkGone
+    from peft_pretraining.data import NetworkGone
     from peft_pretraining.data.loader import EvalSet
 
     def gone(self):
@@ -688,3 +689,12 @@ def test_commands_refuse_by_name(arguments, words, capsys):
     assert command(arguments) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
+
+
+def test_the_list_of_commands_is_printed(capsys):
+    """A command's help may hold a per cent sign."""
+    with pytest.raises(SystemExit) as ended:
+        command(["--help"])
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in COMMANDS)

@@ -12,8 +12,7 @@ from corpora import ByteTokenizer, json_lines, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_pretraining.data import lanes, records
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError, lanes, records
 from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.records import check_source

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.data import demo
+from peft_pretraining.data import DataError, demo
 from peft_pretraining.data.demo import build_demo, collect_documents, demo_folder, demo_tokenizer_path, prose
-from peft_pretraining.data.errors import DataError
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.source import open_source
 from peft_pretraining.data.tokenizer import load_tokenizer

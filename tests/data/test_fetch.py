@@ -7,9 +7,8 @@ import pytest
 from test_network import CONTENT, FAST, FAULTS, Server, every, status
 
 from peft_pretraining.__main__ import main
+from peft_pretraining.data import DataError, NetworkGone, network
 from peft_pretraining.data import fetch as fetch_module
-from peft_pretraining.data import network
-from peft_pretraining.data.errors import DataError, NetworkGone
 from peft_pretraining.data.fetch import fetch_file
 from peft_pretraining.data.source import Shard, open_source
 

@@ -7,7 +7,7 @@ import pytest
 from corpora import ByteTokenizer, json_lines, texts
 
 from peft_pretraining.__main__ import main
-from peft_pretraining.data.errors import DataError, TokenizerError
+from peft_pretraining.data import DataError, TokenizerError
 from peft_pretraining.data.inspection import inspect_dataset, shown
 from peft_pretraining.data.prepare import prepare
 
@@ -96,7 +96,7 @@ def test_the_command_prints_figures_and_verifies(folder, tmp_path, capsys, tiny_
     index = tmp_path / "tokens/00001.index"
     index.write_bytes(index.read_bytes()[:-1] + b"\x01")
     assert main(["data", "inspect", "--dataset", str(tmp_path / "tokens"), "--verify"]) == 2
-    assert "00001.index: its checksum is not that" in capsys.readouterr().err
+    assert "00001.index: its checksum differs from prepared.json" in capsys.readouterr().err
     assert main(["data", "inspect", *arguments, "--verify"]) == 2
     assert "is not prepared data" in capsys.readouterr().err
 

@@ -8,8 +8,7 @@ from corpora import json_lines, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_pretraining.data import lanes
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError, lanes
 from peft_pretraining.data.lanes import LaneState, Order, lane_sequences, lane_units
 from peft_pretraining.data.source import Shard, open_source
 

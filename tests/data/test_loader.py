@@ -15,8 +15,7 @@ import pytest
 import torch
 from corpora import json_lines, texts
 
-from peft_pretraining.data import lanes
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError, lanes
 from peft_pretraining.data.loader import EvalSet, TrainLoader, merge_states
 from peft_pretraining.data.source import open_source
 from peft_pretraining.data.workers import Workers
@@ -470,7 +469,7 @@ def test_an_eval_set_without_documents_is_refused(tmp_path, byte_tokenizer):
     (tmp_path / "x.jsonl").write_bytes(json_lines(["only one"]))
     held_out = [split for split in ("train", "validation") if not _documents(tmp_path, split, byte_tokenizer)]
     assert len(held_out) == 1
-    with pytest.raises(DataError, match=r"split, which is told by a hash.*give --eval_dataset"):
+    with pytest.raises(DataError, match=r"split, which is chosen by a hash.*give --eval_dataset"):
         assert eval_set(open_source(str(tmp_path), held_out[0]), byte_tokenizer).num_sequences
     with pytest.raises(ValueError, match="--eval_tokens 0"):
         eval_set(open_source(str(tmp_path), "train"), byte_tokenizer, max_tokens=0)

@@ -12,8 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from corpora import json_lines
 
-from peft_pretraining.data import network
-from peft_pretraining.data.errors import DataError, NetworkGone
+from peft_pretraining.data import DataError, NetworkGone, network
 from peft_pretraining.data.loader import TrainLoader
 from peft_pretraining.data.records import document_text, read_records
 from peft_pretraining.data.source import RetryPolicy, open_source

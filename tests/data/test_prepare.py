@@ -21,9 +21,8 @@ import pytest
 import torch
 from corpora import ByteTokenizer, json_lines, texts
 
-from peft_pretraining.data import lanes
+from peft_pretraining.data import DataError, TokenizerError, lanes
 from peft_pretraining.data import prepare as prepare_module
-from peft_pretraining.data.errors import DataError, TokenizerError
 from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
 from peft_pretraining.data.loader import EvalSet, TrainLoader, merge_states
 from peft_pretraining.data.prepare import prepare
@@ -293,7 +292,7 @@ def test_flipped_bits_are_found_by_checksums_and_impossible_values_while_reading
         with pytest.raises(DataError, match=rf"{name}: its checksum"):
             prepared(folder, tmp_path / "tokens")
         (each,) = make_loaders(open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), 1, 0, True, lanes=1)
-        with pytest.raises(DataError, match=rf"{name}, record \d+: not what was prepared.*--verify"):
+        with pytest.raises(DataError, match=rf"{name}, record \d+: the file is damaged.*--verify"):
             list(itertools.islice(each, 700))
         content[byte] ^= 0x80
         path.write_bytes(content)
@@ -344,7 +343,7 @@ def test_a_preparation_stopped_by_an_unreadable_file_goes_on_when_the_file_is_ba
             hidden.unlink(missing_ok=True)
             return super().encode_batch(texts)
 
-    with pytest.raises(DataError, match=r"c4-train\.1\.json cannot be read: No such file.* it goes on from there"):
+    with pytest.raises(DataError, match=r"c4-train\.1\.json cannot be read: No such file.* which resumes here"):
         prepare(str(folder), Vanishing(), tmp_path / "tokens", progress=False)
     hidden.write_bytes(content)
     prepared(folder, tmp_path / "tokens")

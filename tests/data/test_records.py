@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from corpora import json_lines, texts
 
-from peft_pretraining.data.bad_records import BadRecord
-from peft_pretraining.data.errors import DataError
-from peft_pretraining.data.records import check_source, document_text, read_records
+from peft_pretraining.data import DataError
+from peft_pretraining.data.records import BadRecord, check_source, document_text, read_records
 from peft_pretraining.data.source import open_source
 
 zstandard = pytest.importorskip("zstandard")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 from peft_pretraining.data.workers import Workers
 
 

@@ -25,7 +25,7 @@ from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.updates import PerLayerUpdate, WholeUpdate
-from peft_pretraining.record.measured_memory import measured_bytes
+from peft_pretraining.record.recorder import measured_bytes
 from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed import device
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
-from peft_pretraining.plan import text
+from peft_pretraining.plan import plan as planning
 from peft_pretraining.plan.plan import make_plan
 
 AVX2 = "processor : 0\nflags : fpu sse4_1 avx avx2 fma\n"
@@ -53,10 +53,10 @@ def test_instructions_for_bfloat16_are_known_from_cpuinfo(tmp_path, cpuinfo, env
     ],
 )
 def test_the_plan_warns_of_bfloat16_on_a_cpu_without_it(monkeypatch, tiny_run, dtype, device_type, available, warned):
-    monkeypatch.setattr(text, "cpu_has_bfloat16", lambda: available)
+    monkeypatch.setattr(planning, "cpu_has_bfloat16", lambda: available)
     args = parse_args([*tiny_run, "--batch_size", "1", "--dtype", dtype, "--max_length", "32"])
     plan = make_plan(args, World(), device_type=device_type)
-    shown = text.format_plan(plan, args, "words", DeviceMemory("a device", 2**40, device_type))
+    shown = planning.format_plan(plan, args, "words", DeviceMemory("a device", 2**40, device_type))
     assert ("warning: --dtype bfloat16" in shown) == warned
     assert ("use --dtype float32" in shown) == warned
 

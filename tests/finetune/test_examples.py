@@ -12,7 +12,7 @@ from small_task import rows, write_json
 
 from peft_pretraining.commands.finetune.examples import load_files, load_glue, read_table
 from peft_pretraining.commands.finetune.tasks import TASKS
-from peft_pretraining.data.errors import DataError
+from peft_pretraining.data import DataError
 
 PAIRS = [
     {"sentence1": "12", "sentence2": 'says "no, never"', "label": 1, "idx": 0},

@@ -10,12 +10,10 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.device import DeviceMemory
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.account import CLASSES, _linear_scratch, account
+from peft_pretraining.memory.account import CLASSES, _linear_scratch, account, fitting_flags, savings
 from peft_pretraining.memory.counts import parameter_counts
-from peft_pretraining.memory.savings import fitting_flags, savings
 from peft_pretraining.memory.setting import Setting
-from peft_pretraining.plan.plan import make_plan, setting_of
-from peft_pretraining.plan.text import format_plan, memory_problems
+from peft_pretraining.plan.plan import format_plan, make_plan, memory_problems, setting_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # 40 blocks of 8 MiB with small ones between them, as a step's temporaries lie between its gradients; then the large ones go.
 PROGRAM = """
 import os, sys
-from peft_pretraining.memory.allocator import set_allocator
+from peft_pretraining.distributed.device import set_allocator
 if sys.argv[1] == "set":
     set_allocator()
 import torch

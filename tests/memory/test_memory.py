@@ -35,7 +35,7 @@ from peft_pretraining.optim.build import build_galore, build_optimizer
 from peft_pretraining.optim.galore import Subspace
 from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.updates import PerLayerUpdate, WholeUpdate
-from peft_pretraining.record.measured_memory import measured_bytes
+from peft_pretraining.record.recorder import measured_bytes
 from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 from sparse_lora.linear import make_support
 from sparse_lora.uniform import UniformSupport

@@ -22,8 +22,7 @@ from peft_pretraining.memory.communication import (
     world_sizes,
 )
 from peft_pretraining.memory.setting import Setting
-from peft_pretraining.plan.plan import make_plan
-from peft_pretraining.plan.text import format_plan
+from peft_pretraining.plan.plan import format_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 # Embedding and head 10 x 4, two layers: q, k, v, o 4 x 4, gate, up, down 6 x 4 and two norms, and a final norm.

@@ -119,6 +119,16 @@ def test_other_data_is_another_setting(tmp_path):
     assert any("differ in model, data, batch or length" in line for line in problems(groups))
 
 
+def test_another_evaluation_set_is_another_task(tmp_path):
+    """Perplexities on different texts neither share a mean nor compare with one another."""
+    full = write_run(tmp_path / "full", method="full", seed=1)
+    own, other = write_run(tmp_path / "own", seed=1), write_run(tmp_path / "other", seed=2)
+    change_document(other, lambda document: document["arguments"].update(eval_dataset="other-texts"))
+    groups = groups_of(full, own, other)
+    assert [len(group.runs) for group in groups] == [1, 1, 1]
+    assert [against_baseline(group, groups) is None for group in groups] == [True, False, True]
+
+
 def test_a_seed_counts_once(tmp_path):
     """The same run twice would look like two draws, and narrow the interval."""
     (group,) = groups_of(*(write_run(tmp_path / name, perplexity=value) for name, value in (("a", 30.0), ("b", 34.0))))

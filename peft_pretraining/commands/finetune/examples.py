@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.commands.finetune.tasks import TASKS, Task, task_of
-from peft_pretraining.data.errors import DataError, first_line
+from peft_pretraining.data import DataError, first_line
 from peft_pretraining.data.tokenizer import hub_problem
 
 HUB_NAME = "nyu-mll/glue"

@@ -13,7 +13,7 @@ from peft_pretraining.checkpoint.step_folder import is_checkpoint, list_checkpoi
 from peft_pretraining.commands.finetune.adapter import ADAPTER_FILE, save_adapter
 from peft_pretraining.commands.finetune.examples import Dataset
 from peft_pretraining.commands.finetune.tasks import Task
-from peft_pretraining.data.errors import TokenizerError, first_line
+from peft_pretraining.data import TokenizerError, first_line
 from peft_pretraining.data.tokenizer import hub_problem
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World

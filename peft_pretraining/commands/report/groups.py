@@ -15,13 +15,18 @@ from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
 
 # Arguments that must be equal for perplexities to be comparable: all but the method and its tuning.
-_TASK = ("model", "data", "tokenizer", "text_field", "max_length", "packing", "document_mask", "total_batch_size")
+_TASK = (
+    *("model", "data", "eval_dataset", "tokenizer", "text_field", "max_length", "packing", "document_mask"),
+    "total_batch_size",
+)
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
 # Arguments whose resolved values are in the plan.
 _RESOLVED = ("dtype", "data_lanes", "total_batch_size")
 # Arguments that distinguish settings; runs that differ only in their seed repeat one setting.
 _SETTINGS = tuple(
-    name for name, row in ROWS.items() if row.defines_run and name not in ("seed", "model_config", "dataset", *_RESOLVED)
+    name
+    for name, row in ROWS.items()
+    if (row.defines_run or name == "eval_dataset") and name not in ("seed", "model_config", "dataset", *_RESOLVED)
 )
 _SHORT = {
     "rank": "r",

@@ -10,7 +10,7 @@ from peft_pretraining.config.arguments import ROWS, Arguments, as_dict
 from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.plan.schedule import is_finished
-from peft_pretraining.run.same_run import differing_arguments, differing_shape
+from peft_pretraining.run.folder import differing_arguments, differing_shape
 
 WARM_UP = "warm_up"
 
