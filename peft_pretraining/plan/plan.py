@@ -149,7 +149,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += [f"warning: {text}" for text in plan.warnings]
     if memory_of_device is not None and memory_of_device.device_type == "cpu":
-        lines += [f"warning: {text}" for text in _slow_dtype(plan)]
+        lines += [f"warning: {text}" for text in _slow_dtype(plan, args)]
     if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
         lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
     return "\n".join(lines)
@@ -167,13 +167,19 @@ def _schedule_text(args: Arguments) -> str:
     return text
 
 
-def _slow_dtype(plan: Plan) -> list[str]:
+def _slow_dtype(plan: Plan, args: Arguments) -> list[str]:
     """A warning where this machine's CPU computes bfloat16 products without instructions for them."""
-    if plan.dtype != "bfloat16" or cpu_has_bfloat16() is not False:
+    if cpu_has_bfloat16() is not False:
+        return []
+    if plan.dtype == "bfloat16":
+        flag, way_out = "dtype", "use --dtype float32"
+    elif args.compute_dtype == "bfloat16":
+        flag, way_out = "compute_dtype", "leave it out, so that products are float32"
+    else:
         return []
     return [
-        "--dtype bfloat16: this CPU multiplies bfloat16 matrices tens of times slower than float32 (no AVX-512, AMX or "
-        "bf16 instructions); use --dtype float32"
+        f"--{flag} bfloat16: this CPU multiplies bfloat16 matrices tens of times slower than float32 (no AVX-512, AMX or "
+        f"bf16 instructions); {way_out}"
     ]
 
 

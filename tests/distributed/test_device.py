@@ -61,5 +61,16 @@ def test_the_plan_warns_of_bfloat16_on_a_cpu_without_it(monkeypatch, tiny_run, d
     assert ("use --dtype float32" in shown) == warned
 
 
+def test_the_plan_warns_of_bfloat16_arithmetic_under_fsdp_too(monkeypatch, tiny_run):
+    monkeypatch.setattr(planning, "cpu_has_bfloat16", lambda: False)
+    flags = ["--batch_size", "1", "--dtype", "float32", "--max_length", "32", "--parallel", "fsdp"]
+    shown = []
+    for more in ([], ["--compute_dtype", "bfloat16"]):
+        args = parse_args([*tiny_run, *flags, *more])
+        plan = make_plan(args, World(size=2, local_size=2))
+        shown.append(planning.format_plan(plan, args, "words", DeviceMemory("a device", 2**40, "cpu")))
+    assert ["warning: --compute_dtype bfloat16: this CPU" in text for text in shown] == [False, True]
+
+
 def test_this_machine_is_read_without_torch():
     assert device.cpu_has_bfloat16() in (True, False, None)
