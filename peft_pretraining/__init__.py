@@ -4,7 +4,7 @@ import logging
 
 __version__ = "0.1.0"
 
-# transformers imports torchao wherever it is installed, which says on import which of its GPU kernels do not load here (none is
-# used) and what of its own torch will deprecate. In every process of every run that would come before anything that matters.
+# transformers imports torchao if it is installed. torchao then logs which of its GPU kernels cannot be loaded (none is used) and
+# which parts of torch are deprecated, in every process and before any message of ours.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -243,7 +243,7 @@ class DataArguments:
     )
     document_mask: bool = flag(
         False,
-        "with --packing: a token attends to its own document only, and positions begin anew at each document, in training and "
+        "with --packing: a token attends to its own document only, and positions restart at each document, in training and "
         "evaluation",
         if_allowed(
             no_effect=lambda args: (
@@ -452,12 +452,12 @@ class RunArguments:
     )
     continue_from: str | None = flag(
         None,
-        "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to go on from",
+        "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to resume from",
         freely(unit="folder", synonyms="resume_from_checkpoint resume_from load_from checkpoint"),
     )
     resume: str = flag(
         "auto",
-        "auto: go on from the newest checkpoint in save_dir; never: start afresh in a numbered folder",
+        "auto: resume from the newest checkpoint in save_dir; never: start anew in a numbered folder",
         freely(choices=("auto", "never")),
     )
     on_nonfinite: str = flag(

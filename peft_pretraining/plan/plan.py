@@ -161,7 +161,7 @@ def _schedule_text(args: Arguments) -> str:
     shape, end = ("linear", 0.0) if args.scheduler == "linear" else ("cosine", args.min_lr_ratio * args.lr)
     text = f"peak lr {args.lr:g} {start}, {shape} decay to {end:g}"
     if args.scheduler == "cosine" and args.cycle_length is not None:
-        text += f", anew every {args.cycle_length:,} updates"
+        text += f", restarted every {args.cycle_length:,} updates"
     if args.scheduler == "cosine_restarts":
         text += f", {args.restart_warmup_steps:,} warm-up updates again every {args.cycle_length:,}"
     return text

@@ -235,7 +235,7 @@ def test_one_start_makes_one_plan(monkeypatch, tiny_run, tmp_path, more):
     [
         ("--lr 0.1 --warmup_steps 1100", "peak lr 0.1 after 1,100 warm-up updates, cosine decay to 0.01"),
         ("--lr 0.1 --warmup_steps 0 --scheduler linear", "peak lr 0.1 from the first update, linear decay to 0"),
-        ("--lr 0.1 --cycle_length 5000", "cosine decay to 0.01, anew every 5,000 updates"),
+        ("--lr 0.1 --cycle_length 5000", "cosine decay to 0.01, restarted every 5,000 updates"),
         (
             "--lr 0.1 --scheduler cosine_restarts --cycle_length 5000 --restart_warmup_steps 50",
             "cosine decay to 0.01, 50 warm-up updates again every 5,000",
