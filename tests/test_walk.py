@@ -42,6 +42,7 @@ def test_a_file_is_entered_by_a_call_and_changed_by_a_call_or_a_return(walk):
     """The measure itself: open_source calls demo_folder of another file, which returns to it."""
     from peft_pretraining.data.source import open_source
 
+    open_source("demo", "train", resolve=False)  # imports what it needs: importing a module runs its code
     watched = walk.Walk()
     with watched.watching():
         open_source("demo", "train", resolve=False)
