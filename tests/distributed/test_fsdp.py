@@ -171,7 +171,8 @@ def test_dtypes_of_sums_and_of_arithmetic(tmp_path, flags):
     assert deviations(tmp_path / "ddp-summed-wide-three", tmp_path / "bfloat16-three")["parameters"] > 0
     narrow = deviations(tmp_path / "float32", tmp_path / "fsdp-computed-narrow")
     assert 0 < narrow["loss"] < 1e-2
-    assert narrow["parameters"] < 1e-2
+    # Relative distance of a tensor: a few roundings of bfloat16 (2^-8 each); SSE4.1 kernels gave 0.0102, AVX-512 ones below 0.01.
+    assert narrow["parameters"] < 4 * 2**-8
     tensors = tensors_of(tmp_path / "fsdp-computed-narrow")
     assert {tensor.dtype for name, tensor in tensors.items() if name.endswith("lora_A")} == {torch.float32}
 
