@@ -114,25 +114,11 @@ def _runtime(setting: Setting, activations: int) -> int:
 
 def parameter_groups(setting: Setting) -> list[TensorGroup]:
     """Returns every parameter of the run, grouped by shape."""
-    return tensor_groups(
-        setting.model,
-        method=setting.peft_model,
-        rank=setting.rank,
-        sparsity=setting.sp_ratio,
-        train_scaling=setting.train_scaling,
-        support=setting.support,
-    )
+    return tensor_groups(setting.model, **setting.method_arguments)
 
 
 def _static_bytes(setting: Setting) -> dict[str, int]:
-    counts = parameter_counts(
-        setting.model,
-        method=setting.peft_model,
-        rank=setting.rank,
-        sparsity=setting.sp_ratio,
-        train_scaling=setting.train_scaling,
-        support=setting.support,
-    )
+    counts = parameter_counts(setting.model, **setting.method_arguments)
     return static_bytes(
         setting.model,
         counts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft_pretraining.config.arguments import (
     Arguments,
@@ -72,6 +73,17 @@ class Setting:
     def reduces_in(self) -> str:
         """Dtype in which gradients are summed over processes, and by FSDP2 over micro-batches."""
         return self.reduce_dtype or self.computes_in
+
+    @property
+    def method_arguments(self) -> dict[str, Any]:
+        """What tensor_groups and parameter_counts need besides the model."""
+        return {
+            "method": self.peft_model,
+            "rank": self.rank,
+            "sparsity": self.sp_ratio,
+            "train_scaling": self.train_scaling,
+            "support": self.support,
+        }
 
     @property
     def method(self) -> Method:

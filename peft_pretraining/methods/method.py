@@ -159,7 +159,7 @@ class Method:
         return []
 
     def restart(self, args: Arguments) -> Restart | None:
-        """The restart between updates; None if there is none."""
+        """Returns what happens between updates, or None if the run has no restarts."""
         return None
 
 

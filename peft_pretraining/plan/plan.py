@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft_pretraining.config.arguments import Arguments, default_save_dir
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
@@ -58,7 +57,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     checked = check(args, world)
     model, dtype = checked.model, args.dtype or dtype or "float32"
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
-    counts = parameter_counts(model, **_method_arguments(args))
+    counts = parameter_counts(model, **setting.method_arguments)
     num_bytes = account(setting)
     return Plan(
         model=model,
@@ -96,16 +95,6 @@ def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
     tokens_per_update = None if plan.max_train_tokens is None else plan.tokens_per_update
     restart = METHODS[args.peft_model].restart(args)
     return LearningRates(settings, tokens_per_update, restart.every if restart else None)
-
-
-def _method_arguments(args: Arguments) -> dict[str, Any]:
-    return {
-        "method": args.peft_model,
-        "rank": args.rank,
-        "sparsity": args.sp_ratio,
-        "train_scaling": args.train_scaling,
-        "support": args.support,
-    }
 
 
 def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:

@@ -1,6 +1,9 @@
 """What the program knows of the CPU before torch is loaded."""
 
+import platform
+
 import pytest
+import torch
 
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed import device
@@ -73,4 +76,8 @@ def test_the_plan_warns_of_bfloat16_arithmetic_under_fsdp_too(monkeypatch, tiny_
 
 
 def test_this_machine_is_read_without_torch():
-    assert device.cpu_has_bfloat16() in (True, False, None)
+    """The answer from /proc/cpuinfo is torch's own, where there is such a file."""
+    answer = device.cpu_has_bfloat16(environ={})
+    assert answer in (True, False, None)
+    if answer is not None and platform.machine() == "x86_64":
+        assert answer == torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -16,6 +16,13 @@ HELP = "fine-tune a sequence classifier, its linears W0 + (alpha/r) B A + S, on 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
+    _add_task(parser)
+    _add_adapters(parser)
+    _add_training(parser)
+    _add_output(parser)
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="pretrained model with its tokenizer: a folder, or a name on the hub")
     add("--out", type=Path, required=True, help="new folder for the merged model, its tokenizer and results.json")
@@ -31,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="validation examples; two files for mnli, matched and mismatched",
     )
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--base",
         choices=("frozen", "trained"),
@@ -52,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="uniform",
         help="entries of S: uniform at random | 1/sp_ratio dense blocks | the largest magnitudes of W0 (default: %(default)s)",
     )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--lr", type=float, default=3e-5, help="peak learning rate of AdamW (default: %(default)s)")
     add(
         "--weight_decay",
@@ -77,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1234, help="seed of classifier, adapters, data order and dropout (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of matrix products (default: %(default)s)")
     add("--device", default="auto", help="auto | cpu | cuda (default: %(default)s)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--keep_adapter", action="store_true", help="also write the trained parameters as one small file, for load_adapter")
     add(
         "--checkpoints",

@@ -91,7 +91,7 @@ MISPRINTS = (
 
 
 def published_for(model: str, method: str, rank: int, delta: float) -> Published | None:
-    """The published result of a method at a size, rank and delta (if the method has them); None if there is none."""
+    """Returns the published result of a method at a size, rank and delta (if the method has them), or None."""
     result = next((entry for entry in TABLE if (entry.model, entry.method) == (model, method)), None)
     sparse = has_effect("sp_ratio", method)
     same_rank = not has_effect("rank", method) or rank == _RANKS.get(model)

@@ -140,7 +140,7 @@ def _offsets(places: Sequence[tuple[float, float]], step: float = 9.0) -> list[f
 
 
 def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
-    """Draws final perplexity against the learning rate, a line per setting run at several rates; None if there is none."""
+    """Draws final perplexity against the learning rate, a line per setting run at several rates; None without one."""
     from matplotlib import pyplot
 
     lines: dict[str, list[Group]] = {}

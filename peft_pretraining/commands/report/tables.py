@@ -103,7 +103,7 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
 
 
 def published_table(groups: Sequence[Group]) -> Table | None:
-    """A table of every published result of the models that were run; None if there is none."""
+    """Returns a table of every published result of the models that were run, or None without such results."""
     models = {group.first.model for group in groups}
     entries = [entry for entry in (*TABLE, *LATER, *SEVEN_B) if entry.model in models]
     if not entries:
