@@ -258,6 +258,22 @@ def test_wandb_gets_the_figures_where_it_is_asked_for(here: Path) -> None:
     assert b"validation_accuracy" in record.read_bytes()
 
 
+def test_without_a_wandb_run_nothing_is_recorded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dashboard that cannot start costs a warning; Trainer's own callback starts none in its place."""
+    import wandb
+
+    attempts = []
+
+    def failing(**settings: object) -> None:
+        attempts.append(settings)
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", failing)
+    assert main(flags(here, "unrecorded", "--epochs", "1", "--wandb", "offline", data="few")) == 0
+    assert len(attempts) == 1
+    assert (here / "unrecorded" / "results.json").exists()
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What a command that cannot work says; nothing is left of it."""
     capsys.readouterr()

@@ -25,6 +25,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import WandbCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_pretraining.commands.finetune.examples import Dataset, Examples
@@ -62,7 +63,10 @@ def fine_tune(
     splits = {name: len(examples) for name, examples in {"train": data.train, **data.validation}.items()}
     trainer = make_trainer(tuned, data, args, folder, say)
     newest = None if args.checkpoints is None else newest_checkpoint(args.checkpoints, _settings(args), data)
-    with _recorded_by_wandb(args, folder):
+    with _recorded_by_wandb(args, folder) as recorded:
+        # Without a run of ours the callback would start one by itself, with other settings.
+        if not recorded:
+            trainer.remove_callback(WandbCallback)
         try:
             trainer.train(resume_from_checkpoint=newest)
         except SafetensorError as error:  # what safetensors raises when the disk is full
@@ -210,12 +214,15 @@ def newest_checkpoint(folder: Path, settings: Mapping[str, Any], data: Dataset) 
 
 
 @contextlib.contextmanager
-def _recorded_by_wandb(args: argparse.Namespace, folder: Path) -> Iterator[None]:
-    """A wandb run, as --wandb asks, to which Trainer's callback reports; without a network it records offline."""
+def _recorded_by_wandb(args: argparse.Namespace, folder: Path) -> Iterator[bool]:
+    """Starts the wandb run that --wandb asks for, to which Trainer's callback reports, and ends it; yields whether there is one.
+
+    Without a network it records offline.
+    """
     settings = {"mode": args.wandb, "id": None, "name": args.out.name, "tags": None, "config": _settings(args)}
     run = start_wandb(folder, settings)
     try:
-        yield
+        yield run is not None
     finally:
         if run is not None:
             run.finish()
