@@ -191,7 +191,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         row: dict[str, Any] | None = None
         if state.update_step % args.log_every == 0:
             row = {
-                "lr": lr,
+                **rates.row(lr),
                 "tokens_seen": state.tokens_seen,
                 "max_memory": peak_memory_bytes(device),
                 "bad_records": bad_records,

@@ -44,6 +44,14 @@ ON_BAD_RECORD = ("skip", "fail")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
+def _without_weight_decay(args: Any) -> str | None:
+    return "without --weight_decay" if not args.weight_decay else None
+
+
+def _without_adam(args: Any) -> str | None:
+    return None if OPTIMIZERS[args.optimizer].adam else f"with --optimizer {args.optimizer}: it is not of the Adam family"
+
+
 class ConfigError(ValueError):
     """Arguments that cannot work; `problems` holds one complete sentence for each."""
 
@@ -155,6 +163,16 @@ class MethodArguments:
         "galore: singular vectors that span the subspace: std (of the weight's shorter side) | reverse_std (of its longer one) "
         "| right | left | full (both)",
         never(warm_start=True, choices=PROJ_TYPES, methods=("galore",), synonyms="galore_proj_type projection_type"),
+    )
+    start_scale: float = flag(
+        1.0,
+        "factor of the initial weights of the attention and MLP linears (of factored ones: of B and the sparse values)",
+        if_allowed(
+            warm_start=True,
+            above=0,
+            added_later=True,
+            no_effect=lambda args: None if args.warmed_up_model is None else "with --warmed_up_model, which has trained weights",
+        ),
     )
     init: str = flag(
         "default",
@@ -319,8 +337,43 @@ class OptimizationArguments:
     lr: float = flag(
         1e-4, "peak learning rate", if_allowed(warm_start=True, above=0, synonyms="learning_rate max_lr peak_lr base_lr")
     )
+    embedding_lr: float | None = flag(
+        None,
+        "peak learning rate of the token embedding (default: --lr); of the output head too where they are tied",
+        if_allowed(warm_start=True, above=0, added_later=True),
+    )
+    head_lr: float | None = flag(
+        None,
+        "peak learning rate of the output head (default: --lr)",
+        if_allowed(warm_start=True, above=0, added_later=True, synonyms="lm_head_lr unembedding_lr"),
+    )
+    matrix_lr: float | None = flag(
+        None,
+        "peak learning rate of the attention and MLP linears: dense weights, or factors (default: --lr)",
+        if_allowed(warm_start=True, above=0, added_later=True, synonyms="hidden_lr muon_lr"),
+    )
+    sparse_lr: float | None = flag(
+        None,
+        "peak learning rate of the sparse values (default: --lr)",
+        if_allowed(warm_start=True, above=0, added_later=True, methods=("sltrain",)),
+    )
+    norm_lr: float | None = flag(
+        None,
+        "peak learning rate of norms, biases and trained scales (default: --lr)",
+        if_allowed(warm_start=True, above=0, added_later=True, synonyms="scalar_lr"),
+    )
     weight_decay: float = flag(
         0.0, "weight decay, applied to every parameter as published", if_allowed(warm_start=True, minimum=0, synonyms="wd")
+    )
+    decay_embedding: bool = flag(
+        True,
+        "apply --weight_decay to embedding and output head too",
+        if_allowed(warm_start=True, added_later=True, no_effect=_without_weight_decay),
+    )
+    decay_norms: bool = flag(
+        True,
+        "apply --weight_decay to norms, biases and trained scales too",
+        if_allowed(warm_start=True, added_later=True, no_effect=_without_weight_decay),
     )
     beta1: float = flag(
         0.0,
@@ -334,6 +387,18 @@ class OptimizationArguments:
             ),
             synonyms="momentum adam_beta1",
         ),
+    )
+    beta2: float = flag(
+        0.999,
+        "second moment of the Adam family",
+        if_allowed(
+            warm_start=True, minimum=0, below=1, added_later=True, no_effect=_without_adam, synonyms="adam_beta2 adamw_beta2"
+        ),
+    )
+    eps: float = flag(
+        1e-8,
+        "term added to the denominator of the Adam family's steps",
+        if_allowed(warm_start=True, above=0, added_later=True, no_effect=_without_adam, synonyms="adam_epsilon epsilon"),
     )
     grad_clipping: float | None = flag(
         None,
@@ -611,6 +676,9 @@ def arguments_of_record(values: dict[str, Any]) -> Arguments:
 def default_save_dir(args: Arguments, total_batch_size: int) -> Path:
     """checkpoints/<config>-<method>-<8 hex digits of the run-defining arguments>, the same for any number of processes."""
     defining = {name: getattr(args, name) for name, row in ROWS.items() if row.defines_run}
+    defaults = {field.name: field.default for field in dataclasses.fields(Arguments) if field.name in ROWS}
+    # Runs that were started before a flag existed keep their folder.
+    defining = {name: value for name, value in defining.items() if not (ROWS[name].added_later and value == defaults[name])}
     defining["total_batch_size"] = total_batch_size
     digest = hashlib.blake2b(json.dumps(defining, sort_keys=True).encode(), digest_size=4).hexdigest()
     return Path("checkpoints") / f"{Path(args.model_config).stem}-{args.peft_model}-{digest}"

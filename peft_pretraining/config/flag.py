@@ -22,6 +22,7 @@ class Row:
     is given bare; kind: "tokens" for counts such as 150M.
     minimum, maximum: the smallest and largest value; above, below: limits that are excluded themselves.
     defines_run: whether the default save_dir depends on it.
+    added_later: whether runs were made before the flag existed; the default save_dir does not depend on it at its default.
     on_resume: whether a resumed run may have another value: "never" (the checkpoint would not fit), "if_allowed" (where
     --allow_changes names it), "freely" (it is not compared).
     warm_start: whether it may differ from the full-rank run that --warmed_up_model starts from.
@@ -42,6 +43,7 @@ class Row:
     above: float | None = None
     maximum: float | None = None
     below: float | None = None
+    added_later: bool = False
     warm_start: bool = False
     methods: tuple[str, ...] | None = None
     no_effect: Callable[[Any], str | None] | None = None

@@ -26,6 +26,7 @@ class LowRank(Method):
     description = "low-rank, W = (alpha/r) B A"
     colour = "#E69F00"
     replaces_linears = factored = True
+    start_parameters = ("lora_B", "sparse_value")
 
     def problems(self, args: Arguments) -> list[str]:
         """Refuses restarts that contradict the schedule, and rebalancing without restarts."""

@@ -95,6 +95,8 @@ class Method:
     frozen_base = False
     # The optimizer steps the linears' weights in subspaces (`projected_matrices`).
     projected = False
+    # Parameters of a linear whose initial values --start_scale multiplies, so that its weight is scaled.
+    start_parameters: Collection[str] = ("weight",)
     # The trained linears equal dense linears, so the model can be exported.
     mergeable = True
     # The method to suggest if memory does not suffice.

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -235,6 +235,18 @@ def start_from_svd(model: nn.Module, std: float, seed: int, world: World) -> Non
         if isinstance(module, SparseLowRankLinear):
             for parameter_name, values in _values(module, name, std, seed, world):
                 assign_(module.get_parameter(parameter_name), broadcast_(values, world))
+
+
+def scale_start(model: nn.Module, parameters: Collection[str], scale: float) -> None:
+    """Multiplies the initial weights of the attention and MLP linears by `scale`, in place.
+
+    parameters: names, within a linear, of the parameters whose scaling scales its weight.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            linear, _, own_name = name.rpartition(".")
+            if own_name in parameters and linear.endswith("_proj"):
+                parameter.mul_(scale)
 
 
 def _values(layer: SparseLowRankLinear, name: str, std: float, seed: int, world: World) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.config.parameter_groups import group_of
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.slices import StochasticRounding
 
-# The libraries of low-bit optimizers advise 32-bit moments for embedding and output head: rarely used rows make 8-bit blocks
-# unstable.
-EMBEDDINGS = ("embed_tokens", "lm_head")
+ADAM_BETA1 = 0.9
 
 
 class OptimizerUnavailable(ValueError):
@@ -25,35 +24,39 @@ class OptimizerUnavailable(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of an optimizer; see `build_optimizer`."""
+    """Settings of an optimizer.
+
+    lr: learning rate of the first update; the trainer sets it before every update. weight_decay: added to the gradient for adam
+    and sgd, decoupled for the others (as in their libraries). beta1: sgd's momentum and adafactor's first moment; 0 turns it off.
+    The Adam family has the published beta1 of 0.9, and beta2 and eps from here. embedding_bits: 32 for float32 moments of
+    embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
+    parameters, for the Adam family. lr_ratios: learning rates of parameter groups, divided by lr; 1 for the groups that are left
+    out. undecayed: parameter groups without weight decay. Groups: see config.parameter_groups.
+    """
 
     lr: float
     weight_decay: float
     beta1: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
     embedding_bits: int | None = None
     rounding: StochasticRounding | None = None
+    lr_ratios: Mapping[str, float] = field(default_factory=dict)
+    undecayed: Collection[str] = ()
+
+    @property
+    def adam(self) -> dict[str, Any]:
+        """Arguments of the Adam family's constructors."""
+        return {"lr": self.lr, "betas": (ADAM_BETA1, self.beta2), "eps": self.eps, "weight_decay": self.weight_decay}
 
 
-def build_optimizer(
-    name: str,
-    parameters: Mapping[str, nn.Parameter],
-    *,
-    lr: float,
-    weight_decay: float,
-    beta1: float = 0.0,
-    embedding_bits: int | None = None,
-    rounding: StochasticRounding | None = None,
-) -> torch.optim.Optimizer:
+def build_optimizer(name: str, parameters: Mapping[str, nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     """Builds the optimizer for a name of --optimizer.
 
     Args:
         name: one of BUILDERS.
         parameters: trainable parameters by qualified name, all on one device.
-        lr: learning rate of the first update; the trainer sets it before every update.
-        weight_decay: added to the gradient for adam and sgd, decoupled for the others (as in their libraries).
-        beta1: sgd's momentum and adafactor's first moment; 0 turns it off. The Adam family keeps the published (0.9, 0.999).
-        embedding_bits: 32 for float32 moments of embedding and output head with low-bit optimizers; None: as for the rest.
-        rounding: stochastic rounding of bfloat16 parameters, for the Adam family.
+        settings: fields of Settings.
 
     Raises:
         ValueError: an unknown name.
@@ -61,7 +64,7 @@ def build_optimizer(
     """
     if name not in BUILDERS:
         raise ValueError(f"unknown optimizer {name!r}: must be one of {', '.join(BUILDERS)}")
-    return BUILDERS[name](parameters, Settings(lr, weight_decay, beta1, embedding_bits, rounding))
+    return BUILDERS[name](parameters, Settings(**settings))
 
 
 def build_galore(
@@ -71,51 +74,51 @@ def build_galore(
     matrices: Collection[str],
     subspace: Subspace,
     world: World,
-    lr: float,
-    weight_decay: float,
-    beta1: float = 0.0,
-    embedding_bits: int | None = None,
-    rounding: StochasticRounding | None = None,
+    **settings: Any,
 ) -> torch.optim.Optimizer:
     """Builds the optimizer for a name of --optimizer; it steps some matrices in a subspace of their gradients.
 
     Args:
         matrices: names of the projected matrices; `parameters` may contain some, all or none of them.
-        subspace, world: see GaLore. Other arguments: see build_optimizer.
+        subspace, world: see GaLore.
+        settings: fields of Settings.
 
     Raises:
         As build_optimizer.
     """
     projected = {key: parameter for key, parameter in parameters.items() if key in matrices}
     others = {key: parameter for key, parameter in parameters.items() if key not in matrices}
-    ordinary = None
-    if others:
-        settings: dict[str, Any] = {"beta1": beta1, "embedding_bits": embedding_bits, "rounding": rounding}
-        ordinary = build_optimizer(name, others, lr=lr, weight_decay=weight_decay, **settings)
-        if not projected:
-            return ordinary
+    ordinary = build_optimizer(name, others, **settings) if others else None
+    if ordinary is not None and not projected:
+        return ordinary
+    inner = {**settings, "weight_decay": 0.0, "rounding": None, "embedding_bits": None, "lr_ratios": {}}
     return GaLore(
         projected,
-        lambda matrix: build_optimizer(name, {"projected": matrix}, lr=lr, weight_decay=0.0, beta1=beta1),
+        lambda matrix: build_optimizer(name, {"projected": matrix}, **inner),
         ordinary,
         subspace,
         world,
-        lr=lr,
-        weight_decay=weight_decay,
+        groups=_groups(projected, Settings(**settings)),
+        lr=settings["lr"],
         decoupled=OPTIMIZERS[name].decoupled_decay,
-        rounding=rounding,
+        rounding=settings.get("rounding"),
     )
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], embedding_bits: int | None) -> list[dict[str, Any]]:
-    """Parameters as one group, or two if the moments of embedding and output head have a different number of bits."""
-    embeddings = [p for name, p in parameters.items() if embedding_bits and any(part in name for part in EMBEDDINGS)]
-    embedding_set = set(embeddings)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if p not in embedding_set]},
-        {"params": embeddings, "state_bits": embedding_bits},
-    ]
-    return [group for group in groups if group["params"]]
+def _groups(parameters: Mapping[str, nn.Parameter], settings: Settings) -> list[dict[str, Any]]:
+    """Parameters in groups of equal learning rate, weight decay and (state_bits) bits of the moments."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        kind = group_of(name, parameter.dim())
+        options: dict[str, Any] = {
+            "lr_ratio": settings.lr_ratios.get(kind, 1.0),
+            "weight_decay": 0.0 if kind in settings.undecayed else settings.weight_decay,
+        }
+        # Without an entry, moments have the optimizer's own number of bits.
+        if settings.embedding_bits and kind in ("embedding", "head"):
+            options["state_bits"] = settings.embedding_bits
+        groups.setdefault(tuple(options.items()), {"params": [], **options})["params"].append(parameter)
+    return list(groups.values())
 
 
 def _names(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, str]:
@@ -125,27 +128,27 @@ def _names(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, str]:
 def _adam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     if settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=False)
-    return torch.optim.Adam(list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.Adam(_groups(parameters, settings), fused=True, **settings.adam)
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     if settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=True)
-    return torch.optim.AdamW(list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.AdamW(_groups(parameters, settings), fused=True, **settings.adam)
 
 
 def _sgd(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    trained = list(parameters.values())
     # torch's fused SGD on a CPU does not change 16-bit parameters (torch 2.13, issue 191763).
-    fused = all(p.device.type != "cpu" or p.dtype in (torch.float32, torch.float64) for p in trained)
-    return torch.optim.SGD(trained, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.beta1, fused=fused)
+    fused = all(p.device.type != "cpu" or p.dtype in (torch.float32, torch.float64) for p in parameters.values())
+    groups = _groups(parameters, settings)
+    return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.beta1, fused=fused)
 
 
 def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     return Adafactor(
-        list(parameters.values()),
+        _groups(parameters, settings),
         lr=settings.lr,
         eps=(1e-30, 1e-3),
         clip_threshold=1.0,
@@ -161,13 +164,7 @@ def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
 def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     from peft_pretraining.optim.adam8bit import SlicedAdam8bit
 
-    return SlicedAdam8bit(
-        _groups(parameters, settings.embedding_bits),
-        names=_names(parameters),
-        rounding=settings.rounding,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-    )
+    return SlicedAdam8bit(_groups(parameters, settings), names=_names(parameters), rounding=settings.rounding, **settings.adam)
 
 
 def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -185,11 +182,10 @@ def _sliced_adam(
             "torchao, or use --optimizer adam8bit without --stochastic_rounding"
         ) from None
     return SlicedAdam(
-        _groups(parameters, settings.embedding_bits),
+        _groups(parameters, settings),
         names=_names(parameters),
         rounding=settings.rounding,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
+        **settings.adam,
         decoupled=decoupled,
         state_bits=state_bits,
     )

@@ -46,8 +46,8 @@ class GaLore(torch.optim.Optimizer):
         ordinary: optimizer of the other parameters, None if there are none.
         subspace: rank, gap, scale and side of the projections.
         world: the processes, which have equal gradients; rank 0 computes the projections and sends them to the others.
+        groups: the projected matrices in parameter groups, with `weight_decay`.
         lr: learning rate.
-        weight_decay: coefficient of weight decay.
         decoupled: True for AdamW's weight decay; False adds it to the gradient.
         rounding: stochastic rounding of bfloat16 matrices; None rounds to nearest.
     """
@@ -60,13 +60,16 @@ class GaLore(torch.optim.Optimizer):
         subspace: Subspace,
         world: World,
         *,
+        groups: list[dict[str, Any]],
         lr: float,
-        weight_decay: float,
         decoupled: bool,
         rounding: StochasticRounding | None,
     ):
-        others = [] if ordinary is None else [p for group in ordinary.param_groups for p in group["params"]]
-        super().__init__([*matrices.values(), *others], {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr})
+        self._matrix_groups = list(self.param_groups)
+        if ordinary is not None:
+            # The same groups, so that whoever sets their learning rates sets those of the ordinary optimizer.
+            self.param_groups += ordinary.param_groups
         self._names = {parameter: name for name, parameter in matrices.items()}
         self._ordinary, self._subspace, self._world = ordinary, subspace, world
         self._decoupled, self._rounding = decoupled, rounding
@@ -78,15 +81,14 @@ class GaLore(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Steps every parameter that has a gradient."""
-        lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         if self._ordinary is not None:
             self._ordinary.state = self.state
-            set_lr(self._ordinary, lr)
             self._ordinary.step()
-        set_lr(self._inner, lr)
-        for matrix in self._names:
-            if matrix.grad is not None:
-                self._step_matrix(matrix, lr, weight_decay)
+        for group in self._matrix_groups:
+            set_lr(self._inner, group["lr"])
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self._step_matrix(matrix, group["lr"], group["weight_decay"])
 
     def prepare_states(self) -> None:
         """Creates projections, and the moments of optimizers that support it, now instead of in the first step."""

@@ -272,9 +272,9 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
 
 
 def set_lr(optimizer: HasState, lr: float) -> None:
-    """Sets the learning rate of the following steps."""
+    """Sets the learning rate of the following steps; a group's rate is `lr` times its `lr_ratio`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def _total_norm(gradients: list[torch.Tensor], world: World) -> torch.Tensor:

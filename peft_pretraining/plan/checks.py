@@ -227,6 +227,11 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
             f"--max_length {args.max_length}: {args.model_config} allows {model.max_position_embeddings} positions "
             "(max_sequence_length); lower --max_length or raise it there"
         )
+    if model.tie_word_embeddings and args.head_lr is not None:
+        problems.append(
+            f"--head_lr {args.head_lr:g}: {args.model_config} ties the output head to the embedding, one tensor with one rate; "
+            "use --embedding_lr"
+        )
     return problems + METHODS[args.peft_model].model_problems(args, model)
 
 

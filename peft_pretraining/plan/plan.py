@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft_pretraining.config.arguments import Arguments, default_save_dir
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, lr_ratios, undecayed_groups
 from peft_pretraining.data.source import original_dataset
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
@@ -94,7 +95,7 @@ def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
     settings = {"lr": args.lr, **schedule_arguments(args, plan.num_training_steps)}
     tokens_per_update = None if plan.max_train_tokens is None else plan.tokens_per_update
     restart = METHODS[args.peft_model].restart(args)
-    return LearningRates(settings, tokens_per_update, restart.every if restart else None)
+    return LearningRates(settings, tokens_per_update, restart.every if restart else None, lr_ratios(args))
 
 
 def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:
@@ -125,6 +126,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
             "optimizer",
             f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}",
         ),
+        *(("", text) for text in (_rates_text(args), _decay_text(args)) if text),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         ("run folder", str(plan.save_dir)),
         ("memory", " + ".join(f"{name} {plan.bytes[name] / GIB:.2f}" for name in CLASSES if plan.bytes[name]) + " GiB"),
@@ -142,6 +144,22 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
         lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
     return "\n".join(lines)
+
+
+def _rates_text(args: Arguments) -> str:
+    """Peak learning rates of the parameter groups that have their own, e.g. "embedding lr 0.004, matrix lr 0.001"."""
+    rates = {group: getattr(args, f"{group}_lr") for group in PARAMETER_GROUPS}
+    text = ", ".join(f"{group} {rate:g}" for group, rate in rates.items() if rate is not None)
+    return f"peak lr of {text}" if text else ""
+
+
+def _decay_text(args: Arguments) -> str:
+    """What weight decay applies to, if there is any."""
+    if not args.weight_decay:
+        return ""
+    names = {"embedding": "embedding", "head": "output head", "norm": "norms and biases"}
+    without = [names[group] for group in PARAMETER_GROUPS if group in undecayed_groups(args)]
+    return f"weight decay {args.weight_decay:g} {'except on ' + ', '.join(without) if without else 'on every parameter'}"
 
 
 def _schedule_text(args: Arguments) -> str:

@@ -1,7 +1,8 @@
 """When a run is over, and its learning-rate schedules, as published: pure functions of the number of finished updates."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
@@ -29,12 +30,18 @@ class LearningRates:
 
     settings: arguments of `lr_at` except the step. tokens_per_update: set if the run's length is counted in tokens. The schedule
     then advances by tokens, in units of full updates: padding makes the number of updates unknown beforehand, and the schedule
-    must end with the run. restart_every: updates between restarts of the method, None without restarts.
+    must end with the run. restart_every: updates between restarts of the method, None without restarts. ratios: rates of
+    parameter groups that have their own, divided by the run's.
     """
 
     settings: dict[str, Any]
     tokens_per_update: int | None = None
     restart_every: int | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self, lr: float) -> dict[str, float]:
+        """The rates to log for an update with the rate `lr`: of the run, and of each parameter group that has its own."""
+        return {"lr": lr} | {f"lr/{group}": lr * ratio for group, ratio in self.ratios.items()}
 
     def at(self, update_step: int, tokens_seen: int) -> float:
         """The rate of the update that follows `update_step` finished updates and `tokens_seen` tokens."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_pretraining.config.arguments import Arguments, ConfigError, embedding_bits
 from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.config.parameter_groups import lr_ratios, undecayed_groups
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.records import OnBadRecord
 from peft_pretraining.data.source import Source, open_source
@@ -21,7 +22,7 @@ from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import loss_chunk_rows
 from peft_pretraining.methods import METHODS
-from peft_pretraining.model.llama import build_model, start_from_svd
+from peft_pretraining.model.llama import build_model, scale_start, start_from_svd
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_galore, build_optimizer
 from peft_pretraining.optim.galore import Subspace
@@ -130,6 +131,8 @@ def build_module(
     def start(model: LlamaForCausalLM) -> None:
         if args.init == "svd" and not restored:
             start_from_svd(model, model.config.initializer_range, args.seed, world)
+        if args.start_scale != 1 and not restored:
+            scale_start(model, METHODS[args.peft_model].start_parameters, args.start_scale)
         if sharded:
             settle_shards(modules[0], device)
 
@@ -157,6 +160,10 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         "lr": args.lr,
         "weight_decay": args.weight_decay,
         "beta1": args.beta1,
+        "beta2": args.beta2,
+        "eps": args.eps,
+        "lr_ratios": lr_ratios(args),
+        "undecayed": undecayed_groups(args),
         "embedding_bits": embedding_bits(args),
         "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,
     }

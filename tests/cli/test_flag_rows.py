@@ -43,6 +43,7 @@ CHANGES = {
     "update_proj_gap": "100",
     "galore_scale": "0.5",
     "proj_type": "left",
+    "start_scale": "0.5",
     "init": "svd",
     "restart_every": "4",
     "rebalance": "true --restart_every 4 --allow_changes restart_every",
@@ -68,8 +69,17 @@ CHANGES = {
     "max_train_tokens": "20k",
     "optimizer": "adam8bit",
     "lr": "0.02",
+    "embedding_lr": "0.02",
+    "head_lr": "0.02",
+    "matrix_lr": "0.02",
+    "sparse_lr": "0.02",
+    "norm_lr": "0.02",
     "weight_decay": "0.1",
+    "decay_embedding": "false",
+    "decay_norms": "false",
     "beta1": "0.5",
+    "beta2": "0.95",
+    "eps": "1e-6",
     "grad_clipping": "1",
     "grad_norm_growth": "1.01",
     "per_layer": "true",
@@ -223,7 +233,7 @@ def test_the_documentation_names_every_flag_that_is_compared():
 
 def test_default_folders_of_earlier_runs_are_found():
     """What the folder's name is made of is fixed: with another set every existing run would be trained anew."""
-    assert {name for name, row in ROWS.items() if row.defines_run} == {
+    assert {name for name, row in ROWS.items() if row.defines_run and not row.added_later} == {
         *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
         *("update_proj_gap", "galore_scale", "proj_type", "init", "restart_every", "rebalance"),
         *("relora", "warmed_up_model", "reset_optimizer_on_relora"),
@@ -234,6 +244,19 @@ def test_default_folders_of_earlier_runs_are_found():
         *("grad_norm_growth", "per_layer", "embedding_states", "stochastic_rounding", "reduce_dtype", "compute_dtype"),
         *("warmup_steps", "cycle_length", "restart_warmup_steps", "adjust_step"),
     }
+
+
+def test_flags_that_were_added_later_name_a_folder_of_their_own_only_where_they_are_set(tiny_run):
+    def folder(*flags: str) -> Path:
+        return make_plan(parse_args([*flags_of("sltrain", tiny_run), *flags]), World()).save_dir
+
+    plain = folder()
+    assert plain.name.startswith("tiny-sltrain-")
+    for name, row in ROWS.items():
+        if row.added_later:
+            default = str(getattr(parse_args(flags_of("sltrain", tiny_run)), name))
+            assert default == "None" or folder(f"--{name}", default) == plain, name
+            assert folder(f"--{name}", *CHANGES[name].split()) != plain, name
 
 
 def test_a_field_without_a_row_fails_at_import():
