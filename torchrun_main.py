@@ -176,10 +176,9 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
             break
 
         micro_batches = next_micro_batches(run, world)
-        if run.restarts is not None:
-            run.restarts.before_update(state.update_step)
-        lr = rates.at(state.update_step, state.tokens_seen)
-        step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
+        run.restarts.before_update(state.update_step)
+        lr, progress = (part(state.update_step, state.tokens_seen) for part in (rates.at, rates.progress))
+        step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, progress=progress, world=world, device=device)
         # Reading step.skipped waits for the device, which nothing else in an update does.
         if args.on_nonfinite == "stop" and bool(step.skipped):
             late_record.settle()

@@ -49,7 +49,12 @@ def _without_weight_decay(args: Any) -> str | None:
 
 
 def _without_adam(args: Any) -> str | None:
-    return None if OPTIMIZERS[args.optimizer].adam else f"with --optimizer {args.optimizer}: it is not of the Adam family"
+    return None if OPTIMIZERS[args.optimizer].has_adam else f"with --optimizer {args.optimizer}: it is not of the Adam family"
+
+
+def _without_momentum(args: Any) -> str | None:
+    used = OPTIMIZERS[args.optimizer].matrix_bytes is not None
+    return None if used else f"with --optimizer {args.optimizer}: it belongs to muon and spectron"
 
 
 class ConfigError(ValueError):
@@ -388,6 +393,16 @@ class OptimizationArguments:
             synonyms="momentum adam_beta1",
         ),
     )
+    muon_momentum: float = flag(
+        0.95,
+        "momentum of muon and spectron, for the linears' matrices",
+        if_allowed(warm_start=True, minimum=0, below=1, added_later=True, no_effect=_without_momentum),
+    )
+    reset_moments_every: int | None = flag(
+        None,
+        "update steps between resets of all moments to zero (default: 1000 with stable_spam, else none; 0: never)",
+        if_allowed(warm_start=True, unit="updates", minimum=0, added_later=True),
+    )
     beta2: float = flag(
         0.999,
         "second moment of the Adam family",
@@ -648,6 +663,12 @@ def flags_with(on_resume: str) -> frozenset[str]:
 def allowed_changes(args: Arguments) -> frozenset[str]:
     """The names that --allow_changes lists."""
     return frozenset(name.strip() for name in (args.allow_changes or "").split(",") if name.strip())
+
+
+def reset_interval(args: Arguments) -> int | None:
+    """Updates between resets of all moments, None for no resets."""
+    every = OPTIMIZERS[args.optimizer].reset_every if args.reset_moments_every is None else args.reset_moments_every
+    return every or None
 
 
 def embedding_bits(args: Arguments) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 # bitsandbytes: tensors below this many elements keep float32 moments; the others have one scale per block.
 BNB_MIN_ELEMENTS = 4096
@@ -44,8 +45,17 @@ class Optimizer:
     moments_need_beta1: bool = False
     # Moments are plain numbers, one for each element, so that ReLoRA can prune some of them.
     prunable: bool = False
-    # The step of a part of a tensor is that part of the whole tensor's step, as --parallel fsdp needs.
-    shardable: bool = True
+    # It is no Adam, but steps some parameters or all by one.
+    uses_adam: bool = False
+    # Why --parallel fsdp is impossible: the step of a part of a tensor is not that part of the whole tensor's step.
+    not_shardable: str | None = None
+    # The matrices of attention and MLP linears are stepped along an orthogonalised momentum: bytes of the state of one, arguments
+    # as for state_bytes, which is for all other parameters.
+    matrix_bytes: Callable[[Shape, int, float, int | None], int] | None = None
+    # The factors of a linear are stepped together.
+    steps_pairs: bool = False
+    # Updates between two resets of all moments, unless --reset_moments_every says otherwise.
+    reset_every: int | None = None
     # torch.compile compiles its step.
     compiled: bool = False
     # Temporaries of a step, bytes per element of one slice of the tensor, or of the whole tensor (steps_whole).
@@ -54,6 +64,11 @@ class Optimizer:
     steps_whole: bool = False
     # The next optimizer to suggest where memory does not suffice.
     smaller: str | None = None
+
+    @property
+    def has_adam(self) -> bool:
+        """Whether Adam steps some of the parameters or all: --beta2, --eps and --stochastic_rounding work."""
+        return self.adam or self.uses_adam
 
     def keeps_moments(self, beta1: float) -> bool:
         """Whether there is a moment to reset or to prune."""
@@ -85,6 +100,31 @@ def _adam8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     return 2 * elements + 2 * 4 * math.ceil(elements / BNB_BLOCK_ELEMENTS)
 
 
+def _muon(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
+    """One moment in the parameter's dtype."""
+    return width * math.prod(shape)
+
+
+def _muon8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
+    """One one-byte moment with a float32 scale per block; a float32 moment of small matrices."""
+    elements = math.prod(shape)
+    return 4 * elements if elements < BNB_MIN_ELEMENTS else elements + 4 * math.ceil(elements / BNB_BLOCK_ELEMENTS)
+
+
+def _spectron(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
+    """Muon's, and a float32 vector of a number per row."""
+    return _muon(shape, width, beta1, bits) + 4 * shape[0]
+
+
+def _spectron8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
+    return _muon8bit(shape, width, beta1, bits) + 4 * shape[0]
+
+
+def _stable_spam(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
+    """Adam's, and three float32 averages."""
+    return _adam(shape, width, beta1, bits) + 3 * 4
+
+
 def _adamw4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     """torchao: codes, scales and a code book per moment for the whole blocks; float32 for the rest and for small tensors."""
     elements, bits = math.prod(shape), bits or 4
@@ -96,25 +136,51 @@ def _adamw4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     return 2 * (quantised // per_byte + 4 * (quantised // block) + 4 * entries + 4 * rest)
 
 
+# bitsandbytes' code book of one moment.
+_CODE_BOOK_BYTES = 4 * BNB_CODEBOOK_ENTRIES
+
+
+def _orthogonal(matrix_bytes: Callable[[Shape, int, float, int | None], int], **more: Any) -> Optimizer:
+    """Muon or Spectron: AdamW steps what is no matrix of attention and MLP linears."""
+    reason = "it orthogonalises whole matrices, of which a process has a part"
+    return Optimizer(_adam, uses_adam=True, step_count_bytes=4, not_shardable=reason, matrix_bytes=matrix_bytes, **more)
+
+
 OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(_adam, adam=True, decoupled_decay=False, step_count_bytes=4, prunable=True, smaller="adam8bit"),
     "adamw": Optimizer(_adam, adam=True, step_count_bytes=4, prunable=True, smaller="adam8bit"),
     "sgd": Optimizer(_sgd, decoupled_decay=False, uses_beta1=True, moments_need_beta1=True, prunable=True),
     "adafactor": Optimizer(
-        _adafactor, uses_beta1=True, shardable=False, scratch_per_element=16, scratch_per_element_cuda=16, steps_whole=True
+        _adafactor,
+        uses_beta1=True,
+        not_shardable="its second moments are means over whole rows and columns, of which a process has a part",
+        scratch_per_element=16,
+        scratch_per_element_cuda=16,
+        steps_whole=True,
     ),
     "adam8bit": Optimizer(
         _adam8bit,
         adam=True,
         low_bit=True,
         # Two code books. On a GPU bitsandbytes' kernels need no temporaries.
-        shared_bytes=2 * 4 * BNB_CODEBOOK_ENTRIES,
+        shared_bytes=2 * _CODE_BOOK_BYTES,
         scratch_per_element=24,
         smaller="adamw4bit",
     ),
     "adamw4bit": Optimizer(
         _adamw4bit, adam=True, low_bit=True, compiled=True, scratch_per_element=64, scratch_per_element_cuda=64
     ),
+    "stable_spam": Optimizer(
+        _stable_spam,
+        uses_adam=True,
+        step_count_bytes=4,
+        not_shardable="it needs the norm and the largest entry of whole gradients, of which a process has a part",
+        reset_every=1000,
+    ),
+    "muon": _orthogonal(_muon, smaller="muon8bit"),
+    "muon8bit": _orthogonal(_muon8bit, shared_bytes=_CODE_BOOK_BYTES),
+    "spectron": _orthogonal(_spectron, steps_pairs=True, smaller="spectron8bit"),
+    "spectron8bit": _orthogonal(_spectron8bit, steps_pairs=True, shared_bytes=_CODE_BOOK_BYTES),
 }
 
 # Published names of optimizers -> the flags that each stands for; `_per_layer` at the end of any name means --per_layer.

@@ -281,10 +281,26 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
     optimizer = OPTIMIZERS[setting.optimizer]
     on_gpu = setting.device_type == "cuda"
     per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
+    if optimizer.matrix_bytes is not None:
+        return _orthogonal_scratch(setting)
     if optimizer.steps_whole:
         return per_element * largest
     rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding and setting.dtype == "bfloat16" else 0
     return (per_element + rounding) * min(largest, _SLICE_ELEMENTS)
+
+
+def _orthogonal_scratch(setting: Setting) -> int:
+    """Returns bytes of temporaries of Muon's or Spectron's step of the largest matrix.
+
+    Newton-Schulz holds three matrices of its size and two of its shorter side; float32 momenta are dequantised. A pair's first
+    direction is kept while the second is computed.
+    """
+    width, optimizer = DTYPE_BYTES[setting.dtype], OPTIMIZERS[setting.optimizer]
+    groups = tensor_groups(setting.model, **setting.method_arguments)
+    matrices = [group.shape for group in groups if group.trained and len(group.shape) == 2 and not group.embedding]
+    one = max(width * (3 * math.prod(shape) + 2 * min(shape) ** 2) for shape in matrices)
+    largest = max(map(math.prod, matrices))
+    return one + (4 * largest if optimizer.shared_bytes else 0) + (width * largest if optimizer.steps_pairs else 0)
 
 
 @dataclass(frozen=True)
@@ -326,7 +342,7 @@ def fitting_flags(setting: Setting, limit: int) -> list[Saving]:
 def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yields (flag, value, changed fields of the setting) for each flag that could lower memory."""
     method, optimizer = setting.method, OPTIMIZERS[setting.optimizer]
-    if setting.world_size > 1 and not setting.sharded and optimizer.shardable and not method.projected:
+    if setting.world_size > 1 and not setting.sharded and optimizer.not_shardable is None and not method.projected:
         yield "parallel", "fsdp", {"parallel": "fsdp"}
     if setting.sharded and not setting.reshard_after_forward:
         yield "reshard_after_forward", "true", {"reshard_after_forward": True}

@@ -214,10 +214,14 @@ def static_bytes(
         if g.projected:
             left, right, stepped = subspace_shapes(g.shape, counts.rank, proj_type)
             states += g.count * width * sum(math.prod(side) for side in (left, right) if side is not None)
+        if kind.matrix_bytes is not None and _is_matrix(g):
+            states += g.count * kind.matrix_bytes(stepped, width, beta1, bits)
+            quantised |= math.prod(stepped) >= BNB_MIN_ELEMENTS
+            continue
         states += g.count * kind.state_bytes(stepped, width, beta1, bits)
         if stochastic_rounding and not g.projected:
             states -= kind.step_count_bytes * g.count
-        quantised |= math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
+        quantised |= kind.matrix_bytes is None and math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
     if quantised:
         states += kind.shared_bytes
     return {
@@ -226,6 +230,11 @@ def static_bytes(
         "gradients": width * sum(g.elements for g in trained),
         "optimizer": states,
     }
+
+
+def _is_matrix(group: TensorGroup) -> bool:
+    """Whether these are dense weights or factors of linears, see config.parameter_groups."""
+    return len(group.shape) == 2 and not group.embedding
 
 
 def first_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:

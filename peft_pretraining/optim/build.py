@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import group_of
 from peft_pretraining.distributed.world import World
+from peft_pretraining.optim.combined import Combined, StableSpam
 from peft_pretraining.optim.galore import GaLore, Subspace
+from peft_pretraining.optim.orthogonal import Muon, Spectron, pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
 
 ADAM_BETA1 = 0.9
@@ -31,7 +34,8 @@ class Settings:
     The Adam family has the published beta1 of 0.9, and beta2 and eps from here. embedding_bits: 32 for float32 moments of
     embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
     parameters, for the Adam family. lr_ratios: learning rates of parameter groups, divided by lr; 1 for the groups that are left
-    out. undecayed: parameter groups without weight decay. Groups: see config.parameter_groups.
+    out. undecayed: parameter groups without weight decay. Groups: see config.parameter_groups. momentum, factor_scale: muon's and
+    spectron's momentum, and alpha / r for spectron.
     """
 
     lr: float
@@ -43,6 +47,8 @@ class Settings:
     rounding: StochasticRounding | None = None
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
     undecayed: Collection[str] = ()
+    momentum: float = 0.95
+    factor_scale: float = 1.0
 
     @property
     def adam(self) -> dict[str, Any]:
@@ -191,6 +197,35 @@ def _sliced_adam(
     )
 
 
+def _stable_spam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    optimizer = StableSpam(_adamw(parameters, settings))
+    for group in optimizer.param_groups:
+        group["first_beta1"] = ADAM_BETA1
+    return optimizer
+
+
+def _muon(parameters: Mapping[str, nn.Parameter], settings: Settings, state_bits: int | None = None) -> torch.optim.Optimizer:
+    return _orthogonal(parameters, settings, Muon, state_bits=state_bits)
+
+
+def _spectron(parameters: Mapping[str, nn.Parameter], settings: Settings, state_bits: int | None = None) -> torch.optim.Optimizer:
+    pairs = [(parameters[lora_A], parameters[lora_B]) for lora_A, lora_B in pairs_of_factors(parameters)]
+    return _orthogonal(parameters, settings, Spectron, state_bits=state_bits, pairs=pairs, scale=settings.factor_scale)
+
+
+def _orthogonal(
+    parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], **more: Any
+) -> torch.optim.Optimizer:
+    """Muon or Spectron for the matrices, AdamW for all other parameters."""
+    matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
+    others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
+    members = [_adamw(others, settings)] if others else []
+    if matrices:
+        more |= {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
+        members.append(kind(_groups(matrices, settings), names=_names(matrices), rounding=settings.rounding, **more))
+    return members[0] if len(members) == 1 else Combined(members)
+
+
 # One builder for each row of config.optimizers.OPTIMIZERS. Builders import optional packages themselves.
 BUILDERS: dict[str, Callable[[Mapping[str, nn.Parameter], Settings], torch.optim.Optimizer]] = {
     "adam": _adam,
@@ -199,4 +234,9 @@ BUILDERS: dict[str, Callable[[Mapping[str, nn.Parameter], Settings], torch.optim
     "adafactor": _adafactor,
     "adam8bit": _adam8bit,
     "adamw4bit": _adamw4bit,
+    "stable_spam": _stable_spam,
+    "muon": _muon,
+    "muon8bit": partial(_muon, state_bits=8),
+    "spectron": _spectron,
+    "spectron8bit": partial(_spectron, state_bits=8),
 }

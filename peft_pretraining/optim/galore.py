@@ -13,7 +13,7 @@ from torch import nn
 from peft_pretraining.distributed.world import World, broadcast_
 from peft_pretraining.memory.counts import subspace_shapes
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
-from peft_pretraining.optim.updates import PreparesStates, set_lr
+from peft_pretraining.optim.updates import PreparesStates, set_schedule
 
 # Keys of a matrix's state; all other keys belong to the optimizer of the subspace.
 _LEFT, _RIGHT, _UPDATES = "projection_left", "projection_right", "num_updates"
@@ -85,7 +85,7 @@ class GaLore(torch.optim.Optimizer):
             self._ordinary.state = self.state
             self._ordinary.step()
         for group in self._matrix_groups:
-            set_lr(self._inner, group["lr"])
+            set_schedule(self._inner, group["lr"], progress=0.0)
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     self._step_matrix(matrix, group["lr"], group["weight_decay"])

@@ -261,8 +261,8 @@ def _torchao(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
 
 # --- Moments of parameters whose values a restart replaced ---
 
-# Prefix of the keys of code books, which are constants shared by all parameters.
-_CODE_BOOKS = "qmap"
+# Prefixes of the keys that a reset leaves alone: code books, which are constants, and Stable-SPAM's averages of gradients.
+_KEPT = ("qmap", "conditioning", "num_conditioned")
 
 
 def reset_moments_(state: dict[str, Any]) -> None:
@@ -271,9 +271,10 @@ def reset_moments_(state: dict[str, Any]) -> None:
     Every optimizer here starts from zeros, in codes and scales too. Step counts are reset, so bias correction starts again.
     """
     for key, value in state.items():
+        if key.startswith(_KEPT):
+            continue
         if isinstance(value, torch.Tensor):
-            if not key.startswith(_CODE_BOOKS):
-                value.zero_()
+            value.zero_()
         elif isinstance(value, (int, float)):
             state[key] = type(value)(0)
 

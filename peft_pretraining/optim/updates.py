@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -45,8 +46,8 @@ class Updates(Protocol):
     def optimizer(self) -> HasState:
         """Holds the states and learning rates."""
 
-    def begin(self, lr: float) -> None:
-        """Starts a new update with this learning rate."""
+    def begin(self, lr: float, progress: float = 0.0) -> None:
+        """Starts a new update with this learning rate; progress: share of the run that is over."""
 
     def before_backward(self, last: bool) -> None:
         """Called before the backward pass of each micro-batch. last: whether it is the last one of the update."""
@@ -113,10 +114,10 @@ class WholeUpdate:
         self._parameters, self._world, self._grad_clipping = list(parameters.values()), world, grad_clipping
         self._shards = [(p, self.stepped[name]) for name, p in parameters.items() if isinstance(p, DTensor)]
 
-    def begin(self, lr: float) -> None:
-        """Starts a new update with this learning rate."""
+    def begin(self, lr: float, progress: float = 0.0) -> None:
+        """Starts a new update with this learning rate; progress: share of the run that is over."""
         self._drop_gradients()
-        set_lr(self.optimizer, lr)
+        set_schedule(self.optimizer, lr, progress)
 
     def before_backward(self, last: bool) -> None:
         """Does nothing: gradients accumulate."""
@@ -177,13 +178,22 @@ class PerLayerUpdate:
         *,
         growth: GrowthLimit | None = None,
         reduce_dtype: torch.dtype | None = None,
+        joint: Sequence[tuple[str, ...]] = (),
     ):
-        """build: makes an optimizer for one given parameter. parameters: plain, or sharded by FSDP2.
+        """build: makes an optimizer for given parameters, here for each one alone. parameters: plain, or sharded by FSDP2.
 
         reduce_dtype: dtype in which gradients are summed over processes (None: unchanged); FSDP2 has a separate setting.
+        joint: names of parameters that are stepped together, once the gradients of all are complete.
         """
         self.stepped = local_parameters(parameters)
-        self.optimizer = _OptimizerSet([build({name: stepped}) for name, stepped in self.stepped.items()])
+        together = {name: names for names in joint for name in names}
+        # In the order of the parameters; each of a unit's names leads to it.
+        units = {
+            names: _Unit(build({name: self.stepped[name] for name in names}), len(names))
+            for names in (together.get(name, (name,)) for name in self.stepped)
+        }
+        self._units = [units[together.get(name, (name,))] for name in self.stepped]
+        self.optimizer = _OptimizerSet([unit.optimizer for unit in units.values()])
         self.growth, self._world, self._reduce_dtype, self._armed = growth, world, reduce_dtype, False
         device = next(iter(parameters.values())).device
         self._parameters = list(parameters.values())
@@ -194,11 +204,11 @@ class PerLayerUpdate:
             for number, (name, parameter) in enumerate(parameters.items())
         ]
 
-    def begin(self, lr: float) -> None:
-        """Starts a new update with this learning rate."""
+    def begin(self, lr: float, progress: float = 0.0) -> None:
+        """Starts a new update with this learning rate; progress: share of the run that is over."""
         self._norms.zero_()
         self._skipped.zero_()
-        set_lr(self.optimizer, lr)
+        set_schedule(self.optimizer, lr, progress)
 
     def before_backward(self, last: bool) -> None:
         """Steps parameters in this backward pass if it is the last of the update."""
@@ -213,32 +223,67 @@ class PerLayerUpdate:
             average_(parameter.grad, self._world, self._reduce_dtype)
         norm = gradient_norms([parameter.grad], self._world)[0]
         self._norms[number] = norm
-        # The same on every process, as the averaged gradient is, or (sharded) the norm over all parts.
-        bad = ~torch.isfinite(norm)
-        self._skipped += bad
         gradient = local(parameter.grad)
         if self.growth is not None:
             self.growth.limit_(number, gradient, norm)
         if stepped.numel():
             stepped.grad = gradient
-            step_unless(self.optimizer.members[number], bad)
-        stepped.grad = parameter.grad = None
+        unit = self._units[number]
+        # The norm is the same on every process, as the averaged gradient is, or (sharded) the norm over all parts.
+        unit.add(stepped, parameter, ~torch.isfinite(norm))
+        if unit.complete:
+            if any(stepped.numel() for stepped, _ in unit.arrived):
+                step_unless(unit.optimizer, unit.bad)
+            self._skipped += unit.bad * float(unit.size)
+            unit.free()
 
     def finish(self, loss: torch.Tensor) -> Outcome:
         """Returns the result; all tensors with finite gradients have been stepped in the backward pass."""
         self._armed = False
+        for unit in self._units:
+            # Those of a unit of which a parameter had no gradient.
+            unit.free()
         return Outcome(torch.linalg.vector_norm(self._norms), self._skipped.clone())
 
     def abandon(self) -> Outcome:
         """Frees the gradients of earlier micro-batches."""
         self._armed = False
-        for parameter in self._parameters:
+        for unit, parameter in zip(self._units, self._parameters, strict=True):
+            unit.free()
             parameter.grad = None
         return _nothing_stepped(len(self._parameters), self._skipped.device)
 
 
+class _Unit:
+    """Parameters that an optimizer steps together once all their gradients are complete; mostly a single one.
+
+    arrived: those with a complete gradient: this process's part and the parameter. bad: whether a gradient is not finite.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, size: int):
+        self.optimizer, self.size = optimizer, size
+        self.arrived: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.bad = torch.zeros((), dtype=torch.bool)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all parameters have a complete gradient."""
+        return len(self.arrived) == self.size
+
+    def add(self, stepped: nn.Parameter, parameter: torch.Tensor, bad: torch.Tensor) -> None:
+        """Adds a parameter whose gradient is complete."""
+        self.bad = self.bad | bad if self.arrived else bad
+        self.arrived.append((stepped, parameter))
+
+    def free(self) -> None:
+        """Frees the gradients of the parameters that have arrived."""
+        for stepped, parameter in self.arrived:
+            stepped.grad = parameter.grad = None
+        self.arrived.clear()
+
+
 class _OptimizerSet:
-    """Optimizers of one parameter each, with a shared state for checkpoints."""
+    """Optimizers of different parameters, with a shared state for checkpoints."""
 
     def __init__(self, members: list[torch.optim.Optimizer]):
         self.members = members
@@ -271,10 +316,17 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
         optimizer.step()
 
 
-def set_lr(optimizer: HasState, lr: float) -> None:
-    """Sets the learning rate of the following steps; a group's rate is `lr` times its `lr_ratio`."""
+def set_schedule(optimizer: HasState, lr: float, progress: float) -> None:
+    """Sets the learning rate of the following steps, and beta1 where it falls over the run; progress: share of the run, 0 to 1.
+
+    A group's rate is `lr` times its `lr_ratio`. A group with `first_beta1` has a beta1 that falls from it to its half along half
+    a cosine (Stable-SPAM).
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
+        if "first_beta1" in group:
+            share = 0.75 + 0.25 * math.cos(math.pi * min(progress, 1.0))
+            group["betas"] = (group["first_beta1"] * share, group["betas"][1])
 
 
 def _total_norm(gradients: list[torch.Tensor], world: World) -> torch.Tensor:

@@ -121,10 +121,24 @@ def combination_problems(args: Arguments) -> list[str]:
         )
     problems += _parallel_problems(args)
     problems += METHODS[args.peft_model].problems(args)
-    if args.stochastic_rounding and not OPTIMIZERS[args.optimizer].adam:
-        rounding = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.adam])
+    problems += _optimizer_problems(args)
+    if args.stochastic_rounding and not OPTIMIZERS[args.optimizer].has_adam:
+        rounding = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.has_adam])
         problems.append(f"--stochastic_rounding with --optimizer {args.optimizer}: works with {rounding}")
     return problems + _allow_changes_problems(args)
+
+
+def _optimizer_problems(args: Arguments) -> list[str]:
+    """Methods that an optimizer cannot work with."""
+    optimizer, method = OPTIMIZERS[args.optimizer], METHODS[args.peft_model]
+    what = f"--optimizer {args.optimizer} with --peft_model {args.peft_model}"
+    if optimizer.steps_pairs and not method.replaces_linears:
+        return [f"{what}: it steps pairs of factors, and there are none; use --optimizer muon, or a method with factors"]
+    if optimizer.steps_pairs and args.train_scaling:
+        return [f"{what} and --train_scaling: its step needs the fixed scale alpha / rank; drop --train_scaling"]
+    if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
+        return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
+    return []
 
 
 def _allow_changes_problems(args: Arguments) -> list[str]:
@@ -163,10 +177,10 @@ def _process_problems(args: Arguments, world: World, data_lanes: int) -> list[st
 
 def _parallel_problems(args: Arguments) -> list[str]:
     problems = []
-    if args.parallel == "fsdp" and not OPTIMIZERS[args.optimizer].shardable:
+    if args.parallel == "fsdp" and (reason := OPTIMIZERS[args.optimizer].not_shardable) is not None:
         problems.append(
-            f"--parallel fsdp with --optimizer {args.optimizer}: its second moments are means over whole rows and columns, of "
-            "which a process has a part; use adam8bit or adamw4bit, whose moments are as small, or --parallel ddp"
+            f"--parallel fsdp with --optimizer {args.optimizer}: {reason}; use adam8bit or adamw4bit, whose moments are small, "
+            "or --parallel ddp"
         )
     if args.compute_dtype is not None and args.parallel != "fsdp":
         problems.append(

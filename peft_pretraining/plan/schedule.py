@@ -45,13 +45,21 @@ class LearningRates:
 
     def at(self, update_step: int, tokens_seen: int) -> float:
         """The rate of the update that follows `update_step` finished updates and `tokens_seen` tokens."""
-        step: float = update_step
-        if self.tokens_per_update is not None:
-            step = min(tokens_seen / self.tokens_per_update, self.settings["num_training_steps"] - 1)
-        rate = lr_at(step, **self.settings)
+        rate = lr_at(self._position(update_step, tokens_seen), **self.settings)
         if self.settings["scheduler"] == "cosine_restarts":
             return rate
         return rate * after_restart(update_step, self.restart_every, self.settings["restart_warmup_steps"])
+
+    def progress(self, update_step: int, tokens_seen: int) -> float:
+        """The share of the run that is over after `update_step` updates and `tokens_seen` tokens."""
+        num_training_steps: int = self.settings["num_training_steps"]
+        return self._position(update_step, tokens_seen) / num_training_steps
+
+    def _position(self, update_step: int, tokens_seen: int) -> float:
+        if self.tokens_per_update is None:
+            return update_step
+        last: int = self.settings["num_training_steps"] - 1
+        return min(tokens_seen / self.tokens_per_update, last)
 
 
 def lr_at(

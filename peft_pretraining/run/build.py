@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_pretraining.config.arguments import Arguments, ConfigError, embedding_bits
 from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import lr_ratios, undecayed_groups
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.records import OnBadRecord
@@ -26,6 +27,7 @@ from peft_pretraining.model.llama import build_model, scale_start, start_from_sv
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_galore, build_optimizer
 from peft_pretraining.optim.galore import Subspace
+from peft_pretraining.optim.orthogonal import pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, Updates, WholeUpdate
 from peft_pretraining.plan.plan import Plan
@@ -164,6 +166,8 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         "eps": args.eps,
         "lr_ratios": lr_ratios(args),
         "undecayed": undecayed_groups(args),
+        "momentum": args.muon_momentum,
+        "factor_scale": args.lora_alpha / args.rank,
         "embedding_bits": embedding_bits(args),
         "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,
     }
@@ -174,7 +178,8 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         build = partial(build_galore, args.optimizer, matrices=matrices, subspace=subspace, world=world, **settings)
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:
-        return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=_dtype(args.reduce_dtype))
+        joint = pairs_of_factors(parameters) if OPTIMIZERS[args.optimizer].steps_pairs else []
+        return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=_dtype(args.reduce_dtype), joint=joint)
     return WholeUpdate(
         build,
         parameters,

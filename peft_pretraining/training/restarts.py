@@ -1,4 +1,4 @@
-"""Restarts: changes of factors and moments between two updates, such as ReLoRA's merges.
+"""Restarts: changes of factors and moments between two updates, such as ReLoRA's merges and resets of all moments.
 
 The method defines what a restart does and its interval (methods.method.Restart); it takes place after every multiple of that
 many finished updates. Random numbers are keyed by (seed, name, number of the restart), so restarts need no saved state. A
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.config.arguments import Arguments, reset_interval
 from peft_pretraining.distributed.parallel import assign_, free_gathered, local
 from peft_pretraining.distributed.world import World, broadcast_
 from peft_pretraining.methods import METHODS
@@ -33,17 +33,22 @@ class Restarts:
 
     def __init__(self, args: Arguments, model: nn.Module, updates: Updates, world: World):
         """model: with its method's layers. updates: of its parameters, which are all on one device."""
-        # None for a run without restarts.
-        self.restart = METHODS[args.peft_model].restart(args)
+        # None for a run without restarts of its method.
+        self._restart = METHODS[args.peft_model].restart(args)
+        self._reset_every = reset_interval(args)
         self._args, self._model, self._updates, self._world = args, model, updates, world
         self._rounding = StochasticRounding(args.seed) if args.stochastic_rounding else None
 
     @torch.no_grad()
     def before_update(self, update_step: int) -> bool:
-        """Performs the restart that is due after `update_step` finished updates, if any; returns True if it did."""
-        restart = self.restart
+        """Performs what is due after `update_step` finished updates, if anything; returns True if it did."""
+        resets = bool(self._reset_every and update_step and update_step % self._reset_every == 0)
+        if resets:
+            for name in self._updates.stepped:
+                reset_moments_(self._state_of(name))
+        restart = self._restart
         if restart is None or update_step == 0 or update_step % restart.every:
-            return False
+            return resets
         free_gathered(self._model)
         number = update_step // restart.every
         if restart.merge:

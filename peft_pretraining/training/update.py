@@ -94,6 +94,7 @@ def train_step(
     lr: float,
     world: World,
     device: torch.device,
+    progress: float = 0.0,
 ) -> StepResult:
     """Performs one update with the gradient of the mean token loss over all sequences of the update.
 
@@ -110,6 +111,7 @@ def train_step(
         updates: steps the parameters, after the last backward pass or inside it.
         micro_batches: this process's share of the update.
         lr: learning rate of this update.
+        progress: share of the run that is over, for optimizers with a schedule of their own.
     """
     num_targets, num_tokens, num_bad_records = totals(
         [
@@ -122,7 +124,7 @@ def train_step(
     # Gradients are averaged over processes; multiplying by their number gives the sum that the mean over tokens needs.
     gradient_scale = world.size / max(1, num_targets)
 
-    updates.begin(lr)
+    updates.begin(lr, progress)
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     abandoned = False
     for number, batch in enumerate(micro_batches, start=1):

@@ -78,6 +78,8 @@ CHANGES = {
     "decay_embedding": "false",
     "decay_norms": "false",
     "beta1": "0.5",
+    "muon_momentum": "0.9",
+    "reset_moments_every": "4",
     "beta2": "0.95",
     "eps": "1e-6",
     "grad_clipping": "1",

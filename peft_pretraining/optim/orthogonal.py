@@ -1,0 +1,209 @@
+"""Muon and Spectron: step matrices along their orthogonalised momentum. Other parameters are AdamW's (optim.build).
+
+Muon (https://kellerjordan.github.io/posts/muon/; the scale by shape is that of arXiv 2502.16982) steps one matrix at a time.
+Spectron (arXiv 2602.12429) steps the factors of W = s B A together, so that the spectral norm of W's change is limited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_MIN_ELEMENTS
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
+
+# Coefficients of the quintic Newton-Schulz iteration and its number of steps, as in torch.optim.Muon.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_NUM_ITERATIONS = 5
+_SMALLEST_NORM = 1e-7
+
+
+def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
+    """Returns about U V^T for a matrix U S V^T, by Newton-Schulz iterations in its dtype; a zero matrix stays zero.
+
+    Singular values end between about .7 and 1.2. The operations are those of torch.optim.Muon, which always uses bfloat16.
+    """
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=_SMALLEST_NORM)
+    for _ in range(_NUM_ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def scale_of_shape(shape: Iterable[int]) -> float:
+    """Factor of the learning rate that gives an orthogonal matrix of this shape AdamW's usual step size (arXiv 2502.16982)."""
+    return 0.2 * math.sqrt(max(shape))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum; weight decay is decoupled. In bfloat16 its steps equal torch.optim.Muon's bit for bit.
+
+    M <- mu M + (1 - mu) G;  W <- (1 - lr * decay) W - lr * .2 sqrt(max(out, in)) * orthogonalised(mu M + (1 - mu) G)
+
+    Args:
+        params: matrices, or groups of them.
+        names: the name of each matrix, which keys the noise of stochastic rounding.
+        lr: learning rate.
+        weight_decay: coefficient of weight decay.
+        momentum: mu.
+        state_bits: 8 for a momentum of one byte per element with a float32 scale per 256 elements (bitsandbytes' code book; of
+            matrices with fewer than 4,096 elements it stays float32); None for the matrices' dtype.
+        rounding: stochastic rounding of bfloat16 matrices; None rounds to nearest.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        names: Mapping[nn.Parameter, str],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        state_bits: int | None,
+        rounding: StochasticRounding | None,
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.quantises = state_bits is not None
+        self._names, self._momentum, self._rounding = names, momentum, rounding
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Steps every matrix that has a gradient."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    direction = orthogonalised(self._next_momentum(matrix, nesterov=True))
+                    rate = group["lr"] * scale_of_shape(matrix.shape)
+                    self._move(matrix, direction, rate, 1 - group["lr"] * group["weight_decay"])
+
+    def prepare_states(self) -> None:
+        """Creates the momentum of every matrix now instead of in its first step."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                self.state[matrix].update(self._new_state(matrix))
+
+    def _new_state(self, matrix: nn.Parameter) -> dict[str, Any]:
+        if not self.quantises:
+            return {"step": 0, "momentum_buffer": torch.zeros_like(matrix)}
+        if matrix.numel() < BNB_MIN_ELEMENTS:
+            return {"step": 0, "momentum_buffer": torch.zeros_like(matrix, dtype=torch.float32)}
+        blocks = -(-matrix.numel() // BNB_BLOCK_ELEMENTS)
+        return {
+            "step": 0,
+            "state1": torch.zeros(matrix.shape, dtype=torch.uint8, device=matrix.device),
+            "absmax1": torch.zeros(blocks, dtype=torch.float32, device=matrix.device),
+            "qmap1": _code_book(matrix.device),
+        }
+
+    def _next_momentum(self, matrix: nn.Parameter, nesterov: bool) -> torch.Tensor:
+        """Adds the gradient to the momentum; returns it (the tensor of the state itself if not quantised) in the matrix's dtype.
+
+        nesterov: return the momentum after one more step with the same gradient instead.
+        """
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if not state:
+            state.update(self._new_state(matrix))
+        state["step"] += 1
+        if "state1" in state:
+            import bitsandbytes.functional as kernels
+
+            scales, book = state["absmax1"], state["qmap1"]
+            momentum = kernels.dequantize_blockwise(state["state1"], absmax=scales, code=book, blocksize=BNB_BLOCK_ELEMENTS)
+            momentum.lerp_(matrix.grad.float(), 1 - self._momentum)
+            codes, quantised = kernels.quantize_blockwise(momentum, code=book, blocksize=BNB_BLOCK_ELEMENTS)
+            state["state1"].copy_(codes.view(matrix.shape))
+            scales.copy_(quantised.absmax)
+        else:
+            momentum = state["momentum_buffer"]
+            momentum.lerp_(matrix.grad.to(momentum.dtype), 1 - self._momentum)
+        if nesterov:
+            momentum = matrix.grad.to(momentum.dtype).lerp(momentum, self._momentum)
+        return momentum.to(matrix.dtype)
+
+    def _move(self, matrix: nn.Parameter, direction: torch.Tensor, rate: float | torch.Tensor, kept: float) -> None:
+        """Sets matrix <- kept * matrix - rate * direction, in place; a rate that is a tensor stays on the device."""
+        if self._rounding is None or matrix.dtype != torch.bfloat16:
+            matrix.mul_(kept)
+            if isinstance(rate, torch.Tensor):
+                matrix.sub_(direction * rate.to(direction.dtype))
+            else:
+                matrix.add_(direction, alpha=-rate)
+            return
+        noise = self._rounding.generator(self._names[matrix], self.state[matrix]["step"], matrix.device)
+        rows = max(1, SLICE_ELEMENTS // matrix.shape[1])
+        for part, change in zip(matrix.split(rows), direction.split(rows), strict=True):
+            round_stochastically_(part, part.float().mul_(kept).sub_(change.float() * rate), noise)
+
+
+class Spectron(Muon):
+    """Steps the factors of s B A together, along their orthogonalised momenta O_B and O_A (arXiv 2602.12429).
+
+    rho = eta / (s (|B| + |A| + 1)) with spectral norms |.|; B <- B - rho O_B, A <- A - rho O_A. The spectral norm of the change
+    of s B A is then at most about eta = lr * .2 sqrt(max(out, in)), the same as of Muon's step of a dense matrix (out, in).
+    Spectral norms come from one power step per update from a kept vector.
+
+    Args:
+        pairs: (A of shape (r, in), B of shape (out, r)) of every linear; both are in `params`.
+        scale: s = alpha / r.
+        params and others: as for Muon.
+    """
+
+    def __init__(self, params: Any, *, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], scale: float, **settings: Any):
+        super().__init__(params, **settings)
+        self._pairs, self._scale = list(pairs), scale
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Steps every pair of factors that both have a gradient."""
+        groups = {factor: group for group in self.param_groups for factor in group["params"]}
+        for lora_A, lora_B in self._pairs:
+            if lora_A.grad is None or lora_B.grad is None:
+                continue
+            directions = [orthogonalised(self._next_momentum(factor, nesterov=False)) for factor in (lora_A, lora_B)]
+            norms = sum(_spectral_norm(factor, self.state[factor]["power_vector"]) for factor in (lora_A, lora_B))
+            for factor, direction in zip((lora_A, lora_B), directions, strict=True):
+                lr, weight_decay = groups[factor]["lr"], groups[factor]["weight_decay"]
+                largest_change = lr * scale_of_shape((lora_B.shape[0], lora_A.shape[1]))
+                self._move(factor, direction, largest_change / (self._scale * (norms + 1)), 1 - lr * weight_decay)
+
+    def _new_state(self, matrix: nn.Parameter) -> dict[str, Any]:
+        vector = torch.zeros(matrix.shape[0], dtype=torch.float32, device=matrix.device)
+        return super()._new_state(matrix) | {"power_vector": vector}
+
+
+def _spectral_norm(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Estimates a matrix's largest singular value by one power step; updates `vector` (rows,), near its left singular vector.
+
+    A zero vector means that there is none yet; the step then starts from equal entries. Nothing waits for the device.
+    """
+    start = torch.where(vector.any(), vector, torch.full_like(vector, len(vector) ** -0.5))
+    columns = matrix.t() @ start.to(matrix.dtype)
+    columns = columns / columns.norm().clamp(min=_SMALLEST_NORM)
+    rows = (matrix @ columns).float()
+    norm: torch.Tensor = rows.norm()
+    vector.copy_(torch.where(norm > _SMALLEST_NORM, rows / norm.clamp(min=_SMALLEST_NORM), start))
+    return norm
+
+
+def pairs_of_factors(parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Names (A, B) of the factors of each low-rank linear among these parameters."""
+    names = [name.removesuffix("lora_A") for name in parameters if name.endswith("lora_A")]
+    return [(f"{name}lora_A", f"{name}lora_B") for name in names if f"{name}lora_B" in parameters]
+
+
+_CODE_BOOKS: dict[torch.device, torch.Tensor] = {}
+
+
+def _code_book(device: torch.device) -> torch.Tensor:
+    """bitsandbytes' signed dynamic code book, 256 values in [-1, 1]; one tensor per device, shared by all states."""
+    if device not in _CODE_BOOKS:
+        import bitsandbytes.functional as kernels
+
+        _CODE_BOOKS[device] = kernels.create_dynamic_map(signed=True).to(device)
+    return _CODE_BOOKS[device]
