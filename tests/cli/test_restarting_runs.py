@@ -1,4 +1,7 @@
-"""Runs of ReLoRA, and SLTrain's restarts, through the whole program: exact resume, and a start from full-rank weights."""
+"""Runs with restarts, and with optimizers that have states of their own, through the whole program: exact resume.
+
+Also ReLoRA's start from full-rank weights.
+"""
 
 import json
 import math
@@ -21,6 +24,12 @@ BF16 = ("--dtype", "bfloat16")
 RELORA = ("--peft_model", "relora", "--relora", "2")
 CYCLES = ("--scheduler", "cosine_restarts", "--cycle_length", "2", "--restart_warmup_steps", "1", "--warmup_steps", "1")
 SLTRAIN = ("--peft_model", "sltrain", "--restart_every", "2", "--rebalance", "--restart_warmup_steps", "1")
+# Optimizers with states of their own: after all updates and per layer, with accumulation, growth limit and a reset of moments.
+OWN_STATES = [
+    ["--peft_model", "sltrain", "--optimizer", optimizer, "--embedding_lr", "0.01", "--reset_moments_every", "4", *per_layer]
+    for optimizer in ("muon", "muon8bit", "spectron", "spectron8bit", "stable_spam")
+    for per_layer in ([], ["--per_layer", "--grad_norm_growth", "1.01"])
+]
 
 
 @pytest.fixture
@@ -57,6 +66,10 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*SLTRAIN],
         [*SLTRAIN, "--restart_every", "3", "--init", "svd", "--support", "block", "--optimizer", "adam8bit"],
         [*SLTRAIN, "--peft_model", "lowrank", "--per_layer", "--init", "svd", "--train_scaling"],
+        *OWN_STATES,
+        [*BF16, "--stochastic_rounding", "--peft_model", "full", "--optimizer", "muon"],
+        [*BF16, "--stochastic_rounding", *RELORA, "--optimizer", "spectron8bit_per_layer"],
+        [*BF16, "--stochastic_rounding", *SLTRAIN, "--optimizer", "stable_spam"],
     ],
 )
 def test_run_goes_on_exactly(tmp_path, flags, extra):

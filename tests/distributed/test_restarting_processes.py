@@ -1,4 +1,4 @@
-"""Merges and restarts in two processes, each with all of the model or with a part of it: the course of one process."""
+"""Merges, restarts and optimizers that step whole matrices, in two processes: the course of one process."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from sparse_lora import attach_relora, merge
 
 RELORA = ["--peft_model", "relora", "--relora", "2", "--restart_warmup_steps", "1"]
 SLTRAIN = ["--peft_model", "sltrain", "--restart_every", "2", "--rebalance"]
+PLAIN = ["--peft_model", "sltrain"]
 TOLERANCES = {"loss": 1e-5, "gradnorm": 1e-4, "final_eval_loss": 1e-5}
 
 
@@ -72,6 +73,21 @@ def assert_near(one: Path, other: Path) -> None:
         pytest.param("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"], marks=pytest.mark.full),
         ("fsdp", [*SLTRAIN, "--init", "svd", "--per_layer"]),
         ("fsdp", [*SLTRAIN, "--peft_model", "lowrank", "--train_scaling"]),
+        ("ddp", [*PLAIN, "--optimizer", "muon"]),
+        ("ddp", [*PLAIN, "--optimizer", "spectron8bit_per_layer"]),
+        ("ddp", [*PLAIN, "--optimizer", "stable_spam_per_layer", "--reset_moments_every", "4"]),
+        *(
+            pytest.param("ddp", [*PLAIN, "--optimizer", name], marks=pytest.mark.full)
+            for name in (
+                "muon_per_layer",
+                "muon8bit",
+                "muon8bit_per_layer",
+                "spectron",
+                "spectron_per_layer",
+                "spectron8bit",
+                "stable_spam",
+            )
+        ),  # fmt: skip
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(word.strip("-") for word in value[1::2]),
 )
