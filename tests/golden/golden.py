@@ -24,18 +24,21 @@ PLAIN_KERNELS = {
     "MKL_NUM_THREADS": "1",
 }
 METHODS = ("full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block")
+# Runs of SLTrain with other optimizers than adamw.
+OPTIMIZERS = ("muon", "spectron", "stable_spam")
 NUM_UPDATES = 20
 
 
 def flags(method: str, per_layer: bool) -> list[str]:
-    """The flags of one golden run, without model, data and folder."""
+    """The flags of one golden run, without model, data and folder. method: one of METHODS or of OPTIMIZERS."""
     from tiny_runs import METHODS as FLAGS
 
     return [
         *("--dtype", "float32", "--optimizer", "adamw", "--lr", "0.003", "--warmup_steps", "4", "--max_length", "64"),
         *("--num_training_steps", str(NUM_UPDATES), "--batch_size", "4", "--gradient_accumulation", "2"),
         *("--eval_every", str(NUM_UPDATES), "--save_every", str(NUM_UPDATES), "--wandb", "disabled"),
-        *("--device", "cpu", "--workers", "0", *(["--per_layer"] if per_layer else []), *FLAGS[method]),
+        *("--device", "cpu", "--workers", "0", *(["--per_layer"] if per_layer else [])),
+        *(FLAGS[method] if method in FLAGS else [*FLAGS["sltrain"], "--optimizer", method]),
     ]
 
 
@@ -49,7 +52,7 @@ def measure() -> dict[str, dict[str, list[float]]]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         inputs = write_inputs(Path(folder))
-        for method in METHODS:
+        for method in (*METHODS, *OPTIMIZERS):
             for per_layer in (False, True):
                 name = f"{method}{'_per_layer' if per_layer else ''}"
                 run = Path(folder) / name

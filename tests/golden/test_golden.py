@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from golden import FILE, METHODS, NUM_UPDATES
+from golden import FILE, METHODS, NUM_UPDATES, OPTIMIZERS
 
 GOLDEN = json.loads(FILE.read_text())
 
@@ -20,7 +20,7 @@ def present(tmp_path_factory) -> dict:
 
 
 def test_every_method_is_recorded_whole_and_per_layer():
-    assert set(GOLDEN) == {f"{method}{end}" for method in METHODS for end in ("", "_per_layer")}
+    assert set(GOLDEN) == {f"{method}{end}" for method in (*METHODS, *OPTIMIZERS) for end in ("", "_per_layer")}
 
 
 @pytest.mark.parametrize("run", sorted(GOLDEN))
