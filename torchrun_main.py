@@ -176,7 +176,8 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
             break
 
         micro_batches = next_micro_batches(run, world)
-        run.restarts.before_update(state.update_step)
+        if run.restarts is not None:
+            run.restarts.before_update(state.update_step)
         lr, progress = (part(state.update_step, state.tokens_seen) for part in (rates.at, rates.progress))
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, progress=progress, world=world, device=device)
         # Reading step.skipped waits for the device, which nothing else in an update does.

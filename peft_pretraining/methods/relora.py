@@ -112,8 +112,8 @@ def _pruning_problems(args: Arguments) -> list[str]:
             problems.append(f"--{name} {share}: must be a share above 0 and at most 1, e.g. 0.9")
         if not OPTIMIZERS[args.optimizer].prunable:
             problems.append(
-                f"--{name} {share} with --optimizer {args.optimizer}: its moments are quantised or factored and cannot be "
-                "pruned one by one; use --reset_optimizer_on_relora true, or --optimizer adamw"
+                f"--{name} {share} with --optimizer {args.optimizer}: its state is no plain number per element that could be "
+                "pruned; use --reset_optimizer_on_relora true, or --optimizer adamw"
             )
         if args.reset_optimizer_on_relora:
             problems.append(

@@ -48,7 +48,7 @@ class Run:
     batches: Iterator[Batch]
     module: nn.Module
     parts: RunParts
-    restarts: Restarts
+    restarts: Restarts | None  # None for a run without restarts and resets
     document: dict[str, Any]
     stop: StopRequest
     saver: Saver
@@ -108,7 +108,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     restarts = Restarts(args, token_loss.model, updates, world)
     return Run(
         *(plan, device, folder, data, batches, module, parts),
-        restarts,
+        restarts if restarts.any else None,
         *(document, StopRequest(), saver),
     )
 

@@ -39,6 +39,11 @@ class Restarts:
         self._args, self._model, self._updates, self._world = args, model, updates, world
         self._rounding = StochasticRounding(args.seed) if args.stochastic_rounding else None
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is ever done between updates of this run."""
+        return self._restart is not None or self._reset_every is not None
+
     @torch.no_grad()
     def before_update(self, update_step: int) -> bool:
         """Performs what is due after `update_step` finished updates, if anything; returns True if it did."""

@@ -87,7 +87,7 @@ def assert_near(one: Path, other: Path) -> None:
                 "spectron8bit",
                 "stable_spam",
             )
-        ),  # fmt: skip
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(word.strip("-") for word in value[1::2]),
 )
