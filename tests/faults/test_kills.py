@@ -19,7 +19,7 @@ UPDATES = 60
 def flags(tiny_run) -> list[str]:
     return [
         *tiny_run,
-        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1"),
         *("--lr", "0.003", "--warmup_steps", "2", "--num_training_steps", str(UPDATES), "--batch_size", "4"),
         *("--max_length", "64", "--eval_every", "20", "--save_every", "2", "--keep_checkpoints", "3"),
         *("--wandb", "disabled", "--device", "cpu", "--dtype", "float32"),
@@ -63,9 +63,17 @@ def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, 
     return any(folder.glob(".partial-step_*"))
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("SIGKILL", "spectron8bit_per_layer"),
+        ("SIGTERM", "adamw"),
+        pytest.param("SIGKILL", "adamw", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
-def test_killed_and_started_again(tmp_path, flags, kills, name):
+def test_killed_and_started_again(tmp_path, flags, kills, name, optimizer):
+    flags += ["--optimizer", optimizer]
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)
