@@ -176,7 +176,11 @@ def test_checkpoints_are_models(tmp_path, flags):
         (["--relora", "5", "--optimizer_random_pruning", "0"], ["--optimizer_random_pruning 0", "above 0"]),
         (
             ["--relora", "5", "--optimizer_magnitude_pruning", "0.9", "--optimizer", "adam8bit"],
-            ["--optimizer_magnitude_pruning 0.9 with --optimizer adam8bit", "no plain number per element", "--reset_optimizer_on_relora"],
+            [
+                "--optimizer_magnitude_pruning 0.9 with --optimizer adam8bit",
+                "no plain number per element",
+                "--reset_optimizer_on_relora",
+            ],
         ),
         (
             ["--relora", "5", "--optimizer_magnitude_pruning", "0.9", "--reset_optimizer_on_relora", "true"],

@@ -50,7 +50,7 @@ def main() -> int:
     with (folder / "metrics.jsonl").open("a") as file:
         for step in range(half + 1 if goes_on else 1, args.num_training_steps + 1):
             file.write(json.dumps(row(step, None if args.weight_decay == 4 else 5.0)) + "\n")
-        perplexity = None if args.weight_decay == 4 else 20.0
+        perplexity = None if args.weight_decay == 4 else 20.0 + args.lr
         last = {"update_step": args.num_training_steps, "final_eval_loss": 3.0, "final_eval_perplexity": perplexity}
         file.write(json.dumps({**last, "final_eval_tokens": 100}) + "\n")
     (folder / f"step_{args.num_training_steps:08d}").mkdir(exist_ok=True)

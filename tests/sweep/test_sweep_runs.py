@@ -53,6 +53,46 @@ def test_every_run_is_made_once_and_reported(tmp_path, stub, capfd):
     assert capfd.readouterr().out.count("skipped") == 4
 
 
+def write_search(tmp_path, settings, rounds, seeds=(42,)):
+    path = write_sweep(tmp_path, settings, seeds)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"search": rounds}))
+    return path
+
+
+def test_the_best_of_each_round_go_on(tmp_path, stub, capfd):
+    """The stub's perplexity is 20 + lr: of four rates two go on from the short runs, one from the long ones, with all seeds."""
+    rounds = [{"num_training_steps": 2, "keep": 2}, {"keep": 1}]
+    entries = [{"lr": [0.4, 0.1, 0.3, 0.2]}, {"lr": 0.5, "scheduler": "linear"}]
+    path = write_search(tmp_path, entries, rounds, seeds=[1, 2])
+    assert command(["sweep", str(path), "--dry_run"]) == 0
+    assert "search, round 1 of 2: 4 runs: 4 not started" in capfd.readouterr().out
+    assert command(["sweep", str(path)]) == 0
+    assert starts(tmp_path, "search-1") == ["lr0.4-seed1", "lr0.1-seed1", "lr0.3-seed1", "lr0.2-seed1"]
+    finals = ["lr0.1-seed1", "lr0.2-seed1", "lr0.5-schedulerlinear-seed1", "lr0.1-seed2", "lr0.5-schedulerlinear-seed2"]
+    assert starts(tmp_path) == finals
+    report = json.loads((tmp_path / "runs" / "report" / "report.json").read_text())
+    assert [group["perplexity"]["n"] for group in report["groups"]] == [2, 2]
+    table = (tmp_path / "runs" / "report" / "search.md").read_text()
+    assert "| lr0.2-seed1 | 20.20 | yes |" in table
+    assert "| lr0.4-seed1 | 20.40 |  |" in table
+    assert command(["sweep", str(path)]) == 0
+    assert starts(tmp_path) == finals  # nothing was started again
+
+
+def test_a_round_with_a_failed_run_is_made_to_its_end_and_chooses_nothing(tmp_path, stub, capfd):
+    path = write_search(tmp_path, [{"weight_decay": [1, 0, 0.5]}], [{"num_training_steps": 2, "keep": 1}])
+    assert command(["sweep", str(path)]) == 1
+    assert len(starts(tmp_path, "search-1")) == 3
+    assert starts(tmp_path) == []
+    assert "1 of 3 runs failed; the next round needs them" in capfd.readouterr().out
+
+
+def test_a_diverged_run_is_the_last_of_its_round(tmp_path, stub):
+    path = write_search(tmp_path, [{"weight_decay": [4, 0]}], [{"num_training_steps": 2, "keep": 1}])
+    assert command(["sweep", str(path)]) == 0
+    assert starts(tmp_path) == ["weight_decay0-seed42"]
+
+
 def test_a_failed_run_does_not_end_the_sweep(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"weight_decay": [0, 1, 0.5]}])
     assert command(["sweep", str(path)]) == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peft_pretraining.commands.sweep.settings import load_sweep
+from peft_pretraining.commands.sweep.settings import compared, load_sweep
 from peft_pretraining.config.arguments import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_a_full_rank_run_comes_before_the_runs_that_begin_with_it(tmp_path):
     assert {run.args.warmed_up_model for run in (first, second)} == {str(warm.folder)}
     assert f"--warmed_up_model={warm.folder}" in first.argv
     assert found.runs[3].folder != warm.folder  # each seed begins with its own
-    assert found.compared == (first, second, *found.runs[4:])
+    assert compared(found.runs) == [first, second, *found.runs[4:]]
 
 
 def test_full_rank_runs_differ_where_a_list_of_the_base_says_so(tmp_path):
@@ -175,3 +175,15 @@ def test_rank_delta_sweep_is_the_published_ablation(monkeypatch):
     for run in runs:
         assert (run.args.lr, run.args.lora_alpha, run.plan.total_batch_size) == (0.003, 32.0, 512)
         assert (run.plan.num_training_steps, run.args.warmup_steps) == (11_000, 1_100)
+
+
+def test_a_search_is_checked_before_the_first_run(tmp_path):
+    """Rounds without `keep`, with lists, with flags that the sweep sets, and with values that cannot work."""
+    for search, said in (
+        ([{"num_training_steps": 2}], "each with `keep`"),
+        ({"keep": 0}, "each with `keep`"),
+        ([{"keep": 1, "lr": [1, 2]}], "search: lr: a round's runs have one value"),
+        ([{"keep": 1, "seed": 3}], "seed: give the seeds as `seeds`"),
+        ([{"keep": 1, "warmup_steps": 100}], "--warmup_steps 100"),
+    ):
+        assert said in problems_of(tmp_path, base=BASE | SHORT, settings=[{"lr": [0.1, 0.2]}], search=search)

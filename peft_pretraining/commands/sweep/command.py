@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft_pretraining.commands.report.command import PAGE, format_groups, write_report
@@ -19,10 +19,11 @@ from peft_pretraining.commands.sweep.runner import (
     make_run,
     state_of,
 )
-from peft_pretraining.commands.sweep.settings import PlannedRun, Sweep, load_sweep
+from peft_pretraining.commands.sweep.search import stages
+from peft_pretraining.commands.sweep.settings import PlannedRun, SweepFile, compared, load_sweep
 
 HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
-REPORT = "report"
+REPORT, SEARCH = "report", "search.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,43 +34,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the runs. Returns the exit code, 0: all finished; 1: one failed; 130: stopped on request. Raises ConfigError."""
-    sweep = load_sweep(args.file)
+    file = load_sweep(args.file)
     if args.dry_run:
-        print(format_sweep(sweep))
+        print(format_sweep(file))
         return 0
     stopping = Stopping()
+    outcomes: dict[str, Outcome] = {}
+    tables: list[str] = []
     with stopping.listening():
-        outcomes = _run_all(sweep, stopping)
+        for stage in stages(file, tables):
+            if stage.title is not None:
+                print(f"{stage.title}: {len(stage.runs)} runs", flush=True)
+            outcomes = _run_all(stage.runs, file.nproc_per_node, stopping)
+            if any(outcome.kind not in MADE for outcome in outcomes.values()) or stopping.signal_name is not None:
+                break
     if stopping.signal_name is not None or any(outcome.kind == "stopped" for outcome in outcomes.values()):
         finished = sum(outcome.kind in MADE for outcome in outcomes.values())
         print(
-            f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(sweep.runs)} runs are finished; "
+            f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(stage.runs)} runs are finished; "
             "the current run has saved a checkpoint. Continue with the same command:\n"
             f"  python -m peft_pretraining sweep {shlex.quote(str(args.file))}"
         )
         return 130
-    _report(sweep)
+    if stage.title is None:
+        _report(file, stage.runs, tables)
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.kind == "failed"}
     for name, outcome in failed.items():
         print(f"failed: {name}: {outcome.text}")
     if failed:
-        print(f"{len(failed)} of {len(sweep.runs)} runs failed; repeat the command to retry them, finished runs are skipped")
+        needed = "" if stage.title is None else "; the next round needs them"
+        print(
+            f"{len(failed)} of {len(stage.runs)} runs failed{needed}; repeat the command to retry them, finished runs are skipped"
+        )
     return 1 if failed else 0
 
 
-def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
+def _run_all(runs: Sequence[PlannedRun], processes: int, stopping: Stopping) -> dict[str, Outcome]:
     """Makes every run in turn until one is stopped; returns the outcomes by name."""
     outcomes: dict[str, Outcome] = {}
-    for number, planned in enumerate(sweep.runs, start=1):
+    for number, planned in enumerate(runs, start=1):
         if stopping.signal_name is not None:
             break
-        head = f"[{number}/{len(sweep.runs)}] {planned.name}"
+        head = f"[{number}/{len(runs)}] {planned.name}"
         state = state_of(planned)
         if state.kind in MADE:
             outcomes[planned.name] = Outcome(state.kind, state.text)
             print(f"{head}: {state.text}, skipped", flush=True)
             continue
-        if not _is_needed(planned, sweep):
+        if not _is_needed(planned, runs):
             outcomes[planned.name] = Outcome("finished", "the runs that start from it are finished")
             print(f"{head}: {outcomes[planned.name].text}, skipped", flush=True)
             continue
@@ -78,16 +90,16 @@ def _run_all(sweep: Sweep, stopping: Stopping) -> dict[str, Outcome]:
             print(f"{head}: FAILED: {problem}", flush=True)
             continue
         print(f"{head}: {state.text}; output in {log_path(planned)}", flush=True)
-        outcome = outcomes[planned.name] = make_run(planned, sweep.nproc_per_node, stopping)
+        outcome = outcomes[planned.name] = make_run(planned, processes, stopping)
         print(f"{head}: {'FAILED: ' if outcome.kind == 'failed' else ''}{outcome.text}", flush=True)
         if outcome.kind == "stopped":
             break
     return outcomes
 
 
-def _is_needed(planned: PlannedRun, sweep: Sweep) -> bool:
+def _is_needed(planned: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
     """False for a full-rank run that only serves as a start for other runs, if all of those are finished."""
-    dependents = [run for run in sweep.runs if run.after is not None and run.after.name == planned.name]
+    dependents = [run for run in runs if run.after is not None and run.after.name == planned.name]
     return not dependents or any(state_of(run).kind not in MADE for run in dependents)
 
 
@@ -102,19 +114,25 @@ def _start_problem(planned: PlannedRun, state: State, outcomes: Mapping[str, Out
     return None if reason is None else f"it starts from {planned.after.name}, which {reason}"
 
 
-def _report(sweep: Sweep) -> None:
-    folders = [planned.folder for planned in sweep.compared if (planned.folder / "run.json").is_file()]
+def _report(file: SweepFile, runs: Sequence[PlannedRun], tables: Sequence[str]) -> None:
+    """Writes the report on the final runs, and the search's tables beside it."""
+    folders = [run.folder for run in compared(runs) if (run.folder / "run.json").is_file()]
     if not folders:
         print("no run has a run.json: nothing to report")
         return
-    out = sweep.folder / REPORT
-    groups = write_report(folders, out, title=sweep.path.stem.replace("_", " "))
+    out = file.folder / REPORT
+    groups = write_report(folders, out, title=file.path.stem.replace("_", " "))
+    if tables:
+        (out / SEARCH).write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     print(f"\n{format_groups(groups)}\n\npage     {out / PAGE}")
 
 
-def format_sweep(sweep: Sweep) -> str:
-    """Formats every run with the state of its folder and its command."""
-    states = {planned.name: state_of(planned) for planned in sweep.runs}
+def format_sweep(file: SweepFile) -> str:
+    """Formats every run of the first stage that is not finished, with the state of its folder and its command."""
+    for stage in stages(file, []):
+        states = {planned.name: state_of(planned) for planned in stage.runs}
+        if any(state.kind not in MADE for state in states.values()):
+            break
     counts = Counter(state.kind for state in states.values())
     words = {
         "new": "not started",
@@ -123,8 +141,11 @@ def format_sweep(sweep: Sweep) -> str:
         "diverged": "finished without a finite perplexity",
         "other": "made with other arguments",
     }
-    lines = [f"{len(sweep.runs)} runs: " + ", ".join(f"{count} {words[kind]}" for kind, count in counts.items())]
-    for planned in sweep.runs:
+    title = "" if stage.title is None else f"{stage.title}: "
+    lines = [f"{title}{len(stage.runs)} runs: " + ", ".join(f"{count} {words[kind]}" for kind, count in counts.items())]
+    if stage.title is not None:
+        lines.append("their perplexities decide which settings go on")
+    for planned in stage.runs:
         lines.append(f"\n{planned.name}: {states[planned.name].text}")
-        lines.append(f"  {shlex.join(command_line(planned, sweep.nproc_per_node))}")
+        lines.append(f"  {shlex.join(command_line(planned, file.nproc_per_node))}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import difflib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _SET_BY_SWEEP = {
     "continue_from": "a sweep always continues existing runs; leave it out",
     "dry_run": "give --dry_run to the sweep command",
 }
-_KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node")
+_KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node", "search")
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,10 @@ class PlannedRun:
     after: PlannedRun | None = None
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The content of a sweep's file. runs: in order; nproc_per_node: processes of each run, through torchrun if 2 or more."""
-
-    path: Path
-    folder: Path
-    nproc_per_node: int
-    runs: tuple[PlannedRun, ...]
-
-    @property
-    def compared(self) -> tuple[PlannedRun, ...]:
-        """The runs that the report compares: all but the full-rank runs that other runs start from."""
-        warm_ups = {run.after.name for run in self.runs if run.after is not None}
-        return tuple(run for run in self.runs if run.name not in warm_ups)
-
-
-def load_sweep(path: Path) -> Sweep:
+def load_sweep(path: Path) -> SweepFile:
     """Reads and checks a sweep's file. A list as a value makes one run for each of its items.
 
+    `search`, a list of rounds, chooses among the settings of each entry; an entry's own `search` replaces the file's.
     Raises ConfigError with all problems, each naming the file, the setting and what to write instead.
     """
     values = _read(path)
@@ -84,16 +69,131 @@ def load_sweep(path: Path) -> Sweep:
         problems.append(f"{path}: nproc_per_node {processes!r}: must be a whole number of processes, at least 1")
     if problems:
         raise ConfigError(problems)
-    runs: list[PlannedRun] = []
-    for seed, entry in itertools.product(seeds or (), settings or ()):
-        for setting in _combinations(path, base or {}, entry, problems):
-            runs += _runs_of(path, Path(str(folder)), setting, seed, processes, problems)
-    runs = _without_duplicates(runs)
-    repeated = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
-    problems += [f"{path}: {name} appears twice: two entries of settings are the same; remove one" for name in repeated]
+    rounds = _rounds(path, values.get("search"), problems)
+    entries = [
+        Entry(
+            tuple(_combinations(path, base or {}, {name: entry[name] for name in entry if name != "search"}, problems)),
+            _rounds(path, entry["search"], problems) if "search" in entry else rounds,
+        )
+        for entry in settings or ()
+    ]
+    _raise(problems)
+    file = SweepFile(path, Path(str(folder)), processes, tuple(seeds or ()), tuple(entries))
+    candidates = [entry.settings for entry in entries]
+    # Every run that could be made is checked before the first one starts.
+    for number in range(file.num_rounds):
+        file.search_round(number, candidates)
+    file.final_runs(candidates)
+    return file
+
+
+def compared(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs that a report compares: all but the full-rank runs that other runs start from."""
+    warm_ups = {run.after.name for run in runs if run.after is not None}
+    return [run for run in runs if run.name not in warm_ups]
+
+
+def _rounds(path: Path, search: Any, problems: list[str]) -> tuple[Round, ...]:
+    """Reads `search`, the rounds of a search; adds what cannot work to `problems`."""
+    if search is None:
+        return ()
+    rounds = []
+    for entry in search if isinstance(search, list) else [search]:
+        keep = entry.get("keep") if isinstance(entry, dict) else None
+        if type(keep) is not int or keep < 1:
+            problems.append(
+                f"{path}: search: must be a list of rounds, each with `keep`, how many settings of an entry go on, and flags of "
+                f"its runs, e.g. - {{num_training_steps: 150, keep: 2}}, not {entry!r}"
+            )
+            continue
+        flags = {name: value for name, value in entry.items() if name != "keep"}
+        problems += _unusable(path, flags)
+        problems += [
+            f"{path}: search: {name}: a round's runs have one value, not a list"
+            for name in flags
+            if isinstance(flags[name], list)
+        ]
+        rounds.append(Round(keep, flags))
+    return tuple(rounds)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of a search: runs of the first seed with these flags, of which the `keep` best of each entry go on."""
+
+    keep: int
+    flags: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of `settings`: its combinations, and the rounds that choose among them."""
+
+    settings: tuple[Setting, ...]
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """The content of a sweep's file: entries of settings, and how many processes each run has (torchrun from two on)."""
+
+    path: Path
+    folder: Path
+    nproc_per_node: int
+    seeds: tuple[int, ...]
+    entries: tuple[Entry, ...]
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the entry that has most of them."""
+        return max((len(entry.rounds) for entry in self.entries), default=0)
+
+    @property
+    def runs(self) -> list[PlannedRun]:
+        """The runs of all settings with all seeds, as without a search."""
+        return self.final_runs([entry.settings for entry in self.entries])
+
+    def search_round(self, number: int, candidates: Sequence[Sequence[Setting]]) -> list[list[list[PlannedRun]]]:
+        """Returns the runs of a round (counted from 0): by entry, by candidate, the candidate's own run last.
+
+        An entry with no more than `keep` candidates has none. Raises ConfigError with all problems.
+        """
+        problems: list[str] = []
+        found: list[list[list[PlannedRun]]] = []
+        for entry, settings in zip(self.entries, candidates, strict=True):
+            here = entry.rounds[number] if number < len(entry.rounds) else None
+            if here is None or len(settings) <= here.keep:
+                found.append([])
+                continue
+            # Runs without flags of their own are runs of the final comparison, which are not repeated there.
+            folder = self.folder / f"search-{number + 1}" if here.flags else self.folder
+            changed = [dataclasses.replace(setting, flags={**setting.flags, **here.flags}) for setting in settings]
+            found.append([self._runs(folder, setting, self.seeds[0], problems) for setting in changed])
+        _raise(problems)
+        return found
+
+    def final_runs(self, candidates: Sequence[Sequence[Setting]]) -> list[PlannedRun]:
+        """Returns the runs of all candidates with all seeds, those of the first seed first. Raises ConfigError."""
+        problems: list[str] = []
+        runs = [
+            run
+            for seed, settings in itertools.product(self.seeds, candidates)
+            for setting in settings
+            for run in self._runs(self.folder, setting, seed, problems)
+        ]
+        runs = without_duplicates(runs)
+        repeated = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+        problems += [f"{self.path}: {name} appears twice: two entries of settings are the same; remove one" for name in repeated]
+        _raise(problems)
+        return runs
+
+    def _runs(self, folder: Path, setting: Setting, seed: int, problems: list[str]) -> list[PlannedRun]:
+        return list(_runs_of(self.path, folder, setting, seed, self.nproc_per_node, problems))
+
+
+def _raise(problems: Sequence[str]) -> None:
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Sweep(path, Path(str(folder)), processes, tuple(runs))
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -116,15 +216,15 @@ def _is_seeds(seeds: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """Flags of a run. shown: the flags in the run's name; first: the full-rank run that it starts from, if any."""
 
     flags: dict[str, Any]
     shown: dict[str, Any]
-    first: _Setting | None = None
+    first: Setting | None = None
 
 
-def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]) -> Iterator[_Setting]:
+def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]) -> Iterator[Setting]:
     """Yields the grid over all lists of an entry and of the base; adds what cannot work to `problems`."""
     first = entry.get(WARM_UP)
     merged = {name: value for name, value in {**base, **entry}.items() if name != WARM_UP}
@@ -141,10 +241,10 @@ def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any],
         flags = dict(zip(lists, values, strict=True))
         shown = {name: value for name, value in flags.items() if name in named}
         if first is None:
-            yield _Setting(flags, shown)
+            yield Setting(flags, shown)
             continue
         warm_up_name = "-".join(f"{name}{value}" for name, value in sorted(first.items()))
-        yield _Setting(flags, {**shown, f"{WARM_UP}-": warm_up_name}, _Setting(*warm_up_flags(base, entry, flags)))
+        yield Setting(flags, {**shown, f"{WARM_UP}-": warm_up_name}, Setting(*warm_up_flags(base, entry, flags)))
 
 
 def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
@@ -158,7 +258,7 @@ def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _runs_of(path: Path, folder: Path, setting: _Setting, seed: int, processes: int, problems: list[str]) -> Iterator[PlannedRun]:
+def _runs_of(path: Path, folder: Path, setting: Setting, seed: int, processes: int, problems: list[str]) -> Iterator[PlannedRun]:
     """Yields the run of a setting with this seed, after the run that it starts from; adds what cannot work to `problems`."""
     name = run_name(setting.shown, seed)
     planned = _planned_run(path, folder, setting.flags, name, seed, processes, problems)
@@ -195,7 +295,7 @@ def _planned_run(
         return None
 
 
-def _without_duplicates(runs: list[PlannedRun]) -> list[PlannedRun]:
+def without_duplicates(runs: list[PlannedRun]) -> list[PlannedRun]:
     """The runs without duplicates of full-rank runs that several runs start from."""
     warm_ups = {run.after.name for run in runs if run.after is not None}
     seen: set[tuple[str, ...]] = set()

@@ -1,0 +1,60 @@
+"""The stages of a sweep: rounds in which the settings of each entry compete, then the runs of those that are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from peft_pretraining.commands.report.read import read_run
+from peft_pretraining.commands.sweep.settings import Entry, PlannedRun, Setting, SweepFile, without_duplicates
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Runs that are made one after another. title: of a round of the search, None for the final runs."""
+
+    title: str | None
+    runs: list[PlannedRun]
+
+
+def stages(file: SweepFile, results: list[str]) -> Iterator[Stage]:
+    """Yields each stage; ask for the next one only when all runs of a stage are made, as their perplexities decide on it.
+
+    results: a Markdown table of each round is appended when it is over.
+    """
+    candidates: list[Sequence[Setting]] = [entry.settings for entry in file.entries]
+    for number in range(file.num_rounds):
+        found = file.search_round(number, candidates)
+        title = f"search, round {number + 1} of {file.num_rounds}"
+        yield Stage(title, without_duplicates([run for entry in found for runs in entry for run in runs]))
+        kept = [_best(entry, runs, number) for entry, runs in zip(file.entries, found, strict=True)]
+        results.append(_table(title, found, kept))
+        candidates = [
+            [setting for place, setting in enumerate(settings) if places is None or place in places]
+            for settings, places in zip(candidates, kept, strict=True)
+        ]
+    yield Stage(None, file.final_runs(candidates))
+
+
+def _best(entry: Entry, runs: Sequence[Sequence[PlannedRun]], number: int) -> set[int] | None:
+    """Places of the candidates with the lowest perplexity, the earlier one of two equal ones; None if no round was needed."""
+    if not runs:
+        return None
+    ranked = sorted(range(len(runs)), key=lambda place: _perplexity(runs[place][-1]))
+    return set(ranked[: entry.rounds[number].keep])
+
+
+def _perplexity(run: PlannedRun) -> float:
+    """The perplexity at the end of a finished run; infinite for a run that diverged."""
+    perplexity = read_run(run.folder).final_perplexity
+    return math.inf if perplexity is None else perplexity
+
+
+def _table(title: str, found: Sequence[Sequence[Sequence[PlannedRun]]], kept: Sequence[set[int] | None]) -> str:
+    lines = [f"## {title[0].upper()}{title[1:]}", "", "| run | perplexity | goes on |", "|---|---|---|"]
+    for entry, places in zip(found, kept, strict=True):
+        for place, runs in enumerate(entry):
+            goes_on = "yes" if places and place in places else ""
+            lines.append(f"| {runs[-1].name} | {_perplexity(runs[-1]):,.2f} | {goes_on} |")
+    return "\n".join(lines)
