@@ -231,7 +231,7 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="set SPARSE_LORA_CACHE to a folder that can be written"):
+    with pytest.raises(DataError, match="set SPARSE_LORA_CACHE to a writable folder"):
         build_demo(tmp_path / "file")
 
 
