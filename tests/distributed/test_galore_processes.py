@@ -81,6 +81,6 @@ def test_both_processes_have_the_projection_of_the_first(two_processes, per_laye
     assert all(map(torch.equal, first[per_layer], second[per_layer]))
 
 
-def test_per_layer_equals_whole_bit_for_bit(two_processes):
+def test_per_layer_updates_are_bit_identical_to_whole_ones(two_processes):
     for found in two_processes:
         assert all(map(torch.equal, found[False], found[True]))

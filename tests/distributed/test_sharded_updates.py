@@ -188,7 +188,7 @@ def apart(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 
 
-def test_per_layer_equals_whole_bit_for_bit(two_processes):
+def test_per_layer_updates_are_bit_identical_to_whole_ones(two_processes):
     _, (first, second) = two_processes
     settings = [key for key in first if len(key) == 3]
     assert len(settings) == 8
