@@ -116,7 +116,7 @@ def test_the_data_room_does_not_import_the_model():
 
 
 def test_sparse_lora_imports_only_torch():
-    """It imports torch only; Triton is imported by one module, which is loaded only if Triton is installed."""
+    """Triton is imported by one module only, which is loaded if Triton is installed."""
     allowed = {"torch", "sparse_lora", *sys.stdlib_module_names}
     for path in (ROOT / "sparse_lora").glob("*.py"):
         own = {"triton"} if path.name in LOADED_LATE else set()

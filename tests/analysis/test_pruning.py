@@ -137,7 +137,7 @@ def test_the_seed_determines_the_random_support(trained: Trained, capsys: Capsys
 
 
 def test_training_changes_sparse_values_only(trained: Trained, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lowers the loss on the first batches of the training data."""
+    """Training lowers the loss on the first batches of the training data."""
     original, seen = study.train_sparse_parts, []
 
     def watched(module, args, plan, data, device):

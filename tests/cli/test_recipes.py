@@ -145,7 +145,7 @@ def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, words_of_torchrun):
-    """It starts as many processes as its header says, or NPROC, and torchrun handles SIGUSR1 in both cases."""
+    """A recipe starts as many processes as its header says, or NPROC, and torchrun handles SIGUSR1 in both cases."""
     header = re.search(r"^# Hardware: (\d+) GPU", path.read_text(encoding="utf-8"), re.MULTILINE)
     alone = words_of_torchrun(path)
     one_of_several = words_of_torchrun(path, NPROC="3", PET_RDZV_ENDPOINT="machine0:15000")

@@ -279,7 +279,7 @@ def test_the_learning_rate_warms_up_once_after_a_merge(flags):
 
 
 def test_estimate_of_relora_needs_no_merge_interval(flags, capsys):
-    """It gives ReLoRA's row of the paper's table without --relora."""
+    """Without --relora, estimate gives ReLoRA's row of the paper's table."""
     flags = ["--model_config", "configs/llama_60m.json", "--peft_model", "relora", "--rank", "128", "--json"]
     assert command(["estimate", *flags, "--dtype", "bfloat16", "--optimizer", "adamw"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -167,7 +167,7 @@ def test_the_demo_tokenizer_is_lossless(small_demo):
 
 
 def test_the_demo_data_works_in_training_and_evaluation(small_demo, monkeypatch):
-    """It gives training batches, and an evaluation set of its held-out documents."""
+    """The demo data gives training batches, and an evaluation set of its held-out documents."""
     monkeypatch.setattr(demo, "PACKAGES", ())
     train, validation = (open_source(str(small_demo), split) for split in ("train", "validation"))
     assert len(train.shards) == demo.TRAIN_SHARDS

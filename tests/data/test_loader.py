@@ -301,7 +301,7 @@ def test_the_first_bad_records_are_logged_and_all_are_counted(tmp_path, byte_tok
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_error_in_a_worker_is_raised_unchanged(tmp_path, byte_tokenizer, workers):
-    """It has the same type and message as without workers, without the worker's traceback."""
+    """The error has the same type and message as without workers, without the worker's traceback."""
     (tmp_path / "x.jsonl").write_bytes(json_lines(texts(30)) + b"broken\n")
     source = open_source(str(tmp_path), "train", hold_out=False)
     (each,) = make_loaders(source, byte_tokenizer, 1, workers, packing=False, on_bad_record="fail")

@@ -171,7 +171,7 @@ def test_t5_ids_of_c4_equal_the_published_ones(t5_model, c4_sample):
 
 
 def test_text_never_gives_t5s_extra_ids(t5_model):
-    """It has 32,100 ids, but text gives none above 31,999, so a model with 32,000 rows suffices."""
+    """T5 has 32,100 ids, but text gives none above 31,999, so a model with 32,000 rows suffices."""
     wrapped = Tokenizer(t5(t5_model), "t5")
     assert (wrapped.vocab_size, wrapped.text_vocab_size, wrapped.pad_id, wrapped.eos_id) == (32100, 32000, 0, 1)
     every_special = " ".join(t5(t5_model).get_added_vocab())

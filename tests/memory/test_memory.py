@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -138,30 +138,53 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "lowrank", "relora", "sltrain"])
-@pytest.mark.parametrize("per_layer", [False, True])
+STATES: list[tuple[str, dict[str, Any]]] = [
+    ("adam", {}),
+    ("adamw", {}),
+    ("adamw", {"stochastic_rounding": True}),
+    ("sgd", {}),
+    ("sgd", {"beta1": 0.9}),
+    ("adafactor", {}),
+    ("adafactor", {"beta1": 0.9}),
+    ("adam8bit", {}),
+    ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+    ("adamw4bit", {}),
+    ("adamw4bit", {"embedding_bits": 8}),
+    ("adamw4bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+]
+
+
+def pairwise(first: Sequence[Any], second: Sequence[Any], *pairs: tuple[Any, Any]) -> list[Any]:
+    """Returns all combinations of the values as parameters, (first, second, one value of each pair).
+
+    Combinations beyond a cover of all pairs of values are marked `full`.
+    """
+    cases = []
+    for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second)):
+        covered = tuple((i // 2**number + j) % 2 for number in range(len(pairs)))
+        for choice in itertools.product((0, 1), repeat=len(pairs)):
+            values = (a, b, *(pair[index] for pair, index in zip(pairs, choice, strict=True)))
+            cases.append(pytest.param(*values, marks=[] if choice == covered else pytest.mark.full))
+    return cases
+
+
+def test_the_cover_contains_every_pair_of_values() -> None:
+    values = (range(7), range(5), (0, 1), (0, 1), (0, 1))
+    cases = [case.values for case in pairwise(*values) if not case.marks]
+    assert len(cases) == 7 * 5
+    for a, b in itertools.combinations(range(5), 2):
+        assert {(case[a], case[b]) for case in cases} == set(itertools.product(values[a], values[b]))
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "settings"),
-    [
-        ("adam", {}),
-        ("adamw", {}),
-        ("adamw", {"stochastic_rounding": True}),
-        ("sgd", {}),
-        ("sgd", {"beta1": 0.9}),
-        ("adafactor", {}),
-        ("adafactor", {"beta1": 0.9}),
-        ("adam8bit", {}),
-        ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
-        ("adamw4bit", {}),
-        ("adamw4bit", {"embedding_bits": 8}),
-        ("adamw4bit", {"embedding_bits": 32, "stochastic_rounding": True}),
-    ],
+    ("state", "method", "dtype", "per_layer"),
+    pairwise(STATES, ["full", "lowrank", "relora", "sltrain"], ("float32", "bfloat16"), (False, True)),
 )
 def test_static_bytes_equal_the_tensors_of_a_training_step(
-    method: str, dtype: str, optimizer: str, settings: dict[str, Any], per_layer: bool
+    state: tuple[str, dict[str, Any]], method: str, dtype: str, per_layer: bool
 ) -> None:
     """Compares parameters, gradients, support and the states that the libraries allocate."""
+    optimizer, settings = state
     cfg = tiny()
     model = build(cfg, method, getattr(torch, dtype))
     choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
@@ -194,27 +217,27 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     assert account["optimizer"] == states
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
-@pytest.mark.parametrize("per_layer", [False, True])
+GALORE_STATES: list[tuple[str, dict[str, Any]]] = [
+    ("adam", {}),
+    ("adamw", {"stochastic_rounding": True}),
+    ("sgd", {"beta1": 0.9}),
+    ("adafactor", {"beta1": 0.9}),
+    ("adam8bit", {}),
+    ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+    ("adamw4bit", {"embedding_bits": 8}),
+]
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "settings"),
-    [
-        ("adam", {}),
-        ("adamw", {"stochastic_rounding": True}),
-        ("sgd", {"beta1": 0.9}),
-        ("adafactor", {"beta1": 0.9}),
-        ("adam8bit", {}),
-        ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
-        ("adamw4bit", {"embedding_bits": 8}),
-    ],
+    ("state", "proj_type", "rank", "dtype", "per_layer"),
+    pairwise(GALORE_STATES, PROJ_TYPES, (8, 200), ("float32", "bfloat16"), (False, True)),
 )
-@pytest.mark.parametrize("rank", [8, 200])
 def test_galores_static_bytes_equal_the_tensors_of_a_training_step(
-    rank: int, dtype: str, proj_type: str, optimizer: str, settings: dict[str, Any], per_layer: bool
+    state: tuple[str, dict[str, Any]], proj_type: str, rank: int, dtype: str, per_layer: bool
 ) -> None:
     """Moments in the subspace, for matrices above and below the size limit of quantising, and projections; also with a rank above
     the matrices' sides."""
+    optimizer, settings = state
     cfg = tiny(hidden_size=128, intermediate_size=640)
     model = build(cfg, "galore", getattr(torch, dtype))
     choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}

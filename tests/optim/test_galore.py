@@ -207,7 +207,7 @@ def test_updates_per_layer_are_bit_identical_to_whole_ones(name, accumulation, g
 
 
 def test_the_projection_is_made_from_the_gradient_of_all_micro_batches():
-    """It is not computed from the first or last micro-batch alone."""
+    """The first or last micro-batch alone would give another projection."""
     model = network()
     updates = updates_of(model, "adamw", per_layer=True, rank=1)
     updates.begin(0.0)

@@ -65,7 +65,7 @@ def test_few_rows_are_exact_in_other_dtypes(served: list[int], sparsity: float, 
 
 
 def test_the_inference_path_is_used_only_if_it_applies(served: list[int]) -> None:
-    """It is not used with gradients, for many rows, under autocast, on the materialised path, or without the table of rows."""
+    """Not with gradients, for many rows, under autocast, on the materialised path, or without the table of rows."""
     layer = layer_of(0.1, "uniform")
     x = torch.randn(33, 46)
     with torch.no_grad():

@@ -81,8 +81,8 @@ def test_factors_and_blocks_build_no_dense_matrix(sparsity: float, support: str)
 @pytest.mark.parametrize("support", SUPPORT_KINDS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
 def test_only_the_inputs_are_saved_for_backward(path: str, support: str, dtype: torch.dtype, autocast: bool) -> None:
-    """It saves x, A, B, the values, the support's code and the scaling (the tensors themselves, not copies), and x A^T of shape
-    48 x RANK on the factored path."""
+    """The layer saves x, A, B, the values, the support's code and the scaling (the tensors themselves, not copies), and on the
+    factored path x A^T of shape 48 x RANK."""
     layer = make_layer(dtype, support=support, path=path)
     x = torch.randn(48, IN, dtype=dtype, requires_grad=True)
     saved: list[Tensor] = []

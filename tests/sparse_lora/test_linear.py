@@ -92,7 +92,7 @@ def test_low_rank_only_starts_with_the_variance_of_a_sparse_part(rank: int, trai
 
 
 def test_a_layer_depends_on_seed_and_name_only() -> None:
-    """It does not depend on layers built before, the default generator, other options or copying."""
+    """Layers built before, the default generator, other options and copying make no difference."""
     first = SparseLowRankLinear(20, 30, 4, 0.1, seed=3)
     torch.manual_seed(99)
     SparseLowRankLinear(20, 30, 4, 0.1)

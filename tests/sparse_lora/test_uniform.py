@@ -172,7 +172,7 @@ def test_a_position_takes_about_one_byte(shape: tuple[int, int], sparsity: float
 
 
 def test_a_draw_that_does_not_fit_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not happen by chance: the room is 12 standard deviations above the mean."""
+    """The case is constructed: by chance it does not occur, as the room is 12 standard deviations above the mean."""
     first = torch.arange(1000) * 300  # every gap of 300 needs an entry in the list of long gaps
     second = sample_positions(1000, 300_000, generator_for(0, "w"))
     layout = Layout(1000, 300_000, 1, Layout(600, 1000, 4))

@@ -104,7 +104,7 @@ def test_no_run_starts_from_non_finite_weights(tmp_path, stub, capfd):
 
 
 def test_a_full_rank_run_is_made_only_if_needed(tmp_path, stub, capfd):
-    """It is not needed once all runs that start from it are finished, also if the sweep's folder is written differently."""
+    """A full-rank run is not needed once all runs that start from it are finished, for any spelling of the sweep's folder."""
     path = write_sweep(tmp_path, [{"peft_model": "relora", "relora": 2, "warm_up": {"num_training_steps": 2}}])
     assert command(["sweep", str(path)]) == 0
     made = starts(tmp_path)

@@ -53,7 +53,7 @@ def test_an_entry_takes_precedence_over_the_base(tmp_path):
 
 
 def test_a_full_rank_run_comes_before_the_runs_that_start_from_it(tmp_path):
-    """It is made once for all settings that share it, with the base's flags and not the entry's, and is not in the comparison."""
+    """The full-rank run is made once for all settings that share it, with the base's flags, and is not compared with them."""
     entry = {**RELORA, "lr": [0.1, 0.2], "rank": 8, "num_training_steps": 12, "warm_up": {"lr": 0.5, "warmup_steps": 2}}
     found = sweep_of(tmp_path, settings=[entry], seeds=[1, 2], base={**BASE, "num_training_steps": 6, "warmup_steps": 1})
     assert [run.args.peft_model for run in found.runs] == ["full", "relora", "relora"] * 2
