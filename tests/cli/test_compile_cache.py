@@ -71,7 +71,7 @@ def test_compiled_losses_agree_and_the_second_start_compiles_nothing(tmp_path, t
     ("module", "name"), [(platform, "machine"), (torch.backends.cpu, "get_cpu_capability"), (llama, "cpu_features")]
 )
 def test_another_cpu_does_not_reuse_the_compiled_code(tmp_path, monkeypatch, module, name):
-    """torch compiles for the CPU at hand; on a CPU without its instructions the code would crash."""
+    """torch compiles for the CPU in use; on a CPU without its instructions the code would crash."""
     monkeypatch.setenv("SPARSE_LORA_CACHE", str(tmp_path))
     # So that monkeypatch restores the variable after the test.
     monkeypatch.setenv(FOLDER_VARIABLE, "")

@@ -1,8 +1,6 @@
 """Model files: published and hub files are accepted; invalid ones are refused with file, key, value and allowed values."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -179,7 +177,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert isinstance(raised.value, ValueError)
 
 
-def test_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     for text, words in {
         '{"hidden_size": 64,}': ["not JSON", "line 1"],
@@ -196,19 +194,9 @@ def test_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
         load_model_config(path)
 
 
-def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_those_in_its_folder(tmp_path: Path) -> None:
     write(tmp_path, {})
     with pytest.raises(ModelConfigError, match=r"llama_61m\.json: no such file.*model\.json"):
         load_model_config(tmp_path / "llama_61m.json")
     with pytest.raises(ModelConfigError, match="folder"):
         load_model_config(tmp_path)
-
-
-def test_arithmetic_modules_import_no_torch() -> None:
-    """`--help` and argument errors answer at once: these three are read before torch is."""
-    code = (
-        "import sys; import peft_pretraining.config.model_config, peft_pretraining.memory.counts; "
-        "import peft_pretraining.plan.schedule; "
-        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

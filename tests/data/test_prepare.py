@@ -275,7 +275,7 @@ def test_missing_and_truncated_files_are_named_when_the_data_is_opened(tmp_path,
 
 
 def test_flipped_bits_are_found_by_checksums_and_impossible_values_while_reading(tmp_path):
-    """--verify and a preparation that goes on compare checksums. Training does not, but checks every id and record length."""
+    """--verify and a resumed preparation compare checksums. Training does not, but checks every id and record length."""
     from peft_pretraining.data.inspection import verify_prepared
 
     folder = corpus(tmp_path / "text", 2, True)

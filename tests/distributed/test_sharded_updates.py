@@ -182,7 +182,7 @@ def same(left, right) -> bool:
     return left[0] == right[0] and all(map(torch.equal, left[1], right[1]))
 
 
-def apart(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+def relative_distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     """Returns the relative L2 distance of all parameters together."""
     a, b = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (left, right))
     return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
@@ -220,8 +220,8 @@ def test_norm_limits_use_the_norms_of_whole_tensors(two_processes):
     for name, (norms, parameters) in limits.items():
         expected = averaged_run(aligned, optimizer, 2, **{name: 1.01 if name == "growth" else 0.5})
         assert norms == pytest.approx(expected[0], rel=1e-5)
-        assert apart(parameters, expected[1]) < 1e-4
-        assert apart(parameters, free) > 1e-3  # the limit does something
+        assert relative_distance(parameters, expected[1]) < 1e-4
+        assert relative_distance(parameters, free) > 1e-3  # the limit does something
 
 
 def test_a_non_finite_shard_of_a_gradient_is_noticed_in_both_processes(two_processes):
