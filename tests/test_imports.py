@@ -93,8 +93,8 @@ def test_there_is_no_import_cycle():
 
 
 @pytest.mark.parametrize("room", ROOMS_WITHOUT_TORCH)
-def test_rooms_without_torch_import_none(room):
-    """Nor another slow package, directly or indirectly, so that --help and error messages are fast."""
+def test_rooms_without_torch_import_no_slow_package(room):
+    """No module of these rooms imports one of them, directly or indirectly, so that --help and error messages are fast."""
     modules = [module_name(path) for path in sorted((ROOT / "peft_pretraining" / room).rglob("*.py"))]
     slow = ("torch", "transformers", "numpy")
     code = (
