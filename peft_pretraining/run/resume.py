@@ -53,6 +53,8 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
         tensors[_GROWTH] = parts.updates.growth.previous
     own |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
     data = merge_states(gather_objects(parts.loader.state_dict(), world))
+    if world.is_main:
+        parts.loader.warn_of_uneven_passes(data["lanes"])
     documents = {
         "state.json": {
             "train": asdict(parts.state),
