@@ -74,7 +74,7 @@ def dry_run(args: Arguments, world: World) -> int:
         device = pick_device(args.device, world)
         plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
         source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
-        order = order_text(source, args.data_order or source.data_order(args.packing))
+        order = order_text(source, source.data_order(args.packing, args.data_order))
         text = format_plan(plan, args, source.describe(), device_memory(device, world), order)
     except (DataError, DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)

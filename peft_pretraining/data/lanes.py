@@ -109,11 +109,14 @@ def _about_equal(shards: tuple[Shard, ...]) -> bool:
 
 
 def _permutation(count: int, seed: int, epoch: int, *key: object) -> list[int]:
+    return list(map(int, _permuted(count, seed, epoch, *key)))
+
+
+def _permuted(count: int, seed: int, epoch: int, *key: object) -> np.ndarray:
     digest = hashlib.blake2b(repr((seed, epoch, *key)).encode(), digest_size=16).digest()
     draw = random.Random(int.from_bytes(digest, "big")).random
     # Uses random() only, whose sequence Python guarantees across versions; shuffle has no such guarantee.
-    keys = [draw() for _ in range(count)]
-    return sorted(range(count), key=keys.__getitem__)
+    return np.argsort(np.fromiter((draw() for _ in range(count)), np.float64, count), kind="stable")
 
 
 def lane_sequences(source: Source, tokenizer: Tokenizer, order: Order, lane: int, start: LaneState) -> Iterator[LaneSequence]:
@@ -273,14 +276,14 @@ class GlobalOrder:
             start, place = stop, place + 1
 
     def _drawn_pass(self, number: int) -> _Pass:
-        documents = np.array(_permutation(len(self._begins), self._order.seed, number, "documents"))
+        documents = _permuted(len(self._begins), self._order.seed, number, "documents")
         return _Pass(documents, np.cumsum((self._corpus.ends - self._begins)[documents]))
 
     def _drawn_sequences(self, number: int) -> tuple[int, np.ndarray]:
         """The first position of a pass, and for each of its positions the number of its sequence, counted from there."""
         total, length = len(self._corpus.ids), self._order.max_length
         first, end = (-(-edge * total // length) for edge in (number, number + 1))
-        return first, np.array(_permutation(end - first, self._order.seed, number, "sequences"))
+        return first, _permuted(end - first, self._order.seed, number, "sequences")
 
 
 # --- From documents to sequences: pure functions ---

@@ -152,7 +152,7 @@ class TrainLoader:
         self._source, self._tokenizer = source, tokenizer
         self._order = Order(lanes, seed, max_length, packing, on_bad_record)
         self._wanted_order = data_order
-        self.data_order = _possible_order(source, data_order or source.data_order(packing))
+        self.data_order = source.data_order(packing, data_order)
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._lanes = tuple(range(rank, lanes, world_size))
         self._num_workers = min(workers, len(self._lanes))
@@ -241,10 +241,10 @@ class TrainLoader:
             return
         self._told_of_uneven_passes = True
         _log.warning(
-            "the data lanes hold unequal shares of the text: lane %d has read its documents %d times, lane %d %d times; for a new "
-            "run, %sfewer --data_lanes are more equal",
+            "the data lanes hold unequal shares of the text: lane %d has read its documents %d times, lane %d %d times; for a "
+            "new run, %sfewer --data_lanes are more equal",
             *(most, passes[most], least, passes[least]),
-            "--data_order global reads every document equally often, and " if _has_sizes(self._source) else "",
+            "--data_order global reads every document equally often, and " if self._source.has_sizes else "",
         )
 
     def _note(self, skipped: SkippedRecords | None) -> None:
@@ -293,7 +293,7 @@ class TrainLoader:
             raise ValueError(
                 f"--data_order {self._wanted_order}: the run began with the order {recorded}; leave --data_order out"
             )
-        self.data_order = recorded if _has_sizes(self._source) else "lanes"
+        self.data_order = recorded if self._source.has_sizes else "lanes"
         if self.data_order != recorded:
             order = {**state["order"], "version": ORDER_VERSIONS["lanes"]}
             state = {**state, "order": order, "lanes": dict.fromkeys(state["lanes"], LaneState()), "corpus": None}
@@ -333,19 +333,6 @@ def _in_turn(rounds: Iterator[list[LaneSequence]], lanes: Sequence[int], workers
         items = [next(rounds) for _ in range(workers)]
         for turn, lane in enumerate(lanes):
             yield lane, items[turn % workers][turn // workers]
-
-
-def _has_sizes(source: Source) -> bool:
-    return all(shard.size_bytes is not None for shard in source.shards)
-
-
-def _possible_order(source: Source, order: DataOrder) -> DataOrder:
-    if order == "global" and not _has_sizes(source):
-        raise DataError(
-            f"--data_order global: the sizes of the files of {source.dataset} are unknown, and the global order holds all text "
-            "in memory; use --data_order lanes, or a local copy (`python -m peft_pretraining data fetch`)"
-        )
-    return order
 
 
 def _in_words(size: Mapping[str, int] | None) -> str:

@@ -110,14 +110,25 @@ class Source:
     def is_remote(self) -> bool:
         return any(is_remote(shard.url) for shard in self.shards)
 
-    def data_order(self, packing: bool) -> DataOrder:
-        """The order of training data where `--data_order` is not given; of prepared data it is that of the original.
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the size of every file is known."""
+        return all(shard.size_bytes is not None for shard in self.shards)
 
-        Padded, each sequence is a document and lanes have equally many; packed, one long document would unbalance them.
+    def data_order(self, packing: bool, wanted: DataOrder | None = None) -> DataOrder:
+        """The order of training data. wanted: `--data_order`; without it small packed data has the global order.
+
+        Padded, each sequence is a document, of which lanes have about equally many; packed, one long document would unbalance
+        them. Prepared data records its original's sizes, so that it has the original's order. Raises DataError.
         """
-        sizes = [shard.size_bytes for shard in self.shards]
-        known = sum(size for size in sizes if size is not None)
-        return "global" if packing and sizes and None not in sizes and known <= GLOBAL_ORDER_BYTES else "lanes"
+        if wanted == "global" and not self.has_sizes:
+            raise DataError(
+                f"--data_order global: the sizes of the files of {self.dataset} are unknown, and the global order holds all text "
+                "in memory; use --data_order lanes, or a local copy (`python -m peft_pretraining data fetch`)"
+            )
+        size = sum(shard.size_bytes or 0 for shard in self.shards)
+        small = self.has_sizes and 0 < size <= GLOBAL_ORDER_BYTES
+        return wanted or ("global" if packing and small else "lanes")
 
     def describe(self) -> str:
         """One line for the plan: data set, split, files, place, hold-out rule."""
@@ -140,8 +151,8 @@ def order_text(source: Source, order: DataOrder) -> str:
     """One line for the plan about the order of training data; empty for the order by lanes, which costs nothing at the start."""
     if order == "lanes":
         return ""
-    cost = "read" if source.prepared is not None else "tokenised (1 s per MB of plain text on a core, 3 s per MB compressed)"
-    return f"global order: each pass reads every document once; all text is {cost} before the first update and held in memory"
+    cost = "read" if source.prepared is not None else "tokenised (a core takes 1 s per MB of plain text, 3 s per MB compressed)"
+    return f"global order, every document once per pass: all text is {cost} first, and held in memory"
 
 
 def default_lanes(dataset: str) -> int:
