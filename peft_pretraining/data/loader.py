@@ -441,17 +441,19 @@ def read_corpus(source: Source, tokenizer: Tokenizer, order: Order, workers: int
     most = None if order.packing else order.max_length - 1
     parts: list[np.ndarray] = []
     skipped = SkippedRecords()
-    for chunk in _encoded_texts(source, tokenizer, order.on_bad_record, most, workers):
-        for document in np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1]) if chunk.lengths else []:
-            if len(document):
-                parts.append(np.append(document[:most], tokenizer.eos_id).astype(dtype))
-            else:
-                skipped.add("empty")
-        for example in chunk.skipped.examples if chunk.skipped else []:
-            skipped.examples.append(example)
-        skipped.counts.update(chunk.skipped.counts if chunk.skipped else {})
+    with contextlib.closing(_encoded_texts(source, tokenizer, order.on_bad_record, most, workers)) as chunks:
+        for chunk in chunks:
+            for document in np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1]) if chunk.lengths else []:
+                if len(document):
+                    parts.append(np.append(document[:most], tokenizer.eos_id).astype(dtype))
+                else:
+                    skipped.add("empty")
+            if chunk.skipped is not None:
+                skipped.counts.update(chunk.skipped.counts)
+                skipped.examples += chunk.skipped.examples
     if not parts:
-        raise DataError(f"dataset {source.dataset!r}: no document of the {source.split} split holds a token; give more data")
+        bad = f" (bad records: {skipped.examples[0]})" if skipped.examples else ""
+        raise DataError(f"dataset {source.dataset!r}: no document of the {source.split} split holds a token{bad}; give more data")
     return Corpus(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64), skipped)
 
 

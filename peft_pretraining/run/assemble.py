@@ -97,7 +97,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
-    document = run_document(args, plan, world, folder, data.source)
+    document = run_document(args, plan, world, folder, data.source, data.loader.data_order)
     saver = Saver(
         folder.path,
         lambda: run_content(folder.path, parts, world, document),
