@@ -111,7 +111,7 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
     """Sets the loader to the data position of the checkpoint `path`; call it before the first batch. Raises CheckpointError."""
     try:
         state = checkpoint.read_json(path / "state.json")["data"]
-        _check_counts([state["position"], *state["bad_records"].values()])
+        _check_counts([state["position"], *state["bad_records"].values(), *state.get("corpus", {}).values()])
         for numbers in state["lanes"].values():
             _check_counts(LaneState(*numbers))
         loader.load_state_dict(state)
