@@ -62,7 +62,7 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     settings["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
     dataset = run.document.get("dataset") or {}
     settings["data"] = dataset.get("fingerprint") or arguments["dataset"]
-    settings["data_order"] = dataset.get("order", "lanes")  # runs of before had no other
+    settings["data_order"] = dataset.get("order", "lanes")  # earlier versions had no other order
     if arguments["max_train_tokens"] is not None:
         settings.pop("num_training_steps")
     return settings
