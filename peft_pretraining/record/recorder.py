@@ -12,6 +12,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import local
 from peft_pretraining.optim.updates import HasState
-from peft_pretraining.record.summary import METRICS_FILE, read_metrics, summary
+from peft_pretraining.record.summary import METRICS_FILE, old_record, read_metrics, read_record, summary
 from peft_pretraining.record.wandb_run import _one_line, start_wandb
 from peft_pretraining.training.evaluate import EvalResult
 from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
@@ -119,7 +120,8 @@ class Recorder:
         """Open the run's record at `start_step`, and remove later lines, which a crash after the checkpoint left."""
         self.enabled = enabled
         self.run_folder = run_folder
-        rows = [row for row in read_metrics(run_folder) if row.get("update_step", 0) <= start_step]
+        earlier = read_record(run_folder)
+        rows = [row for row in earlier.rows if row["update_step"] <= start_step]
         evaluated = [row["update_step"] for row in rows if "final_eval_loss" in row]
         self.last_evaluated_step: int | None = evaluated[-1] if evaluated else None
         self._spikes = LossSpikes(row["loss"] for row in rows if "loss" in row)
@@ -127,6 +129,10 @@ class Recorder:
         self._last_perplexity = ""
         if not enabled:
             return
+        if earlier.problem is not None:
+            path = run_folder / METRICS_FILE
+            old = shutil.copyfile(path, old_record(path))
+            print(f"notice: {run_folder}: {earlier.problem}; the file as it was is kept as {old.name}", file=sys.stderr)
         self._rewrite(rows)
         self._file = _Lines(run_folder / METRICS_FILE)
         self._document = wandb_settings["config"]

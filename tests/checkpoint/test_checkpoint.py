@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, keep every bit, fit or say why not, and cannot run code."""
 
+import json
 import os
 import pickle
 import re
@@ -95,6 +96,60 @@ def test_retention_keeps_the_newest(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step=step, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_checkpoints_are_listed_by_updates_whatever_they_are_called(tmp_path):
+    """And nothing else is: what a save, a removal or a copy left incomplete, links within the folder, and other folders."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, step in {"z-first": 1, "best": 5, "a-copy": 30, "step_00000005": 5}.items():
+        save(tmp_path, step).rename(run / name)
+        (run / name / "state.json").write_text(json.dumps({"train": {"update_step": step}}))
+    save(run, step=9)
+    shutil.copytree(run / "best", run / "half-copied", ignore=shutil.ignore_patterns("state.json"))
+    shutil.copytree(run / "a-copy", run / ".partial-step_00000031")
+    shutil.copytree(run / "a-copy", run / "set_aside" / "step_00000030")
+    (run / "latest").symlink_to("a-copy")
+    (run / "undone").symlink_to("set_aside/step_00000030")
+    (run / "gone").symlink_to("step_00000099")
+    save(tmp_path, step=12)
+    (run / "linked").symlink_to("../step_00000012")
+    for name in ("tokenizer", "wandb", "nonfinite"):
+        (run / name).mkdir()
+    names = [path.name for path in list_checkpoints(run)]
+    assert names == ["half-copied", "z-first", "best", "step_00000005", "step_00000009", "linked", "a-copy"]
+
+
+def test_every_file_and_folder_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    """A power failure at any moment leaves the whole checkpoint or none: the order of fsync and rename is what ensures it."""
+    done = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(handle):
+        done.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def noted_rename(source, target, **more):
+        if os.path.isdir(source):
+            done.append(f"rename to {os.path.basename(target)}")
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    (tmp_path / "tokenizer" / "inner").mkdir(parents=True)
+    for name in ("words.json", "inner/merges.txt"):
+        (tmp_path / "tokenizer" / name).write_text("[]")
+    content = Content(7, TENSORS, {"state.json": {}, "run.json": {}}, {"tokenizer": tmp_path / "tokenizer"})
+    path = save_checkpoint(tmp_path / "new" / "run", content, World())
+    named = done.index("rename to step_00000007")
+    inside = [path, *path.rglob("*")]
+    assert len(inside) == 1 + 3 + 7  # the folder, three in it, and seven files
+    assert [str(entry) for entry in inside if entry.stat().st_ino not in done[:named]] == []
+    # The entries of the new names: of the checkpoint in the run's folder, and of that folder and its parent in theirs.
+    assert path.parent.stat().st_ino in done[named:]
+    assert {tmp_path.stat().st_ino, (tmp_path / "new").stat().st_ino} <= set(done)
+    # A file of the tensors that DCP renames itself, and the folders that hold the files, after their last entry was made.
+    assert done.index(path.stat().st_ino) > max(done.index(entry.stat().st_ino) for entry in path.iterdir() if entry.is_file())
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path):

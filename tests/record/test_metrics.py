@@ -71,6 +71,50 @@ def test_a_torn_last_line_neither_stays_nor_stops_the_run(tmp_path, torn):
     assert [row["update_step"] for row in rows] == [1, 2, 3]
 
 
+DAMAGED = {
+    "cut short": b'{"update_step": 2, "lo',
+    "two lines glued together": b'{"update_step": 2, "loss": 1.0}{"update_step": 3, "loss": 1.0}',
+    "a flipped bit": b'{"update_step": 2, "loss": 2.5, "lr": 0.001, "tokens_seen"; 100}',
+    "zeros": b"\0" * 40,
+    "bytes that are not UTF-8": b'{"update_step": 2, "note": \xff}',
+    "not an object": b"[2]",
+    "no update": b'{"loss": 2.5}',
+    "an update in words": b'{"update_step": "2", "loss": 2.5}',
+    "a figure in words": b'{"update_step": 2, "loss": "high"}',
+    "nested too deeply": b"[" * 100_000,
+    "a line separator inside": b'{"update_step": 2, "lo\xe2\x80\xa8ss',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_costs_itself_and_no_later_line(tmp_path, capsys, line):
+    write_steps(tmp_path, [1, 2, 3, 4])
+    path = tmp_path / METRICS_FILE
+    lines = path.read_bytes().split(b"\n")
+    content = b"\n".join([lines[0], line, *lines[2:]])
+    path.write_bytes(content)
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    record = recorder(tmp_path, start_step=4)
+    record.log_update({"update_step": 5, **ROW})
+    record.close()
+    assert [json.loads(line)["update_step"] for line in path.read_text().splitlines()] == [1, 3, 4, 5]
+    assert "metrics.jsonl: line 2 is damaged and left out; the file as it was is kept as" in capsys.readouterr().err
+    assert (tmp_path / "metrics.old-1.jsonl").read_bytes() == content
+    recorder(tmp_path, start_step=5).close()
+    assert "damaged" not in capsys.readouterr().err
+    assert not (tmp_path / "metrics.old-2.jsonl").exists()
+
+
+def test_a_record_saved_by_another_editor_is_read_whole(tmp_path, capsys):
+    """With a byte order mark and Windows' line ends."""
+    write_steps(tmp_path, [1, 2])
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    recorder(tmp_path, start_step=2).close()
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert "damaged" not in capsys.readouterr().err
+
+
 def test_finished_evaluation_is_remembered_on_every_process(tmp_path):
     """Otherwise a resumed run would evaluate again, or one rank alone would."""
     record = recorder(tmp_path)

@@ -198,7 +198,10 @@ def newest_checkpoint(folder: Path, settings: Mapping[str, Any], data: Dataset) 
     wanted, record = {**settings, "examples": examples}, folder / "finetune.json"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = list(folder.glob("checkpoint-*"))
-    written = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    try:
+        written = dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{record}: not the settings of a run (damaged); name another folder for --checkpoints") from None
     differing = [name for name, value in wanted.items() if written.get(name) != value]
     if checkpoints and differing:
         raise ValueError(
