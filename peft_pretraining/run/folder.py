@@ -5,6 +5,7 @@ A run resumes only if its arguments and its model's shape agree with the checkpo
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import shutil
@@ -114,13 +115,13 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
             raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
         _warn_of_changed_environment(newest, before, plan)
         if belongs_to(newest, path):
-            wandb_id = before.get("wandb_id", wandb_id)
+            wandb_id = before["wandb_id"]
         elif any(not one.samefile(newest) for one in checkpoint.list_checkpoints(path)):
             raise ConfigError([f"--continue_from {newest}: {_other_run(path, newest)}"])
     checkpoint.make_run_folder(path)
     # Removed before anything can fail: a script that reads the marker must not see the one of an earlier start.
     (path / MARKER_FILE).unlink(missing_ok=True)
-    return RunFolder(path, newest, wandb_id, warm_start, warm_up)
+    return RunFolder(path, newest, os.environ.get("WANDB_RUN_ID", "").strip() or wandb_id, warm_start, warm_up)
 
 
 def _other_run(path: Path, newest: Path) -> str:

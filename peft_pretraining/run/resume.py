@@ -68,7 +68,7 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
 
 
 def belongs_to(path: Path, run_folder: Path) -> bool:
-    """Whether a checkpoint is one of the run's own: it lies in the run's folder, or a link there leads to one with the run's id."""
+    """Whether a checkpoint is the run's own: it lies in the run's folder, or a link there leads to one with the run's id."""
     if path.resolve().parent == run_folder.resolve():
         return True
     record = run_folder / "run.json"

@@ -69,9 +69,8 @@ def moved_to_another_disk(run):
     return run / NAMES[1], NAMES[:2]
 
 
-CASES = [
-    copy_called_best, copy_whose_original_is_gone, link_called_latest, link_from_elsewhere, link_to_the_run, moved_to_another_disk,
-]  # fmt: skip
+CASES = [copy_called_best, copy_whose_original_is_gone, link_called_latest]
+CASES += [link_from_elsewhere, link_to_the_run, moved_to_another_disk]
 
 
 @pytest.mark.parametrize("case", CASES)

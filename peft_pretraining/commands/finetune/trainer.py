@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,7 +223,8 @@ def _recorded_by_wandb(args: argparse.Namespace, folder: Path) -> Iterator[bool]
 
     Without a network it records offline.
     """
-    settings = {"mode": args.wandb, "id": None, "name": args.out.name, "tags": None, "config": _settings(args)}
+    name = os.environ.get("WANDB_NAME") or args.out.name
+    settings = {"mode": args.wandb, "id": None, "name": name, "tags": None, "config": _settings(args), "place": args.out}
     run = start_wandb(folder, settings)
     try:
         yield run is not None
