@@ -7,6 +7,7 @@ and kind) whose records are wandb's protocol buffers.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ def recorded_rows(folder: Path, wandb_id: str) -> tuple[set[tuple[int, bool]], i
     folder: the one named `wandb`, with a folder for every start of the run.
     """
     known, last_step = set(), -1
-    for path in folder.glob(f"*run-*-{wandb_id}/run-{wandb_id}.wandb"):
+    for path in _files_of(folder, wandb_id):
         for row in read_history(path):
             last_step = max(last_step, int(row.get("_step", -1)))
             if isinstance(step := row.get("update_step"), int):
@@ -30,11 +31,27 @@ def recorded_rows(folder: Path, wandb_id: str) -> tuple[set[tuple[int, bool]], i
     return known, last_step
 
 
+def cut_incomplete(folder: Path, wandb_id: str) -> None:
+    """Cuts off the record that a kill left incomplete at the end of a file: `wandb sync` would skip the run's later files.
+
+    No process may be writing files of this run.
+    """
+    for path in _files_of(folder, wandb_id):
+        content = path.read_bytes()
+        end = max((end for end, _ in _records(content)), default=_FILE_HEADER)
+        if end < len(content):
+            os.truncate(path, end)
+
+
+def _files_of(folder: Path, wandb_id: str) -> list[Path]:
+    return sorted(folder.glob(f"*run-*-{wandb_id}/run-{wandb_id}.wandb"))
+
+
 def read_history(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the logged rows of a .wandb file up to its end or its first incomplete record."""
     from wandb.proto import wandb_internal_pb2
 
-    for content in _records(path.read_bytes()):
+    for _, content in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         try:
             record.ParseFromString(content)
@@ -46,7 +63,8 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
             yield {"_step": record.history.step.num, **row}
 
 
-def _records(content: bytes) -> Iterator[bytes]:
+def _records(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields the complete records with the positions of their ends."""
     position, record = _FILE_HEADER, b""
     while position + _PIECE_HEADER <= len(content):
         left = _BLOCK - position % _BLOCK
@@ -59,4 +77,4 @@ def _records(content: bytes) -> Iterator[bytes]:
             return
         record = content[start:position] if kind in (_FULL, _FIRST) else record + content[start:position]
         if kind in (_FULL, _LAST):
-            yield record
+            yield position, record

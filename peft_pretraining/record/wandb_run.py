@@ -97,6 +97,10 @@ def start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
                 # wandb's service process still has the run's id registered.
                 wandb.teardown()
     try:
+        if settings["id"] is not None:
+            from peft_pretraining.record.wandb_files import cut_incomplete
+
+            cut_incomplete(wandb_folder(run_folder) / "wandb", settings["id"])
         return open_wandb(run_folder, settings, "offline")
     except Exception as error:
         print(f"warning: wandb is off ({one_line(error)}); all metrics are still written to metrics.jsonl", file=sys.stderr)

@@ -150,8 +150,10 @@ def test_a_run_at_the_server_gets_the_rows_that_it_lacks(tmp_path, server, capsy
     not importlib.metadata.version("wandb").startswith("0.31."), reason="what `wandb sync` does depends on its version"
 )
 def test_syncing_the_offline_folders_of_a_run_gives_every_row_once(tmp_path, server):
-    """Folders of one id become one run, each after the rows of the one before."""
+    """Folders of one id become one run, each after the rows of the one before; the first was cut short by a kill."""
     write(tmp_path, 1, 8)
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    path.write_bytes(path.read_bytes()[: int(0.7 * path.stat().st_size)])
     write(tmp_path, 9, 12, start=8)
     folders = sorted(map(str, (tmp_path / "wandb").glob("offline-run-*")))
     assert len(folders) == 2
