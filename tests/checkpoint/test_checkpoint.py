@@ -22,6 +22,7 @@ from peft_pretraining.checkpoint.step_folder import (
     resolve,
     save_checkpoint,
     tensor_index,
+    write_json,
 )
 from peft_pretraining.checkpoint.tensor_store import _HashingFile as HashingFile
 from peft_pretraining.distributed.world import World
@@ -120,8 +121,9 @@ def test_checkpoints_are_listed_by_updates_whatever_they_are_called(tmp_path):
     assert names == ["half-copied", "z-first", "best", "step_00000005", "step_00000009", "linked", "a-copy"]
 
 
-def test_every_file_and_folder_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
-    """A power failure at any moment leaves the whole checkpoint or none: the order of fsync and rename is what ensures it."""
+@pytest.fixture
+def done(monkeypatch):
+    """What was flushed to disk (inodes) and renamed (new names), in order."""
     done = []
     fsync, rename = os.fsync, os.rename
 
@@ -130,12 +132,16 @@ def test_every_file_and_folder_is_on_disk_before_the_checkpoint_gets_its_name(tm
         fsync(handle)
 
     def noted_rename(source, target, **more):
-        if os.path.isdir(source):
-            done.append(f"rename to {os.path.basename(target)}")
+        done.append(f"rename to {os.path.basename(target)}")
         rename(source, target, **more)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "rename", noted_rename)
+    return done
+
+
+def test_every_file_and_folder_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, done):
+    """A power failure at any moment leaves the whole checkpoint or none: the order of fsync and rename is what ensures it."""
     (tmp_path / "tokenizer" / "inner").mkdir(parents=True)
     for name in ("words.json", "inner/merges.txt"):
         (tmp_path / "tokenizer" / name).write_text("[]")
@@ -148,8 +154,13 @@ def test_every_file_and_folder_is_on_disk_before_the_checkpoint_gets_its_name(tm
     # The entries of the new names: of the checkpoint in the run's folder, and of that folder and its parent in theirs.
     assert path.parent.stat().st_ino in done[named:]
     assert {tmp_path.stat().st_ino, (tmp_path / "new").stat().st_ino} <= set(done)
-    # A file of the tensors that DCP renames itself, and the folders that hold the files, after their last entry was made.
+    # A folder after its last entry was made.
     assert done.index(path.stat().st_ino) > max(done.index(entry.stat().st_ino) for entry in path.iterdir() if entry.is_file())
+
+
+def test_a_json_file_is_on_disk_before_and_after_it_gets_its_name(tmp_path, done):
+    write_json(tmp_path / "run.json", {"a": 1})
+    assert done == [(tmp_path / "run.json").stat().st_ino, "rename to run.json", tmp_path.stat().st_ino]
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path):

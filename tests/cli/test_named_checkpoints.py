@@ -99,13 +99,16 @@ def record_of_old(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.old-1.jsonl").read_text().splitlines()]
 
 
-def test_a_copy_is_gone_on_from_where_nothing_else_is_left(run, flags, finished):
+def test_a_copy_is_gone_on_from_where_nothing_else_is_left(run, flags, finished, monkeypatch):
+    """Under the id at wandb that the environment asks for."""
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
     (run / NAMES[2]).rename(run / "best")
     for name in (NAMES[0], NAMES[1], NAMES[3]):
         shutil.rmtree(run / name)
     assert torchrun_main.main([*flags, "--save_dir", str(run)]) == 0
     assert record(run) == record(finished)
     assert names(run) == ["best", NAMES[3]]
+    assert json.loads((run / "run.json").read_text())["wandb_id"] == "mine"
 
 
 def all_set_aside(run):

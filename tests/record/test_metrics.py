@@ -1,6 +1,7 @@
 """The record keeps the published keys, repeats no step after a crash, and no dashboard can end a run."""
 
 import json
+import os
 import sys
 import types
 
@@ -113,6 +114,22 @@ def test_a_record_saved_by_another_editor_is_read_whole(tmp_path, capsys):
     recorder(tmp_path, start_step=2).close()
     assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2]
     assert "damaged" not in capsys.readouterr().err
+
+
+def test_the_record_is_on_disk_before_a_checkpoint_and_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A run resumed from that checkpoint lacks no line of it after a power failure."""
+    write_steps(tmp_path, [1, 2, 3])
+    done = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda *paths, **more: (done.append("rename"), rename(*paths, **more)))
+    record = recorder(tmp_path, start_step=2)
+    inode = (tmp_path / METRICS_FILE).stat().st_ino
+    assert done == [inode, "rename"]
+    record.log_update({"update_step": 3, **ROW})
+    record.sync()
+    assert done == [inode, "rename", inode]
+    record.close()
 
 
 def test_finished_evaluation_is_remembered_on_every_process(tmp_path):
