@@ -94,8 +94,8 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
         path
         for path in run_folder.iterdir()
         if not path.name.startswith(".")
-        and path.is_dir()
-        and is_checkpoint(path)
+        and os.path.isdir(path)
+        and (_NAME.fullmatch(path.name) or _num_parts(path) > 1)
         and not (path.is_symlink() and path.resolve().is_relative_to(inside))
     ]
     numbers = {path: num_updates(path) for path in checkpoints}
@@ -119,8 +119,12 @@ def missing_checkpoints(run_folder: Path) -> str | None:
 
 def is_checkpoint(path: Path) -> bool:
     """Tells whether a folder is a checkpoint, intact or damaged, rather than a run's folder."""
-    parts = (manifest.MANIFEST, _STATE, _TENSORS)
-    return bool(_NAME.fullmatch(path.name)) or any((path / name).exists() for name in parts)
+    return bool(_NAME.fullmatch(path.name)) or _num_parts(path) > 0
+
+
+def _num_parts(path: Path) -> int:
+    """Counts what only checkpoints have together; a folder that may not be read has nothing."""
+    return sum(os.path.exists(path / name) for name in (manifest.MANIFEST, _STATE, _TENSORS))
 
 
 def verify(path: Path) -> None:

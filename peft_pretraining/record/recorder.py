@@ -217,7 +217,7 @@ class Recorder:
 
     def _catch_up(self, run: Any, rows: list[dict[str, Any]]) -> None:
         if rows and (count := send_missing(run, rows)):
-            self.say(f"wandb: {count:,} rows of metrics.jsonl that it lacks are sent again")
+            self.say(f"wandb: {count:,} earlier rows of metrics.jsonl that it lacks are sent")
 
     def _tell_wandb(self, act: Callable[[Any], object]) -> None:
         if self._wandb is None:

@@ -115,8 +115,9 @@ def test_checkpoints_are_listed_by_updates_whatever_they_are_called(tmp_path):
     (run / "gone").symlink_to("step_00000099")
     save(tmp_path, step=12)
     (run / "linked").symlink_to("../step_00000012")
-    for name in ("tokenizer", "wandb", "nonfinite"):
+    for name in ("tokenizer", "wandb", "nonfinite", "an-export"):
         (run / name).mkdir()
+    (run / "an-export" / "manifest.json").write_text("{}")
     names = [path.name for path in list_checkpoints(run)]
     assert names == ["half-copied", "z-first", "best", "step_00000005", "step_00000009", "linked", "a-copy"]
 

@@ -134,7 +134,7 @@ def test_a_run_at_the_server_gets_the_rows_that_it_lacks(tmp_path, server, capsy
         del server.history[line]
     assert keys(server.rows)[-1] == (6, False)
     write(tmp_path, 9, 12, mode="online", start=8)
-    assert "wandb: 3 rows of metrics.jsonl that it lacks are sent again" in capsys.readouterr().err
+    assert "wandb: 3 earlier rows of metrics.jsonl that it lacks are sent" in capsys.readouterr().err
     assert keys(server.rows) == keys(record_of(tmp_path))
     # All of a run that is not there yet, and nothing of one that is.
     run = unsent(tmp_path / "other", "other")
