@@ -56,4 +56,5 @@ def _upload(folder: Path, mode: str) -> None:
         finish_wandb(wandb_run, summary(document, rows))
     except Exception as error:  # a refused key, a lost network, an old version: wandb raises many types
         raise ValueError(f"{folder}: {one_line(error)}; --wandb offline needs no network") from None
-    print(f"{folder}: {count:,} of {len(rows):,} rows sent as run {wandb_run.id}; wandb had the others")
+    others = "" if count == len(rows) else "; wandb has the others"
+    print(f"{folder}: {count:,} of {len(rows):,} rows sent as run {wandb_run.id}{others}")

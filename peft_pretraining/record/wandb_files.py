@@ -6,6 +6,7 @@ and kind) whose records are wandb's protocol buffers.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import struct
@@ -44,7 +45,8 @@ def cut_incomplete(folder: Path, wandb_id: str) -> None:
 
 
 def _files_of(folder: Path, wandb_id: str) -> list[Path]:
-    return sorted(folder.glob(f"*run-*-{wandb_id}/run-{wandb_id}.wandb"))
+    name = glob.escape(wandb_id)
+    return sorted(folder.glob(f"*run-*-{name}/run-{name}.wandb"))
 
 
 def read_history(path: Path) -> Iterator[dict[str, Any]]:

@@ -97,11 +97,7 @@ def start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
                 # wandb's service process still has the run's id registered.
                 wandb.teardown()
     try:
-        if settings["id"] is not None:
-            from peft_pretraining.record.wandb_files import cut_incomplete
-
-            cut_incomplete(wandb_folder(run_folder) / "wandb", settings["id"])
-        return open_wandb(run_folder, settings, "offline")
+        return open_wandb(run_folder, settings, "offline", earlier_starts_ended=True)
     except Exception as error:
         print(f"warning: wandb is off ({one_line(error)}); all metrics are still written to metrics.jsonl", file=sys.stderr)
         return None
@@ -121,10 +117,18 @@ def wandb_folder(run_folder: Path) -> Path:
     return folder
 
 
-def open_wandb(run_folder: Path, settings: Mapping[str, Any], mode: Any, limit_s: int | None = 3 * _WANDB_TIMEOUT_S) -> Any:
+def open_wandb(
+    run_folder: Path,
+    settings: Mapping[str, Any],
+    mode: Any,
+    *,
+    limit_s: int | None = 3 * _WANDB_TIMEOUT_S,
+    earlier_starts_ended: bool = False,
+) -> Any:
     """Opens the run in a mode of wandb's, and prints its address or its folder. Raises whatever wandb raises.
 
     settings: as for `start_wandb`. limit_s: how long the end may wait for the network; None waits until everything is sent.
+    earlier_starts_ended: no process writes wandb's files of this run any more, so that those cut short by a kill are mended.
     """
     import wandb
 
@@ -135,6 +139,10 @@ def open_wandb(run_folder: Path, settings: Mapping[str, Any], mode: Any, limit_s
     if limit_s is not None and "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):
         limits["finish_timeout"] = limit_s
     folder = wandb_folder(run_folder)
+    if earlier_starts_ended and settings["id"] is not None:
+        from peft_pretraining.record.wandb_files import cut_incomplete
+
+        cut_incomplete(folder / "wandb", settings["id"])
     resume: Any = os.environ.get("WANDB_RESUME") or "allow"
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
