@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -60,6 +61,8 @@ def write(folder, first, last, *, mode="offline", start=0):
             record.log_evaluation(step, EvalResult(loss=1.0, perplexity=2.7, tokens=5, bits_per_byte=None), 9 * step)
     record.close()
     settle()
+    # wandb names a folder by the second of its start.
+    time.sleep(1 - time.time() % 1)
 
 
 def settle():
@@ -122,6 +125,8 @@ def server(monkeypatch):
     with serving() as server, monkeypatch.context() as patch:
         patch.setenv("WANDB_BASE_URL", server.url)
         patch.setenv("WANDB_API_KEY", "a" * 40)
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1")
         yield server
         settle()
 
