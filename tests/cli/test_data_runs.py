@@ -45,13 +45,13 @@ def tokens(tiny_run, tmp_path) -> str:
 
 
 @pytest.mark.parametrize("layout", [[], ["--packing"]])
-def test_a_run_on_prepared_data_is_the_run_on_its_source(tmp_path, tiny_run, tokens, monkeypatch, layout):
-    """Losses, evaluation and bits per byte to the bit; nothing is encoded and no network is asked. The tokenizer goes along."""
+def test_a_run_on_prepared_data_equals_the_run_on_its_source(tmp_path, tiny_run, tokens, monkeypatch, layout):
+    """Losses and evaluations are bit-identical, nothing is encoded, no network is used, and the tokenizer is included."""
     rows = train(tmp_path / "text", *tiny_run, *layout, "--workers", "0")
     without_source = ["--model_config", value(tiny_run, "--model_config"), "--dataset", tokens]
     encode = Tokenizer.encode_batch
 
-    def only_probes(self, texts):  # those that a tokenizer is checked with when it is loaded
+    def only_probes(self, texts):  # texts with which a tokenizer is checked when it is loaded
         assert not any("Fox" in text for text in texts), "a document is encoded"
         return encode(self, texts)
 
@@ -64,7 +64,7 @@ def test_a_run_on_prepared_data_is_the_run_on_its_source(tmp_path, tiny_run, tok
     assert command(["generate", "--checkpoint", str(tmp_path / "prepared"), "--prompt", "Fox", "--max_new_tokens", "3"]) == 0
 
 
-def test_what_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, capsys):
+def test_a_tokenizer_or_model_that_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, capsys):
     import sentencepiece
 
     texts = (f"Other words {number} in another order" for number in range(300))
@@ -90,7 +90,7 @@ def test_what_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, 
         assert "Traceback" not in said
 
 
-def test_bad_records_are_shown_logged_and_end_a_strict_run(tmp_path, tiny_run, capsys):
+def test_bad_records_are_counted_and_end_a_strict_run(tmp_path, tiny_run, capsys):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for path in Path(value(tiny_run, "--dataset")).iterdir():
@@ -107,14 +107,14 @@ def test_bad_records_are_shown_logged_and_end_a_strict_run(tmp_path, tiny_run, c
     assert counts[-1] > 3
     assert f"records skipped since the run began: {counts[-1]} malformed json" in capsys.readouterr().err
     strict = [*SHORT, *flags, "--on_bad_record", "fail", "--save_dir", str(tmp_path / "strict")]
-    assert torchrun_main.main(strict) == 1  # what was trained until then is saved
+    assert torchrun_main.main(strict) == 1  # 1: some updates were made and are saved
     said = capsys.readouterr().err
     assert "bad record in " in said
     assert ".jsonl, line 5: malformed json" in said
     assert "Traceback" not in said
 
 
-def test_counts_go_on_after_a_restart(tmp_path, tiny_run):
+def test_counts_of_bad_records_continue_in_a_resumed_run(tmp_path, tiny_run):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     source = Path(value(tiny_run, "--dataset"))

@@ -1,4 +1,4 @@
-"""What `data inspect` says of a data set, text or prepared."""
+"""`data inspect` prints correct figures of a text or prepared data set."""
 
 import json
 import statistics
@@ -21,7 +21,7 @@ def folder(tmp_path):
     return tmp_path / "text"
 
 
-def test_figures_follow_from_the_documents(folder):
+def test_figures_equal_those_computed_from_the_documents(folder):
     figures = inspect_dataset(str(folder), ByteTokenizer(), documents=None, max_length=40)["train"]
     lengths = [len(text) for text in texts(100)]
     assert (figures["documents"], figures["whole_split"], figures["files"]) == (100, True, 1)
@@ -61,21 +61,21 @@ def test_prepared_data_has_the_figures_of_its_source(folder, tmp_path):
         inspect_dataset(str(tmp_path / "tokens"), other)
 
 
-def test_documents_limit_what_is_read(folder):
+def test_the_number_of_documents_to_read_can_be_limited(folder):
     figures = inspect_dataset(str(folder), None, documents=7)
     assert figures["train"]["documents"] == 7
     assert figures["train"]["whole_split"] is False
     assert figures["train"]["tokens"] is figures["train"]["padding_share"] is None
 
 
-def test_examples_are_short_and_say_nothing_to_a_terminal(folder):
+def test_examples_are_short_and_without_control_characters(folder):
     examples = inspect_dataset(str(folder), None)["validation"]["examples"]
     assert examples[0] == "\\x1b[31mred\\n\\u202e"
     assert examples[1] == "x" * 200 + "…"
     assert shown("a\x07b\u2028", 9) == "a\\x07b\\u2028"
 
 
-def test_the_command_prints_figures_and_verifies(folder, tmp_path, capsys, tiny_run):
+def test_data_inspect_prints_figures_and_verifies_checksums(folder, tmp_path, capsys, tiny_run):
     tokenizer = tiny_run[tiny_run.index("--tokenizer") + 1]
     arguments = ["--dataset", str(folder), "--tokenizer", tokenizer]
     assert main(["data", "prepare", *arguments, "--out", str(tmp_path / "tokens"), "--json"]) == 0
@@ -101,6 +101,6 @@ def test_the_command_prints_figures_and_verifies(folder, tmp_path, capsys, tiny_
     assert "is not prepared data" in capsys.readouterr().err
 
 
-def test_a_data_set_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_data_set_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
         inspect_dataset(str(tmp_path / "nothing"), None)
