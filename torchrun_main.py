@@ -67,7 +67,7 @@ def tell_torchrun(message: str) -> None:
 def dry_run(args: Arguments, world: World) -> int:
     """Prints the plan and returns the exit code; reads no data and uses no network."""
     from peft_pretraining.data import DataError
-    from peft_pretraining.data.source import open_source
+    from peft_pretraining.data.source import open_source, order_text
     from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
     from peft_pretraining.plan.plan import format_plan, make_plan
 
@@ -75,7 +75,8 @@ def dry_run(args: Arguments, world: World) -> int:
         device = pick_device(args.device, world)
         plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
         source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
-        text = format_plan(plan, args, source.describe(), device_memory(device, world))
+        order = order_text(source, source.data_order(args.packing, args.data_order))
+        text = format_plan(plan, args, source.describe(), device_memory(device, world), order)
     except (DataError, DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
     if world.is_main:

@@ -130,7 +130,19 @@ def write_inputs(folder: Path) -> list[str]:
         *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model"), "--dataset", str(corpus)),
         *("--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--dtype", "float32", "--optimizer", "adamw"),
         *("--lr", "0.001", "--warmup_steps", "2", "--num_training_steps", str(NUM_UPDATES), "--batch_size", "8"),
-        *("--max_length", "64", "--packing", "--data_lanes", "1", "--eval_every", "1000", "--save_every", "1000"),
+        *(
+            "--max_length",
+            "64",
+            "--packing",
+            "--data_lanes",
+            "1",
+            "--data_order",
+            "lanes",
+            "--eval_every",
+            "1000",
+            "--save_every",
+            "1000",
+        ),
         *("--wandb", "disabled", "--device", "cpu", "--workers", "0", "--log_every", "1"),
     ]
 

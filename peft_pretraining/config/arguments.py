@@ -42,6 +42,7 @@ LINEAR_PATHS = ("auto", "materialised", "factored")
 PARALLEL = ("ddp", "fsdp")
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
+DATA_ORDERS = ("lanes", "global")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -256,6 +257,13 @@ class DataArguments:
         None,
         "virtual readers, which make the data order independent of processes and workers (default: c4 64, else 24)",
         never(unit="readers", minimum=1),
+    )
+    data_order: str | None = flag(
+        None,
+        "order of the training data: lanes (each virtual reader has a share of the documents) | global (each pass reads every "
+        "document once; tokenised at the start and held in memory) (default: global with --packing on files of at most "
+        "32 MB together, else lanes; a run keeps its order when it is resumed)",
+        freely(choices=DATA_ORDERS),
     )
     workers: int | None = flag(
         None,

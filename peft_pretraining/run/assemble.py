@@ -18,6 +18,7 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import Batch, merge_states
+from peft_pretraining.data.source import order_text
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
@@ -77,12 +78,13 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     if folder.warm_start and folder.checkpoint is not None:
         refuse_if_finished(folder.checkpoint, plan)
     data = build_data(args, plan, world, device)
-    if world.is_main:
-        print(format_plan(plan, args, data.source.describe(), memory), file=sys.stderr)
-
     if folder.checkpoint is not None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
+    if world.is_main:
+        # Printed now, because a checkpoint decides the order of its run's data.
+        order = order_text(data.source, data.loader.data_order)
+        print(format_plan(plan, args, data.source.describe(), memory, order), file=sys.stderr)
     # Started here so that the loader's workers read and tokenise while the model is built.
     batches = iter(data.loader)
     if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
@@ -96,7 +98,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
-    document = run_document(args, plan, world, folder, data.source)
+    document = run_document(args, plan, world, folder, data.source, data.loader.data_order)
     saver = Saver(
         folder.path,
         lambda: run_content(folder.path, parts, world, document),

@@ -78,6 +78,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) 
         batch_size=args.batch_size,
         pin_memory=device.type == "cuda",
         on_bad_record=on_bad_record,
+        data_order=args.data_order,  # type: ignore[arg-type]
     )
     eval_set = EvalSet(
         held_out,

@@ -21,7 +21,7 @@ import torch
 
 from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, as_dict
-from peft_pretraining.data.source import Source
+from peft_pretraining.data.source import DataOrder, Source
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
@@ -296,15 +296,17 @@ def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan)
         )
 
 
-def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source) -> dict[str, Any]:
-    """Returns the contents of run.json: everything needed to reproduce the run, and no secrets."""
+def run_document(
+    args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source, order: DataOrder
+) -> dict[str, Any]:
+    """Returns the contents of run.json: everything needed to reproduce the run, and no secrets. order: of the training data."""
     return {
         "arguments": as_dict(args),
         "plan": plan_document(plan),
         "wandb_id": folder.wandb_id,
         "continued_from": None if folder.checkpoint is None else str(folder.checkpoint),
         "warm_up": folder.warm_up,
-        "dataset": {"description": source.describe(), "fingerprint": source.fingerprint},
+        "dataset": {"description": source.describe(), "fingerprint": source.fingerprint, "order": order},
         "versions": versions(),
         "git_commit": _git_commit(),
         "world": {

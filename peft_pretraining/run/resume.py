@@ -53,6 +53,8 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
         tensors[_GROWTH] = parts.updates.growth.previous
     own |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
     data = merge_states(gather_objects(parts.loader.state_dict(), world))
+    if world.is_main:
+        parts.loader.warn_of_uneven_passes(data["lanes"])
     documents = {
         "state.json": {
             "train": asdict(parts.state),
@@ -122,7 +124,7 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
     """Sets the loader to the data position of the checkpoint `path`; call it before the first batch. Raises CheckpointError."""
     try:
         state = checkpoint.read_json(path / "state.json")["data"]
-        _check_counts([state["position"], *state["bad_records"].values()])
+        _check_counts([state["position"], *state["bad_records"].values(), *state.get("corpus", {}).values()])
         for numbers in state["lanes"].values():
             _check_counts(LaneState(*numbers))
         loader.load_state_dict(state)

@@ -128,3 +128,33 @@ def test_counts_of_bad_records_continue_in_a_resumed_run(tmp_path, tiny_run):
     counts, later = ([row["bad_records"] for row in rows if "loss" in row] for rows in (whole, again))
     assert later == counts
     assert counts[-1] > counts[4] > 0
+
+
+def test_a_packed_run_records_its_order_and_keeps_it(tmp_path, tiny_run, capsys):
+    """Small data has the global order. A run of an earlier version, whose record names no order, goes on by lanes."""
+    flags = [*SHORT, *tiny_run, "--packing", "--workers", "0", "--data_lanes", "4"]
+    assert torchrun_main.main([*flags, "--dry_run"]) == 0
+    assert "global order, every document once per pass" in capsys.readouterr().out
+    orders = {"new": [], "old": ["--data_order", "lanes"]}
+    for name, order in orders.items():
+        assert torchrun_main.main([*flags, *order, "--save_dir", str(tmp_path / name)]) == 0
+    longer = [*flags, "--allow_changes", "num_training_steps", "--num_training_steps", "6", "--eval_every", "6"]
+    capsys.readouterr()
+    other = {"new": "lanes", "old": "global"}
+    for name in orders:
+        where = ["--save_dir", str(tmp_path / name)]
+        assert torchrun_main.main([*longer, *where, "--data_order", other[name]]) == 2
+        assert f"--data_order {other[name]}: the run began with the order" in capsys.readouterr().err
+        assert torchrun_main.main([*longer, *where]) == 0
+        assert ("global order" in capsys.readouterr().err) == (name == "new")
+    states = {name: json.loads((tmp_path / name / "step_00000006/state.json").read_text())["data"] for name in orders}
+    assert {name: state["order"]["version"] for name, state in states.items()} == {"new": 2, "old": 1}
+    recorded = [json.loads((tmp_path / name / "run.json").read_text())["dataset"]["order"] for name in orders]
+    assert recorded == ["global", "lanes"]
+
+
+def test_the_global_order_of_files_of_unknown_size_is_refused_before_work(tmp_path, tiny_run, capsys):
+    flags = [*SHORT, *tiny_run, "--data_order", "global", "--dataset", "c4"]
+    for more in (["--dry_run"], ["--save_dir", str(tmp_path / "run")]):
+        assert torchrun_main.main([*flags, *more]) == 2
+        assert "--data_order global: the sizes of the files of c4 are unknown" in capsys.readouterr().err

@@ -59,6 +59,7 @@ CHANGES = {
     "packing": "true",
     "document_mask": "true",
     "data_lanes": "8",
+    "data_order": "lanes",
     "workers": "1",
     "on_bad_record": "fail",
     "batch_size": "4 --gradient_accumulation 2",

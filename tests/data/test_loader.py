@@ -137,12 +137,15 @@ def follow(chain, source, tokenizer, **options):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("data_order", ["lanes", "global"])
 @pytest.mark.parametrize(("packing", "shards"), [(True, 1), (False, 3), (True, 7)])
-def test_a_chain_of_ranks_and_workers_equals_one_process(tmp_path, byte_tokenizer, inline_workers, chain, packing, shards):
+def test_a_chain_of_ranks_and_workers_equals_one_process(
+    tmp_path, byte_tokenizer, inline_workers, chain, packing, shards, data_order
+):
     """Sequences, final state and counts of bad records are equal, over several epochs and with bad lines."""
     source = open_source(str(corpus_with_bad_lines(tmp_path, shards)), "train", hold_out=False)
     total = sum(ranks * batches for ranks, _, batches in chain)
-    options = {"packing": packing, "max_length": 400 if packing else 20}
+    options = {"packing": packing, "max_length": 400 if packing else 20, "data_order": data_order}
     sequences, state = follow(chain, source, byte_tokenizer, **options)
     expected, expected_state = follow([(1, 0, total)], source, byte_tokenizer, **options)
     assert sequences == expected
@@ -150,11 +153,12 @@ def test_a_chain_of_ranks_and_workers_equals_one_process(tmp_path, byte_tokenize
     assert state["position"] == total
 
 
-def test_a_chain_with_real_worker_processes_equals_one_process(tmp_path, byte_tokenizer, real_workers):
+@pytest.mark.parametrize("data_order", ["lanes", "global"])
+def test_a_chain_with_real_worker_processes_equals_one_process(tmp_path, byte_tokenizer, real_workers, data_order):
     source = open_source(str(corpus_with_bad_lines(tmp_path, 3)), "train", hold_out=False)
     chain = [(2, 2, 30), (1, 0, 24), (3, 3, 20), (1, 2, 60)]
-    sequences, state = follow(chain, source, byte_tokenizer)
-    expected, expected_state = follow([(1, 0, 204)], source, byte_tokenizer)
+    sequences, state = follow(chain, source, byte_tokenizer, data_order=data_order)
+    expected, expected_state = follow([(1, 0, 204)], source, byte_tokenizer, data_order=data_order)
     assert sequences == expected
     assert state == expected_state
 
@@ -170,16 +174,16 @@ def test_the_corpus_of_the_chains_lasts_several_epochs_and_counts_bad_lines(tmp_
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 24])
 def test_the_micro_batch_size_does_not_change_the_order(tmp_path, byte_tokenizer, inline_workers, batch_size):
     source = open_source(str(corpus_with_bad_lines(tmp_path, 2)), "train", hold_out=False)
-    (one,) = make_loaders(source, byte_tokenizer, 1, 0)
-    (other,) = make_loaders(source, byte_tokenizer, 1, 2, batch_size=batch_size)
+    (one,) = make_loaders(source, byte_tokenizer, 1, 0, data_order="lanes")
+    (other,) = make_loaders(source, byte_tokenizer, 1, 2, batch_size=batch_size, data_order="lanes")
     assert take([other], 120 // batch_size) == take([one], 120 // batch_size * batch_size)
 
 
 def test_iterating_again_continues_after_the_last_batch(tmp_path, byte_tokenizer, real_workers):
     """Batches that workers had prefetched are read again, not lost."""
     source = open_source(str(corpus_with_bad_lines(tmp_path, 2)), "train", hold_out=False)
-    (whole,) = make_loaders(source, byte_tokenizer, 1, 0)
-    (parted,) = make_loaders(source, byte_tokenizer, 1, 2)
+    (whole,) = make_loaders(source, byte_tokenizer, 1, 0, data_order="lanes")
+    (parted,) = make_loaders(source, byte_tokenizer, 1, 2, data_order="lanes")
     assert take([parted], 7) + take([parted], 20) + take([parted], 3) == take([whole], 30)
     parted.close()
     parted.close()
@@ -317,7 +321,7 @@ def test_a_data_error_in_a_worker_is_raised_unchanged(tmp_path, byte_tokenizer, 
 def test_a_killed_worker_is_an_error_of_the_next_batch(write_shards, byte_tokenizer):
     """The error is not raised asynchronously, during an update (the loop below), but by the next batch."""
     source = open_source(str(write_shards(texts(60))), "train")
-    (each,) = make_loaders(source, byte_tokenizer, 1, 2)
+    (each,) = make_loaders(source, byte_tokenizer, 1, 2, data_order="lanes")
     iterator = iter(each)
     next(iterator)
     for process in each._running._running._processes:
@@ -336,7 +340,7 @@ def test_a_killed_worker_is_an_error_of_the_next_batch(write_shards, byte_tokeni
 def test_workers_ignore_stop_signals_and_end_with_close(write_shards, byte_tokenizer):
     """Slurm and terminals signal all processes of a run, but the current update still needs its data."""
     source = open_source(str(write_shards(texts(60))), "train")
-    (each,) = make_loaders(source, byte_tokenizer, 1, 2)
+    (each,) = make_loaders(source, byte_tokenizer, 1, 2, data_order="lanes")
     iterator = iter(each)
     next(iterator)
     processes = each._running._running._processes
@@ -370,7 +374,7 @@ def test_loading_does_not_use_the_runs_random_generator(write_shards, byte_token
     """Otherwise dropout would depend on the number of workers."""
     source = open_source(str(write_shards(texts(60))), "train")
     for workers in (0, 1):
-        (each,) = make_loaders(source, byte_tokenizer, 1, workers)
+        (each,) = make_loaders(source, byte_tokenizer, 1, workers, data_order="lanes")
         before = torch.get_rng_state()
         take([each], 5)
         each.close()
@@ -391,7 +395,7 @@ def test_workers_end_with_their_run(write_shards, tmp_path, end):
 
         if __name__ == "__main__":
             loader = TrainLoader(open_source({str(folder)!r}, "train"), ByteTokenizer(), max_length=20, packing=True, lanes=12,
-                                 seed=1, workers=2)
+                                 seed=1, workers=2, data_order="lanes")
             next(iter(loader))
             print(*(process.pid for process in loader._running._running._processes), flush=True)
             {end}

@@ -141,14 +141,16 @@ def test_interrupted_reading_continues_at_the_same_record(server, fault):
     assert server.requests >= least + (fault != "none")
 
 
-def test_batches_over_a_failing_network_equal_those_from_the_disk(server, tmp_path, byte_tokenizer):
+@pytest.mark.parametrize("data_order", ["lanes", "global"])
+def test_batches_over_a_failing_network_equal_those_from_the_disk(server, tmp_path, byte_tokenizer, data_order):
     (tmp_path / "x.json.gz").write_bytes(CONTENT)
     local = open_source(str(tmp_path), "train", hold_out=False)
     # Every third request: with every second one, all faults would affect the same of two workers.
     server.fault = every(3, lambda handler: handler.answer(True, cut=4096))
     found = []
     for source, workers in ((local, 0), (open_remote(server), 2)):
-        loader = TrainLoader(source, byte_tokenizer, max_length=64, packing=True, lanes=4, seed=1, workers=workers)
+        options = {"packing": True, "lanes": 4, "seed": 1, "data_order": data_order}
+        loader = TrainLoader(source, byte_tokenizer, max_length=64, workers=workers, **options)
         found.append([batch.input_ids.tolist() for batch, _ in zip(loader, range(40), strict=False)])
         loader.close()
     assert found[0] == found[1]
@@ -176,7 +178,7 @@ def test_a_run_that_loses_the_network_can_be_saved_and_resumed(server, tmp_path,
     """The error has its own type, also from worker processes, and the loader's state is then that after the last batch."""
     source = open_remote(server)
     (tmp_path / "x.json.gz").write_bytes(CONTENT)
-    options = {"max_length": 64, "packing": True, "lanes": 4, "seed": 1}
+    options = {"max_length": 64, "packing": True, "lanes": 4, "seed": 1, "data_order": "lanes"}
     local = TrainLoader(open_source(str(tmp_path), "train", hold_out=False), byte_tokenizer, **options)
     expected = [batch.input_ids.tolist() for batch, _ in zip(local, range(3000), strict=False)]
     loader = TrainLoader(source, byte_tokenizer, workers=workers, **options)

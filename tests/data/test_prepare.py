@@ -105,17 +105,19 @@ def follow(chain, source, tokenizer, packing, **options):
 
 
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("data_order", ["lanes", "global", None])
 @pytest.mark.parametrize(("shards", "validation"), [(1, False), (3, True), (7, False)])
 def test_sequences_and_states_equal_those_of_the_text_for_any_ranks_and_workers(
-    tmp_path, inline_workers, packing, shards, validation
+    tmp_path, inline_workers, packing, data_order, shards, validation
 ):
     """Over several epochs, with resumes in between; the states contain the counts of bad records."""
     folder = corpus(tmp_path / "text", shards, validation)
     prepared(folder, tmp_path / "tokens")
     chain = [(1, 0, 130), (2, 2, 61), (4, 1, 33), (3, 3, 52), (12, 1, 9), (1, 2, 77)]
     total = sum(ranks * batches for ranks, _, batches in chain)
-    expected = follow([(1, 0, total)], open_source(str(folder), "train"), ByteTokenizer(), packing)
-    found = follow(chain, open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), packing)
+    order = {"data_order": data_order}
+    expected = follow([(1, 0, total)], open_source(str(folder), "train"), ByteTokenizer(), packing, **order)
+    found = follow(chain, open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), packing, **order)
     assert found == expected
     assert len(set(found[1]["bad_records"])) == 6 or packing
     assert min(numbers[0] for numbers in found[1]["lanes"].values()) >= 1

@@ -119,6 +119,15 @@ def test_other_data_is_another_setting(tmp_path):
     assert any("differ in model, data, batch or length" in line for line in problems(groups))
 
 
+def test_another_order_of_the_data_is_another_setting(tmp_path):
+    """Records of earlier versions name no order: they are by lanes."""
+    folders = [write_run(tmp_path / str(seed), seed=seed) for seed in range(4)]
+    for folder, order in zip(folders[1:], ("lanes", "global", "global"), strict=True):
+        change_document(folder, lambda document, order=order: document["dataset"].update(order=order))
+    groups = groups_of(*folders)
+    assert sorted((group.settings["data_order"], len(group.runs)) for group in groups) == [("global", 2), ("lanes", 2)]
+
+
 def test_another_evaluation_set_is_another_task(tmp_path):
     """Perplexities on different texts are neither averaged nor compared."""
     full = write_run(tmp_path / "full", method="full", seed=1)
