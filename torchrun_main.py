@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World.from_environment()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        check(args, world)  # every problem at once, before torch is imported
+        checked = check(args, world)  # every problem at once, before torch is imported
         if world.is_main:
-            for line in notices(args):
+            for line in (*checked.notices, *notices(args)):
                 print(f"notice: {line}", file=sys.stderr)
         return dry_run(args, world) if args.dry_run else run(args, world)
     except ConfigError as error:

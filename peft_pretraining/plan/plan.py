@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_pretraining.config.arguments import Arguments, default_save_dir
-from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir
+from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, linear_shapes, rope_warnings
 from peft_pretraining.data.source import original_dataset
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
@@ -56,6 +56,10 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     """
     checked = check(args, world)
     model, dtype = checked.model, args.dtype or dtype or "float32"
+    try:
+        rope_complaints = rope_warnings(model)
+    except ModelConfigError as error:
+        raise ConfigError([str(error)]) from None
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **setting.method_arguments)
     num_bytes = account(setting)
@@ -75,7 +79,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=checked.data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
-        warnings=(*_warnings(args, world, model), *_slow_save(num_bytes)),
+        warnings=(*rope_complaints, *_warnings(args, world, model), *_slow_save(num_bytes)),
     )
 
 
