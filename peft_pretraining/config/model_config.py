@@ -265,6 +265,16 @@ _OTHER_KEYS: dict[str, Callable[[Any], str | None]] = {
     "transformers_version": _anything,
     "_name_or_path": _anything,
 }
+# What else a refusal of these says: why, or what to do.
+_WAYS_OUT = {
+    "model_type": '; a model of another name with exactly the layers of a LLaMA can be given "llama"',
+    "pretraining_tp": "; the same model without slices has 1",
+    "sliding_window": "; attention here has no window: take the key out to train without one",
+    "quantization_config": "; weights are trained unquantised: take the key out",
+    "attention_dropout": "; pretraining here has no dropout",
+    "partial_rotary_factor": "; the whole head is rotated",
+    "rope_interleaved": "; the halves of a head are rotated, not neighbours",
+}
 # null in these means the same as absent.
 _NULLABLE = {
     *("num_key_value_heads", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "rope_parameters"),
@@ -274,11 +284,11 @@ _NULLABLE = {
 KNOWN_KEYS = frozenset(_MODEL_KEYS) | frozenset(_OTHER_KEYS)
 # Other keys of the hub's files. They are about generation, classification, tokenizers or the program that wrote the file.
 _HARMLESS_NAMES = """
-    attn_implementation auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward classifier_dropout
-    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    // attn_implementation auto_map bad_words_ids begin_suppress_tokens chunk_size_feed_forward classifier_dropout comment
+    decoder_start_token_id description diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
-    is_decoder is_llama_config label2id length_penalty max_length max_window_layers min_length model_max_length
-    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
+    is_decoder is_llama_config label2id length_penalty license max_length max_window_layers min_length model_max_length
+    model_name no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
     output_scores prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torchscript typical_p
     use_bfloat16 use_flash_attention use_flash_attention_2 use_return_dict
@@ -311,7 +321,7 @@ def _values(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
             values[key] = raw[key]
     for key, check in _OTHER_KEYS.items():
         if key in raw and not (raw[key] is None and key in _NULLABLE) and (allowed := check(raw[key])) is not None:
-            problems.append(f"{key} = {_show(raw[key])}; allowed: {allowed}")
+            problems.append(f"{key} = {_show(raw[key])}; allowed: {allowed}{_WAYS_OUT.get(key, '')}")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = values.get(key)
         value = value[0] if isinstance(value, list) else value

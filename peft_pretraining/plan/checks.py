@@ -246,6 +246,16 @@ def _warnings(args: Arguments, world: World, model: ModelConfig) -> list[str]:
     return lines
 
 
+def _larger_than_dense(args: Arguments, num_parameters: int, full_rank_parameters: int) -> list[str]:
+    """Returns a warning if factors and sparse values have more parameters than the dense weights in whose place they are."""
+    if not METHODS[args.peft_model].factored or num_parameters <= full_rank_parameters:
+        return []
+    return [
+        f"--rank {args.rank}: {num_parameters:,} parameters, more than the {full_rank_parameters:,} of the full-rank model; "
+        "lower --rank, or use --peft_model full"
+    ]
+
+
 def _slow_save(num_bytes: dict[str, int]) -> list[str]:
     """Returns a warning if saving may take longer than launchers wait after a signal."""
     size = num_bytes["parameters"] + num_bytes["support"] + num_bytes["optimizer"]

@@ -19,7 +19,7 @@ from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
 from peft_pretraining.methods import METHODS
-from peft_pretraining.plan.checks import _slow_save, _warnings, check, schedule_arguments
+from peft_pretraining.plan.checks import _larger_than_dense, _slow_save, _warnings, check, schedule_arguments
 from peft_pretraining.plan.schedule import LearningRates
 
 _C4_EVAL_TOKENS = 10_000_000
@@ -62,11 +62,12 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         raise ConfigError([str(error)]) from None
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **setting.method_arguments)
+    full_rank_parameters = parameter_counts(model, method="full", rank=1, sparsity=0.0).total
     num_bytes = account(setting)
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
-        full_rank_parameters=parameter_counts(model, method="full", rank=1, sparsity=0.0).total,
+        full_rank_parameters=full_rank_parameters,
         bytes=num_bytes,
         dtype=dtype,
         world_size=world.size,
@@ -79,7 +80,12 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=checked.data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
-        warnings=(*rope_complaints, *_warnings(args, world, model), *_slow_save(num_bytes)),
+        warnings=(
+            *rope_complaints,
+            *_warnings(args, world, model),
+            *_larger_than_dense(args, counts.total, full_rank_parameters),
+            *_slow_save(num_bytes),
+        ),
     )
 
 
