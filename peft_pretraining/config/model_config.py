@@ -288,10 +288,10 @@ _HARMLESS_NAMES = """
     decoder_start_token_id description diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
     is_decoder is_llama_config label2id length_penalty license max_length max_window_layers min_length model_max_length
-    model_name no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
-    output_scores prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torchscript typical_p
-    use_bfloat16 use_flash_attention use_flash_attention_2 use_return_dict
+    model_name no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_scores prefix problem_type remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k
+    top_p torchscript typical_p use_bfloat16 use_flash_attention use_flash_attention_2 use_return_dict
 """
 _HARMLESS_KEYS = frozenset(_HARMLESS_NAMES.split())
 _HARMLESS_PREFIXES = ("_", "tokenizer_", "transformers.", "unsloth_")
@@ -320,6 +320,8 @@ def _values(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         else:
             values[key] = raw[key]
     for key, check in _OTHER_KEYS.items():
+        if key == "sliding_window" and raw.get("use_sliding_window") is False:
+            continue
         if key in raw and not (raw[key] is None and key in _NULLABLE) and (allowed := check(raw[key])) is not None:
             problems.append(f"{key} = {_show(raw[key])}; allowed: {allowed}{_WAYS_OUT.get(key, '')}")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
