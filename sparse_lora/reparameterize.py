@@ -223,7 +223,7 @@ def _warn_of_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...], l
                 f"{target!r} out of it"
             )
     if lines:
-        warnings.warn(f"reparameterize leaves these modules dense: {'; '.join(lines)}", stacklevel=4)
+        warnings.warn(f"modules of the model stay dense: {'; '.join(lines)}", stacklevel=4)
 
 
 def _warn_of_size(layers: Mapping[str, tuple[nn.Module, nn.Linear]]) -> None:

@@ -384,3 +384,32 @@ def test_arithmetic_modules_import_no_torch() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_dry_run_and_estimate_refuse_before_any_work_and_pass_notices_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torchrun_main
+    from peft_pretraining.__main__ import main
+
+    length = ["--max_length", "64", "--batch_size", "2", "--num_training_steps", "5", "--device", "cpu"]
+    length += ["--dataset", "demo", "--warmup_steps", "1"]
+
+    def answers(path: Path) -> list[tuple[int, str]]:
+        flags = ["--model_config", str(path), "--peft_model", "full", *length]
+        found = []
+        for run in (lambda: torchrun_main.main([*flags, "--dry_run"]), lambda: main(["estimate", *flags])):
+            code = run()
+            written = capsys.readouterr()
+            found.append((code, written.out + written.err))
+        return found
+
+    zero = {"rope_type": "longrope", **KINDS["longrope"], "original_max_position_embeddings": 1}
+    for scaling, words in (({"rope_type": "linear", "factr": 2.0}, "did you mean factor?"), (zero, "ZeroDivisionError")):
+        for code, text in answers(with_scaling(tmp_path, scaling)):
+            assert (code, text.count("error:")) == (2, 1)
+            assert words in text
+    for code, text in answers(write(tmp_path, {"is_llama_config": True})):
+        assert code == 0
+        assert text.count("notice: ") == 1
+        assert "is_llama_config = true" in text
