@@ -486,7 +486,10 @@ def rope_warnings(cfg: ModelConfig) -> list[str]:
     logger, listener = logging.getLogger("transformers.modeling_rope_utils"), logging.Handler()
     listener.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(listener)
-    propagate, logger.propagate = logger.propagate, False
+    propagate, level = logger.propagate, logger.level
+    logger.propagate = False
+    # The library's verbosity may be lower.
+    logger.setLevel(logging.WARNING)
     try:
         config = LlamaConfig(
             hidden_size=cfg.hidden_size,
@@ -505,6 +508,7 @@ def rope_warnings(cfg: ModelConfig) -> list[str]:
     finally:
         logger.removeHandler(listener)
         logger.propagate = propagate
+        logger.setLevel(level)
     return [f"model config {cfg.path}: transformers says: {line}" for line in lines]
 
 
