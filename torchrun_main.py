@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         # Reports all problems at once, before torch is imported.
-        check(args, world)
+        checked = check(args, world)
         if world.is_main:
-            for line in notices(args):
+            for line in (*checked.notices, *notices(args)):
                 print(f"notice: {line}", file=sys.stderr)
         return dry_run(args, world) if args.dry_run else run(args, world)
     except ConfigError as error:

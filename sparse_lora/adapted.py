@@ -61,10 +61,18 @@ class AdaptedLinear(SparseLowRankLinear):
         device = linear.weight.device
         # Before the linear's tensors become attributes, since to_empty would replace them.
         self.to_empty(device=device)
-        self.weight, self.bias = linear.weight, linear.bias
+        self.register_parameter("weight", linear.get_parameter("weight"))
+        self.bias = linear.bias
         if device.type != "meta":
             self.reset_parameters(seed, name)
         self.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The pretrained weight W0, without the adapter."""
+        if (weight := self._parameters.get("weight")) is None:
+            raise AttributeError("weight")  # what torch expects of a parameter that is not registered yet
+        return weight
 
     def draw_support(self, seed: int, name: str) -> None:
         """Draws the support, or sets it to W0's largest entries; see `reset_parameters` for the arguments."""

@@ -135,6 +135,11 @@ class SparseLowRankLinear(nn.Module):
         scaling = self.effective_scaling()
         return sparse_lowrank_linear(x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight, as `dense_weight` computes it, for models that read it. A new tensor: writing to it changes nothing."""
+        return self.dense_weight()
+
     def dense_weight(self) -> Tensor:
         """Returns the weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
         part = None if self.support is None else part_of(self.support)

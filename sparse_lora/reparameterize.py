@@ -1,6 +1,7 @@
 """Replaces a model's linears by low-rank plus sparse ones, and back."""
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ KEPT_DENSE = ("lm_head", "embed", "norm")
 DEFAULT_TARGETS = ("attn", "mlp")
 # Targets all linears that may be replaced, for models with other names for attention and MLP.
 ALL_LINEARS = ("*",)
+
+# The layers that stand in a linear's place; AdaptedLinear is one of the first kind.
+FACTORED = (SparseLowRankLinear, ReLoRALinear)
 
 # How fine-tuning treats the pretrained weights: "frozen" keeps them unchanged, "trained" trains them too.
 BASES = ("frozen", "trained")
@@ -91,6 +95,8 @@ def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
     the presence of a bias are kept. Every new tensor is drawn with (config.seed, its qualified name); on the meta device nothing
     is drawn. Embedding, lm_head, norms, weights tied to an embedding, and subclasses of nn.Linear are not replaced.
 
+    Warns of targeted modules that stay dense, and of factors with more parameters than the dense weight.
+
     Returns:
         Qualified names of the replaced modules, in the model's order.
 
@@ -153,7 +159,8 @@ def replace_targets(
     Returns and raises the same as `reparameterize`.
     """
     inside = tuple(f"{module}." for module in kept_modules)
-    eligible = {name: linear for name, linear in _eligible_linears(model).items() if not f"{name}.".startswith(inside)}
+    outside = {name: module for name, module in model.named_modules() if not f"{name}.".startswith(inside)}
+    eligible = {name: linear for name, linear in _eligible_linears(model).items() if name in outside}
     replaced = [name for name in eligible if any(_matches(target, name) for target in targets)]
     unmatched = [t for t in targets if not any(_matches(t, name) for name in eligible)]
     # A model may lack one of the two default blocks, but a target that the user wrote must match.
@@ -162,9 +169,81 @@ def replace_targets(
         raise ValueError(
             f"target_modules {', '.join(map(repr, unmatched))} match no linear of the model that can be replaced "
             f"({', '.join([*KEPT_DENSE, *kept_modules])} stay dense): choose parts of names such as: {names}"
+            + "".join(f"; {reason}" for reason in _why_dense(outside, tuple(unmatched)))
         )
-    _replace(model, {id(eligible[name]): change(eligible[name], name) for name in replaced})
+    layers = {name: change(eligible[name], name) for name in replaced}
+    _warn_of_dense(outside, targets, [name for name in eligible if name not in layers])
+    _warn_of_size({name: (layer, eligible[name]) for name, layer in layers.items()})
+    _replace(model, {id(eligible[name]): layer for name, layer in layers.items()})
     return replaced
+
+
+# Modules with a dense weight that cannot be replaced, and what to do about them.
+_ATTENTION = "reads its weights without calling its linears; use attention made of nn.Linear projections"
+_TRANSPOSED = "stores its weight transposed; put nn.Linear modules in their place first"
+_SUBCLASS = "a subclass of nn.Linear may use its weight differently; put plain nn.Linear modules in their place first"
+_REPLACED = "is replaced already; call merge(model) first, or build the model anew"
+
+
+def _why_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...]) -> list[str]:
+    """One line for each kind of module that a target matches and that cannot be replaced: its names, and the way out."""
+    attention = tuple(f"{name}." if name else "" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention))
+    names: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):
+            reason = _ATTENTION
+        elif isinstance(module, FACTORED):
+            reason = _REPLACED
+        elif type(module).__name__ == "Conv1D":  # of transformers, in GPT-2
+            reason = _TRANSPOSED
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and not name.startswith(attention):
+            reason = _SUBCLASS
+        else:
+            continue
+        if any(_matches(target, name) for target in targets) and not any(kept in name for kept in KEPT_DENSE):
+            names.setdefault(f"{type(module).__name__} {reason}", []).append(name)
+    return [f"{_listed(found)}: {reason}" for reason, found in names.items()]
+
+
+def _warn_of_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...], left: list[str]) -> None:
+    """Warns of modules that a target matches and that stay dense, and of a default target that matches nothing.
+
+    left: names of the linears that are not replaced.
+    """
+    linears = [name for name, module in modules.items() if type(module) is nn.Linear or isinstance(module, FACTORED)]
+    unmatched = [target for target in targets if not any(_matches(target, name) for name in linears)]
+    # Attention with another name than the default target's is not named by it.
+    lines = [line for line in _why_dense(modules, ALL_LINEARS if unmatched else targets) if _REPLACED not in line]
+    for target in unmatched:
+        # Experts, for example, are parameters of their own.
+        matrices = [name for name, m in modules.items() if target in name and any(p.dim() > 1 for p in m.parameters(False))]
+        if (others := matrices or left) and not _why_dense(modules, (target,)):
+            lines.append(
+                f"{_listed(others)}: no linear's name contains {target!r}; add parts of the names to target_modules, or leave "
+                f"{target!r} out of it"
+            )
+    if lines:
+        warnings.warn(f"modules of the model stay dense: {'; '.join(lines)}", stacklevel=4)
+
+
+def _warn_of_size(layers: Mapping[str, tuple[nn.Module, nn.Linear]]) -> None:
+    """Warns of layers whose factors and sparse values have more parameters than the dense weight in whose place they are."""
+    larger: dict[str, str] = {}
+    ranks = []
+    for name, (layer, linear) in layers.items():
+        added = sum(p.numel() for key, p in layer.named_parameters(recurse=False) if key not in ("weight", "bias"))
+        dense, per_rank, factor = linear.weight.numel(), sum(linear.weight.shape), layer.get_parameter("lora_A")
+        if added > dense:
+            larger[name] = f"rank {factor.shape[0]} gives {added:,} parameters, more than the {dense:,} of the dense weight"
+            ranks.append((dense - added) // per_rank + factor.shape[0])
+    if larger:
+        way_out = f"use a rank of at most {min(ranks)}" if min(ranks) > 0 else "leave them dense"
+        warnings.warn(f"{_listed(list(larger))}: {next(iter(larger.values()))}; {way_out}", stacklevel=4)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first of several names, and how many there are."""
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
 def _matches(target: str, name: str) -> bool:
@@ -180,8 +259,7 @@ def merge(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model itself is such a layer, which cannot be replaced in place.
     """
-    kinds = (SparseLowRankLinear, ReLoRALinear)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FACTORED)}
     if "" in layers:
         raise ValueError(f"the model itself is a {type(model).__name__}: wrap it in a module, or use its dense_weight()")
     _replace(model, {id(layer): _linear_like(layer) for layer in layers.values()})
@@ -254,3 +332,25 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
         for child_name, child in list(parent.named_children()):
             if id(child) in replacements:
                 setattr(parent, child_name, replacements[id(child)])
+    _switch_fast_paths(model)
+
+
+def _switch_fast_paths(model: nn.Module) -> None:
+    """Switches torch's fast paths of transformer encoders off where they contain replaced linears, and on again without them.
+
+    In eval mode they read `weight` and `bias` of the linears instead of calling them, and would leave factors out.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            switch = "activation_relu_or_gelu"
+        elif isinstance(module, nn.TransformerEncoder):
+            switch = "use_nested_tensor"
+        else:
+            continue
+        replaced = any(isinstance(part, FACTORED) for part in module.modules())
+        if replaced and not hasattr(module, "fast_path"):
+            module.fast_path = getattr(module, switch)
+            setattr(module, switch, False)
+        elif not replaced and hasattr(module, "fast_path"):
+            setattr(module, switch, module.fast_path)
+            del module.fast_path

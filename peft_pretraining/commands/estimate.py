@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from typing import Any
 
 from peft_pretraining.config.arguments import Arguments
@@ -13,6 +14,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.communication import format_scaling, format_wire, wire_figures
 from peft_pretraining.memory.counts import paper_estimate, parameter_counts
 from peft_pretraining.methods import METHODS
+from peft_pretraining.plan.checks import check
 
 HELP = (
     "predict a run's parameters, memory by class and at the peak, memory by the paper's convention, and communication between "
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     # Stand-ins fill required flags of the method that do not affect memory.
     method = METHODS.get(str(given.get("peft_model")).lower())
     values = arguments_from({"batch_size": 1, **(method.stand_ins if method else {}), **given})
+    for line in check(values, World(size=args.world)).notices:
+        print(f"notice: {line}", file=sys.stderr)
     figures = estimate(values, args.device_type, args.world, args.bandwidth, args.rate)
     print(json.dumps(figures) if args.json else format_estimate(figures))
     return 0

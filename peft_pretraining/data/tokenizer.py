@@ -97,10 +97,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` and transformers' AutoTokenizer load, fingerprint included. Raises OSError."""
-        try:
-            self._pretrained.save_pretrained(str(folder))
-        except Exception as error:  # the tokenizers package has no other class for a disk that is full
-            raise OSError(f"{folder}: the tokenizer could not be written ({error})") from None
+        write_tokenizer(self._pretrained, folder)
 
     def save_for_inference(self, folder: str | Path, max_length: int) -> None:
         """Write a folder that AutoTokenizer loads, whose ids of a text are those of training: nothing is added to them.
@@ -123,10 +120,7 @@ class Tokenizer:
             model_input_names=["input_ids", "attention_mask"],
             **{name: token for name, token in tokens.items() if token is not None},
         )
-        try:
-            plain.save_pretrained(str(folder))
-        except Exception as error:  # as in save
-            raise OSError(f"{folder}: the tokenizer could not be written ({error})") from None
+        write_tokenizer(plain, folder)
 
     def _check_special_text_is_plain(self) -> None:
         special = [token for token, index in self._pretrained.get_vocab().items() if index in self._special_ids]
@@ -140,6 +134,28 @@ class Tokenizer:
         # Vocabulary and behaviour, not the file's bytes: these differ between library versions and after saving.
         content = [sorted(vocab.items()), self.eos_id, self.pad_id, self.encode_batch([_PROBE])]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def write_tokenizer(pretrained: Any, folder: str | Path) -> None:
+    """Writes a transformers tokenizer to a folder that AutoTokenizer of transformers 4 and 5 loads. Raises OSError.
+
+    Version 4 knows neither version 5's class of tokenizers without a model's name nor its list of extra special tokens.
+    """
+    try:
+        pretrained.save_pretrained(str(folder))
+    except Exception as error:  # the tokenizers package has no other class for a disk that is full
+        raise OSError(f"{folder}: the tokenizer could not be written ({error})") from None
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": list(pretrained.model_input_names)}
+    if str(settings.get("tokenizer_class")).startswith(("Llama", "CodeLlama", "Gemma")):
+        # Version 4 begins texts with bos unless told otherwise; version 5 does what tokenizer.json says.
+        ids = pretrained("a")["input_ids"]
+        settings |= {"add_bos_token": ids[0] == pretrained.bos_token_id, "add_eos_token": ids[-1] == pretrained.eos_token_id}
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

@@ -34,6 +34,7 @@ def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: boo
         ("trained on", f"{state['tokens_seen']:,} tokens in {state['update_step']:,} updates"),
         ("held-out perplexity", _perplexity(folder, state["update_step"])),
         ("context", f"{plan['model']['max_position_embeddings']:,} positions; trained with {args['max_length']:,}"),
+        ("loads in", "transformers 4 (tested with 4.57) and 5" if not factored else "this project's load_factored"),
         ("made with", ", ".join(f"{key} {value}" for key, value in record["versions"].items())),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)

@@ -36,11 +36,11 @@ def load_export(
     config_file = folder / (LLAMA_CONFIG if factored else "config.json")
     try:
         cfg = load_model_config(config_file)
-        stored = json.loads(config_file.read_text(encoding="utf-8"))
+        stored = json.loads(config_file.read_text(encoding="utf-8-sig"))
         name = str(stored.get("dtype") or stored.get("torch_dtype") or "float32")
         factors = None
         if factored:
-            values = json.loads((folder / FACTORS_CONFIG).read_text(encoding="utf-8"))
+            values = json.loads((folder / FACTORS_CONFIG).read_text(encoding="utf-8-sig"))
             factors = SLTrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
         dtype = dtype or getattr(torch, name)
         if not isinstance(dtype, torch.dtype):

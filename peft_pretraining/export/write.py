@@ -21,7 +21,7 @@ from peft_pretraining.export.card import model_card
 from peft_pretraining.export.load import checkpoint_record
 from peft_pretraining.export.shards import FACTORS_CONFIG, LLAMA_CONFIG, ExportError, ShardWriter
 from peft_pretraining.methods import METHODS
-from peft_pretraining.model.llama import meta_model
+from peft_pretraining.model.llama import both_spellings, meta_model
 from sparse_lora import SLTrainConfig, merge
 from sparse_lora.reparameterize import DEFAULT_TARGETS
 
@@ -120,9 +120,10 @@ def _write(
             writer.add(f"{prefix}.{name}", tensor)
         part.to("meta")
     writer.close()
-    _config(model, tokenizer, torch_dtype(dtype)).save_pretrained(out)
+    content = both_spellings(_config(model, tokenizer, torch_dtype(dtype)).to_diff_dict())
+    config_file = out / (LLAMA_CONFIG if keep_factors else "config.json")
+    config_file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if keep_factors:
-        (out / "config.json").rename(out / LLAMA_CONFIG)
         (out / FACTORS_CONFIG).write_text(json.dumps(_factors(args), indent=1) + "\n", encoding="utf-8")
     _generation_config(tokenizer).save_pretrained(out)
     tokenizer.save_for_inference(out, model.config.max_position_embeddings)

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import platform
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -56,6 +56,44 @@ def hf_config(cfg: ModelConfig) -> "LlamaConfig":
         attention_bias=cfg.attention_bias,
         mlp_bias=cfg.mlp_bias,
     )
+
+
+def both_spellings(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a config.json that transformers 4 and 5 read alike, from the content that version 5 writes.
+
+    Version 4 reads neither `dtype` (before 4.56) nor `rope_parameters`: it would take the default frequencies, without a word.
+    """
+    content = dict(document)
+    if content.get("dtype") is not None:
+        content["torch_dtype"] = content["dtype"]
+    rope = content.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return content
+    if "full_attention" in rope:  # one embedding for each kind of layer
+        names = {"modernbert": ("global_rope_theta", "local_rope_theta"), "gemma3_text": ("rope_theta", "rope_local_base_freq")}
+        for kind, name in zip(("full_attention", "sliding_attention"), names.get(content["model_type"], ()), strict=False):
+            content[name] = (rope.get(kind) or {}).get("rope_theta")
+        return content
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "type")}
+    if scaling.get("rope_type") == "longrope":
+        _complete_longrope(content, scaling)
+        content["rope_parameters"] = {**rope, **scaling}
+    content["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    for key, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+        if rope.get(key) is not None:
+            content[key] = rope[key]
+            if content.get("model_type") == "gpt_neox":
+                content[old] = rope[key]
+    return content
+
+
+def _complete_longrope(content: dict[str, Any], scaling: dict[str, Any]) -> None:
+    """Adds, in place, what version 4 takes from other places: the original length, and the factor of attention's logits."""
+    positions = content["max_position_embeddings"]
+    original = content.setdefault("original_max_position_embeddings", scaling.get("original_max_position_embeddings", positions))
+    factor = scaling.get("factor") or positions / original
+    if scaling.get("attention_factor") is None:
+        scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def build_model(

@@ -28,7 +28,7 @@ class Checked:
     """The values that the checks of the arguments derive, for the plan.
 
     total_batch_size: sequences per update over all processes. num_training_steps: with max_train_tokens the fewest updates that
-    can reach it.
+    can reach it. notices: about keys of the model's file that are passed over.
     """
 
     model: ModelConfig
@@ -36,6 +36,7 @@ class Checked:
     total_batch_size: int
     num_training_steps: int
     data_lanes: int
+    notices: tuple[str, ...]
 
 
 def check(args: Arguments, world: World) -> Checked:
@@ -55,17 +56,17 @@ def check(args: Arguments, world: World) -> Checked:
         problems += schedule.validate(**schedule_arguments(safe, num_training_steps))
     data_lanes = safe.data_lanes or default_lanes(safe.dataset)
     problems += _process_problems(safe, world, data_lanes)
-    model = None
+    model, model_notices = None, list[str]()
     if "model_config" not in refused:
         try:
-            model = load_model_config(args.model_config)
+            model = load_model_config(args.model_config, model_notices)
             problems += _model_problems(safe, model)
         except ModelConfigError as error:
             problems.append(str(error))
     problems = [*refused.values(), *_about_others(problems, refused)]
     if problems or model is None:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Checked(model, accumulation, total_batch_size, num_training_steps, data_lanes)
+    return Checked(model, accumulation, total_batch_size, num_training_steps, data_lanes, tuple(model_notices))
 
 
 # With --max_train_tokens the number of updates depends on these.
@@ -262,6 +263,16 @@ def _warnings(args: Arguments, world: World, model: ModelConfig) -> list[str]:
     ):
         lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
     return lines
+
+
+def _larger_than_dense(args: Arguments, num_parameters: int, full_rank_parameters: int) -> list[str]:
+    """Returns a warning if factors and sparse values have more parameters than the dense weights in whose place they are."""
+    if not METHODS[args.peft_model].factored or num_parameters <= full_rank_parameters:
+        return []
+    return [
+        f"--rank {args.rank}: {num_parameters:,} parameters, more than the {full_rank_parameters:,} of the full-rank model; "
+        "lower --rank, or use --peft_model full"
+    ]
 
 
 def _slow_save(num_bytes: dict[str, int]) -> list[str]:

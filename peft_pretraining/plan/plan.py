@@ -9,9 +9,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_pretraining.config.arguments import Arguments, default_save_dir
-from peft_pretraining.config.model_config import ModelConfig, linear_shapes
-from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, lr_ratios, undecayed_groups
+from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir
+from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, linear_shapes, rope_warnings
 from peft_pretraining.data.source import original_dataset
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
@@ -20,7 +19,7 @@ from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
 from peft_pretraining.methods import METHODS
-from peft_pretraining.plan.checks import _slow_save, _warnings, check, schedule_arguments
+from peft_pretraining.plan.checks import _larger_than_dense, _slow_save, _warnings, check, schedule_arguments
 from peft_pretraining.plan.schedule import LearningRates
 
 _C4_EVAL_TOKENS = 10_000_000
@@ -57,13 +56,18 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     """
     checked = check(args, world)
     model, dtype = checked.model, args.dtype or dtype or "float32"
+    try:
+        rope_complaints = rope_warnings(model)
+    except ModelConfigError as error:
+        raise ConfigError([str(error)]) from None
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **setting.method_arguments)
+    full_rank_parameters = parameter_counts(model, method="full", rank=1, sparsity=0.0).total
     num_bytes = account(setting)
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
-        full_rank_parameters=parameter_counts(model, method="full", rank=1, sparsity=0.0).total,
+        full_rank_parameters=full_rank_parameters,
         bytes=num_bytes,
         dtype=dtype,
         world_size=world.size,
@@ -76,7 +80,12 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         data_lanes=checked.data_lanes,
         eval_tokens=args.eval_tokens or _default_eval_tokens(args),
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
-        warnings=(*_warnings(args, world, model), *_slow_save(num_bytes)),
+        warnings=(
+            *rope_complaints,
+            *_warnings(args, world, model),
+            *_larger_than_dense(args, counts.total, full_rank_parameters),
+            *_slow_save(num_bytes),
+        ),
     )
 
 

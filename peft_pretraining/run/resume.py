@@ -17,6 +17,7 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.data.lanes import LaneState
 from peft_pretraining.data.loader import TrainLoader, merge_states
 from peft_pretraining.distributed.world import World, gather_objects
+from peft_pretraining.model.llama import both_spellings
 from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
 from peft_pretraining.optim.updates import Updates
 from peft_pretraining.plan.plan import Plan
@@ -62,7 +63,7 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
             "data": data,
             "processes": world.size,
         },
-        "config.json": parts.model.config.to_diff_dict(),  # type: ignore[union-attr, operator]
+        "config.json": both_spellings(parts.model.config.to_diff_dict()),  # type: ignore[union-attr, operator]
         "run.json": dict(run_document),
     }
     folders = {"tokenizer": run_folder / "tokenizer"}

@@ -186,6 +186,10 @@ def test_a_pretrained_run_is_exported_and_fine_tuned(
     assert main(flags(here, "of_export", *settings, data="few")) == 0
     assert "cut at 8 tokens" in capsys.readouterr().out
     assert score(here / "of_export", here)[1].shape == (200, 2)
+    # What transformers 4 reads.
+    config, tokenizer = (json.loads((here / "of_export" / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert (config["rope_theta"], config["torch_dtype"]) == (config["rope_parameters"]["rope_theta"], config["dtype"])
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     table = rows(40, seed=3)
     table[4]["sentence"] = ""
     write_json(here / "gap.json", table)

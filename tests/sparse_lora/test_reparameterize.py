@@ -1,12 +1,16 @@
 """reparameterize replaces a model's linears, and merge turns them back into nn.Linear."""
 
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora import SLTrainConfig, SparseLowRankLinear, merge, reparameterize
+from sparse_lora import SLTrainConfig, SparseLowRankLinear, attach_relora, merge, reparameterize
 
 CONFIG = SLTrainConfig(rank=4, sparsity=0.1, seed=5)
 
@@ -142,6 +146,159 @@ def test_tied_weights_and_subclasses_of_linear_are_not_replaced() -> None:
     model["attn"] = nn.MultiheadAttention(24, 2)  # its out_proj is a subclass of nn.Linear whose forward is not called
     with pytest.raises(ValueError, match="match no linear"):
         reparameterize(model, SLTrainConfig(rank=4))
+
+
+def messages(model: nn.Module, config: SLTrainConfig) -> list[str]:
+    """The warnings of reparameterize."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reparameterize(model, config)
+    return [str(warning.message) for warning in caught]
+
+
+class Conv1D(nn.Module):
+    """As in transformers' GPT-2: the weight is (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(24, 24))
+
+
+def block(attention: dict[str, nn.Module], feed_forward: dict[str, nn.Module]) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({**attention, **feed_forward})]), "lm_head": linear()})
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(24, 24)
+
+
+def test_a_model_of_which_both_blocks_are_replaced_gives_no_warning() -> None:
+    assert messages(Model(), CONFIG) == []
+    assert messages(nn.ModuleDict({"mlp": linear()}), CONFIG) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        # transformers' ViT, OPT; torchvision's ViT; torch's own encoder layer.
+        (block({"attention": nn.ModuleDict({"q_proj": linear()})}, {"mlp": linear()}), ["layers.0.attention.q_proj", "'attn'"]),
+        (block({"self_attn": nn.ModuleDict({"q_proj": linear()})}, {"fc1": linear()}), ["layers.0.fc1", "'mlp'"]),
+        (
+            block({"self_attention": nn.MultiheadAttention(24, 2)}, {"mlp": linear()}),
+            ["layers.0.self_attention: MultiheadAttention", "nn.Linear"],
+        ),
+        (block({"attn": nn.MultiheadAttention(24, 2)}, {"mlp": linear()}), ["layers.0.attn: MultiheadAttention", "nn.Linear"]),
+        (block({"attn": linear()}, {"mlp": Conv1D()}), ["layers.0.mlp: Conv1D", "transposed", "nn.Linear"]),
+        (
+            block({"attn": linear()}, {"mlp": nn.modules.linear.NonDynamicallyQuantizableLinear(24, 24)}),
+            ["layers.0.mlp: NonDynamicallyQuantizableLinear", "subclass"],
+        ),
+    ],
+    ids=["vit", "opt", "torchvision", "multihead", "conv1d", "subclass"],
+)
+def test_a_half_converted_model_is_warned_of_by_name(model: nn.Module, parts: list[str]) -> None:
+    (text,) = messages(model, SLTrainConfig(rank=4, sparsity=0.1))
+    for part in ["modules of the model stay dense", *parts]:
+        assert part in text
+    assert "lm_head" not in text
+
+
+def test_what_a_wider_target_cannot_replace_is_warned_of() -> None:
+    model = block({"attn": nn.MultiheadAttention(24, 2)}, {"mlp": linear()})
+    (text,) = messages(model, SLTrainConfig(rank=4, sparsity=0.1, target_modules=("*",)))
+    assert "layers.0.attn: MultiheadAttention" in text
+    assert messages(block({}, {"mlp": linear(), "fc": linear()}), SLTrainConfig(rank=4, target_modules=("mlp",))) == []
+
+
+@pytest.mark.parametrize("base", [None, "frozen"])
+def test_a_model_is_not_converted_twice(base: str | None) -> None:
+    model = Model()
+    config = SLTrainConfig(rank=4, sparsity=0.1, base=base)
+    reparameterize(model, config)
+    kept = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.* is replaced already; call merge\(model\) first"):
+        reparameterize(model, config)
+    assert dict(model.named_parameters()) == kept
+    with pytest.raises(ValueError, match=r"is replaced already; call merge"):
+        attach_relora(model, rank=4)
+    merge(model)
+    assert reparameterize(model, config) == NAMES
+
+
+def test_two_calls_may_share_a_model() -> None:
+    model = Model()
+    reparameterize(model, SLTrainConfig(rank=4, sparsity=0.1, target_modules=("attn",)))
+    assert messages(model, SLTrainConfig(rank=2, sparsity=0.1)) == []
+    assert len([m for m in model.modules() if isinstance(m, SparseLowRankLinear)]) == len(NAMES)
+
+
+def test_gpt2_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.attn, layers\.0\.mlp: Conv1D stores its weight transposed; put nn\.Linear"):
+        reparameterize(block({"attn": Conv1D()}, {"mlp": Conv1D()}), CONFIG)
+
+
+@pytest.mark.parametrize("base", [None, "frozen"])
+def test_more_parameters_than_the_dense_weight_are_warned_of(base: str | None) -> None:
+    """24 x 24 with int(.1 * 576) = 57 values leaves room for (576 - 57) // 48 = 10 ranks; 24 x 40 for (960 - 96) // 64 = 13."""
+    (text,) = messages(Model(), SLTrainConfig(rank=14, sparsity=0.1, base=base))
+    assert "layers.0.self_attn.q_proj, layers.0.self_attn.o_proj" in text
+    assert f"rank 14 gives {14 * 48 + 57:,} parameters, more than the 576 of the dense weight; use a rank of at most 10" in text
+    assert messages(Model(), SLTrainConfig(rank=10, sparsity=0.1, base=base)) == []
+    (text,) = messages(Model(), SLTrainConfig(rank=1, sparsity=1.0, base=base))
+    assert "leave them dense" in text
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "pretraining": lambda model: reparameterize(model, ENCODER),
+    "frozen": lambda model: reparameterize(model, dataclasses.replace(ENCODER, base="frozen")),
+    "trained": lambda model: reparameterize(model, dataclasses.replace(ENCODER, base="trained")),
+}
+ENCODER = SLTrainConfig(rank=2, sparsity=0.1, target_modules=("linear1", "linear2"))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_of_torch_computes_in_eval_mode_what_it_does_in_training(change: str, masked: bool) -> None:
+    """torch's fast paths would read `weight` of the replaced linears: absent, or without the factors."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, 40, batch_first=True, dropout=0.0), 2)
+    x = torch.randn(2, 5, 24)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
+    read = torch.tensor([[True] * 5, [True] * 3 + [not masked] * 2])
+    switches = (encoder.use_nested_tensor, encoder.layers[0].activation_relu_or_gelu)
+    CHANGES[change](encoder)
+    for name, parameter in encoder.named_parameters():
+        if "lora_" in name or "sparse" in name:
+            nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        expected = encoder.train()(x, src_key_padding_mask=mask)[read]
+        torch.testing.assert_close(encoder.eval()(x, src_key_padding_mask=mask)[read], expected)
+        copied = copy.deepcopy(encoder)
+        torch.testing.assert_close(copied(x, src_key_padding_mask=mask)[read], expected)
+        merge(encoder)
+        assert (encoder.use_nested_tensor, encoder.layers[0].activation_relu_or_gelu) == switches
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=mask)[read], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_relora_in_an_encoder_of_torch_keeps_its_factors_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    encoder = nn.ModuleDict({"mlp": nn.TransformerEncoderLayer(24, 2, 40, batch_first=True, dropout=0.0)})
+    attach_relora(encoder, rank=2)
+    for name, parameter in encoder.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder["mlp"].eval()(x), encoder["mlp"].train()(x))
+
+
+def test_a_model_that_reads_the_weight_of_a_linear_gets_the_dense_weight() -> None:
+    """As transformers' T5 does, to cast inputs to its dtype."""
+    layer = SparseLowRankLinear(24, 40, 4, 0.1, dtype=torch.bfloat16)
+    nn.init.normal_(layer.lora_B)
+    assert torch.equal(layer.weight, layer.dense_weight())
+    assert "weight" not in dict(layer.named_parameters())
+    assert "weight" not in layer.state_dict()
 
 
 def test_a_module_shared_by_two_parents_stays_shared() -> None:

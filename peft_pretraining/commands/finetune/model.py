@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ from peft_pretraining.commands.finetune.adapter import ADAPTER_FILE, save_adapte
 from peft_pretraining.commands.finetune.examples import Dataset
 from peft_pretraining.commands.finetune.tasks import Task
 from peft_pretraining.data import TokenizerError, first_line
-from peft_pretraining.data.tokenizer import hub_problem
+from peft_pretraining.data.tokenizer import hub_problem, write_tokenizer
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
 from peft_pretraining.export.shards import FACTORS_CONFIG
+from peft_pretraining.model.llama import both_spellings
 from sparse_lora import SLTrainConfig, merge, reparameterize
 from sparse_lora.adapted import adapter_parameters, freeze_but
 from sparse_lora.reparameterize import ALL_LINEARS
@@ -185,7 +187,9 @@ def save(tuned: Tuned, folder: Path, *, keep_adapter: bool) -> None:
     merge(tuned.model)
     try:
         tuned.model.save_pretrained(folder)
-        tuned.tokenizer.save_pretrained(folder)
+        content = both_spellings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_tokenizer(tuned.tokenizer, folder)
     except Exception as error:  # safetensors and tokenizers raise their own classes when the disk is full
         raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
     for file in folder.glob("*.safetensors"):

@@ -89,7 +89,9 @@ def import_published(folder: Path, given: dict[str, Any]) -> Imported:
     save_dir = _new_folder(given)
     published = read_published(folder)
     args, flags = _arguments(published, given)
-    for line in notices(args):
+    model_notices: list[str] = []
+    load_model_config(args.model_config, model_notices)
+    for line in (*model_notices, *notices(args)):
         print(f"notice: {line}", file=sys.stderr)
     existed = save_dir.exists()
     save_dir.mkdir(parents=True, exist_ok=True)
