@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir
 from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, linear_shapes, rope_warnings
+from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, lr_ratios, undecayed_groups
 from peft_pretraining.data.source import original_dataset
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
