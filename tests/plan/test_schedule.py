@@ -98,6 +98,7 @@ def test_fraction_of_a_step_lies_between_its_neighbours() -> None:
 def test_a_run_counted_in_tokens_ends_at_the_rate_of_the_last_update(scheduler: str) -> None:
     """Ten updates of 100 tokens: padding adds updates, none of which has a rate below the tenth's, or of a warm-up again."""
     settings = {"scheduler": scheduler, "lr": LR, "num_training_steps": 10, "warmup_steps": 2, "min_lr_ratio": 0.1}
+    settings |= {"restart_warmup_steps": None}
     rates = LearningRates(settings, tokens_per_update=100)
     for finished in range(10):
         assert rates.at(17, 100 * finished) == lr_at(finished, **settings)
