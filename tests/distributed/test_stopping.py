@@ -12,6 +12,7 @@ import forked
 import pytest
 import torch
 from outcomes import record, tensors_of
+from tiny_model import TINY_MODEL
 from torchrun import ranks_below
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +44,11 @@ def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) 
 
 
 def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
-    """From three processes on the order of sums matters: DDP must not divide its buckets anew. Only the run that gets the
-    signal starts under torchrun; the undisturbed and the resumed one are forked: the same program, in a moment."""
+    """From three processes on the order of sums matters: DDP must not divide its buckets anew, of which there are several, as
+    embedding and head are larger than its first one (1 MiB). Only the run that gets the signal starts under torchrun; the
+    undisturbed and the resumed one are forked: the same program, in a moment."""
+    (tmp_path / "wide.json").write_text(json.dumps(TINY_MODEL | {"vocab_size": 8500}))
+    flags += ["--model_config", str(tmp_path / "wide.json")]
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "whole")], tmp_path / "whole.log", processes=3)
     assert code == 0, output
     running = start(tmp_path / "run", *flags, processes=3)
