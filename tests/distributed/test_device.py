@@ -77,7 +77,7 @@ def test_the_plan_warns_of_bfloat16_arithmetic_under_fsdp_too(monkeypatch, tiny_
 
 def test_this_machine_is_read_without_torch():
     """The answer from /proc/cpuinfo is torch's own, where there is such a file."""
-    answer = device.cpu_has_bfloat16(environ={})
+    answer = device.cpu_has_bfloat16()
     assert answer in (True, False, None)
     if answer is not None and platform.machine() == "x86_64":
         assert answer == torch.ops.mkldnn._is_mkldnn_bf16_supported()
