@@ -286,15 +286,15 @@ def l2_norm(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the L2 norm of a tensor, a float32 scalar (float64 for float64), relative error a few 1e-7 for any size.
 
     On a CPU it is the norm of the norms of pieces, because the library's own is 1.4 % too small for 131 million elements. The
-    bits do not depend on the number of threads. Temporaries have at most SLICE_ELEMENTS elements, unless the tensor is not
-    contiguous, which copies it.
+    bits do not depend on the number of threads. No temporary has the tensor's size: bfloat16 is converted slice by slice. Only a
+    tensor that is not contiguous is copied.
     """
     dtype, count = torch.promote_types(tensor.dtype, torch.float32), tensor.numel()
     if tensor.device.type != "cpu" or count <= 4 * _NORM_ELEMENTS:
         norm: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
         return norm
     flat = tensor.reshape(-1)
-    if count > SLICE_ELEMENTS:
+    if tensor.dtype != dtype and count > SLICE_ELEMENTS:
         return l2_norm(torch.stack([l2_norm(part) for part in flat.split(SLICE_ELEMENTS)]))
     rest = count % _NORM_ELEMENTS
     norms = torch.linalg.vector_norm(flat[: count - rest].view(-1, _NORM_ELEMENTS), dim=1, dtype=dtype)
