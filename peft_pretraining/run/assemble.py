@@ -25,6 +25,7 @@ from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast
 from peft_pretraining.model.llama import keep_compiled_code
 from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
+from peft_pretraining.record.wandb_run import wandb_settings
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
 from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder, prepare_record, run_document
 from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_finished, restore_data, restore_run, run_content
@@ -192,14 +193,7 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
         enabled=world.is_main,
         total_updates=run.plan.num_training_steps,
         start_step=run.parts.state.update_step,
-        wandb_settings={
-            "mode": args.wandb,
-            "id": folder.wandb_id,
-            "name": args.name or folder.path.name,
-            "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
-            "config": run.document,
-            "group": f"{run.plan.model.name}-{args.peft_model}",
-        },
+        wandb_settings={"mode": args.wandb, **wandb_settings(run.document, folder.path)} if world.is_main else {},
     )
     # All processes must agree whether an evaluation is due, and other machines may not have this folder.
     record.last_evaluated_step = broadcast_object(record.last_evaluated_step, world)

@@ -5,6 +5,7 @@ A run resumes only if its arguments and its model's shape agree with the checkpo
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import shutil
@@ -24,8 +25,8 @@ from peft_pretraining.data.source import DataOrder, Source
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
-from peft_pretraining.record.summary import METRICS_FILE
-from peft_pretraining.run.resume import finished_state, train_state
+from peft_pretraining.record.summary import METRICS_FILE, old_record
+from peft_pretraining.run.resume import belongs_to, finished_state, train_state
 from peft_pretraining.training.stop import MARKER_FILE
 
 _PACKAGES = (
@@ -59,7 +60,7 @@ class RunFolder:
     @property
     def resumes_in_place(self) -> bool:
         """True if the run resumes from a checkpoint in its own folder."""
-        return self.checkpoint is not None and self.path.resolve() == self.checkpoint.parent.resolve()
+        return self.checkpoint is not None and belongs_to(self.checkpoint, self.path)
 
 
 def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
@@ -94,6 +95,8 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     elif args.resume == "auto":
         checkpoint.recover_replaced(path)
         newest = checkpoint.resolve(path) if checkpoint.list_checkpoints(path) else None
+        if newest is None and (lost := checkpoint.missing_checkpoints(path)) is not None:
+            raise checkpoint.CheckpointError(f"{path} has no checkpoint: {lost}; to start anew: --resume never")
     warm_start = newest is None and args.warmed_up_model is not None and METHODS[args.peft_model].frozen_base
     if warm_start:
         newest = checkpoint.resolve(Path(str(args.warmed_up_model)))
@@ -111,19 +114,21 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         if not changed.isdisjoint(EVALUATION_FLAGS) and finished_state(path, newest, args, plan) is not None:
             raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
         _warn_of_changed_environment(newest, before, plan)
-        if path.resolve() == newest.parent.resolve():
-            wandb_id = before.get("wandb_id", wandb_id)
-        elif checkpoint.list_checkpoints(path):
-            raise ConfigError(
-                [
-                    f"--continue_from {newest}: {path} already contains another run; leave out --continue_from to resume that "
-                    "run, or name another --save_dir"
-                ]
-            )
-    path.mkdir(parents=True, exist_ok=True)
+        if belongs_to(newest, path):
+            wandb_id = before["wandb_id"]
+        elif any(not one.samefile(newest) for one in checkpoint.list_checkpoints(path)):
+            raise ConfigError([f"--continue_from {newest}: {_other_run(path, newest)}"])
+    checkpoint.make_run_folder(path)
     # Removed before anything can fail, so that a script never reads the marker of an earlier start.
     (path / MARKER_FILE).unlink(missing_ok=True)
-    return RunFolder(path, newest, wandb_id, warm_start, warm_up)
+    return RunFolder(path, newest, os.environ.get("WANDB_RUN_ID", "").strip() or wandb_id, warm_start, warm_up)
+
+
+def _other_run(path: Path, newest: Path) -> str:
+    """Why a run cannot go on in the folder `path`, which has checkpoints, from one elsewhere; and the way out."""
+    if newest.resolve().parent == path.resolve() / checkpoint.SET_ASIDE:
+        return f"was set aside; to go back to it, move it to {path / newest.name} and name that"
+    return f"{path} already contains another run; leave out --continue_from to resume that run, or name another --save_dir"
 
 
 def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
@@ -144,24 +149,22 @@ def _is_full_rank(method: str) -> bool:
 def prepare_record(folder: RunFolder) -> None:
     """Makes the folder's contents agree with the checkpoint the run starts from; on rank 0, after all parts were built.
 
-    A run that returns to an earlier checkpoint of its folder moves the later ones aside. A run resumed from another folder copies
-    metrics.jsonl from it. A new run renames a metrics.jsonl that an earlier run without checkpoints left in the folder.
+    A run that goes back in its own folder moves later checkpoints aside and keeps a copy of the record (metrics.jsonl). Another
+    run renames a record that it finds; one resumed from another folder then copies the record from there.
     """
     record = folder.path / METRICS_FILE
-    if folder.checkpoint is None:
-        if record.exists():
-            number = 1
-            while (old := record.with_name(f"metrics.old-{number}.jsonl")).exists():
-                number += 1
-            record.rename(old)
-            print(
-                f"notice: {folder.path} contains {METRICS_FILE} but no checkpoint; the file is kept as {old.name}",
-                file=sys.stderr,
-            )
-    elif folder.resumes_in_place:
-        _move_later_checkpoints(folder.checkpoint)
-    elif (folder.checkpoint.parent / METRICS_FILE).is_file():
-        shutil.copyfile(folder.checkpoint.parent / METRICS_FILE, record)
+    if folder.checkpoint is not None and folder.resumes_in_place:
+        if _move_later_checkpoints(folder.path, folder.checkpoint) and record.is_file():
+            shutil.copyfile(record, old_record(record))
+        return
+    if record.exists():
+        old = record.rename(old_record(record))
+        print(
+            f"notice: {folder.path} contains {METRICS_FILE} but no checkpoint; the file is kept as {old.name}",
+            file=sys.stderr,
+        )
+    if folder.checkpoint is not None and (source := folder.checkpoint.resolve().parent / METRICS_FILE).is_file():
+        shutil.copyfile(source, record)
 
 
 def _unused_path(path: Path) -> Path:
@@ -173,14 +176,24 @@ def _unused_path(path: Path) -> Path:
     return candidate
 
 
-def _move_later_checkpoints(chosen: Path) -> None:
-    """Moves checkpoints later than the chosen one to set_aside/, as damaged or no longer part of the run."""
-    later = [path for path in checkpoint.list_checkpoints(chosen.parent) if path.name > chosen.name]
+def _move_later_checkpoints(run_folder: Path, chosen: Path) -> bool:
+    """Moves checkpoints with more updates than the chosen one to set_aside/; returns whether there were any.
+
+    They are damaged, or the run no longer continues from them.
+    """
+    number = train_state(chosen).update_step
+    later = [path for path in checkpoint.list_checkpoints(run_folder) if (checkpoint.num_updates(path) or 0) > number]
     for path in later:
-        target = _unused_path(path.parent / "set_aside" / path.name)
+        target = _unused_path(run_folder / checkpoint.SET_ASIDE / path.name)
         target.parent.mkdir(exist_ok=True)
-        path.rename(target)
+        if path.is_symlink():
+            # A relative link would lead elsewhere from its new place.
+            target.symlink_to(path.resolve())
+            path.unlink()
+        else:
+            path.rename(target)
         print(f"notice: resuming from {chosen.name}; the later checkpoint {path.name} is moved to {target}", file=sys.stderr)
+    return bool(later)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

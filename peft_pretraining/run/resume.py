@@ -69,13 +69,26 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
     return checkpoint.Content(parts.state.update_step, tensors, documents, folders, own)
 
 
+def belongs_to(path: Path, run_folder: Path) -> bool:
+    """Whether a checkpoint is the run's own: it lies in the run's folder, or a link there leads to one with the run's id."""
+    if path.resolve().parent == run_folder.resolve():
+        return True
+    record = run_folder / "run.json"
+    if path.parent.resolve() != run_folder.resolve() or not record.is_file():
+        return False
+    try:
+        return bool(checkpoint.read_json(record)["wandb_id"] == checkpoint.read_json(path / "run.json")["wandb_id"])
+    except (checkpoint.CheckpointError, KeyError, TypeError):
+        return True
+
+
 def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: Plan) -> TrainState | None:
     """Returns the state of the checkpoint `path` if the run is finished, last evaluation included; otherwise None.
 
     It opens no data, builds no model and uses no network. If --dataset differs the result is None, because comparing data
     requires opening them.
     """
-    if path is None or path.parent.resolve() != run_folder.resolve():
+    if path is None or not belongs_to(path, run_folder):
         return None
     if checkpoint.read_json(path / "run.json")["arguments"].get("dataset") != args.dataset:
         return None

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent, bit-identical, refused with a reason if they do not fit, and cannot run code."""
 
+import json
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from peft_pretraining.checkpoint.step_folder import (
     resolve,
     save_checkpoint,
     tensor_index,
+    write_json,
 )
 from peft_pretraining.checkpoint.tensor_store import _HashingFile as HashingFile
 from peft_pretraining.distributed.world import World
@@ -95,6 +97,71 @@ def test_retention_keeps_the_newest(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step=step, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_checkpoints_are_listed_by_updates_whatever_they_are_called(tmp_path):
+    """And nothing else is: what a save, a removal or a copy left incomplete, links within the folder, and other folders."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, step in {"z-first": 1, "best": 5, "a-copy": 30, "step_00000005": 5}.items():
+        save(tmp_path, step).rename(run / name)
+        (run / name / "state.json").write_text(json.dumps({"train": {"update_step": step}}))
+    save(run, step=9)
+    shutil.copytree(run / "best", run / "half-copied", ignore=shutil.ignore_patterns("state.json"))
+    shutil.copytree(run / "a-copy", run / ".partial-step_00000031")
+    shutil.copytree(run / "a-copy", run / "set_aside" / "step_00000030")
+    (run / "latest").symlink_to("a-copy")
+    (run / "undone").symlink_to("set_aside/step_00000030")
+    (run / "gone").symlink_to("step_00000099")
+    save(tmp_path, step=12)
+    (run / "linked").symlink_to("../step_00000012")
+    for name in ("tokenizer", "wandb", "nonfinite", "an-export"):
+        (run / name).mkdir()
+    (run / "an-export" / "manifest.json").write_text("{}")
+    names = [path.name for path in list_checkpoints(run)]
+    assert names == ["half-copied", "z-first", "best", "step_00000005", "step_00000009", "linked", "a-copy"]
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What was flushed to disk (inodes) and renamed (new names), in order."""
+    done = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(handle):
+        done.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def noted_rename(source, target, **more):
+        done.append(f"rename to {os.path.basename(target)}")
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    return done
+
+
+def test_every_file_and_folder_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, done):
+    """A power failure at any moment leaves the whole checkpoint or none: the order of fsync and rename is what ensures it."""
+    (tmp_path / "tokenizer" / "inner").mkdir(parents=True)
+    for name in ("words.json", "inner/merges.txt"):
+        (tmp_path / "tokenizer" / name).write_text("[]")
+    content = Content(7, TENSORS, {"state.json": {}, "run.json": {}}, {"tokenizer": tmp_path / "tokenizer"})
+    path = save_checkpoint(tmp_path / "new" / "run", content, World())
+    named = done.index("rename to step_00000007")
+    inside = [path, *path.rglob("*")]
+    assert len(inside) == 1 + 3 + 7  # the folder, three in it, and seven files
+    assert [str(entry) for entry in inside if entry.stat().st_ino not in done[:named]] == []
+    # The entries of the new names: of the checkpoint in the run's folder, and of that folder and its parent in theirs.
+    assert path.parent.stat().st_ino in done[named:]
+    assert {tmp_path.stat().st_ino, (tmp_path / "new").stat().st_ino} <= set(done)
+    # A folder after its last entry was made.
+    assert done.index(path.stat().st_ino) > max(done.index(entry.stat().st_ino) for entry in path.iterdir() if entry.is_file())
+
+
+def test_a_json_file_is_on_disk_before_and_after_it_gets_its_name(tmp_path, done):
+    write_json(tmp_path / "run.json", {"a": 1})
+    assert done == [(tmp_path / "run.json").stat().st_ino, "rename to run.json", tmp_path.stat().st_ino]
 
 
 def test_a_folder_without_checkpoint_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The record has the published keys and no repeated updates after a crash, and a failing dashboard does not end a run."""
 
 import json
+import os
 import sys
 import types
 
@@ -69,6 +70,66 @@ def test_a_damaged_last_line_is_replaced_by_the_next_start(tmp_path, torn):
     record.close()
     rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert [row["update_step"] for row in rows] == [1, 2, 3]
+
+
+DAMAGED = {
+    "cut short": b'{"update_step": 2, "lo',
+    "two lines glued together": b'{"update_step": 2, "loss": 1.0}{"update_step": 3, "loss": 1.0}',
+    "a flipped bit": b'{"update_step": 2, "loss": 2.5, "lr": 0.001, "tokens_seen"; 100}',
+    "zeros": b"\0" * 40,
+    "bytes that are not UTF-8": b'{"update_step": 2, "note": \xff}',
+    "not an object": b"[2]",
+    "no update": b'{"loss": 2.5}',
+    "an update in words": b'{"update_step": "2", "loss": 2.5}',
+    "a figure in words": b'{"update_step": 2, "loss": "high"}',
+    "nested too deeply": b"[" * 100_000,
+    "a line separator inside": b'{"update_step": 2, "lo\xe2\x80\xa8ss',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_costs_itself_and_no_later_line(tmp_path, capsys, line):
+    write_steps(tmp_path, [1, 2, 3, 4])
+    path = tmp_path / METRICS_FILE
+    lines = path.read_bytes().split(b"\n")
+    content = b"\n".join([lines[0], line, *lines[2:]])
+    path.write_bytes(content)
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    record = recorder(tmp_path, start_step=4)
+    record.log_update({"update_step": 5, **ROW})
+    record.close()
+    assert [json.loads(line)["update_step"] for line in path.read_text().splitlines()] == [1, 3, 4, 5]
+    assert "metrics.jsonl: line 2 is damaged and left out; the file as it was is kept as" in capsys.readouterr().err
+    assert (tmp_path / "metrics.old-1.jsonl").read_bytes() == content
+    recorder(tmp_path, start_step=5).close()
+    assert "damaged" not in capsys.readouterr().err
+    assert not (tmp_path / "metrics.old-2.jsonl").exists()
+
+
+def test_a_record_saved_by_another_editor_is_read_whole(tmp_path, capsys):
+    """With a byte order mark and Windows' line ends."""
+    write_steps(tmp_path, [1, 2])
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    recorder(tmp_path, start_step=2).close()
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_the_record_is_on_disk_before_a_checkpoint_and_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A run resumed from that checkpoint lacks no line of it after a power failure."""
+    write_steps(tmp_path, [1, 2, 3])
+    done = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda *paths, **more: (done.append("rename"), rename(*paths, **more)))
+    record = recorder(tmp_path, start_step=2)
+    inode = (tmp_path / METRICS_FILE).stat().st_ino
+    assert done == [inode, "rename"]
+    record.log_update({"update_step": 3, **ROW})
+    record.sync()
+    assert done == [inode, "rename", inode]
+    record.close()
 
 
 def test_every_process_knows_the_last_finished_evaluation(tmp_path):

@@ -132,8 +132,12 @@ def test_wandb_gets_the_reports_table_figures_and_page(runs, tmp_path, monkeypat
     """The real wandb package writes an offline run with table, figures and page in the report's folder."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_RUN_ID", "of-training")  # the report must not become part of that run
     assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--wandb", "offline"]) == 0
+    assert "WANDB_RUN_ID=of-training has no effect" in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "wandb").glob("*of-training*"))
     media = [path.name for path in (tmp_path / "out" / "wandb").rglob("media/**/*") if path.is_file()]
     assert {name.split("_")[0] for name in media} >= {"loss", "memory", "methods", "page", "throughput"}
 

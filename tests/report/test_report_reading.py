@@ -5,7 +5,7 @@ import json
 import pytest
 from run_records import UPDATES, change_document, evaluation, rows_of, write_rows, write_run
 
-from peft_pretraining.commands.report.read import find_runs, read_run
+from peft_pretraining.commands.report.read import find_runs, load_run, read_run
 
 
 def notes_of(folder):
@@ -96,13 +96,16 @@ def test_a_damaged_run_json_is_refused_by_name(tmp_path, content):
 
 
 @pytest.mark.parametrize(("name", "value"), [("update_step", "ten"), ("memory_support_measured", [1]), ("loss", {})])
-def test_a_damaged_line_of_metrics_is_refused_by_name(tmp_path, name, value):
+def test_a_damaged_line_is_left_out_with_a_note(tmp_path, name, value, capsys):
     folder = write_run(tmp_path / "run")
     rows = rows_of(folder)
-    rows[1][name] = value
-    write_rows(folder, rows)
-    with pytest.raises(ValueError, match=rf"run.metrics\.jsonl: line 2: {name} .* is not a number"):
-        read_run(folder)
+    write_rows(folder, [rows[0], {**rows[1], name: value}, *rows[2:]])
+    run = read_run(folder)
+    assert list(run.rows) == [rows[0], *rows[2:]]
+    assert run.notes[0] == "metrics.jsonl: line 2 is damaged and left out"
+    assert run.finished
+    assert load_run(folder)[1] == list(run.rows)
+    assert f"{folder}: metrics.jsonl: line 2 is damaged" in capsys.readouterr().err
 
 
 def test_axes_count_tokens_and_training_time(tmp_path):

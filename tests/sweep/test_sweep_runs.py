@@ -53,6 +53,17 @@ def test_every_run_is_made_once_and_reported(tmp_path, stub, capfd):
     assert capfd.readouterr().out.count("skipped") == 4
 
 
+def test_no_two_runs_are_recorded_under_one_id_or_name(tmp_path, stub, capfd, monkeypatch):
+    """wandb reads both from the environment, which the runs of a sweep share."""
+    seen = []
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_NAME", "my-run")
+    monkeypatch.setattr(runner.Stopping, "run", lambda *_: seen.append({"WANDB_RUN_ID", "WANDB_NAME"} & set(os.environ)) or 1)
+    assert command(["sweep", str(write_sweep(tmp_path, [{"weight_decay": 0}], seeds=(1, 2)))]) == 1
+    assert seen == [set(), set()]
+    assert "WANDB_RUN_ID=mine has no effect: it names one run, and a sweep has several" in capfd.readouterr().err
+
+
 def test_a_failed_run_does_not_end_the_sweep(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"weight_decay": [0, 1, 0.5]}])
     assert command(["sweep", str(path)]) == 1
