@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.slices import StochasticRounding
+from peft_pretraining.optim.updates import l2_norm
 
 # The libraries of low-bit optimizers advise 32-bit moments for embedding and output head: rarely used rows make 8-bit blocks
 # unstable.
@@ -142,7 +144,13 @@ def _sgd(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.op
 
 
 def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    from transformers.optimization import Adafactor
+    from transformers import optimization
+
+    class Adafactor(optimization.Adafactor):
+        @staticmethod
+        def _rms(tensor: torch.Tensor) -> torch.Tensor:
+            # The library's norm is too small for large tensors on a CPU, so that their updates would be clipped too late.
+            return l2_norm(tensor) / math.sqrt(tensor.numel())
 
     return Adafactor(
         list(parameters.values()),
