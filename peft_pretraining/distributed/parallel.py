@@ -165,17 +165,6 @@ def local_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Par
     }
 
 
-def gradient_norms(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
-    """Returns the L2 norm of each gradient, shape (len(gradients),) float32, the same on every process.
-
-    gradients: all sharded or all not. Squares are summed in float32, because a bfloat16 sum keeps only about three digits.
-    """
-    norms = torch.stack([torch.linalg.vector_norm(local(gradient), dtype=torch.float32) for gradient in gradients])
-    if world.size > 1 and isinstance(gradients[0], DTensor):
-        return all_reduce_sum_(norms.square_(), world).sqrt_()
-    return norms
-
-
 class Part(NamedTuple):
     """Part number `rank` of the `size` parts of a tensor. FSDP2 divides rows as torch.chunk does, so the last may be empty."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from peft_pretraining.optim.combined import Combined, StableSpam
 from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.orthogonal import Muon, Spectron, pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
+from peft_pretraining.optim.updates import l2_norm
 
 ADAM_BETA1 = 0.9
 
@@ -151,7 +153,13 @@ def _sgd(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.op
 
 
 def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    from transformers.optimization import Adafactor
+    from transformers import optimization
+
+    class Adafactor(optimization.Adafactor):
+        @staticmethod
+        def _rms(tensor: torch.Tensor) -> torch.Tensor:
+            # The library's norm is too small for large tensors on a CPU, so that their updates would be clipped too late.
+            return l2_norm(tensor) / math.sqrt(tensor.numel())
 
     return Adafactor(
         _groups(parameters, settings),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.optim.updates import PreparesStates
+from peft_pretraining.optim.updates import PreparesStates, l2_norm
 
 
 class Combined(torch.optim.Optimizer):
@@ -86,7 +86,7 @@ class StableSpam(Combined):
         # Published: entries above the limit are scaled by limit / largest, all others stay.
         scale = torch.where(largest > limit, limit / largest, torch.ones_like(limit))
         gradient.mul_(torch.where(gradient.abs() > limit, scale, torch.ones_like(scale)).to(gradient.dtype))
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        norm = l2_norm(gradient)
         mean = averages[1] * mean_decay + norm * (1 - mean_decay)
         square = averages[2] * square_decay + norm.square() * (1 - square_decay)
         size = mean / (1 - mean_decay**number) / ((square / (1 - square_decay**number)).sqrt() + 1e-8)

@@ -15,8 +15,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed.parallel import average_, gradient_norms, local, local_parameters
-from peft_pretraining.distributed.world import World
+from peft_pretraining.distributed.parallel import average_, local, local_parameters
+from peft_pretraining.distributed.world import World, all_reduce_sum_
+from peft_pretraining.optim.slices import SLICE_ELEMENTS
+
+# On a CPU torch adds up a norm's squares in 8 float32 sums, one after the other. For this many equal elements, the worst case,
+# the relative error is at most 3e-7; for 1,024, up to which the library's norm is called directly, 1e-6.
+_NORM_ELEMENTS = 256
 
 
 class HasState(Protocol):
@@ -127,12 +132,12 @@ class WholeUpdate:
         """Limits, clips, steps and frees; steps nothing if the loss or the global gradient norm is not finite."""
         gradients = {n: p.grad for n, p in enumerate(self._parameters) if p.grad is not None}
         norms = gradient_norms(list(gradients.values()), self._world)
-        total: torch.Tensor = torch.linalg.vector_norm(norms)
+        total = l2_norm(norms)
         bad = ~(torch.isfinite(total) & torch.isfinite(loss))
         if self.growth is not None:
             self._limit_growth(self.growth, gradients, norms, bad)
         if self._grad_clipping is not None:
-            limited = total if self.growth is None else _total_norm(list(gradients.values()), self._world)
+            limited = total if self.growth is None else l2_norm(gradient_norms(list(gradients.values()), self._world))
             clip_(list(gradients.values()), limited, self._grad_clipping)
         for parameter, shard in self._shards:
             shard.grad = None if parameter.grad is None or not shard.numel() else local(parameter.grad)
@@ -243,7 +248,7 @@ class PerLayerUpdate:
         for unit in self._units:
             # Those of a unit of which a parameter had no gradient.
             unit.free()
-        return Outcome(torch.linalg.vector_norm(self._norms), self._skipped.clone())
+        return Outcome(l2_norm(self._norms), self._skipped.clone())
 
     def abandon(self) -> Outcome:
         """Frees the gradients of earlier micro-batches."""
@@ -329,9 +334,36 @@ def set_schedule(optimizer: HasState, lr: float, progress: float) -> None:
             group["betas"] = (group["first_beta1"] * share, group["betas"][1])
 
 
-def _total_norm(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
-    total: torch.Tensor = torch.linalg.vector_norm(gradient_norms(gradients, world))
-    return total
+def l2_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the L2 norm of a tensor, a float32 scalar (float64 for float64), relative error a few 1e-7 for any size.
+
+    On a CPU it is the norm of the norms of pieces, because the library's own is 1.4 % too small for 131 million elements. The
+    bits do not depend on the number of threads. No temporary has the tensor's size: bfloat16 is converted slice by slice. Only a
+    tensor that is not contiguous is copied.
+    """
+    dtype, count = torch.promote_types(tensor.dtype, torch.float32), tensor.numel()
+    if tensor.device.type != "cpu" or count <= 4 * _NORM_ELEMENTS:
+        norm: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+        return norm
+    flat = tensor.reshape(-1)
+    if tensor.dtype != dtype and count > SLICE_ELEMENTS:
+        return l2_norm(torch.stack([l2_norm(part) for part in flat.split(SLICE_ELEMENTS)]))
+    rest = count % _NORM_ELEMENTS
+    norms = torch.linalg.vector_norm(flat[: count - rest].view(-1, _NORM_ELEMENTS), dim=1, dtype=dtype)
+    if rest:
+        norms = torch.cat([norms, torch.linalg.vector_norm(flat[-rest:], dtype=dtype)[None]])
+    return l2_norm(norms)
+
+
+def gradient_norms(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
+    """Returns the L2 norm of each gradient, shape (len(gradients),) float32, the same on every process.
+
+    gradients: all sharded or all not. Squares are summed in float32, because a bfloat16 sum keeps only about three digits.
+    """
+    norms = torch.stack([l2_norm(local(gradient)) for gradient in gradients]).float()
+    if world.size > 1 and isinstance(gradients[0], DTensor):
+        return all_reduce_sum_(norms.square_(), world).sqrt_()
+    return norms
 
 
 def clip_(gradients: list[torch.Tensor], total_norm: torch.Tensor, max_norm: float) -> None:

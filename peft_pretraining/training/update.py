@@ -125,7 +125,7 @@ def train_step(
     gradient_scale = world.size / max(1, num_targets)
 
     updates.begin(lr, progress)
-    loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     abandoned = False
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
@@ -143,4 +143,4 @@ def train_step(
                 updates.before_backward(last and not abandoned)
                 (loss * gradient_scale).backward()
     outcome = updates.abandon() if abandoned else updates.finish(loss_sum)
-    return StepResult(loss_sum / max(1, num_targets), outcome.gradnorm, outcome.skipped, num_tokens, num_bad_records)
+    return StepResult((loss_sum / max(1, num_targets)).float(), outcome.gradnorm, outcome.skipped, num_tokens, num_bad_records)

@@ -8,6 +8,7 @@ import forked
 import pytest
 import torch
 from outcomes import tensors_of
+from tiny_model import TINY_MODEL
 
 from benchmarks.compare_runs import deviations
 
@@ -79,6 +80,19 @@ def test_one_process_ddp_and_fsdp_train_equally(tmp_path, flags, method):
         assert_same(tmp_path / "one", tmp_path / name, ROUNDING)
         held = [first_row(tmp_path / run)["memory_parameters_measured"] for run in ("one", name)]
         assert held[1] == pytest.approx(held[0] / (processes if "fsdp" in name else 1), rel=0.05)
+
+
+def test_gradient_norms_of_large_tensors_are_those_of_ddp(tmp_path, flags):
+    """With 2 million elements in embedding and head each: the norm of the parts together is the norm of the whole."""
+    wide = TINY_MODEL | {"vocab_size": 32_000, "hidden_size": 64}
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
+    flags += ["--model_config", str(tmp_path / "wide.json"), "--peft_model", "sltrain", "--optimizer", "adamw"]
+    flags += ["--num_training_steps", "4", "--grad_clipping", "0.5", "--batch_size", "6"]
+    for kind in ("ddp", "fsdp"):
+        train(tmp_path / kind, 2, flags, "--parallel", kind)
+    apart = deviations(tmp_path / "ddp", tmp_path / "fsdp")
+    assert apart["gradnorm"] <= 2e-6
+    assert apart["loss"] <= 1e-6
 
 
 def test_document_masks_work_in_several_processes(tmp_path, flags):

@@ -12,6 +12,7 @@ import forked
 import pytest
 import torch
 from outcomes import record, tensors_of
+from tiny_model import TINY_MODEL
 from torchrun import ranks_below
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +44,11 @@ def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) 
 
 
 def test_three_processes_stopped_by_a_signal_resume_exactly(tmp_path, flags):
-    """With three processes the order of sums matters, so DDP must not divide its buckets differently. Only the stopped run is
-    started by torchrun; the undisturbed and the resumed run are forked, which is faster."""
+    """With three processes the order of sums matters, so DDP must not divide its buckets differently. It has several, because
+    embedding and head are larger than its first bucket (1 MiB). Only the stopped run is started by torchrun; the undisturbed
+    and the resumed run are forked, which is faster."""
+    (tmp_path / "wide.json").write_text(json.dumps(TINY_MODEL | {"vocab_size": 8500}))
+    flags += ["--model_config", str(tmp_path / "wide.json")]
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "whole")], tmp_path / "whole.log", processes=3)
     assert code == 0, output
     running = start(tmp_path / "run", *flags, processes=3)

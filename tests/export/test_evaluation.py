@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_the_table_has_one_line_per_model(forms: list[Path], tiny_run: list[str]
     assert len(lines) == 3
     assert [line.split()[0] for line in lines[1:]] == [str(forms[0]), str(forms[1])]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_the_interval_by_hand() -> None:
+    """Batches of equal size are a plain sample: its interval has n - 1 in the variance, here of n = 2 and 3."""
+    assert interval([(1.0, 1)]) == (None, None)
+    # Student's t of 1 and 2 degrees of freedom has the quantiles tan(0.475 pi) and c sqrt(2 / (1 - c^2)), c = 0.95.
+    quantiles = {2: math.tan(0.475 * math.pi), 3: 0.95 * math.sqrt(2 / (1 - 0.95**2))}
+    for losses in ([2.0, 3.0], [1.0, 2.0, 6.0]):
+        n = len(losses)
+        half = quantiles[n] * statistics.stdev(losses) / math.sqrt(n)
+        expected = [math.exp(statistics.fmean(losses) - half), math.exp(statistics.fmean(losses) + half)]
+        for size in (1, 10):
+            assert interval([(loss * size, size) for loss in losses]) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_perplexity_interval_covers_95_percent() -> None:

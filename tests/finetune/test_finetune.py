@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from small_task import HIDDEN, INNER, LAYERS, rows, write_json, write_model
 
 from peft_pretraining.__main__ import main
+from peft_pretraining.commands.finetune import trainer
 from peft_pretraining.commands.finetune.adapter import ADAPTER_FILE, load_adapter
+from peft_pretraining.distributed.world import World
 from sparse_lora import adapter_parameters, merge
 
 SEEDS = (1, 2, 3)
@@ -153,6 +155,29 @@ def test_the_base_can_train_in_bfloat16(here: Path) -> None:
     assert main(flags(here, "base", "--base", "trained", "--dtype", "bfloat16", "--epochs", "1", data="few")) == 0
     result = json.loads((here / "base" / "results.json").read_text())
     assert result["parameters"]["trained"] == result["parameters"]["total"]
+
+
+def test_gradients_are_clipped_by_the_norm_of_pretraining(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer's own norm of a large embedding is inexact on a CPU. Here all steps are clipped to a norm of nearly nothing."""
+    clipped: list[float] = []
+
+    def measured(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
+        clipped.append(max(float(gradient.abs().max()) for gradient in gradients))
+        return torch.full((len(gradients),), 1e9)
+
+    monkeypatch.setattr(trainer, "gradient_norms", measured)
+    steps: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW, *inputs: Any, **more: Any) -> Any:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        steps.append(max(float(gradient.abs().max()) for gradient in gradients))
+        return step(optimizer, *inputs, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    assert main(flags(here, "clipped", "--epochs", "1", data="few")) == 0
+    assert len(clipped) == len(steps) > 0
+    assert all(after < 1e-8 * before for before, after in zip(clipped, steps, strict=True))
 
 
 def test_a_decoder_is_fine_tuned_on_a_regression(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

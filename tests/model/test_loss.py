@@ -157,6 +157,18 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_total_of_many_chunks_is_that_of_float64(with_gradients: bool) -> None:
+    """4,096 chunks of one row each, all with the same loss: in float32 each addition would be rounded the same way."""
+    hidden, weight, _ = case(1, torch.float32)
+    rows = hidden.detach().expand(4096, 24).clone().requires_grad_(with_gradients)
+    labels = torch.full((4096,), 7)
+    total = chunked_cross_entropy(rows, weight.detach(), labels, chunk_rows=1)
+    one = chunked_cross_entropy(rows[:1], weight.detach(), labels[:1])
+    assert total.dtype == torch.float32
+    assert float(total.detach()) == 4096 * float(one.detach())
+
+
 def test_the_loss_without_gradients_takes_one_product_per_chunk() -> None:
     """One matrix product per chunk."""
     hidden, weight, labels = case(64, torch.float32, ignored=0.0)

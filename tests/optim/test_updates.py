@@ -1,14 +1,17 @@
 """Stepping parameters during the backward pass is bit-identical to stepping them after it; clipping, limits and skipping."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.distributed.world import World
+from peft_pretraining.optim import updates as module
 from peft_pretraining.optim.build import build_optimizer
-from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate, l2_norm
 
 OPTIMIZERS = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
 
@@ -195,3 +198,165 @@ def test_per_layer_only_the_tensor_with_a_non_finite_gradient_is_skipped(name):
     assert [torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)] == [n == 2 for n in range(6)]
     assert torch.isfinite(updates.growth.previous).all()
     assert updates.growth.previous[2] == norms[2]
+
+
+def repeated(kind: str, dtype: torch.dtype, times: int) -> tuple[torch.Tensor, float]:
+    """A million values `times` times over, and the norm of all of them by float64 arithmetic."""
+    generator = torch.Generator().manual_seed(times)
+    values = torch.full((2**20,), 0.1) if kind == "equal" else torch.randn(2**20, generator=generator)
+    values = values.to(dtype)
+    return values.repeat(times), math.sqrt(times * float(values.double().square().sum()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "times"),
+    [
+        ("normal", torch.float32, 4),
+        ("equal", torch.float32, 5),
+        ("normal", torch.bfloat16, 5),
+        ("normal", torch.float32, 125),  # 131 million elements: the embedding of the 7B model
+    ],
+)
+def test_norms_are_those_of_float64_for_any_size(kind, dtype, times):
+    tensor, expected = repeated(kind, dtype, times)
+    assert float(l2_norm(tensor)) == pytest.approx(expected, rel=3e-7)
+    # No whole number of pieces or slices, and a start that is not aligned.
+    cut = tensor[3:2_100_000]
+    assert float(l2_norm(cut)) == pytest.approx(math.sqrt(float(cut.double().square().sum())), rel=3e-7)
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 1000, 1024, 1025, 5000, 65_536, 70_001])
+def test_norms_of_small_tensors(count):
+    generator = torch.Generator().manual_seed(count)
+    tensor = torch.randn(count, generator=generator)
+    for values in (tensor, tensor.double(), tensor.bfloat16(), tensor.view(-1, 5).t() if count % 5 == 0 else tensor):
+        norm = l2_norm(values)
+        assert norm.dtype == torch.promote_types(values.dtype, torch.float32)
+        assert float(norm) == pytest.approx(math.sqrt(float(values.double().square().sum())), rel=3e-7)
+
+
+def test_norms_of_values_that_are_not_finite_are_not_finite():
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (0, 2999):
+            tensor = torch.ones(3000)
+            tensor[place] = value
+            assert not math.isfinite(float(l2_norm(tensor)))
+
+
+def test_norms_have_the_same_bits_for_any_number_of_threads():
+    """The library's own norm has not: each thread adds up another part."""
+    tensor, threads, norms = repeated("normal", torch.float32, 4)[0], torch.get_num_threads(), set()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            norms.add(float(l2_norm(tensor)))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(norms) == 1
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the number of elements of the largest new tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
+        for value in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_need_no_memory_of_the_tensors_size(monkeypatch, dtype):
+    monkeypatch.setattr(module, "SLICE_ELEMENTS", 8192)
+    tensor = torch.ones(10 * 8192, dtype=dtype)
+    with LargestResult() as results:
+        l2_norm(tensor)
+    assert 0 < results.largest <= 8192
+
+
+def test_adafactor_clips_large_tensors_by_their_true_rms():
+    """A gradient that grows tenfold makes an update of an RMS above 1, which is scaled to exactly 1 times the learning rate."""
+    weight = nn.Parameter(torch.zeros(4_000_000))
+    optimizer = build_optimizer("adafactor", {"weight": weight}, lr=0.5, weight_decay=0.0)
+    before = weight.detach()[0].clone()
+    for gradient in (0.01, 0.1):
+        before = weight.detach()[0].clone()
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+    assert float(before - weight.detach()[0]) == pytest.approx(0.5, rel=1e-6)
+
+
+def large_update(per_layer: bool, gradient: float, **options) -> tuple[PerLayerUpdate | WholeUpdate, nn.ParameterList]:
+    """An update, before its end, of a vector of 4 million zeros and one of 3, all gradients equal; SGD without decay."""
+    model = nn.ParameterList([torch.zeros(4_000_000), torch.zeros(3)])
+    parameters = dict(model.named_parameters())
+    kind = PerLayerUpdate if per_layer else WholeUpdate
+    sgd = lambda named: build_optimizer("sgd", named, lr=0.0, weight_decay=0.0)  # noqa: E731
+    updates = kind(sgd, parameters, World(), **options)
+    updates.begin(1.0)
+    updates.before_backward(last=True)
+    sum((parameter * gradient).sum() for parameter in model).backward()
+    return updates, model
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_gradient_norm_of_a_large_tensor_is_that_of_float64(per_layer):
+    updates, _ = large_update(per_layer, 0.1)
+    assert float(updates.finish(torch.zeros(())).gradnorm) == pytest.approx(0.1 * math.sqrt(4_000_003), rel=5e-7)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_growth_limit_of_a_large_tensor_is_that_of_float64(per_layer):
+    """Of an earlier norm of 1, twice is let through: each of the equal entries becomes 2 / sqrt(their number)."""
+    growth = GrowthLimit(2.0, 2, torch.device("cpu"))
+    growth.previous.fill_(1.0)
+    updates, model = large_update(per_layer, 0.1, growth=growth)
+    updates.finish(torch.zeros(()))
+    assert float(model[0].detach()[0]) == pytest.approx(-2 / math.sqrt(4_000_000), rel=1e-6)
+
+
+def test_clipping_of_a_large_tensor_is_that_of_float64():
+    updates, model = large_update(False, 0.1, grad_clipping=1.0)
+    updates.finish(torch.zeros(()))
+    assert float(model[0].detach()[0]) == pytest.approx(-1 / math.sqrt(4_000_003), rel=1e-6)
+
+
+def test_clipping_follows_the_growth_limit():
+    """Both at once: gradients of norms 3 and 4 of which 1.5 and 4 are let through are clipped by the norm of these two.
+
+    Clipped first, or by the norm before the growth limit, both would become smaller.
+    """
+    model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    growth = GrowthLimit(1.5, 2, torch.device("cpu"))
+    growth.previous.copy_(torch.tensor([1.0, 4.0]))
+    sgd = lambda named: build_optimizer("sgd", named, lr=0.0, weight_decay=0.0)  # noqa: E731
+    updates = WholeUpdate(sgd, dict(model.named_parameters()), World(), growth=growth, grad_clipping=2.0)
+    updates.begin(1.0)
+    (model[0] * 3 + model[1] * 4).backward()
+    outcome = updates.finish(torch.zeros(()))
+    assert float(outcome.gradnorm) == 5.0
+    limited = math.hypot(1.5, 4.0)
+    assert [-float(p.detach()) for p in model] == pytest.approx([1.5 * 2 / limited, 4 * 2 / limited], rel=1e-5)
+    assert growth.previous.tolist() == [1.5, 4.0]  # of what the growth limit let through, not of what clipping left
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_tensor_without_a_gradient_adds_nothing_to_the_norm(per_layer):
+    """Though it had one in the update before."""
+    model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    parameters = dict(model.named_parameters())
+    sgd = lambda named: build_optimizer("sgd", named, lr=0.0, weight_decay=0.0)  # noqa: E731
+    updates = (PerLayerUpdate if per_layer else WholeUpdate)(sgd, parameters, World())
+    norms = []
+    for loss in (lambda: model[0] * 3 + model[1] * 4, lambda: model[0] * 3):
+        updates.begin(0.0)
+        updates.before_backward(last=True)
+        loss().backward()
+        norms.append(float(updates.finish(torch.zeros(())).gradnorm))
+    assert norms == [5.0, 3.0]

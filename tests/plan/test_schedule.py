@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from peft_pretraining.plan.schedule import lr_at, validate
+from peft_pretraining.plan.schedule import LearningRates, lr_at, validate
 
 LR = 0.003
 
@@ -92,6 +92,19 @@ def test_the_rate_at_a_fraction_of_a_step_lies_between_its_neighbours() -> None:
     for scheduler in ("linear", "cosine"):
         low, middle, high = (relative(scheduler, s, **settings) for s in (50, 49.5, 49))
         assert low < middle < high
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_a_run_counted_in_tokens_ends_at_the_rate_of_the_last_update(scheduler: str) -> None:
+    """Ten updates of 100 tokens: padding adds updates, none of which has a rate below the tenth's, or of a warm-up again."""
+    settings = {"scheduler": scheduler, "lr": LR, "num_training_steps": 10, "warmup_steps": 2, "min_lr_ratio": 0.1}
+    settings |= {"restart_warmup_steps": None}
+    rates = LearningRates(settings, tokens_per_update=100)
+    for finished in range(10):
+        assert rates.at(17, 100 * finished) == lr_at(finished, **settings)
+    assert rates.at(17, 350) == lr_at(3.5, **settings)
+    for tokens in (901, 950, 999, 1000, 1001, 2000):
+        assert rates.at(17, tokens) == lr_at(9, **settings)
 
 
 GOOD = {"scheduler": "cosine", "num_training_steps": 100, "warmup_steps": 10, "min_lr_ratio": 0.1}

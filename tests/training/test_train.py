@@ -175,6 +175,27 @@ def test_an_update_equals_the_dense_references(config, accumulation, clipping):
         torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
+class SameLoss(torch.nn.Module):
+    """A module whose loss is the same for every micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss = torch.nn.Parameter(torch.tensor(1234.567))
+
+    def forward(self, input_ids, labels, num_targets):
+        return self.loss * 1
+
+
+def test_the_loss_of_many_micro_batches_is_that_of_float64():
+    """In float32 each of the 1,000 additions would be rounded the same way."""
+    module, batch = SameLoss(), MicroBatch(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+    build = partial(build_optimizer, "sgd", lr=0.0, weight_decay=0.0)
+    updates = WholeUpdate(build, dict(module.named_parameters()), World())
+    result = train_step(module, updates, [batch] * 1000, lr=0.0, world=World(), device=CPU)
+    assert result.loss.dtype == torch.float32
+    assert float(result.loss) == pytest.approx(float(module.loss.detach()), rel=1e-7)
+
+
 def test_gradients_are_freed_after_the_update(config):
     model = sltrain_model(config)
     ids, labels = sequences(2, 8, config.vocab_size)

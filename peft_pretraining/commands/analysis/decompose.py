@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.methods.galore import projected_matrices
+from peft_pretraining.optim.updates import l2_norm
 from sparse_lora import SparseLowRankLinear
 
 _BINS = 100  # bins of the histogram of magnitudes
@@ -160,7 +161,7 @@ def residual_figures(residual: Tensor, weight: Tensor, rank: int, share: float) 
     return Residual(
         rank=rank,
         norm=energy**0.5,
-        weight_norm=float(weight.norm()),
+        weight_norm=float(l2_norm(weight)),
         share=share,
         cut=float(magnitudes[numel - 1 - top]),
         top_energy=float(squares[numel - top :].sum()) / energy if energy else 0.0,

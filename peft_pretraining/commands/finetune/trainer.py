@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from peft_pretraining.commands.finetune.examples import Dataset, Examples
 from peft_pretraining.commands.finetune.metrics import METRICS
 from peft_pretraining.commands.finetune.model import Tuned
 from peft_pretraining.commands.finetune.tasks import Task
+from peft_pretraining.distributed.world import World
+from peft_pretraining.optim.updates import clip_, gradient_norms, l2_norm
 from peft_pretraining.record.wandb_run import start_wandb
 
 _WARMUP_SHARE = 0.06  # of all updates, as RoBERTa's authors had it on GLUE (arXiv 1907.11692, appendix C)
@@ -128,11 +130,20 @@ def make_trainer(
         compute_metrics=functools.partial(_metrics, data.task),
         callbacks=[_EpochLines(args, len(data.validation) * len(data.task.metrics), say)],
     )
+    trainer.accelerator.clip_grad_norm_ = _clip
     for printer in (PrinterCallback, ProgressCallback):  # both print every log to standard output
         trainer.remove_callback(printer)
     if not settings.disable_tqdm:
         trainer.add_callback(_ProgressBar)
     return trainer
+
+
+def _clip(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+    """Clips gradients by their global L2 norm as pretraining does; replaces the library's norm, which is inexact on a CPU."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = l2_norm(gradient_norms(gradients, World()))
+    clip_(gradients, total, max_norm)
+    return total
 
 
 def _use_one_device(settings: TrainingArguments, device: torch.device) -> None:
