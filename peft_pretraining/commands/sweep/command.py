@@ -20,6 +20,7 @@ from peft_pretraining.commands.sweep.runner import (
     state_of,
 )
 from peft_pretraining.commands.sweep.settings import PlannedRun, Sweep, load_sweep
+from peft_pretraining.training.stop import lasting_output
 
 HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
 REPORT = "report"
@@ -37,6 +38,12 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(format_sweep(sweep))
         return 0
+    with lasting_output():
+        return _make_and_report(sweep, shlex.quote(str(args.file)))
+
+
+def _make_and_report(sweep: Sweep, file: str) -> int:
+    """Makes all runs and the report; returns the exit code. file: the sweep's file, as in a command line."""
     stopping = Stopping()
     with stopping.listening():
         outcomes = _run_all(sweep, stopping)
@@ -45,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(sweep.runs)} runs are finished; "
             "the current run has saved a checkpoint. Continue with the same command:\n"
-            f"  python -m peft_pretraining sweep {shlex.quote(str(args.file))}"
+            f"  python -m peft_pretraining sweep {file}"
         )
         return 130
     _report(sweep)
