@@ -25,7 +25,7 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import local
 from peft_pretraining.optim.updates import HasState
-from peft_pretraining.record.summary import METRICS_FILE, read_metrics, summary
+from peft_pretraining.record.summary import METRICS_FILE, read_metrics, read_stop, status, summary
 from peft_pretraining.record.wandb_run import _one_line, start_wandb
 from peft_pretraining.training.evaluate import EvalResult
 from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
@@ -235,10 +235,13 @@ class Recorder:
                 print(f"warning: wandb did not finish ({_one_line(error)})", file=sys.stderr)
 
     def _finish_wandb(self, exit_code: int) -> None:
-        """Write the run's results to wandb's summary, for tables of runs and scatter plots."""
+        """Write the run's state and results to wandb's summary, for tables of runs and scatter plots."""
         try:
-            figures = summary(self._document, read_metrics(self.run_folder))
-            self._wandb.summary.update({name: value for name, value in figures.items() if value is not None})
+            rows = read_metrics(self.run_folder)
+            figures = {"status": status(self._document, rows, read_stop(self.run_folder)), **summary(self._document, rows)}
+            # A run that is longer now than when it finished has a final figure there that no longer is one.
+            old = [name for name, value in figures.items() if value is None and self._wandb.summary.get(name) is not None]
+            self._wandb.summary.update({name: value for name, value in figures.items() if value is not None or name in old})
         finally:
             self._wandb.finish(exit_code=exit_code)
 

@@ -47,11 +47,11 @@ class StopRequest:
 
     def __init__(
         self,
-        speaks: bool = True,
         clock: Callable[[], float] = time.monotonic,
         exit_now: Callable[[int], Any] = os._exit,
+        speaks: bool = True,
     ):
-        """speaks: whether a signal is answered with a line, which one process of a machine does. clock, exit_now: for tests."""
+        """clock, exit_now: replaced in tests. speaks: whether a signal is answered with a line; one process of a machine does."""
         self.signal_name: str | None = None
         self._speaks = speaks
         self._clock, self._exit_now = clock, exit_now

@@ -31,7 +31,7 @@ def test_unfinished_and_stopped_runs_say_so_and_count_in_no_mean(tmp_path):
     assert read_run(folder).final_perplexity is None
     assert "unfinished after update 4 of 10" in notes_of(folder)
     (folder / "stopped.json").write_text(json.dumps({"signal": "SIGTERM", "update_step": 4}))
-    assert "stopped after update 4 of 10" in notes_of(folder)
+    assert "stopped at update 4 of 10" in notes_of(folder)
 
 
 def test_run_without_evaluation(tmp_path):
