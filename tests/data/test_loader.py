@@ -341,7 +341,7 @@ def test_workers_outlive_the_signals_that_ask_a_run_to_stop_and_end_with_close(w
     next(iterator)
     processes = each._running._running._processes
     for process in processes:
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
             os.kill(process.pid, name)
     for _ in range(200):
         next(iterator)
