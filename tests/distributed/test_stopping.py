@@ -53,13 +53,9 @@ def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
     marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert marker["signal"] == "SIGUSR1", output
     assert 5 <= marker["update_step"] < 60
-    # Said once, and not followed by torchrun's traceback.
-    assert [output.count(text) for text in ("SIGUSR1: stopping", "saved step_", "stopped on request", "Traceback")] == [
-        1,
-        1,
-        1,
-        0,
-    ]
+    told = ("SIGUSR1: stopping", "saved step_", "stopped on request")
+    assert [output.count(text) for text in told] == [1, 1, 1]
+    assert "Traceback" not in output  # torchrun's own
     assert not ranks_below(running.pid)
 
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "run")], tmp_path / "again.log", processes=3)
