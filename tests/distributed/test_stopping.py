@@ -55,7 +55,7 @@ def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
     assert 5 <= marker["update_step"] < 60
     told = ("SIGUSR1: stopping", "saved step_", "stopped on request")
     assert [output.count(text) for text in told] == [1, 1, 1]
-    assert "Traceback" not in output  # torchrun's own
+    assert "SignalException" not in output  # in torchrun's own traceback
     assert not ranks_below(running.pid)
 
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "run")], tmp_path / "again.log", processes=3)
