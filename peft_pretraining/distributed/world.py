@@ -1,4 +1,4 @@
-"""The processes of a run: their ranks, their process group, small collectives, and the signals that ask them to stop.
+"""The processes of a run: their ranks, their process group, small collectives, stop signals and output.
 
 This is the only module that reads torchrun's rank variables. torch is imported inside the functions, so that
 `World.from_environment` works without loading it.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from peft_pretraining.config.arguments import ConfigError
 
@@ -115,6 +116,41 @@ def stop_signals() -> list[signal.Signals]:
     """
     numbers = [signal.Signals(getattr(signal, name)) for name in _STOP_SIGNALS if hasattr(signal, name)]
     return [number for number in numbers if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+class _LastingStream:
+    """A text stream on which writing to a closed terminal or pipe has no effect, instead of raising OSError."""
+
+    def __init__(self, stream: TextIO | None):
+        """stream: None if the process was started without it, which leaves its descriptor to the next file that is opened."""
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 # open as long as the process
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, operation: Callable[..., object], *arguments: str) -> None:
+        try:
+            operation(*arguments)
+        except OSError as error:
+            # Libraries, and the interpreter at its end, write to the descriptor itself.
+            if error.errno in (errno.EIO, errno.EPIPE):
+                with open(os.devnull, "w", encoding="utf-8") as nowhere:
+                    os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Lets the block go on when its terminal is closed or the program that reads its output ends (`| tee`)."""
+    streams = [cast(TextIO, _LastingStream(stream)) for stream in (sys.stdout, sys.stderr)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Handles requests to stop, and a terminal or pipe that goes away while a run writes to it.
+"""Handles requests to stop.
 
 Ctrl-C, SIGTERM, SIGQUIT, SIGHUP (a closed terminal) and SIGUSR1 (sent by Slurm before a time limit) end the run between two
 updates.
@@ -7,16 +7,14 @@ updates.
 from __future__ import annotations
 
 import contextlib
-import errno
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TextIO, cast
+from typing import Any
 
 from peft_pretraining.distributed.world import World, stop_signals
 
@@ -126,38 +124,3 @@ def torchrun_ignores_nohup(world: World) -> str | None:
         "torchrun handles SIGHUP even under nohup: a closed terminal stops the run, which saves; to train on, start torchrun "
         "with --signals-to-handle SIGTERM,SIGINT,SIGQUIT,SIGUSR1, or start a recipe in scripts/"
     )
-
-
-class _LastingStream:
-    """A text stream on which writing to a closed terminal or pipe has no effect, instead of raising OSError."""
-
-    def __init__(self, stream: TextIO | None):
-        """stream: None if the process was started without it, which leaves its descriptor to the next file that is opened."""
-        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 # open as long as the process
-
-    def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _try(self, operation: Callable[..., object], *arguments: str) -> None:
-        try:
-            operation(*arguments)
-        except OSError as error:
-            # Libraries, and the interpreter at its end, write to the descriptor itself.
-            if error.errno in (errno.EIO, errno.EPIPE):
-                with open(os.devnull, "w", encoding="utf-8") as nowhere:
-                    os.dup2(nowhere.fileno(), self._stream.fileno())
-
-
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Lets the block go on when its terminal is closed or the program that reads its output ends (`| tee`)."""
-    streams = [cast(TextIO, _LastingStream(stream)) for stream in (sys.stdout, sys.stderr)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        yield

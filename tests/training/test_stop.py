@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from peft_pretraining.distributed.world import World
-from peft_pretraining.training.stop import Stopped, StopRequest, lasting_output, torchrun_ignores_nohup
+from peft_pretraining.distributed.world import World, lasting_output
+from peft_pretraining.training.stop import Stopped, StopRequest, torchrun_ignores_nohup
 
 
 class Clock:

@@ -20,7 +20,7 @@ from peft_pretraining.commands.sweep.runner import (
     state_of,
 )
 from peft_pretraining.commands.sweep.settings import PlannedRun, Sweep, load_sweep
-from peft_pretraining.training.stop import lasting_output
+from peft_pretraining.distributed.world import lasting_output
 
 HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
 REPORT = "report"
