@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import set_allocator
-from peft_pretraining.distributed.world import World
+from peft_pretraining.distributed.world import World, lasting_output
 from peft_pretraining.plan.checks import check, notices
+from peft_pretraining.training.stop import torchrun_ignores_nohup
 
 if TYPE_CHECKING:
     import torch
@@ -30,19 +31,20 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code: 0 done, 1 failed while running, 2 invalid arguments or data, 130 interrupted."""
-    world = World.from_environment()
-    try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        # Reports all problems at once, before torch is imported.
-        checked = check(args, world)
-        if world.is_main:
-            for line in (*checked.notices, *notices(args)):
-                print(f"notice: {line}", file=sys.stderr)
-        return dry_run(args, world) if args.dry_run else run(args, world)
-    except ConfigError as error:
-        return fail(world, error.problems, exit_code=2, same_on_all_ranks=True)
-    except KeyboardInterrupt:
-        return fail(world, ["interrupted before training began; no work is lost"], 130, same_on_all_ranks=True)
+    with lasting_output():
+        world = World()
+        try:
+            world = World.from_environment()
+            args = parse_args(sys.argv[1:] if argv is None else argv)
+            # Reports all problems at once, before torch is imported.
+            checked = check(args, world)
+            for line in filter(None, [*checked.notices, *notices(args), torchrun_ignores_nohup(world)]):
+                world.say(f"notice: {line}")
+            return dry_run(args, world) if args.dry_run else run(args, world)
+        except ConfigError as error:
+            return fail(world, error.problems, exit_code=2, same_on_all_ranks=True)
+        except KeyboardInterrupt:
+            return fail(world, ["interrupted before training began; no work is lost"], 130, same_on_all_ranks=True)
 
 
 def fail(world: World, problems: Sequence[str], exit_code: int, same_on_all_ranks: bool = False) -> int:

@@ -5,10 +5,6 @@
 #   SLTRAIN_VENV    folder of the environment (default: .venv in the checkout)
 #   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed
 set -euo pipefail
-# Seconds that torchrun gives its processes to save after a signal (torchrun's default: 30).
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-# Open a new address store at each restart: in a reused one processes can read addresses of the previous start.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 find_base_python() {
@@ -70,6 +66,5 @@ launch() {
     local processes="${NPROC:-$1}" rendezvous=(--standalone)
     shift
     if [ -n "${PET_RDZV_ENDPOINT:-}" ]; then rendezvous=(); fi
-    exec "$python" -m torch.distributed.run ${rendezvous[@]+"${rendezvous[@]}"} --nproc_per_node "$processes" \
-        --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@"
+    exec "$python" -m peft_pretraining.distributed.launch ${rendezvous[@]+"${rendezvous[@]}"} --nproc_per_node "$processes" "$@"
 }

@@ -98,6 +98,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
+        world.say(_going_on(folder, parts.state, plan))
     document = run_document(args, plan, world, folder, data.source, data.loader.data_order)
     saver = Saver(
         folder.path,
@@ -112,8 +113,17 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     return Run(
         *(plan, device, folder, data, batches, module, parts),
         restarts if restarts.restart is not None else None,
-        *(document, StopRequest(), saver),
+        *(document, StopRequest(speaks=world.local_rank == 0), saver),
     )
+
+
+def _going_on(folder: RunFolder, state: TrainState, plan: Plan) -> str:
+    """Returns the line that says from which checkpoint a run goes on."""
+    assert folder.checkpoint is not None
+    verb = "starting from the weights of" if folder.warm_start else "going on from"
+    length = f"{plan.max_train_tokens:,} tokens" if plan.max_train_tokens is not None else f"{plan.num_training_steps:,} updates"
+    made = f"{state.update_step:,} updates and {state.tokens_seen:,} tokens"
+    return f"{verb} {folder.checkpoint.name} in {folder.checkpoint.parent}: {made} of {length}"
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:

@@ -85,9 +85,9 @@ def draw_curves(run: RunRecord, path: Path, title: str) -> Path:
             values = [row["final_eval_perplexity"] for row in run.evaluations]
             evaluated_steps = run.axis("steps")[1]
             perplexity_axis.plot(evaluated_steps, values, color=COLOURS[1], marker="o", markersize=5, label="held-out")
-            perplexity_axis.annotate(
-                f"{values[-1]:.1f}", (evaluated_steps[-1], values[-1]), textcoords="offset points", xytext=(-4, 9), ha="right"
-            )
+            if run.final_perplexity is not None:
+                place = (evaluated_steps[-1], values[-1])
+                perplexity_axis.annotate(f"{values[-1]:.1f}", place, textcoords="offset points", xytext=(-4, 9), ha="right")
         perplexity_axis.set(xlabel="update step", ylabel="perplexity", yscale="log")
         plain_log_ticks(perplexity_axis.yaxis)
         for axis in (loss_axis, perplexity_axis):

@@ -22,6 +22,7 @@ from peft_pretraining.commands.sweep.runner import (
     state_of,
 )
 from peft_pretraining.commands.sweep.settings import PlannedRun, Sweep, load_sweep
+from peft_pretraining.distributed.world import lasting_output
 from peft_pretraining.record.wandb_run import OF_ONE_RUN
 
 HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
@@ -44,6 +45,12 @@ def run(args: argparse.Namespace) -> int:
         # Runs are processes with this environment, and would all be recorded as one.
         if value := os.environ.pop(name, None):
             print(f"notice: {name}={value} has no effect: it names one run, and a sweep has several", file=sys.stderr)
+    with lasting_output():
+        return _make_and_report(sweep, shlex.quote(str(args.file)))
+
+
+def _make_and_report(sweep: Sweep, file: str) -> int:
+    """Makes all runs and the report; returns the exit code. file: the sweep's file, as in a command line."""
     stopping = Stopping()
     with stopping.listening():
         outcomes = _run_all(sweep, stopping)
@@ -52,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(sweep.runs)} runs are finished; "
             "the current run has saved a checkpoint. Continue with the same command:\n"
-            f"  python -m peft_pretraining sweep {shlex.quote(str(args.file))}"
+            f"  python -m peft_pretraining sweep {file}"
         )
         return 130
     _report(sweep)
