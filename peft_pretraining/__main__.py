@@ -28,16 +28,25 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted, 141 nobody reads the output any more."""
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands; a command that is missing is None."""
     parser = argparse.ArgumentParser(prog="python -m peft_pretraining", description=__doc__, allow_abbrev=False)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():
         # argparse expands % in the one-line help, but not in a description.
         listed = module.HELP.replace("%", "%%")
         module.add_arguments(subparsers.add_parser(name, help=listed, description=module.HELP, allow_abbrev=False))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted, 141 nobody reads the output any more."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        if args.command is None:
+            parser.print_help()
+            return 0
         code = int(COMMANDS[args.command].run(args))
         sys.stdout.flush()  # here, where a closed pipe can still be dealt with
         return code
