@@ -511,7 +511,18 @@ class SystemArguments:
     """system"""
 
     seed: int = flag(42, "seed of initial values, support and data order", never(minimum=0, below=2**63, synonyms="random_seed"))
-    device: str = flag("auto", "auto | cpu | cuda | cuda:N", freely(synonyms="gpu"))
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N", freely(synonyms="gpu device_type"))
+    memory: int | None = flag(
+        None,
+        "plan for a device with this much memory, such as 80GB (10^9 bytes) or 24GiB (2^30), that need not be here; with "
+        "--dry_run, for a GPU unless --device cpu is given",
+        freely(
+            kind="memory",
+            minimum=1,
+            no_effect=lambda args: None if args.dry_run else "without --dry_run: a run has the memory of its device",
+            synonyms="device_memory gpu_memory vram",
+        ),
+    )
     single_gpu: bool = flag(False, "published flag: one process without a process group; refused where torchrun started more")
     parallel: str = flag(
         "ddp",

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,15 @@ def parse_tokens(text: str) -> int:
     return int(value)
 
 
+def parse_memory(text: str) -> int:
+    """Bytes from `80GB` (powers of 1000), `24GiB` (powers of 1024) or `24 GiB`. Raises ValueError, also without a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt])(i?)b?", text.strip().lower())
+    num_bytes = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2])) if match else 0
+    if num_bytes < 1:
+        raise ValueError(f"{text!r} is not a size in bytes")
+    return num_bytes
+
+
 def _parse_bool(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
@@ -56,6 +66,8 @@ def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any]
     """(how a value of this flag is read, what it must be, its name in --help)."""
     if row.kind == "tokens":
         return parse_tokens, "a number of tokens such as 150M, 1.1B or 20000", "TOKENS"
+    if row.kind == "memory":
+        return parse_memory, "a size above 0 with its unit, such as 80GB or 24GiB", "SIZE"
     for name, read, wanted in (
         ("bool", _parse_bool, "true or false"),
         ("int", int, "a whole number"),
@@ -132,13 +144,21 @@ def parse_args(argv: Sequence[str]) -> Arguments:
 
 
 def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words without flags that lack their value, and those flags: argparse would stop at the first of them."""
+    """The words without flags that lack their value, and those flags: argparse would stop at the first of them.
+
+    A value such as -5GB is joined to its flag by "=", as argparse would take it for a flag.
+    """
     kept: list[str] = []
     missing: dict[str, Any] = {}
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    words = iter(zip(argv, [*argv[1:], "--"], strict=True))
+    for word, following in words:
         name = word.removeprefix("--")
-        if word.startswith("--") and name in ROWS and name not in _BARE and following.startswith("--"):
+        takes_value = word.startswith("--") and name in ROWS and name not in _BARE
+        if takes_value and following.startswith("--"):
             missing[name] = Unreadable(f"{word}: needs a value ({ROWS[name].help})")
+        elif takes_value and following.startswith("-"):
+            kept.append(f"{word}={following}")
+            next(words)
         else:
             kept.append(word)
     return kept, missing

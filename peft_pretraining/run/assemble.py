@@ -22,7 +22,8 @@ from peft_pretraining.distributed.device import device_memory, resolve_dtype, to
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.llama import keep_compiled_code
-from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
+from peft_pretraining.plan.advice import memory_problems
+from peft_pretraining.plan.plan import Plan, format_plan, make_plan
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
 from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
@@ -67,7 +68,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     """Builds a run and restores the checkpoint it resumes from; returns None if the run is finished already."""
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
     memory = device_memory(device, world)
-    if not args.force and (problems := memory_problems(plan, args, memory)):
+    problems = memory_problems(plan, args, memory)
+    if problems and not args.force:
         raise ConfigError([*problems, "--force starts the run anyway"])
     folder = open_run_folder(args, plan, world)
     if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
@@ -77,7 +79,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         refuse_if_over(folder.checkpoint, plan)
     data = build_data(args, plan, world, device)
     if world.is_main:
-        print(format_plan(plan, args, data.source.describe(), memory), file=sys.stderr)
+        lines = [format_plan(plan, args, data.source.describe(), memory), *(f"warning: {problem}" for problem in problems)]
+        print("\n".join(lines), file=sys.stderr)
 
     if folder.checkpoint is not None:
         check_same_data(folder.checkpoint, args, data.source)
