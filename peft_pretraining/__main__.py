@@ -11,6 +11,7 @@ from typing import Any
 from peft_pretraining.commands import data, estimate, evaluate, export, finetune, generate, report, sweep
 from peft_pretraining.commands.analysis import pruning, spectra
 from peft_pretraining.commands.published import command as published
+from peft_pretraining.config.command_line import unknown_flags
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
@@ -42,7 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted, 141 nobody reads the output any more."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        problems = [problem.problem for problem in unknown_flags(unknown).values()] if "peft_model" in args else []
+        parser.error("\n".join(problems) or f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if args.command is None:
             parser.print_help()

@@ -94,7 +94,7 @@ class MethodArguments:
     rank: int = flag(
         128,
         "rank r of the low-rank part B A; of galore's projections",
-        never(warm_start=True, minimum=1, methods=(*_FACTORED, "galore"), synonyms="lora_r r lora_rank"),
+        never(warm_start=True, minimum=1, methods=(*_FACTORED, "galore"), synonyms="lora_r r lora_rank galore_rank"),
     )
     sp_ratio: float = flag(
         0.01,
@@ -303,7 +303,7 @@ class OptimizationArguments:
             no_effect=lambda args: (
                 None if args.max_train_tokens is None else f"with --max_train_tokens {args.max_train_tokens}: tokens end the run"
             ),
-            synonyms="max_steps num_steps steps max_iters train_iters total_steps num_iterations",
+            synonyms="max_steps max_train_steps num_steps steps max_iters train_iters total_steps num_iterations",
         ),
     )
     max_train_tokens: int | None = flag(
@@ -397,7 +397,7 @@ class OptimizationArguments:
             minimum=0,
             maximum=1,
             no_effect=lambda args: "with --scheduler linear, which ends at 0" if args.scheduler == "linear" else None,
-            synonyms="min_lr final_lr_ratio",
+            synonyms="min_lr final_lr_ratio lr_min_ratio",
         ),
     )
     warmup_steps: int = flag(
@@ -528,7 +528,7 @@ class SystemArguments:
         "ddp",
         "how several processes share the work: ddp (each holds everything) | fsdp (parameters, gradients and moments are "
         "sharded, layers gathered one at a time)",
-        freely(choices=PARALLEL, synonyms="strategy fsdp ddp"),
+        freely(choices=PARALLEL, synonyms="strategy fsdp ddp distributed_strategy"),
     )
     reduce_dtype: str | None = flag(
         None,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peft_pretraining.config.arguments import GROUPS, ROWS, Arguments, ConfigError
-from peft_pretraining.config.flag import Row, suggested_flag, suggestion
+from peft_pretraining.config.flag import Row, suggestion
 from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
 
 # Flags that can be given without a value.
@@ -27,6 +27,8 @@ _BARE = frozenset(
     for field in dataclasses.fields(group)
     if ROWS[field.name].const is not None or str(field.type).startswith("bool")
 )
+# Flags that published programs turn off by 0.
+_OFF_AT_ZERO = ("grad_clipping", "optimizer_random_pruning", "optimizer_magnitude_pruning")
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
         parsed, unknown = build_parser().parse_known_args(argv)
     except ConfigError as error:  # a word that argparse takes for a flag, such as -x
         return arguments_from({**missing, "command line": Unreadable(str(error))})
-    return arguments_from(with_config_file({**given_flags(parsed), **_unknown_flags(unknown), **missing}))
+    return arguments_from(with_config_file({**given_flags(parsed), **unknown_flags(unknown), **missing}))
 
 
 def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -164,7 +166,7 @@ def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, A
     return kept, missing
 
 
-def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
+def unknown_flags(words: Sequence[str]) -> dict[str, Any]:
     """A problem for each unknown flag, with its value, and for each stray word."""
     phrases: list[list[str]] = []
     for word in words:
@@ -174,10 +176,16 @@ def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
     problems = {}
     for phrase in phrases:
         text = " ".join(phrase)
-        meant = suggested_flag(phrase[0].split("=")[0], ROWS) if phrase[0].startswith("-") else None
-        hint = f" (did you mean --{meant}?)" if meant else ""
-        problems[text] = Unreadable(f"unknown argument {text}{hint}; --help lists every flag")
+        meaning = _hint(phrase[0].split("=")[0]) if phrase[0].startswith("-") else "; --help lists every flag"
+        problems[text] = Unreadable(f"unknown argument {text}{meaning}")
     return problems
+
+
+def _hint(name: str, prefix: str = "--") -> str:
+    # Imported for unknown flags only: no run needs the table.
+    from peft_pretraining.config.other_programs import hint
+
+    return hint(name, ROWS, prefix)
 
 
 def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -226,9 +234,7 @@ def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[st
     problems: dict[str, Any] = {}
     for key, value in values.items():
         if key not in ROWS or key == "config":
-            meant = suggested_flag(str(key), ROWS)
-            hint = f" (did you mean {meant}?)" if meant else ""
-            problems[f"{path}: {key}"] = Unreadable(f"--config {path}: unknown name {key!r}{hint}")
+            problems[f"{path}: {key}"] = Unreadable(f"--config {path}: unknown name {key!r}{_hint(str(key), prefix='')}")
         elif isinstance(value, (dict, list)):
             problems[key] = Unreadable(f"--config {path}: {key} must be a single value, not {value!r}")
         elif isinstance(value, bool) and ROWS[key].const:
@@ -247,8 +253,9 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
             if row.required and name not in given:
                 refused[name] = f"--{name} is required: {row.help}"
     values = _with_published_optimizer(values, refused)
-    if values.get("grad_clipping") == 0:
-        values["grad_clipping"] = None
+    for name in _OFF_AT_ZERO:
+        if values.get(name) == 0:
+            values[name] = None
     return Arguments(**values, given=frozenset(given), refused=refused)
 
 

@@ -122,5 +122,5 @@ def suggested_flag(name: str, rows: Mapping[str, Row]) -> str | None:
     """The flag that an unknown name probably means, by its synonyms or by its spelling; None where nothing is close."""
     meant = {synonym: flag_name for flag_name, row in rows.items() for synonym in (flag_name, *row.synonyms)}
     name = name.lstrip("-").replace("-", "_").lower()
-    close = [name] if name in meant else difflib.get_close_matches(name, list(meant), n=1)
+    close = [name] if name in meant else difflib.get_close_matches(name, list(meant), n=1, cutoff=0.8)
     return meant[close[0]] if close else None
