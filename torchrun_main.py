@@ -70,19 +70,26 @@ def dry_run(args: Arguments, world: World) -> int:
     """Prints the plan and returns the exit code; reads no data and uses no network."""
     from peft_pretraining.data import DataError
     from peft_pretraining.data.source import open_source, order_text
-    from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
+    from peft_pretraining.distributed import device as devices
+    from peft_pretraining.plan.advice import memory_problems
     from peft_pretraining.plan.plan import format_plan, make_plan
 
     try:
-        device = pick_device(args.device, world)
-        plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
+        if args.memory is None:
+            device = devices.pick_device(args.device, world)
+            memory, dtype = devices.device_memory(device, world), devices.resolve_dtype(args.dtype, device)
+        else:
+            memory = devices.planned_memory(args.device, args.memory, world)
+            dtype = args.dtype or devices.default_dtype(memory.device_type)
+        plan = make_plan(args, world, dtype, memory.device_type)
         source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
         order = order_text(source, source.data_order(args.packing, args.data_order))
-        text = format_plan(plan, args, source.describe(), device_memory(device, world), order)
-    except (DataError, DeviceError) as error:
+        lines = [format_plan(plan, args, source.describe(), memory, order)]
+        lines += [f"warning: {problem}" for problem in memory_problems(plan, args, memory)]
+    except (DataError, devices.DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
     if world.is_main:
-        print(text)
+        print("\n".join(lines))
     return 0
 
 

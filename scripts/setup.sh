@@ -36,6 +36,46 @@ from_here() {
     esac
 }
 
+# resolved FLAG VALUE: prints the value; a relative path after a flag that takes one is resolved in the folder where the script was
+# started. A path that is only in the checkout stays there, with a notice: recipes' own files, and runs of before.
+resolved() {
+    local value="$2"
+    case "$1" in
+        --model_config | --config | --dataset | --eval_dataset | --tokenizer | --continue_from | --warmed_up_model | --save_dir) ;;
+        --model | --train_file | --validation_file | --out) ;;
+        *) value=/ ;;
+    esac
+    case "$value" in
+        "" | /* | "~"* | *://* | hub:* | c4 | demo) printf '%s' "$2" && return ;;
+    esac
+    if [ "$PWD" = "$root" ]; then
+        printf '%s' "$value"
+    elif [ -e "$value" ] || compgen -G "$value" >/dev/null; then
+        printf '%s' "${PWD%/}/$value"
+    elif [ -e "$root/$value" ]; then
+        echo "notice: $1 $value: taken from the checkout, $root; there is none in $PWD" >&2
+        printf '%s' "$value"
+    else
+        case "$1" in
+            --save_dir | --out) printf '%s' "${PWD%/}/$value" ;;
+            *) printf '%s' "$value" ;;
+        esac
+    fi
+}
+
+# from_start WORDS: prints the words with the paths among them resolved, quoted for eval: the scripts change to the checkout.
+from_start() {
+    local word flag=""
+    for word in "$@"; do
+        case "$word" in
+            --*=*) printf '%q ' "${word%%=*}=$(resolved "${word%%=*}" "${word#*=}")" ;;
+            --*) printf '%q ' "$word" ;;
+            *) printf '%q ' "$(resolved "$flag" "$word")" ;;
+        esac
+        flag="$word"
+    done
+}
+
 if [ -n "${SLTRAIN_PYTHON:-}" ]; then
     python="$(from_here "$SLTRAIN_PYTHON")"
 elif [ "${1:-}" = "--prefer-active" ] && command -v python >/dev/null && has_requirements python; then

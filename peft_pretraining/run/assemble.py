@@ -23,7 +23,8 @@ from peft_pretraining.distributed.device import device_memory, resolve_dtype, to
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.llama import keep_compiled_code
-from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
+from peft_pretraining.plan.advice import memory_problems
+from peft_pretraining.plan.plan import Plan, format_plan, make_plan
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.record.wandb_run import wandb_settings
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
@@ -69,7 +70,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     """Builds a run and restores the checkpoint it resumes from; returns None if the run is finished already."""
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
     memory = device_memory(device, world)
-    if not args.force and (problems := memory_problems(plan, args, memory)):
+    problems = memory_problems(plan, args, memory)
+    if problems and not args.force:
         raise ConfigError([*problems, "--force starts the run anyway"])
     folder = open_run_folder(args, plan, world)
     if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
@@ -85,6 +87,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         # Printed now, because a checkpoint decides the order of its run's data.
         order = order_text(data.source, data.loader.data_order)
         print(format_plan(plan, args, data.source.describe(), memory, order), file=sys.stderr)
+        for memory_problem in problems:
+            print(f"warning: {memory_problem}", file=sys.stderr)
     # Started here so that the loader's workers read and tokenise while the model is built.
     batches = iter(data.loader)
     if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:

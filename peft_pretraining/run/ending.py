@@ -14,7 +14,8 @@ from peft_pretraining.checkpoint.step_folder import save_checkpoint, write_json
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.data.loader import Batch
 from peft_pretraining.distributed.world import LAUNCHED, World, gather_objects
-from peft_pretraining.plan.plan import make_plan, out_of_memory_problem
+from peft_pretraining.plan.advice import out_of_memory_problem
+from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.run.assemble import Run
 from peft_pretraining.run.resume import run_content
 from peft_pretraining.training.stop import MARKER_FILE, StopRun
