@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import set_allocator
-from peft_pretraining.distributed.world import World
+from peft_pretraining.distributed.world import World, lasting_output
 from peft_pretraining.plan.checks import check, notices
+from peft_pretraining.training.stop import torchrun_ignores_nohup
 
 if TYPE_CHECKING:
     import torch
@@ -30,19 +31,20 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code: 0 done, 1 failed while running, 2 invalid arguments or data, 130 interrupted."""
-    world = World.from_environment()
-    try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        # Reports all problems at once, before torch is imported.
-        checked = check(args, world)
-        if world.is_main:
-            for line in (*checked.notices, *notices(args)):
-                print(f"notice: {line}", file=sys.stderr)
-        return dry_run(args, world) if args.dry_run else run(args, world)
-    except ConfigError as error:
-        return fail(world, error.problems, exit_code=2, same_on_all_ranks=True)
-    except KeyboardInterrupt:
-        return fail(world, ["interrupted before training began; no work is lost"], 130, same_on_all_ranks=True)
+    with lasting_output():
+        world = World()
+        try:
+            world = World.from_environment()
+            args = parse_args(sys.argv[1:] if argv is None else argv)
+            # Reports all problems at once, before torch is imported.
+            checked = check(args, world)
+            for line in filter(None, [*checked.notices, *notices(args), torchrun_ignores_nohup(world)]):
+                world.say(f"notice: {line}")
+            return dry_run(args, world) if args.dry_run else run(args, world)
+        except ConfigError as error:
+            return fail(world, error.problems, exit_code=2, same_on_all_ranks=True)
+        except KeyboardInterrupt:
+            return fail(world, ["interrupted before training began; no work is lost"], 130, same_on_all_ranks=True)
 
 
 def fail(world: World, problems: Sequence[str], exit_code: int, same_on_all_ranks: bool = False) -> int:
@@ -68,19 +70,26 @@ def dry_run(args: Arguments, world: World) -> int:
     """Prints the plan and returns the exit code; reads no data and uses no network."""
     from peft_pretraining.data import DataError
     from peft_pretraining.data.source import open_source, order_text
-    from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
+    from peft_pretraining.distributed import device as devices
+    from peft_pretraining.plan.advice import memory_problems
     from peft_pretraining.plan.plan import format_plan, make_plan
 
     try:
-        device = pick_device(args.device, world)
-        plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
+        if args.memory is None:
+            device = devices.pick_device(args.device, world)
+            memory, dtype = devices.device_memory(device, world), devices.resolve_dtype(args.dtype, device)
+        else:
+            memory = devices.planned_memory(args.device, args.memory, world)
+            dtype = args.dtype or devices.default_dtype(memory.device_type)
+        plan = make_plan(args, world, dtype, memory.device_type)
         source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
         order = order_text(source, source.data_order(args.packing, args.data_order))
-        text = format_plan(plan, args, source.describe(), device_memory(device, world), order)
-    except (DataError, DeviceError) as error:
+        lines = [format_plan(plan, args, source.describe(), memory, order)]
+        lines += [f"warning: {problem}" for problem in memory_problems(plan, args, memory)]
+    except (DataError, devices.DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
     if world.is_main:
-        print(text)
+        print("\n".join(lines))
     return 0
 
 

@@ -27,7 +27,8 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import device_memory, pick_device, resolve_dtype, set_allocator
 from peft_pretraining.distributed.world import World
 from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.plan.plan import make_plan, memory_problems
+from peft_pretraining.plan.advice import memory_problems
+from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.record.recorder import measured_bytes, peak_memory_bytes
 from peft_pretraining.run.build import build_module, build_updates
 from peft_pretraining.run.folder import versions

@@ -11,6 +11,7 @@ from typing import Any
 from peft_pretraining.commands import data, estimate, evaluate, export, finetune, generate, report, sweep, wandb_upload
 from peft_pretraining.commands.analysis import pruning, spectra
 from peft_pretraining.commands.published import command as published
+from peft_pretraining.config.command_line import unknown_flags
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
@@ -29,16 +30,28 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted, 141 nobody reads the output any more."""
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands; a command that is missing is None."""
     parser = argparse.ArgumentParser(prog="python -m peft_pretraining", description=__doc__, allow_abbrev=False)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():
         # argparse expands % in the one-line help, but not in a description.
         listed = module.HELP.replace("%", "%%")
         module.add_arguments(subparsers.add_parser(name, help=listed, description=module.HELP, allow_abbrev=False))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 arguments or files that cannot work, 130 interrupted, 141 nobody reads the output any more."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        problems = [problem.problem for problem in unknown_flags(unknown).values()] if "peft_model" in args else []
+        parser.error("\n".join(problems) or f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        if args.command is None:
+            parser.print_help()
+            return 0
         code = int(COMMANDS[args.command].run(args))
         sys.stdout.flush()  # here, where a closed pipe can still be dealt with
         return code

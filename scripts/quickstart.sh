@@ -3,9 +3,10 @@
 # Any machine; no GPU, no network beyond the package index. Three to four minutes of training on two CPU cores.
 # Expected: perplexity 73.82 after 700 updates (Python 3.11.7, CPU, 2026-11-21); docs/results.md.
 #   bash scripts/quickstart.sh [torchrun_main.py arguments, which override scripts/quickstart.yaml; not --save_dir]
-# Paths among them are relative to the checkout.
+# Relative paths among them start from the folder where you are.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 echo "== data: the documentation of the installed packages, in C4's format"

@@ -5,10 +5,6 @@
 #   SLTRAIN_VENV    folder of the environment (default: .venv in the checkout)
 #   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed
 set -euo pipefail
-# Seconds that torchrun gives its processes to save after a signal (torchrun's default: 30).
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-# Open a new address store at each restart: in a reused one processes can read addresses of the previous start.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 find_base_python() {
@@ -38,6 +34,46 @@ from_here() {
         */*) echo "$PWD/$1" ;;
         *) command -v "$1" || echo "$PWD/$1" ;;
     esac
+}
+
+# resolved FLAG VALUE: prints the value; a relative path after a flag that takes one is resolved in the folder where the script was
+# started. A path that is only in the checkout stays there, with a notice: recipes' own files, and runs of before.
+resolved() {
+    local value="$2"
+    case "$1" in
+        --model_config | --config | --dataset | --eval_dataset | --tokenizer | --continue_from | --warmed_up_model | --save_dir) ;;
+        --model | --train_file | --validation_file | --out) ;;
+        *) value=/ ;;
+    esac
+    case "$value" in
+        "" | /* | "~"* | *://* | hub:* | c4 | demo) printf '%s' "$2" && return ;;
+    esac
+    if [ "$PWD" = "$root" ]; then
+        printf '%s' "$value"
+    elif [ -e "$value" ] || compgen -G "$value" >/dev/null; then
+        printf '%s' "${PWD%/}/$value"
+    elif [ -e "$root/$value" ]; then
+        echo "notice: $1 $value: taken from the checkout, $root; there is none in $PWD" >&2
+        printf '%s' "$value"
+    else
+        case "$1" in
+            --save_dir | --out) printf '%s' "${PWD%/}/$value" ;;
+            *) printf '%s' "$value" ;;
+        esac
+    fi
+}
+
+# from_start WORDS: prints the words with the paths among them resolved, quoted for eval: the scripts change to the checkout.
+from_start() {
+    local word flag=""
+    for word in "$@"; do
+        case "$word" in
+            --*=*) printf '%q ' "${word%%=*}=$(resolved "${word%%=*}" "${word#*=}")" ;;
+            --*) printf '%q ' "$word" ;;
+            *) printf '%q ' "$(resolved "$flag" "$word")" ;;
+        esac
+        flag="$word"
+    done
 }
 
 if [ -n "${SLTRAIN_PYTHON:-}" ]; then
@@ -70,6 +106,5 @@ launch() {
     local processes="${NPROC:-$1}" rendezvous=(--standalone)
     shift
     if [ -n "${PET_RDZV_ENDPOINT:-}" ]; then rendezvous=(); fi
-    exec "$python" -m torch.distributed.run ${rendezvous[@]+"${rendezvous[@]}"} --nproc_per_node "$processes" \
-        --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$@"
+    exec "$python" -m peft_pretraining.distributed.launch ${rendezvous[@]+"${rendezvous[@]}"} --nproc_per_node "$processes" "$@"
 }

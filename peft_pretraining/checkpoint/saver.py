@@ -7,7 +7,6 @@ knows nothing of models or optimizers.
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,7 +110,7 @@ class Saver:
     def close(self) -> None:
         """Waits for a running save after the run has failed; a failure of the save is a warning only."""
         if self._in_flight is not None and (error := self._in_flight.wait()) is not None:
-            self._say(f"warning: {error}")
+            self._world.say(f"warning: {error}")
         self._in_flight = None
 
     def _write(self, content: Content) -> None:
@@ -125,6 +124,7 @@ class Saver:
         error = background.wait()
         if error is None:
             self._failures, self._saved_step = 0, background.step
+            self._world.say(f"saved {checkpoint.step_folder(self._run_folder, background.step).name}")
         elif isinstance(error, OSError):
             self._note_failure(str(error))
         else:
@@ -135,7 +135,7 @@ class Saver:
         self._last_failure = text
         if self._failures >= MOST_FAILURES:
             raise SavingFailed(f"{text} ({self._failures} consecutive attempts failed); {self._what_is_left()}")
-        self._say(
+        self._world.say(
             f"warning: {text}; training continues and the save is repeated after the next update "
             f"(failure {self._failures}; the run ends after {MOST_FAILURES} in a row)"
         )
@@ -144,10 +144,6 @@ class Saver:
         checkpoints = checkpoint.list_checkpoints(self._run_folder)
         newest = f"the newest checkpoint is {checkpoints[-1].name}" if checkpoints else "there is no checkpoint"
         return f"{newest}; make {self._run_folder} writable and run the same command again to resume"
-
-    def _say(self, text: str) -> None:
-        if self._world.is_main:
-            print(text, file=sys.stderr, flush=True)
 
 
 class _Background(threading.Thread):

@@ -29,7 +29,8 @@ def _number_or_all(text: str) -> int | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    parser.set_defaults(print_help=parser.print_help)
 
     def action(name: str, does: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=does, description=does, allow_abbrev=False)
@@ -87,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Performs the action and prints its figures. Exit code 0; errors are raised."""
+    """Performs the action and prints its figures; prints the list without an action. Exit code 0; errors are raised."""
+    if args.action is None:
+        args.print_help()
+        return 0
     actions: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], str]]] = {
         "demo": _demo,
         "fetch": _fetch,

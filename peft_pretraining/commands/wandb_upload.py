@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from peft_pretraining.commands.report.read import find_runs, load_run
-from peft_pretraining.record.summary import summary
+from peft_pretraining.record.summary import read_stop, status, summary
 from peft_pretraining.record.wandb_run import (
     OF_ONE_RUN,
     finish_wandb,
@@ -53,7 +53,7 @@ def _upload(folder: Path, mode: str) -> None:
     try:
         wandb_run = open_wandb(folder, settings, mode, limit_s=None)
         count = send_missing(wandb_run, rows)
-        finish_wandb(wandb_run, summary(document, rows))
+        finish_wandb(wandb_run, {"status": status(document, rows, read_stop(folder)), **summary(document, rows)})
     except Exception as error:  # a refused key, a lost network, an old version: wandb raises many types
         raise ValueError(f"{folder}: {one_line(error)}; --wandb offline needs no network") from None
     others = "" if count == len(rows) else "; wandb has the others"

@@ -109,7 +109,7 @@ class MethodArguments:
     rank: int = flag(
         128,
         "rank r of the low-rank part B A; of galore's projections",
-        never(warm_start=True, minimum=1, methods=(*_FACTORED, "galore"), synonyms="lora_r r lora_rank"),
+        never(warm_start=True, minimum=1, methods=(*_FACTORED, "galore"), synonyms="lora_r r lora_rank galore_rank"),
     )
     sp_ratio: float = flag(
         0.01,
@@ -335,7 +335,7 @@ class OptimizationArguments:
             no_effect=lambda args: (
                 None if args.max_train_tokens is None else f"with --max_train_tokens {args.max_train_tokens}: tokens end the run"
             ),
-            synonyms="max_steps num_steps steps max_iters train_iters total_steps num_iterations",
+            synonyms="max_steps max_train_steps num_steps steps max_iters train_iters total_steps num_iterations",
         ),
     )
     max_train_tokens: int | None = flag(
@@ -486,7 +486,7 @@ class OptimizationArguments:
             minimum=0,
             maximum=1,
             no_effect=lambda args: "with --scheduler linear, which ends at 0" if args.scheduler == "linear" else None,
-            synonyms="min_lr final_lr_ratio",
+            synonyms="min_lr final_lr_ratio lr_min_ratio",
         ),
     )
     warmup_steps: int = flag(
@@ -600,13 +600,24 @@ class SystemArguments:
     """system"""
 
     seed: int = flag(42, "seed of initial values, support and data order", never(minimum=0, below=2**63, synonyms="random_seed"))
-    device: str = flag("auto", "auto | cpu | cuda | cuda:N", freely(synonyms="gpu"))
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N", freely(synonyms="gpu device_type"))
+    memory: int | None = flag(
+        None,
+        "plan for a device with this much memory, such as 80GB (10^9 bytes) or 24GiB (2^30), that need not be here; with "
+        "--dry_run, for a GPU unless --device cpu is given",
+        freely(
+            kind="memory",
+            minimum=1,
+            no_effect=lambda args: None if args.dry_run else "without --dry_run: a run has the memory of its device",
+            synonyms="device_memory gpu_memory vram",
+        ),
+    )
     single_gpu: bool = flag(False, "published flag: one process without a process group; refused where torchrun started more")
     parallel: str = flag(
         "ddp",
         "how several processes share the work: ddp (each holds everything) | fsdp (parameters, gradients and moments are "
         "sharded, layers gathered one at a time)",
-        freely(choices=PARALLEL, synonyms="strategy fsdp ddp"),
+        freely(choices=PARALLEL, synonyms="strategy fsdp ddp distributed_strategy"),
     )
     reduce_dtype: str | None = flag(
         None,

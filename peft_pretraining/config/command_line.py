@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from peft_pretraining.config.arguments import GROUPS, ROWS, Arguments, ConfigError
-from peft_pretraining.config.flag import Row, suggested_flag, suggestion
+from peft_pretraining.config.flag import Row, suggestion
 from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
 
 # Flags that can be given without a value.
@@ -26,6 +27,8 @@ _BARE = frozenset(
     for field in dataclasses.fields(group)
     if ROWS[field.name].const is not None or str(field.type).startswith("bool")
 )
+# Flags that published programs turn off by 0.
+_OFF_AT_ZERO = ("grad_clipping", "optimizer_random_pruning", "optimizer_magnitude_pruning")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ def parse_tokens(text: str) -> int:
     return int(value)
 
 
+def parse_memory(text: str) -> int:
+    """Bytes from `80GB` (powers of 1000), `24GiB` (powers of 1024) or `24 GiB`. Raises ValueError, also without a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt])(i?)b?", text.strip().lower())
+    num_bytes = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2])) if match else 0
+    if num_bytes < 1:
+        raise ValueError(f"{text!r} is not a size in bytes")
+    return num_bytes
+
+
 def _parse_bool(text: str) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
@@ -56,6 +68,8 @@ def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any]
     """Returns the function that reads the flag's value, a description of valid values, and the value's name in --help."""
     if row.kind == "tokens":
         return parse_tokens, "a number of tokens such as 150M, 1.1B or 20000", "TOKENS"
+    if row.kind == "memory":
+        return parse_memory, "a size above 0 with its unit, such as 80GB or 24GiB", "SIZE"
     for name, read, wanted in (
         ("bool", _parse_bool, "true or false"),
         ("int", int, "a whole number"),
@@ -129,23 +143,31 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     # A word such as -x, which argparse reads as a flag.
     except ConfigError as error:
         return arguments_from({**missing, "command line": Unreadable(str(error))})
-    return arguments_from(with_config_file({**given_flags(parsed), **_unknown_flags(unknown), **missing}))
+    return arguments_from(with_config_file({**given_flags(parsed), **unknown_flags(unknown), **missing}))
 
 
 def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separates flags whose value is missing from the other words, because argparse would stop at the first of them."""
+    """Separates flags whose value is missing from the other words, because argparse would stop at the first of them.
+
+    A value such as -5GB is joined to its flag by "=", because argparse would read it as a flag.
+    """
     kept: list[str] = []
     missing: dict[str, Any] = {}
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    words = iter(zip(argv, [*argv[1:], "--"], strict=True))
+    for word, following in words:
         name = word.removeprefix("--")
-        if word.startswith("--") and name in ROWS and name not in _BARE and following.startswith("--"):
+        takes_value = word.startswith("--") and name in ROWS and name not in _BARE
+        if takes_value and following.startswith("--"):
             missing[name] = Unreadable(f"{word}: needs a value ({ROWS[name].help})")
+        elif takes_value and following.startswith("-"):
+            kept.append(f"{word}={following}")
+            next(words)
         else:
             kept.append(word)
     return kept, missing
 
 
-def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
+def unknown_flags(words: Sequence[str]) -> dict[str, Any]:
     """Returns a problem for each unknown flag (with its value) and for each word that belongs to no flag."""
     phrases: list[list[str]] = []
     for word in words:
@@ -155,10 +177,16 @@ def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
     problems = {}
     for phrase in phrases:
         text = " ".join(phrase)
-        meant = suggested_flag(phrase[0].split("=")[0], ROWS) if phrase[0].startswith("-") else None
-        hint = f" (did you mean --{meant}?)" if meant else ""
-        problems[text] = Unreadable(f"unknown argument {text}{hint}; --help lists every flag")
+        meaning = _hint(phrase[0].split("=")[0]) if phrase[0].startswith("-") else "; --help lists every flag"
+        problems[text] = Unreadable(f"unknown argument {text}{meaning}")
     return problems
+
+
+def _hint(name: str, prefix: str = "--") -> str:
+    # Imported for unknown flags only: no run needs the table.
+    from peft_pretraining.config.other_programs import hint
+
+    return hint(name, ROWS, prefix)
 
 
 def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -208,9 +236,7 @@ def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[st
     problems: dict[str, Any] = {}
     for key, value in values.items():
         if key not in ROWS or key == "config":
-            meant = suggested_flag(str(key), ROWS)
-            hint = f" (did you mean {meant}?)" if meant else ""
-            problems[f"{path}: {key}"] = Unreadable(f"--config {path}: unknown name {key!r}{hint}")
+            problems[f"{path}: {key}"] = Unreadable(f"--config {path}: unknown name {key!r}{_hint(str(key), prefix='')}")
         elif isinstance(value, (dict, list)):
             problems[key] = Unreadable(f"--config {path}: {key} must be a single value, not {value!r}")
         elif isinstance(value, bool) and ROWS[key].const:
@@ -230,8 +256,9 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
             if row.required and name not in given:
                 refused[name] = f"--{name} is required: {row.help}"
     values = _with_published_optimizer(values, refused)
-    if values.get("grad_clipping") == 0:
-        values["grad_clipping"] = None
+    for name in _OFF_AT_ZERO:
+        if values.get(name) == 0:
+            values[name] = None
     return Arguments(**values, given=frozenset(given), refused=refused)
 
 

@@ -19,7 +19,8 @@ class Row:
 
     help: what the flag does. unit: the value's unit, shown as the value's name in --help.
     required: True if a run cannot start without the flag. choices: accepted names -> the value each stands for.
-    const: the value of the flag given without a value. kind: "tokens" for counts such as 150M.
+    const: the value of the flag given without a value. kind: "tokens" for counts such as 150M, "memory"
+    for bytes such as 80GB.
     minimum, maximum: the smallest and largest value. above, below: limits that are not allowed themselves.
     defines_run: True if the default save_dir depends on the flag.
     added_later: True if runs were made before the flag existed; the default save_dir does not depend on it at its default.
@@ -124,5 +125,5 @@ def suggested_flag(name: str, rows: Mapping[str, Row]) -> str | None:
     """Returns the flag that an unknown name probably means, by synonym or spelling; None if no flag is similar."""
     meant = {synonym: flag_name for flag_name, row in rows.items() for synonym in (flag_name, *row.synonyms)}
     name = name.lstrip("-").replace("-", "_").lower()
-    close = [name] if name in meant else difflib.get_close_matches(name, list(meant), n=1)
+    close = [name] if name in meant else difflib.get_close_matches(name, list(meant), n=1, cutoff=0.8)
     return meant[close[0]] if close else None

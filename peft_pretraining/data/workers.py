@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from peft_pretraining.data import DataError
+from peft_pretraining.distributed.world import stop_signals
 
 _PREFETCHED_ITEMS = 4  # per worker
 
@@ -135,9 +136,8 @@ def _child_signals_kept() -> Iterator[None]:
 
 
 def _prepare_process(parent: int, worker: int) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -52,8 +52,24 @@ def device_memory(device: torch.device, world: World) -> DeviceMemory:
         # The file may be absent, or contain "max" for no limit.
         with contextlib.suppress(OSError, ValueError), open(limit, encoding="ascii") as file:
             size = min(size, int(file.read()))
+    return _shared("this machine's memory", size, world)
+
+
+def planned_memory(name: str, num_bytes: int, world: World) -> DeviceMemory:
+    """Returns the memory of a device that need not be here. name: as for --device; auto is a GPU."""
+    if name == "cpu":
+        return _shared("the planned machine's memory", num_bytes, world)
+    return DeviceMemory("the planned GPU", num_bytes, "cuda")
+
+
+def _shared(name: str, num_bytes: int, world: World) -> DeviceMemory:
     share = f" for each of {world.local_size} processes" if world.local_size > 1 else ""
-    return DeviceMemory(f"this machine's memory{share}", size // world.local_size, "cpu")
+    return DeviceMemory(f"{name}{share}", num_bytes // world.local_size, "cpu")
+
+
+def default_dtype(device_type: str) -> str:
+    """Returns the dtype of a run for which none is given: bfloat16 on a GPU, which is taken to have it."""
+    return "bfloat16" if device_type == "cuda" else "float32"
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo"), environ: Mapping[str, str] = os.environ) -> bool | None:
@@ -94,7 +110,10 @@ def pick_device(name: str, world: World) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not available:
-        raise DeviceError(f"--device {name}: torch {torch.__version__} finds no GPU; use --device cpu")
+        raise DeviceError(
+            f"--device {name}: torch {torch.__version__} finds no GPU; use --device cpu, or plan for another machine's with "
+            "--dry_run --memory 80GB"
+        )
     number = int(index) if index else world.local_rank
     # Raised on every process, including those whose local rank has a GPU.
     if not index and world.local_size > available:

@@ -1,4 +1,4 @@
-"""The processes of a run: their ranks, their process group and small collectives.
+"""The processes of a run: their ranks, their process group, small collectives, stop signals and output.
 
 This is the only module that reads torchrun's rank variables. torch is imported inside the functions, so that
 `World.from_environment` works without loading it.
@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from peft_pretraining.config.arguments import ConfigError
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-
+# Set by launch.py, which ends without torchrun's traceback after a signal.
+LAUNCHED = "SLTRAIN_LAUNCHED"
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
+_STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 # Parts of the error messages of torch's collectives when a peer has ended or does not answer.
 _LOST_PEER_SIGNS = (
     "Connection closed by peer",
@@ -50,14 +59,98 @@ class World:
 
     @staticmethod
     def from_environment() -> World:
-        """Returns the world described by torchrun's environment variables, or a single process without torchrun."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return World()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local_rank, local_size = (
-            int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
-        )
+        """Returns the world described by torchrun's environment variables, or a single process without torchrun.
+
+        An empty variable counts as not set, and is removed, because libraries read it as a number. Raises ConfigError for values
+        that contradict one another.
+        """
+        for name in (*_RANKS, *_MEETING_PLACE):
+            if not os.environ.get(name, "").strip():
+                os.environ.pop(name, None)
+        given = {name: os.environ[name].strip() for name in (*_RANKS, *_MEETING_PLACE) if name in os.environ}
+        if (problem := _world_problem(given)) is not None:
+            way_out = f"start several processes with torchrun, which sets them, or a single one after: unset {' '.join(given)}"
+            raise ConfigError([f"{problem}; {way_out}"])
+        rank, size, local_rank, local_size = (int(given.get(name, default)) for name, default in zip(_RANKS, "0101", strict=True))
         return World(rank, size, local_rank, local_size)
+
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Prints a line above the progress bar, on rank 0 only. file: sys.stderr by default."""
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=file or sys.stderr)
+
+
+def _world_problem(given: Mapping[str, str]) -> str | None:
+    """Returns what is wrong with the rank variables, or None. given: those that are set and not empty."""
+    for name in (*_RANKS, "MASTER_PORT"):
+        if name in given and not (given[name].isascii() and given[name].isdigit()):
+            return f"{name}={given[name]} in the environment: must be a whole number, 0 or more"
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(given.get(rank, 0)) >= int(given.get(size, 1)) or (rank not in given and int(given.get(size, 1)) > 1):
+            return f"{_shown(rank, given)} and {_shown(size, given)} in the environment: the rank must be set and below the size"
+    if int(given.get("LOCAL_WORLD_SIZE", 1)) > int(given.get("WORLD_SIZE", 1)):
+        return f"{_shown('LOCAL_WORLD_SIZE', given)} in the environment is more than {_shown('WORLD_SIZE', given)}"
+    if int(given.get("WORLD_SIZE", 1)) == 1:
+        return None
+    if ("LOCAL_RANK" in given) != ("LOCAL_WORLD_SIZE" in given):
+        return f"{_shown('LOCAL_RANK', given)} and {_shown('LOCAL_WORLD_SIZE', given)} in the environment: set both or neither"
+    if missing := [name for name in _MEETING_PLACE if name not in given]:
+        processes = f"WORLD_SIZE={given['WORLD_SIZE']} in the environment: the processes have no meeting place"
+        return f"{processes}, {' and '.join(missing)} not set"
+    if not 0 < int(given["MASTER_PORT"]) < 2**16:
+        return f"MASTER_PORT={given['MASTER_PORT']} in the environment: must be a port, 1 to 65535"
+    return None
+
+
+def _shown(name: str, given: Mapping[str, str]) -> str:
+    return f"{name}={given[name]}" if name in given else f"{name} (not set)"
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Returns the signals that ask a run to save and stop.
+
+    SIGHUP is left out where it is ignored (nohup), because a closed terminal must not end that run. Others count even if ignored:
+    a script's shell ignores SIGINT and SIGQUIT for what it starts with `&`, and `kill -INT` is to save there too.
+    """
+    numbers = [signal.Signals(getattr(signal, name)) for name in _STOP_SIGNALS if hasattr(signal, name)]
+    return [number for number in numbers if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+class _LastingStream:
+    """A text stream on which writing to a closed terminal or pipe has no effect, instead of raising OSError."""
+
+    def __init__(self, stream: TextIO | None):
+        """stream: None if the process was started without it, which leaves its descriptor to the next file that is opened."""
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 # open as long as the process
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, operation: Callable[..., object], *arguments: str) -> None:
+        try:
+            operation(*arguments)
+        except OSError as error:
+            # Libraries, and the interpreter at its end, write to the descriptor itself.
+            if error.errno in (errno.EIO, errno.EPIPE):
+                with open(os.devnull, "w", encoding="utf-8") as nowhere:
+                    os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Lets the block go on when its terminal is closed or the program that reads its output ends (`| tee`)."""
+    streams = [cast(TextIO, _LastingStream(stream)) for stream in (sys.stdout, sys.stderr)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        yield
 
 
 @contextlib.contextmanager
@@ -78,9 +171,14 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         dist.init_process_group(backend, timeout=timeout, **_meeting_place(world, timeout))
         yield
     except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         if any(sign in str(error) for sign in _LOST_PEER_SIGNS):
+            raise LostProcess(f"another process of this run has ended; see its error message ({reason})") from None
+        if isinstance(error, dist.DistError) and not dist.is_initialized():
+            place = ":".join(os.environ.get(name, "") for name in _MEETING_PLACE) + " (MASTER_ADDR:MASTER_PORT)"
+            reason = reason.rstrip(".")
             raise LostProcess(
-                f"another process of this run has ended; see its error message ({str(error).splitlines()[0][:200]})"
+                f"the {world.size} processes did not meet at {place}: {reason}; start all of them, or let torchrun start them"
             ) from None
         raise
     # Not after a failure: other processes may still wait in a collective, and destroying the group would wait for them.

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
-from peft_pretraining.config.optimizers import PUBLISHED_NAMES
 from peft_pretraining.methods.method import Method, TensorGroup
 
 if TYPE_CHECKING:
@@ -47,12 +46,6 @@ class GaLore(Method):
         """Describes the subspaces."""
         kind = f"{args.proj_type}, recomputed every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
         return f" in subspaces of rank {args.rank} ({kind})"
-
-    def optimizer_flags(self, optimizer: str) -> str:
-        """The published name if there is one (galore_adamw), else the optimizer and --peft_model galore."""
-        flags = {"optimizer": optimizer, "peft_model": self.name}
-        published = (alias for alias, meaning in PUBLISHED_NAMES.items() if meaning == flags)
-        return next(published, f"{optimizer} --peft_model {self.name}")
 
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str

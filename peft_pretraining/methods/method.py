@@ -142,10 +142,6 @@ class Method:
         """Text after the optimizer's name in the plan."""
         return ""
 
-    def optimizer_flags(self, optimizer: str) -> str:
-        """The value to suggest after --optimizer for this method."""
-        return optimizer
-
     def linear_groups(
         self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
     ) -> list[TensorGroup]:

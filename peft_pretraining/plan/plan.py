@@ -1,7 +1,4 @@
-"""The plan: every integer that follows from the arguments, checked before anything is loaded, and printed by --dry_run.
-
-Also the messages about insufficient memory, which propose flags that lower the peak.
-"""
+"""The plan: every integer that follows from the arguments, checked before anything is loaded, and printed by --dry_run."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, lr_ratios
 from peft_pretraining.data.source import original_dataset
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.account import CLASSES, account, fitting_flags, savings
+from peft_pretraining.memory.account import CLASSES, account
 from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
@@ -154,10 +151,8 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         rows.append(("wire", format_wire(wire_figures(setting_of(plan, args, "cpu"), None, None))))
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += [f"warning: {text}" for text in plan.warnings]
-    if memory_of_device is not None and memory_of_device.device_type == "cpu":
+    if memory_of_device is not None and memory_of_device.device_type == "cpu" and args.memory is None:
         lines += [f"warning: {text}" for text in _slow_dtype(plan, args)]
-    if memory_of_device is not None and plan.bytes["peak"] > memory_of_device.num_bytes:
-        lines += [f"warning: {text}" for text in memory_problems(plan, args, memory_of_device)]
     return "\n".join(lines)
 
 
@@ -219,31 +214,3 @@ def _peak_text(plan: Plan, device: DeviceMemory | None) -> str:
         return text
     verdict = "fits" if plan.bytes["peak"] <= device.num_bytes else "does NOT fit"
     return f"{text}; {verdict} in the {device.num_bytes / GIB:.1f} GiB of {device.name}"
-
-
-def out_of_memory_problem(plan: Plan, args: Arguments, device_type: str, message: str) -> str:
-    """The message of a run that ran out of memory; `message`: the allocator's own."""
-    largest = max(CLASSES, key=lambda name: plan.bytes[name])
-    setting = setting_of(plan, args, device_type)
-    lower = ", ".join(f"{saving.text} ({saving.peak / GIB:.1f} GiB)" for saving in savings(setting))
-    return (
-        f"memory ran out ({message}); by the plan the peak is {plan.bytes['peak'] / GIB:.1f} GiB, most of it {largest} "
-        f"({plan.bytes[largest] / GIB:.1f} GiB); "
-        + (f"to lower the peak: {lower}" if lower else "no flag lowers it: take a smaller model or another device")
-    )
-
-
-def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[str]:
-    """How much memory the run needs beyond the device's, and the flags that would make it fit; [] where it fits."""
-    if plan.bytes["peak"] <= device.num_bytes:
-        return []
-    setting = setting_of(plan, args, device.device_type)
-    wanted = f"{plan.bytes['peak'] / GIB:.1f} GiB at the peak, and {device.name} has {device.num_bytes / GIB:.1f} GiB"
-    single = ", ".join(f"{saving.text} {saving.peak / GIB:.1f}" for saving in savings(setting))
-    together = fitting_flags(setting, device.num_bytes)
-    way_out = (
-        "would fit with " + " ".join(saving.text for saving in together)
-        if together
-        else "no flag makes it fit: take a smaller model, or more processes' memory"
-    )
-    return [f"this run needs about {wanted} per process; {way_out}", f"peak in GiB with one change: {single}"]

@@ -26,7 +26,7 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import local
 from peft_pretraining.optim.updates import HasState
-from peft_pretraining.record.summary import METRICS_FILE, old_record, read_metrics, read_record, summary
+from peft_pretraining.record.summary import METRICS_FILE, old_record, read_metrics, read_record, read_stop, status, summary
 from peft_pretraining.record.wandb_run import finish_wandb, log_row, one_line, send_missing, start_wandb
 from peft_pretraining.training.evaluate import EvalResult
 from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
@@ -35,6 +35,7 @@ from sparse_lora import Support
 # A loss is a spike where it exceeds the median of the last _WINDOW by _SIGMAS standard deviations and by _MIN_JUMP nats.
 _WINDOW, _MIN_LOSSES = 100, 20
 _SIGMAS, _MIN_JUMP = 6.0, 0.2
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} updates [{elapsed}<{remaining}{postfix}]"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -161,12 +162,15 @@ class Recorder:
         self._write({**row, **self._spike(row)})
         if "memory_peak_measured" in row:
             self.say(_memory_text(row))
-        bad_records = f"  {row['bad_records']:,} bad records" if row.get("bad_records") else ""
-        self._bar.set_postfix_str(
-            f"loss {row['loss']:.3f}  ppl {_perplexity_text(row['loss'])}  {row['throughput_tokens']:,.0f} tok/s  "
-            f"{row['max_memory'] / 2**30:.2f} GiB{self._last_perplexity}{bad_records}",
-            refresh=False,
-        )
+        figures = [
+            f"loss {row['loss']:.3f}",
+            f"{row['throughput_tokens']:,.0f} tok/s",
+            f"ppl {_perplexity_text(row['loss'])}",
+            self._last_perplexity,
+            f"{row['bad_records']:,} bad records" if row.get("bad_records") else "",
+            f"{row['max_memory'] / 2**30:.2f} GiB",
+        ]
+        _show(self._bar, [figure for figure in figures if figure])
 
     def _spike(self, row: Mapping[str, Any]) -> dict[str, float]:
         """The row's key `loss_spike` for a loss that jumped, and a line about it for the user; empty otherwise."""
@@ -195,7 +199,7 @@ class Recorder:
         }
         row |= {} if tokens_seen is None else {"tokens_seen": tokens_seen}
         self._write(row)
-        self._last_perplexity = f"  eval ppl {result.perplexity:.4g}"
+        self._last_perplexity = f"eval ppl {result.perplexity:.4g}"
         bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
         self.say(
             f"update {update_step}: evaluation loss {result.loss:.4f}, perplexity {result.perplexity:.4g}{bits}, "
@@ -240,7 +244,9 @@ class Recorder:
         self._tell(self._file.close())
         if self._wandb is not None:
             try:
-                finish_wandb(self._wandb, summary(self._document, read_metrics(self.run_folder)), exit_code)
+                rows = read_metrics(self.run_folder)
+                state = status(self._document, rows, read_stop(self.run_folder))
+                finish_wandb(self._wandb, {"status": state, **summary(self._document, rows)}, exit_code)
             except Exception as error:
                 print(f"warning: wandb did not finish ({one_line(error)})", file=sys.stderr)
 
@@ -265,12 +271,33 @@ def _progress_bar(total_updates: int, start_step: int) -> Any:
     return tqdm(
         total=total_updates,
         initial=start_step,
-        desc="updates",
         unit="update",
-        dynamic_ncols=is_terminal,
+        bar_format=_BAR,
+        ncols=_columns(),
         mininterval=0.5 if is_terminal else 15.0,
         smoothing=0.05,
     )
+
+
+def _columns() -> int | None:
+    """Returns the columns that the bar may fill, with room for the terminal's `^C`; None where lines may have any length."""
+    try:
+        return max(os.get_terminal_size(sys.stderr.fileno()).columns - 3, 1)
+    except (OSError, ValueError):
+        return None
+
+
+def _show(bar: Any, figures: list[str]) -> None:
+    """Shows as many of the figures, the most important first, as leave a bar of ten columns."""
+    bar.ncols = _columns()
+    state = {**bar.format_dict, "ncols": None, "postfix": None}  # without ncols, tqdm's bar has ten columns
+    room = math.inf if bar.ncols is None else bar.ncols - len(bar.format_meter(**state)) - len(", ")
+    shown = figures[:1]
+    for figure in figures[1:]:
+        if len("  ".join([*shown, figure])) > room:
+            break
+        shown.append(figure)
+    bar.set_postfix_str("  ".join(shown), refresh=False)
 
 
 class PendingUpdate:

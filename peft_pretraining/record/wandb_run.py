@@ -254,6 +254,8 @@ def _is_known(row: Mapping[str, Any], summary: Any) -> bool:
 def finish_wandb(run: Any, figures: Mapping[str, Any], exit_code: int = 0) -> None:
     """Writes the run's results to wandb's summary, for tables of runs and scatter plots, and ends the wandb run."""
     try:
-        run.summary.update({name: value for name, value in figures.items() if value is not None})
+        # A run that is longer now than when it finished has a final figure there that no longer is one.
+        old = [name for name, value in figures.items() if value is None and run.summary.get(name) is not None]
+        run.summary.update({name: value for name, value in figures.items() if value is not None or name in old})
     finally:
         run.finish(exit_code=exit_code)

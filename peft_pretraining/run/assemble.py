@@ -23,7 +23,8 @@ from peft_pretraining.distributed.device import device_memory, resolve_dtype, to
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.llama import keep_compiled_code
-from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
+from peft_pretraining.plan.advice import memory_problems
+from peft_pretraining.plan.plan import Plan, format_plan, make_plan
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.record.wandb_run import wandb_settings
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
@@ -69,7 +70,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     """Builds a run and restores the checkpoint it resumes from; returns None if the run is finished already."""
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
     memory = device_memory(device, world)
-    if not args.force and (problems := memory_problems(plan, args, memory)):
+    problems = memory_problems(plan, args, memory)
+    if problems and not args.force:
         raise ConfigError([*problems, "--force starts the run anyway"])
     folder = open_run_folder(args, plan, world)
     if (state := finished_state(folder.path, folder.checkpoint, args, plan)) is not None:
@@ -85,6 +87,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         # Printed now, because a checkpoint decides the order of its run's data.
         order = order_text(data.source, data.loader.data_order)
         print(format_plan(plan, args, data.source.describe(), memory, order), file=sys.stderr)
+        for memory_problem in problems:
+            print(f"warning: {memory_problem}", file=sys.stderr)
     # Started here so that the loader's workers read and tokenise while the model is built.
     batches = iter(data.loader)
     if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
@@ -98,6 +102,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
+        world.say(_going_on(folder, parts.state, plan))
     document = run_document(args, plan, world, folder, data.source, data.loader.data_order)
     saver = Saver(
         folder.path,
@@ -112,8 +117,17 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     return Run(
         *(plan, device, folder, data, batches, module, parts),
         restarts if restarts.any else None,
-        *(document, StopRequest(), saver),
+        *(document, StopRequest(speaks=world.local_rank == 0), saver),
     )
+
+
+def _going_on(folder: RunFolder, state: TrainState, plan: Plan) -> str:
+    """Returns the line that says from which checkpoint a run goes on."""
+    assert folder.checkpoint is not None
+    verb = "starting from the weights of" if folder.warm_start else "going on from"
+    length = f"{plan.max_train_tokens:,} tokens" if plan.max_train_tokens is not None else f"{plan.num_training_steps:,} updates"
+    made = f"{state.update_step:,} updates and {state.tokens_seen:,} tokens"
+    return f"{verb} {folder.checkpoint.name} in {folder.checkpoint.parent}: {made} of {length}"
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:

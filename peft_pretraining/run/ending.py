@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,8 +13,9 @@ import torch
 from peft_pretraining.checkpoint.step_folder import save_checkpoint, write_json
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.data.loader import Batch
-from peft_pretraining.distributed.world import World, gather_objects
-from peft_pretraining.plan.plan import make_plan, out_of_memory_problem
+from peft_pretraining.distributed.world import LAUNCHED, World, gather_objects
+from peft_pretraining.plan.advice import out_of_memory_problem
+from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.run.assemble import Run
 from peft_pretraining.run.resume import run_content
 from peft_pretraining.training.stop import MARKER_FILE, StopRun
@@ -35,7 +38,9 @@ def end_early(run: Run, args: Arguments, world: World, stopped: StopRun) -> str 
     if world.is_main:
         marker = {"signal": run.stop.signal_name, "update_step": state.update_step, "tokens_seen": state.tokens_seen}
         write_json(folder.path / MARKER_FILE, marker)
-        print(f"stopped on request ({run.stop.signal_name or 'on another process'}): {kept}")
+    plain_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHED not in os.environ
+    follows = "; a SignalException of torchrun below means only that it got the signal too" if plain_torchrun else ""
+    world.say(f"stopped on request ({run.stop.signal_name or 'on another process'}): {kept}{follows}", sys.stdout)
     return None
 
 

@@ -1,4 +1,8 @@
-"""Handles requests to stop: SIGTERM, SIGUSR1 (sent by Slurm before a time limit) and Ctrl-C end the run between two updates."""
+"""Handles requests to stop.
+
+Ctrl-C, SIGTERM, SIGQUIT, SIGHUP (a closed terminal) and SIGUSR1 (sent by Slurm before a time limit) end the run between two
+updates.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from peft_pretraining.distributed.world import World, stop_signals
+
 MARKER_FILE = "stopped.json"
-_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
-# A terminal sends Ctrl-C to torchrun and to its processes, and torchrun forwards it: signals within this time are one request.
+# A closed terminal signals a process more than once, and torchrun forwards signals: those within this time are one request.
 _SAME_REQUEST_S = 5.0
 _STDERR = 2
 
@@ -38,9 +43,15 @@ class StopRun(Exception):
 class StopRequest:
     """Records whether this process was asked to stop. A second signal more than five seconds later ends it immediately."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, exit_now: Callable[[int], Any] = os._exit):
-        """clock, exit_now: replaced in tests."""
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        exit_now: Callable[[int], Any] = os._exit,
+        speaks: bool = True,
+    ):
+        """clock, exit_now: replaced in tests. speaks: whether a signal is answered with a line; one process of a machine does."""
         self.signal_name: str | None = None
+        self._speaks = speaks
         self._clock, self._exit_now = clock, exit_now
         self._since = 0.0
         self._waiting = False
@@ -56,8 +67,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-        before = {number: signal.signal(number, self._note) for number in numbers}
+        before = {number: signal.signal(number, self._note) for number in stop_signals()}
         try:
             yield self
         finally:
@@ -82,16 +92,35 @@ class StopRequest:
                 self._leave(name, number)
             return
         self.signal_name, self._since = name, self._clock()
-        # os.write instead of print, because the signal may interrupt a print.
-        os.write(_STDERR, f"\n{name}: stopping after this update; send the signal again to end immediately\n".encode())
+        self._answer(f"{name}: stopping after this update; send the signal again to end immediately")
         if self._waiting:
             self._waiting = False
             raise Stopped
 
     def _leave(self, name: str, number: int) -> None:
-        text = f"\n{name} again: ended immediately; run the same command again to resume from the newest checkpoint\n"
-        os.write(_STDERR, text.encode())
+        self._answer(f"{name} again: ended immediately; run the same command again to resume from the newest checkpoint")
         # Data workers ignore stop signals.
         for child in multiprocessing.active_children():
             child.kill()
         self._exit_now(128 + number)
+
+    def _answer(self, text: str) -> None:
+        # os.write instead of print, because the signal may interrupt a print. The terminal may be closed.
+        if self._speaks:
+            with contextlib.suppress(OSError):
+                os.write(_STDERR, f"\n{text}\n".encode())
+
+
+def torchrun_ignores_nohup(world: World) -> str | None:
+    """Returns a notice if torchrun was started by nohup and handles SIGHUP all the same; None otherwise.
+
+    The shell names the command that it started in the variable `_`. torchrun's handler hides from its processes that SIGHUP was
+    ignored.
+    """
+    by_nohup = os.path.basename(os.environ.get("_", "")) == "nohup" and "TORCHELASTIC_RUN_ID" in os.environ
+    if not by_nohup or not world.is_main or signal.SIGHUP not in stop_signals():
+        return None
+    return (
+        "torchrun handles SIGHUP even under nohup: a closed terminal stops the run, which saves; to train on, start torchrun "
+        "with --signals-to-handle SIGTERM,SIGINT,SIGQUIT,SIGUSR1, or start a recipe in scripts/"
+    )

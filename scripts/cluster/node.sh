@@ -27,5 +27,6 @@ case "${program[0]}" in
 esac
 # shellcheck source=SCRIPTDIR/../setup.sh
 source "$here/../setup.sh" --prefer-active
+eval "program=($(from_start "${program[@]}"))"
 cd "$root"
 launch 1 torchrun_main.py "${program[@]}" --save_dir "$run_dir"

@@ -6,8 +6,8 @@
 #   say which value belongs to which task: this script uses the first delta and the middle of each range, to be tuned on the
 #   validation set. Epochs, batch and length are our choice.
 # Network: model and task are downloaded from the hub once; MODEL=folder, --train_file and --validation_file need no network.
-# Flags given on the command line override the script's; paths are relative to the checkout.
-# The merged model and results.json go to OUT (default: runs/glue/TASK).
+# Flags given on the command line override the script's; relative paths start from the folder where you are.
+# The merged model and results.json go to OUT (default: runs/glue/TASK in the checkout).
 set -euo pipefail
 task="${1:?which task? cola sst2 mrpc qqp stsb mnli qnli rte wnli}"
 shift
@@ -16,10 +16,13 @@ case "$task" in
     *) epochs=20 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+MODEL="$(resolved --model "${MODEL:-FacebookAI/roberta-base}")"
+OUT="${OUT:+$(resolved --out "$OUT")}"
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 exec "$python" -m peft_pretraining finetune \
-    --model "${MODEL:-FacebookAI/roberta-base}" \
+    --model "$MODEL" \
     --task "$task" \
     --out "${OUT:-runs/glue/$task}" \
     --base frozen \

@@ -6,9 +6,11 @@
 # Published: perplexity 15.56 after 13.1B tokens; parameters and Adam moments 8.04 G in the paper's convention (arXiv
 #   2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
 # The learning rate is SLTrain's, so that only the method differs; it is not tuned for full-rank.
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 8 torchrun_main.py \

@@ -5,9 +5,11 @@
 # Status: planned only, not run yet.
 # Published: full-rank Adam takes 67.4 GB at batch 1 (arXiv 2406.02214, Fig. 3).
 # The learning rate is SLTrain's, so that only the method differs; it is not tuned for full-rank.
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 8 torchrun_main.py \

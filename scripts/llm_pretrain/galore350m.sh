@@ -7,9 +7,11 @@
 #   2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
 # lr, scale and gap are those of GaLore's authors (arXiv 2403.03507 and its repository's script), the number of updates is that
 #   of the other recipes, for the same tokens; their script has 60,000 updates and 6,000 of warm-up.
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 4 torchrun_main.py \

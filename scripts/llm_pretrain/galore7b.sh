@@ -8,9 +8,11 @@
 # Rank, lr, scale and gap are those of GaLore's authors (arXiv 2403.03507 and its repository's script), whose script has
 #   galore_adamw; 8-bit moments are what the figures above were measured with.
 # On one GPU: NPROC=1 ... --optimizer galore_adamw8bit_per_layer --grad_clipping 0 --batch_size 1 (published: 22 GB at batch 1).
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 8 torchrun_main.py \

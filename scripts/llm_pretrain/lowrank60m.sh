@@ -6,9 +6,11 @@
 # Published: perplexity 78.18 after 1.1B tokens; parameters and Adam moments .24 G (.26 by its own formula) in the paper's
 #   convention (arXiv 2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
 # All hyperparameters are SLTrain's, so that only the sparse part differs; none is tuned for low-rank.
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 1 torchrun_main.py \

@@ -10,9 +10,11 @@
 #   updates is that of the other recipes, for the same tokens.
 # Full-rank warm-up: bash scripts/llm_pretrain/full130m.sh --num_training_steps 2000 --warmup_steps 500 --save_dir warm130m,
 #   then this script with --warmed_up_model warm130m; its 2000 updates count.
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 1 torchrun_main.py \

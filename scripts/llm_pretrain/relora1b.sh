@@ -10,9 +10,11 @@
 #   and a first warm-up of 13,000 updates; the number of updates is that of the other recipes, for the same tokens.
 # Full-rank warm-up: bash scripts/llm_pretrain/full1b.sh --num_training_steps 5000 --warmup_steps 500 --save_dir warm1b,
 #   then this script with --warmed_up_model warm1b; its 5000 updates count.
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 8 torchrun_main.py \

@@ -5,9 +5,11 @@
 # Status: planned only, not run yet.
 # Published: perplexity 27.59 after 1.4B tokens, 46G per GPU, 5,877 tokens/s on four A100-80G (arXiv 2406.02214). The published
 #   script says lr 0.003, the paper lr 0.0005; the paper's is used.
-# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's.
+# --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
+#   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" --prefer-active
+eval "set -- $(from_start "$@")"
 cd "$root"
 
 launch 8 torchrun_main.py \

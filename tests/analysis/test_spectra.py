@@ -61,6 +61,9 @@ def test_spectra_writes_a_table_and_pictures(trained: Trained, tmp_path: Path, c
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
     with (folder / "spectra.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    # As in the figures, whose first singular value has the index 1.
+    assert rows[0]["index"] == "1"
+    assert all(int(row["index"]) == 1 for row, last in zip(rows[1:], rows, strict=False) if row["name"] != last["name"])
     assert len(rows) == sum(len(linear["singular_values"]["weight"]) for linear in figures["linears"])
     for linear in figures["linears"]:
         own = [row for row in rows if row["name"] == linear["name"]]

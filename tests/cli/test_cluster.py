@@ -304,7 +304,7 @@ def test_each_machine_uses_its_own_gpus_and_the_first_hosts_the_rendezvous(slurm
         machine = variables | {"SLURM_NODEID": number, "SLURM_GPUS_ON_NODE": gpus}
         conf, *words = subprocess.check_output(command, cwd=ROOT, env=machine, text=True).splitlines()
         assert conf.endswith(f"is_host={'1' if number == '0' else '0'}")
-        assert words[:4] == ["-m", "torch.distributed.run", "--nproc_per_node", gpus]
+        assert words[:4] == ["-m", "peft_pretraining.distributed.launch", "--nproc_per_node", gpus]
         assert words[-2:] == ["--save_dir", str(ROOT / "runs" / "x")]
 
 

@@ -1,6 +1,8 @@
 """`estimate` prints the paper's figures exactly, and the plan's memory account."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -162,7 +164,7 @@ def test_estimate_counts_the_communication_of_several_processes(capsys):
     (row,) = [row for row in wire["not_overlapped"]["scaling"] if row["world_size"] == 4]
     assert row["seconds_per_update"] == pytest.approx(4 * 256 / 1000 + wire["seconds"])
     assert figures(capsys, *SHARED)["wire"]["sent"] == 0
-    assert {"parameters", "bytes", "paper", "wire"} == set(found)
+    assert {"parameters", "bytes", "paper", "wire", "assumed", "device"} == set(found)
 
 
 def test_scaling_is_printed_if_rate_and_bandwidth_are_given(capsys):
@@ -188,3 +190,71 @@ def test_scaling_is_printed_if_rate_and_bandwidth_are_given(capsys):
 def test_invalid_rates_and_bandwidths_are_refused(capsys, flags, named):
     assert command(["estimate", *SHARED, "--world", "2", *flags]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_what_is_assumed_is_printed(capsys):
+    """Every value that memory depends on and that is not given, and none that is given or implied."""
+    model = ("--model_config", str(ROOT / "configs/llama_60m.json"))
+    bare = figures(capsys, *model, "--peft_model", "sltrain")
+    assert bare["assumed"] == {
+        "dtype": "float32",
+        "batch_size": 1,
+        "total_batch_size": 1,
+        "rank": 128,
+        "sp_ratio": 0.01,
+        "optimizer": "adam",
+        "max_length": 256,
+        "per_layer": False,
+        "activation_checkpointing": None,
+    }
+    assert bare["device"]["type"] == "cpu"
+    given = ("--optimizer", "galore_adamw8bit_per_layer", "--batch_size", "2", "--gradient_accumulation", "4")
+    named = figures(capsys, *model, *given, "--device_type", "cuda")
+    assert named["assumed"] == {"dtype": "bfloat16", "rank": 128, "max_length": 256, "activation_checkpointing": None}
+    assert command(["estimate", *model, *given]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert all(text in first for text in ("--dtype float32", "--rank 128", "--max_length 256", "no --activation_checkpointing"))
+    assert "--optimizer" not in first
+
+
+def test_another_device_is_planned_for(capsys):
+    """--memory says whether the run fits and what makes it fit; bytes on a GPU are those of --device_type cuda."""
+    line = ("--model_config", str(ROOT / "configs/llama_7b.json"), "--peft_model", "sltrain", "--rank", "1024")
+    on_gpu = figures(capsys, *line, "--device_type", "cuda")
+    assert on_gpu["device"] == {"type": "cuda", "memory": None, "fits": None, "problems": []}
+    for memory, fits in (("80GB", True), ("16GiB", False)):
+        found = figures(capsys, *line, "--memory", memory)
+        assert found["bytes"] == on_gpu["bytes"] == figures(capsys, *line, "--device", "cuda:1")["bytes"]
+        assert found["device"]["fits"] is fits
+    flags = found["device"]["problems"][0].split("it would fit with ")[1].split()
+    assert figures(capsys, *line, "--memory", "16GiB", *flags)["device"]["fits"]
+    assert command(["estimate", *line, "--memory", "16 GiB"]) == 0
+    assert "does NOT fit in the 16.0 GiB of a cuda device" in capsys.readouterr().out
+    assert figures(capsys, *line, "--memory", "80GB", "--device_type", "cpu")["assumed"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--memory", "80"], "--memory 80: must be"),
+        (["--device", "cpu", "--device_type", "cuda"], "--device_type cuda with --device cpu"),
+    ],
+)
+def test_a_device_that_cannot_be_planned_for_is_refused(capsys, flags, named):
+    assert command(["estimate", "--model_config", str(ROOT / "configs/llama_60m.json"), *flags]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_example_in_the_readme_gives_the_readmes_figure(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example, figure = re.search(
+        r"python -m peft_pretraining (estimate (?:.*\\\n)?.*?)\s+# ([\d.]+) GiB at the peak", text
+    ).groups()
+    peak = figures(capsys, *shlex.split(example.replace("\\\n", ""))[1:])["bytes"]["peak"]
+    assert f"{peak / 2**30:.1f}" == figure
+    stated = re.search(
+        r"predicted for the same setting: ([\d.]+) GiB, and ([\d.]+) GiB at `--total_batch_size 512`", " ".join(text.split())
+    )
+    whole = figures(capsys, *shlex.split(example.replace("\\\n", ""))[1:], "--total_batch_size", "512")["bytes"]["peak"]
+    assert stated.groups() == (figure, f"{whole / 2**30:.1f}")

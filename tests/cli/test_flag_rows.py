@@ -112,6 +112,7 @@ CHANGES = {
     "wandb": "offline",
     "seed": "43",
     "device": "auto",
+    "memory": "80GB",
     "single_gpu": "true",
     "parallel": "fsdp",
     "reduce_dtype": "bfloat16",

@@ -4,8 +4,10 @@ import itertools
 import json
 import math
 import os
+import pty
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,10 @@ def flags(tiny_run) -> list[str]:
 
 def train(folder: Path, *flags: str) -> list[dict]:
     assert torchrun_main.main([*flags, "--save_dir", str(folder)]) == 0
+    return rows_in(folder)
+
+
+def rows_in(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -146,11 +152,11 @@ STOPPED = [
     ("sltrain", "adamw", "padded", "0", "SIGTERM"),
     ("sltrain", "adam8bit", "packed", "2", "SIGUSR1"),
     ("sltrain", "adam8bit_per_layer", "padded", "2", "SIGINT"),
-    ("full", "adamw", "packed", "2", "SIGTERM"),
+    ("full", "adamw", "packed", "2", "SIGHUP"),
     ("full", "adam8bit", "padded", "0", "SIGINT"),
     ("full", "adam8bit_per_layer", "packed", "0", "SIGUSR1"),
     ("lowrank", "adamw", "packed", "0", "SIGINT"),
-    ("lowrank", "adam8bit", "padded", "2", "SIGUSR1"),
+    ("lowrank", "adam8bit", "padded", "2", "SIGQUIT"),
     ("lowrank", "adam8bit_per_layer", "packed", "0", "SIGTERM"),
 ]
 ALL_STOPPED = itertools.product(
@@ -199,6 +205,72 @@ def test_a_run_stopped_by_a_signal_resumes_exactly(tmp_path, flags, monkeypatch,
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     states = [json.loads((tmp_path / place / "step_00000012" / "state.json").read_text()) for place in ("whole", "run")]
     assert states[0] == states[1]  # including the data position
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_goes_on(tmp_path, flags, monkeypatch, capsys):
+    """From the hang-up on every write to the terminal fails. The same with a terminal that hangs up on an ignored SIGHUP."""
+    import peft_pretraining.training.update as training
+
+    honest = training.train_step
+
+    def run(folder: Path, ignored: bool) -> int:
+        other_side, terminal = pty.openpty()
+        calls = itertools.count(1)
+
+        def step(*args, **kwargs):
+            if next(calls) == 3:
+                os.close(other_side)
+                os.kill(os.getpid(), signal.SIGHUP)
+            return honest(*args, **kwargs)
+
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        try:
+            with monkeypatch.context() as patch, open(terminal, "w", buffering=1) as stream:
+                patch.setattr(training, "train_step", step)
+                patch.setattr(sys, "stdout", stream)
+                patch.setattr(sys, "stderr", stream)
+                return torchrun_main.main([*flags, "--save_every", "100", "--save_dir", str(folder)])
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    assert run(tmp_path / "ignored", ignored=True) == 0
+    assert [path.name for path in list_checkpoints(tmp_path / "ignored")] == ["step_00000006"]
+    assert run(tmp_path / "run", ignored=False) == 0
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text())["signal"] == "SIGHUP"
+    capsys.readouterr()
+    again = train(tmp_path / "run", *flags, "--save_every", "100")
+    assert without_times(again) == without_times(rows_in(tmp_path / "ignored"))
+    told = capsys.readouterr().err
+    assert "going on from step_00000003" in told
+    assert "saved step_00000006" in told
+
+
+def test_random_states_and_skipped_updates_go_on(tmp_path, flags, monkeypatch):
+    """Whatever a run has drawn until a checkpoint, the resumed one draws next; and it goes on counting skipped updates."""
+    import random
+
+    import peft_pretraining.training.update as training
+
+    honest = training.train_step
+
+    def step(*args, **kwargs):
+        drawn.append((torch.rand(1).item(), random.random()))
+        return honest(*args, **kwargs)
+
+    flags = [*flags, "--save_every", "1"]
+    monkeypatch.setattr(training, "train_step", step)
+    drawn: list[tuple[float, float]] = []
+    with monkeypatch.context() as patch:
+        poison_loss(patch, bad_calls={3})  # a micro-batch of update 2
+        train(tmp_path / "whole", *flags)
+    whole, drawn = drawn, []
+    with monkeypatch.context() as patch:
+        poison_loss(patch, bad_calls={3})
+        ask_to_stop(patch, after_updates=4)
+        train(tmp_path / "run", *flags)
+    rows = [row for row in train(tmp_path / "run", *flags) if "loss" in row]
+    assert drawn == whole
+    assert [row.get("skipped_updates", 0) for row in rows] == [0, 1, 1, 1, 1, 1]
 
 
 def test_a_request_to_stop_interrupts_an_evaluation(tmp_path, flags, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import torchrun_main
+from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import make_plan
@@ -145,15 +146,14 @@ def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, words_of_torchrun):
-    """A recipe starts as many processes as its header says, or NPROC, and torchrun handles SIGUSR1 in both cases."""
+    """With as many processes as the recipe's header says, or NPROC; the launcher passes signals on either way."""
     header = re.search(r"^# Hardware: (\d+) GPU", path.read_text(encoding="utf-8"), re.MULTILINE)
     alone = words_of_torchrun(path)
     one_of_several = words_of_torchrun(path, NPROC="3", PET_RDZV_ENDPOINT="machine0:15000")
-    assert alone[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", header[1]]
-    assert one_of_several[:4] == ["-m", "torch.distributed.run", "--nproc_per_node", "3"]
-    for command in (alone, one_of_several):
-        assert "SIGUSR1" in command[command.index("--signals-to-handle") + 1].split(",")
-        assert command.index("--signals-to-handle") < command.index("torchrun_main.py")
+    assert alone[:5] == ["-m", "peft_pretraining.distributed.launch", "--standalone", "--nproc_per_node", header[1]]
+    assert one_of_several[:4] == ["-m", "peft_pretraining.distributed.launch", "--nproc_per_node", "3"]
+    assert "torchrun_main.py" in alone
+    assert "torchrun_main.py" in one_of_several
 
 
 # The scripts and the README of ReLoRA's repository.
@@ -205,3 +205,59 @@ def test_the_full_rank_warm_up_in_reloras_header_fits_it(size, monkeypatch):
     assert warm.num_training_steps % ours.cycle_length == 0
     names = ("model_config", "max_length", "dtype", "seed", "total_batch_size", "packing", "dataset")
     assert all(getattr(warm, name) == getattr(ours, name) for name in names)
+
+
+# Flags whose values are paths: of training by their rows, and of fine-tuning.
+PATH_FLAGS = {name for name, row in ROWS.items() if row.unit in ("file", "folder")} | {"dataset", "eval_dataset", "tokenizer"}
+FINETUNING_PATHS = {"model", "train_file", "validation_file", "out"}
+
+
+def resolved(folder: Path, *words: str) -> tuple[list[str], str]:
+    """What scripts/setup.sh makes of a command line that was typed in `folder`, and its notices."""
+    script = f'source {ROOT}/scripts/setup.sh; eval "set -- $(from_start "$@")"; printf "%s\\n" "$@"'
+    command = ["bash", "-c", script, "bash", *words]
+    environment = {**os.environ, "SLTRAIN_PYTHON": sys.executable}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return ended.stdout.splitlines(), ended.stderr
+
+
+def test_relative_paths_start_where_the_script_was_started(tmp_path):
+    """Existing inputs and new outputs; names of data sets, other values and what only the checkout has stay as they are."""
+    for name in ("own.json", "corpus one", "shard-1.jsonl", "full", "c4"):
+        (tmp_path / name).touch()
+    here = str(tmp_path.resolve())
+    cases = {
+        ("--model_config", "own.json"): f"{here}/own.json",
+        ("--dataset", "corpus one"): f"{here}/corpus one",
+        ("--dataset", "shard-*.jsonl"): f"{here}/shard-*.jsonl",
+        ("--save_dir", "runs/new"): f"{here}/runs/new",
+        ("--out", "../tuned"): f"{here}/../tuned",
+        ("--eval_dataset", "/data"): "/data",
+        ("--tokenizer", "t5-base"): "t5-base",
+        ("--dataset", "c4"): "c4",
+        ("--dataset", "hub:allenai/c4"): "hub:allenai/c4",
+        ("--peft_model", "full"): "full",
+        ("--tags", "own.json"): "own.json",
+        ("--model_config", "configs/llama_9m.json"): "configs/llama_9m.json",
+    }
+    typed = [word for case in cases for word in case]
+    words, notices = resolved(tmp_path, *typed, "--compile", "--config=own.json", "--name", "it's", "--dry_run")
+    expected = [word for (flag, _), value in cases.items() for word in (flag, value)]
+    assert words == [*expected, "--compile", f"--config={here}/own.json", "--name", "it's", "--dry_run"]
+    assert notices.splitlines() == [
+        f"notice: --model_config configs/llama_9m.json: taken from the checkout, {ROOT}; there is none in {here}"
+    ]
+    assert resolved(ROOT, *typed, "--save_dir", "runs/a") == ([*typed, "--save_dir", "runs/a"], "")
+
+
+def test_setup_knows_every_flag_that_takes_a_path(tmp_path):
+    text = (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8").split("resolved() {")[1].split("*)")[0]
+    assert set(re.findall(r"--(\w+)", text)) == PATH_FLAGS | FINETUNING_PATHS
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_resolves_given_paths_and_keeps_its_own(path, words_of_torchrun):
+    """words_of_torchrun starts it in /: a new run folder is there, the model's configuration in the checkout."""
+    words = words_of_torchrun(path, "--save_dir", "a new run", "--name=it's")
+    assert words[-3:] == ["--save_dir", "/a new run", "--name=it's"]
+    assert re.fullmatch(r"configs/llama_\w+\.json", words[words.index("--model_config") + 1])

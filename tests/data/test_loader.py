@@ -345,7 +345,7 @@ def test_workers_ignore_stop_signals_and_end_with_close(write_shards, byte_token
     next(iterator)
     processes = each._running._running._processes
     for process in processes:
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
             os.kill(process.pid, name)
     for _ in range(200):
         next(iterator)

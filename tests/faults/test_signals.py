@@ -58,6 +58,7 @@ def test_two_stopped_processes_resume_bit_identically(tmp_path, flags, method, o
 
     code, output = forked.run([*flags, "--save_dir", str(folder)], tmp_path / "log-2", processes=2)
     assert code == 0, output
+    assert output.count(f"going on from step_{marker['update_step']:08d}") == 1  # by rank 0 alone
     assert record(folder) == record(tmp_path / "whole")
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(folder)
     assert expected.keys() == found.keys()

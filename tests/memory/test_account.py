@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import load_model_config
-from peft_pretraining.distributed.device import DeviceMemory
-from peft_pretraining.distributed.world import World
-from peft_pretraining.memory.account import CLASSES, _linear_scratch, account, fitting_flags, savings
+from peft_pretraining.memory.account import CLASSES, _linear_scratch, account
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting
-from peft_pretraining.plan.plan import format_plan, make_plan, memory_problems, setting_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -72,40 +68,6 @@ def test_a_save_in_the_background_costs_a_copy_of_the_state():
         state = sum(plain[name] for name in ("parameters", "support", "optimizer"))
         for name in ("scratch", "peak", "total"):
             assert copying[name] - plain[name] == copies * state
-    assert "--async_save false" in {saving.text for saving in savings(setting("60m", async_save=True))}
-
-
-def test_savings_lower_the_peak_and_are_sorted():
-    here = setting("1b", rank=512, sp_ratio=0.03, optimizer="adamw", embedding_bits=None, batch_size=16)
-    found = savings(here)
-    peaks = [saving.peak for saving in found]
-    assert peaks == sorted(peaks)
-    assert all(saving.peak == account(saving.setting)["peak"] < account(here)["peak"] for saving in found)
-    assert {"--activation_checkpointing", "--batch_size 8", "--optimizer adam8bit"} <= {s.text for s in found}
-
-
-@pytest.mark.parametrize("gib", [28, 20, 16])
-def test_fitting_flags_make_a_run_fit(gib):
-    """The printed flags are added to the command line."""
-    flags = ["--model_config", str(ROOT / "configs/llama_7b.json"), "--batch_size", "8", "--dtype", "bfloat16"]
-    flags += ["--peft_model", "sltrain", "--rank", "1024", "--sp_ratio", "0.05", "--optimizer", "adamw"]
-    start = make_plan(parse_args(flags), World())
-    assert start.bytes["peak"] > gib * GIB
-    found = fitting_flags(setting(optimizer="adamw", embedding_bits=None, batch_size=8, per_layer=False), limit=gib * GIB)
-    printed = [word for saving in found for word in saving.text.split()] + ["--total_batch_size", "8"]
-    assert make_plan(parse_args([*flags, *printed]), World()).bytes["peak"] <= gib * GIB
-
-
-def test_a_run_that_does_not_fit_is_refused_with_the_way_out():
-    flags = ["--model_config", str(ROOT / "configs/llama_7b.json"), "--batch_size", "1", "--optimizer", "adamw"]
-    args = parse_args([*flags, "--dtype", "bfloat16"])
-    plan, device = make_plan(args, World()), DeviceMemory("this machine's memory", 24 * GIB, "cpu")
-    (problem, single) = memory_problems(plan, args, device)
-    assert "would fit with" in problem
-    assert "--per_layer" in problem
-    assert "--optimizer adam8bit" in single
-    assert "does NOT fit" in format_plan(plan, args, "data", device)
-    assert memory_problems(plan, args, DeviceMemory("a large one", 100 * GIB, "cpu")) == []
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adam8bit", "adamw4bit"])
@@ -126,28 +88,6 @@ def test_every_combination_of_sharded_runs_has_an_account(optimizer, method):
             peaks += [sizes["peak"]] if not changes else []
         assert peaks == sorted(peaks, reverse=True), here
         assert peaks[0] > peaks[-1], here
-
-
-@pytest.mark.parametrize("given", [["--optimizer", "galore_adamw"], ["--optimizer", "adamw", "--peft_model", "galore"]])
-def test_suggested_savings_for_galore_keep_galore(given):
-    """The printed flags are added to the command line, for both ways to choose GaLore; --parallel fsdp is never suggested."""
-    flags = [
-        "--model_config",
-        str(ROOT / "configs/llama_350m.json"),
-        "--batch_size",
-        "2",
-        "--dtype",
-        "bfloat16",
-        *given,
-    ]
-    args = parse_args([*flags, "--rank", "256", "--total_batch_size", "8"])
-    plan = make_plan(args, World(size=2))
-    for saving in savings(setting_of(plan, args, "cpu")):
-        # A repeated flag replaces the first. The method changes only if the suggestion names another.
-        changed = parse_args([*flags, "--rank", "256", "--total_batch_size", "8", *saving.text.split()])
-        assert changed.peft_model == ("sltrain" if saving.flag == "peft_model" else "galore")
-        assert make_plan(changed, World(size=2)).bytes["peak"] == saving.peak < plan.bytes["peak"]
-        assert saving.flag != "parallel"
 
 
 def test_galores_account_at_7b_equals_its_tensors():
@@ -203,18 +143,6 @@ def test_summing_in_another_dtype_takes_one_more_bucket():
     counted = parameter_counts(small.model, method="full", rank=1, sparsity=0.0)
     assert wide["scratch"] - plain["scratch"] == 4 * counted.total < 4 * 25 * 2**20 // 2  # all gradients are in one bucket
     assert account(replace(here, world_size=1, reduce_dtype="float32")) == account(replace(here, world_size=1))
-
-
-def test_sharding_is_suggested_to_several_processes():
-    here = setting("1b", peft_model="full", optimizer="adamw", embedding_bits=None, world_size=4)
-    (found,) = [saving for saving in savings(here) if saving.flag == "parallel"]
-    assert found.text == "--parallel fsdp"
-    assert found.peak < account(here)["peak"] / 2
-    assert "--parallel fsdp" in {saving.text for saving in fitting_flags(here, found.peak)}
-    for other in (replace(here, world_size=1), replace(here, optimizer="adafactor"), found.setting):
-        assert "parallel" not in {saving.flag for saving in savings(other)}
-    kept = replace(found.setting, reshard_after_forward=False)
-    assert "--reshard_after_forward true" in {saving.text for saving in savings(kept)}
 
 
 def test_reloras_account_at_7b_equals_its_tensors():

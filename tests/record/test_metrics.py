@@ -1,8 +1,13 @@
 """The record has the published keys and no repeated updates after a crash, and a failing dashboard does not end a run."""
 
+import fcntl
 import json
 import os
+import pty
+import re
+import struct
 import sys
+import termios
 import types
 
 import pytest
@@ -269,12 +274,61 @@ class _KeptRun:
         self.exit_code = exit_code
 
 
-def test_wandb_gets_group_and_summary(tmp_path, monkeypatch):
-    """wandb compares runs by their final figures, and by tokens, which every row has, also those of evaluations."""
+def kept_by_dashboard(monkeypatch):
+    """The run that a wandb without a network would get, and the settings it is opened with."""
     kept, given = _KeptRun(), {}
     module = types.ModuleType("wandb")
     module.init, module.Settings = lambda **settings: given.update(settings) or kept, lambda **_: None
     monkeypatch.setitem(sys.modules, "wandb", module)
+    return kept, given
+
+
+def test_dashboard_of_a_stopped_run_has_no_final_figure(tmp_path, monkeypatch):
+    """Not the untrained model's, nor that of the run's former end, where it is longer now."""
+    kept, _ = kept_by_dashboard(monkeypatch)
+    kept.summary["final_perplexity"] = 5.0
+    settings = {"mode": "offline", "id": "a", "name": "run", "tags": [], "config": {"plan": {"num_training_steps": 10}}}
+    record = Recorder(tmp_path, enabled=True, total_updates=10, start_step=0, wandb_settings=settings)
+    record.log_evaluation(0, EvalResult(loss=9.0, perplexity=8103.0, tokens=10, bits_per_byte=2.5))
+    record.log_update({"update_step": 4, **ROW})
+    # Update 5 is not logged.
+    (tmp_path / "stopped.json").write_text(json.dumps({"signal": "SIGINT", "update_step": 5, "tokens_seen": 125}))
+    record.close()
+    assert kept.summary["status"] == "stopped at update 5 of 10"
+    assert kept.summary["updates"] == 4
+    assert all(kept.summary.get(name) is None for name in kept.summary if name.startswith("final_"))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_bar_fits_its_terminal_and_shows_what_matters(tmp_path, monkeypatch, columns):
+    """A bar of ten columns or more, whole figures, and room for the `^C` that a terminal writes behind the bar."""
+    other_side, terminal = pty.openpty()
+    fcntl.ioctl(other_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    with open(terminal, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        settings = {"mode": "disabled", "id": "abc", "name": "run", "tags": [], "config": {}}
+        record = Recorder(tmp_path, enabled=True, total_updates=20_000, start_step=12_345, wandb_settings=settings)
+        record.log_evaluation(12_345, EvalResult(loss=2.0, perplexity=7.389, tokens=10, bits_per_byte=0.5))
+        record.log_update({"update_step": 12_346, **ROW, "throughput_tokens": 123_456.0})
+        record.close()
+        print("end", file=stream)
+        shown = ""
+        while "end" not in shown:
+            shown += os.read(other_side, 4096).decode()
+    os.close(other_side)
+    bar = [line for line in re.split(r"[\r\n]+", shown) if "loss 2.500" in line][-1]
+    assert len(bar) <= columns - 2
+    if columns >= 80:
+        assert bar.count("|") == 2
+        assert len(bar.split("|")[1]) >= 10
+    figures = ["loss 2.500", "123,456 tok/s", "ppl 12.18", "eval ppl 7.389", "0.00 GiB"]
+    assert [figure for figure in figures if figure in bar] == figures[: {60: 1, 80: 2, 200: 5}[columns]]
+    assert bar.endswith("]")
+
+
+def test_wandb_gets_group_and_summary(tmp_path, monkeypatch):
+    """wandb compares runs by their final figures, and by tokens, which every row has, also those of evaluations."""
+    kept, given = kept_by_dashboard(monkeypatch)
     config = {"plan": {"parameters": {"total": 7}, "full_rank_parameters": 9}}
     settings = {"mode": "offline", "id": "a", "name": "run", "tags": [], "config": config, "group": "llama_60m-sltrain"}
     record = Recorder(tmp_path, enabled=True, total_updates=2, start_step=0, wandb_settings=settings)

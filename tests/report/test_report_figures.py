@@ -2,7 +2,7 @@
 
 import matplotlib
 import pytest
-from run_records import evaluation, rows_of, write_rows, write_run
+from run_records import UPDATES, evaluation, rows_of, update, write_rows, write_run
 
 from peft_pretraining.commands.report import bars, curves, scatter
 from peft_pretraining.commands.report.drawing import digits, plain_log_ticks
@@ -117,7 +117,9 @@ def test_whiskers_are_intervals_limited_to_perplexities_above_one(drawn, tmp_pat
     ends = [float(point[1]) for bar in panel.collections for path in bar.get_paths() for point in path.vertices]
     whiskers = [end for end in ends if end == pytest.approx(1.0) or end == pytest.approx(40 + 254.1, rel=1e-3)]
     assert len(whiskers) == 4
-    assert panel.get_ylim()[0] > 0
+    low, high = panel.get_ylim()
+    assert 0 < low < 1
+    assert high > 40 + 254.1  # the ends are in sight
 
 
 def test_memory_bars_show_predicted_and_measured_classes(drawn, tmp_path):
@@ -161,3 +163,36 @@ def test_throughput_bars_show_the_median_and_the_published_value(drawn, tmp_path
     (panel,) = drawn(bars, "draw_throughput", [*folders, other]).axes
     texts = [text.get_text() for text in panel.texts]
     assert texts == ["600   (published: 30,293 on one A100-80G)", "500"]
+
+
+@pytest.mark.parametrize("updates", [1, 3, 10])
+def test_update_axes_have_whole_numbers_only(drawn, tmp_path, monkeypatch, updates):
+    folder = write_run(tmp_path / "a")
+    write_rows(folder, [evaluation(0, 32_000.0), *(update(step) for step in range(1, updates + 1)), evaluation(updates, 300.0)])
+    panels = [drawn(curves, name, [folder]).axes[0] for name in ("draw_loss", "draw_perplexity")]
+    panels += curves_of(folder, monkeypatch).axes
+    for panel in panels:
+        found = labels_of(panel.xaxis)
+        assert found
+        assert all(text.isdigit() for text in found)
+
+
+def test_the_last_perplexity_stands_beside_the_lines(tmp_path, monkeypatch):
+    """To the right of where they end; the legend above the panel."""
+    folder = write_run(tmp_path / "a")
+    steps = range(1, UPDATES + 1)
+    write_rows(folder, [evaluation(0, 32_000.0), *map(update, steps), evaluation(UPDATES, 300.0)])
+    panel = curves_of(folder, monkeypatch).axes[1]
+    (label,) = panel.texts
+    last = panel.transData.transform((UPDATES, 300.0))
+    assert label.get_text() == "300.0"
+    assert label.get_window_extent().x0 > last[0]
+    assert panel.get_legend().get_window_extent().y0 >= panel.get_window_extent().y1
+
+
+def curves_of(folder, monkeypatch):
+    kept = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: kept.append(figure) or path)
+    curves.draw_curves(read_run(folder), folder / "curves.png", "title")
+    kept[0].canvas.draw()
+    return kept[0]

@@ -1,11 +1,12 @@
 """Runs that differ only in their seed are one setting; runs that cannot be compared are separated or noted."""
 
 import itertools
+import json
 
 import pytest
 from run_records import change_document, evaluation, rows_of, write_rows, write_run
 
-from peft_pretraining.commands.report.groups import against_baseline, group_runs
+from peft_pretraining.commands.report.groups import _own_part, against_baseline, group_runs
 from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.commands.report.tables import (
     command_of,
@@ -306,3 +307,22 @@ def test_all_groups_have_different_labels(tmp_path):
     labels = [group.label for group in groups_of(*folders)]
     assert len(set(labels)) == len(folders)
     assert "SLTrain, r = 64, weight_decay = 0.1" in labels
+
+
+def test_labels_of_a_sweeps_runs_are_short(tmp_path):
+    """Of runs that no setting tells apart, only the part of the folder's name that differs; of a path, its last part."""
+    names = [f"sltrain-num_training_steps10-warmup_steps1-lr0.003-data{letter}-seed42" for letter in "ab"]
+    folders = [write_run(tmp_path / name) for name in names]
+    for folder, letter in zip(folders, "ab", strict=True):
+        document = json.loads((folder / "run.json").read_text())
+        document["dataset"]["fingerprint"] = "f" * 6 + letter * 26
+        document["arguments"]["tokenizer"] = f"/a/long/path/{letter}.model"
+        (folder / "run.json").write_text(json.dumps(document))
+    labels = [group.label for group in groups_of(*folders)]
+    assert all("sltrain-num" not in label and "/a/long" not in label and len(label) < 60 for label in labels)
+    assert len(set(labels)) == 2
+
+
+@pytest.mark.parametrize(("names", "own"), [(["a-lr1-seed1", "a-lr2-seed1"], ["lr1", "lr2"]), (["a", "a-b"], ["a", "b"])])
+def test_the_own_part_of_a_name(names, own):
+    assert [_own_part(name, names) for name in names] == own

@@ -11,6 +11,7 @@ from run_records import write_run
 
 from peft_pretraining.__main__ import main as command
 from peft_pretraining.commands.report.command import write_report
+from peft_pretraining.commands.report.read import read_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -126,6 +127,29 @@ def test_a_report_on_one_run_prints_a_table_and_draws_curves(tmp_path, capsys):
     assert not (run / "report.html").exists()
     assert command(["report", str(run), "--out", str(tmp_path / "out")]) == 0
     assert {"curves.png", "report.html", "report.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_stopped_run_has_no_final_figure(tmp_path, capsys):
+    """Evaluated before training alone, and asked to stop after update 5, one after the last logged one."""
+    run = write_run(tmp_path / "run", reached=4)
+    (run / "stopped.json").write_text(json.dumps({"signal": "SIGINT", "update_step": 5, "tokens_seen": 5_000}))
+    assert command(["report", str(run)]) == 0
+    table = capsys.readouterr().out
+    assert "stopped at update 5 of 10" in table
+    assert "final" not in table
+    assert command(["report", str(run), "--json", "--out", str(tmp_path / "out")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["status"] == "stopped at update 5 of 10"
+    assert all(value is None for name, value in figures.items() if name.startswith("final_"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "stopped at update 5 of 10: no final perplexity (after update 0 it was 32,000.00)" in page
+    assert "<td>32,000.00</td><td>—</td>" in page  # first and final perplexity in the table of runs
+
+
+def test_a_run_measured_in_tokens_says_at_which_token_it_stopped(tmp_path):
+    run = write_run(tmp_path / "run", "--max_train_tokens", "9000", reached=4)
+    (run / "stopped.json").write_text("{}")
+    assert "stopped at update 4 (4,000 of 9,000 tokens)" in read_run(run).status
 
 
 def test_wandb_gets_the_reports_table_figures_and_page(runs, tmp_path, monkeypatch, capsys):

@@ -31,7 +31,7 @@ def test_unfinished_and_stopped_runs_have_a_note_and_no_final_perplexity(tmp_pat
     assert read_run(folder).final_perplexity is None
     assert "unfinished after update 4 of 10" in notes_of(folder)
     (folder / "stopped.json").write_text(json.dumps({"signal": "SIGTERM", "update_step": 4}))
-    assert "stopped after update 4 of 10" in notes_of(folder)
+    assert "stopped at update 4 of 10" in notes_of(folder)
 
 
 def test_a_run_without_final_evaluation_has_a_note(tmp_path):

@@ -226,7 +226,7 @@ SWEEP = (
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_stops_the_run_and_the_sweep(tmp_path, number):
     """The current run gets the same signal, no other is started, and the message has the command to resume."""
     path = write_sweep(tmp_path, [{"weight_decay": [2, 0]}])
@@ -246,6 +246,27 @@ def test_a_signal_stops_the_run_and_the_sweep(tmp_path, number):
     assert "0 of 2 runs are finished" in told
     assert f"python -m peft_pretraining sweep {path}" in told
     assert starts(tmp_path) == ["weight_decay2-seed42"]
+
+
+def test_a_sweep_leaves_an_ignored_hangup_ignored():
+    """nohup: it would otherwise end every run that the terminal's end reaches."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runner.Stopping().listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_sweep_goes_on_without_a_terminal(tmp_path, stub, monkeypatch):
+    """The second run is made and the report is written, though nothing can be printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert command(["sweep", str(write_sweep(tmp_path, [{"lr": [0.1, 0.2]}]))]) == 0
+    assert starts(tmp_path) == ["lr0.1-seed42", "lr0.2-seed42"]
+    assert (tmp_path / "runs" / "report" / "report.html").is_file()
 
 
 def test_the_sweep_script_works_from_any_folder(tmp_path):

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_pretraining.commands.report.drawing import whole_ticks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
@@ -132,5 +134,6 @@ def _magnitudes(axis: Axes, linear: Mapping[str, Any]) -> None:
 def _finish(axis: Axes, linear: Mapping[str, Any]) -> None:
     if (rank := _rank(linear)) < len(linear["singular_values"]["weight"]):
         axis.axvline(rank, color="gray", linestyle="--", linewidth=1, label=f"r = {rank}")
+    whole_ticks(axis.xaxis)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

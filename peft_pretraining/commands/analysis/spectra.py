@@ -122,7 +122,7 @@ def check_residual_flags(args: argparse.Namespace, method: str, linears: Mapping
 
 
 def write_table(figures: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes a CSV row per linear and index: singular values of W and its parts, contributions; missing parts are empty."""
+    """Writes a CSV row per linear and index, which starts at 1 as in the figures; missing parts are empty."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "index", *_COLUMNS, "low_rank_contribution", "sparse_contribution"])
@@ -131,7 +131,7 @@ def write_table(figures: Sequence[Mapping[str, Any]], path: Path) -> None:
             columns += [linear["contributions"].get(part, []) for part in _COLUMNS[1:]]
             for index in range(len(columns[0])):
                 cells = [f"{column[index]:.7g}" if index < len(column) else "" for column in columns]
-                writer.writerow([linear["name"], index, *cells])
+                writer.writerow([linear["name"], index + 1, *cells])
 
 
 def format_figures(figures: Sequence[Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from peft_pretraining.checkpoint.new_folder import folder_problem, new_folder
 from peft_pretraining.commands.finetune.tasks import TASKS
 from peft_pretraining.config.supports import SUPPORTS
+from peft_pretraining.distributed.world import World
 
 HELP = "fine-tune a sequence classifier, its linears W0 + (alpha/r) B A + S, on a GLUE task or on files in that format"
 
@@ -116,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     refused = problems(args)
     if refused:
         raise ValueError("\n  ".join(refused))
+    if (processes := World.from_environment().size) > 1:
+        raise ValueError(f"WORLD_SIZE={processes} in the environment: fine-tuning runs in one process; start it without torchrun")
     from peft_pretraining.commands.finetune.examples import load_files, load_glue
     from peft_pretraining.commands.finetune.model import build, describe, save
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.commands.report.drawing import digits, legend, line_styles, name_of, save, wrapped
+from peft_pretraining.commands.report.drawing import WHITE, digits, legend, line_styles, name_of, save, wrapped
 from peft_pretraining.commands.report.groups import Group
 from peft_pretraining.commands.report.published import THROUGHPUT, THROUGHPUT_MACHINE
 
@@ -110,7 +110,7 @@ def _stacks(
             left += width
         label = f"{side} {digits(left)} {name}" if left else f"not {side}"
         label += "" if "rest" not in kinds or _has_peak(group, side) else ", the rest not predicted"
-        panel.text(left + largest / unit * 0.01, place, label, va="center", fontsize=9.5)
+        panel.text(left + largest / unit * 0.01, place, label, va="center", fontsize=9.5, bbox=WHITE)
     panel.grid(axis="y", visible=False)
     panel.set_xlim(0, largest / unit * 1.45)
     panel.set_xlabel(f"{quantity}, {name}")
@@ -124,18 +124,20 @@ def draw_throughput(groups: Sequence[Group], path: Path) -> Path | None:
     bars = [(group, rate) for group, rate in shown if rate is not None]
     if not bars:
         return None
-    highest = max(rate for _, rate in bars)
+    rates_of = [[run.figures["tokens_per_second"] for run in group.counted or group.runs] for group, _ in bars]
+    spread = [[rate for rate in rates if rate is not None] for rates in rates_of]
+    highest = max(map(max, spread))
     figure, panel = pyplot.subplots(figsize=(11, 1.3 + 0.5 * len(bars)), layout="constrained")
     styles = line_styles([group for group, _ in bars])
-    for number, ((group, rate), style) in enumerate(zip(bars, styles, strict=True)):
-        rates = [run.figures["tokens_per_second"] for run in group.counted or group.runs]
-        rates = [value for value in rates if value is not None]
+    for number, ((group, rate), rates, style) in enumerate(zip(bars, spread, styles, strict=True)):
         panel.barh(number, rate, height=0.65, color=style["color"], alpha=0.6)
         if len(rates) > 1:
-            panel.errorbar(rate, number, xerr=[[rate - min(rates)], [max(rates) - rate]], color="#000000", capsize=4)
+            panel.errorbar(
+                rate, number, xerr=[[rate - min(rates)], [max(rates) - rate]], color="#000000", capsize=4, capthick=1.5
+            )
         published = THROUGHPUT.get((group.first.model, group.method)) if group.published else None
         comparison = f"   (published: {published:,} on {THROUGHPUT_MACHINE[group.first.model]})" if published else ""
-        panel.text(max(rates) + highest * 0.015, number, f"{rate:,.0f}{comparison}", va="center", fontsize=9.5)
+        panel.text(max(rates) + highest * 0.015, number, f"{rate:,.0f}{comparison}", va="center", fontsize=9.5, bbox=WHITE)
     panel.set_yticks(range(len(bars)), [wrapped(name_of(group)) for group, _ in bars])
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)

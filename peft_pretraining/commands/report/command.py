@@ -6,13 +6,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from peft_pretraining.checkpoint.new_folder import make_folder
 from peft_pretraining.commands.report import tables
 from peft_pretraining.commands.report.groups import Group, group_runs
 from peft_pretraining.commands.report.read import FIGURES, RunRecord, find_runs, load_run, read_run
-from peft_pretraining.record.summary import summary
 
 HELP = "table and curves of a run; of several, a page that compares them"
 CURVES = "curves.png"
@@ -54,21 +52,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _one_run(args: argparse.Namespace) -> int:
     folder = args.runs[0]
-    document, rows = load_run(folder)
-    figures = summary(document, rows)
+    load_run(folder)
+    record = read_run(folder)
     out = args.out or folder
     make_folder(out)
     from peft_pretraining.commands.report.curves import draw_curves
 
-    record = read_run(folder)
-    curves = draw_curves(record, out / CURVES, title=f"{record.model}, {record.method}")
+    state = "" if record.finished else f", {record.status}"
+    curves = draw_curves(record, out / CURVES, title=f"{record.model}, {record.method}{state}")
     if args.out is not None or args.wandb is not None:
         args.out = out
         _write(args, [folder])
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps({"status": record.status, **record.figures}))
     else:
-        print(format_summary(figures))
+        print(format_summary(record))
         print(f"\nmetrics  {folder / 'metrics.jsonl'}\ncurves   {curves}")
         if args.out is not None:
             print(f"page     {out / PAGE}")
@@ -125,8 +123,9 @@ def format_groups(groups: Sequence[Group]) -> str:
     return "\n".join([*lines, *(f"note: {text}" for text in tables.problems(groups))])
 
 
-def format_summary(figures: dict[str, Any]) -> str:
-    """Formats one run's summary as an aligned table for a terminal."""
+def format_summary(record: RunRecord) -> str:
+    """Formats one run's summary as an aligned table for a terminal; final figures of a finished run only."""
+    figures = record.figures
     total, full_rank = figures["parameters"], figures["full_rank_parameters"]
     parameters = "not recorded" if total is None else f"{total:,}"
     if total is not None and full_rank is not None:
@@ -136,16 +135,24 @@ def format_summary(figures: dict[str, Any]) -> str:
         return "not measured" if figures[name] is None else format(figures[name], form)
 
     peak = figures["peak_memory_bytes"]
-    step = figures["first_evaluation_step"]
-    first = "before training" if step == 0 else f"after update {step}"
-    rows = [
+    rows = [] if record.finished else [("state", record.status)]
+    rows += [
         ("parameters", parameters),
         ("updates", f"{figures['updates']:,}"),
         ("tokens seen", f"{figures['tokens']:,}"),
-        ("first perplexity", number("first_perplexity", ",.1f") + (f" ({first})" if step is not None else "")),
-        ("final perplexity", number("final_perplexity", ",.2f")),
-        ("final bits per byte", number("final_bits_per_byte", ".4f")),
+        ("first perplexity", number("first_perplexity", ",.1f") + _when(figures["first_evaluation_step"])),
+    ]
+    if record.finished:
+        rows.append(("final perplexity", number("final_perplexity", ",.2f")))
+        rows.append(("final bits per byte", number("final_bits_per_byte", ".4f")))
+    elif figures["last_evaluation_step"] != figures["first_evaluation_step"]:
+        rows.append(("last perplexity", number("last_perplexity", ",.2f") + _when(figures["last_evaluation_step"])))
+    rows += [
         ("tokens per second", number("tokens_per_second", ",.0f") + " (median)"),
         ("peak memory", "not measured" if peak is None else f"{peak / 2**30:.2f} GiB"),
     ]
     return "\n".join(f"{name:<22}{text}" for name, text in rows)
+
+
+def _when(step: int | None) -> str:
+    return "" if step is None else " (before training)" if step == 0 else f" (after update {step:,})"

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.commands.report.drawing import COLOURS, STYLE, legend, line_styles, name_of, plain_log_ticks, save
+from peft_pretraining.commands.report.drawing import (
+    COLOURS,
+    STYLE,
+    WHITE,
+    legend,
+    line_styles,
+    name_of,
+    plain_log_ticks,
+    save,
+    whole_ticks,
+)
 from peft_pretraining.commands.report.groups import Group
 from peft_pretraining.commands.report.read import RunRecord
 
@@ -85,13 +95,22 @@ def draw_curves(run: RunRecord, path: Path, title: str) -> Path:
             values = [row["final_eval_perplexity"] for row in run.evaluations]
             evaluated_steps = run.axis("steps")[1]
             perplexity_axis.plot(evaluated_steps, values, color=COLOURS[1], marker="o", markersize=5, label="held-out")
-            perplexity_axis.annotate(
-                f"{values[-1]:.1f}", (evaluated_steps[-1], values[-1]), textcoords="offset points", xytext=(-4, 9), ha="right"
-            )
+            if run.final_perplexity is not None:
+                # To the right of the last point, where the lines have ended.
+                perplexity_axis.annotate(
+                    f"{values[-1]:.1f}",
+                    (evaluated_steps[-1], values[-1]),
+                    textcoords="offset points",
+                    xytext=(7, 0),
+                    va="center",
+                    bbox=WHITE,
+                )
         perplexity_axis.set(xlabel="update step", ylabel="perplexity", yscale="log")
         plain_log_ticks(perplexity_axis.yaxis)
         for axis in (loss_axis, perplexity_axis):
-            axis.legend(frameon=False)
+            whole_ticks(axis.xaxis)
+            # Above the panel, where no line runs.
+            axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
         return save(figure, path)
 
 
@@ -122,6 +141,7 @@ def _axes_by_position(groups: Sequence[Group], height: float) -> tuple[Any, list
     labels = ("update step", f"tokens seen{', ' if count_name else ''}{count_name}", f"training time, {time_name}")
     for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel(label)
+    whole_ticks(panels[0].xaxis)
     names = zip(("steps", "tokens", "seconds"), panels, (1.0, count, time), strict=True)
     return figure, list(names)
 

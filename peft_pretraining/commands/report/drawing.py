@@ -102,11 +102,26 @@ def plain_log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def whole_ticks(axis: Any) -> None:
+    """Labels an axis that counts, such as one of update steps, at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axis.set_major_formatter("{x:,.0f}")
+
+
+# Behind a label, so that no line of the grid runs through it.
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+
+
 def whiskers(panel: Any, x: float, interval: Interval, colour: str, **more: Any) -> None:
     """Draws the 95 % interval of a perplexity, cut at 1, the smallest perplexity (the interval of two seeds may reach lower)."""
     if interval.low is not None and interval.high is not None:
-        lengths = [[interval.mean - max(interval.low, 1.0)], [interval.high - interval.mean]]
-        panel.errorbar([x], [interval.mean], yerr=lengths, color=colour, capsize=4, **more)
+        low = max(interval.low, 1.0)
+        lengths = [[interval.mean - low], [interval.high - interval.mean]]
+        panel.errorbar([x], [interval.mean], yerr=lengths, color=colour, capsize=4, capthick=1.5, **more)
+        # matplotlib leaves out what is drawn by a shifted transform; the axis would end before the whiskers do.
+        panel.update_datalim([(x, low), (x, interval.high)])
 
 
 def digits(value: float) -> str:

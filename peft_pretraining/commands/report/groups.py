@@ -34,7 +34,14 @@ _SHORT = {
     "lora_alpha": "alpha",
     "total_batch_size": "batch",
     "num_training_steps": "updates",
+    "warmup_steps": "warm-up",
+    "max_length": "length",
+    "max_train_tokens": "tokens",
+    "restart_warmup_steps": "restart warm-up",
+    "restart_every": "restarts",
 }
+# Settings whose values say what they are: "adamw", "cosine".
+_PLAIN = ("optimizer", "scheduler", "dtype")
 
 
 def method_title(name: str) -> str:
@@ -178,10 +185,19 @@ def _labels(members: list[tuple[RunRecord, dict[str, Any]]]) -> list[str]:
         parts += [text for name in differing if (text := _shown(name, values.get(name)))]
         parts += [f"data {str(values['data'])[:6]}"] if several_data else []
         labels.append(", ".join(parts))
-    repeated = {label for label, count in Counter(labels).items() if count > 1}
+    folders: dict[str, list[str]] = {}
+    for label, (run, _) in zip(labels, members, strict=True):
+        folders.setdefault(label, []).append(run.folder.name)
     return [
-        f"{label}, {run.folder.name}" if label in repeated else label for label, (run, _) in zip(labels, members, strict=True)
+        label if len(folders[label]) == 1 else f"{label}, {_own_part(run.folder.name, folders[label])}"
+        for label, (run, _) in zip(labels, members, strict=True)
     ]
+
+
+def _own_part(name: str, names: Sequence[str]) -> str:
+    """What distinguishes a folder's name from others: a sweep's names are parts joined by "-", most of them the same."""
+    common = set.intersection(*(set(other.split("-")) for other in names))
+    return "-".join(part for part in name.split("-") if part not in common) or name
 
 
 def _shown(name: str, value: Any) -> str:
@@ -190,8 +206,9 @@ def _shown(name: str, value: Any) -> str:
         return ""
     if value is True:
         return name
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{_SHORT.get(name, name)} = {text}"
+    # Of a path, the last part.
+    text = f"{value:g}" if isinstance(value, float) else str(value).rstrip("/").rpartition("/")[2]
+    return text if name in _PLAIN else f"{_SHORT.get(name, name)} = {text}"
 
 
 def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:

@@ -13,8 +13,8 @@ from typing import Any
 from peft_pretraining.config.arguments import Arguments, as_dict
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.memory.counts import paper_bytes, paper_estimate, parameter_counts
-from peft_pretraining.record.summary import METRICS_FILE, Row, read_record, seconds_of, summary
-from peft_pretraining.training.stop import MARKER_FILE
+from peft_pretraining.record import summary
+from peft_pretraining.record.summary import METRICS_FILE, Row, read_record, seconds_of
 
 FIGURES = "report.json"  # a report's figures, in its folder
 _PRINTED_FROM = 0.1  # 10^9 bytes; below this, the paper's two decimals round too much away
@@ -91,35 +91,28 @@ class RunRecord:
     @property
     def reached(self) -> int:
         """The last recorded update step, whether its loss was finite or not."""
-        return max((int(row.get("update_step") or 0) for row in self.rows), default=0)
+        return summary.reached(self.rows)
 
     @property
     def tokens_seen(self) -> int:
         """Tokens of text seen up to the last recorded update."""
-        return max((int(row.get("tokens_seen") or 0) for row in self.rows), default=0)
+        return summary.tokens_seen(self.rows)
 
     @property
     def finished(self) -> bool:
         """Whether the run made all its updates."""
-        max_tokens = self.plan.get("max_train_tokens")
-        if max_tokens is not None:
-            return self.tokens_seen >= int(max_tokens)
-        return self.reached >= int(self.plan.get("num_training_steps") or self.arguments["num_training_steps"])
+        return summary.is_finished(self.document, self.rows)
 
     @property
     def final_perplexity(self) -> float | None:
         """Held-out perplexity after the last update; None if the run did not reach it or was not evaluated there."""
-        at_end = self.finished and self.figures["final_evaluation_step"] == self.reached
-        return self.figures["final_perplexity"] if at_end else None
+        value: float | None = self.figures["final_perplexity"]
+        return value
 
     @property
     def status(self) -> str:
         """The run's state in words: finished, or the updates made so far."""
-        if self.finished:
-            return "finished"
-        planned = self.plan.get("num_training_steps") or self.arguments["num_training_steps"]
-        state = "stopped" if self.stopped is not None else "unfinished"
-        return f"{state} after update {self.reached:,} of {planned:,}"
+        return summary.status(self.document, self.rows, self.stopped)
 
     @property
     def paper_memory(self) -> float | None:
@@ -212,8 +205,8 @@ def read_run(folder: Path) -> RunRecord:
         document=document,
         arguments=_with_defaults(document["arguments"]),
         rows=rows,
-        figures=summary(document, rows),
-        stopped=_stopped(folder),
+        figures=summary.summary(document, rows),
+        stopped=summary.read_stop(folder),
         notes=(),
     )
     problem = [] if record.problem is None else [record.problem]
@@ -227,15 +220,6 @@ def _with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _stopped(folder: Path) -> dict[str, Any] | None:
-    path = folder / MARKER_FILE
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
-        return {}
-    return marker if marker is None or isinstance(marker, dict) else {}
 
 
 def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | None:
@@ -264,7 +248,9 @@ def _notes(run: RunRecord) -> list[str]:
         return [f"no update is logged yet ({METRICS_FILE} is missing or empty)"]
     notes = []
     if not run.finished:
-        notes.append(f"{run.status}: its last perplexity is in the table of runs but not in the mean")
+        last, step = run.figures["last_perplexity"], run.figures["last_evaluation_step"]
+        evaluated = "" if last is None else f" (after update {step:,} it was {last:,.2f})"
+        notes.append(f"{run.status}: no final perplexity{evaluated}, not in the mean")
     infinite = sum("final_eval_perplexity" in row and row["final_eval_perplexity"] is None for row in run.rows)
     if infinite:
         notes.append(f"{infinite:,} evaluations gave no finite perplexity")
@@ -272,7 +258,7 @@ def _notes(run: RunRecord) -> list[str]:
         notes.append("never evaluated: no held-out perplexity")
     if run.evaluations and run.finished and run.final_perplexity is None:
         notes.append(
-            f"no perplexity after its last update; the last evaluation was at update {run.figures['final_evaluation_step']:,}"
+            f"no perplexity after its last update; the last evaluation was at update {run.figures['last_evaluation_step']:,}"
         )
     nonfinite = sum("loss" in row and row["loss"] is None for row in run.rows)
     if nonfinite:

@@ -153,8 +153,11 @@ def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
         return None
     figure, panel = pyplot.subplots(figsize=(8.5, 5.0), layout="constrained")
     handles, labels = [], []
-    for members, style in zip(swept, line_styles([members[0] for members in swept]), strict=True):
-        points = [(group.settings["lr"], group.perplexity) for group in members if group.perplexity is not None]
+    rates_seen = sorted({group.settings["lr"] for members in swept for group in members})
+    for number, (members, style) in enumerate(zip(swept, line_styles([members[0] for members in swept]), strict=True)):
+        # Side by side by 1 % of the axis, so that the ends of all whiskers are seen.
+        shift = (rates_seen[-1] / rates_seen[0]) ** (0.01 * (number - (len(swept) - 1) / 2))
+        points = [(shift * group.settings["lr"], group.perplexity) for group in members if group.perplexity is not None]
         (line,) = panel.plot([rate for rate, _ in points], [perplexity.mean for _, perplexity in points], **style, markersize=6)
         for rate, perplexity in points:
             whiskers(panel, rate, perplexity, style["color"])
@@ -162,7 +165,6 @@ def draw_learning_rate(groups: Sequence[Group], path: Path) -> Path | None:
         parts = [part for part in members[0].label.split(", ") if not part.startswith("lr = ")]
         labels.append(", ".join(parts))
     panel.set(xscale="log", yscale="log", xlabel="peak learning rate", ylabel="final held-out perplexity")
-    rates_seen = sorted({group.settings["lr"] for members in swept for group in members})
     panel.set_xticks(rates_seen, [f"{rate:g}" for rate in rates_seen], rotation=45 if len(rates_seen) > 6 else 0)
     panel.minorticks_off()
     plain_log_ticks(panel.yaxis)

@@ -182,7 +182,7 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
     """A table with one row per run."""
     names = run_names(runs)
     headings = (
-        *("run", "method", "lr", "seed", "state", "updates", "first perplexity", "last perplexity", "bits per byte"),
+        *("run", "method", "lr", "seed", "state", "updates", "first perplexity", "final perplexity", "bits per byte"),
         *("tokens evaluated", "tokens/s", "training, minutes", "peak, MiB"),
     )
 

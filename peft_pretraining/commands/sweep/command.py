@@ -23,6 +23,7 @@ from peft_pretraining.commands.sweep.runner import (
 )
 from peft_pretraining.commands.sweep.search import stages
 from peft_pretraining.commands.sweep.settings import PlannedRun, SweepFile, compared, load_sweep
+from peft_pretraining.distributed.world import lasting_output
 from peft_pretraining.record.wandb_run import OF_ONE_RUN
 
 HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
@@ -45,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
         # Runs are processes with this environment, and would all be recorded as one.
         if value := os.environ.pop(name, None):
             print(f"notice: {name}={value} has no effect: it names one run, and a sweep has several", file=sys.stderr)
+    with lasting_output():
+        return _make_and_report(file)
+
+
+def _make_and_report(file: SweepFile) -> int:
+    """Makes all runs, stage by stage, and the report; returns the exit code."""
     stopping = Stopping()
     outcomes: dict[str, Outcome] = {}
     tables: list[str] = []
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(stage.runs)} runs are finished; "
             "the current run has saved a checkpoint. Continue with the same command:\n"
-            f"  python -m peft_pretraining sweep {shlex.quote(str(args.file))}"
+            f"  python -m peft_pretraining sweep {shlex.quote(str(file.path))}"
         )
         return 130
     if stage.title is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import signal
@@ -19,12 +18,12 @@ from peft_pretraining.checkpoint.step_folder import list_checkpoints
 from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.commands.sweep.settings import PlannedRun
 from peft_pretraining.config.arguments import ROWS
+from peft_pretraining.distributed.world import stop_signals
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.record.summary import read_metrics
 from peft_pretraining.training.stop import MARKER_FILE
 
 PROGRAM = Path(__file__).resolve().parents[3] / "torchrun_main.py"
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 # Paths to the same file may be written differently the next time.
 _PATHS = ("model_config", "tokenizer", "dataset")
 # Kinds of State and Outcome of runs that are not started again.
@@ -84,8 +83,7 @@ def command_line(planned: PlannedRun, processes: int) -> list[str]:
     """The command that starts a run: the program itself, through torchrun for two or more processes."""
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        start += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+        start += ["-m", "peft_pretraining.distributed.launch", "--standalone", "--nproc_per_node", str(processes)]
     return [*start, str(PROGRAM), *planned.argv]
 
 
@@ -100,8 +98,7 @@ class Stopping:
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stopping]:
         """Records signals during the block instead of ending the process."""
-        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-        handlers = {number: signal.signal(number, self._note) for number in numbers}
+        handlers = {number: signal.signal(number, self._note) for number in stop_signals()}
         try:
             yield self
         finally:
@@ -116,10 +113,7 @@ class Stopping:
 
     def run(self, command: Sequence[str], log: IO[bytes]) -> int:
         """Runs the command and returns its exit code. Its process group is separate, so a terminal's Ctrl-C arrives here only."""
-        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", **os.environ}  # seconds to save, as in scripts/setup.sh
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
-        ) as process:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0) as process:
             self._process = process
             if self.signal_name is not None:  # the signal arrived while the process was starting
                 process.send_signal(getattr(signal, self.signal_name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 from peft_pretraining.commands.sweep.warm_up import WARM_UP, disagreements, unusable_warm_up, warm_up_flags
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.flag import suggestion
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import Plan, make_plan
 
@@ -49,7 +49,7 @@ def load_sweep(path: Path) -> SweepFile:
     """
     values = _read(path)
     problems = [
-        f"{path}: unknown key {key!r}{_suggestion(str(key))}; known keys: {', '.join(_KEYS)}"
+        f"{path}: unknown key {key!r}{suggestion(str(key), _KEYS)}; known keys: {', '.join(_KEYS)}"
         for key in values
         if key not in _KEYS
     ]
@@ -322,8 +322,3 @@ def run_name(shown: Mapping[str, Any], seed: int) -> str:
     parts = [] if method is None else [str(method)]
     parts += [f"{name}{value}" for name, value in shown.items() if name != "peft_model"]
     return re.sub(r"[^\w.+-]+", "_", "-".join([*parts, f"seed{seed}"]))
-
-
-def _suggestion(key: str) -> str:
-    close = difflib.get_close_matches(key, _KEYS, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
