@@ -73,6 +73,8 @@ def smallest_peak(line: str, world: World, device_type: str) -> int:
         "adam": ["adamw4bit", "adam8bit", "adam"],
         "adamw": ["adamw4bit", "adam8bit", "adamw"],
         "adam8bit": ["adamw4bit", "adam8bit"],
+        "muon": ["muon8bit", "muon"],
+        "spectron": ["spectron8bit", "spectron"],
     }
     peaks = []
     for optimizer in optimizers.get(args.optimizer, [args.optimizer]):
@@ -95,6 +97,9 @@ def random_line(seed: int) -> tuple[str, float, World, str]:
     words = [f"--model_config configs/llama_{size}.json --rank {choose([64, 256])}"]
     optimizer, suffix = choose([*OPTIMIZERS, "adam", "adamw", "adam8bit"]), choose(["", "", "_per_layer"])
     method = choose(["full", "lowrank", "sltrain", "relora", "galore", "by name"])
+    kind = OPTIMIZERS[optimizer]
+    if (method == "galore" and (kind.matrix_bytes or kind.reset_every)) or (method == "full" and kind.steps_pairs):
+        optimizer = "adamw"
     if method == "by name":
         words.append(
             f"--optimizer {choose(['galore_adamw', 'galore_adafactor', 'galore_adamw8bit', 'GaLore_AdamW8bit_per_layer'])}"
