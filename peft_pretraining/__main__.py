@@ -11,6 +11,7 @@ from typing import Any
 from peft_pretraining.commands import data, estimate, evaluate, export, finetune, generate, report, sweep
 from peft_pretraining.commands.analysis import pruning, spectra
 from peft_pretraining.commands.published import command as published
+from peft_pretraining.config.files import expanded_paths
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(subparsers.add_parser(name, help=listed, description=module.HELP, allow_abbrev=False))
     args = parser.parse_args(argv)
     try:
+        vars(args).update({name: expanded_paths(value) for name, value in vars(args).items()})
         code = int(COMMANDS[args.command].run(args))
         sys.stdout.flush()  # here, where a closed pipe can still be dealt with
         return code

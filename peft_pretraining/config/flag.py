@@ -19,7 +19,8 @@ class Row:
 
     help: what it does; unit: of its value, shown as the value's name in --help.
     required: whether a run cannot start without it; choices: the names it can be, by what they mean; const: its value where it
-    is given bare; kind: "tokens" for counts such as 150M.
+    is given bare; kind: "tokens" for counts such as 150M, "path" for a path, expanded when it is read, "place" for a path or a
+    name, expanded where it is opened.
     minimum, maximum: the smallest and largest value; above, below: limits that are excluded themselves.
     defines_run: whether the default save_dir depends on it.
     on_resume: whether a resumed run may have another value: "never" (the checkpoint would not fit), "if_allowed" (where

@@ -15,6 +15,7 @@ from typing import Any
 from peft_pretraining.commands.sweep.warm_up import WARM_UP, disagreements, unusable_warm_up, warm_up_flags
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.files import PathError, expanded, read_mapping
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import Plan, make_plan
 
@@ -62,7 +63,10 @@ def load_sweep(path: Path) -> Sweep:
 
     Raises ConfigError with all problems, each naming the file, the setting and what to write instead.
     """
-    values = _read(path)
+    try:
+        values = read_mapping(path)
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from None
     problems = [
         f"{path}: unknown key {key!r}{_suggestion(str(key))}; known keys: {', '.join(_KEYS)}"
         for key in values
@@ -72,6 +76,11 @@ def load_sweep(path: Path) -> Sweep:
     processes = values.get("nproc_per_node", 1)
     if not isinstance(folder, str) or not folder:
         problems.append(f"{path}: folder {folder!r}: name the folder of the runs, e.g. runs/my-sweep")
+    else:
+        try:
+            folder = expanded(folder)
+        except PathError as error:
+            problems.append(f"{path}: folder {folder}: {error}")
     if not _is_seeds(seeds):
         problems.append(f"{path}: seeds {seeds!r}: must be a list of different whole numbers, e.g. [42, 1, 2]")
     if not isinstance(settings, list) or not settings or not all(isinstance(entry, dict) for entry in settings):
@@ -94,20 +103,6 @@ def load_sweep(path: Path) -> Sweep:
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return Sweep(path, Path(str(folder)), processes, tuple(runs))
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: not valid YAML ({' '.join(str(error).split())})"]) from None
-    if not isinstance(values, dict):
-        raise ConfigError([f"{path}: must hold {', '.join(_KEYS)}, not a {type(values).__name__}"])
-    return values
 
 
 def _is_seeds(seeds: Any) -> bool:
