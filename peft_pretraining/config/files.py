@@ -15,6 +15,9 @@ from typing import Any
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 class PathError(ValueError):
     """A path names a user or an environment variable that does not exist; the message continues a sentence about the path."""
 
@@ -61,16 +64,34 @@ def encoding_problem(head: bytes) -> str | None:
     return f"is {name} text, not UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
 
 
-def read_text(path: str | Path) -> str:
-    """Returns the text of a UTF-8 file, with or without a byte order mark.
+def lfs_problem(head: bytes) -> str | None:
+    """What to say of a file that begins with these bytes if it is a git-lfs pointer, with the way out; None if it is not."""
+    if not head.startswith(_LFS_POINTER):
+        return None
+    size = re.search(rb"^size (\d+)", head, re.MULTILINE)
+    real = f" of {int(size[1]):,} bytes" if size else ""
+    return f"is a git-lfs pointer, not the file{real} that it stands for; run `git lfs pull` in its repository"
 
-    Raises ValueError: another encoding, named where it can be told. OSError: the file cannot be read.
+
+def beginning(path: str | Path, num_bytes: int = 4096) -> bytes:
+    """Returns the first bytes of a file; none of one that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(num_bytes)
+    except OSError:
+        return b""
+
+
+def read_text(path: str | Path) -> str:
+    """Returns the text of a UTF-8 file, its line ends as \\n and without a byte order mark.
+
+    Raises ValueError: another encoding, named where it can be told, or a git-lfs pointer. OSError: the file cannot be read.
     """
     content = Path(path).read_bytes()
-    if (problem := encoding_problem(content)) is not None:
+    if (problem := lfs_problem(content) or encoding_problem(content)) is not None:
         raise ValueError(problem)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text ({error}); save it as UTF-8") from None
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_pretraining.config.files import encoding_problem
+from peft_pretraining.config.files import encoding_problem, lfs_problem
 from peft_pretraining.data import DataError
 
 Split = Literal["train", "validation"]
@@ -39,7 +39,6 @@ _SPLIT_WORDS = {
 }
 # Files that the datasets library writes beside its data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAGIC = {
     b"\x1f\x8b": "is compressed by gzip; add .gz to its name",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; add .zst to its name",
@@ -283,8 +282,8 @@ def add_known(files: Iterable[tuple[str, str]], dataset: str, rules: int, listin
 
 def content_problem(head: bytes, shard: Shard) -> str | None:
     """What a file holds instead of data, by its first bytes, with the way out; None if they say nothing against it."""
-    if head.startswith(LFS_POINTER):
-        return lfs_problem(head)
+    if (pointer := lfs_problem(head)) is not None:
+        return pointer
     if shard.compression == "gzip":
         try:
             head = zlib.decompressobj(31).decompress(head, 1024)
@@ -296,13 +295,6 @@ def content_problem(head: bytes, shard: Shard) -> str | None:
     if problem is None and shard.format == "json" and head[:100].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         problem = "is a web page, such as a server's answer to a failed download; download the file again"
     return problem or encoding_problem(head)
-
-
-def lfs_problem(head: bytes) -> str:
-    """What to say of a file that begins like a git-lfs pointer."""
-    size = re.search(rb"^size (\d+)$", head, re.MULTILINE)
-    real = f" of {int(size[1]):,} bytes" if size else ""
-    return f"is a git-lfs pointer, not the file{real} that it stands for; run `git lfs pull` in its repository"
 
 
 # --- Which split ---

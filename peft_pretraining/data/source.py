@@ -6,9 +6,10 @@ Imports neither torch nor datasets nor transformers, so that a dry run describes
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.data import DataError
@@ -216,6 +217,13 @@ def _refuse_other_content(dataset: str, chosen: Sequence[Shard], listing: Listin
         more = f" (and so {'are' if len(wrong) > 2 else 'is'} {len(wrong) - 1} more of its {len(chosen)} files)"
         first = f"{wrong[0].url} {listing.problems[wrong[0].name]}"
         raise DataError(f"dataset {dataset!r}: {first}{more if len(wrong) > 1 else ''}")
+
+
+def recorded_rules(run: Mapping[str, Any]) -> int:
+    """The rules for files and splits of a run, from its run.json; versions before 2 did not record them."""
+    recorded = run.get("dataset")
+    rules = recorded.get("reading_rules", 1) if isinstance(recorded, Mapping) else 1
+    return rules if rules in range(1, READING_RULES + 1) else READING_RULES
 
 
 def is_remote(url: str) -> bool:

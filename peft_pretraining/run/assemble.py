@@ -25,7 +25,15 @@ from peft_pretraining.model.llama import keep_compiled_code
 from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
-from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder, run_document, take_up
+from peft_pretraining.run.folder import (
+    RunFolder,
+    changed_reading,
+    check_same_data,
+    open_run_folder,
+    reading_rules,
+    run_document,
+    take_up,
+)
 from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_over, restore_data, restore_run, run_content
 from peft_pretraining.training.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.training.restarts import Restarts
@@ -75,9 +83,12 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         return None
     if folder.warm_start and folder.checkpoint is not None:
         refuse_if_over(folder.checkpoint, plan)
-    data = build_data(args, plan, world, device)
+    rules = reading_rules(folder.checkpoint, args)
+    data = build_data(args, plan, world, device, rules)
     if world.is_main:
         print(format_plan(plan, args, data.source.describe(), memory), file=sys.stderr)
+        if (change := changed_reading(args, data.source)) is not None:
+            print(f"notice: {change}", file=sys.stderr)
 
     if folder.checkpoint is not None:
         check_same_data(folder.checkpoint, args, data.source)
