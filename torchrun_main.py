@@ -33,20 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World.from_environment()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        check(args, world)  # every problem at once, before torch is imported
+        # Reports all problems at once, before torch is imported.
+        check(args, world)
         if world.is_main:
             for line in notices(args):
                 print(f"notice: {line}", file=sys.stderr)
         return dry_run(args, world) if args.dry_run else run(args, world)
     except ConfigError as error:
-        return fail(world, error.problems, exit_code=2, everywhere_alike=True)
+        return fail(world, error.problems, exit_code=2, same_on_all_ranks=True)
     except KeyboardInterrupt:
-        return fail(world, ["interrupted before training began; no work is lost"], 130, everywhere_alike=True)
+        return fail(world, ["interrupted before training began; no work is lost"], 130, same_on_all_ranks=True)
 
 
-def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike: bool = False) -> int:
-    """Prints error messages and returns the exit code. everywhere_alike: all processes have the same, so only rank 0 prints."""
-    if world.is_main or not everywhere_alike:
+def fail(world: World, problems: Sequence[str], exit_code: int, same_on_all_ranks: bool = False) -> int:
+    """Prints error messages and returns the exit code; only rank 0 prints messages that are the same on all ranks."""
+    if world.is_main or not same_on_all_ranks:
         rank = f" [rank {world.rank}]" if world.size > 1 else ""
         for problem in problems:
             print(f"torchrun_main.py: error:{rank} {problem}", file=sys.stderr, flush=True)
@@ -55,7 +56,7 @@ def fail(world: World, problems: Sequence[str], exit_code: int, everywhere_alike
 
 
 def tell_torchrun(message: str) -> None:
-    """Writes the message to the file from which torchrun reads it; torchrun prints the first failure's message at its end."""
+    """Writes the message to the file in which torchrun expects it; torchrun ends by printing the message of the first failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -64,9 +65,9 @@ def tell_torchrun(message: str) -> None:
 
 
 def dry_run(args: Arguments, world: World) -> int:
-    """Prints the plan and returns the exit code; needs no network and no data."""
+    """Prints the plan and returns the exit code; reads no data and uses no network."""
     from peft_pretraining.data import DataError
-    from peft_pretraining.data.source import open_source
+    from peft_pretraining.data.source import open_source, order_text
     from peft_pretraining.distributed.device import DeviceError, device_memory, pick_device, resolve_dtype
     from peft_pretraining.plan.plan import format_plan, make_plan
 
@@ -74,7 +75,8 @@ def dry_run(args: Arguments, world: World) -> int:
         device = pick_device(args.device, world)
         plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
         source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
-        text = format_plan(plan, args, source.describe(), device_memory(device, world))
+        order = order_text(source, source.data_order(args.packing, args.data_order))
+        text = format_plan(plan, args, source.describe(), device_memory(device, world), order)
     except (DataError, DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
     if world.is_main:
@@ -83,7 +85,7 @@ def dry_run(args: Arguments, world: World) -> int:
 
 
 def run(args: Arguments, world: World) -> int:
-    """Trains and turns errors into messages; returns the exit code."""
+    """Trains, prints one message for an expected error, and returns the exit code."""
     set_allocator()
 
     import torch
@@ -107,7 +109,7 @@ def run(args: Arguments, world: World) -> int:
     except (DataError, TokenizerError, DeviceError, CheckpointError, OptimizerUnavailable, NothingToEvaluate) as error:
         return fail(world, [str(error)], exit_code=2)
     except SavingFailed as error:
-        return fail(world, [str(error)], exit_code=1, everywhere_alike=True)
+        return fail(world, [str(error)], exit_code=1, same_on_all_ranks=True)
     except (TrainingError, LostProcess, OSError) as error:
         return fail(world, [str(error)], exit_code=1)
     except (RuntimeError, MemoryError) as error:
@@ -118,7 +120,7 @@ def run(args: Arguments, world: World) -> int:
 
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
-    """Builds and restores the run, trains until its end or a stop; returns the exit code."""
+    """Builds and restores the run and trains until it is finished or stopped; returns the exit code."""
     from peft_pretraining.record.recorder import LateRecord, Throughput
     from peft_pretraining.run.assemble import assemble, open_record, print_finished, print_skipped_records
     from peft_pretraining.run.ending import end_early
@@ -152,8 +154,8 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
 
 
 def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
-    """Makes updates, with evaluations, records and checkpoints when due, until the run is finished. Raises StopRun."""
-    # Imported here because torch and transformers take seconds to load, which --help and wrong arguments must not wait for.
+    """Trains until the run is finished: updates, and evaluations, log rows and checkpoints when they are due. Raises StopRun."""
+    # Imported here because torch and transformers take seconds to load; --help and errors in arguments need neither.
     from peft_pretraining.plan.plan import learning_rates
     from peft_pretraining.plan.schedule import is_finished
     from peft_pretraining.record.recorder import peak_memory_bytes
@@ -163,7 +165,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
 
     plan, device, state = run.plan, run.device, run.parts.state
     rates = learning_rates(args, plan)
-    # Whether a scheduled checkpoint has not been written yet.
+    # True while a scheduled checkpoint has not been written yet.
     scheduled = False
     # After a resume, rank 0's counter starts with the sum over all processes.
     bad_records = run.data.loader.num_bad_records
@@ -180,7 +182,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
             run.restarts.before_update(state.update_step)
         lr = rates.at(state.update_step, state.tokens_seen)
         step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, world=world, device=device)
-        # Reading step.skipped waits for the device, which nothing else in an update does.
+        # Reading step.skipped waits for the device, so it is read only if a non-finite update stops the run.
         if args.on_nonfinite == "stop" and bool(step.skipped):
             late_record.settle()
             keep_for_inspection(run, args, world, micro_batches, step)
@@ -203,7 +205,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         scheduled = scheduled or finished or state.update_step % args.save_every == 0
         if run.saver.due(scheduled):
             late_record.settle()
-            # A state whose last update was skipped must not replace a good checkpoint: it is saved once an update succeeds.
+            # A checkpoint after a skipped update waits until an update succeeds, so that it replaces no good checkpoint.
             if finished or not late_record.last_one_skipped:
                 with late_record.paused():
                     record.sync()

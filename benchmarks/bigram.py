@@ -1,4 +1,4 @@
-"""Perplexity of a bigram model with backoff, a baseline on the same targets that the trainer's evaluation counts.
+"""Computes the perplexity of a bigram model with backoff, as a baseline, on the targets that the trainer's evaluation counts.
 
 `python benchmarks/bigram.py --dataset demo --packing`, or, to compare with a run on its data, tokenizer and layout,
 `python benchmarks/bigram.py --run runs/quickstart` (exit code 1 if the run's perplexity is not below the bigram's).
@@ -51,7 +51,7 @@ class KneserNeyBigram:
         continuations = np.bincount(tails, minlength=vocab_size).astype(np.float64)
         seen = (continuations > 0).sum()
         total = continuations.sum()
-        # The discounted mass of seen tokens is spread over the whole vocabulary, unseen tokens included.
+        # The probability mass discounted from seen tokens is distributed evenly over the whole vocabulary.
         self.unigram = np.maximum(continuations - self.discount, 0) / total
         self.unigram += self.discount * seen / total / vocab_size
 

@@ -39,7 +39,7 @@ from peft_pretraining.training.update import TrainState, train_step
 
 
 class NoData:
-    """A stand-in for the data loader; random tokens have no position."""
+    """Replaces the data loader: random tokens have no data position."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": 0, "lanes": {}, "bad_records": {}, "order": {}}
@@ -57,7 +57,7 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
         batches = [random_batch(*size, generator) for _ in range(plan.gradient_accumulation)]
         start = time.perf_counter()
         step = train_step(module, updates, batches, lr=args.lr, world=World(), device=device)
-        # On a GPU this waits for the update.
+        # Waits for the update on a GPU.
         step.loss.item()
         parts.state.update_step += 1
         return time.perf_counter() - start
@@ -115,7 +115,7 @@ def measure(argv: list[str], num_saves: int, num_updates: int) -> dict:
 
 
 def _in_updates(saves: list[tuple[float, list[float]]], step: float) -> dict[str, Any]:
-    """Converts times to units of an update of `step` seconds; the first background save also allocates its copy."""
+    """Converts seconds to updates of `step` seconds each. The first background save also allocates memory for its copy."""
     stalled = [stall / step for stall, _ in saves]
     slower = [sum(seconds) / step - len(seconds) for _, seconds in saves]
     return {

@@ -1,4 +1,4 @@
-"""Measures how much runs differ that should be equal: `python benchmarks/compare_runs.py RUN OTHER...` (folders of runs).
+"""Measures how far runs deviate that should be equal: `python benchmarks/compare_runs.py RUN OTHER...` (run folders).
 
 For each OTHER, compared with RUN: the largest relative deviation of the logged losses, gradient norms and evaluation losses, and
 the largest relative L2 distance of a parameter in the newest checkpoints.

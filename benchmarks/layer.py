@@ -1,4 +1,4 @@
-"""Times forward and backward pass of single linears: every path and support relative to nn.Linear, for the configs' shapes.
+"""Times the forward and backward pass of single linears relative to nn.Linear, for every path, support and shape of the configs.
 
 `python benchmarks/layer.py [--configs 60m 350m 1b 7b] [--tokens N] [--threads 1] [--dtype bfloat16] [--rounds 5] [--device cpu]
 [--out FILE.json]`
@@ -215,7 +215,7 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no GPU; use --device cpu", file=sys.stderr)
         return 2
-    set_allocator()  # as the trainer does
+    set_allocator()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     figures: dict[str, Any] = {

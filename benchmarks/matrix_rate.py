@@ -1,10 +1,10 @@
-"""Trains with scaled steps, or scaled initial values, of the matrices of attention and MLP.
+"""Trains with scaled steps or scaled initial values of the matrices in attention and MLP.
 
 `python benchmarks/matrix_rate.py [--scale 0.25] [--start 0.25 [--start_names lora_B]] [flags of torchrun_main.py]`
 
-`scale` multiplies each update of these matrices, as alpha / rank and GaLore's scale do for theirs; `start` multiplies initial
-values. Embedding, head and norms are unchanged. For one process and whole updates. The benchmark separates the effect of a method
-from that of its learning rate and initial values (docs/results.md).
+`--scale` multiplies each step of these matrices, as alpha / rank and GaLore's scale do in their methods; `--start` multiplies
+initial values. Embedding, head and norms are unchanged. Works with one process and whole updates. The comparison separates the
+effect of a method from that of its learning rate and initial values (docs/results.md).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def scale_start(scale: float, part: str) -> None:
 def record_scaling(folder: Path, scaling: dict[str, Any]) -> str | None:
     """Writes the scaling (not in run.json) to the run's folder; returns why the folder cannot be used, or None."""
     note = folder / "scaled.json"
-    # Without run.json the last start was refused, and the folder is free.
+    # A folder without run.json is unused: the previous start was refused.
     if (folder / "run.json").is_file():
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else "no scaling"
         if before != scaling:

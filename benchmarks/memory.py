@@ -1,4 +1,4 @@
-"""Measures the memory of a few real updates and compares it with the memory account's prediction.
+"""Measures the memory of a few real updates and compares it with the prediction.
 
 `python benchmarks/memory.py [--updates 2] [--json] FLAGS OF THE TRAINER` builds the model and the optimizer as the trainer does
 and trains on random tokens, without data, checkpoints or dashboard. Prints bytes by class and the process's peak (ru_maxrss; on
@@ -35,7 +35,7 @@ from peft_pretraining.training.update import train_step
 
 
 def load_what_the_trainer_loads() -> None:
-    """Imports the trainer's other libraries, which take 0.1 GB; missing ones are ignored."""
+    """Imports the other libraries that the trainer imports, about 0.1 GB; missing ones are ignored."""
     for name in ("datasets", "wandb"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

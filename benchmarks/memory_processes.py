@@ -1,7 +1,7 @@
 """Compares predicted and measured memory of a process under `--parallel fsdp`, by runs of torchrun_main.py on a CPU.
 
 `python benchmarks/memory_processes.py [ROW ...] [--out FILE.json]`: three updates of packed demo text (two at 1b), 1 x 256
-tokens per process and micro-batch. Measured is the largest resident size of process 0, whose parts are the largest.
+tokens per process and micro-batch. The measured figure is the largest resident size of process 0, whose shards are the largest.
 """
 
 from __future__ import annotations

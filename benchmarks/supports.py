@@ -1,4 +1,4 @@
-"""Compares held-out perplexity for different patterns of S's support, with equal parameters and updates and several seeds.
+"""Compares held-out perplexity of different patterns of S's support, with equal parameters and updates, over several seeds.
 
 `python benchmarks/supports.py [--patterns uniform block ...] [--seeds 42 1 2] [--updates 600] [--threads 1] --out FILE.json`
 
@@ -127,7 +127,7 @@ def positions(pattern: Pattern, rows: int, columns: int, nnz: int, generator: to
 
 @contextlib.contextmanager
 def supports_of(name: str) -> Iterator[None]:
-    """Makes `--support uniform` draw the pattern in the block, stored as int32, because its gaps may be too large to encode."""
+    """Makes `--support uniform` draw the named pattern in the with-block, stored as int32: gaps may be too large to encode."""
     if name in PROGRAM_SUPPORTS:
         yield
         return

@@ -6,16 +6,16 @@
 Each update has one micro-batch of random tokens in bfloat16 and uses the trainer's model, loss and optimizer. The method and
 full-rank training run in two processes that take turns, one update each.
 
-throughput  median over the rounds of full-rank's seconds divided by the method's. --warm_up updates before the rounds are not
-            counted, because a new process still has to get its memory from the system.
-of floor    share of the speed that the linears' multiplications allow. The fastest possible update is full-rank's, with the time
-            of its linears (timed separately) multiplied by the floor of benchmarks/layer.py and the time of its optimizer's
-            step multiplied by the ratio of parameters. Not computed for GaLore, whose linears are dense.
+throughput  full-rank's seconds divided by the method's, median over the rounds. The first --warm_up updates are not counted,
+            because a new process still allocates memory in them.
+of floor    the fastest possible time of an update divided by the measured time. The fastest possible time is full-rank's, with
+            its linears' time (measured separately) multiplied by the floor of benchmarks/layer.py and its optimizer step's time
+            multiplied by the ratio of parameters. Not computed for GaLore, whose linears are dense.
 mfu         floating-point operations that the full-rank model needs for the tokens, per second, divided by those of the fastest
             large matrix product timed on the device (on a GPU use --peak_flops, 989e12 for an H100's dense bfloat16).
 
-GaLore's SVDs happen in the first update, which is not counted; its extra time is divided by --update_proj_gap and added to each
-update. Peak memory is that of the method's process.
+GaLore computes SVDs in the first update only, which is not counted. Its extra time, divided by --update_proj_gap, is added to
+each update. Peak memory is that of the method's process.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def compare(config: str, method: str, optimizer: str, full: Worker, own: argpars
 
 
 def _with_projections(first: float, times: list[tuple[float, float]], gap: int) -> list[tuple[float, float]]:
-    """Adds to each update its share of the first update's SVDs, which serve `gap` updates."""
+    """Adds to each update its share of the first update's SVDs, which are used for `gap` updates."""
     share = max(0.0, first - statistics.median(whole for whole, _ in times)) / gap
     return [(whole + share, step + share) for whole, step in times]
 

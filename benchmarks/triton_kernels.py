@@ -4,10 +4,10 @@
 Requires a GPU that supports the kernels; without one the exit code is 2. In bfloat16, the ways of computing a result are timed in
 turns, round after round, in one process; the output is medians and quartiles in milliseconds. Results and ways:
 
-weight      kernel        build_weight: W = B A + S in one pass
-            added         B A, then S added at its positions (atomic additions)
-            scattered     S written into zeros at its positions, then B A added
-gradients   kernel        gradients of A and B from factored products, those of the values by gather_gradient
+weight      kernel        build_weight: W = B A + S in one kernel
+            added         B A, then S is added at its positions (atomic additions)
+            scattered     S is written into a zero matrix at its positions, then B A is added
+gradients   kernel        gradients of A and B from factored products, gradient of the values by gather_gradient
             dense         dW = G^T x once, and all three gradients from it
 values      kernel        gather_gradient only
             dense         dW = G^T x and the selection of its entries only

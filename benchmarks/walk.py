@@ -1,14 +1,14 @@
-"""How far a reader walks: our files entered by an update, a forward pass and a micro-batch, and what the entry imports.
+"""Counts the project's files that an update, a forward pass and a micro-batch enter, and those that the entry program imports.
 
 `python benchmarks/walk.py [--out FILE]` trains a tiny SLTrain model in this process (two seconds on a CPU) under sys.setprofile.
 
-update        one iteration of torchrun_main.loop, from the micro-batches at hand to the logged row
-forward       the forward pass of one low-rank plus sparse linear, as training calls it
-micro_batch   the same iteration with the reading, encoding and packing of its sequences before it
+update        one iteration of torchrun_main.loop, from the loaded micro-batches to the logged row
+forward       the forward pass of one low-rank plus sparse linear, as in training
+micro_batch   the same iteration, preceded by reading, encoding and packing its sequences
 window        the sequences of one file of 512 records (a window): opening, reading, encoding and packing
-closure       files that are imported by torchrun_main.py, late imports included, and their lines; empty files do not count
+closure       non-empty files that torchrun_main.py imports, late imports included, and their lines
 
-A file counts as entered when a function of it is called. A change is a call of, or a return to, another file of ours.
+A file is entered if one of its functions is called. A change is a call to, or a return to, another file of the project.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ MODEL = {
     "initializer_range": 0.02,
     "vocab_size": 320,
 }
-NUM_FILES, NUM_DOCUMENTS = 3, 512  # documents of each file: as many as a window has records
+# Each file has as many documents as a window has records.
+NUM_FILES, NUM_DOCUMENTS = 3, 512
 NUM_UPDATES = 6
-WATCHED_UPDATE = 4  # counted from 0: by then optimizer states, supports and the first row's figures of memory exist
+# Counted from 0. By then optimizer states and supports exist, and memory has been logged.
+WATCHED_UPDATE = 4
 
 
 class Walk:
@@ -57,7 +59,7 @@ class Walk:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Profile the block; nothing else may use sys.setprofile meanwhile."""
+        """Watches the calls in the block, which must not use sys.setprofile itself."""
         sys.setprofile(self._note)
         try:
             yield
@@ -65,12 +67,12 @@ class Walk:
             sys.setprofile(None)
 
     def start(self) -> None:
-        """Watch until `stop`."""
+        """Watches all calls until `stop`."""
         sys.setprofile(self._note)
 
     @staticmethod
     def stop() -> None:
-        """Watch no more."""
+        """Ends watching."""
         sys.setprofile(None)
 
     def _note(self, frame: FrameType, event: str, _: Any) -> None:
@@ -87,12 +89,12 @@ class Walk:
             self._last = file
 
     def figures(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Returns the counts as JSON-serialisable values."""
         return {"files": len(self.files), "changes": self.changes, "entered": sorted(self.files)}
 
 
 def our_file(filename: str) -> str | None:
-    """A file's path inside the project, None where it is none of ours."""
+    """Returns a file's path relative to the project, None for other files."""
     if not filename.startswith(f"{ROOT}/"):
         return None
     inside = filename[len(str(ROOT)) + 1 :]
@@ -100,7 +102,7 @@ def our_file(filename: str) -> str | None:
 
 
 def write_inputs(folder: Path) -> list[str]:
-    """Write a model's JSON, a corpus and a tokenizer; returns the flags that name them."""
+    """Writes a model's JSON, a corpus and a tokenizer; returns the flags of a run with them."""
     import sentencepiece
 
     numbers = range(NUM_FILES * NUM_DOCUMENTS)
@@ -128,13 +130,25 @@ def write_inputs(folder: Path) -> list[str]:
         *("--model_config", str(folder / "tiny.json"), "--tokenizer", str(folder / "tiny.model"), "--dataset", str(corpus)),
         *("--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--dtype", "float32", "--optimizer", "adamw"),
         *("--lr", "0.001", "--warmup_steps", "2", "--num_training_steps", str(NUM_UPDATES), "--batch_size", "8"),
-        *("--max_length", "64", "--packing", "--data_lanes", "1", "--eval_every", "1000", "--save_every", "1000"),
+        *(
+            "--max_length",
+            "64",
+            "--packing",
+            "--data_lanes",
+            "1",
+            "--data_order",
+            "lanes",
+            "--eval_every",
+            "1000",
+            "--save_every",
+            "1000",
+        ),
         *("--wandb", "disabled", "--device", "cpu", "--workers", "0", "--log_every", "1"),
     ]
 
 
 def watch_training(folder: Path) -> dict[str, Walk]:
-    """Train a tiny run in this process. Returns the walks "update" and "micro_batch" of one of its updates."""
+    """Trains a tiny run in this process; returns the walks "update" and "micro_batch" of one of its updates."""
     import torchrun_main
     from peft_pretraining.run import assemble
 
@@ -144,7 +158,7 @@ def watch_training(folder: Path) -> dict[str, Walk]:
     original = assemble.next_micro_batches
 
     def watched(run: Any, world: Any) -> Any:
-        """Watch from the micro-batches of one update up to those of the next one."""
+        """Watches from the loading of one update's micro-batches to that of the next update's."""
         nonlocal number
         Walk.stop()
         number += 1
@@ -161,7 +175,7 @@ def watch_training(folder: Path) -> dict[str, Walk]:
     finally:
         Walk.stop()
         assemble.next_micro_batches = original
-    # The watched micro-batch may be part of a window that was read before it, so the reading of a window is added.
+    # The watched micro-batch may come from a window that was read earlier, so the reading of a window is added.
     reading.files |= watch_window(folder).files
     both = Walk()
     both.files, both.changes = update.files | reading.files, update.changes + reading.changes
@@ -169,7 +183,7 @@ def watch_training(folder: Path) -> dict[str, Walk]:
 
 
 def watch_window(folder: Path) -> Walk:
-    """Watch a lane from near the end of one file to near the end of the next one."""
+    """Watches a lane from near the end of one file to near the end of the next."""
     from peft_pretraining.data.lanes import LaneState, Order, lane_sequences
     from peft_pretraining.data.source import open_source
     from peft_pretraining.data.tokenizer import load_tokenizer
@@ -186,7 +200,7 @@ def watch_window(folder: Path) -> Walk:
 
 
 def watch_forward() -> Walk:
-    """Call one linear as training does."""
+    """Watches one call of a linear, as in training."""
     import torch
 
     from sparse_lora import SparseLowRankLinear
@@ -201,7 +215,7 @@ def watch_forward() -> Walk:
 
 
 def import_closure(root: Path = ROOT) -> dict[str, int]:
-    """Lines of each file that torchrun_main.py imports, directly or through others, at any place in a file."""
+    """Returns the lines of each file that torchrun_main.py imports, directly or indirectly, late imports included."""
     lines: dict[str, int] = {}
     todo = [root / "torchrun_main.py"]
     while todo:
@@ -216,7 +230,7 @@ def import_closure(root: Path = ROOT) -> dict[str, int]:
 
 
 def imported_modules(path: Path, text: str, root: Path) -> Iterator[str]:
-    """Names of what a file imports: modules, and names out of modules, which may be modules too."""
+    """Yields the names that a file imports: modules, and names in modules, which may be modules themselves."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -228,14 +242,14 @@ def imported_modules(path: Path, text: str, root: Path) -> Iterator[str]:
 
 
 def module_files(module: str, root: Path) -> list[Path]:
-    """The file of a module of ours and the __init__.py of every package around it; empty for others' modules."""
+    """Returns the file of a module of the project and the __init__.py of its packages; [] for other modules."""
     parts = module.split(".")
     around = [root.joinpath(*parts[:count], "__init__.py") for count in range(1, len(parts) + 1)]
     return [path for path in [*around, root.joinpath(*parts).with_suffix(".py")] if path.is_file()]
 
 
 def lines_by_room(root: Path = ROOT) -> dict[str, int]:
-    """Lines of all Python files of a room, which may be more than the entry imports."""
+    """Returns the lines of all Python files of each room, imported by the entry program or not."""
     rooms: dict[str, int] = {"torchrun_main": len((root / "torchrun_main.py").read_text().splitlines())}
     for package in ("sparse_lora", "peft_pretraining"):
         for path in sorted((root / package).rglob("*.py")):
@@ -246,7 +260,7 @@ def lines_by_room(root: Path = ROOT) -> dict[str, int]:
 
 
 def measure() -> dict[str, Any]:
-    """All figures."""
+    """Returns all figures."""
     with tempfile.TemporaryDirectory() as folder:
         walks = watch_training(Path(folder))
         walks["window"] = watch_window(Path(folder))
@@ -263,12 +277,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
     args = parser.parse_args()
-    found = measure()
+    figures = measure()
     for name in ("update", "forward", "micro_batch", "window"):
-        print(f"{name:12} {found[name]['files']:3} files, {found[name]['changes']:5} changes of file")
-    print(f"closure      {found['closure']['files']:3} files, {found['closure']['lines']:,} lines")
+        print(f"{name:12} {figures[name]['files']:3} files, {figures[name]['changes']:5} changes of file")
+    print(f"closure      {figures['closure']['files']:3} files, {figures['closure']['lines']:,} lines")
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from peft_pretraining.commands import data, estimate, evaluate, export, finetune, generate, report, sweep
+from peft_pretraining.commands import data, estimate, evaluate, export, finetune, generate, report, sweep, wandb_upload
 from peft_pretraining.commands.analysis import pruning, spectra
 from peft_pretraining.commands.published import command as published
 from peft_pretraining.config.files import expanded_paths
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "report": report,
     "spectra": spectra,
     "sweep": sweep,
+    "wandb-upload": wandb_upload,
 }
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates a virtual environment with the pinned requirements; sourced by all scripts. Defines `root`, `python` and `launch`.
-# If everything is installed already, it returns at once.
+# Returns immediately if everything is installed.
 #   --prefer-active use the python on PATH if it has the requirements (an activated environment, a container)
 #   SLTRAIN_VENV    folder of the environment (default: .venv in the checkout)
 #   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed

@@ -14,5 +14,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# Each process starts with its half of the tests and takes over the other's last ones when it is done.
+# Each process starts with half of the tests; the one that finishes first takes over tests of the other.
 exec "$python" -m pytest -n 2 --dist worksteal ${marks[@]+"${marks[@]}"} "$@"

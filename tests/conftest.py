@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: few threads, and the real C4 sample where a checkout has one beside it."""
+"""Fixtures shared by all tests: one thread, tiny runs, and the real C4 sample if it lies beside the checkout."""
 
 import os
 import tempfile
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import train, write_inputs
 
-# Two test processes share two cores; more threads only make timings worse. Set before torch is imported.
+# Two test processes share two cores. Set before torch is imported, which reads it only once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
-# torch.compile's cache does not tell instruction sets apart: code that was compiled for a larger one fails under a smaller one.
+# torch.compile's cache ignores the instruction set: code compiled for a larger one fails under a smaller one.
 if instructions := os.environ.get("ATEN_CPU_CAPABILITY"):
     compiled = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{instructions}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where torch sees none."""
+    """Skips tests marked `gpu` if torch finds no GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -31,11 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _real_data(name: str) -> Path:
-    """A path below the real-data folder: $SLTRAIN_REAL_DATA, or ../shared/data beside the checkout."""
+    """Returns a path in the real-data folder ($SLTRAIN_REAL_DATA, or ../shared/data beside the checkout), or skips the test."""
     folder = Path(os.environ.get("SLTRAIN_REAL_DATA", ROOT.parent / "shared" / "data"))
     path = folder / name
     if not path.exists():
-        pytest.skip(f"real data not at hand: {name} (set SLTRAIN_REAL_DATA to a folder with c4_sample/ and t5_spiece.model)")
+        pytest.skip(f"real data is not available: {name} (set SLTRAIN_REAL_DATA to a folder with c4_sample/ and t5_spiece.model)")
     return path
 
 
@@ -53,13 +53,13 @@ def t5_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> list[str]:
-    """Flags for a model, a tokenizer and a corpus small enough that an update takes milliseconds."""
+    """Flags that name a tiny model, tokenizer and corpus; an update takes milliseconds."""
     return write_inputs(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def trained(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run by its name in tiny_runs.METHODS, trained once a session where a test asks for it."""
+    """Returns the folder of a run by its name in tiny_runs.METHODS; each is trained once per session, on first use."""
     runs: dict[str, Path] = {}
 
     def run(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The program in processes of its own that start in a moment: forked from a server that has torch and transformers loaded."""
+"""Starts the program in separate processes quickly, by forking a server process that has loaded torch and transformers."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-# Everything that a run may import, bitsandbytes and torchao included: each process would otherwise take seconds to load it.
+# Everything that a run may import, including bitsandbytes and torchao, which takes seconds to load.
 SERVER.set_forkserver_preload(
     [
         *("torch", "torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "sentencepiece", "fsspec"),
@@ -23,25 +23,25 @@ SERVER.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Program:
-    """A started program: one process, or several that find each other as torchrun's do."""
+    """A started program: one process, or several that form a process group as under torchrun."""
 
     processes: list[BaseProcess]
     log: Path
 
     def wait(self) -> int:
-        """The first exit code that is not 0; negative: the signal that ended it."""
+        """Waits for all processes; returns the first exit code that is not 0 (negative: the number of a signal), else 0."""
         for process in self.processes:
             process.join()
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
 
     def send(self, number: int) -> None:
-        """A signal to all that are still there."""
+        """Sends a signal to all processes that still run."""
         for process in self.processes:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, at once."""
+        """Sends SIGKILL to all processes."""
         for process in self.processes:
             process.kill()
 
@@ -51,7 +51,7 @@ class Program:
 
 
 def free_port() -> int:
-    """A port that nobody listened to a moment ago."""
+    """Returns a port on which no process listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -67,12 +67,12 @@ def start(
     largest_file: int | None = None,
     sequences: Path | None = None,
 ) -> Program:
-    """Start torchrun_main.main(argv).
+    """Starts torchrun_main.main(argv).
 
     Args:
         log: file for stdout and stderr of all processes.
-        largest_file: bytes that a file can have; writing more fails.
-        sequences: folder for what each process trains on: rank.txt, one line of ids for each sequence.
+        largest_file: limit of a file's bytes; writing more fails.
+        sequences: folder in which each process records its training sequences: RANK.txt, one line of ids for each.
     """
     port = free_port()
     log.write_text("")
@@ -89,13 +89,13 @@ def start(
 
 
 def run(argv: list[str], log: Path, **options) -> tuple[int, str]:
-    """Exit code and output of the program."""
+    """Runs the program; returns its exit code and its output."""
     program = start(argv, log, **options)
     return program.wait(), program.output
 
 
 def _child(argv: list[str], log: Path, variables: dict[str, str], largest_file: int | None, sequences: Path | None) -> None:
-    # Data workers are to be children of this process, which they watch, and not of the server.
+    # Data workers must be children of this process, which they watch, and not of the server.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(variables)
     with log.open("a") as file:

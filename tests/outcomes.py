@@ -1,4 +1,4 @@
-"""What a run left, as far as another run must repeat it."""
+"""Reads the results of a run that another run must reproduce: its record without times, and its tensors."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,19 @@ TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_
 
 
 def without_times(rows: list[dict]) -> list[dict]:
-    """No speeds, and none of the memory that each process measures at its start."""
+    """Returns the rows without speeds and without memory, which differ from one process to the next."""
     return [{key: value for key, value in row.items() if key not in TIMES and not key.startswith("memory_")} for row in rows]
 
 
 def record(folder: Path) -> list[dict]:
-    """The record of a run without times; empty before it has one."""
+    """Returns the rows of a run's metrics.jsonl without times; [] if the file does not exist yet."""
     path = folder / "metrics.jsonl"
     return without_times([json.loads(line) for line in path.read_text().splitlines()]) if path.exists() else []
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, or of the newest one in a run's folder."""
+    """Returns the tensors of a checkpoint, or of the newest checkpoint in a run's folder."""
     path = resolve(path)
-    found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(path).items()}
-    load_tensors(path, found)
-    return found
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensor_index(path).items()}
+    load_tensors(path, tensors)
+    return tensors

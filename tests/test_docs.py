@@ -1,4 +1,4 @@
-"""What README.md and docs/ name is there: links, flags, files, and command lines that parse."""
+"""README.md and docs/ are correct: links, flags and files exist, and command lines parse."""
 
 import argparse
 import ast
@@ -33,25 +33,25 @@ REPOSITORY_PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, FOLDERS)
 SOURCE_FILE = re.compile(r"(?<![\w./*<-])\w[\w./-]*\.(?:py|sh)(?![\w*])")
 PLACEHOLDER = re.compile(r"[<>{}$…]|\.\.\.")
 
-# Programs of others, whose flags are not ours to check.
+# Other programs, whose flags are not checked.
 OTHER_PROGRAMS = {"pip", "docker", "kubectl", "mkdir", "rm", "for", "cat", "git", "python3"}
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
 def prose(text: str) -> str:
-    """A document without its code blocks."""
+    """Returns a document without its code blocks."""
     return FENCE.sub("", text)
 
 
 def code(text: str) -> list[str]:
-    """Inline code, and code blocks of a shell or of no language (the annotated tree)."""
+    """Returns inline code, and code blocks of a shell or without a language (the annotated tree)."""
     blocks = [block for language, block in FENCE.findall(text) if language in ("bash", "")]
     return INLINE_CODE.findall(prose(text)) + blocks
 
 
 def options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Option strings of a parser and of the commands below it."""
+    """Yields the option strings of a parser and of its commands."""
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
@@ -60,7 +60,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
-    """One parser for each `python -m peft_pretraining COMMAND`."""
+    """Returns a parser for each `python -m peft_pretraining COMMAND`."""
     parsers = {}
     for name, module in COMMANDS.items():
         parsers[name] = argparse.ArgumentParser(prog=name, allow_abbrev=False)
@@ -76,7 +76,7 @@ def torchrun_options() -> set[str]:
 
 @functools.cache
 def known_flags() -> set[str]:
-    """Flags of the program, of its commands, of the scripts and benchmarks, of torchrun, and what the scripts know of Slurm's."""
+    """Returns the flags of the program, its commands, scripts, benchmarks and torchrun, and those of Slurm used in scripts."""
     flags = set(options(build_parser())) | torchrun_options()
     for parser in command_parsers().values():
         flags.update(options(parser))
@@ -91,13 +91,13 @@ def known_flags() -> set[str]:
 
 
 def heading_anchors(path: Path) -> set[str]:
-    """Anchors that a Markdown viewer makes of the headings."""
+    """Returns the anchors that a Markdown viewer makes for the headings."""
     headings = re.findall(r"^#+ (.*)$", prose(path.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """The words of every command in the shell blocks: continued lines joined, comments and redirections left out."""
+    """Returns the words of every command in shell blocks, with continued lines joined, without comments and redirections."""
     commands = []
     for language, block in FENCE.findall(text):
         if language != "bash":
@@ -111,13 +111,13 @@ def command_lines(text: str) -> list[list[str]]:
 
 
 @every_document
-def test_no_placeholder_is_left(path):
+def test_documents_contain_no_placeholders(path):
     assert "@@" not in path.read_text(encoding="utf-8")
 
 
 @every_document
-def test_relative_links_lead_somewhere(path):
-    """To a file of the repository and, where the link names one, to a heading in it."""
+def test_relative_links_lead_to_files_and_headings(path):
+    """A link leads to a file of the repository and, if it has an anchor, to a heading in it."""
     broken = []
     for target in LINK.findall(prose(path.read_text(encoding="utf-8"))):
         if re.match(r"[a-z]+:", target):
@@ -130,13 +130,13 @@ def test_relative_links_lead_somewhere(path):
 
 
 @every_document
-def test_every_flag_exists(path):
+def test_every_flag_in_the_documents_exists(path):
     named = {f"--{name}" for name in FLAG.findall(path.read_text(encoding="utf-8"))}
     assert not named - known_flags()
 
 
 @every_document
-def test_every_repository_path_exists(path):
+def test_every_path_in_the_documents_exists(path):
     missing = []
     for text in code(path.read_text(encoding="utf-8")):
         for name in REPOSITORY_PATH.findall(text):
@@ -149,19 +149,19 @@ def test_every_repository_path_exists(path):
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The commands of the shell blocks, and those in inline code that are complete (no placeholder, at least one argument)."""
+    """Returns the commands in shell blocks, and those in inline code that are complete (no placeholder)."""
     inline = [code for code in INLINE_CODE.findall(prose(text)) if code.startswith(("python ", "bash scripts/"))]
     inline = [code for code in inline if not PLACEHOLDER.search(code) and not re.search(r"\b[A-Z]{2,}\b", code)]
     return command_lines(text) + [shlex.split(code) for code in inline]
 
 
 def without_variables(words: list[str]) -> list[str]:
-    """A command without the environment variables set before it."""
+    """Returns a command without leading assignments of environment variables."""
     return words[next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words)) :]
 
 
 def unknown_flags(words: list[str]) -> list[str]:
-    """Arguments that the parser of a command does not know. Fails for a command that no check covers."""
+    """Returns the arguments that a command's parser does not know. Fails for a command without a check."""
     words = [word for word in without_variables(words) if word != "--help"]
     if not words or words[0] in OTHER_PROGRAMS or words == ["python", "-"]:
         return []
@@ -184,8 +184,8 @@ def unknown_flags(words: list[str]) -> list[str]:
 
 
 @every_document
-def test_commands_parse(path):
-    """By the parser of the program that they start; whether the files that they name exist is tested elsewhere."""
+def test_commands_in_the_documents_parse(path):
+    """Tested with the parser of the program that they start; other tests check that files exist."""
     unknown = {
         shlex.join(words): flags for words in commands_of(path.read_text(encoding="utf-8")) if (flags := unknown_flags(words))
     }
@@ -193,7 +193,7 @@ def test_commands_parse(path):
 
 
 def quick_commands() -> list[list[str]]:
-    """Commands of all documents that need no run, no data and no network: dry runs, estimates, help."""
+    """Returns the commands of all documents that need no run, data or network: dry runs, estimates, help."""
     commands = [words for path in DOCUMENTS for words in commands_of(path.read_text(encoding="utf-8"))]
     quick = [words for words in commands if "--dry_run" in words or "--help" in words or "estimate" in words[:4]]
     unique = {shlex.join(words): words for words in quick if words[0] == "python" and "sweep" not in words}
@@ -201,8 +201,8 @@ def quick_commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", quick_commands(), ids=shlex.join)
-def test_quick_commands_run(words, tmp_path, monkeypatch, capsys):
-    """In a folder with the repository's configs and scripts, where a folder of text stands in for data below runs/."""
+def test_quick_commands_in_the_documents_run(words, tmp_path, monkeypatch, capsys):
+    """In a folder with links to configs and scripts, and a folder of text in place of data below runs/."""
     for name in ("configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in words:
@@ -222,7 +222,7 @@ def test_quick_commands_run(words, tmp_path, monkeypatch, capsys):
 
 
 def python_code(text: str) -> list[str]:
-    """Blocks of Python, and programs that a shell block gives to `python -`."""
+    """Returns blocks of Python, and programs that a shell block passes to `python -`."""
     blocks = FENCE.findall(text)
     programs = [found for language, block in blocks if language == "bash" for found in HEREDOC.findall(block)]
     return [block for language, block in blocks if language == "python"] + [program for _, program in programs]
@@ -246,14 +246,14 @@ RECIPE_HEAD = [
 
 
 def predicted(flags: list[str], processes: int, capsys) -> dict:
-    """What `python -m peft_pretraining estimate ... --json` says of a recipe on GPUs."""
+    """Returns the output of `python -m peft_pretraining estimate ... --json` for a recipe on GPUs."""
     command = ["estimate", "--json", "--device_type", "cuda", "--world", str(processes), *flags]
     assert peft_pretraining.__main__.main(command) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def recipe_row(size: str, method: str, capsys) -> str:
-    """A row of README's table, from the script, the estimate and the published table."""
+    """Returns a row of README's table, made from the script, the estimate and the published table."""
     text = (ROOT / "scripts" / "llm_pretrain" / f"{method}{size}.sh").read_text(encoding="utf-8")
     launch = re.search(r"^launch (\d+) torchrun_main.py (.*)$", text.replace("\\\n", " "), re.MULTILINE)
     processes, flags = int(launch[1]), [word for word in shlex.split(launch[2]) if word != "$@"]
@@ -286,7 +286,7 @@ def quickstart_row(capsys) -> str:
 
 
 def test_recipe_table_agrees_with_scripts_estimates_and_published_figures(monkeypatch, capsys):
-    """To mend the table, paste what this test expects between the two comments."""
+    """To correct the table, paste the expected lines between the two comments."""
     monkeypatch.chdir(ROOT)
     scripts = ROOT / "scripts" / "llm_pretrain"
     pairs = [(size, method) for size in SIZES for method in METHODS if (scripts / f"{method}{size}.sh").exists()]
@@ -302,8 +302,8 @@ def test_every_page_of_docs_is_linked_from_the_readme():
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked
 
 
-def test_the_checks_find_what_is_wrong(tmp_path):
-    """Each pattern sees the thing it is there for, so that a silent test means something."""
+def test_the_patterns_match_what_they_search_for(tmp_path):
+    """Each pattern matches what it searches for, so that the tests above can fail."""
     text = "See [x](y.md) and `scripts/none.sh --no_such`.\n```bash\npython a.py \\\n  --b  # c\n```\n"
     assert LINK.findall(prose(text)) == ["y.md"]
     assert FLAG.findall(text) == ["no_such", "b"]

@@ -1,4 +1,4 @@
-"""Imports point down only, so that the house can be read from the bottom up; checked on the source itself."""
+"""Imports between rooms (folders) point down only; checked on the source text."""
 
 import ast
 import subprocess
@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The rooms, bottom floor first: a module imports modules of its own room and of rooms before it, never of later ones.
+# The rooms from bottom to top. A module imports modules of its own room and of earlier rooms, never of later ones.
 ROOMS = [
     *("sparse_lora", "config", "distributed", "data", "checkpoint", "methods", "memory", "plan", "model", "optim"),
     *("training", "export", "record", "run", "commands"),
 ]
-ENTRIES = ["__main__", "torchrun_main"]  # the two programs; may import anything
+# The two programs, which may import every room.
+ENTRIES = ["__main__", "torchrun_main"]
 FLOOR_OF = {name: number for number, name in enumerate([*ROOMS, *ENTRIES])}
-# Modules about one slow package, which nobody imports at the top of a file.
+# Modules that import a slow package at their top, so they themselves must be imported late.
 LOADED_LATE = {"adam8bit.py", "adam_ao.py", "kernels_triton.py", "trainer.py"}
 ROOMS_WITHOUT_TORCH = ["config", "methods", "memory", "plan"]
 
@@ -26,7 +27,7 @@ def sources():
 
 
 def part(path: Path) -> str:
-    """The part of the house a file belongs to: its module in peft_pretraining, or its package."""
+    """Returns the room that a file belongs to, or the name of an entry program."""
     inside = path.relative_to(ROOT).parts
     if inside[0] != "peft_pretraining":
         return Path(inside[0]).stem
@@ -34,7 +35,7 @@ def part(path: Path) -> str:
 
 
 def imports(path: Path):
-    """(module, is at the top of the file) for every import, those for type checking included."""
+    """Yields (module, True if at the top of the file) for every import, including those for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -51,7 +52,7 @@ def imports(path: Path):
 
 
 def target(module: str) -> str | None:
-    """The part of the house an imported module belongs to, None for other people's."""
+    """Returns the room that an imported module belongs to, None for modules of other packages."""
     parts = module.split(".")
     if parts[0] == "peft_pretraining":
         return parts[1] if len(parts) > 1 else None
@@ -74,7 +75,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_no_module_imports_itself_through_others():
+def test_there_is_no_import_cycle():
     names = {module_name(path) for path in sources()}
     edges = {module_name(path): sorted({module for module, _ in imports(path)} & names) for path in sources()}
     done = set()
@@ -83,7 +84,7 @@ def test_no_module_imports_itself_through_others():
         assert name not in trail, f"import cycle: {' -> '.join([*trail[trail.index(name) :], name])}"
         if name not in done:
             for other in edges[name]:
-                if not name.startswith(f"{other}."):  # a package's __init__ gathers what its modules define
+                if not name.startswith(f"{other}."):  # a package's __init__ imports its own modules
                     visit(other, [*trail, name])
             done.add(name)
 
@@ -92,15 +93,18 @@ def test_no_module_imports_itself_through_others():
 
 
 @pytest.mark.parametrize("room", ROOMS_WITHOUT_TORCH)
-def test_rooms_that_answer_before_torch_is_loaded(room):
-    """--help and refused arguments answer at once: no module of these rooms imports torch, itself or through another."""
+def test_rooms_without_torch_import_no_slow_package(room):
+    """No module of these rooms imports one of them, directly or indirectly, so that --help and error messages are fast."""
     modules = [module_name(path) for path in sorted((ROOT / "peft_pretraining" / room).rglob("*.py"))]
-    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
+    slow = ("torch", "transformers", "numpy")
+    code = (
+        f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit(any(m in sys.modules for m in {slow}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("package", ["transformers", "datasets", "wandb", "bitsandbytes", "matplotlib", "triton"])
-def test_slow_packages_are_imported_where_they_are_needed(package):
+def test_slow_packages_are_not_imported_at_the_top_of_a_file(package):
     for path in sources():
         if path.name in LOADED_LATE:
             continue
@@ -108,14 +112,14 @@ def test_slow_packages_are_imported_where_they_are_needed(package):
         assert not tops, f"{path} imports {package} at its top"
 
 
-def test_data_never_sees_the_model():
+def test_the_data_room_does_not_import_the_model():
     forbidden = {"model", "methods", "training", "sparse_lora", "optim"}
     for path in (ROOT / "peft_pretraining" / "data").rglob("*.py"):
         assert not forbidden & {target(module) for module, _ in imports(path)}, path
 
 
-def test_sparse_lora_stands_alone():
-    """On torch; Triton is for the one module that is imported where it is there."""
+def test_sparse_lora_imports_only_torch():
+    """Triton is imported by one module only, which is loaded if Triton is installed."""
     allowed = {"torch", "sparse_lora", *sys.stdlib_module_names}
     for path in (ROOT / "sparse_lora").glob("*.py"):
         own = {"triton"} if path.name in LOADED_LATE else set()
@@ -123,7 +127,7 @@ def test_sparse_lora_stands_alone():
 
 
 @pytest.mark.parametrize("name", sorted(LOADED_LATE))
-def test_modules_about_a_slow_package_are_imported_late(name):
+def test_modules_that_import_a_slow_package_are_imported_late(name):
     users = [
         (path, at_top)
         for path in sources()

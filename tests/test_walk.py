@@ -1,4 +1,4 @@
-"""How many of our files a reader has to open: measured by benchmarks/walk.py, so that the walk does not grow again."""
+"""An update, a forward pass and a micro-batch enter few files of the project, as measured by benchmarks/walk.py."""
 
 import importlib.util
 from pathlib import Path
@@ -33,18 +33,18 @@ def test_a_step_enters_few_files(walks, name, most):
     assert 0 < len(walks[name].files) <= most, sorted(walks[name].files)
 
 
-def test_records_and_documents_are_handed_over_in_batches(walks, walk):
-    """One document at a time, each of the window's records would be at least one call into another file and one return."""
+def test_records_and_documents_are_passed_in_batches(walks, walk):
+    """Passing single documents would need at least one call to another file, and one return, for each of the window's records."""
     assert 0 < walks["window"].changes < walk.NUM_DOCUMENTS
 
 
 def test_a_file_is_entered_by_a_call_and_changed_by_a_call_or_a_return(walk, tmp_path):
-    """The measure itself: open_source calls demo_folder of another file, which returns to it."""
+    """Tests the measurement: open_source calls demo_folder in another file, which returns to it."""
     from peft_pretraining.data.source import open_source
 
     watched = walk.Walk()
     with watched.watching():
-        open_source("demo", "train", cache_dir=tmp_path, resolve=False)  # no corpus there: no file is listed
+        open_source("demo", "train", cache_dir=tmp_path, resolve=False)
     assert watched.files == {"peft_pretraining/data/source.py", "peft_pretraining/data/demo.py"}
     assert watched.changes >= 2
     assert watched.changes % 2 == 0

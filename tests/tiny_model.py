@@ -1,4 +1,4 @@
-"""The shape of the model that tests train: a config's JSON."""
+"""The model that tests train, as the content of a config's JSON file."""
 
 TINY_MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,4 +1,4 @@
-"""Tiny inputs, and tiny runs of every method: an update takes milliseconds, 8 updates a second or two."""
+"""Writes tiny inputs and trains tiny runs of every method; 8 updates take one or two seconds."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ METHODS = {
 
 
 def write_corpus(folder: Path) -> list[str]:
-    """120 documents of very unequal lengths in 3 shards, 12 held out; returns the training texts."""
+    """Writes 120 training documents of very unequal lengths in 3 shards, and 12 held-out ones; returns the training texts."""
     documents = ["".join(TEXT.format(number, number * 7 % 101, line) for line in range(1 + number % 5)) for number in range(132)]
     for shard in range(3):
         lines = [json.dumps({"text": text}) for text in documents[shard:120:3]]
@@ -59,7 +59,7 @@ def write_inputs(folder: Path) -> list[str]:
 
 
 def flags_of(name: str, tiny_run: list[str]) -> list[str]:
-    """The command line of the run METHODS[name], all but its folder."""
+    """Returns the command line of the run METHODS[name], without its folder."""
     return [
         *("--dtype", "float32", *tiny_run, "--optimizer", "adamw", "--lr", "0.01", "--warmup_steps", "2"),
         *("--num_training_steps", "8", "--batch_size", "8", "--max_length", "64", "--eval_every", "8"),
@@ -69,7 +69,7 @@ def flags_of(name: str, tiny_run: list[str]) -> list[str]:
 
 
 def train(name: str, tiny_run: list[str], folder: Path) -> Path:
-    """Train the run METHODS[name] in this process; its folder."""
+    """Trains the run METHODS[name] in this process; returns its folder."""
     import torchrun_main
 
     assert torchrun_main.main([*flags_of(name, tiny_run), "--save_dir", str(folder)]) == 0

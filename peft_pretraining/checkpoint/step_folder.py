@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step_(\d{8})")
 _TENSORS = "tensors"
 _STATE = "state.json"
+# Folder inside a run's folder for checkpoints that the run no longer continues from.
+SET_ASIDE = "set_aside"
 # Prefixes of folders that are being written, replaced or removed; a crash may leave such folders behind.
 _PARTIAL, _REPLACED, _REMOVED = ".partial-", ".old-", ".removed-"
 # Approximate bytes that a tensor takes on disk in addition to its elements.
@@ -67,18 +69,62 @@ def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / f"step_{step:08d}"
 
 
+def num_updates(path: Path) -> int | None:
+    """Returns the number of updates of a checkpoint, from its state or else from its name; None if neither tells."""
+    try:
+        number = read_json(path / _STATE)["train"]["update_step"]
+        if type(number) is int:
+            return number
+    except (CheckpointError, KeyError, TypeError):
+        pass
+    match = _NAME.fullmatch(path.resolve().name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Returns a run's checkpoint folders, oldest first, without verifying them."""
+    """Returns the checkpoints in a run's folder by number of updates, whatever they are called, without verifying them.
+
+    Of two with the same number the one named step_XXXXXXXX comes last; one whose number cannot be read (half a copy) comes first.
+    Hidden folders (half written, or about to be removed) are left out, and links to places inside the run's folder.
+    """
     if not run_folder.is_dir():
         return []
-    checkpoints = [path for path in run_folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(checkpoints, key=lambda path: path.name)
+    inside = run_folder.resolve()
+    checkpoints = [
+        path
+        for path in run_folder.iterdir()
+        if not path.name.startswith(".")
+        and os.path.isdir(path)
+        and (_NAME.fullmatch(path.name) or _num_parts(path) > 1)
+        and not (path.is_symlink() and path.resolve().is_relative_to(inside))
+    ]
+    numbers = {path: num_updates(path) for path in checkpoints}
+    return sorted(checkpoints, key=lambda path: (-1 if (n := numbers[path]) is None else n, _is_own(path), path.name))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a checkpoint's folder has the name under which a run saves, and is no link."""
+    return bool(_NAME.fullmatch(path.name)) and not path.is_symlink()
+
+
+def missing_checkpoints(run_folder: Path) -> str | None:
+    """Returns where the checkpoints of a folder without any went: set aside, or behind a link that leads nowhere; else None."""
+    if aside := list_checkpoints(run_folder / SET_ASIDE):
+        return f"its checkpoints are all in {SET_ASIDE}/; to resume from the newest of them: --continue_from {aside[-1]}"
+    for path in sorted(path for path in run_folder.glob("*") if path.is_symlink() and not path.exists()):
+        if _NAME.search(f"{path.name} {path.readlink()}"):
+            return f"{path.name} is a link to {path.readlink()}, which does not exist; restore that folder, or remove the link"
+    return None
 
 
 def is_checkpoint(path: Path) -> bool:
     """Tells whether a folder is a checkpoint, intact or damaged, rather than a run's folder."""
-    parts = (manifest.MANIFEST, _STATE, _TENSORS)
-    return bool(_NAME.fullmatch(path.name)) or any((path / name).exists() for name in parts)
+    return bool(_NAME.fullmatch(path.name)) or _num_parts(path) > 0
+
+
+def _num_parts(path: Path) -> int:
+    """Counts what only checkpoints have together; a folder that may not be read has nothing."""
+    return sum(os.path.exists(path / name) for name in (manifest.MANIFEST, _STATE, _TENSORS))
 
 
 def verify(path: Path) -> None:
@@ -115,7 +161,7 @@ def resolve(path: Path) -> Path:
             f"{path}: all checkpoints are damaged: {'; '.join(damaged)}; restore one of them from a copy, or start a new run in "
             "a new folder with --resume never"
         )
-    raise CheckpointError(f"{path} is not a checkpoint and contains none (folders named step_XXXXXXXX)")
+    raise CheckpointError(f"{path} is not a checkpoint and contains none (folders such as step_XXXXXXXX)")
 
 
 def save_checkpoint(
@@ -178,11 +224,11 @@ def _together(act: Callable[[], object], world: World, group: dist.ProcessGroup 
 def _prepare(partial: Path, num_bytes: int) -> None:
     """Creates the temporary folder if the disk has num_bytes free. Raises OSError."""
     run_folder = partial.parent
-    run_folder.mkdir(parents=True, exist_ok=True)
+    make_run_folder(run_folder)
     recover_replaced(run_folder)
     for prefix in (_PARTIAL, _REPLACED, _REMOVED):
         for left in run_folder.glob(f"{prefix}step_*"):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
     free = shutil.disk_usage(run_folder).free
     if free < num_bytes:
         raise OSError(
@@ -217,7 +263,7 @@ def _replace(partial: Path, target: Path) -> None:
         target.rename(old)
     partial.rename(target)
     _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def recover_replaced(run_folder: Path) -> None:
@@ -227,6 +273,14 @@ def recover_replaced(run_folder: Path) -> None:
         if not target.exists():
             with contextlib.suppress(OSError):
                 old.rename(target)
+
+
+def make_run_folder(path: Path) -> None:
+    """Creates a folder and its missing parents, and flushes their names to disk. Raises OSError."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -240,13 +294,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove_old(run_folder: Path, keep: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints. Each is renamed first, so that no checkpoint is ever partly removed."""
+    """Removes all but the newest `keep` of the checkpoints that runs saved; copies under other names and links stay.
+
+    Each is renamed first, so that no checkpoint is ever partly removed.
+    """
     if keep is None:
         return
-    for path in list_checkpoints(run_folder)[:-keep]:
+    for path in [path for path in list_checkpoints(run_folder) if _is_own(path)][:-keep]:
         with contextlib.suppress(OSError):
-            removed = path.rename(path.with_name(f"{_REMOVED}{path.name}"))
-            shutil.rmtree(removed, ignore_errors=True)
+            _remove(path.rename(path.with_name(f"{_REMOVED}{path.name}")))
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or a link to one, as far as that is possible."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _as_json(value: Any) -> bytes:
@@ -264,10 +328,11 @@ def _write_file(path: Path, content: bytes) -> Digest:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
+    """Writes a JSON file atomically and flushes it to disk."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
     _write_file(partial, _as_json(value))
     partial.rename(path)
+    _sync_folder(path.parent)
 
 
 def read_json(path: Path) -> Any:

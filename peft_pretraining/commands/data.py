@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="sequence length for the shares of tokens cut and padded (default: 256)",
     )
+    inspect.add_argument(
+        "--data_lanes",
+        type=_at_least_one,
+        help="virtual readers whose shares of the training split are shown (default: as for training)",
+    )
     inspect.add_argument("--verify", action="store_true", help="prepared data: verify every file's checksum first")
 
 
@@ -153,6 +158,7 @@ def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         documents=args.documents,
         max_length=args.max_length,
         text_field=args.text_field,
+        data_lanes=args.data_lanes,
     )
     text = format_inspection(figures)
     if verified is not None:

@@ -1,10 +1,10 @@
-"""The program's arguments: one dataclass per topic, in which every flag is one row (`flag.Row`): default, help, class.
+"""The program's arguments: one dataclass per topic, in which each field is a flag with its row (`flag.Row`).
 
-The class says whether a resumed run may change the flag (`never`, `if_allowed` or `freely`; rows without one: freely) and holds
-the rest of the row. Flags that a resumed run cannot change freely also define the run, unless a row says otherwise.
+`never`, `if_allowed` and `freely` make the row; their names say whether a resumed run may change the flag (default: freely).
+Flags that a resumed run may not change freely also define the run, unless their row says otherwise.
 
-`Arguments` holds what the user asked for, as `command_line` reads it; what follows from it (gradient accumulation, update steps,
-tokens) is `plan.Plan`. Imports no torch: `--help` and every refusal must answer in about a second.
+`Arguments` contains what the user asked for, as read by `command_line`. What follows from it (gradient accumulation, update
+steps, tokens) is in `plan.Plan`. Imports no torch, because `--help` and error messages must appear in about a second.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from peft_pretraining.config.supports import SUPPORTS
 
 
 def _method_names() -> dict[str, str]:
-    """Names of the files of methods/ that define METHOD; listed and not imported, since methods/ imports this room."""
+    """Returns the names of the files in methods/ that define METHOD. They are not imported, because they import this module."""
     files = sorted((Path(__file__).parent.parent / "methods").glob("*.py"))
     return {file.stem: file.stem for file in files if "\nMETHOD = " in file.read_text(encoding="utf-8")}
 
 
-# What --peft_model may be. methods.register adds the name of a method that is defined elsewhere.
+# Names that --peft_model accepts. methods.register adds those of methods that are defined elsewhere.
 METHOD_NAMES = _method_names()
-# Methods with low-rank factors; those whose linears compute with a low-rank (plus sparse) weight.
+# Methods with low-rank factors.
 _FACTORED = ("lowrank", "relora", "sltrain")
+# Methods that replace a dense weight by a low-rank (plus sparse) one.
 _REPARAMETERIZED = ("lowrank", "sltrain")
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
@@ -41,11 +42,12 @@ LINEAR_PATHS = ("auto", "materialised", "factored")
 PARALLEL = ("ddp", "fsdp")
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
+DATA_ORDERS = ("lanes", "global")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
 class ConfigError(ValueError):
-    """Arguments that cannot work; `problems` holds one complete sentence for each."""
+    """Raised for invalid arguments; `problems` contains one complete sentence for each."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
@@ -68,8 +70,8 @@ class ModelArguments:
     )
     activation_checkpointing: str | None = flag(
         None,
-        "recompute activations in the backward pass: layer (keep only each decoder layer's input; the flag alone) | selective "
-        "(keep attention's output too)",
+        "recompute activations in the backward pass: layer (keep only each decoder layer's input; the same without a "
+        "value) | selective (keep attention's output too)",
         freely(const="layer", choices=("layer", "selective"), synonyms="gradient_checkpointing recompute"),
     )
     compile: bool = flag(False, "compile every decoder layer with torch.compile", freely(synonyms="torch_compile"))
@@ -158,8 +160,8 @@ class MethodArguments:
     )
     init: str = flag(
         "default",
-        "lowrank, sltrain: initial values: default (as published) | svd (of a dense initialisation: the best rank-r part as "
-        "balanced factors, the sparse values from the remainder)",
+        "lowrank, sltrain: initial values: default (as published) | svd (balanced factors of a dense initialisation's best "
+        "rank-r approximation, sparse values from the remainder)",
         if_allowed(warm_start=True, choices=INITS, methods=_REPARAMETERIZED, synonyms="init_lora_weights initialization"),
     )
     restart_every: int | None = flag(
@@ -223,7 +225,8 @@ class DataArguments:
     )
     tokenizer: str | None = flag(
         None,
-        "hub name, tokenizer folder or SentencePiece .model file (default: t5-base; their own for demo and prepared data)",
+        "hub name, tokenizer folder, tokenizer.json or SentencePiece .model file (default: t5-base; demo and prepared data have "
+        "their own)",
         if_allowed(kind="place", synonyms="tokenizer_name tokenizer_path tokenizer_name_or_path"),
     )
     max_length: int = flag(
@@ -253,8 +256,15 @@ class DataArguments:
     )
     data_lanes: int | None = flag(
         None,
-        "virtual readers; they fix the data's order for any number of processes and workers (default: c4 64, else 24)",
+        "virtual readers, which make the data order independent of processes and workers (default: c4 64, else 24)",
         never(unit="readers", minimum=1),
+    )
+    data_order: str | None = flag(
+        None,
+        "order of the training data: lanes (each virtual reader has a share of the documents) | global (each pass reads every "
+        "document once; tokenised at the start and held in memory) (default: global with --packing on files of at most "
+        "32 MB together, else lanes; a run keeps its order when it is resumed)",
+        freely(choices=DATA_ORDERS),
     )
     workers: int | None = flag(
         None,
@@ -263,8 +273,8 @@ class DataArguments:
     )
     on_bad_record: str = flag(
         "skip",
-        "records that hold no text, and files that cannot be read: skip (pass over and count; more than a quarter of all end "
-        "the run) | fail (end the run at the first, with file and line)",
+        "records without text and files that cannot be read: skip (leave out and count; more than a quarter of all end the run) "
+        "| fail (end the run at the first, with file and line)",
         freely(choices=ON_BAD_RECORD),
     )
 
@@ -351,18 +361,18 @@ class OptimizationArguments:
     )
     grad_norm_growth: float | None = flag(
         None,
-        "limit each tensor's gradient norm to this many times its last one, e.g. 1.01; works with per_layer too",
+        "limit each tensor's gradient norm to this many times its previous one, e.g. 1.01; also works with per_layer",
         if_allowed(warm_start=True, minimum=1, synonyms="norm_growth_limiter"),
     )
     per_layer: bool = flag(
         False,
-        "step each parameter in the backward pass and free its gradient at once (published: optimizers *_per_layer)",
+        "step each parameter during the backward pass and free its gradient immediately (published: optimizers *_per_layer)",
         # Results are bit-identical to whole updates.
         freely(defines_run=True, synonyms="layerwise optim_layerwise"),
     )
     embedding_states: str | None = flag(
         None,
-        "moments of embedding and output head with adam8bit and adamw4bit: 32bit (default) | 8bit (as the optimizer's others)",
+        "moments of embedding and output head with adam8bit and adamw4bit: 32bit (default) | 8bit",
         never(
             warm_start=True,
             choices=EMBEDDING_STATES,
@@ -375,7 +385,7 @@ class OptimizationArguments:
     )
     stochastic_rounding: bool = flag(
         False,
-        "round new bfloat16 parameters up or down at random, right on average, so that small updates are not lost",
+        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost",
         never(
             warm_start=True,
             no_effect=lambda args: (
@@ -457,13 +467,13 @@ class RunArguments:
     )
     resume: str = flag(
         "auto",
-        "auto: resume from the newest checkpoint in save_dir; never: start anew in a numbered folder",
+        "auto: resume from the newest checkpoint in save_dir; never: start a new run in a numbered folder",
         freely(choices=("auto", "never")),
     )
     on_nonfinite: str = flag(
         "skip",
-        "an update whose loss or gradient is not finite: skip it, 10 in a row end the run | stop: save what is needed to look "
-        "into it, and end",
+        "an update whose loss or gradient is not finite: skip (10 in a row end the run) | stop (save state and token ids, "
+        "and end the run)",
         freely(choices=("skip", "stop")),
     )
     allow_changes: str | None = flag(
@@ -547,14 +557,14 @@ class SystemArguments:
     )
     timeout_s: float = flag(
         1800.0,
-        "seconds that processes wait for one another before the run ends; more than the longest save takes",
+        "seconds that processes wait for one another before the run ends; must exceed the longest save",
         freely(unit="seconds", above=0, synonyms="timeout ddp_timeout"),
     )
     force: bool = flag(False, "start even where the plan predicts more memory than the device has")
     dry_run: bool = flag(False, "print the plan and stop: no data, no network")
     config: str | None = flag(
         None,
-        "YAML or JSON file of these names; the command line wins over it",
+        "YAML or JSON file of flag names and values; the command line takes precedence",
         freely(kind="path", unit="file", synonyms="config_file config_path"),
     )
 
@@ -565,10 +575,10 @@ ROWS = rows_of(GROUPS)
 
 @dataclass
 class Arguments(SystemArguments, RunArguments, OptimizationArguments, DataArguments, MethodArguments, ModelArguments):
-    """Everything the user can say, flat.
+    """The values of all flags.
 
-    given: the flags that were given rather than left at their defaults. refused: problems of the command line by flag (or by
-    what stands in a flag's place); such a flag holds its default here. `plan.checks.check` raises them with all others.
+    given: flags that the user gave. refused: problems of the command line, by flag or by the unknown word; such a flag has its
+    default here, and `plan.checks.check` raises the problems together with all others.
     """
 
     given: frozenset[str] = frozenset()
@@ -576,40 +586,40 @@ class Arguments(SystemArguments, RunArguments, OptimizationArguments, DataArgume
 
 
 def flags_with(on_resume: str) -> frozenset[str]:
-    """The flags of one class of `flag.ON_RESUME`."""
+    """Returns the flags with this value of `on_resume`."""
     return frozenset(name for name, row in ROWS.items() if row.on_resume == on_resume)
 
 
 def allowed_changes(args: Arguments) -> frozenset[str]:
-    """The names that --allow_changes lists."""
+    """Returns the names that --allow_changes lists."""
     return frozenset(name.strip() for name in (args.allow_changes or "").split(",") if name.strip())
 
 
 def embedding_bits(args: Arguments) -> int | None:
-    """Bits of the moments of embedding and output head where they are chosen apart from the others'."""
+    """Returns the bits of the moments of embedding and output head if --embedding_states chooses them, else None."""
     if not OPTIMIZERS[args.optimizer].low_bit:
         return None
     return 8 if args.embedding_states == "8bit" else 32
 
 
 def arguments_of_record(values: dict[str, Any]) -> Arguments:
-    """Arguments from a run.json; names that this version does not know are left out.
+    """Returns the Arguments recorded in a run.json, without names that this version does not know.
 
     Raises:
-        ValueError: a value is not of its argument's type.
+        ValueError: a value does not have its argument's type.
     """
     kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
     types = {field.name: str(field.type) for field in dataclasses.fields(Arguments) if field.name in ROWS}
-    # An earlier version recorded None for some flags that have a default now; its runs behaved like that default.
+    # An earlier version recorded None for some flags; its runs behaved as the present default.
     known = {name: value for name, value in values.items() if name in types and (value is not None or "None" in types[name])}
     for name, value in known.items():
         if not any(isinstance(value, kinds[kind]) for kind in types[name].split(" | ")):
-            raise ValueError(f"{name} {value!r} is no {types[name]}")
+            raise ValueError(f"{name} {value!r} is not of type {types[name]}")
     return Arguments(**known)
 
 
 def default_save_dir(args: Arguments, total_batch_size: int) -> Path:
-    """checkpoints/<config>-<method>-<8 hex digits of the run-defining arguments>, the same for any number of processes."""
+    """Returns checkpoints/<config>-<method>-<8 hex digits of the run-defining arguments>, for any number of processes."""
     defining = {name: getattr(args, name) for name, row in ROWS.items() if row.defines_run}
     defining["total_batch_size"] = total_batch_size
     digest = hashlib.blake2b(json.dumps(defining, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -617,5 +627,5 @@ def default_save_dir(args: Arguments, total_batch_size: int) -> Path:
 
 
 def as_dict(args: Arguments) -> dict[str, Any]:
-    """Every argument by name, JSON-able, for run.json and the dashboard."""
+    """Returns all arguments by name, as JSON-serialisable values, for run.json and the dashboard."""
     return {name: getattr(args, name) for name in ROWS}

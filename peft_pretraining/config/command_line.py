@@ -1,7 +1,7 @@
-"""Reads a command line, a --config file or both into `Arguments`: plain argparse, published optimizer names, choices.
+"""Reads a command line, a --config file or both into `Arguments`, with argparse.
 
-Nothing is refused here: what cannot be read is kept in `Arguments.refused`, so that `plan.checks.check` can report it together
-with every other problem. Imports no torch: `--help` must answer in about a second.
+A value that cannot be read raises no error here. Its problem is stored in `Arguments.refused`, and `plan.checks.check` reports it
+together with all others. Imports no torch, because `--help` must answer in about a second.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _BARE = frozenset(
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a flag's value that cannot be read; `problem` is the sentence to report."""
+    """Replaces a flag's value that cannot be read; `problem` is the sentence to report."""
 
     problem: str
 
 
 def parse_tokens(text: str) -> int:
-    """Number of tokens from `150M`, `1.1B`, `2k` or plain digits (powers of 1000). Raises ValueError."""
+    """Returns the number of tokens in a text such as `150M`, `1.1B`, `2k` or plain digits (powers of 1000). Raises ValueError."""
     units = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
     number, unit = (text[:-1], units.get(text[-1:].lower())) if text[-1:].lower() in units else (text, 1)
     value = float(number) * (unit or 1)
@@ -61,7 +61,7 @@ def _checked_place(text: str) -> str:
 
 
 def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any], str, str]:
-    """(how a value of this flag is read, what it must be, its name in --help)."""
+    """Returns the function that reads the flag's value, a description of valid values, and the value's name in --help."""
     if row.kind == "tokens":
         return parse_tokens, "a number of tokens such as 150M, 1.1B or 20000", "TOKENS"
     if row.kind == "path":
@@ -79,7 +79,7 @@ def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any]
 
 
 def _reader(field: dataclasses.Field[Any], row: Row) -> Callable[[str], Any]:
-    """Reads one value of this flag; returns `Unreadable` instead of raising, so that the next flag is read too."""
+    """Returns a function that reads the flag's value, or returns `Unreadable`, so that the other flags are read too."""
     read, wanted, _ = _kind(field, row)
 
     def value_of(text: str) -> Any:
@@ -94,7 +94,7 @@ def _reader(field: dataclasses.Field[Any], row: Row) -> Callable[[str], Any]:
 
 
 def _chosen(name: str, row: Row, value: Any) -> Any:
-    """The value, or for a flag with choices the meaning of the chosen name, in any case of letters."""
+    """Returns the value; for a flag with choices, the value that the chosen name stands for, ignoring case."""
     if row.choices is None or (name == "optimizer" and _published_optimizer(value) is not None):
         return value
     if value.lower() in row.choices:
@@ -103,18 +103,18 @@ def _chosen(name: str, row: Row, value: Any) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that reports an error as one line instead of the whole usage text."""
+    """An ArgumentParser that raises ConfigError with one line instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([message])
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, grouped by topic; flags that are not given stay None."""
+    """Returns the parser of the whole command line, grouped by topic; flags that are not given are None."""
     parser = _Parser(
         prog="torchrun_main.py",
         description="Pretrain a LLaMA from a JSON config, its linears full-rank, low-rank, or sparse plus low-rank (SLTrain).",
-        epilog="Every flag can also stand in a YAML or JSON file (--config FILE). Start: bash scripts/quickstart.sh",
+        epilog="Flags can also be set in a YAML or JSON file (--config FILE). To begin: bash scripts/quickstart.sh",
         allow_abbrev=False,
     )
     add_flags(parser)
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds all flags, grouped by topic, their defaults None."""
+    """Adds all flags to the parser, grouped by topic, with None as default."""
     for group_class in GROUPS:
         group = parser.add_argument_group(str(group_class.__doc__))
         for field in dataclasses.fields(group_class):
@@ -136,17 +136,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: Sequence[str]) -> Arguments:
-    """Arguments from a command line; what cannot be read is in `refused`, and `plan.checks.check` raises it."""
+    """Returns the Arguments of a command line; problems are in `refused`, and `plan.checks.check` raises them."""
     argv, missing = _without_missing_values(argv)
     try:
         parsed, unknown = build_parser().parse_known_args(argv)
-    except ConfigError as error:  # a word that argparse takes for a flag, such as -x
+    # A word such as -x, which argparse reads as a flag.
+    except ConfigError as error:
         return arguments_from({**missing, "command line": Unreadable(str(error))})
     return arguments_from(with_config_file({**given_flags(parsed), **_unknown_flags(unknown), **missing}))
 
 
 def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The words without flags that lack their value, and those flags: argparse would stop at the first of them."""
+    """Separates flags whose value is missing from the other words, because argparse would stop at the first of them."""
     kept: list[str] = []
     missing: dict[str, Any] = {}
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
@@ -159,7 +160,7 @@ def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, A
 
 
 def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
-    """A problem for each unknown flag, with its value, and for each stray word."""
+    """Returns a problem for each unknown flag (with its value) and for each word that belongs to no flag."""
     phrases: list[list[str]] = []
     for word in words:
         if word.startswith("-") or not phrases or not phrases[-1][0].startswith("-") or len(phrases[-1]) == 2:
@@ -175,12 +176,12 @@ def _unknown_flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def given_flags(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The values given for `add_flags`' flags, by name; `Unreadable` for those that could not be read."""
+    """Returns the given values of the flags that `add_flags` added, by name; `Unreadable` where a value cannot be read."""
     return {name: value for name, value in vars(parsed).items() if name in ROWS and value is not None}
 
 
 def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """The given values, over those of the --config file if they name one."""
+    """Adds the values of the --config file, if one is given; values of the command line take precedence."""
     path = given.get("config")
     if not isinstance(path, str):
         return given
@@ -193,7 +194,7 @@ def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[str, Any]]:
-    """A config file's values as a command line, so that both are read by one rule, and its problems."""
+    """Converts a config file's values to a command line, so that both are read the same way; returns it and the problems."""
     argv: list[str] = []
     problems: dict[str, Any] = {}
     for key, value in values.items():
@@ -211,10 +212,11 @@ def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[st
 
 
 def arguments_from(given: dict[str, Any]) -> Arguments:
-    """Arguments from given values, by name; `refused` holds the problems of those that are `Unreadable` or missing."""
+    """Returns the Arguments with the given values; `refused` contains the problems of `Unreadable` and missing ones."""
     refused = {name: value.problem for name, value in given.items() if isinstance(value, Unreadable)}
     values = {name: value for name, value in given.items() if name not in refused}
-    if "config" not in refused:  # a file that cannot be read may hold the missing flags
+    # Required flags may be in the --config file, so none is reported as missing if the file cannot be read.
+    if "config" not in refused:
         for name, row in ROWS.items():
             if row.required and name not in given:
                 refused[name] = f"--{name} is required: {row.help}"
@@ -225,7 +227,7 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
 
 
 def _published_optimizer(name: str) -> tuple[str, str | None, bool] | None:
-    """(optimizer, method it stands for, per_layer) of a published name such as GaLore_AdamW or adam8bit_per_layer, else None."""
+    """Splits a published name such as GaLore_AdamW or adam8bit_per_layer into (optimizer, method, per_layer); None for others."""
     flags = PUBLISHED_NAMES.get(name.lower(), {"optimizer": name.lower()})
     optimizer, method = flags["optimizer"].removesuffix("_per_layer"), flags.get("peft_model")
     per_layer = flags["optimizer"].endswith("_per_layer")
@@ -233,9 +235,9 @@ def _published_optimizer(name: str) -> tuple[str, str | None, bool] | None:
 
 
 def _with_published_optimizer(values: dict[str, Any], refused: dict[str, str]) -> dict[str, Any]:
-    """Values with a published optimizer name in its parts: galore_adamw8bit_per_layer is adam8bit, galore and per_layer.
+    """Replaces a published optimizer name by the flags it stands for: galore_adamw8bit_per_layer by adam8bit, galore, per_layer.
 
-    Published scripts pass --grad_clipping to the *_per_layer names, where it had no effect; it has none here, with a notice.
+    Published scripts pass --grad_clipping to *_per_layer names, where it had no effect. Here it has none either, with a notice.
     """
     parts = _published_optimizer(values.get("optimizer", ""))
     if parts is None:
@@ -244,7 +246,7 @@ def _with_published_optimizer(values: dict[str, Any], refused: dict[str, str]) -
     method = values.get("peft_model", meant)
     if meant and method != meant:
         refused["optimizer"] = (
-            f"--optimizer {values['optimizer']} with --peft_model {method}: it steps dense weights in a subspace, which is "
+            f"--optimizer {values['optimizer']} with --peft_model {method}: this name means "
             f"--peft_model {meant}; leave --peft_model out, or use --optimizer {optimizer}"
         )
     values = {**values, "optimizer": optimizer} | ({"peft_model": method} if meant else {})

@@ -1,4 +1,4 @@
-"""A flag's row: everything the program knows about one flag, carried by its dataclass field."""
+"""The row of a flag: all its properties, stored in the metadata of its dataclass field."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ ON_RESUME = ("never", "if_allowed", "freely")
 
 @dataclass(frozen=True)
 class Row:
-    """One flag.
+    """The properties of one flag.
 
-    help: what it does; unit: of its value, shown as the value's name in --help.
-    required: whether a run cannot start without it; choices: the names it can be, by what they mean; const: its value where it
-    is given bare; kind: "tokens" for counts such as 150M, "path" for a path, expanded when it is read, "place" for a path or a
-    name, expanded where it is opened.
-    minimum, maximum: the smallest and largest value; above, below: limits that are excluded themselves.
-    defines_run: whether the default save_dir depends on it.
-    on_resume: whether a resumed run may have another value: "never" (the checkpoint would not fit), "if_allowed" (where
-    --allow_changes names it), "freely" (it is not compared).
-    warm_start: whether it may differ from the full-rank run that --warmed_up_model starts from.
-    methods: names of the methods that read it; None for all.
-    no_effect: returns why the flag has no effect beside the other arguments, None where it has one.
-    synonyms: names of the same thing in other programs, for "did you mean".
+    help: what the flag does. unit: the value's unit, shown as the value's name in --help.
+    required: True if a run cannot start without the flag. choices: accepted names -> the value each stands for.
+    const: the value of the flag given without a value. kind: "tokens" for counts such as 150M, "path" for a
+    path, expanded when it is read, "place" for a path or a name, expanded where it is opened.
+    minimum, maximum: the smallest and largest value. above, below: limits that are not allowed themselves.
+    defines_run: True if the default save_dir depends on the flag.
+    on_resume: whether a resumed run may change the flag: "never" (the checkpoint would not fit), "if_allowed" (if
+    --allow_changes names it) or "freely" (not compared).
+    warm_start: True if the flag may differ from that of the full-rank run that --warmed_up_model starts from.
+    methods: names of the methods that read the flag; None for all.
+    no_effect: returns the reason why the flag has no effect with the given arguments, or None if it has one.
+    synonyms: the flag's names in other programs, for "did you mean".
     """
 
     help: str
@@ -49,12 +49,12 @@ class Row:
     synonyms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a class of flag that does not exist."""
+        """Raises ValueError for an unknown value of on_resume."""
         if self.on_resume not in ON_RESUME:
             raise ValueError(f"on_resume {self.on_resume!r}: must be one of {', '.join(ON_RESUME)}")
 
     def out_of_range(self, value: Any) -> str | None:
-        """What the value must be, if it is not; None for a good value, and for None and text."""
+        """Returns the requirement that a number violates; None if it violates none, and for other values."""
         if not isinstance(value, (int, float)):
             return None
         if isinstance(value, float) and not math.isfinite(value):
@@ -74,25 +74,25 @@ class Row:
 
 
 def never(*, defines_run: bool = True, **row: Any) -> dict[str, Any]:
-    """The class of a flag that a resumed run cannot change, with the other entries of its row."""
+    """Returns the row entries of a flag that a resumed run cannot change."""
     return {"on_resume": "never", "defines_run": defines_run, **row}
 
 
 def if_allowed(*, defines_run: bool = True, **row: Any) -> dict[str, Any]:
-    """The class of a flag that a resumed run may change where --allow_changes names it, with the other entries of its row."""
+    """Returns the row entries of a flag that a resumed run may change if --allow_changes names it."""
     return {"on_resume": "if_allowed", "defines_run": defines_run, **row}
 
 
 def freely(*, defines_run: bool = False, **row: Any) -> dict[str, Any]:
-    """The class of a flag that a resumed run may change, with the other entries of its row."""
+    """Returns the row entries of a flag that a resumed run may change."""
     return {"on_resume": "freely", "defines_run": defines_run, **row}
 
 
 def flag(default: Any, help: str, row: Mapping[str, Any] | None = None) -> Any:
-    """A dataclass field that is a flag, with its row.
+    """Returns a dataclass field for a flag, with its row.
 
-    row: made by `never`, `if_allowed` or `freely` (the default: most flags are of that class), from the entries of Row that
-    differ from their defaults. There choices may be names without their meanings, and synonyms are separated by spaces.
+    row: entries of Row that differ from its defaults, made by `never`, `if_allowed` or `freely` (default: `freely()`). Choices
+    that stand for themselves may be a sequence of names; synonyms are one string, separated by spaces.
     """
     entries = dict(freely() if row is None else row)
     choices = entries.get("choices")
@@ -103,7 +103,7 @@ def flag(default: Any, help: str, row: Mapping[str, Any] | None = None) -> Any:
 
 
 def rows_of(groups: Iterable[type]) -> dict[str, Row]:
-    """The rows of all fields of these dataclasses, by flag name. Raises TypeError for a field without a row."""
+    """Returns the rows of all fields of these dataclasses, by flag name. Raises TypeError for a field without a row."""
     rows: dict[str, Row] = {}
     for group in groups:
         for field in dataclasses.fields(group):
@@ -114,13 +114,13 @@ def rows_of(groups: Iterable[type]) -> dict[str, Row]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What to add to a message about an unknown name: the known name closest to it, if any."""
+    """Returns the end of a message about an unknown name: the known name with the most similar spelling, or ""."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def suggested_flag(name: str, rows: Mapping[str, Row]) -> str | None:
-    """The flag that an unknown name probably means, by its synonyms or by its spelling; None where nothing is close."""
+    """Returns the flag that an unknown name probably means, by synonym or spelling; None if no flag is similar."""
     meant = {synonym: flag_name for flag_name, row in rows.items() for synonym in (flag_name, *row.synonyms)}
     name = name.lstrip("-").replace("-", "_").lower()
     close = [name] if name in meant else difflib.get_close_matches(name, list(meant), n=1)

@@ -1,7 +1,7 @@
-"""A LLaMA model's JSON file -> a validated, frozen `ModelConfig`. Imports neither torch nor transformers.
+"""Reads a LLaMA model's JSON file into a validated, frozen `ModelConfig`. Imports neither torch nor transformers.
 
 Accepts the published files (`max_sequence_length`, `pad_token_id: -1`) and those of the hub (`max_position_embeddings`,
-`rope_parameters`, ...). What would be ignored, misread or fail deep inside a library is refused here, all at once.
+`rope_parameters`, ...). One error lists all entries that would be ignored, misread or fail inside a library.
 """
 
 import difflib
@@ -14,18 +14,18 @@ from typing import Any
 
 HIDDEN_ACTS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "swish")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-# The values that transformers' LlamaConfig has when the key is absent, except where the published files say otherwise.
+# Defaults of transformers' LlamaConfig for absent keys, except where the published files differ.
 DEFAULT_MAX_POSITIONS = 2048
 DEFAULT_ROPE_THETA = 10000.0
 
 
 class ModelConfigError(ValueError):
-    """A model file that cannot be used; the message lists every problem with file, key, value and what is allowed."""
+    """Raised for a model file that cannot be used; the message lists each problem with file, key, value and allowed values."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a LLaMA. Token ids are None where the model has no such token (-1 or null in the file)."""
+    """The shape of a LLaMA. A token id is None if the model has no such token (-1 or null in the file)."""
 
     vocab_size: int
     hidden_size: int
@@ -55,10 +55,10 @@ class ModelConfig:
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
-    """Read and check a model's JSON file.
+    """Reads and checks a model's JSON file.
 
-    Keys: those of the published files and of the hub's LLaMA `config.json`. `max_sequence_length` stands for
-    `max_position_embeddings` when that is absent. Of a list of end-of-sequence ids the first is taken.
+    Keys: those of the published files and of the hub's LLaMA `config.json`. If `max_position_embeddings` is absent,
+    `max_sequence_length` replaces it. From a list of end-of-sequence ids the first is used.
 
     Raises:
         ModelConfigError: with all problems: file missing or not JSON, unknown or repeated keys (the nearest known one
@@ -83,15 +83,15 @@ def load_model_config(path: str | Path) -> ModelConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises ModelConfigError when there is none."""
+    """Reads the JSON object in `path`. Raises ModelConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        hint = f"; that folder has {', '.join(there)}" if there else ""
+        available = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        hint = f"; that folder has {', '.join(available)}" if available else ""
         raise ModelConfigError(f"model config {path}: no such file{hint}") from None
     except IsADirectoryError:
-        raise ModelConfigError(f"model config {path}: is a folder; give the JSON file itself") from None
+        raise ModelConfigError(f"model config {path}: is a folder; name the JSON file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelConfigError(f"model config {path}: cannot be read as UTF-8 text ({error})") from None
     repeated: list[str] = []
@@ -115,12 +115,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
-    """A value as it stands in the file, shortened."""
+    """Returns a value as JSON, shortened for a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# One checker per kind of value. Each returns None for a good value, else what is allowed.
+# Checkers, one for each kind of value. They return None for a valid value, otherwise a description of valid ones.
 
 
 def _positive_int(value: Any) -> str | None:
@@ -158,7 +158,7 @@ def _anything(_: Any) -> str | None:
 
 
 def _only(*allowed: Any) -> Callable[[Any], str | None]:
-    """A checker for keys of which this program knows one meaning only."""
+    """Returns a checker that accepts only the given values, the ones this program implements."""
 
     def check(value: Any) -> str | None:
         ok = any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
@@ -220,7 +220,7 @@ KNOWN_KEYS = frozenset(_MODEL_KEYS) | frozenset(_OTHER_KEYS)
 
 
 def _values(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The fields of ModelConfig that are one key each; appends to `problems`. Values with a problem are left out."""
+    """Returns the fields of ModelConfig that correspond to one key each, without invalid ones; appends to `problems`."""
     values: dict[str, Any] = {}
     for key, (check, default) in _MODEL_KEYS.items():
         if key not in raw and default is _REQUIRED:
@@ -249,8 +249,10 @@ def _values(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def _rope(raw: Mapping[str, Any], problems: list[str]) -> tuple[float, Mapping[str, Any] | None]:
-    """(base of the rotary frequencies, scaling parameters or None): from rope_theta + rope_scaling (transformers 4) or
-    rope_parameters (transformers 5)."""
+    """Returns the base of the rotary frequencies, and their scaling parameters or None; appends to `problems`.
+
+    Reads rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5).
+    """
     theta = raw.get("rope_theta", DEFAULT_ROPE_THETA)
     scaling = None
     for key in ("rope_scaling", "rope_parameters"):
@@ -277,7 +279,7 @@ def _rope(raw: Mapping[str, Any], problems: list[str]) -> tuple[float, Mapping[s
 
 
 def _check_relations(raw: Mapping[str, Any], values: Mapping[str, Any], problems: list[str]) -> None:
-    """Sizes that must fit each other; keys that already have a problem are left out of it."""
+    """Checks sizes that depend on each other, except those that already have a problem; appends to `problems`."""
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     kv_heads, vocab = values.get("num_key_value_heads"), values.get("vocab_size")
     if hidden and heads:
@@ -301,7 +303,7 @@ def _check_relations(raw: Mapping[str, Any], values: Mapping[str, Any], problems
 
 
 def linear_shapes(cfg: ModelConfig) -> list[tuple[int, int]]:
-    """(out, in) of the seven linears of one decoder layer: q, k, v, o, gate, up, down."""
+    """Returns (out, in) of the seven linears of one decoder layer: q, k, v, o, gate, up, down."""
     h, i = cfg.hidden_size, cfg.intermediate_size
     kv = cfg.num_key_value_heads * cfg.head_dim
     return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]

@@ -1,4 +1,4 @@
-"""The optimizers that --optimizer names: what the rest of the program must know of each. No torch.
+"""Properties of the optimizers that --optimizer names, as the rest of the program needs them. Imports no torch.
 
 A new optimizer is one row of OPTIMIZERS and one function of optim.build.BUILDERS.
 """
@@ -22,18 +22,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One optimizer.
+    """The properties of one optimizer.
 
-    state_bytes(shape, width, beta1, bits): bytes of the state of one parameter of this shape; width: bytes per element of the
-    parameter, beta1: as --beta1, bits: of its moments where they are chosen apart from the others' (embedding_bits).
+    state_bytes(shape, width, beta1, bits): bytes of the state of a parameter of this shape. width: bytes per element of the
+    parameter; beta1: as --beta1; bits: bits of its moments if they are chosen separately (embedding_bits), else None.
     """
 
     state_bytes: Callable[[Shape, int, float, int | None], int]
     # Weight decay acts on the parameter directly instead of being added to the gradient.
     decoupled_decay: bool = True
-    # Adam's two moments and step count: such optimizers can take over each other's state, and can round stochastically.
+    # The state is Adam's two moments and step count, so it can be converted between such optimizers. Their steps can round
+    # stochastically.
     adam: bool = False
-    # Bytes of a parameter's step count where it is a tensor; with stochastic rounding it is a Python number.
+    # Bytes of a parameter's step count if it is a tensor; with stochastic rounding it is a Python number.
     step_count_bytes: int = 0
     # Moments are quantised: --embedding_states chooses those of embedding and head.
     low_bit: bool = False
@@ -42,43 +43,43 @@ class Optimizer:
     # --beta1 has an effect; without beta1 the optimizer keeps no moment at all (moments_need_beta1).
     uses_beta1: bool = False
     moments_need_beta1: bool = False
-    # Moments are plain numbers, one for each element, so that ReLoRA can prune some of them.
+    # Each element has its own, unquantised moment, so that ReLoRA can prune moments one by one.
     prunable: bool = False
-    # The step of a part of a tensor is that part of the whole tensor's step, as --parallel fsdp needs.
+    # The step of a shard equals the shard of the whole tensor's step, as --parallel fsdp requires.
     shardable: bool = True
     # torch.compile compiles its step.
     compiled: bool = False
-    # Temporaries of a step, bytes per element of one slice of the tensor, or of the whole tensor (steps_whole).
+    # Temporaries of a step, bytes per element of one slice of the tensor, or of the whole tensor if steps_whole.
     scratch_per_element: int = 0
     scratch_per_element_cuda: int = 0
     steps_whole: bool = False
-    # The next optimizer to suggest where memory does not suffice.
+    # The optimizer to suggest if memory is too small.
     smaller: str | None = None
 
     def keeps_moments(self, beta1: float) -> bool:
-        """Whether there is a moment to reset or to prune."""
+        """Tells whether the optimizer has moments that can be reset or pruned."""
         return bool(beta1) or not self.moments_need_beta1
 
 
 def _adam(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    """torch, fused: two moments in the parameter's dtype, a float32 step count."""
+    """torch's fused Adam: two moments in the parameter's dtype and a float32 step count."""
     return 2 * width * math.prod(shape) + 4
 
 
 def _sgd(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    """torch: a momentum buffer in the parameter's dtype."""
+    """torch's SGD: a momentum buffer in the parameter's dtype."""
     return width * math.prod(shape) if beta1 else 0
 
 
 def _adafactor(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    """transformers: float32 at least; row and column sums for matrices."""
+    """transformers' Adafactor: at least float32; row and column sums for matrices."""
     elements = math.prod(shape)
     second = shape[0] + shape[1] if len(shape) == 2 else elements
     return max(4, width) * (second + (elements if beta1 else 0))
 
 
 def _adam8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    """bitsandbytes: two one-byte moments with a float32 scale per block; float32 moments for small tensors."""
+    """bitsandbytes' 8-bit Adam: two one-byte moments with a float32 scale per block; float32 moments for small tensors."""
     elements = math.prod(shape)
     if elements < BNB_MIN_ELEMENTS or bits == 32:
         return 2 * 4 * elements
@@ -86,7 +87,7 @@ def _adam8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
 
 
 def _adamw4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    """torchao: codes, scales and a code book per moment for the whole blocks; float32 for the rest and for small tensors."""
+    """torchao's AdamW: codes, scales and a code book per moment for complete blocks; float32 for the rest and small tensors."""
     elements, bits = math.prod(shape), bits or 4
     if bits not in AO_KINDS or elements < AO_MIN_ELEMENTS:
         return 2 * 4 * elements
@@ -117,7 +118,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
 }
 
-# Published names of optimizers -> the flags that each stands for; `_per_layer` at the end of any name means --per_layer.
+# Published names of optimizers -> the flags they stand for. The suffix `_per_layer` of any name means --per_layer.
 PUBLISHED_NAMES: dict[str, dict[str, str]] = {
     "galore_adamw": {"optimizer": "adamw", "peft_model": "galore"},
     "galore_adafactor": {"optimizer": "adafactor", "peft_model": "galore"},

@@ -1,4 +1,4 @@
-"""The kinds of support that --support names: what the program must know of each before sparse_lora is loaded. No torch.
+"""Properties of the kinds of support that --support names, known before sparse_lora is loaded. Imports no torch.
 
 A new kind is one row of SUPPORTS, and its class and one row of sparse_lora.linear.
 """
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SupportKind:
-    """Which entries of a weight are sparse.
+    """The properties of one kind of support: the positions of S's entries in a weight.
 
-    nonzeros(out_features, in_features, sparsity): number of entries of S in such a weight, as sparse_lora.linear.make_support.
-    problem(sparsity): why no support of this kind has about this share of a weight's entries; None where one has.
-    fit_problem(sparsity, out_features, in_features): why none fits a weight of this shape; None where one fits.
+    nonzeros(out_features, in_features, sparsity): number of entries of S, as in sparse_lora.linear.make_support.
+    problem(sparsity): why this kind has no support of about this sparsity, or None if it has one.
+    fit_problem(sparsity, out_features, in_features): why no such support fits a weight of this shape, or None if one fits.
     """
 
     nonzeros: Callable[[int, int, float], int]
     problem: Callable[[float], str | None]
     fit_problem: Callable[[float, int, int], str | None]
-    # The positions are stored, and S is computed as a dense matrix; otherwise positions follow from the shape.
+    # Positions are stored and S is built as a dense matrix; otherwise positions follow from the shape.
     stored: bool
     # The rows of a linear's output are reordered before and after the sparse product.
     reorders_outputs: bool
@@ -41,12 +41,12 @@ def _uniform_fit(sparsity: float, out_features: int, in_features: int) -> str | 
 
 
 def block_count(sparsity: float) -> int:
-    """Blocks of a block support with about this share of a weight's entries; as sparse_lora.block.block_count."""
+    """Returns the number of blocks of a block support of about this sparsity, as sparse_lora.block.block_count."""
     return max(1, round(1 / sparsity))
 
 
 def _block_nonzeros(out_features: int, in_features: int, sparsity: float) -> int:
-    """k slices of the rows and of the columns, in each direction the first few of them one longer than the others."""
+    """Counts k blocks of nearly equal size: the first slices of rows, and of columns, may be one longer than the others."""
     blocks = block_count(sparsity)
     rows, more_rows = divmod(out_features, blocks)
     columns, more_columns = divmod(in_features, blocks)
@@ -81,5 +81,5 @@ SUPPORTS: dict[str, SupportKind] = {
 
 
 def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
-    """Entries that S has in a weight, for a share `sparsity` of them."""
+    """Returns the number of entries of S in a weight of this shape."""
     return SUPPORTS[support].nonzeros(out_features, in_features, sparsity)

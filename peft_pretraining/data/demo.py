@@ -1,9 +1,9 @@
-"""The embedded default data set: English technical prose that every installation already carries, in C4's file format.
+"""Builds the demo data set: English technical prose from the installed Python packages, in C4's file format.
 
-Sources are the docstrings of the standard library and of torch, transformers, numpy and sympy as installed (found in
-their source text; nothing is imported or run) and the topic pages of `pydoc`. Code samples are dropped, repeated
-paragraphs are kept once, and a hash of the text separates training from validation. A SentencePiece tokenizer is
-trained on the training part. The result depends on the installed versions only, so it is built once per set of versions.
+The text comes from the docstrings of the standard library, torch, transformers, numpy and sympy (read from their source
+files; nothing is imported or run) and from the topic pages of `pydoc`. Code samples are removed, a repeated paragraph is
+kept once, and a hash of the text assigns each document to training or validation. A SentencePiece tokenizer is trained on
+the training split. The result depends only on the installed versions, so it is built once per set of versions.
 """
 
 import ast
@@ -29,9 +29,11 @@ from peft_pretraining.data import DataError
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy")
 TRAIN_SHARDS = 4
-VALIDATION_ONE_IN = 50  # about 300 documents: a steadier perplexity than one in a hundred would give
+# One document in 50 is held out, about 300: one in 100 would give a noisier perplexity.
+VALIDATION_ONE_IN = 50
 MIN_CHARACTERS = 200
-FORMAT_VERSION = 3  # part of the folder's name: raise it whenever the text or the tokenizer would come out differently
+# Part of the folder's name: increase it with every change of the text or the tokenizer.
+FORMAT_VERSION = 3
 _SKIPPED_PATHS = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|site-packages|dist-packages|__pycache__)/|(^|/)test_")
 _COMMON_WORDS = re.compile(
     r"\b(a|an|and|are|as|be|by|can|for|from|if|in|is|it|not|of|on|or|that|the|this|to|will|with)\b", re.IGNORECASE
@@ -39,13 +41,13 @@ _COMMON_WORDS = re.compile(
 
 
 def default_cache_dir() -> Path:
-    """$SPARSE_LORA_CACHE, or ~/.cache/sltrain."""
+    """Returns the cache folder: $SPARSE_LORA_CACHE, or ~/.cache/sltrain."""
     configured = os.environ.get("SPARSE_LORA_CACHE")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "sltrain"
 
 
 def demo_folder(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> Path:
-    """The folder that `build_demo` creates for the installed versions; it need not exist yet."""
+    """Returns the folder that `build_demo` creates for the installed versions; it may not exist yet."""
     versions = [f"format {FORMAT_VERSION}", f"python {platform.python_version()}", f"vocabulary {vocab_size}"]
     for package in (*PACKAGES, "sentencepiece"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -55,7 +57,7 @@ def demo_folder(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> 
 
 
 def demo_tokenizer_path(folder: str | Path) -> Path:
-    """The SentencePiece model inside a folder made by `build_demo`; `load_tokenizer` takes it."""
+    """Returns the path of the SentencePiece model in a folder made by `build_demo`, for `load_tokenizer`."""
     return Path(folder) / "demo.model"
 
 
@@ -64,8 +66,8 @@ def build_demo(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> P
 
     The folder holds `demo-train.0000i-of-00004.json.gz`, `demo-validation.00000-of-00001.json.gz`, `demo.model`
     (SentencePiece BPE, pad 0, eos 1, unk 2, no bos, byte fallback, `vocab_size` pieces) and `demo.json` with counts.
-    It is built under a temporary name and renamed, so it appears complete or not at all. Of several processes one builds and the
-    others wait. Raises DataError if the cache folder cannot be written.
+    It is built under a temporary name and renamed, so it appears complete or not at all. If several processes call this, one
+    builds and the others wait. Raises DataError if the cache folder cannot be written.
     """
     folder = demo_folder(cache_dir, vocab_size)
     if folder.is_dir():
@@ -78,7 +80,7 @@ def build_demo(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> P
     except OSError as error:
         raise DataError(
             f"cannot build the demo data in {folder.parent}: {error.strerror or error}; "
-            "set SPARSE_LORA_CACHE to a folder that can be written"
+            "set SPARSE_LORA_CACHE to a writable folder"
         ) from error
     return folder
 
@@ -101,11 +103,13 @@ def _build_into_place(folder: Path, vocab_size: int) -> None:
             "vocab_size": vocab_size,
         }
         (building / "demo.json").write_text(json.dumps(counts, indent=2) + "\n")
-        building.chmod(0o755)  # mkdtemp makes it private; a shared cache is read by others
+        # mkdtemp creates private folders, but other users may read a shared cache.
+        building.chmod(0o755)
         try:
             building.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process finished first, on a file system without locks
+            # If the folder exists, another process was faster, on a file system without locks.
+            if not folder.is_dir():
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -113,7 +117,7 @@ def _build_into_place(folder: Path, vocab_size: int) -> None:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Holds an advisory lock, so that only one process builds; on disks without locks several processes may."""
+    """Holds an advisory file lock, so that one process builds at a time; without effect on file systems without locks."""
     with path.open("w") as file:
         try:
             import fcntl
@@ -133,7 +137,7 @@ def _write_shard(path: Path, documents: list[tuple[str, str]]) -> None:
         json.dumps({"text": text, "timestamp": "1970-01-01T00:00:00Z", "url": origin}, ensure_ascii=False)
         for origin, text in documents
     )
-    # mtime=0 and no file name in the header: the same text gives the same bytes.
+    # Without a time and a file name in gzip's header, the same text gives the same bytes.
     with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as file:
         file.write("".join(line + "\n" for line in lines).encode())
 
@@ -141,7 +145,7 @@ def _write_shard(path: Path, documents: list[tuple[str, str]]) -> None:
 def _train_tokenizer(texts: list[str], path: Path, vocab_size: int) -> None:
     import sentencepiece
 
-    # Pieces never cross a line, and a line break is a piece of its own: nothing of the text is lost in encoding.
+    # A line break is a piece of its own and other pieces contain none, so that encoding loses no text.
     lines = (line for text in texts for line in text.split("\n") if line)
     with path.open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
@@ -160,7 +164,7 @@ def _train_tokenizer(texts: list[str], path: Path, vocab_size: int) -> None:
             allow_whitespace_only_pieces=True,
             split_digits=True,
             character_coverage=0.9995,
-            # Short lines only vote as often as they occur; fixed so that the result depends on the text alone.
+            # One thread and a fixed order, so that the result depends only on the text.
             shuffle_input_sentence=False,
             num_threads=1,
             minloglevel=2,
@@ -171,10 +175,10 @@ def _train_tokenizer(texts: list[str], path: Path, vocab_size: int) -> None:
 
 
 def collect_documents() -> list[tuple[str, str]]:
-    """All demo documents as (origin, text), without repeats, in the order of a hash of their text.
+    """Returns all demo documents as (origin, text), without repetitions, sorted by a hash of their text.
 
-    Text is dropped where it is short, is mostly not prose, or equals another document up to case, digits and
-    punctuation. A paragraph that several documents share stays in the first of them.
+    A document is left out if it is short, is mostly not prose, or equals another one except for case, digits and
+    punctuation. A paragraph that several documents share is kept in the first of them.
     """
     roots = {"python": Path(sysconfig.get_path("stdlib"))}
     for package in PACKAGES:
@@ -196,13 +200,14 @@ def _source_files(root: Path) -> list[Path]:
 def _topic_pages() -> list[tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    # Some distributions put pydoc's topics into a separate package.
+    except ImportError:
         return []
     return [(f"python:topics/{name}", text) for name, page in sorted(topics.items()) if (text := prose(page))]
 
 
-# Comments and strings of Python source. Matching all of them, in order, tells what is inside a string from what is not;
-# building a syntax tree of the same 130 MB takes ten times as long.
+# Matches comments and strings of Python source, both in order, so that quotes inside a comment start no string.
+# Parsing the same 130 MB with ast takes ten times as long.
 _COMMENT_OR_STRING = re.compile(
     r"""
     \#[^\n]*
@@ -217,7 +222,7 @@ _DOC_CALL = re.compile(r"doc\w*\([^)]*$")
 
 
 def _documents_of_file(package: str, path: Path, root: Path) -> list[tuple[str, str]]:
-    """The prose of one source file as (origin, text): docstrings, and strings given to functions like `add_docstr`."""
+    """Returns a source file's prose as (origin, text): docstrings, and strings passed to functions like `add_docstr`."""
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -228,7 +233,8 @@ def _documents_of_file(package: str, path: Path, root: Path) -> list[tuple[str, 
         if match["triple"] and len(match[0]) >= MIN_CHARACTERS and _is_documentation(source, match.start()):
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+                    # The packages' strings contain invalid escapes.
+                    warnings.simplefilter("ignore")
                     docstring = inspect.cleandoc(ast.literal_eval(match[0]))
             except (ValueError, SyntaxError):
                 continue
@@ -239,7 +245,7 @@ def _documents_of_file(package: str, path: Path, root: Path) -> list[tuple[str, 
 
 
 def _is_documentation(source: str, start: int) -> bool:
-    """Whether a string is the first statement of a module, class or function, or an argument of a documenting call."""
+    """Tells whether the string at `start` is a docstring, or an argument of a documenting call such as `add_docstr`."""
     before = re.sub(r"[ \t]*#[^\n\"']*$", "", source[max(0, start - 300) : start].rstrip()).rstrip()
     if not before:
         return start < 300
@@ -247,23 +253,26 @@ def _is_documentation(source: str, start: int) -> bool:
 
 
 def _distinct(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Removes repeated paragraphs and documents; returns the rest sorted by a hash of the text."""
     seen_paragraphs: set[bytes] = set()
     kept: dict[bytes, tuple[str, str]] = {}
     for origin, text in documents:
         paragraphs = []
         for paragraph in text.split("\n\n"):
             key = _text_key(paragraph)
-            if len(paragraph) < 60 or key not in seen_paragraphs:  # short ones are headings and list items
+            # Short paragraphs are headings and list items, which may be repeated.
+            if len(paragraph) < 60 or key not in seen_paragraphs:
                 paragraphs.append(paragraph)
             seen_paragraphs.add(key)
         text = "\n\n".join(_without_empty_headings(paragraphs))
         if _is_prose(text):
             kept.setdefault(_text_key(text), (origin, text))
-    # Neighbouring docstrings speak of the same thing; hash order mixes them, and is the same on every machine.
+    # Sorting by a hash separates docstrings about the same subject, in the same order on every machine.
     return sorted(kept.values(), key=lambda document: hashlib.blake2b(document[1].encode(), digest_size=16).digest())
 
 
 def _text_key(text: str) -> bytes:
+    """Returns a hash of the text's words, independent of case, digits and punctuation."""
     words = re.sub(r"[\W\d_]+", " ", text).lower()
     return hashlib.blake2b(words.encode(), digest_size=16).digest()
 
@@ -288,7 +297,7 @@ _CODE_DIRECTIVE = re.compile(r"\.\. (code|code-block|sourcecode|math|plot|doctes
 
 
 def prose(docstring: str) -> str:
-    """A docstring (already dedented) without code samples, formulas set apart and inline markup; "" if little is left."""
+    """Returns a dedented docstring without code samples, displayed formulas and inline markup; "" if too little is left."""
     text = _FENCED_CODE.sub("", docstring.expandtabs().replace("\r\n", "\n"))
     paragraphs = [paragraph for paragraph in re.split(r"\n[ \t]*\n", text) if paragraph.strip()]
     paragraphs = [_plain(paragraph) for paragraph in _without_code(paragraphs)]
@@ -301,8 +310,10 @@ def _indentation(paragraph: str) -> int:
 
 
 def _without_code(paragraphs: list[str]) -> list[str]:
+    """Removes literal blocks, code directives and interpreter sessions."""
     kept = []
-    code_below: int | None = None  # paragraphs indented deeper than this belong to a literal block
+    # Paragraphs indented deeper than this belong to a literal block.
+    code_below: int | None = None
     for paragraph in paragraphs:
         paragraph = paragraph.strip("\n").rstrip()
         indentation, first_line = _indentation(paragraph), paragraph.strip().split("\n")[0]
@@ -312,7 +323,7 @@ def _without_code(paragraphs: list[str]) -> list[str]:
         if _CODE_DIRECTIVE.match(first_line):
             code_below = indentation
         elif any(line.lstrip().startswith((">>>", "... ", "In [")) for line in paragraph.split("\n")):
-            continue  # a session at the prompt, with its output
+            continue
         else:
             if paragraph.endswith("::") and not first_line.startswith(".. "):
                 last_line = paragraph.split("\n")[-1]
@@ -327,7 +338,7 @@ def _is_heading(paragraph: str) -> bool:
 
 
 def _without_empty_headings(paragraphs: list[str]) -> list[str]:
-    """Drop headings such as "Examples" whose content was a code sample."""
+    """Removes headings such as "Examples" whose content was a code sample."""
     kept: list[str] = []
     for paragraph in reversed(paragraphs):
         if _is_heading(paragraph) and (not kept or _is_heading(kept[-1])):
@@ -337,6 +348,7 @@ def _without_empty_headings(paragraphs: list[str]) -> list[str]:
 
 
 def _plain(paragraph: str) -> str:
+    """Removes inline markup, rules and indentation."""
     for pattern, replacement in _MARKUP:
         paragraph = pattern.sub(replacement, paragraph)
     paragraph = _UNDERLINED.sub(r"\1:", paragraph)
@@ -345,7 +357,7 @@ def _plain(paragraph: str) -> str:
 
 
 def _is_prose(text: str) -> bool:
-    """English sentences rather than tables, formulas or lists of names."""
+    """Tells whether the text is English sentences rather than tables, formulas or lists of names."""
     if len(text) < MIN_CHARACTERS:
         return False
     words = text.split()

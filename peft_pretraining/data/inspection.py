@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from peft_pretraining.data import DataError
+from peft_pretraining.data.lanes import Order, lane_units
 from peft_pretraining.data.loader import check_tokenizer
 from peft_pretraining.data.prepared import TokenRecord, read_manifest, seals, verify
 from peft_pretraining.data.records import MAX_EXAMPLES, BadRecord, RawRecord, document_in_split, place_of, read_records
-from peft_pretraining.data.source import Source, Split, open_source, prepared_folder
+from peft_pretraining.data.source import Source, Split, default_lanes, open_source, prepared_folder
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 
 _SHOWN_DOCUMENTS, _SHOWN_CHARACTERS = 3, 200
@@ -24,6 +25,7 @@ class _Seen:
 
     characters: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)  # of each document: its file's and its record's number
     bad_records: Counter[str] = field(default_factory=Counter)
     bad_examples: list[str] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
@@ -37,6 +39,7 @@ def inspect_dataset(
     documents: int | None = 1000,
     max_length: int = 256,
     text_field: str = "text",
+    data_lanes: int | None = None,
 ) -> dict[str, Any]:
     """Figures of both splits, JSON-able; a split that cannot be opened has an "error" instead.
 
@@ -44,6 +47,7 @@ def inspect_dataset(
         tokenizer: None: only characters are counted (of prepared data also tokens).
         documents: read only the first `documents` of each split; None for all.
         max_length: ids per sequence, eos included, for the shares that would be cut and padded.
+        data_lanes: virtual readers of the training split; None for a run's default.
 
     Raises:
         DataError: neither split can be opened. TokenizerError: prepared data is another tokenizer's.
@@ -52,7 +56,8 @@ def inspect_dataset(
     errors = []
     for split in ("train", "validation"):
         try:
-            splits[split] = _inspect_split(dataset, split, tokenizer, documents, max_length, text_field)
+            lanes = (data_lanes or default_lanes(dataset)) if split == "train" else None
+            splits[split] = _inspect_split(dataset, split, tokenizer, documents, max_length, text_field, lanes)
         except DataError as error:
             splits[split] = {"error": str(error)}
             errors.append(error)
@@ -62,7 +67,13 @@ def inspect_dataset(
 
 
 def _inspect_split(
-    dataset: str, split: Split, tokenizer: Tokenizer | None, documents: int | None, max_length: int, text_field: str
+    dataset: str,
+    split: Split,
+    tokenizer: Tokenizer | None,
+    documents: int | None,
+    max_length: int,
+    text_field: str,
+    lanes: int | None,
 ) -> dict[str, Any]:
     source = open_source(dataset, split, text_field=text_field)
     if tokenizer is not None:
@@ -81,6 +92,7 @@ def _inspect_split(
         "characters": _lengths(seen.characters),
         "tokens": _lengths(seen.tokens),
         **_shares(seen.tokens, max_length),
+        **({} if lanes is None else {"lanes": _lanes(source, seen, lanes)}),
         "bad_records": dict(sorted(seen.bad_records.items())),
         "bad_examples": seen.bad_examples,
         "examples": seen.documents,
@@ -89,7 +101,7 @@ def _inspect_split(
 
 def _read(source: Source, tokenizer: Tokenizer | None, documents: int | None) -> _Seen:
     seen = _Seen()
-    for shard in source.shards:
+    for index, shard in enumerate(source.shards):
         records = read_records(shard, source)
         while together := list(islice(records, _TOGETHER)):
             contents: list[tuple[RawRecord, str | np.ndarray]] = []
@@ -103,6 +115,7 @@ def _read(source: Source, tokenizer: Tokenizer | None, documents: int | None) ->
                         seen.bad_examples.append(shown(f"{place_of(record, shard)}: {content.in_words()}", 400))
                 elif content is not None:
                     contents.append((record, content))
+            seen.places += [(index, record.number) for record, _ in contents]
             _note(seen, contents, tokenizer)
             if documents is not None and len(seen.characters) >= documents:
                 records.close()
@@ -124,6 +137,31 @@ def _note(seen: _Seen, contents: list[tuple[RawRecord, str | np.ndarray]], token
         seen.tokens += [len(ids) for ids in encode_documents(tokenizer, [content for _, content in contents])]
     else:
         seen.tokens += [len(content) for _, content in contents if isinstance(content, np.ndarray)]
+
+
+def _lanes(source: Source, seen: _Seen, num_lanes: int) -> dict[str, Any]:
+    """Returns what each lane reads in its first pass, of the documents that were read, and the order of a packed run.
+
+    documents, tokens: by lane, of the order "lanes"; tokens count eos, and are characters where no tokenizer is given.
+    """
+    lane_of = {
+        (unit.shard, unit.residue): (lane, unit.parts)
+        for lane in range(num_lanes)
+        for unit in lane_units(source.shards, lane, Order(num_lanes, 0, 2, True), 0)
+    }
+    whole = {shard for (shard, _), (_, parts) in lane_of.items() if parts == 1}
+    documents, amounts = [0] * num_lanes, [0] * num_lanes
+    sizes = [count and count + 1 for count in seen.tokens] if seen.tokens else seen.characters
+    for (shard, record), size in zip(seen.places, sizes, strict=True):
+        lane, _ = lane_of[shard, 0 if shard in whole else record % num_lanes]
+        documents[lane] += size > 0
+        amounts[lane] += size
+    return {
+        "number": num_lanes,
+        "documents": documents,
+        "tokens" if seen.tokens else "characters": amounts,
+        "packed_order": source.data_order(packing=True),
+    }
 
 
 def _lengths(lengths: list[int]) -> dict[str, float] | None:
@@ -150,6 +188,20 @@ def _shares(tokens: list[int], max_length: int) -> dict[str, float | None]:
         "cut_tokens_share": float(1 - kept.sum() / lengths.sum()),
         "padding_share": float(1 - kept.sum() / (max_length * len(lengths))),
     }
+
+
+def _lane_lines(lanes: dict[str, Any], whole_split: bool) -> list[str]:
+    unit = "tokens" if "tokens" in lanes else "characters"
+    share = sum(lanes[unit]) / lanes["number"]
+    lines = []
+    for name in ("documents", unit):
+        amounts = lanes[name]
+        least, most = (pick(range(len(amounts)), key=amounts.__getitem__) for pick in (min, max))
+        lines.append(f"{name} per lane and pass: {amounts[least]:,} (lane {least}) to {amounts[most]:,} (lane {most})")
+    if lanes["packed_order"] == "global":
+        lines.append(f"with --packing, {unit} per lane and pass: {share:,.0f} in every lane (global order)")
+    part = "" if whole_split else ", of the documents read"
+    return [f"  {lanes['number']} lanes{part}", *(f"    {line}" for line in lines)]
 
 
 def shown(text: str, characters: int) -> str:
@@ -199,6 +251,8 @@ def _split_lines(split: str, figures: dict[str, Any], max_length: int) -> list[s
             f"  max_length {max_length}: cuts {figures['cut_documents_share']:.1%} of the documents and "
             f"{figures['cut_tokens_share']:.1%} of the tokens; padding is {figures['padding_share']:.1%} of the positions"
         )
+    if "lanes" in figures:
+        lines += _lane_lines(figures["lanes"], figures["whole_split"])
     kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in figures["bad_records"].items())
     lines.append(f"  bad records: {kinds or 'none'}")
     lines += [f"    {example}" for example in figures["bad_examples"]]

@@ -1,15 +1,20 @@
 """The order of training data: a fixed number of virtual readers ("lanes"), each a stream of sequences.
 
-Lane q reads its share of the files in an order drawn from (seed, epoch, q), in windows of records whose order is drawn
-from (seed, epoch, q, file, window), and cuts its documents into sequences with a carry of its own. Global position p is
-the next sequence of lane p mod R. Ranks and workers only decide which process runs a lane, so the order is the same for
-any number of them, and five integers per lane (`LaneState`) suffice to resume exactly.
+Global position p is the next sequence of lane p mod R. Ranks and workers only decide which process runs a lane, so the order
+is the same for any number of them, and five integers per lane (`LaneState`) suffice to resume exactly. Two orders:
+
+lanes: Lane q reads its share of the files in an order drawn from (seed, epoch, q), in windows of records whose order is drawn
+from (seed, epoch, q, file, window), and cuts its documents into sequences with a carry of its own.
+
+global (`GlobalOrder`): the sequence at position p is a function of (seed, p); each pass reads every document of the corpus once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +31,11 @@ from peft_pretraining.data.records import (
     WindowReader,
     documents_in_split,
 )
-from peft_pretraining.data.source import Shard, Source
+from peft_pretraining.data.source import DataOrder, Shard, Source
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
-ORDER_VERSION = 1  # raise it with any change that would give another order; a checkpoint of another order is refused
+# Recorded in each checkpoint; any change that would give another order needs a new number, and the old order stays readable.
+ORDER_VERSIONS: dict[DataOrder, int] = {"lanes": 1, "global": 2}
 WINDOW_RECORDS = 512
 _ENCODE_TOGETHER = 16
 IGNORE_INDEX = -100
@@ -43,6 +49,9 @@ class LaneState(NamedTuple):
     unit: ordinal of its file (part) in this epoch's order. window_start: first record of the window, counted in the file.
     documents_done: records of the permuted window that are finished. tokens_done: ids of the next document (its eos included)
     that earlier sequences hold; always 0 in the padded layout.
+
+    In the global order epoch is the pass in which the lane's next sequence begins, and unit the number of the lane's sequences
+    before it.
     """
 
     epoch: int = 0
@@ -100,11 +109,14 @@ def _about_equal(shards: tuple[Shard, ...]) -> bool:
 
 
 def _permutation(count: int, seed: int, epoch: int, *key: object) -> list[int]:
+    return list(map(int, _permuted(count, seed, epoch, *key)))
+
+
+def _permuted(count: int, seed: int, epoch: int, *key: object) -> np.ndarray:
     digest = hashlib.blake2b(repr((seed, epoch, *key)).encode(), digest_size=16).digest()
     draw = random.Random(int.from_bytes(digest, "big")).random
     # Uses random() only, whose sequence Python guarantees across versions; shuffle has no such guarantee.
-    keys = [draw() for _ in range(count)]
-    return sorted(range(count), key=keys.__getitem__)
+    return np.argsort(np.fromiter((draw() for _ in range(count)), np.float64, count), kind="stable")
 
 
 def lane_sequences(source: Source, tokenizer: Tokenizer, order: Order, lane: int, start: LaneState) -> Iterator[LaneSequence]:
@@ -187,6 +199,91 @@ class _Lane:
             for record, content in zip(together, contents, strict=True):
                 self._health.records += 1
                 yield record, next(encoded) if isinstance(content, str | np.ndarray) else content
+
+
+# --- The global order ---
+
+
+class Corpus(NamedTuple):
+    """All documents of a source, tokenised. ids: of all documents end to end, eos after each. ends: (documents,) int64."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+    skipped: SkippedRecords
+
+
+class _Pass(NamedTuple):
+    """The documents of a pass in their order, and where each ends in the pass's stream of ids."""
+
+    documents: np.ndarray
+    ends: np.ndarray
+
+
+class GlobalOrder:
+    """The sequences of a corpus by their position.
+
+    A pass is the stream of all documents in an order drawn from (seed, pass). Packed, the passes follow each other without a gap
+    and are cut every max_length ids; the sequences that begin in a pass are permuted. Padded, each document of a pass is a
+    sequence. So after n corpora's worth of tokens each token was read n times, or n + 1 times at the cut between two passes.
+    """
+
+    def __init__(self, corpus: Corpus, order: Order):
+        self._corpus, self._order = corpus, order
+        self._begins = np.concatenate([[0], corpus.ends[:-1]])
+        # Cached, because the sequences of a pass come one after the other; two passes, because a sequence may span them.
+        self._pass = functools.lru_cache(maxsize=2)(self._drawn_pass)
+        self._sequences = functools.lru_cache(maxsize=1)(self._drawn_sequences)
+
+    def lane_sequences(self, lane: int, start: LaneState) -> Iterator[LaneSequence]:
+        """The endless stream of a lane's sequences from `start` on; the first position brings the corpus's skipped records."""
+        for turn in itertools.count(start.unit):
+            position = lane + turn * self._order.lanes
+            state = LaneState(self._pass_of(position + self._order.lanes), turn + 1)
+            skipped = self._corpus.skipped if position == 0 and self._corpus.skipped.counts else None
+            yield LaneSequence(self.sequence(position), state, skipped)
+
+    def sequence(self, position: int) -> np.ndarray:
+        """The ids of the sequence at a position, (n,) int32."""
+        number = self._pass_of(position)
+        if not self._order.packing:
+            document = self._pass(number).documents[position % len(self._begins)]
+            return self._corpus.ids[self._begins[document] : self._corpus.ends[document]].astype(np.int32)
+        total, length = len(self._corpus.ids), self._order.max_length
+        first, order = self._sequences(number)
+        start = int(first + order[position - first]) * length - number * total
+        parts: list[np.ndarray] = []
+        missing = length
+        while missing:
+            parts += self._stream(number, start, min(total, start + missing))
+            missing -= min(total, start + missing) - start
+            number, start = number + 1, 0
+        return np.concatenate(parts).astype(np.int32)
+
+    def _pass_of(self, position: int) -> int:
+        """The pass in which the sequence at a position begins."""
+        if not self._order.packing:
+            return position // len(self._begins)
+        return position * self._order.max_length // len(self._corpus.ids)
+
+    def _stream(self, number: int, start: int, end: int) -> Iterator[np.ndarray]:
+        """The ids start to end - 1 of a pass's stream, in pieces."""
+        documents, ends = self._pass(number)
+        place = int(np.searchsorted(ends, start, side="right"))
+        while start < end:
+            stop = min(end, int(ends[place]))
+            shift = int(self._corpus.ends[documents[place]]) - int(ends[place])
+            yield self._corpus.ids[start + shift : stop + shift]
+            start, place = stop, place + 1
+
+    def _drawn_pass(self, number: int) -> _Pass:
+        documents = _permuted(len(self._begins), self._order.seed, number, "documents")
+        return _Pass(documents, np.cumsum((self._corpus.ends - self._begins)[documents]))
+
+    def _drawn_sequences(self, number: int) -> tuple[int, np.ndarray]:
+        """The first position of a pass, and for each of its positions the number of its sequence, counted from there."""
+        total, length = len(self._corpus.ids), self._order.max_length
+        first, end = (-(-edge * total // length) for edge in (number, number + 1))
+        return first, _permuted(end - first, self._order.seed, number, "sequences")
 
 
 # --- From documents to sequences: pure functions ---

@@ -1,12 +1,13 @@
 """Micro-batches for training, resumable on any number of ranks and workers, and the fixed set for evaluation.
 
 Shapes: B sequences of a micro-batch, T = max_length. Global position p of training belongs to lane p mod R and to rank
-p mod N; see lanes.py for what a lane is.
+p mod N; see lanes.py for what a lane is, and for the two orders.
 """
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from peft_pretraining.data import DataError, TokenizerError
 from peft_pretraining.data.lanes import (
-    ORDER_VERSION,
+    ORDER_VERSIONS,
+    Corpus,
     Document,
+    GlobalOrder,
     LaneSequence,
     LaneState,
     Order,
@@ -38,7 +41,7 @@ from peft_pretraining.data.records import (
     document_in_split,
     read_records,
 )
-from peft_pretraining.data.source import Source
+from peft_pretraining.data.source import DataOrder, Source
 from peft_pretraining.data.tokenizer import Tokenizer, encode_documents
 from peft_pretraining.data.workers import Workers
 
@@ -126,6 +129,7 @@ class TrainLoader:
         batch_size: int = 1,
         pin_memory: bool = False,
         on_bad_record: OnBadRecord = "skip",
+        data_order: DataOrder | None = None,
     ):
         """Checks the arguments and reads a first document.
 
@@ -137,15 +141,18 @@ class TrainLoader:
             pin_memory: batches in page-locked memory, for a GPU.
             on_bad_record: skip and count records that are not documents and files that cannot be read, or raise
                 DataError at the first.
+            data_order: lanes | global (lanes.py); None leaves it to the source. A state brings its own.
 
         Raises:
             ValueError: the numbers of lanes, processes, sequences or workers are out of range or do not divide.
-            DataError: the source cannot be read or holds nothing.
+            DataError: the source cannot be read or holds nothing, or its size is unknown, which the global order needs.
             TokenizerError: the source is prepared with another tokenizer.
         """
         _check_sizes(max_length=max_length, lanes=lanes, world_size=world_size, batch_size=batch_size, workers=workers)
         self._source, self._tokenizer = source, tokenizer
         self._order = Order(lanes, seed, max_length, packing, on_bad_record)
+        self._wanted_order = data_order
+        self.data_order = source.data_order(packing, data_order)
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._lanes = tuple(range(rank, lanes, world_size))
         self._num_workers = min(workers, len(self._lanes))
@@ -157,6 +164,9 @@ class TrainLoader:
         self._skipped: Counter[str] = Counter()
         self._examples_shown = 0
         self._running: Workers[list[LaneSequence]] | None = None
+        self._global_order: GlobalOrder | None = None
+        self._corpus_size: dict[str, int] | None = None
+        self._told_of_uneven_passes = False
         check_tokenizer(source, tokenizer)
         check_source(source)
 
@@ -168,7 +178,8 @@ class TrainLoader:
                 "--workers %d: only %d start, a process has no more of the %d data lanes",
                 *(workers, self._num_workers, lanes),
             )
-        if source.is_remote and any(unit.parts > 1 for unit in lane_units(source.shards, 0, self._order, 0)):
+        by_lanes = self.data_order == "lanes"
+        if by_lanes and source.is_remote and any(unit.parts > 1 for unit in lane_units(source.shards, 0, self._order, 0)):
             _log.warning(
                 "each of the %d data lanes reads all of %s over the network, since these files cannot be distributed evenly; "
                 "a local copy, or fewer --data_lanes, saves traffic",
@@ -180,9 +191,26 @@ class TrainLoader:
         turn = self._taken % len(self._lanes)
         lanes = self._lanes[turn:] + self._lanes[:turn]
         states = tuple(self._states[lane] for lane in lanes)
+        if self.data_order == "global":
+            return self._batches(_in_turn(self._global_rounds(lanes, states), lanes, 1))
         work = _RankLanes(self._source, self._tokenizer, self._order, lanes, states)
         self._running = Workers(work, self._num_workers)
         return self._batches(_in_turn(iter(self._running), lanes, max(1, self._num_workers)))
+
+    def _global_rounds(self, lanes: Sequence[int], states: Sequence[LaneState]) -> Iterator[list[LaneSequence]]:
+        """Yields the next sequence of each lane; tokenises the corpus at the first use."""
+        if self._global_order is None:
+            corpus = read_corpus(self._source, self._tokenizer, self._order, self._num_workers)
+            size = {"documents": len(corpus.ends), "tokens": len(corpus.ids)}
+            if self._corpus_size not in (None, size) and self._rank == 0:
+                _log.warning(
+                    "the training data holds %s now and held %s when the checkpoint was made; its order from here on is another",
+                    *(_in_words(size), _in_words(self._corpus_size)),
+                )
+            self._corpus_size, self._global_order = size, GlobalOrder(corpus, self._order)
+        streams = [self._global_order.lane_sequences(*each) for each in zip(lanes, states, strict=True)]
+        while True:
+            yield [next(stream) for stream in streams]
 
     def _batches(self, sequences: Iterator[tuple[int, LaneSequence]]) -> Iterator[Batch]:
         while True:
@@ -192,6 +220,8 @@ class TrainLoader:
                 self._states[lane] = sequence.state
                 self._note(sequence.skipped)
             self._taken += len(taken)
+            if self._rank == 0:
+                self.warn_of_uneven_passes(self._states)
             ids = [sequence.ids for _, sequence in taken]
             num_bad = self.num_bad_records - bad_before
             yield _make_batch(ids, self._order.max_length, self._tokenizer.pad_id, self._pin_memory, num_bad)
@@ -200,6 +230,22 @@ class TrainLoader:
     def num_bad_records(self) -> int:
         """Bad records skipped so far; after a resume, rank 0's count includes those of all ranks before it."""
         return self._skipped.total() - self._skipped["empty"]
+
+    def warn_of_uneven_passes(self, states: Mapping[Any, Sequence[int]]) -> None:
+        """Warns once if lanes have finished numbers of passes that differ by more than one. states: by lane."""
+        if self.data_order == "global" or self._told_of_uneven_passes:
+            return
+        passes = {int(lane): state[0] for lane, state in states.items()}
+        most, least = max(passes, key=passes.__getitem__), min(passes, key=passes.__getitem__)
+        if passes[most] - passes[least] <= 1:
+            return
+        self._told_of_uneven_passes = True
+        _log.warning(
+            "the data lanes hold unequal shares of the text: lane %d has read its documents %d times, lane %d %d times; for a "
+            "new run, %sfewer --data_lanes are more equal",
+            *(most, passes[most], least, passes[least]),
+            "--data_order global reads every document equally often, and " if self._source.has_sizes else "",
+        )
 
     def _note(self, skipped: SkippedRecords | None) -> None:
         if skipped is None:
@@ -214,19 +260,21 @@ class TrainLoader:
         """Returns the JSON-able state after the last returned batch; `load_state_dict` takes all ranks' states, merged.
 
         position: sequences returned by all ranks since the run began. lanes: this rank's lanes, five integers each.
-        bad_records: skipped records, by kind. order: the settings of the order that the positions refer to.
+        bad_records: skipped records, by kind. order: the settings of the order that the positions refer to. corpus: documents
+        and tokens, in the global order.
         """
         return {
             "position": self._taken * self._world_size,
             "lanes": {str(lane): list(state) for lane, state in self._states.items()},
             "bad_records": dict(sorted(self._skipped.items())),
             "order": self._order_document(),
+            **({"corpus": self._corpus_size} if self._corpus_size else {}),
         }
 
     def _order_document(self) -> dict[str, Any]:
         order = self._order
         return {
-            "version": ORDER_VERSION,
+            "version": ORDER_VERSIONS[self.data_order],
             "lanes": order.lanes,
             "seed": order.seed,
             "max_length": order.max_length,
@@ -236,8 +284,19 @@ class TrainLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state merged over all ranks, for any number of ranks and workers; call before iterating.
 
+        The state's order is kept, unless other files took the place of its corpus and cannot be held in memory.
+
         Raises ValueError: the state belongs to another order, lacks lanes, or cannot be divided among the ranks.
         """
+        recorded: DataOrder = "global" if state["order"]["version"] == ORDER_VERSIONS["global"] else "lanes"
+        if self._wanted_order not in (None, recorded):
+            raise ValueError(
+                f"--data_order {self._wanted_order}: the run began with the order {recorded}; leave --data_order out"
+            )
+        self.data_order = recorded if self._source.has_sizes else "lanes"
+        if self.data_order != recorded:
+            order = {**state["order"], "version": ORDER_VERSIONS["lanes"]}
+            state = {**state, "order": order, "lanes": dict.fromkeys(state["lanes"], LaneState()), "corpus": None}
         if state["order"] != self._order_document():
             raise ValueError(f"the data state is of another order: saved {state['order']}, now {self._order_document()}")
         missing = [lane for lane in self._lanes if str(lane) not in state["lanes"]]
@@ -259,6 +318,7 @@ class TrainLoader:
         self._taken = state["position"] // self._world_size
         self._states = {lane: LaneState(*state["lanes"][str(lane)]) for lane in self._lanes}
         self._skipped = Counter(state["bad_records"])
+        self._corpus_size = state.get("corpus")
 
     def close(self) -> None:
         """Stop the workers. The state stays, and iterating again continues from it."""
@@ -273,6 +333,10 @@ def _in_turn(rounds: Iterator[list[LaneSequence]], lanes: Sequence[int], workers
         items = [next(rounds) for _ in range(workers)]
         for turn, lane in enumerate(lanes):
             yield lane, items[turn % workers][turn // workers]
+
+
+def _in_words(size: Mapping[str, int] | None) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in (size or {}).items())
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -291,6 +355,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lanes": {lane: list(lanes[lane]) for lane in sorted(lanes, key=int)},
         "bad_records": dict(sorted(bad_records.items())),
         "order": dict(states[0]["order"]),
+        **({"corpus": dict(states[0]["corpus"])} if "corpus" in states[0] else {}),
     }
 
 
@@ -306,7 +371,7 @@ def _check_sizes(*, max_length: int, lanes: int, world_size: int, batch_size: in
         raise ValueError(f"--workers {workers}: must be at least 0")
 
 
-# --- Evaluation ---
+# --- Whole splits ---
 
 
 class _EncodedTexts(NamedTuple):
@@ -335,6 +400,8 @@ class _SplitDocuments:
                 flat = np.concatenate([np.empty(0, np.int32), *ids])
                 # Every worker reads every record; the first worker reports the bad ones.
                 yield _EncodedTexts(flat, [len(document) for document in ids], skipped.take() if not worker else None)
+        if not worker:
+            yield _EncodedTexts(np.empty(0, np.int32), [], skipped.take())
 
     def _chunks(self, skipped: SkippedRecords) -> Iterator[list[str | np.ndarray]]:
         documents: list[str | np.ndarray] = []
@@ -354,6 +421,43 @@ class _SplitDocuments:
                     yield documents
                     documents = []
         yield documents
+
+
+def _encoded_texts(
+    source: Source, tokenizer: Tokenizer, on_bad_record: OnBadRecord, enough: int | None, workers: int
+) -> Generator[_EncodedTexts]:
+    """All documents of a source in their order, tokenised by worker processes; prepared data needs none."""
+    work = _SplitDocuments(source, tokenizer, on_bad_record, enough)
+    chunks: Workers[_EncodedTexts] = Workers(work, 0 if source.prepared is not None else workers)
+    try:
+        yield from chunks
+    finally:
+        chunks.close()
+
+
+def read_corpus(source: Source, tokenizer: Tokenizer, order: Order, workers: int = 0) -> Corpus:
+    """Reads and tokenises all of a source; padded, each document is cut to a sequence. Raises DataError."""
+    dtype = np.uint16 if tokenizer.text_vocab_size <= 2**16 else np.int32
+    most = None if order.packing else order.max_length - 1
+    parts: list[np.ndarray] = []
+    skipped = SkippedRecords()
+    with contextlib.closing(_encoded_texts(source, tokenizer, order.on_bad_record, most, workers)) as chunks:
+        for chunk in chunks:
+            for document in np.split(chunk.ids, np.cumsum(chunk.lengths)[:-1]) if chunk.lengths else []:
+                if len(document):
+                    parts.append(np.append(document[:most], tokenizer.eos_id).astype(dtype))
+                else:
+                    skipped.add("empty")
+            if chunk.skipped is not None:
+                skipped.counts.update(chunk.skipped.counts)
+                skipped.examples += chunk.skipped.examples
+    if not parts:
+        bad = f" (bad records: {skipped.examples[0]})" if skipped.examples else ""
+        raise DataError(f"dataset {source.dataset!r}: no document of the {source.split} split holds a token{bad}; give more data")
+    return Corpus(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64), skipped)
+
+
+# --- Evaluation ---
 
 
 class EvalSet:
@@ -420,18 +524,13 @@ class EvalSet:
             dtype = np.uint16 if self._tokenizer.text_vocab_size <= 2**16 else np.int32
             sequences, num_targets = [], 0
             enough = None if self._packing else self._max_length - 1
-            work = _SplitDocuments(self._source, self._tokenizer, self._on_bad_record, enough)
-            # Prepared data needs no tokenising, so no worker processes.
-            workers = 0 if self._source.prepared is not None else self._workers
-            chunks: Workers[_EncodedTexts] = Workers(work, workers)
-            try:
-                for sequence in self._sequences(chunks):
+            texts = _encoded_texts(self._source, self._tokenizer, self._on_bad_record, enough, self._workers)
+            with contextlib.closing(texts):
+                for sequence in self._sequences(texts):
                     sequences.append(sequence.astype(dtype))
                     num_targets += len(sequence) - 1
                     if self._max_tokens is not None and num_targets >= self._max_tokens:
                         break
-            finally:
-                chunks.close()
             if not sequences:
                 raise DataError(
                     f"dataset {self._source.dataset!r} has no document to evaluate on; give --eval_dataset, or more data"

@@ -137,7 +137,7 @@ class Health:
         bad = f" ({self.bad} bad records, the first one in {self.first_bad})" if self.bad else ""
         return DataError(
             f"dataset {self._source.dataset!r} is too small for --data_lanes {num_lanes}: lane {lane} got no "
-            f"document in a whole epoch{bad}; lower --data_lanes"
+            f"document in a whole epoch{bad}; lower --data_lanes, or use --data_order global"
         )
 
 

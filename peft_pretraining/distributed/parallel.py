@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,8 @@ def shard(module: nn.Module, units: Iterable[nn.Module], device: torch.device, s
     module: the module whose forward is called. On the meta device no process ever holds more than its part.
     Parameters outside all units stay gathered from the forward pass to the end of the backward pass.
     """
+    # A compiled layer returns a view, which is safe here: neither the layers nor the loss change their input in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=sharding.reduce_dtype)
     for unit in units:

@@ -56,19 +56,22 @@ def _data(record: dict[str, Any]) -> str:
 def _perplexity(folder: Path, step: int) -> str:
     """The perplexity evaluated after this update, from the run's metrics.jsonl if that file exists."""
     try:
-        lines = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        # A checkpoint may be named by a link from elsewhere.
+        content = (folder.resolve().parent / "metrics.jsonl").read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return "not known: the run's metrics.jsonl was not beside the checkpoint"
     text = None
-    for line in lines:
+    for line in content.split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # an incomplete last line
+        except (ValueError, RecursionError):  # a damaged line, or an incomplete last one
+            continue
+        if not isinstance(row, dict):
             continue
         for kind in ("eval", "final_eval"):
-            loss = row.get(f"{kind}_loss")
-            if row.get("update_step") == step and isinstance(loss, float) and math.isfinite(loss):
-                text = f"{math.exp(min(loss, 700)):,.2f} over {row.get(f'{kind}_tokens', 0):,} tokens"
+            loss, tokens = row.get(f"{kind}_loss"), row.get(f"{kind}_tokens", 0)
+            if row.get("update_step") == step and isinstance(loss, float) and math.isfinite(loss) and type(tokens) is int:
+                text = f"{math.exp(min(loss, 700)):,.2f} over {tokens:,} tokens"
     return text or "not evaluated after this update"
 
 

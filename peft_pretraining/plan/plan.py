@@ -97,8 +97,12 @@ def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
     return LearningRates(settings, tokens_per_update, restart.every if restart else None)
 
 
-def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None) -> str:
-    """The plan as --dry_run prints it. `source` describes the data; `memory_of_device` is what is available, if known."""
+def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None, order: str = "") -> str:
+    """The plan as --dry_run prints it.
+
+    source, order: the data and its order in words, the order empty where it costs nothing. memory_of_device: what is available,
+    if known.
+    """
     counts, method = plan.parameters, METHODS[args.peft_model]
     restart = method.restart(args)
     share = f" ({counts['total'] / plan.full_rank_parameters:.0%} of full-rank {plan.full_rank_parameters:,})"
@@ -126,6 +130,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
             f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}",
         ),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
+        *([("", order)] if order else []),
         ("run folder", str(plan.save_dir)),
         ("memory", " + ".join(f"{name} {plan.bytes[name] / GIB:.2f}" for name in CLASSES if plan.bytes[name]) + " GiB"),
         ("", _peak_text(plan, memory_of_device)),

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import sys
 import time
@@ -25,8 +26,8 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import local
 from peft_pretraining.optim.updates import HasState
-from peft_pretraining.record.summary import METRICS_FILE, read_metrics, summary
-from peft_pretraining.record.wandb_run import _one_line, start_wandb
+from peft_pretraining.record.summary import METRICS_FILE, old_record, read_metrics, read_record, summary
+from peft_pretraining.record.wandb_run import finish_wandb, log_row, one_line, send_missing, start_wandb
 from peft_pretraining.training.evaluate import EvalResult
 from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
 from sparse_lora import Support
@@ -119,7 +120,8 @@ class Recorder:
         """Open the run's record at `start_step`, and remove later lines, which a crash after the checkpoint left."""
         self.enabled = enabled
         self.run_folder = run_folder
-        rows = [row for row in read_metrics(run_folder) if row.get("update_step", 0) <= start_step]
+        earlier = read_record(run_folder)
+        rows = [row for row in earlier.rows if row["update_step"] <= start_step]
         evaluated = [row["update_step"] for row in rows if "final_eval_loss" in row]
         self.last_evaluated_step: int | None = evaluated[-1] if evaluated else None
         self._spikes = LossSpikes(row["loss"] for row in rows if "loss" in row)
@@ -127,11 +129,16 @@ class Recorder:
         self._last_perplexity = ""
         if not enabled:
             return
+        if earlier.problem is not None:
+            path = run_folder / METRICS_FILE
+            old = shutil.copyfile(path, old_record(path))
+            print(f"notice: {run_folder}: {earlier.problem}; the file as it was is kept as {old.name}", file=sys.stderr)
         self._rewrite(rows)
         self._file = _Lines(run_folder / METRICS_FILE)
         self._document = wandb_settings["config"]
         self._wandb = start_wandb(run_folder, wandb_settings)
         self._bar = _progress_bar(total_updates, start_step)
+        self._tell_wandb(lambda run: self._catch_up(run, rows))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         path = self.run_folder / METRICS_FILE
@@ -206,12 +213,19 @@ class Recorder:
         # JSON has no infinity and no NaN.
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
         self._tell(self._file.write(json.dumps(row, allow_nan=False)))
+        self._tell_wandb(lambda run: log_row(run, row))
+
+    def _catch_up(self, run: Any, rows: list[dict[str, Any]]) -> None:
+        if rows and (count := send_missing(run, rows)):
+            self.say(f"wandb: {count:,} earlier rows of metrics.jsonl that it lacks are sent")
+
+    def _tell_wandb(self, act: Callable[[Any], object]) -> None:
         if self._wandb is None:
             return
         try:
-            self._wandb.log(row)
+            act(self._wandb)
         except Exception as error:  # no failure of the dashboard may end the run
-            self.say(f"warning: wandb stopped recording ({_one_line(error)}); training and metrics.jsonl continue")
+            self.say(f"warning: wandb stopped recording ({one_line(error)}); training and metrics.jsonl continue")
             self._wandb = None
 
     def _tell(self, problem: str | None) -> None:
@@ -226,17 +240,9 @@ class Recorder:
         self._tell(self._file.close())
         if self._wandb is not None:
             try:
-                self._finish_wandb(exit_code)
+                finish_wandb(self._wandb, summary(self._document, read_metrics(self.run_folder)), exit_code)
             except Exception as error:
-                print(f"warning: wandb did not finish ({_one_line(error)})", file=sys.stderr)
-
-    def _finish_wandb(self, exit_code: int) -> None:
-        """Write the run's results to wandb's summary, for tables of runs and scatter plots."""
-        try:
-            figures = summary(self._document, read_metrics(self.run_folder))
-            self._wandb.summary.update({name: value for name, value in figures.items() if value is not None})
-        finally:
-            self._wandb.finish(exit_code=exit_code)
+                print(f"warning: wandb did not finish ({one_line(error)})", file=sys.stderr)
 
 
 def _perplexity_text(loss: float) -> str:

@@ -5,29 +5,71 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+# Prefixes of the keys of figures: numbers, or null where a figure was not finite.
+_FIGURES = ("loss", "lr", "gradnorm", "tokens_seen", "throughput_", "max_memory", "memory_", "final_eval_", "skipped_", "bad_")
 
 Row = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Record:
+    """The lines of a run's metrics.jsonl: the rows that can be read, and the numbers (from 1) of damaged lines."""
+
+    rows: list[dict[str, Any]]
+    damaged: list[int]
+
+    @property
+    def problem(self) -> str | None:
+        """Names the damaged lines; None if there are none."""
+        if not self.damaged:
+            return None
+        numbers = ", ".join(map(str, self.damaged[:5])) + (", ..." if len(self.damaged) > 5 else "")
+        lines = f"line {numbers} is" if len(self.damaged) == 1 else f"{len(self.damaged):,} lines ({numbers}) are"
+        return f"{METRICS_FILE}: {lines} damaged and left out"
+
+
+def read_record(run_folder: Path) -> Record:
+    """Reads a run's metrics.jsonl; a run without that file has an empty record. Raises OSError."""
+    path, rows, damaged = run_folder / METRICS_FILE, [], []
+    if path.is_file():
+        # Not splitlines(), which also divides at characters that may stand within a damaged line.
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+            if (row := _row(line)) is not None:
+                rows.append(row)
+            elif line.strip():
+                damaged.append(number)
+    return Record(rows, damaged)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row in a line; None unless it is a JSON object with the number of an update and figures that are numbers or null."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("update_step")) is not int:
+        return None
+    figures = [value for name, value in row.items() if name.startswith(_FIGURES)]
+    return row if all(type(value) in (int, float, NoneType) for value in figures) else None
+
+
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without a last line that a crash cut short; empty if there is no file."""
-    path = run_folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
-    return rows
+    """Returns the rows of a run's metrics.jsonl that can be read."""
+    return read_record(run_folder).rows
+
+
+def old_record(path: Path) -> Path:
+    """Returns the first unused name beside metrics.jsonl under which an old one is kept: metrics.old-1.jsonl, ..."""
+    number = 1
+    while (old := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
+        number += 1
+    return old
 
 
 def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""Opens the run at wandb; failures of wandb are warnings and never stop or block training."""
+"""Opens the run at wandb and sends rows to it; failures of wandb are warnings and never stop or block training.
+
+wandb's environment variables apply wherever no flag says otherwise, and a line says so where one does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,14 @@ WANDB_PROJECT = "SLTrain"
 
 # Seconds to wait for wandb's server before the run is recorded offline.
 _WANDB_TIMEOUT_S = 20
+# Each names a single run.
+OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_NAME")
+# Keys that are logged once, or zero in most runs: the first go to the run's summary, the others appear once they are not zero.
+_ONCE, _USUALLY_ZERO = "memory_", ("bad_records", "skipped_updates")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Returns an error's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -39,60 +47,213 @@ def _wandb_servers() -> list[str]:
         return ["https://api.wandb.ai"]
 
 
+def from_environment(variable: str, flag: str, given: str | None, default: str | None = None) -> str | None:
+    """Returns a flag's value, else the environment variable's, else the default; a notice says that the flag wins."""
+    value = os.environ.get(variable, "").strip() or None
+    if given is not None and value not in (None, given):
+        print(f"notice: {variable}={value} has no effect: {flag} {given}", file=sys.stderr)
+    return given or value or default
+
+
+def wandb_mode(flag: str) -> str:
+    """Returns --wandb as online, offline or disabled; "auto" follows WANDB_DISABLED, WANDB_MODE, and whether there is a key."""
+    name = "WANDB_DISABLED"
+    if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+        wanted = "disabled"
+    else:
+        name = "WANDB_MODE"
+        wanted = os.environ.get(name, "").strip().lower()
+        wanted = {"dryrun": "offline", "run": "online"}.get(wanted, wanted)
+        if wanted not in ("", "online", "offline", "shared", "disabled"):
+            print(f"notice: {name}={wanted} has no effect: it is none of online, offline, disabled", file=sys.stderr)
+            wanted = ""
+    if flag != "auto":
+        if wanted not in ("", flag):
+            print(f"notice: {name}={os.environ[name]} has no effect: --wandb {flag}", file=sys.stderr)
+        return flag
+    if wanted or _has_wandb_key():
+        return wanted or "online"
+    print("wandb: no key found, recording offline (--wandb disabled turns it off)", file=sys.stderr)
+    return "offline"
+
+
 def start_wandb(run_folder: Path, settings: Mapping[str, Any]) -> Any:
     """Returns the wandb run, or None if wandb is disabled or fails, which prints one warning.
 
-    settings: mode, id, name, tags, config and optionally group.
+    settings: mode (auto, online, offline, disabled), id, name, tags, config and optionally group, and place (the run folder's
+    later name).
     """
-    mode = settings["mode"]
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        if mode == "offline" and "WANDB_MODE" not in os.environ:
-            print(
-                f"wandb: no key found, recording offline in {run_folder / 'wandb'} (`wandb sync` uploads it; "
-                "--wandb disabled turns it off)",
-                file=sys.stderr,
-            )
+    mode = wandb_mode(settings["mode"])
     if mode == "disabled":
         return None
+    if mode != "offline":
+        try:
+            return open_wandb(run_folder, settings, mode)
+        except Exception as error:
+            print(f"warning: wandb cannot be reached ({one_line(error)}); recording offline", file=sys.stderr)
+            with contextlib.suppress(Exception):
+                import wandb
+
+                # wandb's service process still has the run's id registered.
+                wandb.teardown()
     try:
-        return _wandb_run(run_folder, settings, mode)
+        return open_wandb(run_folder, settings, "offline", earlier_starts_ended=True)
     except Exception as error:
-        if mode != "online":
-            print(f"warning: wandb is off ({_one_line(error)}); all metrics are still written to metrics.jsonl", file=sys.stderr)
-            return None
-        print(f"warning: wandb cannot be reached ({_one_line(error)}); recording offline", file=sys.stderr)
-        with contextlib.suppress(Exception):
-            import wandb
-
-            # wandb's service process still has the run's id registered.
-            wandb.teardown()
-        return start_wandb(run_folder, {**settings, "mode": "offline"})
+        print(f"warning: wandb is off ({one_line(error)}); all metrics are still written to metrics.jsonl", file=sys.stderr)
+        return None
 
 
-def _wandb_run(run_folder: Path, settings: Mapping[str, Any], mode: Any) -> Any:
+def wandb_folder(run_folder: Path) -> Path:
+    """Returns the folder below which wandb writes its folder `wandb`: $WANDB_DIR, created if missing, or the run's folder."""
+    given = os.environ.get("WANDB_DIR", "").strip()
+    if not given:
+        return run_folder
+    folder = Path(given).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"notice: WANDB_DIR={given} has no effect: {error.strerror}; using {run_folder}", file=sys.stderr)
+        return run_folder
+    return folder
+
+
+def open_wandb(
+    run_folder: Path,
+    settings: Mapping[str, Any],
+    mode: Any,
+    *,
+    limit_s: int | None = 3 * _WANDB_TIMEOUT_S,
+    earlier_starts_ended: bool = False,
+) -> Any:
+    """Opens the run in a mode of wandb's, and prints its address or its folder. Raises whatever wandb raises.
+
+    settings: as for `start_wandb`. limit_s: how long the end may wait for the network; None waits until everything is sent.
+    earlier_starts_ended: no process writes wandb's files of this run any more, so that those cut short by a kill are mended.
+    """
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    limits: dict[str, Any] = {"init_timeout": _WANDB_TIMEOUT_S, "login_timeout": _WANDB_TIMEOUT_S}
+    limits: dict[str, Any] = {"login_timeout": _WANDB_TIMEOUT_S}
+    limits |= {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _WANDB_TIMEOUT_S}
     # Without a limit the end of the run would wait for a lost network.
-    if "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):
-        limits["finish_timeout"] = 3 * _WANDB_TIMEOUT_S
+    if limit_s is not None and "finish_timeout" in getattr(wandb.Settings, "model_fields", ()):
+        limits["finish_timeout"] = limit_s
+    folder = wandb_folder(run_folder)
+    if earlier_starts_ended and settings["id"] is not None:
+        from peft_pretraining.record.wandb_files import cut_incomplete
+
+        cut_incomplete(folder / "wandb", settings["id"])
+    resume: Any = os.environ.get("WANDB_RESUME") or "allow"
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
         mode=mode,
-        dir=run_folder,
+        dir=folder,
         id=settings["id"],
         name=settings["name"],
         tags=settings["tags"] or None,
         config=dict(settings["config"]),
-        group=settings.get("group"),
-        job_type="train",
-        resume="allow" if mode == "online" else None,
+        group=os.environ.get("WANDB_RUN_GROUP") or settings.get("group"),
+        job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
+        resume=None if mode == "offline" else resume,
         settings=wandb.Settings(**limits),
     )
     # With update_step as the x-axis, updates repeated after a resume are kept instead of dropped as out of order.
     run.define_metric("update_step")
     run.define_metric("*", step_metric="update_step")
     run.define_metric("final_eval_perplexity", step_metric="update_step", summary="min,last")
+    if url := getattr(run, "url", None):
+        print(f"wandb: {url}", file=sys.stderr)
+    else:
+        place = settings.get("place", folder) if folder == run_folder else folder
+        print(f"wandb: recording offline in {place / 'wandb'} (`wandb sync` uploads it)", file=sys.stderr)
     return run
+
+
+def wandb_settings(document: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
+    """Returns the settings of `start_wandb` for a run's run.json, without the mode."""
+    arguments = document["arguments"]
+    tags = from_environment("WANDB_TAGS", "--tags", arguments.get("tags")) or ""
+    model = (document["plan"].get("model") or {}).get("name")
+    return {
+        "id": document.get("wandb_id"),
+        "name": from_environment("WANDB_NAME", "--name", arguments.get("name"), run_folder.resolve().name),
+        "tags": [tag.strip() for tag in tags.split(",") if tag.strip()],
+        "config": wandb_config(document),
+        "group": f"{model}-{arguments.get('peft_model')}",
+    }
+
+
+def wandb_config(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what wandb shows as a run's configuration: run.json, and beside it the published programs' keys, not nested.
+
+    Those are every argument under its name, with values as resolved by the plan, and max_lr, total_params_M, model, world_size,
+    device. `dataset` is then the argument; the data's description and fingerprint are under `data`.
+    """
+    arguments, plan = document.get("arguments") or {}, document.get("plan") or {}
+    total = (plan.get("parameters") or {}).get("total")
+    device = str(arguments.get("device") or "auto")
+    gpu = device == "cuda" or (device == "auto" and (document.get("machine") or {}).get("gpu") is not None)
+    resolved = ("batch_size", "gradient_accumulation", "total_batch_size", "dtype", "data_lanes", "eval_tokens", "model")
+    return {
+        **document,
+        "data": document.get("dataset"),
+        **arguments,
+        **{key: plan[key] for key in resolved if key in plan},
+        "max_lr": arguments.get("lr"),
+        "total_params_M": None if total is None else total / 1e6,
+        "world_size": (document.get("world") or {}).get("processes"),
+        "device": "cuda:0" if gpu else device.replace("auto", "cpu"),
+    }
+
+
+def log_row(run: Any, row: Mapping[str, Any]) -> None:
+    """Sends a row of metrics.jsonl to wandb, values that are logged once to the run's summary."""
+    if once := {key: value for key, value in row.items() if key.startswith(_ONCE)}:
+        run.summary.update(once)
+    run.log(_shown(row))
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in row.items()
+        if value is not None and not key.startswith(_ONCE) and not (key in _USUALLY_ZERO and value == 0)
+    }
+
+
+def send_missing(run: Any, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Sends the rows of the record that wandb lacks, such as the last ones before a kill; returns how many.
+
+    Of a run at wandb's server the server tells the last row, of one that is recorded offline the files on this machine.
+    """
+    if getattr(run, "offline", True):
+        from peft_pretraining.record.wandb_files import recorded_rows
+
+        known, last_step = recorded_rows(Path(run.settings.wandb_dir), str(run.id))
+        missing = [row for row in rows if (row["update_step"], "final_eval_loss" in row) not in known]
+        if last_step >= 0:
+            # wandb numbers the rows of each folder from 0; going on from earlier ones keeps them in order at the server.
+            run.log({}, step=last_step + 1, commit=False)
+    else:
+        missing = [row for row in rows if not _is_known(row, run.summary)]
+    for row in missing:
+        log_row(run, row)
+    return len(missing)
+
+
+def _is_known(row: Mapping[str, Any], summary: Any) -> bool:
+    """Whether a row is at the server, by the run's summary there, which has the last value of every key."""
+    last = summary.get("update_step")
+    if last is None or row["update_step"] != last:
+        return last is not None and bool(row["update_step"] < last)
+    # An update and an evaluation after it have the same number.
+    key = "final_eval_loss" if "final_eval_loss" in row else "loss"
+    return bool(summary.get(key) == row.get(key))
+
+
+def finish_wandb(run: Any, figures: Mapping[str, Any], exit_code: int = 0) -> None:
+    """Writes the run's results to wandb's summary, for tables of runs and scatter plots, and ends the wandb run."""
+    try:
+        run.summary.update({name: value for name, value in figures.items() if value is not None})
+    finally:
+        run.finish(exit_code=exit_code)

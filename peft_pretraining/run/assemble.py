@@ -18,23 +18,25 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import Batch, merge_states
+from peft_pretraining.data.source import order_text
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.llama import keep_compiled_code
 from peft_pretraining.plan.plan import Plan, format_plan, make_plan, memory_problems
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
+from peft_pretraining.record.wandb_run import wandb_settings
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
 from peft_pretraining.run.folder import (
     RunFolder,
     changed_reading,
     check_same_data,
     open_run_folder,
+    prepare_record,
     reading_rules,
     run_document,
-    take_up,
 )
-from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_over, restore_data, restore_run, run_content
+from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_finished, restore_data, restore_run, run_content
 from peft_pretraining.training.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.training.restarts import Restarts
 from peft_pretraining.training.stop import Stopped, StopRequest, StopRun
@@ -43,7 +45,7 @@ from peft_pretraining.training.update import TrainState
 
 @dataclass
 class Run:
-    """A run that is built and restored, ready for its next update.
+    """A run that is built and restored from its checkpoint, ready for the next update.
 
     module: maps (input_ids, labels, num_targets) to the sum of token losses. document: the contents of run.json.
     memory_logged: whether measured memory was logged already.
@@ -82,18 +84,18 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         print_finished(world, state, folder)
         return None
     if folder.warm_start and folder.checkpoint is not None:
-        refuse_if_over(folder.checkpoint, plan)
-    rules = reading_rules(folder.checkpoint, args)
-    data = build_data(args, plan, world, device, rules)
-    if world.is_main:
-        print(format_plan(plan, args, data.source.describe(), memory), file=sys.stderr)
-        if (change := changed_reading(args, data.source)) is not None:
-            print(f"notice: {change}", file=sys.stderr)
-
+        refuse_if_finished(folder.checkpoint, plan)
+    data = build_data(args, plan, world, device, reading_rules(folder.checkpoint, args))
+    if world.is_main and (change := changed_reading(args, data.source)) is not None:
+        print(f"notice: {change}", file=sys.stderr)
     if folder.checkpoint is not None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)
-    # Started now so that its workers read and tokenise while the model is built.
+    if world.is_main:
+        # Printed now, because a checkpoint decides the order of its run's data.
+        order = order_text(data.source, data.loader.data_order)
+        print(format_plan(plan, args, data.source.describe(), memory, order), file=sys.stderr)
+    # Started here so that the loader's workers read and tokenise while the model is built.
     batches = iter(data.loader)
     if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
@@ -106,14 +108,14 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
-    document = run_document(args, plan, world, folder, data.source)
+    document = run_document(args, plan, world, folder, data.source, data.loader.data_order)
     saver = Saver(
         folder.path,
         lambda: run_content(folder.path, parts, world, document),
         world,
         keep=args.keep_checkpoints,
         asynchronous=args.async_save,
-        saved_step=parts.state.update_step if folder.goes_on_in_place else None,
+        saved_step=parts.state.update_step if folder.resumes_in_place else None,
         timeout_s=args.timeout_s,
     )
     restarts = Restarts(args, token_loss.model, updates, world)
@@ -125,7 +127,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
 
 
 def next_micro_batches(run: Run, world: World) -> list[Batch]:
-    """Returns this process's micro-batches of the next update. Raises like `_agreed`, after returning them to the loader."""
+    """Returns this process's micro-batches of the next update. After an error of `_agreed` they go back to the loader."""
     loader = run.parts.loader
     position = loader.state_dict()
     micro_batches: list[Batch] = []
@@ -140,7 +142,7 @@ def next_micro_batches(run: Run, world: World) -> list[Batch]:
 
 @contextlib.contextmanager
 def _agreed(run: Run, world: World) -> Iterator[None]:
-    """Runs a block that waits for data; at its end all processes agree on whether to continue.
+    """Runs a block that waits for data, after which all processes agree whether to continue.
 
     Raises StopRun if any process was asked to stop or has no data; without data before the first update it raises DataError.
     """
@@ -167,8 +169,8 @@ def run_evaluation(run: Run, world: World) -> EvalResult:
     """
     with _agreed(run, world):
         run.data.eval_set.prepare()
-    # Evaluation skips DDP's wrapper, whose forward is collective. FSDP2's forward is collective too, so its processes must stop
-    # at the same batch.
+    # Evaluation avoids DDP's wrapper, whose forward is collective. FSDP2's forward is collective too, so all processes must
+    # stop at the same batch.
     inner = getattr(run.module, "module", run.module)
     stopping_world = world if is_sharded(run.module) else World()
     problem: NothingToEvaluate | None = None
@@ -179,7 +181,8 @@ def run_evaluation(run: Run, world: World) -> EvalResult:
             world_reduce=lambda sums: all_reduce_sum_(sums, world),
             bytes_per_id=run.data.tokenizer.bytes_per_id(),
         )
-    except NothingToEvaluate as error:  # raised on all processes
+    # Raised on all processes or none.
+    except NothingToEvaluate as error:
         problem = error
     if largest(int(run.stop.requested), world):
         raise StopRun
@@ -192,7 +195,7 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
     """Writes run.json and the tokenizer, and opens metrics.jsonl, wandb and the progress bar at the run's position."""
     folder = run.folder
     if world.is_main:
-        take_up(folder)
+        prepare_record(folder)
         write_json(folder.path / "run.json", run.document)
         run.data.tokenizer.save(folder.path / "tokenizer")
     record = Recorder(
@@ -200,16 +203,9 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
         enabled=world.is_main,
         total_updates=run.plan.num_training_steps,
         start_step=run.parts.state.update_step,
-        wandb_settings={
-            "mode": args.wandb,
-            "id": folder.wandb_id,
-            "name": args.name or folder.path.name,
-            "tags": [tag.strip() for tag in (args.tags or "").split(",") if tag.strip()],
-            "config": run.document,
-            "group": f"{run.plan.model.name}-{args.peft_model}",
-        },
+        wandb_settings={"mode": args.wandb, **wandb_settings(run.document, folder.path)} if world.is_main else {},
     )
-    # Every process must agree on whether an evaluation is due, and other machines may not have this folder.
+    # All processes must agree whether an evaluation is due, and other machines may not have this folder.
     record.last_evaluated_step = broadcast_object(record.last_evaluated_step, world)
     return record
 

@@ -83,6 +83,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device, 
         batch_size=args.batch_size,
         pin_memory=device.type == "cuda",
         on_bad_record=on_bad_record,
+        data_order=args.data_order,  # type: ignore[arg-type]
     )
     eval_set = EvalSet(
         held_out,
@@ -127,7 +128,7 @@ def build_module(
         document_end = eos_id if args.packing and args.document_mask else None
         modules.append(TokenLoss(model, loss_chunk_rows(device.type), document_end))
         if sharded:
-            # A tied embedding is also the output head, which stays gathered.
+            # A tied embedding is also the output head, which is not sharded separately.
             embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
             sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
             shard(modules[0], [*embedding, *model.model.layers], device, sharding)

@@ -5,6 +5,7 @@ A run resumes only if its arguments and its model's shape agree with the checkpo
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import shutil
@@ -22,12 +23,12 @@ from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, as_dict
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.data import DataError
-from peft_pretraining.data.source import READING_RULES, Source, open_source, recorded_rules
+from peft_pretraining.data.source import READING_RULES, DataOrder, Source, open_source, recorded_rules
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
-from peft_pretraining.record.summary import METRICS_FILE
-from peft_pretraining.run.resume import finished_state, train_state
+from peft_pretraining.record.summary import METRICS_FILE, old_record
+from peft_pretraining.run.resume import belongs_to, finished_state, train_state
 from peft_pretraining.training.stop import MARKER_FILE
 
 _PACKAGES = (
@@ -47,8 +48,8 @@ _PACKAGES = (
 class RunFolder:
     """The folder a run writes to and the checkpoint it starts from (None: initial values drawn from the seed).
 
-    wandb_id: identifier of the run at wandb.
-    warm_start: True if the checkpoint is a full-rank run's, from which only weights and position are read (--warmed_up_model).
+    wandb_id: the run's identifier at wandb.
+    warm_start: True if the checkpoint belongs to a full-rank run (--warmed_up_model), whose weights and position are read.
     warm_up: arguments and number of updates of the full-rank run that this run started from, else None.
     """
 
@@ -59,9 +60,9 @@ class RunFolder:
     warm_up: dict[str, Any] | None = None
 
     @property
-    def goes_on_in_place(self) -> bool:
+    def resumes_in_place(self) -> bool:
         """True if the run resumes from a checkpoint in its own folder."""
-        return self.checkpoint is not None and self.path.resolve() == self.checkpoint.parent.resolve()
+        return self.checkpoint is not None and belongs_to(self.checkpoint, self.path)
 
 
 def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
@@ -89,13 +90,15 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     path = plan.save_dir
     newest = None
     if args.resume == "never":
-        path = _fresh(path)
+        path = _unused_path(path)
     if args.continue_from is not None:
         checkpoint.recover_replaced(Path(args.continue_from))
         newest = checkpoint.resolve(Path(args.continue_from))
     elif args.resume == "auto":
         checkpoint.recover_replaced(path)
         newest = checkpoint.resolve(path) if checkpoint.list_checkpoints(path) else None
+        if newest is None and (lost := checkpoint.missing_checkpoints(path)) is not None:
+            raise checkpoint.CheckpointError(f"{path} has no checkpoint: {lost}; to start anew: --resume never")
     warm_start = newest is None and args.warmed_up_model is not None and METHODS[args.peft_model].frozen_base
     if warm_start:
         newest = checkpoint.resolve(Path(str(args.warmed_up_model)))
@@ -113,19 +116,21 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         if not changed.isdisjoint(EVALUATION_FLAGS) and finished_state(path, newest, args, plan) is not None:
             raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
         _warn_of_changed_environment(newest, before, plan)
-        if path.resolve() == newest.parent.resolve():
-            wandb_id = before.get("wandb_id", wandb_id)
-        elif checkpoint.list_checkpoints(path):
-            raise ConfigError(
-                [
-                    f"--continue_from {newest}: {path} already contains another run; leave out --continue_from to resume that "
-                    "run, or name another --save_dir"
-                ]
-            )
-    path.mkdir(parents=True, exist_ok=True)
-    # Removed before anything can fail: a script that reads the marker must not see the one of an earlier start.
+        if belongs_to(newest, path):
+            wandb_id = before["wandb_id"]
+        elif any(not one.samefile(newest) for one in checkpoint.list_checkpoints(path)):
+            raise ConfigError([f"--continue_from {newest}: {_other_run(path, newest)}"])
+    checkpoint.make_run_folder(path)
+    # Removed before anything can fail, so that a script never reads the marker of an earlier start.
     (path / MARKER_FILE).unlink(missing_ok=True)
-    return RunFolder(path, newest, wandb_id, warm_start, warm_up)
+    return RunFolder(path, newest, os.environ.get("WANDB_RUN_ID", "").strip() or wandb_id, warm_start, warm_up)
+
+
+def _other_run(path: Path, newest: Path) -> str:
+    """Why a run cannot go on in the folder `path`, which has checkpoints, from one elsewhere; and the way out."""
+    if newest.resolve().parent == path.resolve() / checkpoint.SET_ASIDE:
+        return f"was set aside; to go back to it, move it to {path / newest.name} and name that"
+    return f"{path} already contains another run; leave out --continue_from to resume that run, or name another --save_dir"
 
 
 def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
@@ -143,30 +148,28 @@ def _is_full_rank(method: str) -> bool:
     return method in METHODS and METHODS[method].full_rank
 
 
-def take_up(folder: RunFolder) -> None:
+def prepare_record(folder: RunFolder) -> None:
     """Makes the folder's contents agree with the checkpoint the run starts from; on rank 0, after all parts were built.
 
-    A run that goes back in its own folder moves later checkpoints aside, a run resumed from another folder copies the record
-    (metrics.jsonl) from there, and a new run renames a record that an earlier run without checkpoints left in the folder.
+    A run that goes back in its own folder moves later checkpoints aside and keeps a copy of the record (metrics.jsonl). Another
+    run renames a record that it finds; one resumed from another folder then copies the record from there.
     """
     record = folder.path / METRICS_FILE
-    if folder.checkpoint is None:
-        if record.exists():
-            number = 1
-            while (old := record.with_name(f"metrics.old-{number}.jsonl")).exists():
-                number += 1
-            record.rename(old)
-            print(
-                f"notice: {folder.path} contains {METRICS_FILE} but no checkpoint; the file is kept as {old.name}",
-                file=sys.stderr,
-            )
-    elif folder.goes_on_in_place:
-        _set_aside_later(folder.checkpoint)
-    elif (folder.checkpoint.parent / METRICS_FILE).is_file():
-        shutil.copyfile(folder.checkpoint.parent / METRICS_FILE, record)
+    if folder.checkpoint is not None and folder.resumes_in_place:
+        if _move_later_checkpoints(folder.path, folder.checkpoint) and record.is_file():
+            shutil.copyfile(record, old_record(record))
+        return
+    if record.exists():
+        old = record.rename(old_record(record))
+        print(
+            f"notice: {folder.path} contains {METRICS_FILE} but no checkpoint; the file is kept as {old.name}",
+            file=sys.stderr,
+        )
+    if folder.checkpoint is not None and (source := folder.checkpoint.resolve().parent / METRICS_FILE).is_file():
+        shutil.copyfile(source, record)
 
 
-def _fresh(path: Path) -> Path:
+def _unused_path(path: Path) -> Path:
     """Returns `path` if it is absent or empty, otherwise the first free one of path-2, path-3, ..."""
     number, candidate = 1, path
     while candidate.exists() and any(candidate.iterdir()):
@@ -175,14 +178,24 @@ def _fresh(path: Path) -> Path:
     return candidate
 
 
-def _set_aside_later(chosen: Path) -> None:
-    """Moves checkpoints later than the chosen one to set_aside/: they are damaged, or the run no longer continues from them."""
-    later = [path for path in checkpoint.list_checkpoints(chosen.parent) if path.name > chosen.name]
+def _move_later_checkpoints(run_folder: Path, chosen: Path) -> bool:
+    """Moves checkpoints with more updates than the chosen one to set_aside/; returns whether there were any.
+
+    They are damaged, or the run no longer continues from them.
+    """
+    number = train_state(chosen).update_step
+    later = [path for path in checkpoint.list_checkpoints(run_folder) if (checkpoint.num_updates(path) or 0) > number]
     for path in later:
-        target = _fresh(path.parent / "set_aside" / path.name)
+        target = _unused_path(run_folder / checkpoint.SET_ASIDE / path.name)
         target.parent.mkdir(exist_ok=True)
-        path.rename(target)
+        if path.is_symlink():
+            # A relative link would lead elsewhere from its new place.
+            target.symlink_to(path.resolve())
+            path.unlink()
+        else:
+            path.rename(target)
         print(f"notice: resuming from {chosen.name}; the later checkpoint {path.name} is moved to {target}", file=sys.stderr)
+    return bool(later)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -212,13 +225,13 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: Plan, warm_start: bool) -> set[str]:
-    """Returns the names of the arguments that differ from the checkpoint's and may: by --allow_changes or in a warm start.
+    """Returns the names of the arguments that differ from the checkpoint's, all allowed by --allow_changes or by a warm start.
 
-    Raises ConfigError if others differ, with both values and the way out.
+    Raises ConfigError if other arguments differ, with both values and the way out.
     """
     differing = differing_arguments(before["arguments"], before["plan"], args, plan)
     allowed = allowed_changes(args) | {name for name, row in ROWS.items() if warm_start and row.warm_start}
-    # Whether the data set differs is not known yet.
+    # The data is compared later, by `check_same_data`.
     if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):
         print(f"notice: --allow_changes {','.join(unused)} has no effect: {path} has the same values", file=sys.stderr)
     problems = []
@@ -241,13 +254,13 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
 
 
 def _evaluate_command(path: Path, args: Arguments) -> str:
-    """The command that evaluates the checkpoint on the held-out data that is asked for."""
+    """Returns the command that evaluates the checkpoint on the requested held-out data."""
     tokens = "" if args.eval_tokens is None else f" --eval_tokens {args.eval_tokens}"
     return f"`python -m peft_pretraining evaluate --checkpoint {path} --dataset {args.eval_dataset or args.dataset}{tokens}`"
 
 
 def check_same_data(path: Path, args: Arguments, source: Source) -> None:
-    """Refuses to resume with other data than the checkpoint's; the same files in another place are accepted.
+    """Refuses to resume with data that differs from the checkpoint's; the same files at another path are accepted.
 
     Raises ConfigError.
     """
@@ -312,8 +325,10 @@ def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan)
         )
 
 
-def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source) -> dict[str, Any]:
-    """Returns the contents of run.json: everything needed to reproduce the run, and no secrets."""
+def run_document(
+    args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source, order: DataOrder
+) -> dict[str, Any]:
+    """Returns the contents of run.json: everything needed to reproduce the run, and no secrets. order: of the training data."""
     return {
         "arguments": as_dict(args),
         "plan": plan_document(plan),
@@ -323,18 +338,19 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, s
         "dataset": {
             "description": source.describe(),
             "fingerprint": source.fingerprint,
+            "order": order,
             "reading_rules": source.rules,
         },
         "versions": versions(),
         "git_commit": _git_commit(),
         "world": {
             "processes": world.size,
-            # On process 0's machine.
+            # On the machine of process 0.
             "local_processes": world.local_size,
             "threads": torch.get_num_threads(),
         },
         "machine": _machine(),
-        # Further settings that results depend on (docs/resume.md).
+        # Other settings that results depend on (docs/resume.md).
         "numerics": {
             "attention": "sdpa",
             "compiled_layers": args.compile,
@@ -378,28 +394,29 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-# Compared as resolved by the plan: their defaults depend on the machine, the data or other arguments.
+# Compared as resolved by the plan, because their defaults depend on the machine, the data or other arguments.
 _RESOLVED = ("data_lanes", "total_batch_size", "dtype", "eval_tokens")
-# Compared by content, wherever the files lie: by `differing_shape`, and by the data's fingerprint.
+# Compared by content instead of path: by `differing_shape`, and by the data's fingerprint.
 _BY_CONTENT = ("model_config", "dataset")
 _PATHS = ("warmed_up_model", "eval_dataset", "tokenizer")
-# The trained model does not depend on these, only the figures of its evaluations.
+# These affect evaluations only, not the trained model.
 EVALUATION_FLAGS = ("eval_dataset", "eval_tokens")
 
 
 def differing_arguments(
     arguments: Mapping[str, Any], plan: Mapping[str, Any], args: Arguments, new_plan: Plan
 ) -> dict[str, tuple[Any, Any]]:
-    """Returns (then, now) of every argument that differs and may not change freely, by name, without data and model's shape.
+    """Returns (recorded, requested) of every differing argument that may not change freely, by name.
 
-    arguments, plan: of the recorded run, as in its run.json. args, new_plan: of the requested run.
+    The data and the model's shape are compared elsewhere. arguments, plan: the recorded run's, from its run.json.
     """
     then, now = dict(arguments), as_dict(args)
     for name in _RESOLVED:
         then[name], now[name] = plan.get(name), getattr(new_plan, name)
     compared = {name for name, row in ROWS.items() if row.on_resume != "freely" and name not in _BY_CONTENT}
     if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
-        compared.remove("num_training_steps")  # has no effect in either run
+        # --num_training_steps has no effect in either run.
+        compared.remove("num_training_steps")
     differing = {name: (then[name], now[name]) for name in sorted(compared) if then[name] != now[name]}
     return {name: values for name, values in differing.items() if name not in _PATHS or not _same_place(*values)}
 
@@ -415,7 +432,7 @@ def _same_place(one: Any, other: Any) -> bool:
 
 
 def differing_shape(plan: Mapping[str, Any], new_plan: Plan) -> dict[str, tuple[Any, Any]]:
-    """Returns (then, now) of every entry of the model's configuration that differs, by name."""
+    """Returns (recorded, requested) of every differing entry of the model's configuration, by name."""
     then = plan["model"]
     shape = {key: value for key, value in asdict(new_plan.model).items() if key not in ("name", "path")}
     return {key: (then.get(key), value) for key, value in shape.items() if then.get(key) != value}

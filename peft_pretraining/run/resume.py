@@ -53,6 +53,8 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
         tensors[_GROWTH] = parts.updates.growth.previous
     own |= {f"{_RANDOM}{world.rank}/{name}": tensor for name, tensor in _random_states().items()}
     data = merge_states(gather_objects(parts.loader.state_dict(), world))
+    if world.is_main:
+        parts.loader.warn_of_uneven_passes(data["lanes"])
     documents = {
         "state.json": {
             "train": asdict(parts.state),
@@ -67,13 +69,26 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
     return checkpoint.Content(parts.state.update_step, tensors, documents, folders, own)
 
 
+def belongs_to(path: Path, run_folder: Path) -> bool:
+    """Whether a checkpoint is the run's own: it lies in the run's folder, or a link there leads to one with the run's id."""
+    if path.resolve().parent == run_folder.resolve():
+        return True
+    record = run_folder / "run.json"
+    if path.parent.resolve() != run_folder.resolve() or not record.is_file():
+        return False
+    try:
+        return bool(checkpoint.read_json(record)["wandb_id"] == checkpoint.read_json(path / "run.json")["wandb_id"])
+    except (checkpoint.CheckpointError, KeyError, TypeError):
+        return True
+
+
 def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: Plan) -> TrainState | None:
     """Returns the state of the checkpoint `path` if the run is finished, last evaluation included; otherwise None.
 
-    A finished run is recognised without opening its data, building its model or using a network. With another --dataset the
-    result is None, because the data has to be opened to be compared.
+    It opens no data, builds no model and uses no network. If --dataset differs the result is None, because comparing data
+    requires opening them.
     """
-    if path is None or path.parent.resolve() != run_folder.resolve():
+    if path is None or not belongs_to(path, run_folder):
         return None
     if checkpoint.read_json(path / "run.json")["arguments"].get("dataset") != args.dataset:
         return None
@@ -82,7 +97,7 @@ def finished_state(run_folder: Path, path: Path | None, args: Arguments, plan: P
     return state if evaluated and is_finished(plan, state.update_step, state.tokens_seen) else None
 
 
-def refuse_if_over(path: Path, plan: Plan) -> None:
+def refuse_if_finished(path: Path, plan: Plan) -> None:
     """Raises ConfigError if the full-rank checkpoint `path` already has all of the plan's updates."""
     state = train_state(path)
     if is_finished(plan, state.update_step, state.tokens_seen):
@@ -109,7 +124,7 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
     """Sets the loader to the data position of the checkpoint `path`; call it before the first batch. Raises CheckpointError."""
     try:
         state = checkpoint.read_json(path / "state.json")["data"]
-        _check_counts([state["position"], *state["bad_records"].values()])
+        _check_counts([state["position"], *state["bad_records"].values(), *state.get("corpus", {}).values()])
         for numbers in state["lanes"].values():
             _check_counts(LaneState(*numbers))
         loader.load_state_dict(state)
@@ -118,7 +133,7 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
 
 
 def _check_counts(values: Iterable[Any]) -> None:
-    """Raises ValueError unless every value is a count; otherwise reading data would fail with it much later."""
+    """Raises ValueError unless every value is a count; a wrong one would otherwise fail much later, when data is read."""
     for value in values:
         if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError(f"{value!r} is not a count")
@@ -128,7 +143,7 @@ def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = Fa
     """Restores newly built parts from the checkpoint `path`, except the data position (see `restore_data`).
 
     warm_start: the checkpoint is a full-rank run's; the model's factors and the moments keep their initial values.
-    Random states are restored by rank; a rank that the checkpoint does not have keeps its initial states.
+    Each rank restores its random states; a rank that is not in the checkpoint keeps its initial ones.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or belongs to another model.
@@ -188,7 +203,7 @@ def _restore_moments(path: Path, parts: RunParts, index: Mapping[str, Any], docu
 
 
 def _random_states() -> dict[str, torch.Tensor]:
-    """Returns the states of this process's global generators; data order and initial values have generators keyed by the seed."""
+    """Returns the states of this process's global generators; data order and initial values use generators of their own."""
     _, words, _ = random.getstate()
     states = {"torch": torch.get_rng_state(), "python": torch.tensor(words, dtype=torch.int64)}
     if torch.cuda.is_available():

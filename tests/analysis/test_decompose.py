@@ -1,4 +1,4 @@
-"""Spectra against plain torch.linalg, and facts about singular values that hold for every matrix."""
+"""Spectra equal those of plain torch.linalg, and have the properties of singular values."""
 
 import math
 
@@ -55,7 +55,7 @@ def parts_by_hand(made: SparseLowRankLinear, scale: float) -> tuple[Tensor, Tens
     ],
     ids=["uniform", "block", "trained scaling", "bfloat16"],
 )
-def test_parts_and_their_spectra(settings: dict, scale: float) -> None:
+def test_parts_spectra_and_contributions_equal_those_by_torch_linalg(settings: dict, scale: float) -> None:
     made = layer(**settings)
     low_rank, sparse = parts_by_hand(made, scale)
     figures, pictures = linear_figures(made, None, 0.03, draw=True)
@@ -66,7 +66,7 @@ def test_parts_and_their_spectra(settings: dict, scale: float) -> None:
     assert found["sparse"] == pytest.approx(torch.linalg.svdvals(sparse).tolist(), rel=1e-6)
     for name, part in (("low_rank", low_rank), ("sparse", sparse)):
         assert contributions[name] == pytest.approx((U.T @ part @ Vh.T).diagonal().tolist(), abs=1e-6 * float(s[0]))
-    # However W is divided, its parts' contributions are all of its singular values.
+    # The contributions of the parts add up to the singular values of W.
     both = [a + b for a, b in zip(contributions["low_rank"], contributions["sparse"], strict=True)]
     assert both == pytest.approx(found["weight"], rel=1e-12)
     assert figures["sparse_share"]["first_r"] == pytest.approx(sum(contributions["sparse"][:R]) / float(s[:R].sum()))
@@ -82,7 +82,7 @@ def test_parts_add_up_to_the_weight_that_the_layer_applies() -> None:
     assert torch.allclose(sum(weight_parts(made).values()), made.dense_weight().detach().double(), atol=1e-6)
 
 
-def test_a_low_rank_weight_is_its_low_rank_part() -> None:
+def test_a_low_rank_weight_has_only_a_low_rank_part() -> None:
     made = layer(sparsity=0.0)
     figures, _ = linear_figures(made, None, 0.03, draw=False)
     s = figures["singular_values"]["weight"]
@@ -93,8 +93,8 @@ def test_a_low_rank_weight_is_its_low_rank_part() -> None:
     assert "sparse_share" not in figures
 
 
-def test_a_share_of_nothing_is_none() -> None:
-    """W of rank r: what S has of the singular values beyond r would be 0 / 0."""
+def test_a_share_of_zero_singular_values_is_none() -> None:
+    """If W has rank r, the share of S in the singular values beyond r would be 0 / 0."""
     made = layer()
     with torch.no_grad():
         assert made.sparse_value is not None
@@ -105,7 +105,7 @@ def test_a_share_of_nothing_is_none() -> None:
 
 @pytest.mark.parametrize("rank", [1, 7, 23])
 def test_the_best_approximation_leaves_the_other_singular_values(rank: int) -> None:
-    """Eckart-Young: ||W - W_r||_F^2 is the sum of the squares beyond r, and of no other matrix of rank r less."""
+    """Eckart-Young: ||W - W_r||_F^2 is the sum of squared singular values beyond r; other matrices of rank r leave more."""
     weight = dense().weight.detach().double()
     s = torch.linalg.svdvals(weight)
     found = decompose(weight)
@@ -121,7 +121,7 @@ def test_the_best_approximation_leaves_the_other_singular_values(rank: int) -> N
 
 
 @pytest.mark.parametrize("share", [0.01, 0.03, 0.5])
-def test_residual_magnitudes(share: float) -> None:
+def test_residual_figures_equal_those_of_sorted_magnitudes(share: float) -> None:
     linear = dense()
     weight = linear.weight.detach().double()
     residual = weight - decompose(weight).best(R)
@@ -136,8 +136,8 @@ def test_residual_magnitudes(share: float) -> None:
     assert (found.edges[0], found.edges[-1], found.below[-1]) == (0.0, float(magnitudes.max()), 1.0)
 
 
-def test_figures_of_a_dense_linear() -> None:
-    """The rank is a quarter of the shorter side where none is given, as 128 of 512."""
+def test_a_dense_linear_has_residual_figures_at_the_default_rank() -> None:
+    """The default rank is a quarter of the shorter side, as 128 of 512."""
     linear = dense()
     weight = linear.weight.detach().double()
     figures, pictures = linear_figures(linear, None, 0.03, draw=True)
@@ -150,15 +150,15 @@ def test_figures_of_a_dense_linear() -> None:
     assert linear_figures(linear, 3, 0.03, draw=False)[0]["residual"]["rank"] == 3
 
 
-def test_pictures_of_large_weights_are_means() -> None:
+def test_pictures_of_large_weights_show_means() -> None:
     matrix = torch.arange(-512 * 768, 512 * 768, dtype=torch.float64).view(1024, 768)
     shown = image(matrix)
     assert shown.shape == (256, 256)
     assert float(shown[3, 5]) == pytest.approx(float(matrix.abs()[12:16, 15:18].mean()))
 
 
-def test_a_layer_of_another_kind_is_its_dense_weight() -> None:
-    """Such as one that adds a low-rank part to a frozen weight."""
+def test_a_layer_of_another_kind_is_analysed_by_its_dense_weight() -> None:
+    """For example a layer that adds a low-rank part to a frozen weight."""
 
     class Adapted(nn.Module):
         def __init__(self) -> None:
@@ -178,7 +178,7 @@ def test_a_layer_of_another_kind_is_its_dense_weight() -> None:
     assert figures["singular_values"]["weight"] == pytest.approx(expected.tolist())
 
 
-def test_refusals() -> None:
+def test_invalid_ranks_names_and_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="non-finite weights"):
         decompose(torch.tensor([[1.0, math.nan]]))
     with pytest.raises(ValueError, match=r"--rank 24: leaves no residual of b, whose shorter side is 24"):
@@ -188,7 +188,7 @@ def test_refusals() -> None:
         target_linears(nn.ModuleDict({"mlp": dense()}), ["z"])
 
 
-def test_contributions_of_no_part_are_nothing() -> None:
+def test_contributions_of_a_zero_part_are_zero() -> None:
     weight = dense().weight.detach().double()
     found = decompose(weight)
     assert isinstance(found, Decomposition)

@@ -1,4 +1,4 @@
-"""The pruning study: its rows against matrices put together by hand, what must hold among them, going on, refusals."""
+"""The pruning study: rows equal those of matrices built by hand, have the expected order, and interrupted studies resume."""
 
 import json
 from collections.abc import Callable
@@ -38,14 +38,14 @@ def by_name(figures: dict) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def whole_study(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """All six rows of the tiny full-rank run, 6 updates for the trained ones; what --out holds of them."""
+    """Makes all six rows for the tiny full-rank run, with 6 updates for the trained ones; returns the content of --out."""
     out = tmp_path_factory.mktemp("study") / "study.json"
     flags = ["--rank", str(R), "--sp_ratio", str(SHARE), "--steps", "6", "--device", "cpu", "--out", str(out)]
     assert main(["pruning", "--checkpoint", str(trained("full")), *flags]) == 0
     return json.loads(out.read_text())
 
 
-def test_the_rows_of_the_papers_table(whole_study: dict) -> None:
+def test_the_study_has_the_rows_of_the_papers_table(whole_study: dict) -> None:
     rows = whole_study["rows"]
     names = ["full", "low_rank", "top_pruned", "random_pruned", "top_trained", "random_trained"]
     assert [row["row"] for row in rows] == names == list(study.ROWS)
@@ -58,7 +58,7 @@ def test_the_rows_of_the_papers_table(whole_study: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "full_bf16", "full_packed", "galore"])
-def test_the_first_row_is_the_runs_own_evaluation(trained: Trained, capsys: Capsys, name: str) -> None:
+def test_the_first_row_equals_the_runs_evaluation(trained: Trained, capsys: Capsys, name: str) -> None:
     run = trained(name)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = next(row for row in reversed(rows) if "final_eval_loss" in row)
@@ -70,7 +70,7 @@ def test_the_first_row_is_the_runs_own_evaluation(trained: Trained, capsys: Caps
 
 
 def weights_by_hand(run: Path) -> tuple[torch.nn.Module, dict[str, dict[str, Tensor]]]:
-    """The checkpoint's model, and for each row that is not trained every linear's weight, by plain torch."""
+    """Returns the checkpoint's model, and each linear's weight in each row without training, calculated with plain torch."""
     model, _, record = load_model(run, CPU)
     drawn, _, _ = load_model(run, CPU)
     config = SLTrainConfig(rank=R, sparsity=SHARE, alpha=1.0, seed=record["arguments"]["seed"])
@@ -93,8 +93,8 @@ def weights_by_hand(run: Path) -> tuple[torch.nn.Module, dict[str, dict[str, Ten
     return model, rows
 
 
-def test_pruned_rows_are_what_dense_weights_give(trained: Trained, tiny_run: list[str], whole_study: dict) -> None:
-    """The same perplexities from ordinary linears whose weights are set to L0 and L0 + S, and errors of these weights."""
+def test_pruned_rows_equal_those_of_dense_weights(trained: Trained, tiny_run: list[str], whole_study: dict) -> None:
+    """Losses and errors equal those of ordinary linears whose weights are set to L0 or L0 + S."""
     model, rows = weights_by_hand(trained("full"))
     args = parse_args([*tiny_run, "--batch_size", "8"])
     _, tokenizer, _ = load_model(trained("full"), CPU)
@@ -112,13 +112,13 @@ def test_pruned_rows_are_what_dense_weights_give(trained: Trained, tiny_run: lis
         assert found["relative_error"] == pytest.approx(error / norm, abs=1e-6), row
 
 
-def test_what_must_hold_among_the_errors(whole_study: dict) -> None:
-    """Any entries of the residual are better than none, and no choice of as many is better than the largest."""
+def test_the_errors_have_the_expected_order(whole_study: dict) -> None:
+    """Keeping entries of the residual lowers the error, and keeping the largest lowers it most."""
     error = {name: row["relative_error"] for name, row in by_name(whole_study).items()}
     assert 0 == error["full"] < error["top_pruned"] < error["random_pruned"] < error["low_rank"] < 1
-    # A share of the residual's entries, at random, is about that share of its squared norm.
+    # A random share of the residual's entries has about that share of its squared norm.
     assert (error["random_pruned"] / error["low_rank"]) ** 2 == pytest.approx(1 - SHARE, abs=0.03)
-    # Pruned entries are the best values on their support; training moves away from W.
+    # Pruned entries are the best values on their support, so training increases the error.
     assert error["top_trained"] > error["top_pruned"]
     assert error["random_trained"] > error["random_pruned"]
 
@@ -128,7 +128,7 @@ def test_the_same_command_gives_the_same_figures(trained: Trained, tmp_path: Pat
     assert again == whole_study
 
 
-def test_the_seed_is_that_of_the_random_support(trained: Trained, capsys: Capsys, whole_study: dict) -> None:
+def test_the_seed_determines_the_random_support(trained: Trained, capsys: Capsys, whole_study: dict) -> None:
     first, other = by_name(whole_study), by_name(pruning(capsys, trained("full"), "--steps", "0", "--seed", "7"))
     assert list(other) == ["full", "low_rank", "top_pruned", "random_pruned"]
     for name in ("full", "low_rank", "top_pruned"):
@@ -136,9 +136,9 @@ def test_the_seed_is_that_of_the_random_support(trained: Trained, capsys: Capsys
     assert other["random_pruned"]["loss"] != first["random_pruned"]["loss"]
 
 
-def test_training_moves_sparse_values_alone(trained: Trained, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And does what it is for: the loss on the first batches of the training data falls."""
-    honest, seen = study.train_sparse_parts, []
+def test_training_changes_sparse_values_only(trained: Trained, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training lowers the loss on the first batches of the training data."""
+    original, seen = study.train_sparse_parts, []
 
     def watched(module, args, plan, data, device):
         state = data.loader.state_dict()
@@ -147,7 +147,7 @@ def test_training_moves_sparse_values_alone(trained: Trained, capsys: Capsys, mo
         data.loader.take_back(state)
         before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
         losses = [evaluate(module, first).loss]
-        skipped = honest(module, args, plan, data, device)
+        skipped = original(module, args, plan, data, device)
         losses.append(evaluate(module, first).loss)
         after = module.model.state_dict()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -164,18 +164,18 @@ def test_training_moves_sparse_values_alone(trained: Trained, capsys: Capsys, mo
         assert taken_back
 
 
-def test_a_study_goes_on_where_it_was_interrupted(
+def test_an_interrupted_study_resumes(
     trained: Trained, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch, whole_study: dict
 ) -> None:
     out = tmp_path / "new" / "study.json"
     flags = ["--rank", str(R), "--sp_ratio", str(SHARE), "--steps", "6", "--device", "cpu", "--out", str(out)]
-    honest, calls = study.train_sparse_parts, []
+    original, calls = study.train_sparse_parts, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return honest(*args)
+        return original(*args)
 
     monkeypatch.setattr(study, "train_sparse_parts", interrupted)
     argv = ["pruning", "--checkpoint", str(trained("full")), *flags]
@@ -183,7 +183,7 @@ def test_a_study_goes_on_where_it_was_interrupted(
     assert [row["row"] for row in json.loads(out.read_text())["rows"]] == list(study.ROWS)[:5]
     capsys.readouterr()
     assert main(argv) == 0
-    assert len(calls) == 3  # of the rows that were there none is made again
+    assert len(calls) == 3  # finished rows are not made again
     assert json.loads(out.read_text()) == whole_study
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == [
@@ -194,7 +194,7 @@ def test_a_study_goes_on_where_it_was_interrupted(
         "L0 + S trained, support of the largest",
         "L0 + S trained, random support",
     ]
-    # Another study is not written over it.
+    # The file of another study is not overwritten.
     before = out.read_bytes()
     assert main([*argv, "--seed", "9", "--lr", "1"]) == 2
     error = capsys.readouterr().err
@@ -202,8 +202,8 @@ def test_a_study_goes_on_where_it_was_interrupted(
     assert out.read_bytes() == before
 
 
-def test_data_of_ones_own(trained: Trained, tmp_path: Path, capsys: Capsys, whole_study: dict) -> None:
-    """--dataset replaces the run's training and held-out data, --eval_dataset the held-out data alone."""
+def test_the_study_can_use_other_data(trained: Trained, tmp_path: Path, capsys: Capsys, whole_study: dict) -> None:
+    """--dataset replaces the run's training and held-out data, --eval_dataset only the held-out data."""
     lines = [json.dumps({"text": f"Cat {n} sleeps under tree {n * 3}. " * 3}) for n in range(40)]
     (tmp_path / "cats-train.jsonl").write_text("\n".join(lines[:30]) + "\n")
     (tmp_path / "cats-validation.jsonl").write_text("\n".join(lines[30:]) + "\n")
@@ -236,7 +236,9 @@ def test_data_of_ones_own(trained: Trained, tmp_path: Path, capsys: Capsys, whol
         (["--device", "tpu"], "tpu"),
     ],
 )
-def test_refusals(trained: Trained, tmp_path: Path, capsys: Capsys, flags: list[str], message: str) -> None:
+def test_invalid_arguments_of_pruning_are_refused(
+    trained: Trained, tmp_path: Path, capsys: Capsys, flags: list[str], message: str
+) -> None:
     run = trained("full")
     capsys.readouterr()
     out = tmp_path / "out.json"
@@ -253,7 +255,7 @@ def test_a_checkpoint_of_another_method_is_refused(trained: Trained, capsys: Cap
     assert f"weights of --peft_model {name} are already factored" in capsys.readouterr().err
 
 
-def test_files_that_cannot_work(trained: Trained, tmp_path: Path, capsys: Capsys) -> None:
+def test_unusable_checkpoints_and_output_files_are_refused(trained: Trained, tmp_path: Path, capsys: Capsys) -> None:
     (checkpoint,) = list_checkpoints(trained("full"))
     (tmp_path / "other.json").write_text('{"rows": [1]}')
     for checkpoint_flag, out, message in [
@@ -270,8 +272,8 @@ def test_files_that_cannot_work(trained: Trained, tmp_path: Path, capsys: Capsys
     assert resolve(checkpoint) == checkpoint
 
 
-def test_biases_stay_with_their_linears(trained: Trained) -> None:
-    """Models with biases keep them: L0 takes the weight's place alone."""
+def test_biases_are_kept(trained: Trained) -> None:
+    """L0 replaces only the weight."""
     model, _, _ = load_model(trained("full"), CPU)
     layer = model.get_submodule("model.layers.0.mlp")
     biased = torch.nn.Linear(32, 48)

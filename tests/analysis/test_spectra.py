@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining spectra` on checkpoints of every method: figures, files, refusals."""
+"""`python -m peft_pretraining spectra` on checkpoints of every method: figures, files, invalid arguments."""
 
 import csv
 import json
@@ -23,12 +23,14 @@ Trained = Callable[[str], Path]
 
 def spectra(capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
     assert main(["spectra", *flags, "--device", "cpu", "--json"]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])  # the run was perhaps trained just before
+    return json.loads(capsys.readouterr().out.splitlines()[-1])  # the fixture may have printed lines before
 
 
 @pytest.mark.parametrize("name", ["full", "full_bf16", "galore", "lowrank", "sltrain", "sltrain_scaled", "sltrain_block"])
-def test_figures_of_every_method(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """W's singular values are those of the dense weights that the loaded model applies."""
+def test_spectra_of_every_method_equal_those_of_the_dense_weights(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """W's singular values equal those of the loaded model's dense weights."""
     flags = ["--checkpoint", str(trained(name)), "--out", str(tmp_path)]
     figures = spectra(capsys, *flags, "--only", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
     assert [linear["name"] for linear in figures["linears"]] == [NAMES[0], NAMES[-1]]
@@ -50,8 +52,8 @@ def test_figures_of_every_method(trained: Trained, tmp_path: Path, capsys: pytes
     assert sorted(figures["files"]) == sorted(str(path) for path in tmp_path.iterdir())
 
 
-def test_files(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All linears; a picture per kind of linear; the table holds what the JSON does."""
+def test_spectra_writes_a_table_and_pictures(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One picture per kind of linear; the table has all linears and the values of the JSON output."""
     figures = spectra(capsys, "--checkpoint", str(trained("sltrain")), "--out", str(tmp_path / "new" / "folder"))
     folder = tmp_path / "new" / "folder"
     assert [linear["name"] for linear in figures["linears"]] == NAMES
@@ -70,7 +72,9 @@ def test_files(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert values == pytest.approx(linear["contributions"][part], rel=1e-6)
 
 
-def test_figures_lie_beside_the_checkpoint_and_leave_it_sound(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_written_beside_the_checkpoint_which_stays_intact(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = trained("sltrain")
     (checkpoint,) = list_checkpoints(run)
     first = spectra(capsys, "--checkpoint", str(run), "--only", "q_proj")
@@ -81,7 +85,7 @@ def test_figures_lie_beside_the_checkpoint_and_leave_it_sound(trained: Trained, 
     assert list_checkpoints(run) == [checkpoint]
 
 
-def test_only_some(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_selects_linears(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--checkpoint", str(trained("full")), "--out", str(tmp_path)]
     figures = spectra(capsys, *flags, "--only", "layers.1.mlp.u", "0.self_attn.q", "--rank", "3", "--sp_ratio", "0.2")
     expected = [n for n in NAMES if "layers.1.mlp.u" in n or "0.self_attn.q" in n]
@@ -94,17 +98,19 @@ def test_only_some(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("name", "words"), [("full", ["||W-W_r||", "top 3.00%"]), ("sltrain", ["S of first r"]), ("lowrank", [])]
 )
-def test_table(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str]) -> None:
+def test_spectra_prints_a_table(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str]
+) -> None:
     assert main(["spectra", "--checkpoint", str(trained(name)), "--out", str(tmp_path), "--only", "q_proj"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    while not lines[0].startswith("linear"):  # the run was perhaps trained just before
+    while not lines[0].startswith("linear"):  # the fixture may have printed lines before
         lines.pop(0)
     assert all(word in lines[0] for word in ["largest s", "stable rank", *words])
     assert [line.split()[0] for line in lines[1:3]] == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
     assert str(tmp_path / "spectra.csv") in lines
 
 
-def test_flags_of_dense_weights_say_where_they_have_no_effect(
+def test_flags_for_dense_weights_give_a_notice_for_others(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--checkpoint", str(trained("sltrain")), "--out", str(tmp_path), "--only", "q_proj"]
@@ -125,7 +131,9 @@ def test_flags_of_dense_weights_say_where_they_have_no_effect(
         (["--device", "tpu"], "tpu"),
     ],
 )
-def test_refusals(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+def test_invalid_arguments_of_spectra_are_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
     run = trained("full")
     capsys.readouterr()
     assert main(["spectra", "--checkpoint", str(run), "--out", str(tmp_path / "out"), *flags]) == 2
@@ -135,7 +143,7 @@ def test_refusals(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_cannot_work(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_folders_are_refused_by_spectra(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spectra", "--checkpoint", str(tmp_path / "nothing")]) == 2
     assert "is not a checkpoint and contains none" in capsys.readouterr().err
     (checkpoint,) = list_checkpoints(trained("full"))
@@ -145,14 +153,14 @@ def test_folders_that_cannot_work(trained: Trained, tmp_path: Path, capsys: pyte
     assert resolve(checkpoint) == checkpoint
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
+def test_a_folder_that_cannot_be_created_is_refused_before_measuring(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, file = trained("full"), tmp_path / "file"
     file.touch()
     capsys.readouterr()
     assert main(["spectra", "--checkpoint", str(run), "--out", str(file)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()  # no line of a linear before it
+    (line,) = capsys.readouterr().err.splitlines()  # no linear has been measured
     assert f"--out {file}: cannot be created (File exists); name another folder" in line
 
 
@@ -160,7 +168,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
 def test_pictures_show_the_figures(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Singular values, contributions and residual magnitudes are drawn as measured, a row for each layer."""
+    """Singular values, contributions and residual magnitudes are drawn as measured, one row per layer."""
     from matplotlib import pyplot
 
     kept: list = []
@@ -185,7 +193,7 @@ def test_pictures_show_the_figures(
     pyplot.close(figure)
 
 
-def test_of_many_layers_four_are_drawn() -> None:
+def test_four_of_many_layers_are_drawn() -> None:
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(24)]
     assert [kind_and_layer(name) for name in sorted(drawn_names(names))] == [
         *(("mlp.up_proj", 0), ("mlp.up_proj", 15), ("mlp.up_proj", 23), ("mlp.up_proj", 8)),

@@ -1,5 +1,6 @@
-"""Checkpoints are whole or absent, keep every bit, fit or say why not, and cannot run code."""
+"""Checkpoints are complete or absent, bit-identical, refused with a reason if they do not fit, and cannot run code."""
 
+import json
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from peft_pretraining.checkpoint.step_folder import (
     resolve,
     save_checkpoint,
     tensor_index,
+    write_json,
 )
 from peft_pretraining.checkpoint.tensor_store import _HashingFile as HashingFile
 from peft_pretraining.distributed.world import World
@@ -38,7 +40,7 @@ def save(folder, step=7, **more):
     return save_checkpoint(folder, Content(step, TENSORS, {"state.json": {"step": step}}), World(), **more)
 
 
-def test_every_bit_comes_back(tmp_path):
+def test_tensors_are_restored_bit_identically(tmp_path):
     path = save(tmp_path)
     back = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     load_tensors(path, back)
@@ -46,8 +48,8 @@ def test_every_bit_comes_back(tmp_path):
     assert tensor_index(path) == {name: (tensor.shape, tensor.dtype) for name, tensor in TENSORS.items()}
 
 
-def test_half_written_checkpoint_does_not_exist(tmp_path, monkeypatch):
-    """A failure at the last moment, before the rename, leaves the older checkpoint and no new one."""
+def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """A failure just before the rename leaves the older checkpoint and no new one."""
     old = save(tmp_path, step=1)
 
     def broken(*_):
@@ -60,8 +62,8 @@ def test_half_written_checkpoint_does_not_exist(tmp_path, monkeypatch):
     assert resolve(tmp_path) == old
 
 
-def test_full_disk_is_an_error_that_can_be_caught(tmp_path, monkeypatch):
-    """torch raises something that `except Exception` does not see."""
+def test_a_full_disk_raises_oserror(tmp_path, monkeypatch):
+    """torch raises an error that is not an Exception."""
     old = save(tmp_path, step=1)
 
     def full(_):
@@ -97,7 +99,72 @@ def test_retention_keeps_the_newest(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 
 
-def test_folder_without_checkpoint_is_refused(tmp_path):
+def test_checkpoints_are_listed_by_updates_whatever_they_are_called(tmp_path):
+    """And nothing else is: what a save, a removal or a copy left incomplete, links within the folder, and other folders."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, step in {"z-first": 1, "best": 5, "a-copy": 30, "step_00000005": 5}.items():
+        save(tmp_path, step).rename(run / name)
+        (run / name / "state.json").write_text(json.dumps({"train": {"update_step": step}}))
+    save(run, step=9)
+    shutil.copytree(run / "best", run / "half-copied", ignore=shutil.ignore_patterns("state.json"))
+    shutil.copytree(run / "a-copy", run / ".partial-step_00000031")
+    shutil.copytree(run / "a-copy", run / "set_aside" / "step_00000030")
+    (run / "latest").symlink_to("a-copy")
+    (run / "undone").symlink_to("set_aside/step_00000030")
+    (run / "gone").symlink_to("step_00000099")
+    save(tmp_path, step=12)
+    (run / "linked").symlink_to("../step_00000012")
+    for name in ("tokenizer", "wandb", "nonfinite", "an-export"):
+        (run / name).mkdir()
+    (run / "an-export" / "manifest.json").write_text("{}")
+    names = [path.name for path in list_checkpoints(run)]
+    assert names == ["half-copied", "z-first", "best", "step_00000005", "step_00000009", "linked", "a-copy"]
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What was flushed to disk (inodes) and renamed (new names), in order."""
+    done = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(handle):
+        done.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def noted_rename(source, target, **more):
+        done.append(f"rename to {os.path.basename(target)}")
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    return done
+
+
+def test_every_file_and_folder_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, done):
+    """A power failure at any moment leaves the whole checkpoint or none: the order of fsync and rename is what ensures it."""
+    (tmp_path / "tokenizer" / "inner").mkdir(parents=True)
+    for name in ("words.json", "inner/merges.txt"):
+        (tmp_path / "tokenizer" / name).write_text("[]")
+    content = Content(7, TENSORS, {"state.json": {}, "run.json": {}}, {"tokenizer": tmp_path / "tokenizer"})
+    path = save_checkpoint(tmp_path / "new" / "run", content, World())
+    named = done.index("rename to step_00000007")
+    inside = [path, *path.rglob("*")]
+    assert len(inside) == 1 + 3 + 7  # the folder, three in it, and seven files
+    assert [str(entry) for entry in inside if entry.stat().st_ino not in done[:named]] == []
+    # The entries of the new names: of the checkpoint in the run's folder, and of that folder and its parent in theirs.
+    assert path.parent.stat().st_ino in done[named:]
+    assert {tmp_path.stat().st_ino, (tmp_path / "new").stat().st_ino} <= set(done)
+    # A folder after its last entry was made.
+    assert done.index(path.stat().st_ino) > max(done.index(entry.stat().st_ino) for entry in path.iterdir() if entry.is_file())
+
+
+def test_a_json_file_is_on_disk_before_and_after_it_gets_its_name(tmp_path, done):
+    write_json(tmp_path / "run.json", {"a": 1})
+    assert done == [(tmp_path / "run.json").stat().st_ino, "rename to run.json", tmp_path.stat().st_ino]
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not a checkpoint and contains none"):
         resolve(tmp_path)
 
@@ -110,7 +177,7 @@ def test_folder_without_checkpoint_is_refused(tmp_path):
         ({"model/c": torch.zeros(3)}, "model/c is missing"),
     ],
 )
-def test_checkpoint_of_another_model_is_refused_by_name(tmp_path, wanted, words):
+def test_tensors_that_do_not_fit_the_model_are_named(tmp_path, wanted, words):
     path = save(tmp_path)
     with pytest.raises(CheckpointError, match=words):
         load_tensors(path, wanted)
@@ -121,7 +188,7 @@ class _RunsCode:
         return os.mkdir, (self.target,)
 
 
-def test_index_of_a_stranger_cannot_run_code(tmp_path):
+def test_an_index_cannot_run_code(tmp_path):
     path = save(tmp_path)
     bomb = _RunsCode()
     bomb.target = str(tmp_path / "it-ran")
@@ -132,7 +199,7 @@ def test_index_of_a_stranger_cannot_run_code(tmp_path):
 
 
 class _ByGetattr:
-    """Pickled as Python before 3.11.4 pickles a member of an enumeration: as a call of getattr."""
+    """Pickled as a call of getattr, as Python before 3.11.4 pickles members of an enumeration."""
 
     def __init__(self, owner, name):
         self.arguments = (owner, name)
@@ -141,7 +208,7 @@ class _ByGetattr:
         return getattr, self.arguments
 
 
-def test_what_an_older_python_saves_is_read(tmp_path, monkeypatch):
+def test_a_checkpoint_of_an_older_python_is_read(tmp_path, monkeypatch):
     kind = metadata._MEM_FORMAT_ENCODING
     with monkeypatch.context() as patch:
         patch.setattr(kind, "__reduce_ex__", lambda member, protocol: (getattr, (kind, member.name)))
@@ -155,7 +222,7 @@ def test_what_an_older_python_saves_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name"), [(metadata.TensorProperties, "__init__"), (metadata._MEM_FORMAT_ENCODING, "__class__")]
 )
-def test_index_gets_no_other_attribute(tmp_path, owner, name):
+def test_an_index_cannot_read_other_attributes(tmp_path, owner, name):
     path = save(tmp_path)
     (path / "tensors" / ".metadata").write_bytes(pickle.dumps(_ByGetattr(owner, name)))
     with pytest.raises(CheckpointError, match=r"getattr\(.*is not allowed in a checkpoint's index"):
@@ -163,7 +230,7 @@ def test_index_gets_no_other_attribute(tmp_path, owner, name):
 
 
 def damage(path, how):
-    """Change a file as disks and people do."""
+    """Flips a bit of a file, truncates it or deletes it."""
     content = path.read_bytes()
     if how == "delete":
         path.unlink()
@@ -179,7 +246,7 @@ def files_of(path):
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
-def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, capsys, how):
+def test_damage_to_any_file_is_detected_and_the_previous_checkpoint_used(tmp_path, capsys, how):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "words.json").write_text("[]")
     content = Content(1, TENSORS, {"state.json": {}, "run.json": {}}, {"tokenizer": tmp_path / "tokenizer"})
@@ -211,15 +278,15 @@ def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, capsys, how
     assert resolve(run) == new
 
 
-def test_nothing_sound_is_an_error_that_names_every_damage(tmp_path):
+def test_an_error_names_the_damage_of_all_checkpoints(tmp_path):
     for step in (1, 2):
         damage(save(tmp_path, step=step) / "state.json", "flip")
     with pytest.raises(CheckpointError, match=r"all checkpoints are damaged.*step_00000002 is damaged.*step_00000001 is damaged"):
         resolve(tmp_path)
 
 
-def test_what_does_not_read_back_as_written_gets_no_name(tmp_path, monkeypatch):
-    """A disk that loses a bit between writing and reading."""
+def test_a_checkpoint_that_fails_verification_is_not_kept(tmp_path, monkeypatch):
+    """Simulates a disk that changes data between writing and reading."""
     old = save(tmp_path, step=1)
     write = HashingFile.write
 
@@ -236,10 +303,10 @@ def test_what_does_not_read_back_as_written_gets_no_name(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [old.name]
 
 
-def test_too_small_a_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_detected_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    monkeypatch.setattr(dcp, "save", lambda *_, **__: pytest.fail("it was written all the same"))
+    monkeypatch.setattr(dcp, "save", lambda *_, **__: pytest.fail("the checkpoint was written"))
     with pytest.raises(OSError, match=r"no space: a checkpoint takes about [\d,]+ bytes, and 100 are free"):
         save(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -256,7 +323,7 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(tmp_path, target_i
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step_00000007", "step_00000008"]
 
 
-def test_what_crashes_left_is_removed_by_the_next_save(tmp_path):
+def test_remains_of_crashes_are_removed_by_the_next_save(tmp_path):
     for name in (".partial-step_00000003", ".removed-step_00000001"):
         (tmp_path / name / "tensors").mkdir(parents=True)
     save(tmp_path)
@@ -264,7 +331,7 @@ def test_what_crashes_left_is_removed_by_the_next_save(tmp_path):
 
 
 def crafted(path, change):
-    """Put another index into a checkpoint, as a stranger could, and vouch for it."""
+    """Changes a checkpoint's index and recomputes the checksums, as an attacker could."""
     index = path / "tensors" / ".metadata"
     metadata = pickle.loads(index.read_bytes())
     change(metadata)
@@ -273,7 +340,7 @@ def crafted(path, change):
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/secret", "sub/__0_0.distcp", "..", "", "__0_0.distcp\0", 3])
-def test_index_that_leads_outside_is_refused(tmp_path, name):
+def test_an_index_that_names_files_outside_is_refused(tmp_path, name):
     path = save(tmp_path)
 
     def elsewhere(metadata):
@@ -286,8 +353,8 @@ def test_index_that_leads_outside_is_refused(tmp_path, name):
             read()
 
 
-def test_tensor_file_that_is_a_link_is_refused(tmp_path):
-    """By its reader too, should nobody have verified it."""
+def test_a_tensor_file_that_is_a_link_is_refused(tmp_path):
+    """The reader refuses it even without verifying checksums."""
     path = save(tmp_path)
     file = path / "tensors" / "__0_0.distcp"
     file.rename(tmp_path / "elsewhere")
@@ -321,7 +388,7 @@ def _no_places(metadata):
 
 
 @pytest.mark.parametrize("change", [_huge, _backwards, _beyond, _transformed, _without_dtype, _no_places])
-def test_index_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path, change):
+def test_an_impossible_index_is_refused_before_memory_is_allocated(tmp_path, change):
     path = save(tmp_path)
     crafted(path, change)
     with pytest.raises(CheckpointError, match=r"\.metadata"):

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint is vouched for: whatever happens to one of them, or to the manifest itself, is found and named."""
+"""A manifest has a checksum for every file of a checkpoint: any damage to a file or the manifest is detected and named."""
 
 import json
 import os
@@ -28,12 +28,12 @@ def folder(tmp_path):
     return top
 
 
-def test_what_was_written_is_sound(folder):
+def test_written_files_pass_verification(folder):
     verify(folder)
     assert read_manifest(folder) == {name: digest_of(content) for name, content in FILES.items()}
 
 
-def test_every_bit_of_the_manifest_counts(folder):
+def test_any_changed_bit_of_the_manifest_is_detected(folder):
     whole = (folder / MANIFEST).read_bytes()
     for place in range(len(whole)):
         for bit in range(8):
@@ -45,7 +45,7 @@ def test_every_bit_of_the_manifest_counts(folder):
 
 
 @pytest.mark.parametrize("length", [0, 1, -1, -2])
-def test_a_manifest_cut_short_is_found(folder, length):
+def test_a_truncated_manifest_is_detected(folder, length):
     path = folder / MANIFEST
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(DamagedError, match="was changed after it was written"):
@@ -62,7 +62,7 @@ def test_names_that_lead_outside_are_refused(folder, name):
 
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "link in place of the manifest", "pipe"])
 def test_links_and_special_files_are_refused(folder, tmp_path, kind):
-    """A link may lead anywhere, and a pipe would make us wait for ever."""
+    """A link may lead anywhere, and reading a pipe would wait for ever."""
     if kind == "link to a file":
         (tmp_path / "same").write_bytes(FILES["state.json"])
         (folder / "state.json").unlink()
@@ -81,7 +81,7 @@ def test_links_and_special_files_are_refused(folder, tmp_path, kind):
 
 
 def test_files_that_the_manifest_does_not_list_are_refused(folder):
-    """An added file could be one that the tokenizer loads; what file managers leave is passed over."""
+    """An added file could be one that the tokenizer loads; files of file managers such as .DS_Store are ignored."""
     (folder / ".DS_Store").write_bytes(b"x")
     verify(folder)
     (folder / "tokenizer" / "added_tokens.json").write_bytes(b"{}")
@@ -90,12 +90,12 @@ def test_files_that_the_manifest_does_not_list_are_refused(folder):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": 3, "sha256": ""}', "[" * 100_000, '{"files": {"a": null}}'])
-def test_other_json_is_no_manifest(folder, content):
+def test_other_json_is_not_accepted_as_manifest(folder, content):
     (folder / MANIFEST).write_text(content)
     with pytest.raises(DamagedError, match="was changed after it was written"):
         verify(folder)
 
 
-def test_manifest_is_json_that_others_can_read(folder):
+def test_the_manifest_is_readable_json(folder):
     document = json.loads((folder / MANIFEST).read_text())
     assert document["files"]["state.json"]["bytes"] == len(FILES["state.json"])

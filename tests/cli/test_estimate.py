@@ -1,4 +1,4 @@
-"""`estimate` gives the paper's figures to the digit and the account of the plan."""
+"""`estimate` prints the paper's figures exactly, and the plan's memory account."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,8 @@ def figures(capsys, *flags: str) -> dict:
         ("1b", 512, (1.58, 2.58), 4.16),
     ],
 )
-def test_the_papers_estimate_of_sltrain(capsys, size, rank, parts, total):
-    """Table 2 of arXiv 2406.02214: parameters with their indices, Adam's moments, and the sum of the rounded parts."""
+def test_estimate_reproduces_the_papers_figures_of_sltrain(capsys, size, rank, parts, total):
+    """Table 2 of arXiv 2406.02214: parameters with indices, Adam's moments, and the sum of the rounded parts."""
     found = figures(
         capsys,
         *("--model_config", str(ROOT / f"configs/llama_{size}.json"), "--peft_model", "sltrain"),
@@ -35,8 +35,8 @@ def test_the_papers_estimate_of_sltrain(capsys, size, rank, parts, total):
     assert found["total_G"] == total
 
 
-# Table 2 of arXiv 2406.02214 as printed, G in all, for 60M, 130M, 350M and 1B; and what its own formulas give where that is
-# something else (docs/method.md, "The paper's memory figures", says why).
+# Table 2 of arXiv 2406.02214 as printed, total G, for 60M, 130M, 350M and 1B. MISPRINTS has the results of the paper's own
+# formulas where they differ (explained in docs/method.md, "The paper's memory figures").
 PRINTED = {
     "full": (0.35, 0.81, 2.21, 8.04),
     "lowrank": (0.24, 0.57, 1.11, 3.66),
@@ -62,8 +62,8 @@ def papers_figures(capsys, method: str, size: str) -> dict:
 
 
 @pytest.mark.parametrize("method", PRINTED)
-def test_the_papers_table_for_all_methods(capsys, method):
-    """As printed where that follows from the paper's formulas, and only there."""
+def test_estimate_reproduces_the_papers_table_for_all_methods(capsys, method):
+    """Equal to the printed figures, except where the paper's formulas give another result."""
     for size, printed in zip(RANKS, PRINTED[method], strict=False):
         expected = MISPRINTS.get((method, size), printed)
         assert papers_figures(capsys, method, size)["total_G"] == expected
@@ -72,8 +72,8 @@ def test_the_papers_table_for_all_methods(capsys, method):
 
 @pytest.mark.parametrize(("row", "method"), zip(("SLTrain", "full-rank", "low-rank", "ReLoRA", "GaLore"),
                                                 ("sltrain", "full", "lowrank", "relora", "galore"), strict=True))  # fmt: skip
-def test_the_documents_table_is_what_estimate_prints(capsys, row, method):
-    """Bold where the paper prints something else."""
+def test_the_table_in_the_docs_equals_what_estimate_prints(capsys, row, method):
+    """Bold figures are those that differ from the printed ones."""
     section = (ROOT / "docs/method.md").read_text(encoding="utf-8").split("## The paper's memory figures")[1]
     (line,) = [line for line in section.splitlines() if line.startswith(f"| {row} |")]
     for size, cell in zip(RANKS, line.split("|")[2:7], strict=True):
@@ -84,8 +84,8 @@ def test_the_documents_table_is_what_estimate_prints(capsys, row, method):
         assert ("**" in cell) == ((method, size) in MISPRINTS)
 
 
-def test_galore_by_the_paper_and_by_its_tensors(capsys):
-    """Table 2's .28 at 60M; the program's own states are the paper's moments and projections and a step count per tensor."""
+def test_galores_figures_follow_the_paper_and_its_tensors(capsys):
+    """Table 2 has .28 G at 60M; the program's states are the paper's moments and projections, and a step count per tensor."""
     config = str(ROOT / "configs/llama_60m.json")
     flags = ["--model_config", config, "--optimizer", "galore_adamw", "--rank", "128", "--dtype", "bfloat16"]
     found = figures(capsys, *flags)
@@ -97,7 +97,7 @@ def test_galore_by_the_paper_and_by_its_tensors(capsys):
     assert found["bytes"]["optimizer"] == 2 * (2 * moments + projections) + 4 * tensors
 
 
-def test_classes_add_up_and_the_peak_is_no_larger(capsys):
+def test_the_classes_add_up_to_the_total_which_bounds_the_peak(capsys):
     config = str(ROOT / "configs/llama_1b.json")
     flags = ["--model_config", config, "--peft_model", "sltrain", "--rank", "512", "--sp_ratio", "0.03"]
     found = figures(capsys, *flags, "--optimizer", "adam8bit", "--batch_size", "4")
@@ -123,10 +123,10 @@ def test_classes_add_up_and_the_peak_is_no_larger(capsys):
         (8, ["--dtype", "bfloat16"], "parameters"),
         (8, ["--optimizer", "adam8bit"], "optimizer"),
         (8, ["--optimizer", "adamw4bit"], "optimizer"),
-        (1, ["--per_layer"], "gradients"),  # with many sequences the peak is at the loss, before there are gradients
+        (1, ["--per_layer"], "gradients"),  # with many sequences the peak is at the loss, before gradients exist
     ],
 )
-def test_what_saves_memory_shows(capsys, batch_size, flag, shrinks):
+def test_flags_that_save_memory_lower_the_estimate(capsys, batch_size, flag, shrinks):
     config = str(ROOT / "configs/llama_350m.json")
     base = ["--model_config", config, "--batch_size", str(batch_size), "--optimizer", "adamw"]
     before, after = figures(capsys, *base)["bytes"], figures(capsys, *base, *flag)["bytes"]
@@ -134,14 +134,14 @@ def test_what_saves_memory_shows(capsys, batch_size, flag, shrinks):
     assert after["peak"] < before["peak"]
 
 
-def test_table_and_refusal(capsys):
+def test_estimate_prints_a_table_and_refuses_a_missing_file(capsys):
     assert command(["estimate", "--model_config", str(ROOT / "configs/llama_60m.json")]) == 0
     assert "paper's convention" in capsys.readouterr().out
     assert command(["estimate", "--model_config", "nowhere.json"]) == 2
     assert "nowhere.json" in capsys.readouterr().err
 
 
-def test_a_config_file_is_read_and_the_command_line_wins(capsys, tmp_path):
+def test_estimate_reads_a_config_file_and_the_command_line_takes_precedence(capsys, tmp_path):
     said = {"model_config": str(ROOT / "configs/llama_60m.json"), "peft_model": "relora", "rank": 64}
     (tmp_path / "run.json").write_text(json.dumps(said))
     flags = [text for name, value in said.items() for text in (f"--{name}", str(value))]
@@ -153,8 +153,8 @@ def test_a_config_file_is_read_and_the_command_line_wins(capsys, tmp_path):
 SHARED = ["--model_config", str(ROOT / "configs/llama_60m.json"), "--dataset", "demo", "--dtype", "bfloat16"]
 
 
-def test_communication_of_several_processes(capsys):
-    """58,073,600 parameters of 2 bytes, 2 x 3/4 of them sent by each of 4 processes; at 1e9 bytes/s as many nanoseconds."""
+def test_estimate_counts_the_communication_of_several_processes(capsys):
+    """58,073,600 parameters of 2 bytes, of which each of 4 processes sends 2 x 3/4; at 1e9 bytes/s one nanosecond per byte."""
     found = figures(capsys, *SHARED, "--world", "4", "--batch_size", "4", "--bandwidth", "1", "--rate", "1000")
     wire = found["wire"]
     assert wire["sent"] == wire["sent_full_rank"] == 58_073_600 * 2 * 2 * 3 // 4
@@ -165,7 +165,7 @@ def test_communication_of_several_processes(capsys):
     assert {"parameters", "bytes", "paper", "wire"} == set(found)
 
 
-def test_scaling_is_printed_where_rate_and_bandwidth_are_given(capsys):
+def test_scaling_is_printed_if_rate_and_bandwidth_are_given(capsys):
     base = ["estimate", *SHARED, "--world", "2", "--batch_size", "4"]
     texts = []
     for flags in ([], ["--bandwidth", "1"], ["--bandwidth", "1", "--rate", "1000"]):
@@ -185,6 +185,6 @@ def test_scaling_is_printed_where_rate_and_bandwidth_are_given(capsys):
         (["--bandwidth", "1", "--rate", "-5"], "--rate -5.0"),
     ],
 )
-def test_a_rate_that_cannot_be_used_is_refused(capsys, flags, named):
+def test_invalid_rates_and_bandwidths_are_refused(capsys, flags, named):
     assert command(["estimate", *SHARED, "--world", "2", *flags]) == 2
     assert named in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Each flag's row holds: what it says of a resumed run is what a resumed run does, with every flag and value in turn."""
+"""A resumed run treats a changed flag as the flag's row says, for every flag."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from peft_pretraining.run.resume import finished_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Another value of every flag, as words of the command line. {folder} holds other.json, other-corpus, other.yaml and a run.
+# A different value for every flag, as words of the command line. {folder} contains other.json, other-corpus and other.yaml.
 CHANGES = {
     "model_config": "{folder}/other.json",
     "dtype": "bfloat16",
@@ -59,6 +59,7 @@ CHANGES = {
     "packing": "true",
     "document_mask": "true",
     "data_lanes": "8",
+    "data_order": "lanes",
     "workers": "1",
     "on_bad_record": "fail",
     "batch_size": "4 --gradient_accumulation 2",
@@ -111,20 +112,20 @@ CHANGES = {
 }
 
 
-def test_every_flag_is_changed_here():
+def test_this_file_changes_every_flag():
     assert CHANGES.keys() == ROWS.keys()
 
 
 @dataclass
 class Case:
-    """A run's folder, the words of its command line, and the folder that holds other inputs."""
+    """A run's folder, its command line, and the folder with other inputs."""
 
     run: Path
     flags: list[str]
     others: Path
 
     def resume(self, name: str, allowed: bool) -> RunFolder:
-        """What the program checks before it builds anything, with another value of the flag `name`."""
+        """Makes the checks of a resumed run, which precede building, with another value of the flag `name`."""
         words = CHANGES[name].format(folder=self.others, run=self.run).split()
         if allowed:
             *words, names = words if "--allow_changes" in words else (*words, "--allow_changes", "")
@@ -151,7 +152,7 @@ def others(tmp_path_factory, tiny_run) -> Path:
 
 @pytest.fixture(params=["finished", "unfinished"])
 def case(request, trained, tiny_run, others, tmp_path) -> Case:
-    """A copy of the tiny run that reads the flag: finished, or recorded as one that was to make twice as many updates."""
+    """A copy of a tiny run for which the flag has an effect: finished, or changed to have twice as many updates."""
     flag = request.getfixturevalue("name")
     run = next(name for name in ("sltrain", "galore", "relora") if has_effect(flag, name))
     shutil.copytree(trained(run), tmp_path / "run")
@@ -189,11 +190,11 @@ def test_a_changed_flag_does_what_its_row_says(case, name):
         assert case.resume(name, allowed=True).checkpoint is not None
 
 
-def test_a_finished_run_is_not_evaluated_on_other_data_in_silence(trained, tiny_run, others, capsys):
-    """The whole program: both answers name the command that evaluates, and nothing says "finished"."""
+def test_a_finished_run_with_another_evaluation_set_names_the_command_that_evaluates(trained, tiny_run, others, capsys):
+    """In the whole program both messages name the command that evaluates, and none says "finished"."""
     flags = [*flags_of("sltrain", tiny_run), "--save_dir", str(trained("sltrain"))]
     other = ["--eval_dataset", str(others / "other-corpus")]
-    capsys.readouterr()  # of the training itself
+    capsys.readouterr()
     for more in ([], ["--allow_changes", "eval_dataset"]):
         assert torchrun_main.main([*flags, *other, *more]) == 2
         said = capsys.readouterr()
@@ -204,7 +205,7 @@ def test_a_finished_run_is_not_evaluated_on_other_data_in_silence(trained, tiny_
     assert "finished 8 updates" in capsys.readouterr().out
 
 
-def test_a_resumed_run_takes_another_evaluation_set_only_if_allowed(tmp_path, trained, tiny_run, others, capsys):
+def test_a_resumed_run_changes_its_evaluation_set_only_if_allowed(tmp_path, trained, tiny_run, others, capsys):
     shutil.copytree(trained("sltrain"), tmp_path / "run")
     flags = [*flags_of("sltrain", tiny_run), "--save_dir", str(tmp_path / "run"), "--num_training_steps", "9"]
     flags += ["--eval_dataset", str(others / "other-corpus"), "--allow_changes"]
@@ -221,8 +222,8 @@ def test_the_documentation_names_every_flag_that_is_compared():
     assert any("`--allow_changes dataset`" in row for row in rows)
 
 
-def test_default_folders_of_earlier_runs_are_found():
-    """What the folder's name is made of is fixed: with another set every existing run would be trained anew."""
+def test_the_flags_that_name_the_default_folder_are_fixed():
+    """The flags in the folder's hash are fixed: another set would give existing runs another folder, and train them again."""
     assert {name for name, row in ROWS.items() if row.defines_run} == {
         *("model_config", "dtype", "peft_model", "rank", "sp_ratio", "lora_alpha", "train_scaling", "support"),
         *("update_proj_gap", "galore_scale", "proj_type", "init", "restart_every", "rebalance"),
@@ -243,7 +244,7 @@ def test_a_field_without_a_row_fails_at_import():
         exec(compile(source, str(path), "exec"), {"__name__": __name__, "__file__": str(path)})
 
 
-def test_a_row_names_a_class_that_exists():
+def test_a_row_with_an_unknown_value_of_on_resume_is_refused():
     from peft_pretraining.config.flag import flag
 
     with pytest.raises(ValueError, match="on_resume 'sometimes'"):
@@ -272,7 +273,7 @@ def test_a_row_names_a_class_that_exists():
         ("--zzz", None),
     ],
 )
-def test_names_of_other_programs_are_understood(word, meant):
+def test_flag_names_of_other_programs_are_suggested(word, meant):
     assert suggested_flag(word, ROWS) == meant
     with pytest.raises(ConfigError) as refused:
         check(parse_args([word, "1"]), World())

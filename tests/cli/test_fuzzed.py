@@ -1,4 +1,4 @@
-"""Whatever stands on the command line or in a model's file: a plan, or a message that names what is wrong."""
+"""Arbitrary command lines and model files give a plan, or a message that names the problem."""
 
 import json
 import string
@@ -54,7 +54,7 @@ def test_any_command_line_gives_a_plan_or_a_message(flags):
 
 
 def problems_of(argv: list[str]) -> list[str]:
-    """What a command line is refused for; nothing where it gives a plan."""
+    """Returns the problems of a command line; [] if it gives a plan."""
     try:
         make_plan(parse_args(argv), World())
     except ConfigError as error:
@@ -75,7 +75,7 @@ CHANGES = st.dictionaries(st.one_of(st.sampled_from(sorted(TINY_MODEL)), st.text
 def test_any_change_of_a_model_file_gives_a_model_or_a_message(tmp_path, changes, removed):
     path = tmp_path / "model.json"
     path.write_text(json.dumps({k: v for k, v in (TINY_MODEL | changes).items() if k not in removed}))
-    plan_or_message(path)
+    assert_plan_or_message(path)
 
 
 @QUICK
@@ -83,10 +83,11 @@ def test_any_change_of_a_model_file_gives_a_model_or_a_message(tmp_path, changes
 def test_any_bytes_as_a_model_file_give_a_message(tmp_path, content):
     path = tmp_path / "model.json"
     path.write_bytes(content)
-    plan_or_message(path)
+    assert_plan_or_message(path)
 
 
-def plan_or_message(path: Path) -> None:
+def assert_plan_or_message(path: Path) -> None:
+    """The file is refused with a message that names it, or a command line with it gives a plan or problems."""
     message = ""
     try:
         load_model_config(path)

@@ -1,4 +1,4 @@
-"""The benchmark that tells methods from their rates and starts scales what it says, and its runs are not taken for others."""
+"""benchmarks/matrix_rate.py scales the steps and initial values it names, and never resumes a run with another scaling."""
 
 import importlib.util
 import json
@@ -19,13 +19,13 @@ HEAD = "model/lm_head.weight"
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path, tiny_run):
-    """Parameters after one update of a run with these flags, by the benchmark's own command line."""
+    """Makes a run of one update with the benchmark's command line; returns its folder."""
     spec = importlib.util.spec_from_file_location("matrix_rate", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     def run(name: str, *flags: str, expected: int = 0) -> Path:
-        # What the benchmark changes in this process is as before the next time.
+        # The benchmark's changes in this process are undone afterwards.
         with monkeypatch.context() as patch:
             patch.setattr(llama, "prepare_to_train", llama.prepare_to_train)
             patch.setattr(WholeUpdate, "finish", WholeUpdate.finish)
@@ -62,14 +62,14 @@ def trained(monkeypatch, tmp_path, tiny_run):
 
 
 @pytest.mark.parametrize("init", ["default", "svd"])
-def test_start_is_scaled_whatever_made_it(trained, init):
+def test_initial_values_of_every_init_are_scaled(trained, init):
     still = ["--peft_model", "sltrain", "--init", init, "--lr", "1e-30"]
     plain, scaled = (
         tensors_of(trained(name, *still, "--start", start, "--start_names", "lora_A"))
         for name, start in (("plain", "1"), ("scaled", "0.25"))
     )
     assert torch.equal(scaled[f"{MATRIX}.lora_A"], plain[f"{MATRIX}.lora_A"] / 4)
-    # Of the default start B is 0, and then what an update of 1e-30 makes of it.
+    # By default B starts at 0, and an update with a learning rate of 1e-30 changes it very little.
     torch.testing.assert_close(scaled[f"{MATRIX}.lora_B"], plain[f"{MATRIX}.lora_B"], rtol=0, atol=1e-20)
     assert torch.equal(scaled[HEAD], plain[HEAD])
 
@@ -86,7 +86,7 @@ def test_steps_of_matrices_are_scaled(trained):
     assert torch.equal(quarter[HEAD], whole[HEAD])
 
 
-def test_a_folder_is_for_one_scaling(trained, capsys):
+def test_a_folder_with_another_scaling_is_refused(trained, capsys):
     flags = ["--peft_model", "sltrain", "--start", "0.5"]
     folder = trained("run", *flags)
     trained("run", *flags)  # finished

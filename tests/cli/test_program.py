@@ -1,4 +1,4 @@
-"""The whole program, in process: what a run leaves, how it goes on, and what it refuses while running."""
+"""The whole program, in this process: a run's files, resuming, stopping, and errors after the start."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def train(folder: Path, *flags: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_run_leaves_the_published_record(tmp_path, flags):
+def test_a_run_logs_the_published_metrics(tmp_path, flags):
     rows = train(tmp_path / "run", *flags, "--eval_at_start")
     updates = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "final_eval_loss" in row]
@@ -50,7 +50,7 @@ def test_run_leaves_the_published_record(tmp_path, flags):
     assert all(row.keys() >= PUBLISHED_KEYS for row in updates)
     assert [row["update_step"] for row in evaluations] == [0, 3, 6]
     assert all(row.keys() >= EVALUATION_KEYS for row in evaluations)
-    assert evaluations[0]["final_eval_loss"] == pytest.approx(math.log(320), rel=0.02)  # untrained: uniform
+    assert evaluations[0]["final_eval_loss"] == pytest.approx(math.log(320), rel=0.02)  # untrained: log of the vocabulary
     assert evaluations[-1]["final_eval_loss"] < evaluations[0]["final_eval_loss"]
     tokens = [row["tokens_seen"] for row in updates]
     assert tokens == sorted(set(tokens))
@@ -76,7 +76,7 @@ def test_run_leaves_the_published_record(tmp_path, flags):
         ("adamw", ["--support", "block", "--linear_path", "factored"], "0", "sltrain"),
         ("adamw4bit", ["--dtype", "bfloat16", "--stochastic_rounding"], "0", "sltrain"),
         ("adam8bit_per_layer", ["--embedding_states", "8bit", "--grad_norm_growth", "1.01"], "0", "sltrain"),
-        # Continued between two projections, each of which falls due once more on the way.
+        # Resumed between two projections.
         ("galore_adamw", ["--update_proj_gap", "2", "--grad_clipping", "0.5"], "0", "galore"),
         ("adamw4bit", ["--update_proj_gap", "4", "--proj_type", "full", "--stochastic_rounding", *BF16], "0", "galore"),
         ("galore_adamw8bit_per_layer", ["--update_proj_gap", "2", "--grad_norm_growth", "1.01"], "0", "galore"),
@@ -86,13 +86,13 @@ def test_run_leaves_the_published_record(tmp_path, flags):
         pytest.param("galore_adamw8bit", ["--device", "cuda", *BF16], "1", "galore", marks=pytest.mark.gpu),
     ],
 )
-def test_run_goes_on_exactly(tmp_path, flags, optimizer, layout, workers, method):
-    """Continued from update 3, a run has the same losses, parameters, optimizer and data state as never stopped."""
+def test_a_resumed_run_continues_exactly(tmp_path, flags, optimizer, layout, workers, method):
+    """Resumed from update 3, a run has the same losses, parameters, optimizer and data state as an uninterrupted one."""
     flags = [*flags, *layout, "--optimizer", optimizer, "--workers", workers, "--peft_model", method]
     whole = train(tmp_path / "whole", *flags)
     middle, end = list_checkpoints(tmp_path / "whole")
     continued = train(tmp_path / "continued", *flags, "--continue_from", str(middle))
-    assert without_times(continued) == without_times(whole)  # the record of the first three updates came along
+    assert without_times(continued) == without_times(whole)  # including the copied rows of the first three updates
     expected, found = tensors_of(end), tensors_of(list_checkpoints(tmp_path / "continued")[-1])
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -100,8 +100,8 @@ def test_run_goes_on_exactly(tmp_path, flags, optimizer, layout, workers, method
     assert states[0] == states[1]
 
 
-def test_document_masks_change_training_and_evaluation(tmp_path, flags, capsys):
-    """With packing from the first loss on; without it they have nothing to do, and say so. A run goes on as it began."""
+def test_document_masks_change_training_and_evaluation_of_packed_data(tmp_path, flags, capsys):
+    """With packing they change the first loss; without it they have no effect and give a notice. A resumed run keeps them."""
     flags = [*flags, "--eval_at_start", "--num_training_steps", "3"]
     packed, masked = (train(tmp_path / name, *flags, "--packing", *more) for name, more in MASKS.items())
     for key in ("loss", "final_eval_loss"):
@@ -120,8 +120,8 @@ def test_document_masks_change_training_and_evaluation(tmp_path, flags, capsys):
 MASKS: dict[str, list[str]] = {"plain": [], "masked": ["--document_mask"]}
 
 
-def test_same_command_goes_on_after_a_crash(tmp_path, flags):
-    """Metrics written after the last checkpoint are taken back: no step is missing or there twice."""
+def test_the_same_command_resumes_after_a_crash(tmp_path, flags):
+    """Rows written after the last checkpoint are removed, so that no update is missing or logged twice."""
     whole = train(tmp_path / "run", *flags)
     shutil.rmtree(tmp_path / "run" / "step_00000006")
     again = train(tmp_path / "run", *flags)
@@ -129,15 +129,15 @@ def test_same_command_goes_on_after_a_crash(tmp_path, flags):
 
 
 def ask_to_stop(monkeypatch, after_updates: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal in the midst of the update that follows."""
+    """Sends this process a signal at the beginning of update number `after_updates`."""
     import peft_pretraining.training.update as training
 
-    honest, calls = training.train_step, itertools.count(1)
+    original, calls = training.train_step, itertools.count(1)
 
     def step(*args, **kwargs):
         if next(calls) == after_updates:
             os.kill(os.getpid(), number)
-        return honest(*args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(training, "train_step", step)
 
@@ -168,8 +168,8 @@ ALL_STOPPED = itertools.product(
     ("method", "optimizer", "layout", "workers", "name"),
     [*STOPPED, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL_STOPPED if case not in STOPPED)],
 )
-def test_stopped_by_a_signal_and_started_again(tmp_path, flags, monkeypatch, method, optimizer, layout, workers, name):
-    """12 updates, and 12 stopped in the fifth: parameters, moments, data and the record are the same to the bit."""
+def test_a_run_stopped_by_a_signal_resumes_exactly(tmp_path, flags, monkeypatch, method, optimizer, layout, workers, name):
+    """A run of 12 updates that is stopped in the fifth and resumed ends bit-identical, including data position and record."""
     flags = [
         *flags,
         "--peft_model",
@@ -198,20 +198,20 @@ def test_stopped_by_a_signal_and_started_again(tmp_path, flags, monkeypatch, met
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     states = [json.loads((tmp_path / place / "step_00000012" / "state.json").read_text()) for place in ("whole", "run")]
-    assert states[0] == states[1]  # the next batch too
+    assert states[0] == states[1]  # including the data position
 
 
-def test_a_request_to_stop_ends_an_evaluation(tmp_path, flags, monkeypatch):
-    """It is made again by the next start, at the same update."""
+def test_a_request_to_stop_interrupts_an_evaluation(tmp_path, flags, monkeypatch):
+    """The next start makes the evaluation again, at the same update."""
     from peft_pretraining.model.loss import TokenLoss
 
     whole = train(tmp_path / "whole", *flags, "--batch_size", "2", "--gradient_accumulation", "4")
-    honest = TokenLoss.forward
+    original = TokenLoss.forward
 
     def forward(self, *args):
         if not self.training:
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(self, *args)
+        return original(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenLoss, "forward", forward)
@@ -221,7 +221,7 @@ def test_a_request_to_stop_ends_an_evaluation(tmp_path, flags, monkeypatch):
     assert without_times(again) == without_times(whole)
 
 
-def test_finished_run_says_so_and_changes_nothing(tmp_path, flags, capsys):
+def test_starting_a_finished_run_changes_nothing(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
@@ -230,15 +230,15 @@ def test_finished_run_says_so_and_changes_nothing(tmp_path, flags, capsys):
     assert "finished 6 updates" in capsys.readouterr().out
 
 
-def test_resume_never_starts_afresh_beside(tmp_path, flags):
+def test_resume_never_starts_a_new_run_in_a_numbered_folder(tmp_path, flags):
     first = train(tmp_path / "run", *flags)
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), "--resume", "never"]) == 0
     second = [json.loads(line) for line in (tmp_path / "run-2" / "metrics.jsonl").read_text().splitlines()]
-    assert without_times(second) == without_times(first)  # same seed, same bits
+    assert without_times(second) == without_times(first)  # same seed
 
 
-def test_going_back_sets_later_checkpoints_aside(tmp_path, flags, capsys):
-    """They would otherwise be what the next start goes on from, and keep retention from the new ones."""
+def test_resuming_from_an_earlier_checkpoint_sets_later_ones_aside(tmp_path, flags, capsys):
+    """Otherwise the next start would resume from a later one, and --keep_checkpoints would delete the new ones."""
     whole = train(tmp_path / "run", *flags)
     first = list_checkpoints(tmp_path / "run")[0]
     arguments = [*flags, "--continue_from", str(first), "--save_every", "2", "--keep_checkpoints", "1"]
@@ -249,7 +249,7 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path, flags, capsys):
     assert "step_00000006 is moved to" in capsys.readouterr().err
 
 
-def test_checkpoint_whose_data_state_does_not_fit_is_refused(tmp_path, flags, capsys):
+def test_a_checkpoint_whose_data_state_does_not_fit_is_refused(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     path = tmp_path / "run" / "step_00000003" / "state.json"
     state = json.loads(path.read_text())
@@ -262,8 +262,8 @@ def test_checkpoint_whose_data_state_does_not_fit_is_refused(tmp_path, flags, ca
     assert "order" in message
 
 
-def test_a_continuation_that_failed_to_start_can_be_started_again(tmp_path, flags, capsys):
-    """Nothing is written before all parts are there: neither the record is copied, nor later checkpoints set aside."""
+def test_a_failed_start_of_a_resumed_run_changes_nothing(tmp_path, flags, capsys):
+    """Before all parts are built nothing is written: no record is copied and no checkpoint set aside."""
     whole = train(tmp_path / "one", *flags)
     first = list_checkpoints(tmp_path / "one")[0]
     for folder in ("one", "two"):
@@ -275,8 +275,8 @@ def test_a_continuation_that_failed_to_start_can_be_started_again(tmp_path, flag
     assert without_times(again) == without_times(whole)
 
 
-def test_a_record_without_checkpoint_is_kept_apart(tmp_path, flags, capsys):
-    """A run that crashed before it saved; another one in its folder must not take over its first evaluation."""
+def test_a_record_without_checkpoint_is_renamed(tmp_path, flags, capsys):
+    """A run crashed before its first checkpoint; another run in its folder must not continue its record."""
     train(tmp_path / "run", *flags, "--eval_at_start")
     for path in list_checkpoints(tmp_path / "run"):
         shutil.rmtree(path)
@@ -287,8 +287,8 @@ def test_a_record_without_checkpoint_is_kept_apart(tmp_path, flags, capsys):
     assert "metrics.old-1.jsonl" in capsys.readouterr().err
 
 
-def test_record_of_an_earlier_version_is_understood(tmp_path, flags, capsys):
-    """It lacks newer arguments and may have others: what it ran with is what the defaults do."""
+def test_a_record_of_an_earlier_version_is_read(tmp_path, flags, capsys):
+    """Arguments that it lacks had their default values, and unknown ones are ignored."""
     whole = train(tmp_path / "run", *flags)
     first = list_checkpoints(tmp_path / "run")[0]
     document = json.loads((first / "run.json").read_text())
@@ -300,7 +300,7 @@ def test_record_of_an_earlier_version_is_understood(tmp_path, flags, capsys):
     assert command(["generate", "--checkpoint", str(first), "--max_new_tokens", "2"]) == 0
 
 
-def test_damaged_tensors_are_a_message(tmp_path, flags, capsys):
+def test_damaged_tensors_give_a_message(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     last = list_checkpoints(tmp_path / "run")[0]
     for file in (last / "tensors").glob("*.distcp"):
@@ -317,7 +317,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, flags, capsys):
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(tmp_path, flags, capsys):
     whole = train(tmp_path / "run", *flags)
     flip(list_checkpoints(tmp_path / "run")[1] / "state.json")
     capsys.readouterr()
@@ -330,7 +330,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, flag
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "set_aside")] == ["step_00000006"]
 
 
-def test_damaged_checkpoint_that_is_named_is_refused(tmp_path, flags, capsys):
+def test_a_damaged_checkpoint_that_the_user_names_is_refused(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     last = list_checkpoints(tmp_path / "run")[1]
     (last / "tokenizer" / "tokenizer.json").unlink()
@@ -340,7 +340,7 @@ def test_damaged_checkpoint_that_is_named_is_refused(tmp_path, flags, capsys):
     assert f"{last} is damaged: tokenizer/tokenizer.json is missing" in capsys.readouterr().err
 
 
-def test_a_run_without_a_sound_checkpoint_never_starts_afresh(tmp_path, flags, capsys):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_the_beginning(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     for path in list_checkpoints(tmp_path / "run"):
         flip(path / "tensors" / ".metadata")
@@ -354,7 +354,7 @@ def test_a_run_without_a_sound_checkpoint_never_starts_afresh(tmp_path, flags, c
 
 
 @pytest.mark.parametrize("saving", [[], ["--async_save"]], ids=["waiting", "in the background"])
-def test_both_ways_of_saving_leave_the_same(tmp_path, flags, saving):
+def test_synchronous_and_background_saves_write_the_same_tensors(tmp_path, flags, saving):
     whole = train(tmp_path / "whole", *flags, "--save_every", "1")
     other = train(tmp_path / "other", *flags, "--save_every", "1", "--keep_checkpoints", "2", *saving)
     assert without_times(other) == without_times(whole)
@@ -365,14 +365,14 @@ def test_both_ways_of_saving_leave_the_same(tmp_path, flags, saving):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):
+def test_a_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):
     train(tmp_path / "run", *flags)
     monkeypatch.setattr("peft_pretraining.run.build.open_source", lambda *_, **__: pytest.fail("the data was opened"))
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 0
     assert "finished 6 updates" in capsys.readouterr().out
 
 
-def test_continuing_into_a_folder_with_another_run_is_refused(tmp_path, flags, capsys):
+def test_resuming_into_a_folder_with_another_run_is_refused(tmp_path, flags, capsys):
     train(tmp_path / "one", *flags)
     train(tmp_path / "other", *flags, "--seed", "1")
     arguments = [*flags, "--continue_from", str(tmp_path / "one"), "--save_dir", str(tmp_path / "other")]
@@ -399,7 +399,7 @@ def test_continuing_into_a_folder_with_another_run_is_refused(tmp_path, flags, c
         (["--lr", "0.001", "--warmup_steps", "1", "--allow_changes", "lr"], ["--warmup_steps 1", "made with 2"]),
     ],
 )
-def test_going_on_as_another_run_is_refused(tmp_path, flags, change, words, capsys):
+def test_resuming_with_other_arguments_is_refused(tmp_path, flags, change, words, capsys):
     train(tmp_path / "run", *flags)
     capsys.readouterr()
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), *change]) == 2
@@ -407,8 +407,8 @@ def test_going_on_as_another_run_is_refused(tmp_path, flags, change, words, caps
     assert all(word in message for word in words)
 
 
-def test_changes_that_are_named_are_made(tmp_path, flags, capsys):
-    """And once they are in a checkpoint, they are what the next start is compared with."""
+def test_allowed_changes_take_effect(tmp_path, flags, capsys):
+    """After the next checkpoint the changed values are those that later starts are compared with."""
     whole = train(tmp_path / "run", *flags, "--allow_changes", "lr")
     assert "--allow_changes lr has no effect: the run starts from the beginning" in capsys.readouterr().err
     longer = [*flags, "--num_training_steps", "8", "--lr", "0.001"]
@@ -423,8 +423,8 @@ def test_changes_that_are_named_are_made(tmp_path, flags, capsys):
     assert "--allow_changes lr has no effect: " in capsys.readouterr().err
 
 
-def test_the_data_is_compared_wherever_it_lies(tmp_path, flags, capsys):
-    """By its fingerprint: moved is the same data, another file under the same name is not."""
+def test_the_data_is_compared_by_content_not_by_path(tmp_path, flags, capsys):
+    """Data is compared by its fingerprint: the same files at another path are accepted, a changed file is not."""
     corpus = Path(flags[flags.index("--dataset") + 1])
     moved = tmp_path / "moved"
     shutil.copytree(corpus, moved)
@@ -441,7 +441,7 @@ def test_the_data_is_compared_wherever_it_lies(tmp_path, flags, capsys):
     assert torchrun_main.main([*go_on, "--save_dir", str(tmp_path / "three"), "--allow_changes", "dataset"]) == 0
 
 
-def test_finished_run_of_other_data_does_not_pass_for_this_one(tmp_path, flags, capsys):
+def test_a_finished_run_is_not_reported_for_other_data(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     (tmp_path / "other").mkdir()
     for name in ("train.txt", "validation.txt"):
@@ -451,7 +451,7 @@ def test_finished_run_of_other_data_does_not_pass_for_this_one(tmp_path, flags, 
     assert "--allow_changes dataset" in capsys.readouterr().err
 
 
-def test_other_versions_and_threads_are_a_notice(tmp_path, flags, capsys):
+def test_other_versions_and_threads_give_a_notice(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     first = list_checkpoints(tmp_path / "run")[0]
     document = json.loads((first / "run.json").read_text())
@@ -476,15 +476,15 @@ def test_other_versions_and_threads_are_a_notice(tmp_path, flags, capsys):
         (["--data_lanes", "500"], ["--data_lanes"]),
     ],
 )
-def test_what_cannot_be_opened_is_refused_by_name(tmp_path, flags, change, words, capsys):
+def test_inputs_that_cannot_be_opened_are_named(tmp_path, flags, change, words, capsys):
     if change == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("a GPU is there, so --device cuda is no mistake")
+        pytest.skip("a GPU is available, so --device cuda is valid")
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), *change]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
 
 
-def test_vocabulary_too_small_for_the_text_is_refused(tmp_path, flags, capsys):
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, flags, capsys):
     config = json.loads(Path(flags[1]).read_text()) | {"vocab_size": 300}
     (tmp_path / "small.json").write_text(json.dumps(config))
     arguments = [*flags, "--model_config", str(tmp_path / "small.json"), "--save_dir", str(tmp_path / "run")]
@@ -495,7 +495,7 @@ def test_vocabulary_too_small_for_the_text_is_refused(tmp_path, flags, capsys):
     assert "at least 320" in message
 
 
-def test_c4_without_network_is_refused_at_once_in_offline_mode(tmp_path, flags, capsys, monkeypatch):
+def test_c4_is_refused_in_offline_mode(tmp_path, flags, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert torchrun_main.main([*flags, "--dataset", "c4", "--save_dir", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
@@ -503,8 +503,8 @@ def test_c4_without_network_is_refused_at_once_in_offline_mode(tmp_path, flags, 
 
 
 @pytest.mark.parametrize("log_every", ["1", "100"])
-def test_divergence_ends_the_run_and_is_never_saved(tmp_path, flags, capsys, log_every):
-    """Ten skipped updates in a row; the checkpoints due among them are not made."""
+def test_divergence_ends_the_run_and_is_not_saved(tmp_path, flags, capsys, log_every):
+    """Ten updates in a row are skipped; checkpoints that are due during them are not written."""
     change = ["--optimizer", "sgd", "--lr", "1e30", "--warmup_steps", "0", "--log_every", log_every]
     change += ["--num_training_steps", "30", "--eval_every", "100"]
     assert torchrun_main.main([*flags, *change, "--save_dir", str(tmp_path / "run")]) == 1
@@ -515,21 +515,21 @@ def test_divergence_ends_the_run_and_is_never_saved(tmp_path, flags, capsys, log
 
 
 def poison_loss(monkeypatch, bad_calls: set[int]) -> None:
-    """Make the training loss of the given micro-batches (counted from 1) infinite, its gradient too."""
+    """Makes loss and gradient of the given micro-batches (counted from 1) infinite."""
     from peft_pretraining.model.loss import TokenLoss
 
-    honest, calls = TokenLoss.forward, itertools.count(1)
+    original, calls = TokenLoss.forward, itertools.count(1)
 
     def forward(self, *args):
-        loss = honest(self, *args)
+        loss = original(self, *args)
         return loss * math.inf if self.training and next(calls) in bad_calls else loss
 
     monkeypatch.setattr(TokenLoss, "forward", forward)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "adam8bit_per_layer"])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, flags, monkeypatch, optimizer):
-    """Parameters and moments stay as the update before left them; the run goes on with the next data."""
+def test_a_non_finite_update_is_skipped_and_counted(tmp_path, flags, monkeypatch, optimizer):
+    """Parameters and moments stay unchanged, and the run continues with the next data."""
     flags = [*flags, "--optimizer", optimizer, "--save_every", "1", "--scheduler", "linear"]
     poison_loss(monkeypatch, bad_calls={7})  # a micro-batch of update 4
     rows = [row for row in train(tmp_path / "run", *flags) if "loss" in row]
@@ -544,13 +544,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, flags, mo
 
 
 def scalars_of(checkpoint: Path) -> list[dict]:
-    """Step counts of the optimizer's states, wherever the optimizer keeps them."""
+    """Returns the step counts of a checkpoint's optimizer states, which are scalars or tensors."""
     scalars = json.loads((checkpoint / "state.json").read_text())["optimizer"].values()
     tensors = [{"step": tensor} for name, tensor in tensors_of(checkpoint).items() if name.endswith("/step")]
     return [*scalars, *tensors]
 
 
-def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags, monkeypatch, capsys):
+def test_on_nonfinite_stop_saves_state_and_token_ids(tmp_path, flags, monkeypatch, capsys):
     poison_loss(monkeypatch, bad_calls={7})
     arguments = [*flags, "--on_nonfinite", "stop", "--save_every", "1", "--save_dir", str(tmp_path / "run")]
     assert torchrun_main.main(arguments) == 1
@@ -565,16 +565,16 @@ def test_on_nonfinite_stop_keeps_what_is_needed_to_look_into_it(tmp_path, flags,
     assert torch.tensor(update["input_ids"]).shape == (1, 2, 4, 64)  # process, micro-batch, sequence, token
 
 
-def test_a_network_that_is_gone_is_saved_before(tmp_path, flags, monkeypatch, capsys):
-    """What was trained until then is kept, and the same command goes on as if nothing had happened."""
+def test_a_run_that_loses_the_network_is_saved_and_resumes_exactly(tmp_path, flags, monkeypatch, capsys):
+    """The state before the failure is saved, and the same command then resumes exactly."""
     from peft_pretraining.data import NetworkGone
     from peft_pretraining.data.loader import TrainLoader
 
-    honest = TrainLoader.__iter__
+    original = TrainLoader.__iter__
 
     def iterate(self):
-        for number, batch in enumerate(honest(self)):
-            if number == 9:  # the second micro-batch of update 5; the first one is taken back
+        for number, batch in enumerate(original(self)):
+            if number == 9:  # the second micro-batch of update 5; the first is returned to the loader
                 raise NetworkGone("https://example.invalid/train.json.gz: no answer after 10 tries")
             yield batch
 
@@ -588,7 +588,7 @@ def test_a_network_that_is_gone_is_saved_before(tmp_path, flags, monkeypatch, ca
     assert without_times(train(tmp_path / "run", *flags, "--save_every", "100")) == without_times(whole)
 
 
-def test_an_evaluation_without_its_data_is_saved_before(tmp_path, flags, monkeypatch, capsys):
+def test_a_run_whose_evaluation_data_is_gone_is_saved_and_resumes_exactly(tmp_path, flags, monkeypatch, capsys):
     from peft_pretraining.data import NetworkGone
     from peft_pretraining.data.loader import EvalSet
 
@@ -603,7 +603,7 @@ def test_an_evaluation_without_its_data_is_saved_before(tmp_path, flags, monkeyp
     assert without_times(train(tmp_path / "run", *flags, "--save_every", "100")) == without_times(whole)
 
 
-def test_what_goes_on_is_said_without_the_flags_that_go_back(tmp_path, flags, monkeypatch, capsys):
+def test_the_printed_command_to_resume_leaves_out_continue_from(tmp_path, flags, monkeypatch, capsys):
     train(tmp_path / "run", *flags)
     ask_to_stop(monkeypatch, after_updates=2)
     start = ["--continue_from", str(tmp_path / "run" / "step_00000003"), "--save_dir", str(tmp_path / "branch")]
@@ -615,8 +615,8 @@ def test_what_goes_on_is_said_without_the_flags_that_go_back(tmp_path, flags, mo
     assert "finished 6 updates" in capsys.readouterr().out
 
 
-def test_memory_that_runs_out_is_explained(tmp_path, flags, monkeypatch, capsys):
-    """The plan's largest entry, and the flags that lower the peak."""
+def test_running_out_of_memory_is_explained(tmp_path, flags, monkeypatch, capsys):
+    """The message names the plan's largest entry and the flags that lower the peak."""
     import peft_pretraining.training.update as training
 
     def step(*args, **kwargs):
@@ -631,7 +631,7 @@ def test_memory_that_runs_out_is_explained(tmp_path, flags, monkeypatch, capsys)
     assert "Traceback" not in message
 
 
-def test_held_out_split_without_documents_is_refused_before_training(tmp_path, flags, capsys):
+def test_an_empty_held_out_split_is_refused_before_training(tmp_path, flags, capsys):
     (tmp_path / "few.txt").write_text("\n\n".join(f"Fox {number} jumps over dog 7." for number in range(3)))
     arguments = [*flags, "--dataset", str(tmp_path / "few.txt"), "--save_dir", str(tmp_path / "run")]
     assert torchrun_main.main(arguments) == 2
@@ -639,7 +639,7 @@ def test_held_out_split_without_documents_is_refused_before_training(tmp_path, f
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_dry_run_of_the_demo_builds_nothing(tmp_path, flags, capsys, monkeypatch):
+def test_a_dry_run_does_not_build_the_demo_data(tmp_path, flags, capsys, monkeypatch):
     monkeypatch.setenv("SPARSE_LORA_CACHE", str(tmp_path / "cache"))
     assert torchrun_main.main([*flags, "--dataset", "demo", "--dry_run"]) == 0
     assert "demo" in capsys.readouterr().out
@@ -653,7 +653,7 @@ def test_max_train_tokens_ends_at_the_update_that_reaches_it(tmp_path, flags):
 
 
 def test_max_train_tokens_counts_tokens_not_sequences(tmp_path, flags):
-    """The published program divided by the batch size alone and trained max_length times too long."""
+    """The published program divided by the batch size only, and trained max_length times too long."""
     rows = [row for row in train(tmp_path / "run", *flags, "--packing", "--max_train_tokens", "2560") if "loss" in row]
     assert len(rows) == 2560 // (8 * 64)
 
@@ -685,14 +685,14 @@ def test_report_and_generate_work_on_a_run(tmp_path, flags, capsys):
         (["generate", "--checkpoint", "nowhere", "--max_new_tokens", "0"], ["--max_new_tokens 0"]),
     ],
 )
-def test_commands_refuse_by_name(arguments, words, capsys):
+def test_commands_name_an_invalid_argument(arguments, words, capsys):
     assert command(arguments) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
 
 
-def test_the_list_of_commands_is_printed(capsys):
-    """A command's help may hold a per cent sign."""
+def test_help_lists_all_commands(capsys):
+    """A per cent sign in a command's help must not break it."""
     with pytest.raises(SystemExit) as ended:
         command(["--help"])
     assert ended.value.code == 0

@@ -1,4 +1,4 @@
-"""Every launch script starts: it passes --dry_run without network, and keeps the published hyperparameters."""
+"""Every recipe passes --dry_run without network and has the published hyperparameters."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from peft_pretraining.plan.plan import make_plan
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "scripts" / "llm_pretrain").glob("*.sh"))
 
-# The command lines of the published repository's scripts and README, as published.
+# The command lines of the published repository's scripts and README.
 COMMON = "--peft_model sltrain --weight_decay 0 --dtype bfloat16 --eval_every 1000 --total_batch_size 512 "
 PUBLISHED = {
     "60m": (1, "--lr 0.003 --optimizer adamw --rank 128 --sp_ratio 0.03 --batch_size 256 --num_training_steps 11000 "
@@ -36,7 +36,7 @@ PUBLISHED = {
 
 
 def recipe_flags(path: Path) -> list[str]:
-    """The arguments that a script gives to torchrun_main.py."""
+    """Returns the arguments that a recipe passes to torchrun_main.py."""
     command = path.read_text(encoding="utf-8").split("torchrun_main.py", 1)[1]
     return [word for word in shlex.split(command.replace("\\\n", " ")) if word != "$@"]
 
@@ -54,7 +54,7 @@ def test_published_command_line_is_accepted_with_its_meaning(size, monkeypatch):
 
 @pytest.fixture
 def words_of_torchrun(tmp_path) -> Callable[..., list[str]]:
-    """Runs a recipe with its Python replaced by a script that prints its arguments; returns these."""
+    """Runs a recipe whose Python is replaced by a script that prints its arguments; returns the arguments."""
     (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_") and name != "NPROC"}
@@ -74,7 +74,7 @@ def assert_is_the_plan_of(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_command_that_a_recipe_starts_passes_dry_run_without_network(path, words_of_torchrun, monkeypatch, capsys):
+def test_a_recipes_command_passes_dry_run_without_network(path, words_of_torchrun, monkeypatch, capsys):
     words = words_of_torchrun(path, "--dry_run")
     argv = words[words.index("torchrun_main.py") + 1 :]
     assert argv[-1] == "--dry_run"
@@ -101,7 +101,7 @@ def test_a_recipe_passes_dry_run_from_any_folder_as_users_start_it(name):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
-    """All but the 7B learning rate, where script and paper differ and the paper's is taken."""
+    """Except 7B's learning rate, where the published script and the paper differ and the recipe follows the paper."""
     monkeypatch.chdir(ROOT)
     published = vars(parse_args(f"--model_config configs/llama_{size}.json {COMMON} {PUBLISHED[size][1]}".split()))
     ours = vars(parse_args(recipe_flags(ROOT / "scripts" / "llm_pretrain" / f"sltrain{size}.sh")))
@@ -110,7 +110,7 @@ def test_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_full_rank_twin_differs_in_the_method_only(size, monkeypatch):
+def test_full_rank_recipe_differs_from_sltrains_in_the_method_only(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder = ROOT / "scripts" / "llm_pretrain"
     sltrain, full = (vars(parse_args(recipe_flags(folder / f"{kind}{size}.sh"))) for kind in ("sltrain", "full"))
@@ -118,7 +118,7 @@ def test_full_rank_twin_differs_in_the_method_only(size, monkeypatch):
     assert different <= {"peft_model", "rank", "sp_ratio", "lora_alpha", "grad_clipping"}
 
 
-# GaLore's own repository: command lines of its scripts, as published.
+# The command lines of the scripts in GaLore's repository.
 GALORE = "--galore_scale 0.25 --total_batch_size 512 --weight_decay 0 --dtype bfloat16 --eval_every 1000 "
 PUBLISHED_GALORE = {
     "60m": "--lr 0.01 --rank 128 --update_proj_gap 200 --batch_size 256 --num_training_steps 10000 --warmup_steps 1000",
@@ -132,7 +132,7 @@ PUBLISHED_GALORE = {
 
 @pytest.mark.parametrize("size", PUBLISHED_GALORE)
 def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
-    """But for the length, which is the other recipes', the rank that 1B's published figures belong to, and 7B's moments."""
+    """Except the length, which is that of the other recipes, 1B's rank and 7B's 8-bit moments, which the figures belong to."""
     monkeypatch.chdir(ROOT)
     folder = ROOT / "scripts" / "llm_pretrain"
     argv = f"--model_config configs/llama_{size}.json --optimizer galore_adamw {GALORE} {PUBLISHED_GALORE[size]}".split()
@@ -145,7 +145,7 @@ def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, words_of_torchrun):
-    """With as many processes as the recipe's header says, or NPROC; SIGUSR1 reaches them either way."""
+    """A recipe starts as many processes as its header says, or NPROC, and torchrun handles SIGUSR1 in both cases."""
     header = re.search(r"^# Hardware: (\d+) GPU", path.read_text(encoding="utf-8"), re.MULTILINE)
     alone = words_of_torchrun(path)
     one_of_several = words_of_torchrun(path, NPROC="3", PET_RDZV_ENDPOINT="machine0:15000")
@@ -156,7 +156,7 @@ def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, words_o
         assert command.index("--signals-to-handle") < command.index("torchrun_main.py")
 
 
-# ReLoRA's own repository: scripts and README of its sizes, as published.
+# The scripts and the README of ReLoRA's repository.
 PUBLISHED_RELORA = {
     "60m": "--lr 0.001 --relora 1000 --cycle_length 1000 --num_training_steps 10000",
     "130m": "--lr 0.001 --relora 2000 --cycle_length 2000 --num_training_steps 20000",
@@ -167,7 +167,7 @@ PUBLISHED_RELORA = {
 
 @pytest.mark.parametrize("size", PUBLISHED_RELORA)
 def test_relora_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
-    """But for the length, which is the other recipes', and at 1B the interval, which has to divide it."""
+    """Except the length, which is that of the other recipes, and 1B's interval, which must divide it."""
     monkeypatch.chdir(ROOT)
     folder = ROOT / "scripts" / "llm_pretrain"
     common = f"--model_config configs/llama_{size}.json --peft_model relora --scheduler cosine_restarts --batch_size 1"
@@ -181,11 +181,11 @@ def test_relora_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
     twin = parse_args(recipe_flags(folder / f"sltrain{size}.sh"))
     for name in ("rank", "num_training_steps", "total_batch_size", "batch_size", "max_length", "dtype", "weight_decay"):
         assert getattr(ours, name) == getattr(twin, name)
-    assert make_plan(ours, World(size=1)).warnings == () or size == "1b"  # whose checkpoints are large
+    assert make_plan(ours, World(size=1)).warnings == () or size == "1b"  # its checkpoints are large
 
 
 @pytest.mark.parametrize("size", PUBLISHED_RELORA)
-def test_low_rank_twin_differs_in_the_sparse_part_only(size, monkeypatch):
+def test_low_rank_recipe_differs_from_sltrains_in_the_sparse_part_only(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder = ROOT / "scripts" / "llm_pretrain"
     sltrain, lowrank = (vars(parse_args(recipe_flags(folder / f"{kind}{size}.sh"))) for kind in ("sltrain", "lowrank"))
@@ -194,7 +194,7 @@ def test_low_rank_twin_differs_in_the_sparse_part_only(size, monkeypatch):
 
 @pytest.mark.parametrize("size", PUBLISHED_RELORA)
 def test_the_full_rank_warm_up_in_reloras_header_fits_it(size, monkeypatch):
-    """Its command parses, and ends where a cycle of the recipe does."""
+    """Its command is valid, and it ends at the end of a cycle of the recipe."""
     monkeypatch.chdir(ROOT)
     path = ROOT / "scripts" / "llm_pretrain" / f"relora{size}.sh"
     found = re.search(r"bash (scripts/llm_pretrain/full\w+\.sh) (.*),$", path.read_text(encoding="utf-8"), re.MULTILINE)

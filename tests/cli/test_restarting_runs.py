@@ -1,4 +1,4 @@
-"""Runs of ReLoRA, and SLTrain's restarts, through the whole program: exact resume, and a start from full-rank weights."""
+"""Runs with ReLoRA's merges and SLTrain's restarts, in the whole program: exact resume, and a start from full-rank weights."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def losses(rows: list[dict]) -> dict[int, float]:
 @pytest.mark.parametrize(
     "extra",
     [
-        # Continued in the middle of a cycle, with one more restart to come; and at a restart.
+        # The first is resumed in the middle of a cycle, the second at a restart.
         [*RELORA, *CYCLES],
         [*RELORA, "--relora", "3", "--restart_warmup_steps", "1", "--train_scaling"],
         [*RELORA, "--optimizer", "adam8bit_per_layer", "--grad_norm_growth", "1.01"],
@@ -59,8 +59,8 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*SLTRAIN, "--peft_model", "lowrank", "--per_layer", "--init", "svd", "--train_scaling"],
     ],
 )
-def test_run_goes_on_exactly(tmp_path, flags, extra):
-    """Continued from update 3, a run has the same losses, parameters and optimizer state as never stopped."""
+def test_a_resumed_run_continues_exactly(tmp_path, flags, extra):
+    """Resumed from update 3, a run has the same losses, parameters and optimizer state as an uninterrupted one."""
     whole = train(tmp_path / "whole", *flags, *extra)
     middle, end = list_checkpoints(tmp_path / "whole")
     continued = train(tmp_path / "continued", *flags, *extra, "--continue_from", str(middle))
@@ -72,13 +72,13 @@ def test_run_goes_on_exactly(tmp_path, flags, extra):
     assert states[0] == states[1]
     account = next(row for row in whole if "memory_parameters_measured" in row)
     assert account["memory_parameters_measured"] == account["memory_parameters_predicted"]
-    if "adafactor" not in extra:  # a root mean square per parameter, for its log only
+    if "adafactor" not in extra:  # it keeps one more number per parameter, for its log
         assert account["memory_optimizer_measured"] == account["memory_optimizer_predicted"]
 
 
 @pytest.mark.parametrize("method", [RELORA, SLTRAIN])
-def test_a_restart_changes_the_course_and_not_the_loss_at_once(tmp_path, flags, method):
-    """The first loss after it is that of a run without; those after the next update are not."""
+def test_a_restart_changes_later_losses_but_not_the_next_one(tmp_path, flags, method):
+    """The first loss after a restart equals that of a run without restarts; losses after the next update differ."""
     never = [word if word != "2" else "1000" for word in method]
     restarted, plain = (
         losses(train(tmp_path / name, *flags, *kind, "--warmup_steps", "0", "--restart_warmup_steps", "0"))
@@ -90,8 +90,8 @@ def test_a_restart_changes_the_course_and_not_the_loss_at_once(tmp_path, flags, 
     assert restarted[5] != pytest.approx(plain[5], rel=1e-5)
 
 
-def test_a_full_rank_start(tmp_path, flags, capsys):
-    """Weights, update step, data and record come from the full-rank run; the same command goes on with its own checkpoints."""
+def test_a_relora_run_starts_from_a_full_rank_run(tmp_path, flags, capsys):
+    """Weights, update step, data position and record come from the full-rank run; the same command resumes from its own ones."""
     full = [*flags, "--peft_model", "full", "--optimizer", "sgd", "--lr", "0.01"]
     train(tmp_path / "warm", *full, "--num_training_steps", "2", "--eval_every", "2")
     longer = losses(train(tmp_path / "longer", *full, "--scheduler", "linear", "--allow_changes", "scheduler,num_training_steps",
@@ -106,7 +106,7 @@ def test_a_full_rank_start(tmp_path, flags, capsys):
     name = "model/model.layers.0.mlp.up_proj"
     assert torch.equal(start[f"{name}.weight"], end[f"{name}.weight"])
     assert not torch.equal(start["model/lm_head.weight"], end["model/lm_head.weight"])
-    # Resumed by the very same command, from its own checkpoint and not from the full-rank one.
+    # The same command resumes from the run's own checkpoint, not from the full-rank one.
     reference = tensors_of(tmp_path / "relora" / "step_00000006")
     for step in (5, 6):
         damaged = tmp_path / "relora" / f"step_{step:08d}"
@@ -116,7 +116,7 @@ def test_a_full_rank_start(tmp_path, flags, capsys):
     assert without_times(again) == without_times(rows)
     again_end = tensors_of(tmp_path / "relora" / "step_00000006")
     assert all(torch.equal(reference[key], again_end[key]) for key in reference)
-    # What it began with stays in its record, for reports: also where the folder has moved or is written in another way.
+    # run.json keeps the full-rank run's arguments for reports, also if its path is written differently.
     warm_up = json.loads((tmp_path / "relora" / "run.json").read_text())["warm_up"]
     assert (warm_up["updates"], warm_up["arguments"]["lr"], warm_up["arguments"]["peft_model"]) == (2, 0.01, "full")
     (tmp_path / "relora" / "step_00000006").rename(tmp_path / "away-again")
@@ -133,7 +133,7 @@ def test_a_full_rank_start(tmp_path, flags, capsys):
         ("full", ["--warmed_up_model", "{}", "--max_length", "32"], ["--max_length 32", "made with 64"]),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(tmp_path, flags, capsys, prepare, extra, words):
+def test_an_invalid_full_rank_start_is_refused(tmp_path, flags, capsys, prepare, extra, words):
     train(tmp_path / "before", *flags, "--peft_model", prepare, "--num_training_steps", "2", "--eval_every", "2")
     capsys.readouterr()
     given = [word.format(tmp_path / "before") for word in extra]
@@ -143,8 +143,8 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, flags, capsys, prepare, ext
     assert "Traceback" not in said
 
 
-def test_checkpoints_are_models(tmp_path, flags):
-    """What evaluates and generates builds the layers anew and fills them."""
+def test_a_model_is_loaded_from_a_checkpoint(tmp_path, flags):
+    """load_model builds the model's layers and loads the checkpoint's tensors."""
     for method, kind in ((RELORA, ReLoRALinear), (SLTRAIN, SparseLowRankLinear)):
         folder = tmp_path / method[1]
         train(folder, *flags, *method, "--init", "svd")
@@ -198,7 +198,7 @@ def test_checkpoints_are_models(tmp_path, flags):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_with_one_message(flags, capsys, extra, words):
+def test_invalid_combinations_are_refused_with_one_message(flags, capsys, extra, words):
     assert torchrun_main.main([*flags, "--peft_model", "relora", *extra, "--dry_run"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
@@ -232,7 +232,7 @@ def test_what_cannot_work_is_refused_with_one_message(flags, capsys, extra, word
         ),
     ],
 )
-def test_the_plan_and_the_notices_say_what_happens(flags, capsys, extra, words):
+def test_plan_and_notices_describe_restarts(flags, capsys, extra, words):
     assert torchrun_main.main([*flags, *extra, "--dry_run"]) == 0
     said = capsys.readouterr()
     assert all(word in said.out + said.err for word in words), said
@@ -241,7 +241,7 @@ def test_the_plan_and_the_notices_say_what_happens(flags, capsys, extra, words):
 @pytest.mark.parametrize(
     "extra",
     [
-        # The cosine's own cycles warm up where factors are merged.
+        # The scheduler's cycles warm up after each merge.
         [*RELORA, "--cycle_length", "2"],
         [*RELORA, "--optimizer", "sgd", "--beta1", "0.9", "--optimizer_random_pruning", "0.5", *CYCLES],
         [*SLTRAIN, "--optimizer", "sgd"],
@@ -249,22 +249,22 @@ def test_the_plan_and_the_notices_say_what_happens(flags, capsys, extra, words):
         ["--peft_model", "galore"],
     ],
 )
-def test_what_has_its_effect_is_not_warned_of(flags, capsys, extra):
+def test_flags_with_an_effect_give_no_warning(flags, capsys, extra):
     assert torchrun_main.main([*flags, *extra, "--dry_run"]) == 0
     said = capsys.readouterr()
     assert "warning: --" not in said.out
     assert not any(f"--{name} has no effect" in said.err for name in ("restart_every", "optimizer_random_pruning"))
 
 
-def test_the_rate_after_a_restart(flags):
+def test_the_learning_rate_warms_up_after_a_restart(flags):
     args = parse_args([*flags, *SLTRAIN, "--restart_every", "3", "--warmup_steps", "0", "--scheduler", "linear"])
     plan = make_plan(args, World())
     rates = [learning_rates(args, plan).at(step, 0) / (0.003 * (6 - step) / 6) for step in range(6)]
     assert rates == pytest.approx([1, 1, 1, 0.5, 1, 1])
 
 
-def test_the_rate_after_a_merge(flags):
-    """A schedule that restarts is taken as it is; one that does not is multiplied by a warm-up."""
+def test_the_learning_rate_warms_up_once_after_a_merge(flags):
+    """A scheduler without restarts is multiplied by a warm-up; one with restarts has its own."""
     relora = ["--peft_model", "relora", "--relora", "3", "--restart_warmup_steps", "2", "--warmup_steps", "2"]
 
     def rates(*schedule: str) -> list[float]:
@@ -272,14 +272,14 @@ def test_the_rate_after_a_merge(flags):
         return [learning_rates(args, make_plan(args, World())).at(step, 0) / 0.003 for step in range(6)]
 
     assert rates("linear") == pytest.approx([0, 1 / 2, 1, 3 / 4 / 3, 2 / 4 * 2 / 3, 1 / 4])
-    # One cosine from update 2 to 6; after the merge from 0 to its value there.
+    # One cosine from update 2 to 6; after the merge a warm-up from 0 to its value.
     at_merge = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 3 / 4))
     restarting = rates("cosine_restarts", "--cycle_length", "3", "--min_lr_ratio", "0.2")
     assert restarting == pytest.approx([0, 1 / 2, 1, 0, at_merge / 2, at_merge])
 
 
-def test_estimate_needs_no_interval(flags, capsys):
-    """ReLoRA's row of the paper's table from the command line."""
+def test_estimate_of_relora_needs_no_merge_interval(flags, capsys):
+    """Without --relora, estimate gives ReLoRA's row of the paper's table."""
     flags = ["--model_config", "configs/llama_60m.json", "--peft_model", "relora", "--rank", "128", "--json"]
     assert command(["estimate", *flags, "--dtype", "bfloat16", "--optimizer", "adamw"]) == 0
     found = json.loads(capsys.readouterr().out)

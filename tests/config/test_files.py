@@ -57,7 +57,7 @@ def test_what_cannot_be_replaced_is_named(written, said):
 
 
 def test_every_path_of_the_command_line_and_of_a_config_file_is_expanded(home):
-    """Places keep their words, so that the hash of a run is the same on every machine; they are expanded where they are opened."""
+    """Places keep their words, so that a run has the same hash on every machine, and are expanded where they are opened."""
     config = home / "run.yaml"
     config.write_text("".join(f"{name}: ${{PLACE}}/{name}\n" for name in [*PATHS, *PLACES] if name != "config"))
     for args in (
@@ -103,7 +103,7 @@ def test_a_sweep_expands_its_folder_and_its_flags(home):
     sweep = load_sweep(path)
     assert sweep.folder == home / "runs"
     path.write_text(SWEEP.replace("folder: runs", "folder: ${MISSING}/runs"))
-    with pytest.raises(ConfigError, match="folder .*MISSING is not set"):
+    with pytest.raises(ConfigError, match=r"folder .*MISSING is not set"):
         load_sweep(path)
 
 

@@ -1,8 +1,6 @@
-"""Model files: what is accepted, and that every wrong one is refused with file, key, value and what is allowed."""
+"""Model files: published and hub files are accepted; invalid ones are refused with file, key, value and allowed values."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from peft_pretraining.config.model_config import ModelConfigError, load_model_config
 
 ROOT = Path(__file__).resolve().parents[2]
-# REFERENCE: hidden, MLP, layers, heads of the published files.
+# Hidden size, MLP size, layers and heads of the published files.
 SHAPES = {
     "9m": (128, 352, 4, 4),
     "20m": (256, 688, 4, 4),
@@ -71,7 +69,7 @@ def test_every_file_in_configs_loads() -> None:
 
 
 def test_published_keys_that_transformers_misreads_are_understood(tmp_path: Path) -> None:
-    """max_sequence_length is the number of positions, and pad_token_id -1 is no token at all."""
+    """max_sequence_length is the number of positions, and pad_token_id -1 means no token."""
     cfg = load_model_config(write(tmp_path, {}))
     assert cfg.max_position_embeddings == 128
     assert cfg.pad_token_id is None
@@ -81,7 +79,7 @@ def test_published_keys_that_transformers_misreads_are_understood(tmp_path: Path
     assert both.max_position_embeddings == 64
 
 
-def test_hub_file_is_accepted(tmp_path: Path) -> None:
+def test_hub_files_are_accepted(tmp_path: Path) -> None:
     """The keys of Llama 3's config.json, and those that transformers 5 writes."""
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     hub = {
@@ -110,7 +108,7 @@ def test_hub_file_is_accepted(tmp_path: Path) -> None:
     assert (cfg.rope_theta, cfg.rope_scaling) == (10000.0, None)
 
 
-def test_what_transformers_saves_loads_again(tmp_path: Path) -> None:
+def test_a_config_that_transformers_saved_is_read(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     from peft_pretraining.model.llama import hf_config
@@ -156,7 +154,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_wrong_value_is_refused_by_name_value_and_what_is_allowed(tmp_path: Path, case: str) -> None:
+def test_an_invalid_value_is_refused_with_the_allowed_ones(tmp_path: Path, case: str) -> None:
     changes, words = BAD[case]
     path = write(tmp_path, changes)
     with pytest.raises(ModelConfigError) as raised:
@@ -166,7 +164,7 @@ def test_wrong_value_is_refused_by_name_value_and_what_is_allowed(tmp_path: Path
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"])
-def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     with pytest.raises(ModelConfigError, match=f"{key}: missing"):
         load_model_config(write(tmp_path, {}, drop=(key,)))
 
@@ -179,7 +177,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert isinstance(raised.value, ValueError)
 
 
-def test_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     for text, words in {
         '{"hidden_size": 64,}': ["not JSON", "line 1"],
@@ -196,19 +194,9 @@ def test_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
         load_model_config(path)
 
 
-def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_those_in_its_folder(tmp_path: Path) -> None:
     write(tmp_path, {})
     with pytest.raises(ModelConfigError, match=r"llama_61m\.json: no such file.*model\.json"):
         load_model_config(tmp_path / "llama_61m.json")
     with pytest.raises(ModelConfigError, match="folder"):
         load_model_config(tmp_path)
-
-
-def test_arithmetic_modules_import_no_torch() -> None:
-    """`--help` and argument errors answer at once: these three are read before torch is."""
-    code = (
-        "import sys; import peft_pretraining.config.model_config, peft_pretraining.memory.counts; "
-        "import peft_pretraining.plan.schedule; "
-        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -17,7 +17,7 @@ def byte_tokenizer() -> ByteTokenizer:
 
 @pytest.fixture
 def write_shards(tmp_path: Path) -> Callable[..., Path]:
-    """write(documents, shards) -> folder with that many .json.gz files, documents dealt in turn."""
+    """Returns write(documents, shards) -> folder with that many .json.gz files, among which documents are distributed in turn."""
 
     def write(documents: Sequence[str], shards: int = 1, name: str = "corpus") -> Path:
         folder = tmp_path / name
@@ -32,5 +32,5 @@ def write_shards(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def inline_workers(monkeypatch) -> None:
-    """Many combinations of workers in little time; tests that use it have siblings with real processes."""
+    """Replaces worker processes by work in this process, for many combinations in little time; other tests use processes."""
     monkeypatch.setattr(loader_module, "Workers", InlineWorkers)

@@ -1,4 +1,4 @@
-"""Small corpora, a tokenizer whose ids are bytes, and workers without processes, for the tests of this folder."""
+"""Small corpora, a tokenizer whose ids are bytes, and a replacement for worker processes, for the tests in this folder."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class ByteTokenizer:
-    """Id = byte + 2; pad 0, eos 1. Has what the data layer needs of a Tokenizer."""
+    """A tokenizer with id = byte + 2, pad 0, eos 1, and the part of Tokenizer's interface that the data layer uses."""
 
     name, fingerprint = "bytes", "one id per byte"
     pad_id, eos_id = 0, 1
@@ -17,14 +17,14 @@ class ByteTokenizer:
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir()
-        (Path(folder) / "bytes.txt").write_text("nothing to keep\n")
+        (Path(folder) / "bytes.txt").write_text("no state\n")
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) - 2 for i in ids if i > 1).decode()
 
 
 def texts(count: int, start: int = 0) -> list[str]:
-    """Different documents of different lengths."""
+    """Returns documents with different contents and lengths."""
     return [f"document {i} " + "word " * (i * 7 % 13) for i in range(start, start + count)]
 
 
@@ -33,7 +33,7 @@ def json_lines(documents: Iterable[str]) -> bytes:
 
 
 class InlineWorkers:
-    """Stands in for worker processes: runs the same work of each worker in this process, in the same turns."""
+    """Replaces worker processes: does each worker's work in this process, in the same order."""
 
     def __init__(self, work, workers: int):
         self.parts = [work.items(worker, max(1, workers)) for worker in range(max(1, workers))]

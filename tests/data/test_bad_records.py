@@ -1,4 +1,4 @@
-"""Bad records and files during a run: good ones all used once, counts exact, bounded, and never a traceback."""
+"""Bad records and files during a run: good ones are used once, bad ones counted exactly and limited, without a traceback."""
 
 import gzip
 import itertools
@@ -42,9 +42,9 @@ def source_of(folder: Path, content: dict[str, bytes]) -> Source:
 
 
 def epoch(source: Source, num_lanes: int = 3, **options) -> tuple[Counter, Counter]:
-    """(documents, counts of what was passed over) of all lanes' first epoch; padded, one document per sequence.
+    """Returns (documents, counts of skipped records) of all lanes' first epoch, one padded document per sequence.
 
-    The counts go on to the first document of the second epoch.
+    The counts include records before the first document of the second epoch.
     """
     documents: Counter = Counter()
     counts: Counter = Counter()
@@ -59,8 +59,8 @@ def epoch(source: Source, num_lanes: int = 3, **options) -> tuple[Counter, Count
 
 @pytest.mark.parametrize("kinds", [*([kind] for kind in BAD_LINES), list(BAD_LINES)], ids=lambda kinds: "+".join(kinds))
 @pytest.mark.parametrize("compressed", [False, True])
-def test_one_record_in_ten_is_bad_and_every_good_one_is_used_once(tmp_path, kinds, compressed):
-    """After an epoch the counts are those of the file. Its last window has no bad record, which only the next one would show."""
+def test_with_one_bad_record_in_ten_every_good_one_is_used_once(tmp_path, kinds, compressed):
+    """After an epoch the counts are those of the file. Its last window has no bad record, since those are counted by the next."""
     good = texts(270)
     lines = [json_lines([text]) for text in good]
     for number in range(30):
@@ -74,7 +74,7 @@ def test_one_record_in_ten_is_bad_and_every_good_one_is_used_once(tmp_path, kind
     counts = Counter(loader.state_dict()["bad_records"])
     assert counts == Counter(kinds[number % len(kinds)] for number in range(30))
     assert sum(batch.num_bad_records for batch in batches) == counts.total() - counts["empty"] == loader.num_bad_records
-    again = list(itertools.islice(loader, 270))  # the next epoch meets them, and counts them, once more
+    again = list(itertools.islice(loader, 270))  # the next epoch counts them again
     assert Counter(loader.state_dict()["bad_records"]) == counts + counts
     assert sum(batch.num_bad_records for batch in again) == counts.total() - counts["empty"]
 
@@ -89,7 +89,7 @@ def test_fail_names_file_and_line_in_training_and_evaluation(tmp_path, kind):
         list(EvalSet(source, ByteTokenizer(), max_length=9, packing=True, max_tokens=None, on_bad_record="fail"))
 
 
-def test_damaged_compression_costs_one_record_and_the_rest_of_the_file(tmp_path):
+def test_damaged_compression_counts_as_one_bad_record(tmp_path):
     whole = gzip.compress(json_lines(texts(40)))
     source = source_of(
         tmp_path,
@@ -98,17 +98,13 @@ def test_damaged_compression_costs_one_record_and_the_rest_of_the_file(tmp_path)
     documents, counts = epoch(source)
     assert set(texts(40, 40)) <= set(documents)
     assert max(documents.values()) == 1
-    assert counts["unreadable_rest"] in (
-        1,
-        2,
-        3,
-        4,
-    )  # two in an epoch; lanes end theirs within the next one's first records
+    # Two per epoch; lanes end their epoch within the first records of the next one.
+    assert 1 <= counts["unreadable_rest"] <= 4
     with pytest.raises(DataError, match=r"[ab]\.json\.gz, line \d+: unreadable rest"):
         epoch(source, on_bad_record="fail")
 
 
-def test_empty_files_among_others_cost_nothing(tmp_path):
+def test_empty_files_among_others_are_ignored(tmp_path):
     source = source_of(tmp_path, {"a.jsonl": b"", "b.jsonl": json_lines(texts(40)), "c.json.gz": gzip.compress(b"")})
     documents, counts = epoch(source)
     assert documents == Counter(texts(40))
@@ -123,8 +119,8 @@ def files(count: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("num_lanes", [1, 3, 8])
-def test_a_file_removed_during_the_run_is_passed_over_and_counted(tmp_path, num_lanes):
-    """Eight files of about equal size: with eight lanes one lane has nothing but the missing file, and waits for its next."""
+def test_a_file_removed_during_the_run_is_skipped_and_counted(tmp_path, num_lanes):
+    """With eight files of similar size and eight lanes, one lane has only the missing file and continues with the next epoch."""
     source = source_of(tmp_path, files(8))
     check_source(source)
     (tmp_path / "03.jsonl").unlink()
@@ -139,7 +135,7 @@ def test_a_file_removed_during_the_run_is_passed_over_and_counted(tmp_path, num_
         epoch(source, num_lanes, on_bad_record="fail")
 
 
-def test_a_file_without_permission_is_passed_over(tmp_path):
+def test_a_file_without_read_permission_is_skipped(tmp_path):
     source = source_of(tmp_path, files(8))
     path = tmp_path / "05.jsonl"
     path.chmod(0)
@@ -155,7 +151,7 @@ def test_a_file_without_permission_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize(("present", "num_lanes"), [(5, 1), (5, 3), (5, 8), (0, 1), (0, 3), (0, 8)])
 def test_many_unreadable_files_end_the_run(tmp_path, present, num_lanes):
-    """The disk has gone: an error in every lane that sees enough of it, and no endless search."""
+    """If a disk fails, every lane that tries enough files raises an error instead of searching without end."""
     source = source_of(tmp_path, files(8))
     check_source(source)
     for path in sorted(tmp_path.iterdir())[present:]:
@@ -166,7 +162,7 @@ def test_many_unreadable_files_end_the_run(tmp_path, present, num_lanes):
             list(itertools.islice(stream, 2000))
 
 
-def test_a_source_none_of_whose_files_can_be_read_is_refused_at_the_start(tmp_path):
+def test_a_source_without_readable_files_is_refused_at_the_start(tmp_path):
     source = source_of(tmp_path, files(2))
     (tmp_path / "00.jsonl").unlink()
     check_source(source)
@@ -175,7 +171,7 @@ def test_a_source_none_of_whose_files_can_be_read_is_refused_at_the_start(tmp_pa
         check_source(source)
 
 
-# --- Anything at all ---
+# --- Arbitrary contents ---
 
 PIECES = st.one_of(
     st.binary(max_size=40),
@@ -187,7 +183,7 @@ PIECES = st.one_of(
 
 @given(lines=st.lists(PIECES, max_size=12), suffix=st.sampled_from(["jsonl", "txt", "json.gz", "jsonl.zst", "parquet"]))
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-def test_whatever_is_in_a_file_it_is_used_counted_or_refused(tmp_path_factory, lines, suffix):
+def test_arbitrary_file_contents_are_used_counted_or_refused(tmp_path_factory, lines, suffix):
     folder = tmp_path_factory.mktemp("fuzz")
     content = b"\n".join(lines)
     if suffix == "json.gz" and len(lines) % 2:
@@ -195,11 +191,11 @@ def test_whatever_is_in_a_file_it_is_used_counted_or_refused(tmp_path_factory, l
     (folder / f"x.{suffix}").write_bytes(content)
     (folder / f"y.{suffix}").write_bytes(content[: len(content) // 2])
     said = use(folder, 30 + len(lines) % 2)
-    assert said is None or str(folder) in said  # an error tells what it is about
+    assert said is None or str(folder) in said  # an error names its file
 
 
 def use(folder: Path, sequences: int) -> str | None:
-    """Train on a folder for a while: None, or the message of a DataError."""
+    """Reads sequences from a folder; returns None, or the message of a DataError."""
     try:
         source = open_source(str(folder), "train", hold_out=False)
         check_source(source)
@@ -210,8 +206,8 @@ def use(folder: Path, sequences: int) -> str | None:
     return None
 
 
-def test_mixed_damage_ends_in_documents_and_counts(tmp_path):
-    """Whole files of random bytes, cut files and good ones: all good documents come, whatever the seed."""
+def test_good_documents_among_damaged_files_are_all_read(tmp_path):
+    """With files of random bytes, truncated files and good ones, all good documents are read, for any seed."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)

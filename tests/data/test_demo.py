@@ -1,4 +1,4 @@
-"""The embedded corpus is readable prose, separated by its text, built once and whole."""
+"""The demo data is readable prose, split by a hash of its text, and built once, completely or not at all."""
 
 import gzip
 import itertools
@@ -73,7 +73,7 @@ The last paragraph stays as well."""
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory) -> Path:
-    """The demo of the standard library alone: a few seconds less than the whole."""
+    """Returns the demo data of the standard library only, which takes a few seconds less than all packages."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "PACKAGES", ())
@@ -89,12 +89,12 @@ def test_prose_keeps_sentences_and_drops_code_formulas_and_markup():
 
 
 @pytest.mark.parametrize("text", ["Too short.", "x = 1\n" * 100, "0.123 0.456 " * 50, "name_a name_b name_c " * 40])
-def test_what_is_no_prose_is_left_out(text):
+def test_text_that_is_not_prose_is_left_out(text):
     assert prose(text) == ""
 
 
-def test_docstrings_are_found_in_source_text_and_other_strings_are_not(tmp_path):
-    """The scan agrees with Python about what is a string, a comment and a docstring."""
+def test_docstrings_are_found_and_other_strings_are_not(tmp_path):
+    """The scan distinguishes strings, comments and docstrings as Python does."""
     long = "This is the text of a long enough paragraph, which is about the {} and is as good as any. "
     path = tmp_path / "module.py"
     path.write_text(
@@ -129,8 +129,8 @@ def test_repeated_texts_and_paragraphs_are_kept_once():
     assert sum(shared.strip() in text for text in kept.values()) == 1
 
 
-def test_the_corpus_is_english_text_of_some_length(small_demo):
-    """A few hundred documents of the standard library at least, none short, none twice, most of them plain letters."""
+def test_the_demo_data_is_english_prose(small_demo):
+    """More than 1,000 documents, none of them short or repeated, mostly letters."""
     records = read(small_demo, "train") + read(small_demo, "validation")
     texts = [record["text"] for record in records]
     assert len(texts) > 1000
@@ -140,20 +140,20 @@ def test_the_corpus_is_english_text_of_some_length(small_demo):
     everything = "".join(texts)
     assert sum(c.isalpha() or c.isspace() for c in everything) > 0.85 * len(everything)
     assert set(records[0]) == {"text", "timestamp", "url"}
-    assert any("with statement" in text for text in texts)  # the topic pages are among them
+    assert any("with statement" in text for text in texts)  # from a topic page
 
 
-def test_train_and_validation_are_told_apart_by_the_text_alone(small_demo):
+def test_train_and_validation_are_split_by_the_text(small_demo):
     train, validation = ({record["text"] for record in read(small_demo, split)} for split in ("train", "validation"))
     assert not train & validation
     assert all(demo._is_validation(text) for text in validation)
     assert not any(demo._is_validation(text) for text in train)
     share = len(validation) / (len(train) + len(validation))
-    # One in 50 of about 2,000: mean 40, standard deviation 6.3; five of these either way.
+    # One in 50 of about 2,000: mean 40, standard deviation 6.3; up to five of them.
     assert abs(share - 1 / 50) < 5 * (share / 50 / len(train)) ** 0.5 + 0.01
 
 
-def test_the_tokenizer_is_lossless_and_trained_on_the_training_part(small_demo):
+def test_the_demo_tokenizer_is_lossless(small_demo):
     tokenizer = load_tokenizer(demo_tokenizer_path(small_demo))
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.text_vocab_size) == (0, 1, 2000)
     texts = [record["text"] for record in read(small_demo, "validation")]
@@ -162,12 +162,12 @@ def test_the_tokenizer_is_lossless_and_trained_on_the_training_part(small_demo):
     assert all(2 not in document for document in ids)
     num_bytes = sum(len(text.encode()) for text in texts)
     lengths = tokenizer.bytes_per_id()
-    assert sum(int(lengths[document].sum()) for document in ids) == num_bytes + len(texts)  # + the first space of each
-    assert num_bytes / sum(map(len, ids)) > 2.5  # pieces are longer than letters
+    assert sum(int(lengths[document].sum()) for document in ids) == num_bytes + len(texts)  # + the first space of each document
+    assert num_bytes / sum(map(len, ids)) > 2.5  # most pieces are longer than one letter
 
 
-def test_the_demo_trains_end_to_end(small_demo, monkeypatch):
-    """As a data set: batches of its documents and an evaluation set of its held-out ones."""
+def test_the_demo_data_works_in_training_and_evaluation(small_demo, monkeypatch):
+    """The demo data gives training batches, and an evaluation set of its held-out documents."""
     monkeypatch.setattr(demo, "PACKAGES", ())
     train, validation = (open_source(str(small_demo), split) for split in ("train", "validation"))
     assert len(train.shards) == demo.TRAIN_SHARDS
@@ -180,7 +180,7 @@ def test_the_demo_trains_end_to_end(small_demo, monkeypatch):
     assert evaluation.num_sequences == len(read(small_demo, "validation"))
 
 
-def test_building_again_returns_what_is_there(small_demo, monkeypatch):
+def test_building_again_changes_nothing(small_demo, monkeypatch):
     monkeypatch.setattr(demo, "PACKAGES", ())
     monkeypatch.setattr(demo, "collect_documents", lambda: pytest.fail("built again"))
     before = {path: path.stat().st_mtime_ns for path in small_demo.iterdir()}
@@ -202,7 +202,7 @@ def test_other_versions_have_another_folder(tmp_path, monkeypatch):
     assert demo_folder(tmp_path) != first
 
 
-def test_two_processes_at_once_build_one_demo(tmp_path):
+def test_two_processes_build_the_demo_data_once(tmp_path):
     script = tmp_path / "build.py"
     script.write_text(
         textwrap.dedent("""
@@ -231,12 +231,12 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="set SPARSE_LORA_CACHE to a folder that can be written"):
+    with pytest.raises(DataError, match="set SPARSE_LORA_CACHE to a writable folder"):
         build_demo(tmp_path / "file")
 
 
-def test_documents_come_in_an_order_that_mixes_their_sources(small_demo, monkeypatch):
-    """Neighbours in a file share a subject; the order by hash does not follow them."""
+def test_demo_documents_are_in_an_order_that_mixes_their_sources(small_demo, monkeypatch):
+    """Docstrings of one file share a subject, so the order must separate them."""
     monkeypatch.setattr(demo, "PACKAGES", ())
     origins = [origin.split("#")[0] for origin, _ in collect_documents()]
     same = sum(a == b for a, b in itertools.pairwise(origins))

@@ -1,4 +1,4 @@
-"""Long documents: the ids of the whole text, in bounded memory."""
+"""Long documents are encoded in parts, with the ids of the whole text and in bounded memory."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def random_text(draw: random.Random, words: int) -> str:
 
 
 def check_parts(tokenizer, monkeypatch, rounds: int) -> None:
-    """Cut into parts of a few hundred characters, every text has the ids that it has whole."""
+    """Checks that random texts, encoded in parts of a few hundred characters, have the ids of the whole text."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -40,7 +40,7 @@ def check_parts(tokenizer, monkeypatch, rounds: int) -> None:
         assert list(ids) == tokenizer.encode_batch([text])[0]
 
 
-def test_parts_have_the_ids_of_the_whole_with_the_demo_s_tokenizer(tiny_run, monkeypatch):
+def test_parts_have_the_ids_of_the_whole_with_sentencepiece_bpe(tiny_run, monkeypatch):
     """A SentencePiece BPE model with byte fallback."""
     check_parts(load_tokenizer(tiny_run[tiny_run.index("--tokenizer") + 1]), monkeypatch, 30)
 
@@ -69,13 +69,13 @@ def test_parts_have_the_ids_of_the_whole_with_byte_level_bpe(monkeypatch):
     check_parts(OurTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), "bpe"), monkeypatch, 30)
 
 
-def test_a_text_without_blanks_is_cut_where_a_part_is_full(monkeypatch):
+def test_a_text_without_blanks_is_divided_at_the_size_of_a_part(monkeypatch):
     monkeypatch.setattr(encoding, "PART_CHARACTERS", 100)
     (ids,) = encode_documents(ByteTokenizer(), ["x" * 1234])
     assert list(ids) == [ord("x") + 2] * 1234
 
 
-def test_documents_keep_their_order_whatever_their_lengths(monkeypatch):
+def test_documents_of_any_lengths_keep_their_order(monkeypatch):
     monkeypatch.setattr(encoding, "PART_CHARACTERS", 50)
     monkeypatch.setattr(encoding, "_TOGETHER_CHARACTERS", 120)
     documents = ["a b", "c d " * 40, np.array([7, 8], np.uint16), "", "e", "f g " * 20, "h" * 49, "i" * 50, "j" * 51]
@@ -83,14 +83,14 @@ def test_documents_keep_their_order_whatever_their_lengths(monkeypatch):
     assert [list(ids) for ids in encode_documents(ByteTokenizer(), documents)] == expected
 
 
-def test_no_more_of_a_long_document_is_encoded_than_is_needed(monkeypatch):
+def test_only_the_needed_part_of_a_long_document_is_encoded(monkeypatch):
     monkeypatch.setattr(encoding, "PART_CHARACTERS", 100)
     (ids,) = encode_documents(ByteTokenizer(), ["word " * 1000], enough=150)
     assert 150 <= len(ids) < 400
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_long_document_among_others_is_cut_into_sequences_like_any(tmp_path, monkeypatch, packing):
+def test_a_long_document_gives_the_same_sequences_in_parts(tmp_path, monkeypatch, packing):
     documents = texts(12)
     documents.insert(5, "A long story. " * 400)
     (tmp_path / "x.jsonl").write_bytes(json_lines(documents))
@@ -105,10 +105,10 @@ def test_a_long_document_among_others_is_cut_into_sequences_like_any(tmp_path, m
     assert sequences() == expected
 
 
-def test_a_document_of_50_mb_takes_little_more_memory_than_itself(tmp_path, tiny_run):
-    """At once it would take gigabytes: 80 bytes per character (measured with T5). Padded, so that it is quick."""
+def test_a_document_of_50_mb_takes_bounded_memory(tmp_path, tiny_run):
+    """Encoded as a whole it would take 80 bytes per character (measured with T5), 4 GB. Padded, so that the test is quick."""
     if sys.platform != "linux":
-        pytest.skip("ru_maxrss has other units elsewhere")
+        pytest.skip("ru_maxrss has other units on other systems")
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"text": "Fox jumps over dog in month. " * 1_800_000}) + "\n")
     assert path.stat().st_size > 50_000_000

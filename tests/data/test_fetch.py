@@ -1,4 +1,4 @@
-"""Copies from a network: whole and verified, or not there; stopped, they go on."""
+"""`data fetch` copies files completely and verified or not at all, and resumes interrupted copies."""
 
 import hashlib
 import json
@@ -33,51 +33,51 @@ def fetched(server, out, name="c4-train.00000-of-01024.json.gz"):
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "a part as if that were all"])
-def test_a_file_arrives_whole_over_a_bad_network_and_under_its_name(server, tmp_path, fault):
+def test_a_file_is_copied_completely_over_a_bad_network(server, tmp_path, fault):
     server.fault = FAULTS[fault]
     path = fetched(server, tmp_path / "copy")
     assert path.read_bytes() == CONTENT
     assert [each.name for each in (tmp_path / "copy").iterdir()] == ["c4-train.00000-of-01024.json.gz"]
     requests = server.requests
     assert fetched(server, tmp_path / "copy") == path
-    assert server.requests == requests  # it is there: only its size is asked for
+    assert server.requests == requests  # the file exists, so only its size is requested
 
 
-def test_a_copy_that_was_stopped_goes_on_where_it_was(server, tmp_path):
+def test_an_interrupted_copy_resumes(server, tmp_path):
     server.fault = lambda number, handler: number > 8 and not status(503)(handler)
     if not server.ranges:
         server.fault = every(1, lambda handler: handler.answer(True, cut=30_000))
     with pytest.raises(NetworkGone):
         fetched(server, tmp_path)
     partial = tmp_path / ".c4-train.00000-of-01024.json.gz.partial"
-    there = partial.stat().st_size
-    assert 2**12 <= there < len(CONTENT)
+    copied = partial.stat().st_size
+    assert 2**12 <= copied < len(CONTENT)
     assert not (tmp_path / "c4-train.00000-of-01024.json.gz").exists()
     server.fault = FAULTS["none"]
     requests = server.requests
     assert fetched(server, tmp_path).read_bytes() == CONTENT
     if server.ranges:
-        assert server.requests - requests <= (len(CONTENT) - there) // 2**13 + 2
+        assert server.requests - requests <= (len(CONTENT) - copied) // 2**13 + 2
     assert not partial.exists()
 
 
-def test_what_is_there_of_another_version_is_not_used(server, tmp_path):
+def test_a_partial_copy_of_another_version_is_not_used(server, tmp_path):
     partial = tmp_path / ".x.json.gz.partial"
     partial.write_bytes(b"of yesterday's file")
     partial.with_suffix(".json").write_text(json.dumps({"size_bytes": len(CONTENT), "mark": "old", "sha256": None}))
     assert fetched(server, tmp_path, "x.json.gz").read_bytes() == CONTENT
 
 
-def test_content_other_than_announced_is_refused_and_removed(server, tmp_path):
+def test_content_with_a_wrong_checksum_is_refused_and_removed(server, tmp_path):
     server.etag = f'"{"0" * 64}"'
     with pytest.raises(DataError, match=rf"its SHA-256 is {SHA256}, the server announced 0000"):
         fetched(server, tmp_path)
     assert [path for path in tmp_path.iterdir() if path.suffix != ".json"] == []
-    server.etag = None  # nothing to compare with but the size
+    server.etag = None  # only the size can be compared
     assert fetched(server, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_name_that_leads_out_of_the_folder_is_refused(server, tmp_path):
+def test_a_name_outside_the_folder_is_refused(server, tmp_path):
     with pytest.raises(DataError, match="leads out of"):
         fetched(server, tmp_path / "in", "../x.json.gz")
 
@@ -88,8 +88,8 @@ def test_a_missing_file_is_named(server, tmp_path):
         fetched(server, tmp_path)
 
 
-def test_the_command_copies_and_the_folder_trains(server, tmp_path, capsys):
-    """One file of a server is a data set of its own; its documents are held out by hash, as everywhere."""
+def test_data_fetch_makes_a_folder_that_is_a_data_set(server, tmp_path, capsys):
+    """One file of a server is a data set, whose held-out documents are chosen by hash as usual."""
     arguments = [
         "data",
         "fetch",
@@ -105,13 +105,13 @@ def test_the_command_copies_and_the_folder_trains(server, tmp_path, capsys):
     assert open_source(str(tmp_path / "copy"), "train").shards[0].size_bytes == len(CONTENT)
 
 
-def test_what_is_local_is_not_fetched(tmp_path, capsys):
+def test_local_data_is_not_fetched(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
     assert main(["data", "fetch", "--dataset", str(tmp_path), "--shards", "1", "--out", str(tmp_path / "copy")]) == 2
     assert "is here already" in capsys.readouterr().err
 
 
-def test_without_a_network_it_is_said_at_once(tmp_path, capsys, monkeypatch):
+def test_fetching_in_offline_mode_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["data", "fetch", "--dataset", "c4", "--shards", "1", "--out", str(tmp_path / "copy")]) == 2
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err

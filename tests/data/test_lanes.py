@@ -1,4 +1,4 @@
-"""The order of training data: each record once per epoch, the same on every machine, restartable at every sequence."""
+"""The order of training data: each record once per epoch, the same on every machine, and resumable at every sequence."""
 
 import itertools
 from collections import Counter
@@ -23,7 +23,7 @@ def order(num_lanes=4, seed=3, max_length=24, packing=True, **options):
 
 
 def first_epoch(source, tokenizer, order, lane):
-    """Documents of a lane's first epoch in the padded layout, and the states after them."""
+    """Returns the sequences of a lane's first epoch, with the states after them."""
     sequences = lane_sequences(source, tokenizer, order, lane, LaneState())
     return list(itertools.takewhile(lambda sequence: sequence.state.epoch == 0, sequences))
 
@@ -34,8 +34,8 @@ def first_epoch(source, tokenizer, order, lane):
     epoch=st.integers(0, 3),
     seed=st.integers(0, 5),
 )
-def test_lanes_share_out_every_record_exactly_once(sizes, num_lanes, epoch, seed):
-    """For any number of files, equal or not: each record of each file has one lane."""
+def test_lanes_divide_all_records_without_overlap(sizes, num_lanes, epoch, seed):
+    """For any number of files of any sizes, each record belongs to one lane."""
     shards = tuple(Shard(f"{i}", f"{i}", "json", None, size) for i, size in enumerate(sizes))
     readers: Counter = Counter()
     for lane in range(num_lanes):
@@ -44,24 +44,24 @@ def test_lanes_share_out_every_record_exactly_once(sizes, num_lanes, epoch, seed
     assert readers == Counter({(shard, record): 1 for shard in range(len(sizes)) for record in range(30)})
 
 
-def test_lanes_read_whole_files_where_enough_are_about_equal():
-    """C4's 1,024 files over 64 lanes: 16 each, none read twice; so a file is decompressed once per epoch."""
+def test_lanes_read_whole_files_if_enough_have_similar_sizes():
+    """C4's 1,024 files over 64 lanes: each lane reads 16 whole files, so each file is decompressed once per epoch."""
     shards = open_source("c4", "train").shards
     units = [lane_units(shards, lane, order(64), epoch=1) for lane in range(64)]
     assert {len(lane) for lane in units} == {16}
     assert {unit.parts for lane in units for unit in lane} == {1}
     next_epoch = lane_units(shards, 0, order(64), epoch=2)
-    assert {unit.shard for unit in units[0]} != {unit.shard for unit in next_epoch}  # dealt anew
+    assert {unit.shard for unit in units[0]} != {unit.shard for unit in next_epoch}  # distributed differently in each epoch
 
 
-def test_short_files_do_not_all_favour_the_first_lane():
+def test_first_records_of_files_are_distributed_over_lanes():
     shards = tuple(Shard(f"{i}", f"{i}", "json", None, 100 * (1 + i)) for i in range(8))
     first_records = Counter(lane for lane in range(4) for unit in lane_units(shards, lane, order(4), 0) if unit.residue == 0)
     assert set(first_records.values()) == {2}
 
 
 def test_the_permutation_is_a_fixed_function_of_its_key():
-    """Order must not move with versions of libraries: Python promises random.random(), and these few values are its."""
+    """The order must not depend on library versions; Python guarantees the values of random.random()."""
     import hashlib
     import random
 
@@ -72,7 +72,7 @@ def test_the_permutation_is_a_fixed_function_of_its_key():
 
 
 @pytest.mark.parametrize("shards", [1, 3, 7])
-def test_every_document_comes_once_per_epoch_in_another_order_each_time(write_shards, byte_tokenizer, shards):
+def test_each_epoch_has_every_document_once_in_another_order(write_shards, byte_tokenizer, shards):
     documents = texts(90)
     source = open_source(str(write_shards(documents, shards)), "train", hold_out=False)
     epochs: list[list[str]] = [[], [], []]
@@ -97,8 +97,8 @@ def test_another_seed_gives_another_order(write_shards, byte_tokenizer):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("shards", [1, 6])
-def test_a_lane_goes_on_from_any_of_its_states(write_shards, byte_tokenizer, packing, shards):
-    """From the state after sequence k come sequences k + 1, k + 2, ... with the same states, over three epochs."""
+def test_a_lane_resumes_from_any_of_its_states(write_shards, byte_tokenizer, packing, shards):
+    """Started from the state after sequence k, a lane gives sequences k + 1, k + 2, ... and their states, over three epochs."""
     source = open_source(str(write_shards(texts(37), shards)), "train", hold_out=False)
     options = order(num_lanes=3, packing=packing)
     whole = list(itertools.islice(lane_sequences(source, byte_tokenizer, options, 1, LaneState()), 100))
@@ -108,8 +108,8 @@ def test_a_lane_goes_on_from_any_of_its_states(write_shards, byte_tokenizer, pac
         assert [(s.ids.tolist(), s.state) for s in rest] == [(s.ids.tolist(), s.state) for s in whole[k + 1 : k + 11]]
 
 
-def test_packed_lanes_carry_over_the_end_of_files_and_epochs(write_shards, byte_tokenizer):
-    """All sequences are full, and end to end they are the padded layout's documents, uncut, with eos after each."""
+def test_packed_sequences_continue_over_the_end_of_files_and_epochs(write_shards, byte_tokenizer):
+    """All sequences are full, and joined they are the lane's whole documents, each followed by eos."""
     source = open_source(str(write_shards(texts(20), 2)), "train", hold_out=False)
     packed = list(itertools.islice(lane_sequences(source, byte_tokenizer, order(max_length=16), 2, LaneState()), 50))
     assert {len(sequence.ids) for sequence in packed} == {16}
@@ -118,31 +118,31 @@ def test_packed_lanes_carry_over_the_end_of_files_and_epochs(write_shards, byte_
     assert [i for sequence in packed for i in sequence.ids.tolist()] == ids
 
 
-def test_every_record_is_handed_out_or_counted(tmp_path, byte_tokenizer):
-    """At every sequence, documents handed out + records counted = records that the lane's state has passed.
+def test_every_record_is_returned_or_counted(tmp_path, byte_tokenizer):
+    """After every sequence, documents returned + bad records counted = records that the lane's state has passed.
 
-    Every sequence is a restart here, so nothing is counted again after one.
+    The test resumes after every sequence, which must count nothing twice.
     """
     bad = [b"broken\n", b'{"text": 1}\n', b'{"url": "x"}\n', b'{"text": ""}\n']
     lines = [json_lines([text]) for text in texts(42)]
     for number, line in enumerate(bad * 2):
         lines.insert(5 * number, line)
-    assert len(lines) == 50  # ten whole windows, so that a state tells how many records came before it
+    assert len(lines) == 50  # ten complete windows, so that a state determines the number of records before it
     (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
     source = open_source(str(tmp_path), "train", hold_out=False)
     counts: Counter = Counter()
     state = LaneState()
-    for handed_out in range(1, 150):
+    for returned in range(1, 150):
         sequence = next(lane_sequences(source, byte_tokenizer, order(1, packing=False), 0, state))
         state = sequence.state
         counts.update(sequence.skipped.counts if sequence.skipped else {})
-        assert handed_out + counts.total() == 50 * state.epoch + state.window_start + state.documents_done
+        assert returned + counts.total() == 50 * state.epoch + state.window_start + state.documents_done
     assert state.epoch == 3
     assert set(counts) == {"malformed_json", "text_not_string", "missing_text", "empty"}
     assert all(6 <= count <= 8 for count in counts.values())  # two of each kind in an epoch, in the fourth epoch
 
 
-def test_fail_names_file_and_line_of_the_first_bad_record_met(tmp_path, byte_tokenizer):
+def test_fail_names_file_and_line_of_the_first_bad_record(tmp_path, byte_tokenizer):
     (tmp_path / "x.jsonl").write_bytes(json_lines(texts(2)) + b"broken\n" + json_lines(texts(2, start=2)))
     source = open_source(str(tmp_path), "train", hold_out=False)
     with pytest.raises(DataError, match=r"bad record in .*x\.jsonl, line 3: malformed json"):
@@ -150,7 +150,7 @@ def test_fail_names_file_and_line_of_the_first_bad_record_met(tmp_path, byte_tok
 
 
 def test_mostly_bad_records_stop_the_run(tmp_path, byte_tokenizer):
-    """One record in ten is passed over for ever; half of all is not the data that was meant."""
+    """One bad record in ten is skipped without end; if half of all records are bad, the data is probably wrong."""
     lines = [json_lines([text]) for text in texts(2000)]
     tenth, half = list(lines), list(lines)
     tenth[::10] = [b"broken\n"] * 200
@@ -165,14 +165,14 @@ def test_mostly_bad_records_stop_the_run(tmp_path, byte_tokenizer):
         list(itertools.islice(lane_sequences(source, byte_tokenizer, order(1), 0, LaneState()), 5000))
 
 
-def test_a_lane_without_documents_is_an_error_and_not_a_hang(write_shards, byte_tokenizer):
+def test_a_lane_without_documents_is_an_error_not_an_endless_loop(write_shards, byte_tokenizer):
     source = open_source(str(write_shards(texts(3))), "train", hold_out=False)
     with pytest.raises(DataError, match=r"too small for --data_lanes 8: lane 5 .*lower --data_lanes"):
         next(lane_sequences(source, byte_tokenizer, order(8), 5, LaneState()))
 
 
-def test_a_restart_near_the_end_of_an_epoch_is_no_empty_lane(write_shards, byte_tokenizer):
-    """What remains of the epoch may hold no document; the next epoch does."""
+def test_resuming_at_the_end_of_an_epoch_is_not_an_empty_lane(write_shards, byte_tokenizer):
+    """The rest of the epoch may contain no document, but the next epoch does."""
     source = open_source(str(write_shards(texts(3))), "train", hold_out=False)
     end = first_epoch(source, byte_tokenizer, order(1, packing=False), 0)[-1].state
     assert next(lane_sequences(source, byte_tokenizer, order(1, packing=False), 0, end)).state.epoch == 1

@@ -1,4 +1,4 @@
-"""One order of batches for any number of ranks and workers, stopped and resumed anywhere."""
+"""The order of batches is the same for any number of ranks and workers, and when stopped and resumed anywhere."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ BAD_LINES = [b"broken\n", b'{"text": null}\n', b'{"text": ""}\n']
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(lanes, "WINDOW_RECORDS", 4)  # workers are forked or get it by import; see real_workers
+    monkeypatch.setattr(lanes, "WINDOW_RECORDS", 4)  # forked workers inherit it; see real_workers
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def make_loaders(source, tokenizer, ranks, workers, **options):
 
 
 def take(loaders, batches):
-    """(input_ids, labels) of that many batches of each rank, in the global order of positions."""
+    """Returns (input_ids, labels) of that many batches of each rank, in the global order of positions."""
     iterators = [iter(each) for each in loaders]
     taken = [[next(iterator) for _ in range(batches)] for iterator in iterators]
     rows = [[row for batch in own for row in zip(batch.input_ids, batch.labels, strict=True)] for own in taken]
@@ -52,7 +52,7 @@ def take(loaders, batches):
 
 
 def merged_state(loaders):
-    """What a checkpoint holds: the states of all ranks merged, through JSON."""
+    """Returns the merged state of all ranks, converted through JSON as in a checkpoint."""
     return json.loads(json.dumps(merge_states([each.state_dict() for each in loaders])))
 
 
@@ -65,7 +65,7 @@ def corpus_with_bad_lines(folder: Path, shards: int) -> Path:
     return folder
 
 
-# --- One epoch: issue 2, item 7, as a pairwise cover of ranks x workers x shards ---
+# --- One epoch, for a pairwise cover of ranks x workers x shards ---
 
 # Every pair (ranks, workers), (ranks, shards), (workers, shards) with 1-4 ranks, 0-3 workers and 1-7 shards occurs.
 PAIRWISE = [(1 + shards % 4, (row + shards) % 4, shards) for shards in range(1, 8) for row in range(4)] + [
@@ -80,7 +80,7 @@ def test_the_cover_is_pairwise():
 
 
 def one_epoch(source, tokenizer, ranks, workers):
-    """Documents of the first epoch over all ranks, in the padded layout, by the states of the lanes they came from."""
+    """Returns the documents of the first epoch of all ranks, recognised by the states of their lanes."""
     found = []
     for each in make_loaders(source, tokenizer, ranks, workers, packing=False, max_length=400):
         epochs = dict.fromkeys(each.state_dict()["lanes"], 0)
@@ -122,7 +122,7 @@ CHAINS = [
 
 
 def follow(chain, source, tokenizer, **options):
-    """Sequences and final state of a run whose stages are (ranks, workers, batches per rank)."""
+    """Returns sequences and final state of a run with stages (ranks, workers, batches per rank)."""
     sequences, state = [], None
     for ranks, workers, batches in chain:
         loaders = make_loaders(source, tokenizer, ranks, workers, **options)
@@ -137,12 +137,15 @@ def follow(chain, source, tokenizer, **options):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("data_order", ["lanes", "global"])
 @pytest.mark.parametrize(("packing", "shards"), [(True, 1), (False, 3), (True, 7)])
-def test_a_chain_of_ranks_and_workers_equals_one_process(tmp_path, byte_tokenizer, inline_workers, chain, packing, shards):
-    """Same sequences, same final state, same counts of bad records, over several epochs and with bad lines."""
+def test_a_chain_of_ranks_and_workers_equals_one_process(
+    tmp_path, byte_tokenizer, inline_workers, chain, packing, shards, data_order
+):
+    """Sequences, final state and counts of bad records are equal, over several epochs and with bad lines."""
     source = open_source(str(corpus_with_bad_lines(tmp_path, shards)), "train", hold_out=False)
     total = sum(ranks * batches for ranks, _, batches in chain)
-    options = {"packing": packing, "max_length": 400 if packing else 20}
+    options = {"packing": packing, "max_length": 400 if packing else 20, "data_order": data_order}
     sequences, state = follow(chain, source, byte_tokenizer, **options)
     expected, expected_state = follow([(1, 0, total)], source, byte_tokenizer, **options)
     assert sequences == expected
@@ -150,17 +153,18 @@ def test_a_chain_of_ranks_and_workers_equals_one_process(tmp_path, byte_tokenize
     assert state["position"] == total
 
 
-def test_a_chain_with_real_worker_processes_equals_one_process(tmp_path, byte_tokenizer, real_workers):
+@pytest.mark.parametrize("data_order", ["lanes", "global"])
+def test_a_chain_with_real_worker_processes_equals_one_process(tmp_path, byte_tokenizer, real_workers, data_order):
     source = open_source(str(corpus_with_bad_lines(tmp_path, 3)), "train", hold_out=False)
     chain = [(2, 2, 30), (1, 0, 24), (3, 3, 20), (1, 2, 60)]
-    sequences, state = follow(chain, source, byte_tokenizer)
-    expected, expected_state = follow([(1, 0, 204)], source, byte_tokenizer)
+    sequences, state = follow(chain, source, byte_tokenizer, data_order=data_order)
+    expected, expected_state = follow([(1, 0, 204)], source, byte_tokenizer, data_order=data_order)
     assert sequences == expected
     assert state == expected_state
 
 
 def test_the_corpus_of_the_chains_lasts_several_epochs_and_counts_bad_lines(tmp_path, byte_tokenizer):
-    """Otherwise the chains would show less than they say."""
+    """Otherwise the tests above would not test several epochs and bad records."""
     source = open_source(str(corpus_with_bad_lines(tmp_path, 3)), "train", hold_out=False)
     _, state = follow([(1, 0, 400)], source, byte_tokenizer, packing=False)
     assert min(lane[0] for lane in state["lanes"].values()) >= 2
@@ -170,16 +174,16 @@ def test_the_corpus_of_the_chains_lasts_several_epochs_and_counts_bad_lines(tmp_
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 24])
 def test_the_micro_batch_size_does_not_change_the_order(tmp_path, byte_tokenizer, inline_workers, batch_size):
     source = open_source(str(corpus_with_bad_lines(tmp_path, 2)), "train", hold_out=False)
-    (one,) = make_loaders(source, byte_tokenizer, 1, 0)
-    (other,) = make_loaders(source, byte_tokenizer, 1, 2, batch_size=batch_size)
+    (one,) = make_loaders(source, byte_tokenizer, 1, 0, data_order="lanes")
+    (other,) = make_loaders(source, byte_tokenizer, 1, 2, batch_size=batch_size, data_order="lanes")
     assert take([other], 120 // batch_size) == take([one], 120 // batch_size * batch_size)
 
 
-def test_iterating_again_goes_on_where_the_last_batch_ended(tmp_path, byte_tokenizer, real_workers):
-    """What workers had prefetched beyond it is read again, not lost."""
+def test_iterating_again_continues_after_the_last_batch(tmp_path, byte_tokenizer, real_workers):
+    """Batches that workers had prefetched are read again, not lost."""
     source = open_source(str(corpus_with_bad_lines(tmp_path, 2)), "train", hold_out=False)
-    (whole,) = make_loaders(source, byte_tokenizer, 1, 0)
-    (parted,) = make_loaders(source, byte_tokenizer, 1, 2)
+    (whole,) = make_loaders(source, byte_tokenizer, 1, 0, data_order="lanes")
+    (parted,) = make_loaders(source, byte_tokenizer, 1, 2, data_order="lanes")
     assert take([parted], 7) + take([parted], 20) + take([parted], 3) == take([whole], 30)
     parted.close()
     parted.close()
@@ -188,7 +192,7 @@ def test_iterating_again_goes_on_where_the_last_batch_ended(tmp_path, byte_token
 # --- Batches ---
 
 
-def test_batches_have_the_shapes_and_counts_they_say(tmp_path, byte_tokenizer):
+def test_batches_have_correct_shapes_and_counts(tmp_path, byte_tokenizer):
     source = open_source(str(corpus_with_bad_lines(tmp_path, 2)), "train", hold_out=False)
     for packing in (True, False):
         (each,) = make_loaders(source, byte_tokenizer, 1, 0, packing=packing, max_length=40, batch_size=6)
@@ -203,8 +207,8 @@ def test_batches_have_the_shapes_and_counts_they_say(tmp_path, byte_tokenizer):
             assert (batch.input_ids[~valid] == byte_tokenizer.pad_id).all()
 
 
-def test_padding_is_told_from_text_where_the_pad_id_is_text(tmp_path, byte_tokenizer):
-    """With eos as padding, the eos of the document still is a target."""
+def test_padding_is_distinguished_from_text_that_contains_the_pad_id(tmp_path, byte_tokenizer):
+    """With eos as padding id, the document's own eos is still a target."""
     byte_tokenizer.pad_id = byte_tokenizer.eos_id
     (tmp_path / "x.jsonl").write_bytes(json_lines(["abc"] * 12))
     source = open_source(str(tmp_path), "train", hold_out=False)
@@ -215,8 +219,8 @@ def test_padding_is_told_from_text_where_the_pad_id_is_text(tmp_path, byte_token
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_batches_lie_in_pinned_memory_where_that_is_asked_for(tmp_path, byte_tokenizer, monkeypatch, pinned):
-    """Ids and labels of training and of evaluation: a copy from other memory makes the host wait."""
+def test_batches_are_in_pinned_memory_if_requested(tmp_path, byte_tokenizer, monkeypatch, pinned):
+    """Ids and labels, in training and evaluation; copies to a GPU from unpinned memory make the host wait."""
     (tmp_path / "x.jsonl").write_bytes(json_lines(["abc"] * 12))
     source = open_source(str(tmp_path), "train", hold_out=False)
     made = []
@@ -224,9 +228,9 @@ def test_batches_lie_in_pinned_memory_where_that_is_asked_for(tmp_path, byte_tok
     (training,) = make_loaders(source, byte_tokenizer, 1, 0, pin_memory=pinned)
     held_out = EvalSet(source, byte_tokenizer, max_length=20, packing=True, max_tokens=None, pin_memory=pinned)
     batches = [next(iter(training)), *held_out]
-    handed_out = [tensor for batch in batches for tensor in (batch.input_ids, batch.labels)]
-    assert len(handed_out) > 4
-    assert [any(tensor is copy for copy in made) for tensor in handed_out] == [pinned] * len(handed_out)
+    returned = [tensor for batch in batches for tensor in (batch.input_ids, batch.labels)]
+    assert len(returned) > 4
+    assert [any(tensor is copy for copy in made) for tensor in returned] == [pinned] * len(returned)
 
 
 # --- States ---
@@ -267,7 +271,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path, byte_tokenizer):
         ({"workers": -1}, "--workers -1"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(write_shards, byte_tokenizer, options, said):
+def test_invalid_loader_arguments_are_refused(write_shards, byte_tokenizer, options, said):
     source = open_source(str(write_shards(texts(30))), "train")
     defaults = {"max_length": 20, "packing": True, "lanes": 12, "seed": 5}
     with pytest.raises(ValueError, match=said):
@@ -285,7 +289,7 @@ def test_more_workers_than_lanes_are_not_started(write_shards, byte_tokenizer, i
 # --- Bad records and errors ---
 
 
-def test_the_first_bad_records_are_shown_and_all_are_counted(tmp_path, byte_tokenizer, caplog):
+def test_the_first_bad_records_are_logged_and_all_are_counted(tmp_path, byte_tokenizer, caplog):
     lines = [json_lines([text]) for text in texts(200)]
     lines[::10] = [b"broken\n"] * 20
     (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
@@ -300,8 +304,8 @@ def test_the_first_bad_records_are_shown_and_all_are_counted(tmp_path, byte_toke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_error_comes_out_of_a_worker_as_it_is(tmp_path, byte_tokenizer, workers):
-    """Same type and message as in process, no traceback of the worker in it."""
+def test_a_data_error_in_a_worker_is_raised_unchanged(tmp_path, byte_tokenizer, workers):
+    """The error has the same type and message as without workers, without the worker's traceback."""
     (tmp_path / "x.jsonl").write_bytes(json_lines(texts(30)) + b"broken\n")
     source = open_source(str(tmp_path), "train", hold_out=False)
     (each,) = make_loaders(source, byte_tokenizer, 1, workers, packing=False, on_bad_record="fail")
@@ -310,14 +314,14 @@ def test_a_data_error_comes_out_of_a_worker_as_it_is(tmp_path, byte_tokenizer, w
     assert str(caught.value).startswith("bad record in ")
     assert "line 31: malformed json" in str(caught.value)
     assert "Traceback" not in str(caught.value)
-    assert each.state_dict()["position"] <= 30  # it lies beyond what was handed out, so the state can be saved
+    assert each.state_dict()["position"] <= 30  # the state is that after the last returned batch, so it can be saved
     each.close()
 
 
-def test_a_killed_worker_is_an_error_of_the_next_batch_and_not_a_hang(write_shards, byte_tokenizer):
-    """Nor is it raised in the midst of the update that happens to run: the loop below is such a one."""
+def test_a_killed_worker_is_an_error_of_the_next_batch(write_shards, byte_tokenizer):
+    """The error is not raised asynchronously, during an update (the loop below), but by the next batch."""
     source = open_source(str(write_shards(texts(60))), "train")
-    (each,) = make_loaders(source, byte_tokenizer, 1, 2)
+    (each,) = make_loaders(source, byte_tokenizer, 1, 2, data_order="lanes")
     iterator = iter(each)
     next(iterator)
     for process in each._running._running._processes:
@@ -333,10 +337,10 @@ def test_a_killed_worker_is_an_error_of_the_next_batch_and_not_a_hang(write_shar
 # --- Processes ---
 
 
-def test_workers_outlive_the_signals_that_ask_a_run_to_stop_and_end_with_close(write_shards, byte_tokenizer):
-    """Slurm and terminals signal the whole process group; the update under way still needs its data."""
+def test_workers_ignore_stop_signals_and_end_with_close(write_shards, byte_tokenizer):
+    """Slurm and terminals signal all processes of a run, but the current update still needs its data."""
     source = open_source(str(write_shards(texts(60))), "train")
-    (each,) = make_loaders(source, byte_tokenizer, 1, 2)
+    (each,) = make_loaders(source, byte_tokenizer, 1, 2, data_order="lanes")
     iterator = iter(each)
     next(iterator)
     processes = each._running._running._processes
@@ -351,14 +355,14 @@ def test_workers_outlive_the_signals_that_ask_a_run_to_stop_and_end_with_close(w
 
 
 class _Stuck:
-    """Work that hangs after its first item, as a read from a disk that has gone does."""
+    """Work that hangs after its first item, as a read from a failed disk does."""
 
     def items(self, worker, workers):
         yield worker
         time.sleep(3600)
 
 
-def test_a_worker_that_hangs_does_not_hold_up_the_end():
+def test_a_worker_that_hangs_does_not_delay_closing():
     workers = Workers(_Stuck(), 1)
     assert next(workers) == 0
     (process,) = workers._running._processes
@@ -366,11 +370,11 @@ def test_a_worker_that_hangs_does_not_hold_up_the_end():
     assert not process.is_alive()
 
 
-def test_loading_draws_nothing_from_the_run_s_random_generator(write_shards, byte_tokenizer):
-    """With workers or without, dropout and the like see the same random numbers."""
+def test_loading_does_not_use_the_runs_random_generator(write_shards, byte_tokenizer):
+    """Otherwise dropout would depend on the number of workers."""
     source = open_source(str(write_shards(texts(60))), "train")
     for workers in (0, 1):
-        (each,) = make_loaders(source, byte_tokenizer, 1, workers)
+        (each,) = make_loaders(source, byte_tokenizer, 1, workers, data_order="lanes")
         before = torch.get_rng_state()
         take([each], 5)
         each.close()
@@ -378,8 +382,8 @@ def test_loading_draws_nothing_from_the_run_s_random_generator(write_shards, byt
 
 
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "os.kill(os.getpid(), 9)"])
-def test_no_worker_survives_its_run(write_shards, tmp_path, end):
-    """Whether the program ends, fails or is killed without closing the loader, it ends soon and its workers with it."""
+def test_workers_end_with_their_run(write_shards, tmp_path, end):
+    """If the program ends, fails or is killed without closing the loader, its workers end soon."""
     folder = write_shards(texts(60))
     script = tmp_path / "run.py"
     script.write_text(
@@ -391,7 +395,7 @@ def test_no_worker_survives_its_run(write_shards, tmp_path, end):
 
         if __name__ == "__main__":
             loader = TrainLoader(open_source({str(folder)!r}, "train"), ByteTokenizer(), max_length=20, packing=True, lanes=12,
-                                 seed=1, workers=2)
+                                 seed=1, workers=2, data_order="lanes")
             next(iter(loader))
             print(*(process.pid for process in loader._running._running._processes), flush=True)
             {end}
@@ -432,7 +436,7 @@ def rows(batches):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("max_tokens", [None, 1, 500])
-def test_the_eval_set_depends_on_neither_batch_size_nor_ranks_nor_workers(write_shards, byte_tokenizer, packing, max_tokens):
+def test_the_eval_set_is_independent_of_batch_size_ranks_and_workers(write_shards, byte_tokenizer, packing, max_tokens):
     source = open_source(str(write_shards(texts(150), 3)), "train", hold_out=False)
     options = {"packing": packing, "max_tokens": max_tokens}
     reference = eval_set(source, byte_tokenizer, batch_size=1, **options)
@@ -447,10 +451,10 @@ def test_the_eval_set_depends_on_neither_batch_size_nor_ranks_nor_workers(write_
         own = [rows(part) for part in parts]
         assert {part.num_targets for part in parts} == {reference.num_targets}
         assert [own[i % ranks][i // ranks] for i in range(len(expected))] == expected
-        assert rows(parts[0]) == own[0]  # again, from memory
+        assert rows(parts[0]) == own[0]  # the second pass, from memory
 
 
-def test_the_eval_set_stops_with_the_sequence_that_reaches_its_tokens(write_shards, byte_tokenizer):
+def test_the_eval_set_ends_with_the_sequence_that_reaches_its_tokens(write_shards, byte_tokenizer):
     source = open_source(str(write_shards(texts(150))), "train", hold_out=False)
     whole = [len([i for i in row if i != -100]) - 1 for row in rows(eval_set(source, byte_tokenizer))]
     for max_tokens in (1, whole[0], whole[0] + 1, 500, sum(whole), 10**9):
@@ -458,7 +462,7 @@ def test_the_eval_set_stops_with_the_sequence_that_reaches_its_tokens(write_shar
         assert eval_set(source, byte_tokenizer, max_tokens=max_tokens).num_sequences == expected
 
 
-def test_the_packed_eval_set_holds_every_token_of_every_document_in_order(write_shards, byte_tokenizer):
+def test_the_packed_eval_set_contains_every_token_in_order(write_shards, byte_tokenizer):
     documents = texts(50)
     source = open_source(str(write_shards(documents)), "train", hold_out=False)
     ids = [i for row in rows(eval_set(source, byte_tokenizer, packing=True)) for i in row if i != -100]
@@ -482,7 +486,7 @@ def _documents(folder, split, tokenizer):
         return 0
 
 
-def test_bad_records_do_not_disturb_the_eval_set(tmp_path, byte_tokenizer, caplog):
+def test_bad_records_are_left_out_of_the_eval_set(tmp_path, byte_tokenizer, caplog):
     (tmp_path / "x.jsonl").write_bytes(b"broken\n" + json_lines(["one"]) + b'{"text": ""}\n' + json_lines(["two"]))
     source = open_source(str(tmp_path), "validation", hold_out=False)
     found = rows(eval_set(source, byte_tokenizer, workers=2))

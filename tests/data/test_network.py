@@ -1,4 +1,4 @@
-"""Reading over a network that fails: every record once and in order, or one clear message after bounded tries."""
+"""Reading over a failing network gives every record once and in order, or one message after a limited number of attempts."""
 
 import dataclasses
 import gzip
@@ -124,7 +124,7 @@ FAULTS = {
     "429 every third time": every(3, status(429, Retry_After="0.02")),
     "500, 502, 504": lambda number, handler: number % 5 in (1, 2, 3) and not status([500, 502, 504][number % 3])(handler),
     "dropped after 4 kB every other time": every(2, lambda handler: handler.answer(True, cut=4096)),
-    # Not the first two, at which a server without ranges shows that it has none; then from beyond where those ended.
+    # Not in the first two requests, by which a server without ranges is recognised, and cut after the end of their data.
     "a part as if that were all": lambda number, handler: (
         number in (3, 5, 6) and not handler.answer(True, cut=4096 if handler.headers.get("Range") else 20_000, admit=False)
     ),
@@ -133,7 +133,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_interrupted_reading_goes_on_at_the_same_record(server, fault):
+def test_interrupted_reading_continues_at_the_same_record(server, fault):
     source = open_remote(server)
     server.fault = FAULTS[fault]
     assert read_all(source) == DOCUMENTS
@@ -141,29 +141,31 @@ def test_interrupted_reading_goes_on_at_the_same_record(server, fault):
     assert server.requests >= least + (fault != "none")
 
 
-def test_batches_over_a_bad_network_equal_those_from_the_disk(server, tmp_path, byte_tokenizer):
+@pytest.mark.parametrize("data_order", ["lanes", "global"])
+def test_batches_over_a_failing_network_equal_those_from_the_disk(server, tmp_path, byte_tokenizer, data_order):
     (tmp_path / "x.json.gz").write_bytes(CONTENT)
     local = open_source(str(tmp_path), "train", hold_out=False)
-    # Every third: with every other one, two workers that ask in turn would leave all faults to one of them.
+    # Every third request: with every second one, all faults would affect the same of two workers.
     server.fault = every(3, lambda handler: handler.answer(True, cut=4096))
     found = []
     for source, workers in ((local, 0), (open_remote(server), 2)):
-        loader = TrainLoader(source, byte_tokenizer, max_length=64, packing=True, lanes=4, seed=1, workers=workers)
+        options = {"packing": True, "lanes": 4, "seed": 1, "data_order": data_order}
+        loader = TrainLoader(source, byte_tokenizer, max_length=64, workers=workers, **options)
         found.append([batch.input_ids.tolist() for batch, _ in zip(loader, range(40), strict=False)])
         loader.close()
     assert found[0] == found[1]
 
 
-def test_a_server_that_stays_down_is_given_up_with_one_message(server):
+def test_a_server_that_stays_down_gives_one_message(server):
     source = open_remote(server)
     server.fault = every(1, status(503))
     with pytest.raises(NetworkGone, match=r"x\.json\.gz: no answer after 4 tries .*503.*check the network"):
         read_all(source)
-    assert server.requests <= 4 * 3  # the library may try a few times itself
+    assert server.requests <= 4 * 3  # the library may retry a few times itself
 
 
-def test_contact_that_breaks_later_is_tried_longer(server):
-    """A run of weeks has more patience than a start without a network."""
+def test_a_network_that_fails_later_is_retried_longer(server):
+    """A long run waits longer for the network than a start does."""
     source = open_remote(server)
     assert read_all(source) == DOCUMENTS
     server.fault = every(1, status(503))
@@ -172,11 +174,11 @@ def test_contact_that_breaks_later_is_tried_longer(server):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_whose_network_goes_can_be_saved_and_taken_up_later(server, tmp_path, byte_tokenizer, workers):
-    """The error tells itself from others, through worker processes too, and the state then is that of the last batch."""
+def test_a_run_that_loses_the_network_can_be_saved_and_resumed(server, tmp_path, byte_tokenizer, workers):
+    """The error has its own type, also from worker processes, and the loader's state is then that after the last batch."""
     source = open_remote(server)
     (tmp_path / "x.json.gz").write_bytes(CONTENT)
-    options = {"max_length": 64, "packing": True, "lanes": 4, "seed": 1}
+    options = {"max_length": 64, "packing": True, "lanes": 4, "seed": 1, "data_order": "lanes"}
     local = TrainLoader(open_source(str(tmp_path), "train", hold_out=False), byte_tokenizer, **options)
     expected = [batch.input_ids.tolist() for batch, _ in zip(local, range(3000), strict=False)]
     loader = TrainLoader(source, byte_tokenizer, workers=workers, **options)
@@ -194,7 +196,7 @@ def test_a_run_whose_network_goes_can_be_saved_and_taken_up_later(server, tmp_pa
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 410])
-def test_refusals_are_not_retried(server, code):
+def test_http_errors_that_are_final_are_not_retried(server, code):
     source = open_remote(server)
     server.fault = every(1, status(code))
     with pytest.raises(DataError, match=r"x\.json\.gz cannot be read .*check the address"):
@@ -202,7 +204,7 @@ def test_refusals_are_not_retried(server, code):
     assert server.requests <= 2
 
 
-def test_the_server_s_wish_to_wait_is_honoured(server, monkeypatch):
+def test_the_servers_retry_after_is_respected(server, monkeypatch):
     waits = []
     monkeypatch.setattr(network.time, "sleep", waits.append)
     source = open_remote(server)
@@ -210,17 +212,17 @@ def test_the_server_s_wish_to_wait_is_honoured(server, monkeypatch):
     server.fault = lambda number, handler: (answer := next(answers, None)) is not None and not answer(handler)
     assert read_all(source) == DOCUMENTS
     assert waits[0] == pytest.approx(0.37)
-    assert waits[1] == pytest.approx(0.02)  # the second wait of the policy: 0.01 doubled
+    assert waits[1] == pytest.approx(0.02)  # the policy's second wait: twice 0.01
 
 
-def test_a_server_that_falls_silent_counts_as_dropped(server, monkeypatch):
+def test_a_server_that_does_not_answer_counts_as_dropped(server, monkeypatch):
     monkeypatch.setattr(network, "_SILENCE_S", 0.2)
     source = open_remote(server)
     server.fault = lambda number, handler: number == 1 and not time.sleep(1.0)
     assert read_all(source) == DOCUMENTS
 
 
-def test_a_server_that_falls_silent_in_the_midst_of_a_file_counts_as_dropped(server, monkeypatch):
+def test_a_server_that_stops_sending_counts_as_dropped(server, monkeypatch):
     monkeypatch.setattr(network, "_SILENCE_S", 0.2)
     source = open_remote(server)
 
@@ -237,8 +239,8 @@ def test_a_server_that_falls_silent_in_the_midst_of_a_file_counts_as_dropped(ser
     assert server.requests >= 2
 
 
-def test_a_file_cut_short_on_the_server_is_damage_and_not_the_network(server, monkeypatch):
-    """After a few equal tries the rest counts as one bad record, and the run goes on."""
+def test_a_file_truncated_on_the_server_counts_as_damaged(server, monkeypatch):
+    """After a few equal attempts the rest counts as one bad record, and the run continues."""
     monkeypatch.setattr("test_network.CONTENT", CONTENT[: len(CONTENT) // 2])
     found = read_all(open_remote(server))
     assert found[-1].kind == "unreadable_rest"
@@ -246,7 +248,7 @@ def test_a_file_cut_short_on_the_server_is_damage_and_not_the_network(server, mo
     assert len(found) > 500
 
 
-def test_no_network_is_said_after_a_few_tries(monkeypatch):
+def test_a_missing_network_is_reported_after_a_few_attempts(monkeypatch):
     c4 = open_source("c4", "train")
     shard = dataclasses.replace(c4.shards[0], url="http://127.0.0.1:9/x.json.gz")
     source = dataclasses.replace(c4, shards=(shard,), retry=FAST)

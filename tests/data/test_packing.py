@@ -1,4 +1,4 @@
-"""Packing and padding lose and invent no token."""
+"""Packing and padding neither lose nor add tokens."""
 
 import numpy as np
 from hypothesis import given
@@ -11,7 +11,7 @@ documents_strategy = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=
 
 
 def stream(documents, start=(0, 0)):
-    """(document, position at it, position after it); a position is (document number, ids used of it)."""
+    """Yields (document, position before it, position after it); a position is (document number, number of its ids used)."""
     first, used = start
     for number in range(first, len(documents)):
         tokens_done = used if number == first else 0
@@ -26,7 +26,7 @@ def pack(documents, max_length, start=(0, 0)):
 
 @given(documents_strategy, st.integers(2, 12))
 def test_packing_keeps_every_id_in_order(documents, max_length):
-    """The sequences end to end are the documents with eos after each; all but the last are full."""
+    """The sequences joined are the documents, each followed by eos; all sequences except the last are full."""
     sequences = [ids for ids, _ in pack(documents, max_length)]
     expected = [i for document in documents for i in [*document, EOS]]
     assert [int(i) for ids in sequences for i in ids] == expected
@@ -35,8 +35,8 @@ def test_packing_keeps_every_id_in_order(documents, max_length):
 
 
 @given(documents_strategy, st.integers(2, 12), st.data())
-def test_packing_goes_on_from_any_position(documents, max_length, data):
-    """Restarted at the position after sequence k, the stream gives sequences k + 1, k + 2, ... and the same positions."""
+def test_packing_resumes_at_any_position(documents, max_length, data):
+    """Started at the position after sequence k, packing gives sequences k + 1, k + 2, ... and the same positions."""
     whole = pack(documents, max_length)
     if not whole:
         return
@@ -54,8 +54,8 @@ def test_padding_cuts_each_document_and_ends_it_with_eos(documents, max_length):
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=8), min_size=1), st.integers(0, 9))
-def test_labels_follow_length_not_the_padding_id(sequences, pad_id):
-    """A label is -100 exactly where a sequence has ended, even when text contains the padding id."""
+def test_labels_depend_on_the_length_not_on_the_padding_id(sequences, pad_id):
+    """A label is -100 exactly after the end of a sequence, even if the text contains the padding id."""
     arrays = [np.array(s, dtype=np.int32) for s in sequences]
     input_ids, labels = pad_and_label(arrays, max_length=8, pad_id=pad_id)
     for row, sequence in enumerate(sequences):

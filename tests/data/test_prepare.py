@@ -1,6 +1,6 @@
-"""Prepared data (token files made once from text) gives training exactly the sequences that the text itself gives.
+"""Prepared data (token files made once from text) gives exactly the training sequences of the text itself.
 
-Damaged, unfinished or foreign folders are refused. A preparation that is interrupted goes on and writes the same bytes.
+Damaged, unfinished or unrelated folders are refused. An interrupted preparation resumes and writes the same bytes.
 """
 
 import gzip
@@ -56,14 +56,14 @@ class Interrupted(ByteTokenizer):
 
 @pytest.fixture(autouse=True)
 def small_windows_and_commits(monkeypatch):
-    """So that a small corpus fills many of them."""
+    """Small windows and commits, so that a small corpus has many of them."""
     monkeypatch.setattr(lanes, "WINDOW_RECORDS", 4)
     monkeypatch.setattr(prepare_module, "_COMMIT_RECORDS", 7)
     monkeypatch.setattr(prepare_module, "_TOGETHER", 5)
 
 
 def corpus(folder: Path, shards: int, validation: bool, count: int = 300) -> Path:
-    """A folder of JSON-lines files of unequal lengths with 20 bad lines, and one truncated gzip file."""
+    """Writes a folder of JSON-lines files of unequal lengths with 20 bad lines, and one truncated gzip file."""
     folder.mkdir()
     lines = [json_lines([text]) for text in texts(count)]
     for number in range(20):
@@ -83,13 +83,13 @@ def prepared(dataset: Path, out: Path, **options):
 
 
 def make_loaders(source, tokenizer, ranks, workers, packing, lanes=12, **options):
-    """One loader for each rank."""
+    """Returns a loader for each rank."""
     common = {"max_length": 40, "packing": packing, "lanes": lanes, "seed": 5, "world_size": ranks, "workers": workers}
     return [TrainLoader(source, tokenizer, rank=rank, **common, **options) for rank in range(ranks)]
 
 
 def follow(chain, source, tokenizer, packing, **options):
-    """Sequences and final state of a run that is resumed between its stages, each (ranks, workers, batches per rank)."""
+    """Returns sequences and final state of a run resumed between stages, each of (ranks, workers, batches per rank)."""
     sequences, state = [], None
     for ranks, workers, batches in chain:
         loaders = make_loaders(source, tokenizer, ranks, workers, packing, **options)
@@ -105,17 +105,19 @@ def follow(chain, source, tokenizer, packing, **options):
 
 
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("data_order", ["lanes", "global", None])
 @pytest.mark.parametrize(("shards", "validation"), [(1, False), (3, True), (7, False)])
 def test_sequences_and_states_equal_those_of_the_text_for_any_ranks_and_workers(
-    tmp_path, inline_workers, packing, shards, validation
+    tmp_path, inline_workers, packing, data_order, shards, validation
 ):
-    """Over several epochs, with resumes in between; the states hold the counts of bad records."""
+    """Over several epochs, with resumes in between; the states contain the counts of bad records."""
     folder = corpus(tmp_path / "text", shards, validation)
     prepared(folder, tmp_path / "tokens")
     chain = [(1, 0, 130), (2, 2, 61), (4, 1, 33), (3, 3, 52), (12, 1, 9), (1, 2, 77)]
     total = sum(ranks * batches for ranks, _, batches in chain)
-    expected = follow([(1, 0, total)], open_source(str(folder), "train"), ByteTokenizer(), packing)
-    found = follow(chain, open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), packing)
+    order = {"data_order": data_order}
+    expected = follow([(1, 0, total)], open_source(str(folder), "train"), ByteTokenizer(), packing, **order)
+    found = follow(chain, open_source(str(tmp_path / "tokens"), "train"), NoEncoding(), packing, **order)
     assert found == expected
     assert len(set(found[1]["bad_records"])) == 6 or packing
     assert min(numbers[0] for numbers in found[1]["lanes"].values()) >= 1
@@ -132,7 +134,7 @@ def test_sequences_equal_those_of_the_text_with_real_worker_processes(tmp_path):
 
 
 def test_each_document_of_a_split_comes_once_per_epoch(tmp_path):
-    """One document in 100 is held out by its hash, as in the text. One record in 10 is bad: numbered, but never handed out."""
+    """One document in 100 is held out by its hash, as in the text. One record in 10 is bad: numbered, but never returned."""
     documents = texts(900)
     lines = [json_lines([text]) for text in documents]
     for number in range(100):
@@ -275,7 +277,7 @@ def test_missing_and_truncated_files_are_named_when_the_data_is_opened(tmp_path,
 
 
 def test_flipped_bits_are_found_by_checksums_and_impossible_values_while_reading(tmp_path):
-    """--verify and a preparation that goes on compare checksums. Training does not, but checks every id and record length."""
+    """--verify and a resumed preparation compare checksums. Training does not, but checks every id and record length."""
     from peft_pretraining.data.inspection import verify_prepared
 
     folder = corpus(tmp_path / "text", 2, True)
@@ -332,7 +334,7 @@ def test_a_request_that_contradicts_the_folders_is_refused_with_the_reason(tmp_p
         open_source(str(tmp_path / "strict"), "train")
 
 
-def test_a_preparation_stopped_by_an_unreadable_file_goes_on_when_the_file_is_back(tmp_path):
+def test_a_preparation_stopped_by_an_unreadable_file_resumes_when_the_file_is_back(tmp_path):
     folder = corpus(tmp_path / "text", 3, True)
     prepared(folder, tmp_path / "whole")
     hidden = folder / "c4-train.1.json"
@@ -388,7 +390,7 @@ def test_a_preparation_interrupted_every_two_batches_writes_the_same_bytes(tmp_p
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
-def test_a_preparation_killed_at_random_instants_writes_the_same_bytes(tmp_path):
+def test_a_preparation_killed_at_random_times_writes_the_same_bytes(tmp_path):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -434,7 +436,7 @@ def test_a_preparation_killed_at_random_instants_writes_the_same_bytes(tmp_path)
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
-def test_a_file_that_was_damaged_after_the_interruption_is_made_anew(tmp_path):
+def test_a_file_damaged_after_an_interruption_is_written_again(tmp_path):
     folder = corpus(tmp_path / "text", 2, True)
     prepared(folder, tmp_path / "whole")
 

@@ -1,4 +1,4 @@
-"""Every file format gives the same documents; what is wrong with a record is named; damage loses no good record."""
+"""Every file format gives the same documents; problems of records are named, and damage loses no good record."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def test_every_format_gives_the_same_documents_from_any_start(tmp_path, name):
         assert [(record.number, text.rstrip()) for record, text in read(path, start)] == list(enumerate(stripped[start:], start))
 
 
-def test_fsspec_addresses_are_read_like_local_files(tmp_path):
+def test_fsspec_urls_are_read_like_local_files(tmp_path):
     import fsspec
 
     with fsspec.open("memory://corpus/a.json.gz", "wb") as file:
@@ -86,7 +86,7 @@ def test_fsspec_addresses_are_read_like_local_files(tmp_path):
         (rb'{"text": "\ud83d"}', "invalid_unicode", "surrogate"),
     ],
 )
-def test_a_bad_record_is_named_and_its_neighbours_stay(tmp_path, line, kind, said):
+def test_a_bad_record_is_named_and_its_neighbours_are_read(tmp_path, line, kind, said):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json_lines(["before"]) + b"\n" + line + b"\n" + json_lines(["after"]))
     (_, first), (record, bad), (_, last) = read(path)
@@ -94,10 +94,10 @@ def test_a_bad_record_is_named_and_its_neighbours_stay(tmp_path, line, kind, sai
     assert isinstance(bad, BadRecord)
     assert bad.kind == kind
     assert said in bad.detail
-    assert (record.number, record.line) == (1, 3)  # the blank line counts as a line, not as a record
+    assert (record.number, record.line) == (1, 3)  # a blank line is not a record
 
 
-def test_extra_columns_and_the_named_text_field_are_fine(tmp_path):
+def test_extra_columns_are_ignored_and_the_text_field_can_be_named(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"body": "one", "n": 1}\n{"body": "two", "other": [1, {"a": null}]}\n')
     assert [text for _, text in read(path, text_field="body")] == ["one", "two"]
@@ -105,7 +105,7 @@ def test_extra_columns_and_the_named_text_field_are_fine(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["json.gz", "json.zst"])
 @pytest.mark.parametrize("damage", ["truncated", "garbled", "not compressed"])
-def test_a_damaged_file_gives_what_it_holds_and_one_bad_record(tmp_path, suffix, damage):
+def test_a_damaged_file_gives_its_readable_records_and_one_bad_record(tmp_path, suffix, damage):
     compress = gzip.compress if suffix == "json.gz" else zstandard.ZstdCompressor(write_checksum=True).compress
     content = bytearray(compress(json_lines(texts(40_000))))
     if damage == "truncated":
@@ -125,7 +125,7 @@ def test_a_damaged_file_gives_what_it_holds_and_one_bad_record(tmp_path, suffix,
     assert (len(good) > 10_000) == (damage != "not compressed")
 
 
-def test_empty_files_hold_nothing(tmp_path):
+def test_empty_files_have_no_records(tmp_path):
     for name in ("a.json.gz", "b.jsonl", "c.txt", "d.jsonl.zst"):
         (tmp_path / name).write_bytes(b"")
     assert read(tmp_path) == []
@@ -133,14 +133,14 @@ def test_empty_files_hold_nothing(tmp_path):
         check_source(open_source(str(tmp_path), "train"))
 
 
-def test_a_missing_text_field_is_reported_with_the_fields_there_are(tmp_path):
+def test_a_missing_text_field_is_reported_with_the_existing_fields(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"content": "one", "id": 1}\n' * 5)
     with pytest.raises(DataError, match=r"line 1: missing text: no field 'text'; the fields are 'content', 'id'.*--text_field"):
         check_source(open_source(str(path), "train"))
 
 
-def test_a_missing_parquet_column_is_reported_with_the_columns_there_are(tmp_path):
+def test_a_missing_parquet_column_is_reported_with_the_existing_columns(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(parquet_bytes(tmp_path))
     with pytest.raises(DataError, match=r"no column 'body'; the columns are 'id', 'text'"):
@@ -155,13 +155,13 @@ def test_a_json_array_is_refused_with_the_way_out(tmp_path, content):
         check_source(open_source(str(path), "train"))
 
 
-def test_a_first_bad_line_does_not_refuse_the_source(tmp_path):
+def test_a_bad_first_line_does_not_refuse_the_source(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"broken\n" + json_lines(["good"]))
     check_source(open_source(str(path), "train"))
 
 
-def test_a_file_that_vanished_is_named(tmp_path):
+def test_a_missing_file_of_a_source_is_named(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json_lines(["one"]))
     source = open_source(str(path), "train")
@@ -170,13 +170,13 @@ def test_a_file_that_vanished_is_named(tmp_path):
         check_source(source)
 
 
-def test_text_blocks_keep_their_lines_and_say_where_they_begin(tmp_path):
+def test_text_blocks_keep_their_lines_and_line_numbers(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("\n\nfirst line\n  second line\n\n\nnext\n")
     assert [(record.line, text) for record, text in read(path)] == [(3, "first line\n  second line"), (7, "next")]
 
 
-def test_a_byte_order_mark_does_not_spoil_the_first_record(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "ä"}).encode() + b"\n")
     assert [text for _, text in read(path)] == ["ä"]

@@ -1,4 +1,4 @@
-"""A data set's name gives its files and splits, or one message that says what is wrong."""
+"""A data set's name determines its files and splits, or gives one message that names the problem."""
 
 import dataclasses
 import gzip
@@ -39,14 +39,14 @@ def documents(source):
     return found
 
 
-def test_importing_the_source_module_loads_no_heavy_library():
-    """A dry run describes its data without paying for torch, numpy or fsspec."""
+def test_importing_the_source_module_loads_no_slow_library():
+    """A dry run describes its data without importing torch, numpy or fsspec."""
     heavy = ("torch", "numpy", "fsspec", "datasets", "transformers")
     code = f"import sys, peft_pretraining.data.source; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 
-def test_c4_is_named_without_a_network(monkeypatch):
+def test_c4s_files_are_known_without_a_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     train, validation = open_source("c4", "train"), open_source("c4", "validation")
     assert (len(train.shards), len(validation.shards)) == (1024, 8)
@@ -60,13 +60,13 @@ def test_c4_is_named_without_a_network(monkeypatch):
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
 @pytest.mark.parametrize("dataset", ["c4", "hub:someone/something"])
-def test_offline_mode_refuses_the_hub_at_once(monkeypatch, variable, dataset):
+def test_offline_mode_refuses_the_hub(monkeypatch, variable, dataset):
     monkeypatch.setenv(variable, "1")
     with pytest.raises(DataError, match=f"{variable} is set"):
         check_source(open_source(dataset, "train"))
 
 
-def test_a_dry_run_asks_no_network_and_builds_nothing(monkeypatch, tmp_path):
+def test_describing_a_source_uses_no_network_and_builds_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for dataset in ("hub:someone/something", "s3://bucket/folder", "demo"):
         source = open_source(dataset, "train", cache_dir=tmp_path, resolve=False)
@@ -74,7 +74,7 @@ def test_a_dry_run_asks_no_network_and_builds_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_file_names_tell_the_splits(tmp_path):
+def test_file_names_determine_the_splits(tmp_path):
     make(
         tmp_path,
         "c4-train.0.json",
@@ -88,38 +88,38 @@ def test_file_names_tell_the_splits(tmp_path):
     assert names(tmp_path, "validation") == (["c4-validation.0.json"], "all")
 
 
-def test_folder_names_tell_the_splits_where_file_names_do_not(tmp_path):
+def test_folder_names_determine_the_splits_if_file_names_do_not(tmp_path):
     make(tmp_path, "train/0.jsonl", "train/1.jsonl", "validation/0.jsonl")
     assert names(tmp_path) == (["train/0.jsonl", "train/1.jsonl"], "all")
     assert names(tmp_path, "validation") == (["validation/0.jsonl"], "all")
 
 
-def test_a_file_named_both_ways_is_for_validation_only(tmp_path):
+def test_a_file_named_train_and_validation_is_for_validation_only(tmp_path):
     make(tmp_path, "train.jsonl", "validation-of-training.jsonl")
     assert names(tmp_path) == (["train.jsonl"], "all")
     assert names(tmp_path, "validation") == (["validation-of-training.jsonl"], "all")
 
 
-def test_without_train_in_a_name_all_but_validation_is_for_training(tmp_path):
+def test_without_train_in_a_name_all_other_files_are_for_training(tmp_path):
     make(tmp_path, "a.jsonl", "b.jsonl", "my-validation.jsonl")
     assert names(tmp_path) == (["a.jsonl", "b.jsonl"], "all")
 
 
 def test_without_validation_files_one_document_in_a_hundred_is_held_out(tmp_path):
-    """The two sides share no document and together are all of them, whatever the files are called."""
+    """The two splits share no document and together contain all, for any file names."""
     all_texts = texts(4000)
     (tmp_path / "only-train.jsonl").write_bytes(json_lines(all_texts))
     train, validation = (documents(open_source(str(tmp_path), split)) for split in ("train", "validation"))
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(all_texts)
-    # 4000 draws with probability 1/100: mean 40, standard deviation 6.3; six of these either way.
+    # 4000 draws with probability 1/100: mean 40, standard deviation 6.3; up to six of them.
     assert 40 - 38 < len(validation) < 40 + 38
     whole = open_source(str(tmp_path), "validation", hold_out=False)
     assert documents(whole) == all_texts
 
 
 def test_held_out_documents_do_not_depend_on_order_or_files(tmp_path):
-    """The rule sees a document's text only, so a document stays on its side when files are merged or sorted."""
+    """The split depends only on a document's text, so it stays the same when files are merged or sorted."""
     make(tmp_path / "a", "x.jsonl")
     (tmp_path / "a/x.jsonl").write_bytes(json_lines(texts(500)))
     (tmp_path / "b").mkdir()
@@ -136,14 +136,14 @@ def test_one_file_a_glob_and_a_folder_name_the_same_documents(tmp_path):
     assert len({tuple(documents(source)) for source in sources}) == 1
 
 
-def test_a_lone_validation_file_serves_for_evaluation_only(tmp_path):
+def test_a_validation_file_alone_is_for_evaluation_only(tmp_path):
     make(tmp_path, "c4-validation.json")
     assert names(tmp_path / "c4-validation.json", "validation") == (["c4-validation.json"], "all")
     with pytest.raises(DataError, match="only validation files"):
         open_source(str(tmp_path), "train")
 
 
-def test_the_fingerprint_follows_content_and_not_place(tmp_path):
+def test_the_fingerprint_depends_on_content_not_on_the_path(tmp_path):
     first = open_source(str(make(tmp_path / "a", "x.jsonl", "y.jsonl")), "train")
     moved = open_source(str(make(tmp_path / "b", "x.jsonl", "y.jsonl")), "train")
     assert moved.fingerprint == first.fingerprint
@@ -173,7 +173,7 @@ def test_a_source_is_immutable_and_picklable(tmp_path):
         ("nosuchprotocol://x/y.jsonl", "nosuchprotocol"),
     ],
 )
-def test_what_cannot_be_found_is_named(tmp_path, monkeypatch, dataset, said):
+def test_a_data_set_that_cannot_be_found_is_named(tmp_path, monkeypatch, dataset, said):
     monkeypatch.chdir(tmp_path)
     make(tmp_path, "other/a.csv", "other/b.tar.gz")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""Text stays text: no document reaches a control symbol, and no id lies outside what the model was told."""
+"""Text never encodes to a control symbol or to an id outside the vocabulary, and ids equal those of the libraries."""
 
 import pickle
 from pathlib import Path
@@ -21,7 +21,7 @@ KINDS = ["bpe", "unigram", "t5-like"]
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """SentencePiece models: BPE and Unigram with byte fallback that keep every space, and one normalised as T5's."""
+    """Trains SentencePiece models: lossless BPE and Unigram with byte fallback, and one that normalises as T5's."""
     folder = tmp_path_factory.mktemp("models")
     lossless = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     options = {
@@ -44,7 +44,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(models, kind):
+def test_a_sentencepiece_model_gives_sentencepieces_ids(models, kind):
     tokenizer, library = load_tokenizer(models[kind]), sentencepiece.SentencePieceProcessor(str(models[kind]))
     texts = [
         *SENTENCES,
@@ -61,13 +61,13 @@ def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(models, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_strings_in_a_document_are_ordinary_text(models, kind):
-    """Whatever a web page contains, no id of it is pad or eos or beyond the text's vocabulary."""
+def test_names_of_special_tokens_in_a_document_are_ordinary_text(models, kind):
+    """No text gives the ids of pad or eos, or ids beyond the text's vocabulary."""
     tokenizer = load_tokenizer(models[kind])
     (ids,) = tokenizer.encode_batch([SPECIAL_TEXT])
     assert not {tokenizer.pad_id, tokenizer.eos_id} & set(ids)
     assert max(ids) < tokenizer.text_vocab_size
-    if kind != "t5-like":  # whose model lacks "<"
+    if kind != "t5-like":  # its vocabulary lacks "<"
         assert 2 not in ids
         assert tokenizer.decode(ids) == SPECIAL_TEXT
 
@@ -75,8 +75,8 @@ def test_special_strings_in_a_document_are_ordinary_text(models, kind):
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60))
-def test_byte_fallback_loses_nothing(models, kind, text):
-    """decode(encode(text)) == text for any Unicode text, and bytes_per_id adds up to its length (+ 1: the first space)."""
+def test_byte_fallback_is_lossless(models, kind, text):
+    """decode(encode(text)) == text for any Unicode text, and bytes_per_id adds up to its length plus 1 for the first space."""
     tokenizer = load_tokenizer(models[kind])
     (ids,) = tokenizer.encode_batch([text])
     assert tokenizer.decode(ids) == text
@@ -84,8 +84,8 @@ def test_byte_fallback_loses_nothing(models, kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_tokenizer_is_the_same_one(models, kind, tmp_path):
-    """Same ids and fingerprint from the folder, which transformers' AutoTokenizer loads too."""
+def test_a_saved_tokenizer_gives_the_same_ids(models, kind, tmp_path):
+    """The folder gives the same ids and fingerprint, and transformers' AutoTokenizer loads it too."""
     from transformers import AutoTokenizer
 
     tokenizer = load_tokenizer(models[kind])
@@ -98,14 +98,14 @@ def test_a_saved_tokenizer_is_the_same_one(models, kind, tmp_path):
     assert others(SENTENCES, add_special_tokens=False).input_ids == tokenizer.encode_batch(SENTENCES)
 
 
-def test_pickling_keeps_a_tokenizer(models):
+def test_a_pickled_tokenizer_gives_the_same_ids(models):
     tokenizer = load_tokenizer(models["bpe"])
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode_batch([SPECIAL_TEXT]) == tokenizer.encode_batch([SPECIAL_TEXT])
     assert copy.fingerprint == tokenizer.fingerprint
 
 
-def test_fingerprints_tell_tokenizers_apart(models):
+def test_different_tokenizers_have_different_fingerprints(models):
     assert len({load_tokenizer(path).fingerprint for path in models.values()}) == len(KINDS)
 
 
@@ -114,7 +114,7 @@ def test_a_folder_with_one_model_file_is_a_tokenizer(models, tmp_path):
     assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(models["bpe"]).fingerprint
 
 
-def test_control_ids_stand_for_no_bytes(models):
+def test_control_ids_count_zero_bytes(models):
     lengths = load_tokenizer(models["bpe"]).bytes_per_id()
     assert lengths[:3].tolist() == [0, 0, 0]
     tokenizer = load_tokenizer(models["bpe"])
@@ -122,7 +122,7 @@ def test_control_ids_stand_for_no_bytes(models):
     assert lengths[newline] == 1
 
 
-def test_byte_level_pieces_stand_for_as_many_bytes_as_they_have_characters():
+def test_byte_level_pieces_count_one_byte_per_character():
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -158,7 +158,7 @@ def c4_texts(c4_sample) -> list[str]:
 
 
 def test_t5_ids_of_c4_equal_the_published_ones(t5_model, c4_sample):
-    """Wrapped, and read from its .model file, T5's tokenizer gives the ids of transformers, cut and ended as published."""
+    """Wrapped or read from its .model file, T5's tokenizer gives transformers' ids, truncated and ended as published."""
     from peft_pretraining.data.lanes import Document, padded_sequences
 
     theirs, texts = t5(t5_model), c4_texts(c4_sample)
@@ -170,8 +170,8 @@ def test_t5_ids_of_c4_equal_the_published_ones(t5_model, c4_sample):
         assert ours == published
 
 
-def test_t5_s_extra_ids_never_come_out_of_text(t5_model):
-    """32,100 ids, of which a model with 32,000 rows needs none above 31,999."""
+def test_text_never_gives_t5s_extra_ids(t5_model):
+    """T5 has 32,100 ids, but text gives none above 31,999, so a model with 32,000 rows suffices."""
     wrapped = Tokenizer(t5(t5_model), "t5")
     assert (wrapped.vocab_size, wrapped.text_vocab_size, wrapped.pad_id, wrapped.eos_id) == (32100, 32000, 0, 1)
     every_special = " ".join(t5(t5_model).get_added_vocab())
@@ -182,7 +182,7 @@ def test_t5_s_extra_ids_never_come_out_of_text(t5_model):
     assert len(wrapped.decode([32099, 0, 1, 8774])) == len("Hello")
 
 
-def test_a_saved_t5_tokenizer_is_the_same_one(t5_model, tmp_path):
+def test_a_saved_t5_tokenizer_keeps_its_fingerprint(t5_model, tmp_path):
     wrapped = Tokenizer(t5(t5_model), "t5")
     wrapped.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == wrapped.fingerprint
@@ -204,7 +204,7 @@ def test_a_saved_t5_tokenizer_is_the_same_one(t5_model, tmp_path):
         ("a name with spaces!", "check the name"),
     ],
 )
-def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, monkeypatch, name, said):
+def test_a_tokenizer_that_cannot_be_loaded_gives_one_line(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -219,8 +219,8 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, monkeypatch, name, 
     assert "\n" not in str(caught.value)
 
 
-def test_an_unreachable_hub_is_said_soon(monkeypatch):
-    """Without the probe the library tries for most of a minute and prints each try."""
+def test_an_unreachable_hub_is_reported_soon(monkeypatch):
+    """Without a check of its own the library retries for most of a minute and prints each attempt."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -238,7 +238,7 @@ def test_a_tokenizer_without_eos_is_refused():
 
 
 def test_a_tokenizer_that_cannot_spell_its_own_symbols_is_refused():
-    """A whole-word vocabulary finds "[END]" as a word; a document could end itself."""
+    """With a whole-word vocabulary, "[END]" in a document would become the control symbol."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

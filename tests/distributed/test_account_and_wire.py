@@ -1,4 +1,4 @@
-"""Bytes that processes hold and exchange: the account's and the plan's figures beside real tensors and real collectives."""
+"""Bytes that processes store and exchange: predictions compared with real tensors and real collectives."""
 
 import itertools
 import os
@@ -30,11 +30,8 @@ from sparse_lora import SLTrainConfig, attach_relora, reparameterize
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-RANK, SPARSITY, LENGTH = (
-    8,
-    0.3,
-    16,
-)  # of the low-rank part; so that some sparse parts reach 4,096 elements and others not
+# With this sparsity some sparse parts have 4,096 elements, the limit of quantising, and others do not.
+RANK, SPARSITY, LENGTH = 8, 0.3, 16
 OPTIMIZERS = [
     *(("adam", {}), ("adamw", {}), ("sgd", {}), ("sgd", {"beta1": 0.9}), ("adam8bit", {}), ("adamw4bit", {})),
     *(("adam8bit", {"embedding_bits": 32}), ("adamw4bit", {"embedding_bits": 8})),
@@ -42,7 +39,7 @@ OPTIMIZERS = [
 
 
 def tiny() -> ModelConfig:
-    """Rows that three processes cannot share evenly; shards above and below 4,096 elements."""
+    """A model whose rows three processes cannot divide evenly, with shards above and below 4,096 elements."""
     sizes = {"vocab_size": 301, "hidden_size": 64, "intermediate_size": 200, "num_hidden_layers": 2}
     return replace(load_model_config(ROOT / "configs/llama_9m.json"), **sizes, num_attention_heads=4, num_key_value_heads=2)
 
@@ -69,7 +66,7 @@ def trained(module: TokenLoss) -> dict[str, torch.nn.Parameter]:
 
 
 def sharded(found: Setting) -> TokenLoss:
-    """As `--parallel fsdp` divides a model: embedding and layers by themselves, the rest with the root."""
+    """Shards a model as `--parallel fsdp` does: embedding and layers separately, the rest with the root."""
     module = token_loss(found)
     dtypes = [None if name is None else getattr(torch, name) for name in (found.compute_dtype, found.reduce_dtype)]
     policy = MixedPrecisionPolicy(*dtypes)
@@ -86,7 +83,7 @@ def micro_batch(found: Setting) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def bytes_held(found: Setting, world: World) -> dict[str, int]:
-    """Parameters, support, gradients before the step and moments after it, of this process."""
+    """Returns this process's bytes of parameters, support, gradients before the step, and moments after it."""
     module = sharded(found)
     choice = {name: value for name in ("beta1", "embedding_bits") if (value := getattr(found, name))}
     build = partial(build_optimizer, found.optimizer, lr=1e-3, weight_decay=0.0, **choice)
@@ -102,7 +99,7 @@ def bytes_held(found: Setting, world: World) -> dict[str, int]:
 
 
 class Payloads(TorchDispatchMode):
-    """Bytes that collectives were called with, by their kind; a few numbers of up to 64 bytes are not counted."""
+    """Counts the bytes passed to collectives, by kind, except tensors of at most 64 bytes."""
 
     def __init__(self):
         super().__init__()
@@ -119,10 +116,10 @@ class Payloads(TorchDispatchMode):
 
 
 def bytes_exchanged(found: Setting) -> dict[str, int]:
-    """Payloads of an update, its first one (DDP's later ones have other buckets, of the same bytes)."""
+    """Returns the bytes exchanged in the first update (DDP's later updates have other buckets with the same bytes)."""
     if found.parallel == "fsdp":
         module = sharded(found)
-        module(*micro_batch(found)).backward()  # in the first pass FSDP2 does not know yet what to gather beforehand
+        module(*micro_batch(found)).backward()  # FSDP2 learns in the first pass what to gather in advance
         module.zero_grad()
     else:
         module = DistributedDataParallel(token_loss(found), gradient_as_bucket_view=True)
@@ -138,7 +135,7 @@ def bytes_exchanged(found: Setting) -> dict[str, int]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Most bytes of storages made by operations and alive at one time, at their size of then: FSDP2 empties and refills them."""
+    """Records the most bytes of storages alive at one time, at their current sizes, because FSDP2 resizes them."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +152,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def working_peak(found: Setting, world: World) -> int:
-    """Most bytes beside parameters, supports and moments in an update; the least of four, as gloo may free a buffer late."""
+    """Returns an update's peak without parameters, supports and moments: the least of four, since gloo may free buffers late."""
     with PeakBytes() as measured:
         module = sharded(found)
         build = partial(build_optimizer, found.optimizer, lr=1e-3, weight_decay=0.0)
@@ -174,7 +171,7 @@ def working_peak(found: Setting, world: World) -> int:
 
 
 def peak_settings(world_size: int) -> list[Setting]:
-    """Where embedding and head are most of the model, and where its layers are."""
+    """Returns settings in which embedding and head dominate the model, and others in which its layers do."""
     wide = {"vocab_size": 4001, "hidden_size": 128, "intermediate_size": 352}
     deep = {"vocab_size": 301, "hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 6}
     choices = [{}, {"gradient_accumulation": 2}, {"reshard_after_forward": False}, {"compute_dtype": "bfloat16"}]
@@ -208,7 +205,7 @@ def exchanged_settings(world_size: int) -> list[Setting]:
 
 
 def in_each(rank: int, size: int, port: int, results: Path) -> None:
-    """What process `rank` finds, saved to rank.pt."""
+    """Measures in process `rank`, and saves the results to rank.pt."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     world = World(rank, size, rank, size)
@@ -221,7 +218,7 @@ def in_each(rank: int, size: int, port: int, results: Path) -> None:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.full)])
 def processes(request, tmp_path_factory) -> tuple[int, list]:
-    """How many, and for each what it holds and exchanges."""
+    """Returns the number of processes and the measurements of each."""
     folder, port, size = tmp_path_factory.mktemp(str(request.param)), free_port(), request.param
     started = [SERVER.Process(target=in_each, args=(rank, size, port, folder)) for rank in range(size)]
     for process in started:
@@ -232,14 +229,14 @@ def processes(request, tmp_path_factory) -> tuple[int, list]:
     return size, [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
-def test_the_account_is_what_process_0_holds(processes):
-    """To the byte, with every optimizer but adafactor, which works on whole rows and columns; nobody holds more."""
+def test_the_account_equals_the_tensors_of_process_0(processes):
+    """Exact, with every optimizer except adafactor, which cannot be sharded; no other process stores more."""
     size, found = processes
     for number, expected in enumerate(held_settings(size)):
         predicted, measured = account(expected), [held[number] for held, _, _ in found]
         for name in ("parameters", "support", "optimizer"):
             assert measured[0][name] == predicted[name], (expected, name)
-            if name != "optimizer":  # parts below 4,096 elements have float32 moments: a smaller part may take more
+            if name != "optimizer":  # shards below 4,096 elements have float32 moments, so a smaller shard may take more
                 assert max(held[name] for held in measured) == measured[0][name]
         if expected.per_layer:
             assert measured[0]["gradients"] == 0  # stepped and freed in the backward pass
@@ -247,8 +244,8 @@ def test_the_account_is_what_process_0_holds(processes):
             assert measured[0]["gradients"] == predicted["gradients"], expected
 
 
-def test_the_peak_is_what_an_update_takes(processes):
-    """Within 10 % of what torch allocates in it."""
+def test_the_predicted_peak_equals_an_updates(processes):
+    """Within 10 % of the bytes that torch allocates."""
     size, found = processes
     for number, expected in enumerate(peak_settings(size)):
         predicted = account(expected)
@@ -256,8 +253,8 @@ def test_the_peak_is_what_an_update_takes(processes):
         assert working == pytest.approx(found[0][2][number], rel=0.1), expected
 
 
-def test_what_is_exchanged_is_what_the_plan_says(processes):
-    """Payloads to the byte; gradients once per update whatever the accumulation."""
+def test_the_exchanged_bytes_equal_the_plans(processes):
+    """Exact; gradients are exchanged once per update for any accumulation."""
     size, found = processes
     for number, expected in enumerate(exchanged_settings(size)):
         predicted = traffic(expected)
@@ -270,8 +267,8 @@ def test_what_is_exchanged_is_what_the_plan_says(processes):
             assert {name: exchanged[number].get(name, 0) for name in by_kind} == by_kind, expected
 
 
-def test_sltrain_exchanges_no_more_than_its_share_of_parameters(processes):
-    """Of full-rank's bytes, as they were counted: at most the ratio of the parameters and 1 %."""
+def test_sltrain_exchanges_in_proportion_to_its_parameters(processes):
+    """Its measured bytes are at most the ratio of the parameters plus 1 % of full-rank's."""
     size, found = processes
     counted = dict(zip(exchanged_settings(size), found[0][1], strict=True))
     parameters = {

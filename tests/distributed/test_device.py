@@ -1,4 +1,4 @@
-"""What the program knows of the CPU before torch is loaded."""
+"""The CPU's support of bfloat16 is known before torch is loaded, and the plan warns if it is missing."""
 
 import platform
 
@@ -38,7 +38,7 @@ ARM_BF16 = "processor : 0\nFeatures : fp asimd sve bf16 i8mm\n"
         (AVX512, {"ATEN_CPU_CAPABILITY": "avx2"}, True),  # oneDNN's products do not depend on it
     ],
 )
-def test_instructions_for_bfloat16_are_known_from_cpuinfo(tmp_path, cpuinfo, environ, answer):
+def test_bfloat16_instructions_are_recognised_in_cpuinfo(tmp_path, cpuinfo, environ, answer):
     path = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         path.write_text(cpuinfo)
@@ -75,9 +75,9 @@ def test_the_plan_warns_of_bfloat16_arithmetic_under_fsdp_too(monkeypatch, tiny_
     assert ["warning: --compute_dtype bfloat16: this CPU" in text for text in shown] == [False, True]
 
 
-def test_this_machine_is_read_without_torch():
-    """The answer from /proc/cpuinfo is torch's own, where there is such a file."""
-    answer = device.cpu_has_bfloat16(environ={})
+def test_the_answer_for_this_machine_equals_torchs():
+    """If /proc/cpuinfo gives an answer, it equals torch's."""
+    answer = device.cpu_has_bfloat16()
     assert answer in (True, False, None)
     if answer is not None and platform.machine() == "x86_64":
         assert answer == torch.ops.mkldnn._is_mkldnn_bf16_supported()

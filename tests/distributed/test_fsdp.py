@@ -1,4 +1,4 @@
-"""--parallel fsdp: the course of a run is that of one process, of ddp, and of itself stopped and going on elsewhere."""
+"""Runs with --parallel fsdp equal those of one process and of ddp, also when resumed with other numbers of processes."""
 
 import itertools
 import json
@@ -63,8 +63,8 @@ def assert_same(first: Path, second: Path, tolerances: dict[str, float]) -> None
 
 
 @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.full), "sltrain"])
-def test_equal_training(tmp_path, flags, method):
-    """Padded micro-batches with very unequal token counts: one process, ddp and fsdp, with and without accumulation."""
+def test_one_process_ddp_and_fsdp_train_equally(tmp_path, flags, method):
+    """With padded micro-batches of very unequal token counts, with and without accumulation."""
     flags += ["--peft_model", method, "--optimizer", "adamw", "--num_training_steps", "20", "--grad_clipping", "0.5"]
     train(tmp_path / "one", 1, flags, "--batch_size", "3")
     settings = {
@@ -81,8 +81,8 @@ def test_equal_training(tmp_path, flags, method):
         assert held[1] == pytest.approx(held[0] / (processes if "fsdp" in name else 1), rel=0.05)
 
 
-def test_document_masks_in_several_processes(tmp_path, flags):
-    """One process, ddp and fsdp; layers that are computed again in the backward pass see the same masks."""
+def test_document_masks_work_in_several_processes(tmp_path, flags):
+    """In one process, ddp and fsdp; layers recomputed in the backward pass use the same masks."""
     flags += ["--peft_model", "sltrain", "--optimizer", "adamw", "--num_training_steps", "6", "--packing"]
     train(tmp_path / "unmasked", 1, flags, "--batch_size", "6")
     flags += ["--document_mask"]
@@ -95,8 +95,8 @@ def test_document_masks_in_several_processes(tmp_path, flags):
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.full), "adamw-rounded", "adam8bit", "adamw4bit"])
-def test_per_layer_updates_and_going_on(tmp_path, flags, optimizer):
-    """Bit for bit the ordinary update; saved and taken up again in the middle by as many processes, bit for bit the whole."""
+def test_fsdp_per_layer_updates_and_resuming_are_bit_identical(tmp_path, flags, optimizer):
+    """Per-layer updates are bit-identical to whole ones, also when resumed in the middle by as many processes."""
     rounding = ["--dtype", "bfloat16", "--stochastic_rounding"] if optimizer == "adamw-rounded" else []
     flags += ["--peft_model", "sltrain", "--train_scaling", "--optimizer", optimizer.split("-")[0], *rounding]
     flags += ["--num_training_steps", "6", "--support", "block" if optimizer == "adamw" else "uniform"]
@@ -125,10 +125,10 @@ COVER = [("adamw", "fsdp2-fsdp4-one"), ("adam8bit", "ddp2-fsdp2-one")]
     ("optimizer", "chain"),
     [*COVER, *(pytest.param(*case, marks=pytest.mark.full) for case in CROSSINGS if case not in COVER)],
 )
-def test_checkpoints_cross_over(tmp_path, flags, optimizer, chain):
-    """Between kinds and numbers of processes: exactly but for the order of sums; 8-bit moments to within their rounding."""
+def test_checkpoints_are_resumed_by_other_kinds_and_numbers_of_processes(tmp_path, flags, optimizer, chain):
+    """Between ddp and fsdp and numbers of processes: equal except for the order of sums, and for 8-bit moments' rounding."""
     flags += ["--peft_model", "sltrain", "--optimizer", optimizer, "--num_training_steps", "9", "--save_every", "3"]
-    # Only embedding and head have the 4,096 elements from which moments are quantised, in two processes still, in four no more.
+    # Only embedding and head have the 4,096 elements from which moments are quantised; shards of two processes do, of four not.
     flags += ["--batch_size", "1", *(["--embedding_states", "8bit"] if optimizer == "adam8bit" else [])]
     train(tmp_path / "undisturbed", 1, flags)
     before: Path | None = None
@@ -142,7 +142,7 @@ def test_checkpoints_cross_over(tmp_path, flags, optimizer, chain):
     assert_same(tmp_path / "undisturbed", before, tolerances)
 
 
-def test_what_cannot_be_sharded_is_refused(tmp_path, flags):
+def test_an_optimizer_that_cannot_be_sharded_is_refused(tmp_path, flags):
     flags += ["--save_dir", str(tmp_path / "run"), "--batch_size", "3", "--parallel", "fsdp"]
     code, output = forked.run([*flags, "--optimizer", "adafactor"], tmp_path / "log", processes=2)
     assert code == 2
@@ -150,8 +150,8 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, flags):
     assert not (tmp_path / "run").exists()
 
 
-def test_dtypes_of_sums_and_of_arithmetic(tmp_path, flags):
-    """Gradients of bfloat16 summed in float32; float32 parameters gathered as bfloat16: each near the run that it stands for."""
+def test_reduce_dtype_and_compute_dtype_take_effect(tmp_path, flags):
+    """bfloat16 gradients summed in float32, and float32 parameters gathered in bfloat16, stay close to their reference runs."""
     flags += ["--peft_model", "sltrain", "--optimizer", "adamw", "--num_training_steps", "6", "--batch_size", "3"]
     settings = {
         "float32": [],
@@ -163,9 +163,9 @@ def test_dtypes_of_sums_and_of_arithmetic(tmp_path, flags):
     for name, more in settings.items():
         train(tmp_path / name, 2, flags, *more)
     assert_same(tmp_path / "ddp-summed-wide", tmp_path / "ddp-summed-wide-per-layer", EXACT)
-    # FSDP2 adds up the micro-batches' gradients in that dtype too.
+    # FSDP2 also accumulates the micro-batches' gradients in that dtype.
     assert_same(tmp_path / "ddp-summed-wide", tmp_path / "fsdp-summed-wide", {"loss": 1e-4, "parameters": 1e-2})
-    # Of two numbers the sum is rounded once in either dtype; of three it is another.
+    # A sum of two numbers is rounded once in either dtype, so only three processes show a difference.
     for name, more in (("bfloat16", ["--dtype", "bfloat16"]), ("ddp-summed-wide", settings["ddp-summed-wide"])):
         train(tmp_path / f"{name}-three", 3, flags, *more, "--batch_size", "2")
     assert deviations(tmp_path / "ddp-summed-wide-three", tmp_path / "bfloat16-three")["parameters"] > 0
@@ -179,7 +179,7 @@ def test_dtypes_of_sums_and_of_arithmetic(tmp_path, flags):
 
 @pytest.mark.full
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled_layers(tmp_path, flags, parallel):
+def test_compiled_layers_train_equally_in_two_processes(tmp_path, flags, parallel):
     flags += ["--peft_model", "sltrain", "--optimizer", "adamw", "--num_training_steps", "3", "--batch_size", "3"]
     train(tmp_path / "eager", 2, flags, "--parallel", parallel)
     train(tmp_path / "compiled", 2, flags, "--parallel", parallel, "--compile")

@@ -1,4 +1,4 @@
-"""GaLore's projections in two processes, whose linear algebra may differ: they train one model all the same."""
+"""Two processes with GaLore keep equal parameters, even if their SVDs differ."""
 
 import itertools
 import os
@@ -20,15 +20,17 @@ CPU = torch.device("cpu")
 
 
 def with_other_signs(svd, calls, matrix, full_matrices):
-    """What another machine's library may return of the same matrix: as right, and another basis of the moments. Of two
-    matrices every second time, since what is always turned round changes nothing."""
+    """Returns an SVD with other signs, as another machine's library may: a correct one, but another basis for the moments.
+
+    The signs change in every second update only, since constant signs would have no effect.
+    """
     left, values, right = svd(matrix, full_matrices=full_matrices)
     sign = 1 - 2 * (next(calls) // 2 % 2)
     return sign * left, values, sign * right
 
 
 def trained(world: World, per_layer: bool) -> list[torch.Tensor]:
-    """Parameters after updates with two projections, each process with data of its own."""
+    """Returns the parameters after updates with two projections; each process has its own data."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 12))
     build = partial(
@@ -46,7 +48,7 @@ def trained(world: World, per_layer: bool) -> list[torch.Tensor]:
         updates.before_backward(True)
         x = torch.randn(5, 12, generator=torch.Generator().manual_seed(2 * number + world.rank))
         model(x).square().sum().backward()
-        if not per_layer:  # which DistributedDataParallel does
+        if not per_layer:  # as DistributedDataParallel does
             for parameter in model.parameters():
                 average_(parameter.grad, world)
         updates.finish(torch.zeros(()))
@@ -76,11 +78,11 @@ def two_processes(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_both_processes_have_the_projection_of_the_first(two_processes, per_layer):
+def test_all_processes_use_the_first_ones_projection(two_processes, per_layer):
     first, second = two_processes
     assert all(map(torch.equal, first[per_layer], second[per_layer]))
 
 
-def test_per_layer_equals_whole_bit_for_bit(two_processes):
+def test_per_layer_updates_are_bit_identical_to_whole_ones(two_processes):
     for found in two_processes:
         assert all(map(torch.equal, found[False], found[True]))

@@ -1,4 +1,4 @@
-"""Two machines, as far as one can stand in for two: two torchrun agents that find each other by an address."""
+"""Two machines, simulated on one by two torchrun agents that find each other by an address."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def flags(tiny_run) -> list[str]:
 
 @contextlib.contextmanager
 def two_agents(folder: Path, flags: list[str]):
-    """Agents of two machines with a process each, as (agent, its log); none is left behind."""
+    """Starts agents of two machines with one process each; yields (agent, log) and ends all processes afterwards."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{forked.free_port()}", "--rdzv_id", "two"]
     command += ["torchrun_main.py", "--save_dir", str(folder), *flags]
@@ -52,8 +52,8 @@ def two_agents(folder: Path, flags: list[str]):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.full)])
-def test_a_hung_machine_ends_the_other_and_the_run_goes_on_exactly(tmp_path, flags, parallel):
-    """The hung run starts under torchrun. The undisturbed run and the resumed one are forked: the same program, in a moment."""
+def test_a_hung_machine_ends_the_other_and_the_run_resumes_exactly(tmp_path, flags, parallel):
+    """The hung run is started by torchrun; the undisturbed and the resumed run are forked, which is faster."""
     flags += ["--parallel", parallel]
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "whole")], tmp_path / "whole.log", processes=2)
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""A run goes on with other numbers of processes and workers as if nothing had happened: documents, order, losses."""
+"""A run resumed with other numbers of processes and workers has the same documents, order and losses."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def flags(tiny_run) -> list[str]:
 
 
 def train(folder: Path, processes: int, argv: list[str]) -> tuple[list[str], list[dict]]:
-    """The sequences of a run in the order of their positions, and its record."""
+    """Trains; returns the run's sequences in the order of their positions, and the rows of metrics.jsonl."""
     folder.mkdir()
     code, output = forked.run([*argv, "--save_dir", str(folder)], folder / "log", processes=processes, sequences=folder)
     assert code == 0, output
@@ -30,7 +30,7 @@ def train(folder: Path, processes: int, argv: list[str]) -> tuple[list[str], lis
 
 
 def first_documents(corpus: Path, folder: Path, each: int) -> Path:
-    """A copy of the corpus with `each` documents in a shard: what its lanes, equally long, can divide among them."""
+    """Copies the corpus with only `each` documents per shard, so that its lanes are equally long."""
     (folder / "corpus").mkdir()
     for shard in corpus.iterdir():
         lines = shard.read_text().splitlines(keepends=True)
@@ -48,15 +48,15 @@ def first_documents(corpus: Path, folder: Path, each: int) -> Path:
     ],
     ids=lambda value: "-".join(str(processes) for processes, _ in value) if isinstance(value, list) else value,
 )
-def test_every_document_once_in_the_same_order(tmp_path, flags, lanes, batch, updates, stages):
-    """Over one epoch, with another number of processes and workers from each checkpoint on."""
+def test_other_process_counts_keep_the_order_of_documents(tmp_path, flags, lanes, batch, updates, stages):
+    """Over one epoch, with another number of processes and workers after each checkpoint."""
     stage = updates // len(stages)
     corpus = first_documents(Path(flags[flags.index("--dataset") + 1]), tmp_path, updates * batch // SHARDS)
     flags += ["--dataset", str(corpus)]
     flags += ["--data_lanes", lanes, "--total_batch_size", str(batch), "--num_training_steps", str(updates)]
     flags += ["--save_every", str(stage)]
     expected, whole = train(tmp_path / "whole", 1, [*flags, "--workers", "0"])
-    assert len(set(expected)) == len(expected) == updates * batch  # all documents that there are
+    assert len(set(expected)) == len(expected) == updates * batch  # all documents
     sequences: list[str] = []
     for number, (processes, workers) in enumerate(stages):
         last = number == len(stages) - 1

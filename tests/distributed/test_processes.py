@@ -14,12 +14,12 @@ def train(folder: Path, processes: int, *flags: str) -> list[dict]:
     argv = ["--save_dir", str(folder), "--wandb", "disabled", *flags]
     code, output = forked.run(argv, folder.with_suffix(".log"), processes=processes)
     assert code == 0, output[-3000:]
-    assert "Warning" not in output  # each would come once per process
+    assert "Warning" not in output  # a warning would be printed by each process
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_all(tmp_path: Path, settings: dict[str, tuple[int, list[str]]], common: list[str]) -> list[dict]:
-    """Train in every setting; all have the course of the first: losses to 1e-5, gradient norms and parameters to 1e-4."""
+    """Trains in every setting, and compares with the first: losses to 1e-5, gradient norms and parameters to 1e-4."""
     records = [train(tmp_path / name, processes, *common, *flags) for name, (processes, flags) in settings.items()]
     first, *others = settings
     for name, record in zip(others, records[1:], strict=True):
@@ -33,7 +33,7 @@ def run_all(tmp_path: Path, settings: dict[str, tuple[int, list[str]]], common: 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
-    """Micro-batches with very unequal token counts per process: the mean must be over all tokens, not over processes."""
+    """Token counts per process are very unequal, so the mean must be over all tokens, not over processes."""
     common = [
         *tiny_run,
         *("--max_length", "48", "--total_batch_size", "12", "--data_lanes", "6"),
@@ -59,8 +59,8 @@ def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
         ("galore_adamw", ["galore", "--update_proj_gap", "3"]),
     ],
 )
-def test_per_layer_updates_in_two_processes(tmp_path, tiny_run, optimizer, method):
-    """Bit for bit what stepping after the backward pass gives, in one process and in two, stopped and resumed in the middle."""
+def test_ddp_per_layer_updates_are_bit_identical_to_whole_ones(tmp_path, tiny_run, optimizer, method):
+    """Bit-identical to whole updates, in one process and in two, also when resumed in the middle."""
     common = [
         *tiny_run,
         *("--max_length", "48", "--total_batch_size", "8", "--data_lanes", "6", "--batch_size", "2", "--workers", "0"),
@@ -90,7 +90,7 @@ def test_per_layer_updates_in_two_processes(tmp_path, tiny_run, optimizer, metho
 
 
 @pytest.mark.full
-def test_real_text_in_one_and_two_processes(tmp_path, c4_sample, t5_model):
+def test_one_and_two_processes_train_equally_on_real_text(tmp_path, c4_sample, t5_model):
     """60 updates of llama_9m on real C4 text with the real T5 tokenizer."""
     common = [
         *("--model_config", "configs/llama_9m.json", "--tokenizer", str(t5_model), "--dataset", str(c4_sample)),

@@ -1,4 +1,4 @@
-"""Merges and restarts in two processes, each with all of the model or with a part of it: the course of one process."""
+"""Runs with merges and restarts are equal in one process and in two, with ddp and fsdp."""
 
 import json
 import os
@@ -47,8 +47,8 @@ def train(folder: Path, processes: int, *flags: str) -> None:
 
 
 def assert_near(one: Path, other: Path) -> None:
-    """Losses and norms, and the weights that layers apply: B and A alone have the signs of singular vectors, which are
-    arbitrary, and just after a merge Adam makes steps of full size of gradients that are nothing but rounding."""
+    """Compares losses, norms and merged weights. B and A themselves may differ: signs of singular vectors are arbitrary, and just
+    after a merge Adam turns rounding errors in gradients into full-size steps."""
     apart = deviations(one, other)
     assert all(apart[key] <= tolerance for key, tolerance in TOLERANCES.items()), apart
     models = [load_model(folder, torch.device("cpu"))[0] for folder in (one, other)]
@@ -66,7 +66,7 @@ def assert_near(one: Path, other: Path) -> None:
         ("ddp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--per_layer"]),
         ("ddp", [*SLTRAIN, "--init", "svd"]),
         pytest.param("fsdp", RELORA, marks=pytest.mark.full),
-        # Evaluated just before each merge, layers are still gathered then.
+        # Layers are still gathered by the evaluation just before each merge.
         ("fsdp", [*RELORA, "--reshard_after_forward", "false", "--eval_every", "2", "--eval_tokens", "200"]),
         ("fsdp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--train_scaling"]),
         pytest.param("fsdp", [*RELORA, "--optimizer_random_pruning", "0.5", "--per_layer"], marks=pytest.mark.full),
@@ -75,8 +75,8 @@ def assert_near(one: Path, other: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(word.strip("-") for word in value[1::2]),
 )
-def test_two_processes_have_the_course_of_one(tmp_path, common, parallel, method):
-    """And, stopped in the middle of a cycle, in two processes go on to the same bits."""
+def test_two_processes_restart_as_one_does(tmp_path, common, parallel, method):
+    """A run of two processes that is resumed in the middle of a cycle is bit-identical."""
     train(tmp_path / "one", 1, *common, "--batch_size", "8", *method)
     two = [*common, "--batch_size", "4", "--parallel", parallel, *method]
     train(tmp_path / "two", 2, *two)
@@ -85,15 +85,15 @@ def test_two_processes_have_the_course_of_one(tmp_path, common, parallel, method
     assert set(deviations(tmp_path / "two", tmp_path / "resumed").values()) == {0.0}
 
 
-def test_accumulation_in_two_processes_that_share_a_frozen_model(tmp_path, common):
-    """FSDP2 sums gradients over micro-batches where some parameters of a layer have none."""
+def test_fsdp_accumulates_gradients_of_a_partly_frozen_model(tmp_path, common):
+    """FSDP2 accumulates gradients over micro-batches although some parameters of a layer have none."""
     train(tmp_path / "one", 1, *common, "--batch_size", "8", *RELORA)
     train(tmp_path / "two", 2, *common, "--batch_size", "2", "--parallel", "fsdp", *RELORA)
     assert_near(tmp_path / "one", tmp_path / "two")
 
 
 def add_product_as_elsewhere_(add_product_, layer, noise=None) -> None:
-    """What another machine's library may make of the same merge."""
+    """Merges with another rounding, as another machine's library may."""
     add_product_(layer, noise)
     layer.weight.mul_(1 + 2**-20)
 
@@ -116,8 +116,8 @@ def merging(rank: int, port: int, results: Path) -> None:
     torch.save(model["mlp"].weight, results / f"{rank}.pt")
 
 
-def test_a_merge_that_machines_round_differently_leaves_one_model(tmp_path):
-    """Nothing else would ever bring frozen weights together again."""
+def test_weights_stay_equal_if_machines_round_a_merge_differently(tmp_path):
+    """No later step would make frozen weights equal again."""
     port = forked.free_port()
     processes = [forked.SERVER.Process(target=merging, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in processes:

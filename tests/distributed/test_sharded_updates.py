@@ -1,4 +1,4 @@
-"""Updates of parameters that FSDP2 shards over two processes: whole, and per layer in its backward pass."""
+"""Updates of parameters that FSDP2 shards over two processes: whole, and per layer in the backward pass."""
 
 import itertools
 import os
@@ -25,13 +25,13 @@ NUM_UPDATES, WIDTH = 3, 64
 
 
 def aligned() -> nn.Module:
-    """Shards of whole quantisation blocks, above 4,096 elements where the tensor is; the last one is empty in process 1."""
+    """Returns a network with shards of complete quantisation blocks, the last of which is empty in process 1."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, 256), nn.Tanh(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 1, bias=False))
 
 
 def odd() -> nn.Module:
-    """Boundaries in the midst of blocks, shards below 4,096 elements of tensors above it, 1-D values of odd length."""
+    """Returns a network with shard boundaries inside blocks, small shards of large tensors, and values of odd length."""
     torch.manual_seed(0)
     sparse = SparseLowRankLinear(WIDTH, 151, rank=7, sparsity=0.61, alpha=8.0, seed=3)
     assert sparse.sparse_value.numel() % 2 == 1
@@ -56,7 +56,7 @@ def loss_of(model: nn.Module, update: int, number: int, rank: int) -> torch.Tens
 
 
 def sharded_run(network, optimizer, world, accumulation, **options) -> tuple[list[float], list[torch.Tensor]]:
-    """Gradient norms and the whole parameters at the end, this process's data going into them."""
+    """Trains a sharded network; returns gradient norms and the unsharded final parameters."""
     model = network()
     for layer in [module for module in model if list(module.parameters())]:
         fully_shard(layer)
@@ -78,7 +78,7 @@ def sharded_run(network, optimizer, world, accumulation, **options) -> tuple[lis
 
 
 def averaged_run(network, optimizer, accumulation, **options) -> tuple[list[float], list[torch.Tensor]]:
-    """The same by hand, in one process and with nothing sharded: gradients of both, added up and halved."""
+    """Trains the same way in one process without sharding, with the mean of both processes' gradients."""
     model = network()
     updates = updates_of(model, optimizer, World(), per_layer=False, **options)
     parameters, norms = list(model.parameters()), []
@@ -98,7 +98,7 @@ def averaged_run(network, optimizer, accumulation, **options) -> tuple[list[floa
 
 
 def one_bad_gradient(optimizer: str, world: World, per_layer: bool) -> tuple[int, list[bool]]:
-    """Tensors skipped, and which changed, where process 1's part of one gradient is not finite."""
+    """Makes an update in which process 1's part of a gradient is non-finite; returns tensors skipped, and which changed."""
     model = aligned()
     fully_shard(model)
     updates = updates_of(model, optimizer, world, per_layer=per_layer)
@@ -112,7 +112,7 @@ def one_bad_gradient(optimizer: str, world: World, per_layer: bool) -> tuple[int
 
 @dataclass
 class Numbers:
-    """A micro-batch for `train_step`: inputs, and as "labels" the factor of their loss."""
+    """A micro-batch for `train_step`, with the factor of its loss as labels."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -131,7 +131,7 @@ class Scaled(nn.Module):
 
 
 def stepped_through(optimizer: str, world: World, per_layer: bool, poisoned: list[bool]) -> list[torch.Tensor]:
-    """The parameters after an update for each item; in poisoned ones, one micro-batch of process 1 has no finite loss."""
+    """Returns parameters after an update per item; in poisoned ones, a micro-batch of process 1 has a non-finite loss."""
     module = Scaled()
     fully_shard(module)
     updates = updates_of(module, optimizer, world, per_layer)
@@ -146,7 +146,7 @@ def stepped_through(optimizer: str, world: World, per_layer: bool, poisoned: lis
 
 
 def in_both(rank: int, port: int, optimizer: str, results: Path) -> None:
-    """What process `rank` of two finds, saved to rank.pt."""
+    """Makes all runs in process `rank` of two, and saves the results to rank.pt."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     world, found = World(rank, 2, rank, 2), {}
     with process_group(world, CPU, timeout_s=60):
@@ -167,7 +167,7 @@ def in_both(rank: int, port: int, optimizer: str, results: Path) -> None:
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
 def two_processes(request, tmp_path_factory) -> tuple[str, list[dict]]:
-    """The optimizer's name, and what each process found with it."""
+    """Returns the optimizer's name and the results of each process."""
     folder, port = tmp_path_factory.mktemp(request.param), free_port()
     processes = [SERVER.Process(target=in_both, args=(rank, port, request.param, folder)) for rank in range(2)]
     for process in processes:
@@ -182,13 +182,13 @@ def same(left, right) -> bool:
     return left[0] == right[0] and all(map(torch.equal, left[1], right[1]))
 
 
-def apart(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
-    """Relative L2 distance of all parameters together."""
+def relative_distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Returns the relative L2 distance of all parameters together."""
     a, b = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (left, right))
     return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 
 
-def test_per_layer_equals_whole_bit_for_bit(two_processes):
+def test_per_layer_updates_are_bit_identical_to_whole_ones(two_processes):
     _, (first, second) = two_processes
     settings = [key for key in first if len(key) == 3]
     assert len(settings) == 8
@@ -200,18 +200,18 @@ def test_per_layer_equals_whole_bit_for_bit(two_processes):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_stepping_parts_equals_stepping_the_whole_by_the_averaged_gradient(two_processes, accumulation):
+def test_stepping_shards_equals_stepping_whole_tensors_by_the_mean_gradient(two_processes, accumulation):
     optimizer, (first, _) = two_processes
     if optimizer == "adafactor":
-        return  # its second moments are means over rows and columns of the whole matrix: of parts they are others
+        return  # its second moments are means over rows and columns of the whole matrix
     norms, parameters = averaged_run(aligned, optimizer, accumulation)
     found = first["aligned", accumulation, None][1]
     assert all(map(torch.equal, parameters, found[1]))
     assert found[0] == pytest.approx(norms, rel=1e-6)
 
 
-def test_limits_by_norms_are_those_of_the_whole(two_processes):
-    """To rounding: a norm of parts is a sum in another order; 8-bit codes may jump by one of 256 for it."""
+def test_norm_limits_use_the_norms_of_whole_tensors(two_processes):
+    """Up to rounding: the norm of shards is summed in another order, which may change 8-bit codes by one of 256."""
     optimizer, (first, _) = two_processes
     if optimizer == "adafactor":
         return
@@ -220,18 +220,18 @@ def test_limits_by_norms_are_those_of_the_whole(two_processes):
     for name, (norms, parameters) in limits.items():
         expected = averaged_run(aligned, optimizer, 2, **{name: 1.01 if name == "growth" else 0.5})
         assert norms == pytest.approx(expected[0], rel=1e-5)
-        assert apart(parameters, expected[1]) < 1e-4
-        assert apart(parameters, free) > 1e-3  # the limit does something
+        assert relative_distance(parameters, expected[1]) < 1e-4
+        assert relative_distance(parameters, free) > 1e-3  # the limit does something
 
 
-def test_a_bad_part_of_a_gradient_is_noticed_in_both_processes(two_processes):
+def test_a_non_finite_shard_of_a_gradient_is_noticed_in_both_processes(two_processes):
     for results in two_processes[1]:
         assert results["bad whole"] == (5, [False] * 5)
         assert results["bad per layer"] == (1, [True, True, False, True, True])
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_an_update_without_a_finite_loss_leaves_no_trace(two_processes, per_layer):
-    """Nor do the gradients of its earlier micro-batches, which FSDP2 holds on to until it has summed them."""
+def test_an_update_with_a_non_finite_loss_changes_nothing_later(two_processes, per_layer):
+    """Including the gradients of its earlier micro-batches, which FSDP2 keeps until it has summed them."""
     for results in two_processes[1]:
         assert all(map(torch.equal, results["passed over", per_layer], results["without it", per_layer]))

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: stopped on request they go on exactly; where one dies, all end and say why."""
+"""Several processes under torchrun resume exactly after a stop; if one of them dies, all end with a message."""
 
 import json
 import os
@@ -42,9 +42,9 @@ def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) 
         time.sleep(0.01)
 
 
-def test_three_processes_stopped_by_a_signal_go_on_exactly(tmp_path, flags):
-    """From three processes on the order of sums matters: DDP must not divide its buckets anew. Only the run that gets the
-    signal starts under torchrun; the undisturbed and the resumed one are forked: the same program, in a moment."""
+def test_three_processes_stopped_by_a_signal_resume_exactly(tmp_path, flags):
+    """With three processes the order of sums matters, so DDP must not divide its buckets differently. Only the stopped run is
+    started by torchrun; the undisturbed and the resumed run are forked, which is faster."""
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "whole")], tmp_path / "whole.log", processes=3)
     assert code == 0, output
     running = start(tmp_path / "run", *flags, processes=3)
@@ -72,14 +72,14 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path, flags):
     os.kill(next(pid for pid, rank in ranks.items() if rank == "1"), signal.SIGKILL)
     output = running.communicate()[0]
     assert running.returncode == 1
-    assert 'torchrun_main.py", line' not in output  # torchrun's own traceback comes, ours does not
+    assert 'torchrun_main.py", line' not in output  # torchrun prints its own traceback, the program none
     last = output[output.rindex("Root Cause") :]
     assert "rank      : 1" in last
     assert "SIGKILL" in last
 
 
-def test_the_first_failure_is_shown_last(tmp_path, flags):
-    """What a process found wrong stands in torchrun's own summary."""
+def test_torchruns_summary_shows_the_first_failure(tmp_path, flags):
+    """torchrun's summary contains the error message of the process that failed first."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.jsonl").write_text("no json\n" * 9)
     failing = start(tmp_path / "run", *flags, "--dataset", str(tmp_path / "broken"))
@@ -94,15 +94,15 @@ def test_a_hung_process_ends_the_others_within_the_timeout(tmp_path, flags):
     wait_for_updates(running, tmp_path / "run", 3)
     hung = next(pid for pid, rank in ranks_below(running.pid).items() if rank == "1")
     os.kill(hung, signal.SIGSTOP)
-    output = running.communicate()[0]  # torchrun needs 30 s more to end the one that does not listen
+    output = running.communicate()[0]  # torchrun takes 30 s more to end the hung process
     assert running.returncode == 1
     assert "error: [rank 0] another process of this run has ended" in output
-    assert 'torchrun_main.py", line' not in output  # torchrun's own traceback comes, ours does not
+    assert 'torchrun_main.py", line' not in output  # torchrun prints its own traceback, the program none
     assert not ranks_below(running.pid)
 
 
 @pytest.mark.full
-def test_torchrun_starts_again_after_a_kill_and_the_run_is_the_same(tmp_path, flags):
+def test_a_run_restarted_by_torchrun_after_a_kill_ends_bit_identical(tmp_path, flags):
     flags = [*flags, "--save_every", "20", "--num_training_steps", "200"]
     whole = start(tmp_path / "whole", *flags)
     output = whole.communicate()[0]
@@ -135,8 +135,8 @@ sys.stdout.write(f"sum {float(total)} at restart {restart}\\n")  # whole lines: 
 
 
 @pytest.mark.parametrize("shared_store", ["0", pytest.param("1", marks=pytest.mark.full)])
-def test_restarted_processes_do_not_take_their_predecessors_addresses(tmp_path, shared_store):
-    """torchrun's store still has them when one of the processes is slower to come back than the other."""
+def test_restarted_processes_do_not_use_old_addresses(tmp_path, shared_store):
+    """torchrun's store still contains the old addresses if one process restarts later than the other."""
     (tmp_path / "late.py").write_text(LATE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": shared_store}

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining evaluate`: the same figure from every form of a model, and from transformers alone."""
+"""`python -m peft_pretraining evaluate` gives the same perplexity for every form of a model, equal to transformers'."""
 
 import json
 import math
@@ -29,14 +29,14 @@ def held_out(tiny_run: list[str]) -> Path:
 
 @pytest.fixture
 def forms(trained: Trained, tmp_path: Path) -> list[Path]:
-    """A run, its checkpoint, and both of its exports."""
+    """Returns a run, its checkpoint, and its dense and factored exports."""
     run = trained("sltrain")
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "dense")]) == 0
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "factored"), "--keep_factors"]) == 0
     return [run, run / "step_00000008", tmp_path / "dense", tmp_path / "factored"]
 
 
-def test_every_form_of_a_model_has_its_perplexity(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
+def test_every_form_of_a_model_has_the_runs_perplexity(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
     last = json.loads((forms[0] / "metrics.jsonl").read_text().splitlines()[-1])
     found = evaluate(capsys, "--checkpoint", *forms, "--dataset", held_out(tiny_run), "--max_length", 64)
     assert [each["checkpoint"] for each in found] == [str(form) for form in forms]
@@ -46,12 +46,12 @@ def test_every_form_of_a_model_has_its_perplexity(forms: list[Path], tiny_run: l
         assert each["bits_per_byte"] == pytest.approx(last["final_eval_bits_per_byte"], rel=1e-5)
         assert each["tokens"] == last["final_eval_tokens"]
         assert each["perplexity_low"] < each["perplexity"] < each["perplexity_high"]
-    flat = evaluate(capsys, "--checkpoint", forms[0])  # its own data, sequence length and tokenizer
+    flat = evaluate(capsys, "--checkpoint", forms[0])  # with the run's data, sequence length and tokenizer
     assert flat == found[0]
 
 
-def test_transformers_alone_finds_the_same(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
-    """Documents one by one, in the layout of padded training: an end token after each, cut at 64 tokens."""
+def test_transformers_alone_gives_the_same_perplexity(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
+    """Evaluates documents one by one, as in padded training: with an end token, truncated to 64 tokens."""
     model, tokenizer = (kind.from_pretrained(forms[2]) for kind in (AutoModelForCausalLM, AutoTokenizer))
     total, count = 0.0, 0
     for line in held_out(tiny_run).read_text().splitlines():
@@ -68,7 +68,7 @@ def test_transformers_alone_finds_the_same(forms: list[Path], tiny_run: list[str
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
-def test_packed_and_shortened(trained: Trained, capsys: Captured) -> None:
+def test_layout_and_number_of_tokens_can_be_chosen(trained: Trained, capsys: Captured) -> None:
     run = trained("sltrain_packed")
     packed, padded = (evaluate(capsys, "--checkpoint", run, *flags) for flags in ((), ("--no-packing",)))
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -80,7 +80,7 @@ def test_packed_and_shortened(trained: Trained, capsys: Captured) -> None:
     assert one["perplexity_low"] is one["perplexity_high"] is None
 
 
-def test_the_table_has_a_line_for_each(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
+def test_the_table_has_one_line_per_model(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
     capsys.readouterr()
     assert main(["evaluate", "--checkpoint", *map(str, forms[:2]), "--eval_tokens", "200", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -89,8 +89,8 @@ def test_the_table_has_a_line_for_each(forms: list[Path], tiny_run: list[str], c
     assert len({len(line) for line in lines}) == 1
 
 
-def test_the_interval_covers_what_it_says() -> None:
-    """2,000 sets of 12 batches of unequal sizes: the true mean lies within in 95 % of them, to the error of the count."""
+def test_the_perplexity_interval_covers_95_percent() -> None:
+    """For 2,000 sets of 12 batches of unequal sizes, the true mean lies within the interval in about 95 %."""
     generator = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(2000):
@@ -112,13 +112,13 @@ def test_the_interval_covers_what_it_says() -> None:
         (["--dataset", "nowhere-at-all"], ["nowhere-at-all"]),
     ],
 )
-def test_what_cannot_work_is_named(trained: Trained, capsys: Captured, flags: list[str], words: list[str]) -> None:
+def test_invalid_arguments_of_evaluate_are_named(trained: Trained, capsys: Captured, flags: list[str], words: list[str]) -> None:
     assert main(["evaluate", "--checkpoint", str(trained("sltrain")), *flags, "--device", "cpu"]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
 
 
-def test_what_an_export_does_not_say(forms: list[Path], tmp_path: Path, capsys: Captured) -> None:
+def test_missing_data_tokenizer_or_model_is_reported(forms: list[Path], tmp_path: Path, capsys: Captured) -> None:
     assert main(["evaluate", "--checkpoint", str(forms[2])]) == 2
     assert "--dataset is required for" in capsys.readouterr().err
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -130,20 +130,20 @@ def test_what_an_export_does_not_say(forms: list[Path], tmp_path: Path, capsys: 
     assert "holds no model" in capsys.readouterr().err
 
 
-def test_what_cannot_be_evaluated_is_refused_before_the_first(
+def test_unusable_models_are_refused_before_the_first_evaluation(
     forms: list[Path], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "evaluate_one", lambda *args: pytest.fail("it evaluated"))
+    monkeypatch.setattr(evaluation, "evaluate_one", lambda *args: pytest.fail("a model was evaluated"))
     assert main(["evaluate", "--checkpoint", str(forms[0]), str(tmp_path / "nowhere"), "--device", "cpu"]) == 2
     assert "nowhere: holds no model" in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", *map(str, forms[:3]), "--device", "cpu"]) == 2
     assert f"--dataset is required for {forms[2]}: an export records no data set" in capsys.readouterr().err
 
 
-def test_what_was_found_is_kept_where_a_later_one_fails(
+def test_earlier_results_are_printed_if_a_later_model_fails(
     forms: list[Path], tiny_run: list[str], tmp_path: Path, capsys: Captured
 ) -> None:
-    """The second export's weights are cut short, which nobody knows before reading them."""
+    """The second export's weights are truncated, which is noticed only when they are read."""
     weights = forms[2] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining export`: the same model elsewhere, or a refusal that leaves nothing behind."""
+"""`python -m peft_pretraining export` writes an equal model for other programs, or fails without leaving files."""
 
 import json
 import math
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 Trained = Callable[[str], Path]
 EVERY_METHOD = ["full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block"]
 PROMPT = "Fox 3 jumps over dog"
-# A process that loads the export with transformers alone. `certain` is the text up to the first token whose logit is within
-# `margin` of the second best: from there on, two correct computations may choose different tokens.
+# Loads the export with transformers alone, in a separate process. `certain` is the text before the first token whose logit is
+# within `margin` of the second best: from this token on, two correct computations may choose different tokens.
 ELSEWHERE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,7 +57,7 @@ def export(checkpoint: Path, out: Path, *flags: str) -> int:
 
 
 def expected_logits(run: Path) -> tuple[list[int], torch.Tensor]:
-    """Ids of the prompt as training had them, and what the checkpoint's own model makes of them."""
+    """Returns the prompt's ids as in training, and the logits of the checkpoint's model."""
     model, tokenizer, _ = load_model(run, torch.device("cpu"))
     ids = tokenizer.encode_batch([PROMPT])[0]
     with torch.inference_mode():
@@ -71,7 +71,7 @@ def test_transformers_alone_computes_the_same_logits_and_text_from_an_export(
     run = trained(name)
     assert export(run, tmp_path / "dense") == 0
     ids, logits = expected_logits(run)
-    # Each of the two best logits may differ from ours by what assert_close allows.
+    # Each of the two best logits may differ by the tolerance of assert_close.
     margin = 2 * tolerance * (1 + float(logits.abs().max()))
     command = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path / "dense"), PROMPT, str(margin)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -91,7 +91,7 @@ def test_transformers_alone_computes_the_same_logits_and_text_from_an_export(
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)
-def test_dense_exports_of_every_method(trained: Trained, tmp_path: Path, name: str) -> None:
+def test_a_dense_export_of_every_method_has_the_models_logits(trained: Trained, tmp_path: Path, name: str) -> None:
     assert export(trained(name), tmp_path / "dense") == 0
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not any(info.values())
@@ -101,24 +101,23 @@ def test_dense_exports_of_every_method(trained: Trained, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", ["lowrank", "sltrain", "sltrain_scaled", "sltrain_block"])
-def test_factored_exports_load_with_one_line(trained: Trained, tmp_path: Path, name: str) -> None:
+def test_load_factored_loads_a_factored_export(trained: Trained, tmp_path: Path, name: str) -> None:
     assert export(trained(name), tmp_path / "factored", "--keep_factors") == 0
     model, tokenizer = load_factored(tmp_path / "factored")
     ids, logits = expected_logits(trained(name))
     assert tokenizer(PROMPT)["input_ids"] == ids
     with torch.inference_mode():
-        # Few rows go another way in a model that is prepared for inference.
+        # A model prepared for inference computes few rows by another path.
         torch.testing.assert_close(model(torch.tensor([ids])).logits, logits, rtol=1e-5, atol=1e-5)
         generated = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, len(ids) + 3)
-    with pytest.raises(
-        (OSError, ValueError), match=r"config\.json"
-    ):  # rather than a dense model with weights that nobody trained
+    # transformers must not load it as a dense model with random weights.
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "factored")
 
 
 def test_a_factored_1b_model_is_half_the_dense_one() -> None:
-    """Published rank and sparsity; bfloat16, the stored positions included."""
+    """With the published rank and sparsity, in bfloat16, including stored positions."""
     model = load_model_config(ROOT / "configs/llama_1b.json")
     counts = parameter_counts(model, method="sltrain", rank=512, sparsity=0.03)
     dense = parameter_counts(model, method="full", rank=512, sparsity=0.03)
@@ -128,7 +127,7 @@ def test_a_factored_1b_model_is_half_the_dense_one() -> None:
     assert (2 * counts.total + support) / (2 * dense.total) <= 0.52
 
 
-def test_prompts_of_t5_are_not_ended(t5_model: Path, tmp_path: Path) -> None:
+def test_an_exported_t5_tokenizer_adds_no_end_token(t5_model: Path, tmp_path: Path) -> None:
     from peft_pretraining.data.tokenizer import load_tokenizer
 
     ours = load_tokenizer(t5_model)
@@ -143,13 +142,13 @@ def test_prompts_of_t5_are_not_ended(t5_model: Path, tmp_path: Path) -> None:
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
 
 
-def test_shards_hold_the_model_that_one_file_would(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_contain_the_same_model_as_one_file(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export(trained("sltrain"), tmp_path / "one") == 0
     waiting: list[int] = []
-    honest = ShardWriter.add
+    original = ShardWriter.add
 
     def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        honest(self, name, tensor)
+        original(self, name, tensor)
         waiting.append(sum(each.nbytes for each in self._waiting.values()))
 
     monkeypatch.setattr(ShardWriter, "add", add)
@@ -158,15 +157,15 @@ def test_shards_hold_the_model_that_one_file_would(trained: Trained, tmp_path: P
     files = sorted(set(index["weight_map"].values()))
     assert files == sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3
-    assert max(waiting) <= max(20_000, 320 * 32 * 4)  # the embedding alone is larger
+    assert max(waiting) <= max(20_000, 320 * 32 * 4)  # the embedding is larger than a shard
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in models[0].values())
 
 
 def test_one_part_of_the_model_is_in_memory_at_a_time(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models, honest = [], write.meta_model
-    monkeypatch.setattr(write, "meta_model", lambda *args: models.append(honest(*args)) or models[0])
+    models, original = [], write.meta_model
+    monkeypatch.setattr(write, "meta_model", lambda *args: models.append(original(*args)) or models[0])
     parts: set[str] = set()
 
     def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
@@ -181,7 +180,7 @@ def test_one_part_of_the_model_is_in_memory_at_a_time(trained: Trained, tmp_path
     assert {"0", "1", "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} == parts
 
 
-def test_another_dtype(trained: Trained, tmp_path: Path) -> None:
+def test_an_export_can_have_another_dtype(trained: Trained, tmp_path: Path) -> None:
     assert export(trained("sltrain"), tmp_path / "half", "--dtype", "bfloat16") == 0
     assert export(trained("sltrain_bf16"), tmp_path / "whole", "--dtype", "float32") == 0
     half, whole = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "whole"))
@@ -191,7 +190,7 @@ def test_another_dtype(trained: Trained, tmp_path: Path) -> None:
         torch.testing.assert_close(half(torch.tensor([ids])).logits.float(), logits, rtol=3e-2, atol=3e-2)
 
 
-def test_the_card_says_what_was_trained(trained: Trained, tmp_path: Path) -> None:
+def test_the_model_card_describes_the_training(trained: Trained, tmp_path: Path) -> None:
     run = trained("sltrain")
     assert export(run, tmp_path / "my-model") == 0
     text = (tmp_path / "my-model" / "README.md").read_text()
@@ -202,7 +201,7 @@ def test_the_card_says_what_was_trained(trained: Trained, tmp_path: Path) -> Non
     assert str(run) not in text
 
 
-def test_nothing_is_overwritten_and_nothing_kept_that_is_not(
+def test_unusable_export_folders_and_flags_are_refused(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -218,7 +217,7 @@ def test_nothing_is_overwritten_and_nothing_kept_that_is_not(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "here"]
 
 
-def test_a_full_disk_is_seen_before_and_leaves_nothing_after(
+def test_a_full_disk_is_reported_and_leaves_no_files(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained("sltrain")
@@ -236,7 +235,7 @@ def test_a_full_disk_is_seen_before_and_leaves_nothing_after(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_named(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_and_exports_are_named(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(resolve(trained("sltrain")), tmp_path / "step_00000008")
     with next((tmp_path / "step_00000008" / "tensors").glob("*.distcp")).open("r+b") as file:
         file.seek(100)
@@ -261,7 +260,7 @@ def test_damage_is_named(trained: Trained, tmp_path: Path, capsys: pytest.Captur
         load_factored(tmp_path / "dense")
 
 
-def test_files_are_read_by_whoever_may(trained: Trained, tmp_path: Path) -> None:
+def test_exported_files_are_readable_by_others(trained: Trained, tmp_path: Path) -> None:
     assert export(trained("sltrain"), tmp_path / "dense") == 0
     assert (tmp_path / "dense" / shards.SINGLE).stat().st_mode & 0o077 == 0o044
     with safe_open(str(tmp_path / "dense" / shards.SINGLE), framework="pt") as opened:

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining generate`: the same text alone, in a batch, from every form of a model; whole characters only."""
+"""`python -m peft_pretraining generate` writes the same text alone, in a batch and from every form of a model."""
 
 import io
 import subprocess
@@ -26,7 +26,7 @@ def generated(capsys: Captured, *flags: object) -> str:
 
 
 @pytest.mark.parametrize("name", ["sltrain", "sltrain_block"])
-def test_every_form_writes_the_same(trained: Trained, tmp_path: Path, capsys: Captured, name: str) -> None:
+def test_every_form_of_a_model_generates_the_same_text(trained: Trained, tmp_path: Path, capsys: Captured, name: str) -> None:
     forms = [trained(name), tmp_path / "dense", tmp_path / "factored"]
     for form, more in zip(forms[1:], ([], ["--keep_factors"]), strict=True):
         assert main(["export", "--checkpoint", str(forms[0]), "--out", str(form), *more]) == 0
@@ -41,7 +41,7 @@ def test_a_prompt_in_a_batch_is_continued_as_alone(trained: Trained, capsys: Cap
     assert together == f"[1] {alone[0]}\n[2] {alone[1]}"
 
 
-def test_prompts_from_a_file_and_from_standard_input(
+def test_prompts_can_come_from_a_file_or_standard_input(
     trained: Trained, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompt.txt").write_text("Fox 3")
@@ -51,7 +51,7 @@ def test_prompts_from_a_file_and_from_standard_input(
     assert generated(capsys, "--checkpoint", trained("sltrain"), "--file", "-", *GREEDY) == expected
 
 
-def test_sampling_depends_on_the_seed_and_on_what_is_left_to_choose_from(trained: Trained, capsys: Captured) -> None:
+def test_sampling_depends_on_the_seed_top_k_and_top_p(trained: Trained, capsys: Captured) -> None:
     flags = ["--checkpoint", trained("sltrain"), "--prompt", "Fox", "--max_new_tokens", 20, "--temperature", 1.5]
     texts = [generated(capsys, *flags, "--top_k", 0, "--seed", seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -60,7 +60,7 @@ def test_sampling_depends_on_the_seed_and_on_what_is_left_to_choose_from(trained
     assert generated(capsys, *flags, "--top_k", 0, "--top_p", 1e-6) == greedy
 
 
-def test_a_character_of_several_tokens_is_written_once_it_is_whole(tiny_run: list[str]) -> None:
+def test_a_character_of_several_tokens_is_written_when_complete(tiny_run: list[str]) -> None:
     tokenizer = load_tokenizer(tiny_run[tiny_run.index("--tokenizer") + 1])
     text = "Fox 你好 3"
     pieces: list[str] = []
@@ -96,14 +96,14 @@ def test_what_a_terminal_would_obey_is_spelled_out() -> None:
         (["--file", "not-there.txt"], "not-there.txt"),
     ],
 )
-def test_what_cannot_work_is_named(trained: Trained, capsys: Captured, flags: list[str], message: str) -> None:
+def test_invalid_arguments_of_generate_are_named(trained: Trained, capsys: Captured, flags: list[str], message: str) -> None:
     base = ["generate", "--checkpoint", str(trained("sltrain")), "--max_new_tokens", "10", "--device", "cpu"]
     assert main([*base, *flags]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough(trained: Trained) -> None:
-    """As `generate ... | head -c 1`: no traceback, and the exit code that a shell gives it."""
+def test_a_closed_pipe_ends_generate_without_traceback(trained: Trained) -> None:
+    """As in `generate ... | head -c 1`: there is no traceback, and the exit code is that of a broken pipe."""
     command = [sys.executable, "-m", "peft_pretraining", "generate", "--checkpoint", str(trained("sltrain"))]
     flags = ["--prompt", "a", "b", "--max_new_tokens", "20", "--temperature", "0", "--device", "cpu"]
     with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:

@@ -1,4 +1,4 @@
-"""A disk that is full, or that takes no larger file, costs no checkpoint and no traceback."""
+"""A full disk, or a limit on file sizes, destroys no checkpoint and gives a message instead of a traceback."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from peft_pretraining.checkpoint.step_folder import list_checkpoints, resolve, v
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 12
-_LARGEST = 400_000  # bytes of a file
+LARGEST_FILE = 400_000  # bytes
 
 
 @pytest.fixture
 def flags(tmp_path, tiny_run) -> list[str]:
-    """Of a model whose tensors take more than any other file: 1.1 MB, a tokenizer 330 kB."""
+    """Flags of a run whose tensors are its largest file: 1.1 MB, the tokenizer 330 kB."""
     model = json.loads(Path(tiny_run[1]).read_text()) | {"hidden_size": 64, "intermediate_size": 96}
     (tmp_path / "model.json").write_text(json.dumps(model))
     return [
@@ -32,7 +32,7 @@ def flags(tmp_path, tiny_run) -> list[str]:
 
 @pytest.fixture
 def started(tmp_path, flags) -> Path:
-    """The folder of a run that was stopped after update 3."""
+    """Returns the folder of a run whose only checkpoint is that of update 3."""
     folder = tmp_path / "run"
     code, output = forked.run([*flags, "--save_dir", str(folder)], tmp_path / "log")
     assert code == 0, output
@@ -47,43 +47,43 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("saving", [[], ["--async_save"]], ids=["waiting", "in the background"])
-def test_saves_that_fail_in_the_middle(tmp_path, flags, started, saving):
-    """RLIMIT_FSIZE cuts the tensor file short; everything else is small enough to be written."""
+def test_failed_saves_leave_the_earlier_checkpoint_and_training_can_be_resumed(tmp_path, flags, started, saving):
+    """RLIMIT_FSIZE truncates the tensor file; all other files are small enough."""
     expected = losses(started)
     argv = [*flags, *saving, "--save_dir", str(started)]
-    code, output = forked.run(argv, tmp_path / "log", largest_file=_LARGEST)
+    code, output = forked.run(argv, tmp_path / "log", largest_file=LARGEST_FILE)
     assert code == 1
     assert "step_00000006 could not be saved" in output
     assert "training continues" in output
     assert "5 consecutive attempts failed" in output or "the run's last state is not saved" in output
     assert "the newest checkpoint is step_00000003" in output
     assert "Traceback" not in output
-    assert [path.name for path in started.glob("*step_*")] == ["step_00000003"]  # and nothing partial takes up space
+    assert [path.name for path in started.glob("*step_*")] == ["step_00000003"]  # no partial checkpoint is left
     verify(started / "step_00000003")
     code, output = forked.run(argv, tmp_path / "log")
     assert code == 0, output
     assert losses(started) == expected
 
 
-def test_a_run_that_ends_unsaved_says_so(tmp_path, flags):
+def test_a_run_whose_last_state_is_not_saved_fails_with_a_message(tmp_path, flags):
     argv = [*flags, "--save_every", "100", "--save_dir", str(tmp_path / "run")]
-    code, output = forked.run(argv, tmp_path / "log", largest_file=_LARGEST)
+    code, output = forked.run(argv, tmp_path / "log", largest_file=LARGEST_FILE)
     assert code == 1
     assert "the run's last state is not saved" in output
     assert "there is no checkpoint" in output
     assert "finished" not in output
 
 
-def test_several_processes_give_up_together(tmp_path, flags, started):
+def test_all_processes_end_when_saving_fails_repeatedly(tmp_path, flags, started):
     argv = [*flags, "--batch_size", "2", "--save_dir", str(started)]
-    code, output = forked.run(argv, tmp_path / "log", processes=2, largest_file=_LARGEST)
+    code, output = forked.run(argv, tmp_path / "log", processes=2, largest_file=LARGEST_FILE)
     assert code == 1
-    assert output.count("5 consecutive attempts failed") == 1  # rank 0 says it for all
+    assert output.count("5 consecutive attempts failed") == 1  # only rank 0 prints it
     assert "Traceback" not in output
     assert resolve(started).name == "step_00000003"
 
 
-_ON_A_SMALL_DISK = """
+ON_A_SMALL_DISK = """
 mount -t tmpfs -o size=64m none "$1" || exit 77
 cp -r "$2" "$1/run"
 size=$(du -sk "$1/run/step_00000003" | cut -f1)
@@ -96,8 +96,8 @@ exit $code
 """
 
 
-def test_a_disk_of_64_megabytes(tmp_path, flags, started):
-    """Room for one and a half checkpoints; what is missing is known before anything is written."""
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_not_begun(tmp_path, flags, started):
+    """There is room for one and a half checkpoints; the lack of space is detected before anything is written."""
     disk = tmp_path / "disk"
     disk.mkdir()
     own_mounts = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -105,7 +105,7 @@ def test_a_disk_of_64_megabytes(tmp_path, flags, started):
         pytest.skip("no file system can be mounted here (unshare --user --mount)")
     program = [sys.executable, "torchrun_main.py", *flags, "--save_dir", str(disk / "run")]
     ended = subprocess.run(
-        [*own_mounts, "bash", "-c", _ON_A_SMALL_DISK, "disk", str(disk), str(started), *program],
+        [*own_mounts, "bash", "-c", ON_A_SMALL_DISK, "disk", str(disk), str(started), *program],
         cwd=ROOT,
         env={**os.environ, "DISK": str(disk), "OMP_NUM_THREADS": "1"},
         capture_output=True,

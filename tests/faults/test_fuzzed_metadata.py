@@ -1,4 +1,4 @@
-"""Whatever stands in the files beside the tensors, reading a checkpoint ends well or with a message, never with a traceback."""
+"""Arbitrary contents of a checkpoint's metadata files give a message or are accepted, and never raise an unexpected error."""
 
 import contextlib
 import copy
@@ -42,13 +42,14 @@ class Case:
     checkpoint: Path
     original: Path
 
-    def fresh(self) -> Path:
+    def restored(self) -> Path:
+        """Undoes all changes of the checkpoint; returns its folder."""
         shutil.rmtree(self.checkpoint)
         shutil.copytree(self.original, self.checkpoint)
         return self.checkpoint
 
-    def go_on(self) -> None:
-        """All that a start reads of a checkpoint."""
+    def resume(self) -> None:
+        """Reads everything that a resumed run reads from the checkpoint."""
         folder = open_run_folder(self.args, self.plan, World())
         finished_state(folder.path, folder.checkpoint, self.args, self.plan)
         check_same_data(folder.checkpoint, self.args, self.source)
@@ -75,7 +76,7 @@ def case(tmp_path_factory, tiny_run) -> Case:
 
 
 def places(value, path=()):
-    """The path of every value in a JSON document."""
+    """Yields the path (keys and indices) of every value in a JSON document."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
@@ -106,16 +107,16 @@ def changed(document, path, value):
 
 
 def check(case: Case) -> None:
-    """Going on and loading a model both end well, or as refused."""
-    for read in (case.go_on, lambda: load_model(case.checkpoint, CPU)):
+    """Resumes from the checkpoint and loads its model; only the expected errors are allowed."""
+    for read in (case.resume, lambda: load_model(case.checkpoint, CPU)):
         with contextlib.suppress(*REFUSED):
             read()
 
 
 @limited
 @given(data=st.data(), name=st.sampled_from(["state.json", "run.json"]))
-def test_json_documents_that_someone_vouches_for(case, data, name):
-    file = case.fresh() / name
+def test_changed_json_values_with_valid_checksums_are_accepted_or_refused(case, data, name):
+    file = case.restored() / name
     document = json.loads(file.read_text())
     path = data.draw(st.sampled_from(list(places(document))))
     value = data.draw(json_values | (st.just(REMOVED) if path else st.nothing()))
@@ -130,17 +131,17 @@ def test_json_documents_that_someone_vouches_for(case, data, name):
     where=st.floats(0, 1, exclude_max=True),
     change=st.one_of(st.binary(max_size=8), st.sampled_from([b"[" * 50_000, b"\xff\xfe", b"\0" * 100])),
     length=st.integers(0, 8),
-    vouched=st.booleans(),
+    resealed=st.booleans(),
 )
-def test_bytes_of_every_kind(case, name, where, change, length, vouched):
-    """Some bytes of a file become others, fewer or more; with and without a manifest that vouches for them."""
-    file = case.fresh() / name
+def test_changed_bytes_are_accepted_or_refused(case, name, where, change, length, resealed):
+    """Some bytes of a file are replaced by others, fewer or more; with and without recomputed checksums."""
+    file = case.restored() / name
     content = file.read_bytes()
     start = int(where * len(content))
     file.write_bytes(content[:start] + change + content[start + length :])
-    if vouched and name != "manifest.json":
+    if resealed and name != "manifest.json":
         reseal(case.checkpoint)
         check(case)
     elif file.read_bytes() != content:
         with pytest.raises(CheckpointError, match=r"damaged: (.*/)?" + name.replace(".", r"\.")):
-            case.go_on()
+            case.resume()

@@ -1,4 +1,4 @@
-"""Killed at any instant and started again, a run ends with the bits and the record of one that was never disturbed."""
+"""A run that is killed at arbitrary times and started again ends bit-identical to an undisturbed one, with the same record."""
 
 import random
 import signal
@@ -27,30 +27,30 @@ def flags(tiny_run) -> list[str]:
 
 
 def wait_for(program: forked.Program, happened) -> None:
-    """Until something has happened or the program has ended."""
+    """Waits until `happened()` is true or the program has ended."""
     while not happened() and program.processes[0].is_alive():
         time.sleep(0.0005)
 
 
 def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, number: int) -> bool:
-    """Send a signal in a save, in an update or at the start, and wait for the end; whether a save was cut short."""
+    """Sends a signal during a save, an update or the start, and waits for the end; returns True if a save was interrupted."""
     kind = chance.choice(["save", "save", "update", "start"])
     lines = chance.randrange(1, 12)
     metrics = folder / "metrics.jsonl"
     before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     if kind == "save":
         skipped = {path.name for path in folder.glob(".*step_*")}
-        pass_by = chance.randrange(3)  # let so many saves pass
-        there = list_checkpoints(folder)[-1:]
+        complete_one_first = chance.randrange(3) > 0
+        newest = list_checkpoints(folder)[-1:]
         wait_for(
             program,
             lambda: (
-                list_checkpoints(folder)[-1:] != there
-                if pass_by
+                list_checkpoints(folder)[-1:] != newest
+                if complete_one_first
                 else any(path.name not in skipped for path in folder.glob(".partial-step_*"))
             ),
         )
-        if pass_by:
+        if complete_one_first:
             wait_for(program, lambda: any(folder.glob(".partial-step_*")))
         time.sleep(chance.uniform(0, 0.004))
     elif kind == "update":
@@ -65,30 +65,30 @@ def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
-def test_killed_and_started_again(tmp_path, flags, kills, name):
+def test_a_killed_run_started_again_ends_bit_identical(tmp_path, flags, kills, name):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)
     code, output = forked.run([*flags, "--workers", "0", "--save_dir", str(tmp_path / "whole")], tmp_path / "log")
     assert code == 0, output
     folder = tmp_path / "killed"
-    cut_short = 0
+    interrupted = 0
     for number in range(kills):
         options = ["--workers", str(number % 2), *(["--async_save"] if chance.random() < 0.5 else [])]
         program = forked.start([*flags, *options, "--save_dir", str(folder)], tmp_path / f"log-{number}")
-        cut_short += end_somewhere(program, folder, chance, getattr(signal, name))
+        interrupted += end_somewhere(program, folder, chance, getattr(signal, name))
         # A killed trainer's data worker may be sending a batch: multiprocessing's thread then prints where it was.
         assert "Traceback" not in program.output or (name == "SIGKILL" and "resource_sharer" in program.output), program.output
         for path in list_checkpoints(folder):
-            resolve(path)  # all that have a name are sound
+            resolve(path)  # raises an error for a damaged one
     code, output = forked.run([*flags, "--workers", "0", "--save_dir", str(folder)], tmp_path / "log-end")
     assert code == 0, output
-    print(f"{cut_short} of {kills} kills cut a save short")
+    print(f"{interrupted} of {kills} kills interrupted a save")
     assert record(folder) == record(tmp_path / "whole")
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(folder)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     names = [{path.name for path in run.iterdir()} - {"metrics.old-1.jsonl"} for run in (folder, tmp_path / "whole")]
-    if name == "SIGTERM":  # stops save too, so that other checkpoints are among the newest
+    if name == "SIGTERM":  # a stopped run saves, so that other checkpoints are kept
         names = [{item for item in group if not item.startswith("step_")} for group in names]
-    assert names[0] == names[1]  # nothing is left of what was cut short
+    assert names[0] == names[1]  # interrupted saves leave nothing

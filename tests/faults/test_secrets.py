@@ -1,4 +1,4 @@
-"""No key of the user's gets into what a run leaves, which people upload and hand on."""
+"""The user's keys never appear in a run's files or output, which people publish."""
 
 import forked
 
@@ -8,7 +8,7 @@ SECRETS = {
 }
 
 
-def test_no_secret_in_a_runs_folder(tmp_path, tiny_run):
+def test_a_runs_folder_and_output_contain_no_secret(tmp_path, tiny_run):
     flags = [*tiny_run, "--num_training_steps", "2", "--warmup_steps", "1", "--batch_size", "2", "--max_length", "32"]
     flags += ["--device", "cpu", "--workers", "0", "--wandb", "offline", "--save_dir", str(tmp_path / "run")]
     code, output = forked.run(flags, tmp_path / "log", environment={**SECRETS, "WANDB_MODE": "offline", "HOME": str(tmp_path)})

@@ -1,4 +1,4 @@
-"""Two processes stopped by a signal and started again end with the bits of two that never were."""
+"""Two processes that are stopped by a signal and started again end bit-identical to two that were not stopped."""
 
 import itertools
 import json
@@ -40,8 +40,8 @@ def flags(tiny_run) -> list[str]:
     ("method", "optimizer", "layout", "workers", "name", "parallel"),
     [*COVER, *(pytest.param(*case, marks=pytest.mark.full) for case in ALL if case not in COVER)],
 )
-def test_two_processes_stopped_and_started_again(tmp_path, flags, method, optimizer, layout, workers, name, parallel):
-    """Accumulation 2, evaluation in between. Only one of the two gets the signal; both stop."""
+def test_two_stopped_processes_resume_bit_identically(tmp_path, flags, method, optimizer, layout, workers, name, parallel):
+    """With gradient accumulation 2 and evaluations. Only one of the two processes gets the signal, and both stop."""
     flags += ["--peft_model", method, "--optimizer", optimizer, "--workers", workers, "--parallel", parallel]
     flags += ["--packing"] if layout == "packed" else []
     code, output = forked.run([*flags, "--save_dir", str(tmp_path / "whole")], tmp_path / "log", processes=2)
@@ -63,4 +63,4 @@ def test_two_processes_stopped_and_started_again(tmp_path, flags, method, optimi
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     states = [json.loads((resolve(place) / "state.json").read_text()) for place in (folder, tmp_path / "whole")]
-    assert states[0] == states[1]  # the next batch too
+    assert states[0] == states[1]  # including the data position

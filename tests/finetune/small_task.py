@@ -1,6 +1,6 @@
-"""A task and a model small enough for a test: which of two words comes first, for an encoder that was never trained.
+"""A task and a model small enough for a test: which of two words comes first, for an untrained encoder.
 
-Both answers have the same words, so that what a frozen encoder says about words alone is of no use.
+Sentences of both classes have the same words, so a classifier of a frozen encoder's word features cannot solve it.
 """
 
 import json
@@ -16,7 +16,7 @@ HIDDEN, INNER, LAYERS = 32, 64, 2
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Sentences in sst2's columns; label 1 where "red" comes before "blue"."""
+    """Returns sentences in sst2's columns; the label is 1 if "red" comes before "blue"."""
     chance = random.Random(seed)
     made = []
     for number in range(count):
@@ -34,7 +34,7 @@ def write_json(path: Path, table: Sequence[dict[str, Any]]) -> Path:
 
 
 def write_model(folder: Path, model: Any = None) -> Path:
-    """A tiny RoBERTa with random weights, or another model, and a tokenizer of the task's words."""
+    """Writes a tiny RoBERTa with random weights, or another model, and a tokenizer of the task's words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel

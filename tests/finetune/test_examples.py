@@ -1,4 +1,4 @@
-"""Examples from files: every format gives the same, every bad row is named."""
+"""Fine-tuning examples from files: every format gives the same texts, and bad rows are named."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv", "parquet"])
 def test_every_format_gives_the_same_texts(tmp_path: Path, kind: str) -> None:
-    """Also what looks like a number, a date or a missing value."""
+    """Including texts that look like a number, a date or a missing value."""
     path, table = tmp_path / f"train.{kind}", pyarrow.Table.from_pylist(PAIRS)
     if kind == "parquet":
         pyarrow.parquet.write_table(table, path)
@@ -56,7 +56,7 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
         ([0.5, 2.0, 4.0], (), ("pearson", "spearman")),
     ],
 )
-def test_a_task_may_be_what_the_file_says(tmp_path: Path, labels: list[Any], names: Any, metrics: Any) -> None:
+def test_a_task_without_name_is_derived_from_the_file(tmp_path: Path, labels: list[Any], names: Any, metrics: Any) -> None:
     path = write_json(tmp_path / "x.json", [{"sentence": "a", "label": label} for label in labels])
     task = load_files(None, path, [path]).task
     assert (task.columns, task.labels, task.metrics) == (("sentence",), names, metrics)
@@ -99,7 +99,7 @@ BAD: dict[str, tuple[str | None, list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize(("task", "table", "message"), BAD.values(), ids=BAD.keys())
-def test_what_is_no_training_set_is_refused(tmp_path: Path, task: str | None, table: list[dict[str, Any]], message: str) -> None:
+def test_an_invalid_training_set_is_refused(tmp_path: Path, task: str | None, table: list[dict[str, Any]], message: str) -> None:
     path = write_json(tmp_path / "train.json", table)
     with pytest.raises(DataError, match=message):
         load_files(task, path, [path])
@@ -117,7 +117,7 @@ def test_what_is_no_training_set_is_refused(tmp_path: Path, task: str | None, ta
         ("missing.json", None, "cannot be read"),
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_an_invalid_table_is_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -125,14 +125,14 @@ def test_what_is_no_table_is_refused(tmp_path: Path, name: str, content: str | N
         load_files("sst2", path, [path])
 
 
-def test_a_header_alone_has_no_rows_whatever_the_task(tmp_path: Path) -> None:
+def test_a_file_with_only_a_header_has_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("sentence,label\n")
     with pytest.raises(DataError, match=r"a.csv: has no rows"):
         load_files(None, path, [path])
 
 
-def test_validation_files_of_one_name_are_all_there(tmp_path: Path) -> None:
+def test_validation_files_of_the_same_name_are_all_used(tmp_path: Path) -> None:
     paths = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -141,8 +141,8 @@ def test_validation_files_of_one_name_are_all_there(tmp_path: Path) -> None:
     assert [examples.columns[0][0] for examples in found.values()] == ["a", "b"]
 
 
-def test_the_hubs_splits_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As datasets gives them; the test splits, whose labels are hidden, are left alone."""
+def test_the_hubs_splits_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train and validation splits of the `datasets` package are used; test splits, whose labels are hidden, are not."""
     import datasets
 
     def split(count: int, label: int) -> Any:
@@ -160,10 +160,10 @@ def test_the_hubs_splits_are_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> N
     }
 
 
-def test_every_task_of_glue_is_there() -> None:
+def test_all_tasks_of_glue_are_defined() -> None:
     assert list(TASKS) == ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
     assert {name: task.num_outputs for name, task in TASKS.items() if task.num_outputs != 2} == {"stsb": 1, "mnli": 3}
 
 
-def test_columns_come_as_lists(tmp_path: Path) -> None:
+def test_columns_are_returned_as_lists(tmp_path: Path) -> None:
     assert read_table(write_json(tmp_path / "x.json", rows(2, 0)))["label"] == [0, 1]

@@ -1,4 +1,4 @@
-"""Fine-tuning as a user has it: on a task that a frozen encoder cannot do, from the command to the merged model."""
+"""The finetune command, from the files to the merged model, on a task that a frozen encoder cannot solve."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ SEEDS = (1, 2, 3)
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
-    """Trainer collects garbage after each training, which takes most of a second with all modules loaded."""
+    """Makes garbage collection fast: Trainer collects after each training, which takes a second with all modules loaded."""
     gc.collect()
     gc.freeze()
     yield
@@ -43,7 +43,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(here: Path, out: str, *more: str, data: str = "train") -> list[str]:
-    """Of a run in the paper's setting, r = 8 and delta = .005, at a rate for a model that knows nothing yet."""
+    """Returns the command of a run in the paper's setting, r = 8 and delta = .005, at a learning rate for an untrained model."""
     files = ["--train_file", str(here / f"{data}.json"), "--validation_file", str(here / "validation.json")]
     settings = ["--task", "sst2", "--rank", "8", "--sp_ratio", "0.005", "--lora_alpha", "32"]
     settings += ["--lr", "0.01", "--epochs", "4", "--batch_size", "50"]
@@ -55,7 +55,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def run(here: Path) -> Run:
-    """(seed, further flags) -> results.json, each trained once."""
+    """Returns a function (seed, further flags) -> results.json, which trains each combination once."""
     done: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def once(seed: int, *more: str) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def run(here: Path) -> Run:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_adapters_beat_the_head_alone(run: Run, seed: int) -> None:
-    """Which word comes first is in no sum over words: the frozen encoder's classifier stays near a guess of one half."""
+def test_adapters_are_better_than_the_head_alone(run: Run, seed: int) -> None:
+    """A classifier of the frozen encoder cannot see which word comes first, so its accuracy stays near one half."""
     adapted, head_only = run(seed)["last"]["accuracy"], run(seed, "--head_only")["last"]["accuracy"]
     print(f"seed {seed}: adapters {adapted:.3f}, head only {head_only:.3f}")
     assert adapted >= head_only + 0.2
@@ -80,12 +80,12 @@ def test_adapters_beat_the_head_alone(run: Run, seed: int) -> None:
 LARGEST = ("--support", "largest", "--keep_adapter")
 
 
-def test_a_support_of_the_largest_entries_beats_the_head_alone_too(run: Run) -> None:
+def test_a_support_of_the_largest_entries_is_better_than_the_head_alone(run: Run) -> None:
     assert run(1, *LARGEST)["last"]["accuracy"] >= run(1, "--head_only")["last"]["accuracy"] + 0.2
 
 
-def test_parameters_are_counted_exactly(run: Run) -> None:
-    """r (in + out) + int(delta in out) in the four square, the widening and the narrowing linear of each layer."""
+def test_trained_parameters_are_counted_exactly(run: Run) -> None:
+    """r (in + out) + int(delta in out) for the six linears of each layer: four square ones, up and down."""
     square = 8 * 2 * HIDDEN + int(0.005 * HIDDEN * HIDDEN)
     other = 8 * (HIDDEN + INNER) + int(0.005 * HIDDEN * INNER)
     expected = LAYERS * (4 * square + 2 * other)
@@ -95,7 +95,7 @@ def test_parameters_are_counted_exactly(run: Run) -> None:
     assert baseline == {"total": found["total"] - expected, "trained": head, "adapter": 0, "head": head}
 
 
-def test_results_say_what_was_done(run: Run) -> None:
+def test_results_json_describes_the_training(run: Run) -> None:
     result = run(1)
     assert [row["epoch"] for row in result["epochs"]] == [1, 2, 3, 4]
     assert result["updates"] == 4 * 16
@@ -108,7 +108,7 @@ def test_results_say_what_was_done(run: Run) -> None:
 
 
 def score(folder: Path, here: Path, model: Any = None) -> tuple[float, torch.Tensor]:
-    """Accuracy and logits on the validation examples, by transformers alone."""
+    """Returns accuracy and logits on the validation examples, using transformers alone."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval() if model is None else model.eval()
@@ -119,8 +119,8 @@ def score(folder: Path, here: Path, model: Any = None) -> tuple[float, torch.Ten
     return (logits.argmax(1) == torch.tensor([row["label"] for row in table])).double().mean().item(), logits
 
 
-def test_the_merged_model_needs_none_of_our_code(run: Run, here: Path) -> None:
-    """It scores what the training wrote down; the kept adapter, on the pretrained model, gives the same logits."""
+def test_the_merged_model_works_with_transformers_alone(run: Run, here: Path) -> None:
+    """transformers alone reproduces the recorded accuracy; the saved adapter on the pretrained model gives the same logits."""
     from transformers import AutoModelForSequenceClassification
 
     result = run(1, *LARGEST)
@@ -149,14 +149,14 @@ def test_an_adapter_for_another_model_is_refused(here: Path, tmp_path: Path, run
         load_adapter(model, tmp_path / "x.safetensors")
 
 
-def test_a_trained_base_in_bfloat16(here: Path) -> None:
+def test_the_base_can_train_in_bfloat16(here: Path) -> None:
     assert main(flags(here, "base", "--base", "trained", "--dtype", "bfloat16", "--epochs", "1", data="few")) == 0
     result = json.loads((here / "base" / "results.json").read_text())
     assert result["parameters"]["trained"] == result["parameters"]["total"]
 
 
-def test_a_decoder_rates_pairs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A LLaMA, on a regression, with files of another format and a tokenizer without padding."""
+def test_a_decoder_is_fine_tuned_on_a_regression(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A LLaMA on a regression task, with tsv files and a tokenizer without padding token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -179,7 +179,7 @@ def test_a_decoder_rates_pairs(here: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_pretrained_run_is_exported_and_fine_tuned(
     trained: Callable[[str], Path], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Our own LLaMA with our own tokenizer, texts longer than they may be."""
+    """An exported run with its tokenizer; texts longer than the limit are truncated."""
     assert main(["export", "--checkpoint", str(trained("sltrain")), "--out", str(here / "export")]) == 0
     settings = ["--model", str(here / "export"), "--sp_ratio", "0.05", "--epochs", "1", "--max_length", "8"]
     capsys.readouterr()
@@ -199,8 +199,8 @@ def test_a_pretrained_run_is_exported_and_fine_tuned(
         assert "`export` writes without --keep_factors" in said
 
 
-def test_what_a_language_model_lacks_trains_with_the_classifier(here: Path) -> None:
-    """A BERT without its pooler, which would otherwise stay frozen as it was drawn."""
+def test_new_layers_of_the_classifier_are_trained(here: Path) -> None:
+    """A BERT saved without its pooler: the new, random pooler must train too."""
     from transformers import BertConfig, BertModel
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -214,8 +214,7 @@ def test_what_a_language_model_lacks_trains_with_the_classifier(here: Path) -> N
 def test_an_interrupted_training_continues_from_its_checkpoint(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the third of three epochs of two updates, then repeated: bit-identical to the run without a stop, which also
-    shows that the same seed gives the same figures."""
+    """Interrupted in the last of three epochs of two updates and repeated, it is bit-identical to an uninterrupted run."""
     from safetensors.torch import load_file
 
     settings = ["--epochs", "3", "--batch_size", "20"]
@@ -232,7 +231,7 @@ def test_an_interrupted_training_continues_from_its_checkpoint(
     monkeypatch.setattr(transformers.Trainer, "training_step", counted)
     assert main(flags(here, "continued", *settings, *kept, data="few")) == 130
     assert not (here / "continued").exists()
-    (here / "checkpoints" / "checkpoint-5").mkdir()  # as a stop during a save leaves it
+    (here / "checkpoints" / "checkpoint-5").mkdir()  # as left by a stop during a save
     said = refused(flags(here, "none", *settings, *kept, "--seed", "7", data="few"), capsys)
     assert "holds checkpoints of another run (differing: seed)" in said
     assert main(flags(here, "continued", *settings, *kept, data="few")) == 0
@@ -243,7 +242,7 @@ def test_an_interrupted_training_continues_from_its_checkpoint(
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
 
 
-def test_training_from_files_asks_no_server(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_from_files_uses_no_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(_: socket.socket, address: Any) -> None:
         pytest.fail(f"connects to {address}")
 
@@ -252,14 +251,14 @@ def test_training_from_files_asks_no_server(here: Path, monkeypatch: pytest.Monk
     assert main(flags(here, "alone", "--epochs", "1", data="few")) == 0
 
 
-def test_wandb_gets_the_figures_where_it_is_asked_for(here: Path) -> None:
+def test_wandb_records_the_figures_if_requested(here: Path) -> None:
     assert main(flags(here, "recorded", "--epochs", "1", "--wandb", "offline", data="few")) == 0
     (record,) = (here / "recorded" / "wandb").glob("offline-run-*/*.wandb")
     assert b"validation_accuracy" in record.read_bytes()
 
 
 def test_without_a_wandb_run_nothing_is_recorded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dashboard that cannot start costs a warning; Trainer's own callback starts none in its place."""
+    """If wandb cannot start, there is a warning, and Trainer's own callback must not start a run instead."""
     import wandb
 
     attempts = []
@@ -275,7 +274,7 @@ def test_without_a_wandb_run_nothing_is_recorded(here: Path, monkeypatch: pytest
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command that cannot work says; nothing is left of it."""
+    """Runs a command that must be refused and leave no files; returns its error message."""
     capsys.readouterr()
     out = Path(arguments[arguments.index("--out") + 1])
     before = list(out.iterdir()) if out.exists() else None
@@ -303,35 +302,37 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_what_cannot_work_is_refused(here: Path, more: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """With the value, the reason and the flag; of several problems all at once."""
+def test_invalid_arguments_of_finetune_are_refused(
+    here: Path, more: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With flag, value and reason; several problems are reported at once."""
     said = refused(flags(here, "none", *more, data="few"), capsys)
     assert all(part in said for part in parts), said
 
 
-def test_a_task_that_does_not_exist_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_task_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(flags(here, "none", "--task", "sst3"))
     assert ended.value.code == 2
     assert "'sst3'" in capsys.readouterr().err
 
 
-def test_nothing_to_train_on_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_training_data_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["finetune", "--model", str(here / "model"), "--out", str(here / "none")]
     assert "give --task" in refused(command, capsys)
     assert "give both" in refused([*command, "--train_file", str(here / "few.json")], capsys)
 
 
-def test_a_folder_with_something_in_it_is_not_touched(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_empty_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "full").mkdir()
     (here / "full" / "file").write_text("mine")
     assert "exists and is not an empty folder" in refused(flags(here, "full"), capsys)
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_training(
+def test_a_folder_that_cannot_be_created_is_refused_before_training(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers.Trainer, "training_step", lambda *args: pytest.fail("it trained"))
+    monkeypatch.setattr(transformers.Trainer, "training_step", lambda *args: pytest.fail("training began"))
     assert "cannot be created (Not a directory)" in refused(flags(here, "few.json/out", data="few"), capsys)
     (here / "empty").mkdir()
     monkeypatch.chdir(here / "empty")
@@ -341,16 +342,16 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(
     assert "cannot be created (Device or resource busy)" in refused(flags(here, "empty", data="few"), capsys)
 
 
-def test_what_was_trained_goes_where_a_link_leads_and_all_may_read_it(here: Path) -> None:
-    (here / "there").mkdir()
-    (here / "link").symlink_to(here / "there")
+def test_output_follows_a_link_and_is_readable_by_others(here: Path) -> None:
+    (here / "target").mkdir()
+    (here / "link").symlink_to(here / "target")
     assert main(flags(here, "link", "--epochs", "1", "--keep_adapter", data="few")) == 0
     for name in ("model.safetensors", ADAPTER_FILE):
-        assert (here / "there" / name).stat().st_mode & 0o777 == 0o644
+        assert (here / "target" / name).stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("more", [[], ["--keep_adapter"]], ids=["model", "adapter"])
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_no_files(
     here: Path, more: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(*args: object, **kwargs: object) -> None:
@@ -364,7 +365,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_models_that_cannot_be_adapted_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No folder, no tokenizer, no linears (GPT-2's are of another class), weights that are missing."""
+    """No folder, no tokenizer, no linears (GPT-2 uses another class), or missing weights."""
     from safetensors.torch import load_file, save_file
     from transformers import GPT2Config, GPT2Model
 
@@ -385,7 +386,9 @@ def test_models_that_cannot_be_adapted_are_refused(here: Path, capsys: pytest.Ca
     assert "cannot be loaded as a sequence classifier" in said(here / "partly")
 
 
-def test_glue_without_a_network_says_so(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glue_without_a_network_is_refused_with_the_way_out(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("peft_pretraining.commands.finetune.examples.hub_problem", lambda: "no route")
     command = ["finetune", "--model", str(here / "model"), "--out", str(here / "none"), "--task", "rte"]
     said = refused(command, capsys)
@@ -394,7 +397,9 @@ def test_glue_without_a_network_says_so(here: Path, capsys: pytest.CaptureFixtur
     assert "--train_file" in said
 
 
-def test_ctrl_c_ends_it_with_a_line(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_fine_tuning_with_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -404,7 +409,7 @@ def test_ctrl_c_ends_it_with_a_line(here: Path, capsys: pytest.CaptureFixture[st
     assert not (here / "none").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_it(
+def test_a_non_finite_loss_ends_fine_tuning(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: torch.tensor(float("nan")))

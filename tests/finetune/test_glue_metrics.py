@@ -1,4 +1,4 @@
-"""GLUE's metrics against values counted by hand, and their limits."""
+"""GLUE's metrics equal values calculated by hand, and have the right limits."""
 
 import math
 
@@ -12,15 +12,15 @@ PREDICTED = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 LABELS = torch.tensor([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
 
 
-def test_two_classes() -> None:
-    """From the counts: precision 3/4, recall 3/5, and Matthews' formula."""
+def test_metrics_of_two_classes_equal_hand_calculation() -> None:
+    """From the counts above: precision 3/4, recall 3/5, and Matthews' formula."""
     assert accuracy(PREDICTED, LABELS) == pytest.approx(7 / 10)
     assert f1(PREDICTED, LABELS) == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
     expected = (3 * 4 - 1 * 2) / math.sqrt((3 + 1) * (3 + 2) * (4 + 1) * (4 + 2))
     assert matthews(PREDICTED, LABELS) == pytest.approx(expected)
 
 
-def test_numbers() -> None:
+def test_correlations_equal_hand_calculation() -> None:
     """x = 1, 2, 3, 4 and y = 1, 3, 2, 5: deviations -1.5 -.5 .5 1.5 and -1.75 .25 -.75 2.25; ranks 1 3 2 4 differ by 0 1 1 0."""
     x, y = torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.0, 3, 2, 5])
     assert pearson(x, y) == pytest.approx((2.625 - 0.125 - 0.375 + 3.375) / math.sqrt(5 * 8.75))
@@ -28,12 +28,12 @@ def test_numbers() -> None:
 
 
 def test_equal_numbers_have_the_mean_of_their_ranks() -> None:
-    """10, 20, 20, 30 have the ranks 1, 2.5, 2.5, 4: deviations -1.5, 0, 0, 1.5 beside -1.5, -.5, .5, 1.5."""
+    """10, 20, 20, 30 have the ranks 1, 2.5, 2.5, 4: deviations -1.5, 0, 0, 1.5 and -1.5, -.5, .5, 1.5."""
     found = spearman(torch.tensor([10.0, 20, 20, 30]), torch.tensor([1.0, 2, 3, 4]))
     assert found == pytest.approx(4.5 / math.sqrt(4.5 * 5))
 
 
-def test_a_rank_correlation_knows_the_order_alone() -> None:
+def test_a_rank_correlation_depends_only_on_the_order() -> None:
     x = torch.randn(50, generator=torch.Generator().manual_seed(0))
     assert spearman(x, x.exp()) == pytest.approx(1)
     assert spearman(x, -x.exp()) == pytest.approx(-1)
@@ -41,8 +41,8 @@ def test_a_rank_correlation_knows_the_order_alone() -> None:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_the_limits(name: str) -> None:
-    """All right is 1; where nothing was told apart, correlations and F1 are 0, not undefined."""
+def test_metrics_have_the_right_limits(name: str) -> None:
+    """Perfect predictions give 1; for constant predictions correlations and F1 are 0, not undefined."""
     assert METRICS[name](LABELS, LABELS) == pytest.approx(1)
     if name != "accuracy":
         assert METRICS[name](torch.zeros(10), LABELS) == 0

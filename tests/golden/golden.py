@@ -1,9 +1,9 @@
-"""Golden losses: 20 updates of every method, recorded once and compared by every test run.
+"""Golden losses: losses of 20 updates of every method, recorded once and compared by every test run.
 
-python tests/golden/golden.py --write    records them anew (only where a change of the numbers is intended)
-python tests/golden/golden.py --out F    writes the present ones to F
+python tests/golden/golden.py --write    records them again (only if a change of the losses is intended)
+python tests/golden/golden.py --out F    writes the current ones to F
 
-Runs on the CPU in float32 with one thread and the plainest instruction sets, so that the numbers are those of any machine.
+Runs on the CPU in float32 with one thread and the smallest instruction sets, so that every machine gives the same numbers.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 FILE = Path(__file__).resolve().parent / "losses.json"
 ROOT = FILE.parents[2]
-# Kernels are chosen by the processor unless told otherwise; another choice sums in another order.
+# Without these variables libraries choose kernels by the processor, and different kernels sum in different orders.
 PLAIN_KERNELS = {
     "ATEN_CPU_CAPABILITY": "default",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
@@ -28,7 +28,7 @@ NUM_UPDATES = 20
 
 
 def flags(method: str, per_layer: bool) -> list[str]:
-    """The flags of one golden run, without model, data and folder."""
+    """Returns the flags of one golden run, without model, data and folder."""
     from tiny_runs import METHODS as FLAGS
 
     return [
@@ -40,13 +40,13 @@ def flags(method: str, per_layer: bool) -> list[str]:
 
 
 def measure() -> dict[str, dict[str, list[float]]]:
-    """Losses and gradient norms by run; one more entry of each is the evaluation's loss at the end."""
+    """Returns losses, gradient norms and the last evaluation's loss of every run, by its name."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from tiny_runs import write_inputs
 
     import torchrun_main
 
-    found = {}
+    losses = {}
     with tempfile.TemporaryDirectory() as folder:
         inputs = write_inputs(Path(folder))
         for method in METHODS:
@@ -55,20 +55,20 @@ def measure() -> dict[str, dict[str, list[float]]]:
                 run = Path(folder) / name
                 assert torchrun_main.main([*inputs, *flags(method, per_layer), "--save_dir", str(run)]) == 0
                 rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-                found[name] = {key: [row[key] for row in rows if key in row] for key in ("loss", "gradnorm")}
-                found[name]["final_eval_loss"] = [row["final_eval_loss"] for row in rows if "final_eval_loss" in row]
-    return found
+                losses[name] = {key: [row[key] for row in rows if key in row] for key in ("loss", "gradnorm")}
+                losses[name]["final_eval_loss"] = [row["final_eval_loss"] for row in rows if "final_eval_loss" in row]
+    return losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"record anew in {FILE.name}")
-    parser.add_argument("--out", type=Path, help="write the present numbers to this file instead")
+    parser.add_argument("--write", action="store_true", help=f"write the losses to {FILE.name}")
+    parser.add_argument("--out", type=Path, help="write the losses to this file instead")
     args = parser.parse_args()
     if bool(args.out) == args.write:
-        parser.error("one of --write and --out")
+        parser.error("give either --write or --out")
     if any(os.environ.get(name) != value for name, value in PLAIN_KERNELS.items()):
-        # Read when torch is loaded: too late to set in this process.
+        # The variables are read when libraries are loaded, so the program starts again with them.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PLAIN_KERNELS)
     target = FILE if args.write else args.out
     target.write_text(json.dumps(measure(), indent=1) + "\n")

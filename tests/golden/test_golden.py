@@ -1,4 +1,4 @@
-"""A run's losses and gradient norms are those that were recorded (golden.py records them anew)."""
+"""Losses and gradient norms of every method equal the recorded ones (golden.py records them)."""
 
 import json
 import subprocess
@@ -11,8 +11,8 @@ GOLDEN = json.loads(FILE.read_text())
 
 
 @pytest.fixture(scope="module")
-def present(tmp_path_factory) -> dict:
-    out = tmp_path_factory.mktemp("golden") / "present.json"
+def current(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("golden") / "current.json"
     command = [sys.executable, str(FILE.with_name("golden.py")), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -24,7 +24,7 @@ def test_every_method_is_recorded_whole_and_per_layer():
 
 
 @pytest.mark.parametrize("run", sorted(GOLDEN))
-def test_losses_and_gradient_norms_are_the_recorded_ones(present, run):
+def test_losses_and_gradient_norms_equal_the_recorded_ones(current, run):
     assert len(GOLDEN[run]["loss"]) == len(GOLDEN[run]["gradnorm"]) == NUM_UPDATES
     for key, recorded in GOLDEN[run].items():
-        assert present[run][key] == pytest.approx(recorded, rel=1e-6), f"{run}: {key} moved"
+        assert current[run][key] == pytest.approx(recorded, rel=1e-6), f"{run}: {key} moved"

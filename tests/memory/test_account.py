@@ -1,4 +1,4 @@
-"""The account follows how an update goes: what is alive together, what stays, and what would make it fit."""
+"""The memory account: its classes and peak for all settings, and the flags that lower the peak."""
 
 import itertools
 from dataclasses import replace
@@ -27,34 +27,32 @@ def setting(size: str = "7b", **changes) -> Setting:
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"])
 @pytest.mark.parametrize("method", ["full", "lowrank", "relora", "sltrain", "galore"])
-@pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_every_combination_has_an_account(optimizer, method, per_layer, accumulation):
-    found = account(
-        setting("60m", optimizer=optimizer, peft_model=method, per_layer=per_layer, gradient_accumulation=accumulation)
-    )
-    assert all(found[name] >= 0 for name in CLASSES)
-    assert found["total"] == sum(found[name] for name in CLASSES)
-    static = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
-    assert static < found["peak"] <= found["total"]
+def test_every_combination_has_an_account(optimizer, method):
+    for per_layer, accumulation in itertools.product((False, True), (1, 4)):
+        here = setting("60m", optimizer=optimizer, peft_model=method, per_layer=per_layer, gradient_accumulation=accumulation)
+        sizes = account(here)
+        assert all(sizes[name] >= 0 for name in CLASSES), here
+        assert sizes["total"] == sum(sizes[name] for name in CLASSES), here
+        static = sum(sizes[name] for name in ("parameters", "support", "optimizer", "runtime"))
+        assert static < sizes["peak"] <= sizes["total"], here
 
 
-def test_per_layer_frees_gradients_unless_micro_batches_add_up():
-    """With accumulation they stay; the largest single gradient is what is left otherwise."""
+def test_per_layer_frees_gradients_unless_they_accumulate():
+    """With accumulation all gradients stay; otherwise only the largest single one counts."""
     whole, layered = account(setting()), account(setting(per_layer=True))
     accumulating = account(setting(per_layer=True, gradient_accumulation=2))
     assert accumulating["gradients"] == whole["gradients"] == whole["parameters"]
     assert layered["gradients"] == 32_000 * 4096 * 2  # the embedding's
 
 
-def test_embeddings_with_32_bit_moments_cost_what_is_said():
-    """1.57e9 bytes at 7B: 262M elements, 8 bytes instead of 2 and a share of a scale."""
+def test_embeddings_with_32_bit_moments_cost_the_documented_bytes():
+    """1.57e9 bytes at 7B: 262M elements with 8 bytes instead of 2 plus a scale per block."""
     cost = account(setting(embedding_bits=32))["optimizer"] - account(setting())["optimizer"]
     assert cost == pytest.approx(262_144_000 * (8 - 2 - 8 / 256), rel=1e-6)
 
 
-def test_kernels_of_a_gpu_need_a_table_of_where_blocks_begin():
-    """Four bytes for 32 entries of the weight; in bfloat16 and for a uniform support alone."""
+def test_kernels_of_a_gpu_need_a_table_of_block_starts():
+    """The table takes four bytes per 32 entries of the weight, in bfloat16 and for a uniform support only."""
 
     def more_than_on_a_cpu(**changes) -> int:
         on_gpu, on_cpu = (
@@ -68,7 +66,7 @@ def test_kernels_of_a_gpu_need_a_table_of_where_blocks_begin():
 
 
 def test_a_save_in_the_background_costs_a_copy_of_the_state():
-    """On a GPU the copy lies in the machine's memory."""
+    """On a GPU the copy is in host memory."""
     for device_type, copies in (("cpu", 1), ("cuda", 0)):
         plain, copying = (account(setting("60m", device_type=device_type, async_save=on)) for on in (False, True))
         state = sum(plain[name] for name in ("parameters", "support", "optimizer"))
@@ -77,7 +75,7 @@ def test_a_save_in_the_background_costs_a_copy_of_the_state():
     assert "--async_save false" in {saving.text for saving in savings(setting("60m", async_save=True))}
 
 
-def test_savings_lower_the_peak_and_come_in_their_order():
+def test_savings_lower_the_peak_and_are_sorted():
     here = setting("1b", rank=512, sp_ratio=0.03, optimizer="adamw", embedding_bits=None, batch_size=16)
     found = savings(here)
     peaks = [saving.peak for saving in found]
@@ -87,8 +85,8 @@ def test_savings_lower_the_peak_and_come_in_their_order():
 
 
 @pytest.mark.parametrize("gib", [28, 20, 16])
-def test_fitting_flags_make_it_fit(gib):
-    """Applied as they are printed, to the command line itself."""
+def test_fitting_flags_make_a_run_fit(gib):
+    """The printed flags are added to the command line."""
     flags = ["--model_config", str(ROOT / "configs/llama_7b.json"), "--batch_size", "8", "--dtype", "bfloat16"]
     flags += ["--peft_model", "sltrain", "--rank", "1024", "--sp_ratio", "0.05", "--optimizer", "adamw"]
     start = make_plan(parse_args(flags), World())
@@ -98,7 +96,7 @@ def test_fitting_flags_make_it_fit(gib):
     assert make_plan(parse_args([*flags, *printed]), World()).bytes["peak"] <= gib * GIB
 
 
-def test_what_does_not_fit_is_refused_with_the_way_out():
+def test_a_run_that_does_not_fit_is_refused_with_the_way_out():
     flags = ["--model_config", str(ROOT / "configs/llama_7b.json"), "--batch_size", "1", "--optimizer", "adamw"]
     args = parse_args([*flags, "--dtype", "bfloat16"])
     plan, device = make_plan(args, World()), DeviceMemory("this machine's memory", 24 * GIB, "cpu")
@@ -112,29 +110,27 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adam8bit", "adamw4bit"])
 @pytest.mark.parametrize("method", ["full", "lowrank", "relora", "sltrain"])
-@pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_every_combination_has_an_account_of_its_parts(optimizer, method, per_layer, accumulation, device_type):
-    """The peak lies between what always is there and the sum of the classes, and falls with the processes."""
-    here = setting("350m", peft_model=method, optimizer=optimizer, per_layer=per_layer, device_type=device_type)
-    here = replace(here, gradient_accumulation=accumulation, parallel="fsdp")
-    peaks = []
-    for world_size, changes in itertools.product(
-        (2, 3, 8), ({}, {"reshard_after_forward": False}, {"dtype": "float32", "compute_dtype": "bfloat16"})
-    ):
-        found = account(replace(here, world_size=world_size, **changes))
-        assert found["total"] == sum(found[name] for name in CLASSES)
-        static = sum(found[name] for name in ("parameters", "support", "optimizer", "runtime"))
-        assert static < found["peak"] <= found["total"]
-        peaks += [found["peak"]] if not changes else []
-    assert peaks == sorted(peaks, reverse=True)
-    assert peaks[0] > peaks[-1]
+def test_every_combination_of_sharded_runs_has_an_account(optimizer, method):
+    """The peak lies between the permanent classes and the sum of all classes, and falls with the number of processes."""
+    for per_layer, accumulation, device_type in itertools.product((False, True), (1, 4), ("cpu", "cuda")):
+        here = setting("350m", peft_model=method, optimizer=optimizer, per_layer=per_layer, device_type=device_type)
+        here = replace(here, gradient_accumulation=accumulation, parallel="fsdp")
+        peaks = []
+        for world_size, changes in itertools.product(
+            (2, 3, 8), ({}, {"reshard_after_forward": False}, {"dtype": "float32", "compute_dtype": "bfloat16"})
+        ):
+            sizes = account(replace(here, world_size=world_size, **changes))
+            assert sizes["total"] == sum(sizes[name] for name in CLASSES), here
+            static = sum(sizes[name] for name in ("parameters", "support", "optimizer", "runtime"))
+            assert static < sizes["peak"] <= sizes["total"], here
+            peaks += [sizes["peak"]] if not changes else []
+        assert peaks == sorted(peaks, reverse=True), here
+        assert peaks[0] > peaks[-1], here
 
 
 @pytest.mark.parametrize("given", [["--optimizer", "galore_adamw"], ["--optimizer", "adamw", "--peft_model", "galore"]])
-def test_what_saves_memory_with_galore_keeps_it_galore(given):
-    """Applied as printed, however the method was said; never --parallel fsdp, which it refuses."""
+def test_suggested_savings_for_galore_keep_galore(given):
+    """The printed flags are added to the command line, for both ways to choose GaLore; --parallel fsdp is never suggested."""
     flags = [
         "--model_config",
         str(ROOT / "configs/llama_350m.json"),
@@ -147,15 +143,15 @@ def test_what_saves_memory_with_galore_keeps_it_galore(given):
     args = parse_args([*flags, "--rank", "256", "--total_batch_size", "8"])
     plan = make_plan(args, World(size=2))
     for saving in savings(setting_of(plan, args, "cpu")):
-        # A flag given again replaces the first; the method may change where that is what the line says.
+        # A repeated flag replaces the first. The method changes only if the suggestion names another.
         changed = parse_args([*flags, "--rank", "256", "--total_batch_size", "8", *saving.text.split()])
         assert changed.peft_model == ("sltrain" if saving.flag == "peft_model" else "galore")
         assert make_plan(changed, World(size=2)).bytes["peak"] == saving.peak < plan.bytes["peak"]
         assert saving.flag != "parallel"
 
 
-def test_galore_at_7b_takes_what_its_tensors_take():
-    """The classes by hand: moments (k x longer side) and projections (k x shorter) of 224 matrices; the rest in full."""
+def test_galores_account_at_7b_equals_its_tensors():
+    """Calculated by hand: moments (k x longer side) and projections (k x shorter side) of 224 matrices; other tensors in full."""
     found = account(setting(peft_model="galore", optimizer="adamw", embedding_bits=None))
     hidden, mlp, rank, layers = 4096, 11008, 1024, 32
     base = 2 * 32_000 * hidden + (2 * layers + 1) * hidden
@@ -163,7 +159,7 @@ def test_galore_at_7b_takes_what_its_tensors_take():
     tensors = 2 + 2 * layers + 1 + 7 * layers
     assert found["parameters"] == found["gradients"] == 2 * 6_738_415_616
     assert found["optimizer"] == 2 * (2 * (base + moments) + layers * rank * 7 * hidden) + 4 * tensors
-    assert found["scratch"] >= 4 * 3 * hidden * mlp  # an SVD: a copy and two results at the least
+    assert found["scratch"] >= 4 * 3 * hidden * mlp  # an SVD: at least a copy and two results
 
 
 def test_one_process_shards_nothing():
@@ -172,8 +168,8 @@ def test_one_process_shards_nothing():
         assert account(replace(alone, parallel="fsdp")) == account(alone)
 
 
-def test_what_is_divided_and_what_is_not():
-    """Parameters, gradients and moments by the processes; supports, activations and the loss not at all."""
+def test_sharding_divides_parameters_gradients_and_moments_only():
+    """Parameters, gradients and moments are divided among the processes; supports, activations and the loss are not."""
     one, eight = (account(setting("350m", parallel="fsdp", world_size=size, embedding_bits=8)) for size in (1, 8))
     for name in ("parameters", "gradients", "optimizer"):
         assert eight[name] == pytest.approx(one[name] / 8, rel=0.01)
@@ -181,8 +177,8 @@ def test_what_is_divided_and_what_is_not():
         assert eight[name] == one[name]
 
 
-def test_accumulated_gradients_are_whole_on_every_process():
-    """In the reduce dtype, however many processes there are; without accumulation a process has its part in the own dtype."""
+def test_accumulated_gradients_are_unsharded():
+    """They have the reduce dtype; without accumulation a process has its shard in the parameters' dtype."""
     sharded = setting("60m", peft_model="full", parallel="fsdp", world_size=4, dtype="float32", compute_dtype="bfloat16")
     accumulating = replace(sharded, gradient_accumulation=2)
     assert account(sharded)["gradients"] == 4 * 58_073_600 / 4
@@ -190,14 +186,14 @@ def test_accumulated_gradients_are_whole_on_every_process():
     assert account(replace(accumulating, reduce_dtype="float32"))["gradients"] == 4 * 58_073_600
 
 
-def test_layers_that_are_not_freed_cost_the_whole_model():
+def test_layers_that_stay_gathered_cost_the_whole_model():
     sharded = setting("350m", peft_model="full", parallel="fsdp", world_size=8)
     freed, kept = (account(replace(sharded, reshard_after_forward=value)) for value in (True, False))
     assert kept["scratch"] >= 2 * 367_969_280 > 2 * freed["scratch"]
 
 
-def test_summing_in_another_dtype_takes_a_bucket_more():
-    """DDP's buckets hold 25 MiB or one larger tensor; per-layer updates convert one tensor at a time."""
+def test_summing_in_another_dtype_takes_one_more_bucket():
+    """A bucket of DDP has 25 MiB or one larger tensor; per-layer updates convert one tensor at a time."""
     here = setting("350m", peft_model="full", world_size=2, optimizer="adamw", embedding_bits=None)
     for per_layer in (False, True):
         plain, wide = (account(replace(here, per_layer=per_layer, reduce_dtype=name)) for name in (None, "float32"))
@@ -205,11 +201,11 @@ def test_summing_in_another_dtype_takes_a_bucket_more():
     small = setting("9m", peft_model="full", world_size=2, optimizer="adamw", embedding_bits=None)
     plain, wide = (account(replace(small, reduce_dtype=name)) for name in (None, "float32"))
     counted = parameter_counts(small.model, method="full", rank=1, sparsity=0.0)
-    assert wide["scratch"] - plain["scratch"] == 4 * counted.total < 4 * 25 * 2**20 // 2  # all of it in one bucket
+    assert wide["scratch"] - plain["scratch"] == 4 * counted.total < 4 * 25 * 2**20 // 2  # all gradients are in one bucket
     assert account(replace(here, world_size=1, reduce_dtype="float32")) == account(replace(here, world_size=1))
 
 
-def test_sharding_is_proposed_to_several_processes():
+def test_sharding_is_suggested_to_several_processes():
     here = setting("1b", peft_model="full", optimizer="adamw", embedding_bits=None, world_size=4)
     (found,) = [saving for saving in savings(here) if saving.flag == "parallel"]
     assert found.text == "--parallel fsdp"
@@ -221,8 +217,8 @@ def test_sharding_is_proposed_to_several_processes():
     assert "--reshard_after_forward true" in {saving.text for saving in savings(kept)}
 
 
-def test_relora_at_7b_takes_what_its_tensors_take():
-    """Gradients and moments of what is trained; parameters, gathered layers and nothing else of what is frozen."""
+def test_reloras_account_at_7b_equals_its_tensors():
+    """Gradients and moments are those of trained parameters; frozen ones count as parameters and when gathered."""
     trained, frozen = 2_820_935_680, 6_476_005_376
     found = account(setting(peft_model="relora", optimizer="adamw", embedding_bits=None))
     assert found["parameters"] == 2 * (trained + frozen)
@@ -235,8 +231,8 @@ def test_relora_at_7b_takes_what_its_tensors_take():
     assert sharded["gradients"] == pytest.approx(found["gradients"] / 8, rel=1e-3)
 
 
-def test_what_a_restart_takes_is_in_the_peak():
-    """Where an update takes little else: balanced factors in float32, and before the run starts a decomposition in float64."""
+def test_the_peak_includes_the_memory_of_a_restart():
+    """If an update takes little else: balancing factors in float32, and before the start a decomposition in float64."""
     small = setting("60m", rank=512, optimizer="sgd", batch_size=1, max_length=2, per_layer=True, support="block")
     plain = account(small)["peak"]
     factors = 512 * (1376 + 512)
@@ -246,8 +242,8 @@ def test_what_a_restart_takes_is_in_the_peak():
         assert account(replace(other, init="svd")) == account(other)
 
 
-def test_malloc_leaves_gaps_between_blocks_that_it_keeps():
-    """Activations of less than 4 MiB each, on a CPU; 2,048 rows of 1,024 bfloat16 numbers are 4 MiB."""
+def test_fragmentation_by_small_activations_is_counted():
+    """This concerns activations below 4 MiB on a CPU; 2,048 rows of 1,024 bfloat16 numbers are 4 MiB."""
     small, large = (setting("350m", batch_size=size) for size in (7, 8))
     beside = account(large)["runtime"]
     assert account(small)["runtime"] - beside == int(0.3 * account(small)["activations"]) > 0

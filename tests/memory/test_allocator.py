@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, in a process of its own."""
+"""set_allocator makes the C library return large freed blocks to the system; tested in separate processes."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# 40 blocks of 8 MiB with small ones between them, as a step's temporaries lie between its gradients; then the large ones go.
+# Allocates 40 blocks of 8 MiB with small ones between them, as in a training step, then frees the large ones.
 PROGRAM = """
 import os, sys
 from peft_pretraining.distributed.device import set_allocator
@@ -32,8 +32,8 @@ print((before - resident()) / (40 * 8 * 2**20), os.environ.get("THP_MEM_ALLOC_EN
 """
 
 
-def given_back(mode: str, **environment: str) -> tuple[float, str]:
-    """Share of the freed blocks that is the system's again, and whether torch was told to take huge pages."""
+def returned_share(mode: str, **environment: str) -> tuple[float, str]:
+    """Returns the share of freed memory returned to the system, and the value that tells torch to use huge pages."""
     command = [sys.executable, "-c", PROGRAM, mode]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "THP_", "GLIBC_"))}
     ended = subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True)
@@ -41,19 +41,19 @@ def given_back(mode: str, **environment: str) -> tuple[float, str]:
     return float(share), huge
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
-def test_large_blocks_are_given_back():
-    """Also where glibc by itself would have kept them between smaller ones."""
-    share, huge = given_back("set")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="set_allocator configures glibc's malloc")
+def test_large_freed_blocks_are_returned_to_the_system():
+    """By default glibc would keep them, because of the small blocks between them."""
+    share, huge = returned_share("set")
     assert share > 0.9
     assert huge == "1"
-    assert given_back("leave")[0] < 0.1
+    assert returned_share("leave")[0] < 0.1
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
-def test_a_choice_in_the_environment_stands():
-    """As for any program of this library."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="set_allocator configures glibc's malloc")
+def test_settings_in_the_environment_are_kept():
+    """The user's environment variables take precedence."""
     thresholds = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-    share, huge = given_back("set", THP_MEM_ALLOC_ENABLE="0", **thresholds)
+    share, huge = returned_share("set", THP_MEM_ALLOC_ENABLE="0", **thresholds)
     assert share < 0.1
     assert huge == "0"

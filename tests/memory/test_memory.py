@@ -1,8 +1,8 @@
-"""The memory account: exact counts, bytes that equal the tensors' own, and the paper's table by the paper's convention."""
+"""Counts and bytes that the memory account is made of: exact parameters, real tensors' bytes, and the paper's table."""
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_exact_counts_of_the_reference_table(
     assert (factors.total, factors.dense, factors.low_rank, factors.sparse) == (low_rank, base, low_rank - base, 0)
     ours = counts(size, "sltrain")
     assert (ours.total, ours.dense, ours.low_rank, ours.sparse) == (total, base, low_rank - base, nonzeros)
-    # ReLoRA holds the frozen full weights and the factors; GaLore trains the full model.
+    # ReLoRA has the frozen full weights and the factors; GaLore trains the full model.
     assert counts(size, "relora").total == full + low_rank - base
     assert counts(size, "galore").total == full
 
@@ -91,7 +91,7 @@ def tiny(**changes: Any) -> ModelConfig:
 
 
 def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, **options: Any) -> Any:
-    """options: of SLTrainConfig."""
+    """Builds a model of the method. options: arguments of SLTrainConfig."""
     sparsity = {"full": None, "galore": None, "relora": None, "lowrank": 0.0, "sltrain": 0.05}[method]
 
     def change(model: nn.Module) -> None:
@@ -111,8 +111,10 @@ def build(cfg: ModelConfig, method: str, dtype: torch.dtype, *, rank: int = 8, *
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True, "attention_bias": True}]
 )
-def test_groups_are_the_models_parameters(changes: dict[str, Any], method: str, support: str, train_scaling: bool) -> None:
-    """Same shapes, each as often, for grouped queries, tied embeddings, biases and trained scales."""
+def test_tensor_groups_equal_the_models_parameters(
+    changes: dict[str, Any], method: str, support: str, train_scaling: bool
+) -> None:
+    """Shapes and their numbers are equal, for grouped queries, tied embeddings, biases and trained scales."""
     cfg = tiny(**changes)
     model = build(cfg, method, torch.float32, trainable_scaling=train_scaling, support=support)
     choice: dict[str, Any] = {"rank": 8, "sparsity": 0.05, "train_scaling": train_scaling, "support": support}
@@ -136,30 +138,53 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "lowrank", "relora", "sltrain"])
-@pytest.mark.parametrize("per_layer", [False, True])
+STATES: list[tuple[str, dict[str, Any]]] = [
+    ("adam", {}),
+    ("adamw", {}),
+    ("adamw", {"stochastic_rounding": True}),
+    ("sgd", {}),
+    ("sgd", {"beta1": 0.9}),
+    ("adafactor", {}),
+    ("adafactor", {"beta1": 0.9}),
+    ("adam8bit", {}),
+    ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+    ("adamw4bit", {}),
+    ("adamw4bit", {"embedding_bits": 8}),
+    ("adamw4bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+]
+
+
+def pairwise(first: Sequence[Any], second: Sequence[Any], *pairs: tuple[Any, Any]) -> list[Any]:
+    """Returns all combinations of the values as parameters, (first, second, one value of each pair).
+
+    Combinations beyond a cover of all pairs of values are marked `full`.
+    """
+    cases = []
+    for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second)):
+        covered = tuple((i // 2**number + j) % 2 for number in range(len(pairs)))
+        for choice in itertools.product((0, 1), repeat=len(pairs)):
+            values = (a, b, *(pair[index] for pair, index in zip(pairs, choice, strict=True)))
+            cases.append(pytest.param(*values, marks=[] if choice == covered else pytest.mark.full))
+    return cases
+
+
+def test_the_cover_contains_every_pair_of_values() -> None:
+    values = (range(7), range(5), (0, 1), (0, 1), (0, 1))
+    cases = [case.values for case in pairwise(*values) if not case.marks]
+    assert len(cases) == 7 * 5
+    for a, b in itertools.combinations(range(5), 2):
+        assert {(case[a], case[b]) for case in cases} == set(itertools.product(values[a], values[b]))
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "settings"),
-    [
-        ("adam", {}),
-        ("adamw", {}),
-        ("adamw", {"stochastic_rounding": True}),
-        ("sgd", {}),
-        ("sgd", {"beta1": 0.9}),
-        ("adafactor", {}),
-        ("adafactor", {"beta1": 0.9}),
-        ("adam8bit", {}),
-        ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
-        ("adamw4bit", {}),
-        ("adamw4bit", {"embedding_bits": 8}),
-        ("adamw4bit", {"embedding_bits": 32, "stochastic_rounding": True}),
-    ],
+    ("state", "method", "dtype", "per_layer"),
+    pairwise(STATES, ["full", "lowrank", "relora", "sltrain"], ("float32", "bfloat16"), (False, True)),
 )
 def test_static_bytes_equal_the_tensors_of_a_training_step(
-    method: str, dtype: str, optimizer: str, settings: dict[str, Any], per_layer: bool
+    state: tuple[str, dict[str, Any]], method: str, dtype: str, per_layer: bool
 ) -> None:
-    """Parameters, gradients, support and the state that each library really allocates."""
+    """Compares parameters, gradients, support and the states that the libraries allocate."""
+    optimizer, settings = state
     cfg = tiny()
     model = build(cfg, method, getattr(torch, dtype))
     choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
@@ -192,27 +217,27 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     assert account["optimizer"] == states
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
-@pytest.mark.parametrize("per_layer", [False, True])
+GALORE_STATES: list[tuple[str, dict[str, Any]]] = [
+    ("adam", {}),
+    ("adamw", {"stochastic_rounding": True}),
+    ("sgd", {"beta1": 0.9}),
+    ("adafactor", {"beta1": 0.9}),
+    ("adam8bit", {}),
+    ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+    ("adamw4bit", {"embedding_bits": 8}),
+]
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "settings"),
-    [
-        ("adam", {}),
-        ("adamw", {"stochastic_rounding": True}),
-        ("sgd", {"beta1": 0.9}),
-        ("adafactor", {"beta1": 0.9}),
-        ("adam8bit", {}),
-        ("adam8bit", {"embedding_bits": 32, "stochastic_rounding": True}),
-        ("adamw4bit", {"embedding_bits": 8}),
-    ],
+    ("state", "proj_type", "rank", "dtype", "per_layer"),
+    pairwise(GALORE_STATES, PROJ_TYPES, (8, 200), ("float32", "bfloat16"), (False, True)),
 )
-@pytest.mark.parametrize("rank", [8, 200])
 def test_galores_static_bytes_equal_the_tensors_of_a_training_step(
-    rank: int, dtype: str, proj_type: str, optimizer: str, settings: dict[str, Any], per_layer: bool
+    state: tuple[str, dict[str, Any]], proj_type: str, rank: int, dtype: str, per_layer: bool
 ) -> None:
-    """Moments in the subspace, of matrices above and below the size that is quantised, and projections; a rank above the
-    matrices' sides too."""
+    """Moments in the subspace, for matrices above and below the size limit of quantising, and projections; also with a rank above
+    the matrices' sides."""
+    optimizer, settings = state
     cfg = tiny(hidden_size=128, intermediate_size=640)
     model = build(cfg, "galore", getattr(torch, dtype))
     choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
@@ -248,15 +273,15 @@ def test_a_block_support_takes_no_bytes() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50))
-def test_nonzeros_are_those_of_the_layers_support(rows: int, columns: int, blocks: int) -> None:
+def test_nonzeros_equal_those_of_the_layers_support(rows: int, columns: int, blocks: int) -> None:
     sparsity = 1 / min(blocks, rows, columns)
     for kind in SUPPORTS:
         assert nonzeros(kind, rows, columns, sparsity) == make_support(kind, rows, columns, sparsity, "meta").nnz
 
 
 @pytest.mark.parametrize(("sparsity", "bytes_per_nonzero"), [(0.05, 1.001), (0.03, 1.005), (0.01, 1.2), (1e-6, 8.0)])
-def test_the_support_of_any_size_is_counted_as_it_is_stored(sparsity: float, bytes_per_nonzero: float) -> None:
-    """Matrices of more than 2^31 entries too: about a byte at the densities that are used, plain int64 at the thinnest."""
+def test_a_supports_counted_bytes_equal_its_storage(sparsity: float, bytes_per_nonzero: float) -> None:
+    """Also for more than 2^31 entries: about one byte per position at usual densities, plain int64 at the lowest."""
     rows, columns = 2**16 + 16, 2**15
     nnz = int(sparsity * rows * columns)
     assert support_bytes(nnz, rows * columns) == UniformSupport(rows, columns, nnz, device="meta").code.nbytes
@@ -275,9 +300,11 @@ def test_the_support_of_any_size_is_counted_as_it_is_stored(sparsity: float, byt
         ("relora", "bfloat16", True),
     ],
 )
-def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, compiled: bool, path: str) -> None:
-    """Within 3 %: left out are 4 bytes per token and norm, the ids, and the rotary tables. Low-rank plus sparse linears save
-    no more than dense ones, and x A^T of all seven where they are factored."""
+def test_the_activation_estimate_equals_the_tensors_that_autograd_saves(
+    method: str, dtype: str, compiled: bool, path: str
+) -> None:
+    """Within 3 %: the estimate leaves out 4 bytes per token and norm, the ids, and the rotary tables. Low-rank plus sparse
+    linears save as much as dense ones, and x A^T of all seven if they are factored."""
     cfg = tiny(hidden_size=128, intermediate_size=352, num_hidden_layers=4)
     model = build(cfg, method, getattr(torch, dtype), rank=32, path=path)
     factored_rank = 7 * 32 if method == "relora" or (path == "factored" and method == "sltrain") else 0
@@ -300,7 +327,7 @@ def test_activation_estimate_is_what_autograd_saves(method: str, dtype: str, com
 
 
 def test_a_document_mask_is_counted_once_for_all_layers() -> None:
-    """Beside it only the rotary tables become one per sequence."""
+    """With a mask, the rotary tables are also saved per sequence."""
     cfg = tiny(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_key_value_heads=4)
     model = build(cfg, "full", torch.float32)
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -317,14 +344,14 @@ def test_a_document_mask_is_counted_once_for_all_layers() -> None:
     assert found[0] - found[None] - rotary_tables == pytest.approx(counted[1] - counted[0], rel=0.05)
 
 
-def test_checkpointing_and_smaller_chunks_take_less() -> None:
+def test_checkpointing_and_smaller_chunks_lower_the_estimate() -> None:
     cfg = config("350m")
     sizes = {
         kind: activation_bytes(cfg, batch_size=16, seq_len=256, dtype="bfloat16", checkpointing=kind)["activations"]
         for kind in (None, "layer", "selective")
     }
     assert sizes["layer"] < sizes["selective"] < sizes[None] / 5
-    # One hidden state per layer, plus one layer's activations, plus the final norm's.
+    # One hidden state per layer, one layer's activations, and those of the final norm.
     hidden_states = 24 * 16 * 256 * 1024 * 2
     assert sizes["layer"] - hidden_states < sizes[None] / 20
     small, large = (
@@ -334,7 +361,7 @@ def test_checkpointing_and_smaller_chunks_take_less() -> None:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Most bytes of storages created by operations and alive at the same time; those of `inputs` are not counted."""
+    """Records the most bytes of storages created by operations and alive at the same time, without those of `inputs`."""
 
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
@@ -356,9 +383,9 @@ class PeakBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("width", "rows"), [(16, 1024), (512, 1024), (16, 256), (1024, 256)])
-def test_loss_estimate_is_its_peak(width: int, rows: int, dtype: str) -> None:
-    """Where the logits dominate and where the head's gradient does, for several chunks and for one. Left out is the block
-    in which gradients are scaled: 1024 of the 6000 rows of the head, 17 % of its float32 bytes."""
+def test_the_loss_estimate_equals_its_measured_peak(width: int, rows: int, dtype: str) -> None:
+    """For dominant logits and a dominant gradient of the head, with several chunks and with one. The estimate leaves out the
+    block in which gradients are scaled: 1024 of the head's 6000 rows, 17 % of its float32 bytes."""
     hidden = torch.randn(rows, width, dtype=getattr(torch, dtype), requires_grad=True)
     head = torch.randn(6000, width, dtype=getattr(torch, dtype), requires_grad=True)
     labels = torch.randint(0, 6000, (rows,))
@@ -368,7 +395,7 @@ def test_loss_estimate_is_its_peak(width: int, rows: int, dtype: str) -> None:
     assert -0.02 * estimate < measured.peak - estimate <= 0.02 * estimate + 4 * 1024 * width
 
 
-def test_paper_totals_of_sltrain() -> None:
+def test_sltrains_totals_equal_the_printed_ones() -> None:
     """The printed totals and their two parts: parameters with 8-byte indices, and two bfloat16 moments."""
     printed = {
         "60m": (0.09, 0.17, 0.26),
@@ -384,16 +411,18 @@ def test_paper_totals_of_sltrain() -> None:
 @pytest.mark.parametrize(
     ("method", "by_formula", "printed"),
     [
-        # What the paper prints and these formulas do not give is listed in the last column: ReLoRA's printed totals count
-        # embedding, head and norms twice; 350M GaLore has a projection of 144.04M for 44.04M; low-rank 60M is off by .02.
+        # The last column has the printed totals. Some differ from the formulas: ReLoRA's count embedding, head and norms
+        # twice; GaLore's at 350M has a projection of 144.04M instead of 44.04M; low-rank at 60M is off by .02.
         ("full", (0.35, 0.81, 2.21, 8.04), (0.35, 0.81, 2.21, 8.04)),
         ("lowrank", (0.26, 0.57, 1.11, 3.66), (0.24, 0.57, 1.11, 3.66)),
         ("relora", (0.18, 0.54, 1.46, 5.54), (0.36, 0.84, 1.85, 6.34)),
         ("galore", (0.28, 0.61, 1.39, 4.76), (0.28, 0.61, 1.59, 4.76)),
     ],
 )
-def test_paper_totals_of_the_other_methods(method: str, by_formula: tuple[float, ...], printed: tuple[float, ...]) -> None:
-    """By formula; where the paper prints something else it is listed, within the rounding of two parts."""
+def test_other_methods_totals_equal_the_papers_formulas(
+    method: str, by_formula: tuple[float, ...], printed: tuple[float, ...]
+) -> None:
+    """Totals equal the paper's formulas; the number of printed totals that differ by more than rounding is listed."""
     ours = tuple(paper_estimate(counts(size, method), method)["total_G"] for size in SIZES)
     assert ours == by_formula
     assert [abs(a - b) < 0.0101 for a, b in zip(by_formula, printed, strict=True)].count(False) == {
@@ -404,7 +433,7 @@ def test_paper_totals_of_the_other_methods(method: str, by_formula: tuple[float,
     }[method]
 
 
-def test_galore_counts_by_the_papers_formulas() -> None:
+def test_galores_counts_equal_the_papers_formulas() -> None:
     """Moments 2 (base + L (4hr + 3r max(h, i))) and projections L (4hr + 3r min(h, i)); 44.04M at 350M."""
     for size in SIZES:
         cfg, r, found = config(size), RANKS[size], counts(size, "galore")
@@ -415,7 +444,7 @@ def test_galore_counts_by_the_papers_formulas() -> None:
     assert round(counts("350m", "galore").projections / 1e6, 2) == 44.04
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_names_are_refused_by_the_counts() -> None:
     cfg, full = tiny(), counts("60m", "full")
     with pytest.raises(ValueError, match="'lora'"):
         parameter_counts(cfg, method="lora", rank=1, sparsity=0.0)

@@ -1,4 +1,4 @@
-"""Bytes and seconds of communication against numbers worked out by hand."""
+"""Bytes and seconds of communication equal numbers calculated by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +41,8 @@ def setting(**changes) -> Setting:
     return Setting(small(), "full", 2, 0.1, **(base | changes))
 
 
-def test_ddp_sends_every_gradient_once_around_the_ring():
-    """2 (N - 1) / N of its bytes, whatever the accumulation."""
+def test_ddp_sends_the_bytes_of_a_ring_all_reduce():
+    """Each process sends 2 (N - 1) / N of the gradients' bytes, for any gradient accumulation."""
     for accumulation in (1, 8):
         assert traffic(setting(gradient_accumulation=accumulation)).sent == 2 * (1 / 2) * 4 * TOTAL
     assert traffic(setting(world_size=4)).sent == 2 * (3 / 4) * 4 * TOTAL
@@ -52,7 +52,7 @@ def test_ddp_sends_every_gradient_once_around_the_ring():
 
 
 def test_fsdp_gathers_for_every_pass_and_reduces_once():
-    """Rows of 10, 4 and 6 are shared evenly by two processes: nothing is padded."""
+    """10, 4 and 6 rows are divided evenly by two processes, so nothing is padded."""
     one = traffic(setting(parallel="fsdp"))
     assert (one.gathered_forward, one.gathered_backward) == (4 * TOTAL, 4 * (TOTAL - ROOT_ELEMENTS))
     assert one.reduce_scattered == 4 * TOTAL
@@ -65,8 +65,8 @@ def test_fsdp_gathers_for_every_pass_and_reduces_once():
     assert mixed.sent == (1 / 2) * (2 * (2 * TOTAL - ROOT_ELEMENTS) + 4 * TOTAL)
 
 
-def test_uneven_rows_are_padded():
-    """Three processes: 10 rows as 12, 4 as 6, and 6 as they are."""
+def test_rows_that_do_not_divide_evenly_are_padded():
+    """With three processes 10 rows are padded to 12 and 4 to 6; 6 rows need no padding."""
     padded_layer = 4 * 6 * 4 + 2 * 6 * 4 + 6 * 6 + 2 * 6
     expected = 2 * 12 * 4 + 2 * padded_layer + 6
     assert traffic(setting(parallel="fsdp", world_size=3)).reduce_scattered == 4 * expected
@@ -74,7 +74,7 @@ def test_uneven_rows_are_padded():
 
 @pytest.mark.parametrize(("size", "rank", "sparsity"), [("60m", 128, 0.03), ("350m", 256, 0.03), ("7b", 1024, 0.05)])
 @pytest.mark.parametrize("world_size", [2, 256])
-def test_sltrain_sends_its_share_of_the_parameters(size, rank, sparsity, world_size):
+def test_sltrain_sends_in_proportion_to_its_parameters(size, rank, sparsity, world_size):
     model = load_model_config(ROOT / f"configs/llama_{size}.json")
     ours = Setting(model, "sltrain", rank, sparsity, "adamw", "bfloat16", 1, 256, world_size=world_size)
     shares = {"60m": (43_529_832, 58_073_600), "350m": (194_293_544, 367_969_280), "7b": (3_144_735_808, 6_738_415_616)}
@@ -83,7 +83,7 @@ def test_sltrain_sends_its_share_of_the_parameters(size, rank, sparsity, world_s
 
 
 def test_factors_of_fewer_rows_than_processes_are_padded():
-    """A of rank 128 has a row for every second of 256 processes: what FSDP2 exchanges of it doubles."""
+    """With rank 128 and 256 processes, FSDP2 pads A to 256 rows and exchanges twice as much."""
     model = load_model_config(ROOT / "configs/llama_60m.json")
     few, many = (
         Setting(model, "lowrank", 128, 0.0, "adamw", "bfloat16", 1, 256, world_size=size, parallel="fsdp") for size in (128, 256)
@@ -92,7 +92,7 @@ def test_factors_of_fewer_rows_than_processes_are_padded():
     assert traffic(many).reduce_scattered - traffic(few).reduce_scattered >= 2 * rows_of_a
 
 
-def test_seconds_of_an_update_are_those_worked_out_by_hand():
+def test_seconds_of_an_update_equal_those_calculated_by_hand():
     """100 tokens at 25 per second: 4 s of arithmetic per micro-batch, of which forward takes 4/3 and backward 8/3."""
     ddp = setting(gradient_accumulation=3)
     for seconds, hidden in ((2.0, 12.0), (8 / 3, 12.0), (5.0, 12.0 + 5.0 - 8 / 3)):
@@ -100,23 +100,23 @@ def test_seconds_of_an_update_are_those_worked_out_by_hand():
         assert update_seconds(ddp, 25, link) == pytest.approx(hidden)
         assert update_seconds(ddp, 25, replace(link, overlap=0)) == pytest.approx(12 + seconds)
         assert update_seconds(ddp, 25, replace(link, overlap=0.5)) == pytest.approx((hidden + 12 + seconds) / 2)
-    # FSDP in seconds by pass, where one full parameter set takes 4 s: forward 4, backward 4 less the root's, the last 4 more.
+    # FSDP: gathering all parameters takes 4 s. Forward takes 4 s, backward 4 s less the root's, and the last backward 4 s more.
     fsdp = setting(gradient_accumulation=2, parallel="fsdp")
     link, backward = Link(bytes_per_s=(1 / 2) * 4 * TOTAL / 4), 4 * (TOTAL - ROOT_ELEMENTS) / TOTAL
     assert backward > 8 / 3
     assert update_seconds(fsdp, 25, link) == pytest.approx(2 * 4 + backward + (backward + 4))
 
 
-def test_checkpointing_gives_the_backward_pass_a_larger_share():
+def test_the_backward_pass_takes_a_larger_share_with_checkpointing():
     assert backward_share(setting()) == pytest.approx(2 / 3)
     assert backward_share(setting(activation_checkpointing="layer")) == pytest.approx(3 / 4)
 
 
-def test_the_update_stays_the_same_in_more_processes():
+def test_more_processes_divide_the_same_update():
     start = setting(batch_size=8, gradient_accumulation=16, world_size=1)
     for world_size, batch_size, accumulation in ((1, 8, 16), (4, 8, 4), (16, 8, 1), (32, 4, 1), (128, 1, 1)):
-        there = in_processes(start, world_size)
-        assert (there.world_size, there.batch_size, there.gradient_accumulation) == (
+        divided = in_processes(start, world_size)
+        assert (divided.world_size, divided.batch_size, divided.gradient_accumulation) == (
             world_size,
             batch_size,
             accumulation,
@@ -125,10 +125,10 @@ def test_the_update_stays_the_same_in_more_processes():
     assert list(world_sizes(setting(batch_size=3, world_size=3))) == [1, 3]
 
 
-def test_efficiency_and_where_it_falls_below_a_half():
-    """DDP, 64 sequences of 50 tokens at 100 per second: 32 s in one process, 32 / N in each of N, all of it backward's 2/3 that
-    hides; the link takes 2 (N - 1) / N seconds. Nothing hidden, 32 / N falls below that at N = 32: 1 against 1.94 s; at 16 it is
-    2 against 1.88."""
+def test_efficiency_falls_below_one_half_where_calculated():
+    """DDP with 64 sequences of 50 tokens at 100 tokens per second: 32 / N s of arithmetic in each of N processes, and
+    2 (N - 1) / N s on the link. Without overlap, communication takes longer than arithmetic from N = 32 on (1.94 s and 1 s); at
+    N = 16 it takes 1.88 s and arithmetic 2 s."""
     start, link = setting(batch_size=1, gradient_accumulation=64, world_size=1), Link(bytes_per_s=4 * TOTAL, overlap=0)
     assert scaling(start, 1, 100, link).efficiency == 1
     at_16, at_32 = (scaling(start, size, 100, link) for size in (16, 32))
@@ -137,12 +137,12 @@ def test_efficiency_and_where_it_falls_below_a_half():
     assert at_16.tokens_per_s == pytest.approx(3200 / (2 + 2 * 15 / 16))
     assert at_32.efficiency < 0.5 < at_16.efficiency
     assert stops_scaling_at(start, 100, link) == 32
-    # Hidden behind the last micro-batch's backward pass, 1/3 s of it: at 32 processes 1 s takes 1 + 1.94 - 1/3.
+    # With overlap, 1/3 s is hidden by the last micro-batch's backward pass: at 32 processes an update takes 1 + 1.94 - 1/3 s.
     assert scaling(start, 32, 100, replace(link, overlap=1)).seconds_per_update == pytest.approx(1 + 2 * 31 / 32 - 1 / 3)
     assert stops_scaling_at(start, 100, Link(bytes_per_s=4e6 * TOTAL)) is None
 
 
-def test_the_plan_says_what_several_processes_exchange():
+def test_the_plan_shows_the_communication_of_several_processes():
     flags = ["--model_config", str(ROOT / "configs/llama_60m.json"), "--batch_size", "1", "--dtype", "bfloat16"]
     flags += ["--peft_model", "sltrain", "--rank", "128", "--sp_ratio", "0.03", "--dataset", "demo"]
     texts = {}
@@ -150,12 +150,12 @@ def test_the_plan_says_what_several_processes_exchange():
         args = parse_args([*flags, "--parallel", parallel])
         texts[world_size, parallel] = format_plan(make_plan(args, World(size=world_size)), args, "data", None)
     assert "wire" not in texts[1, "ddp"]
-    # 43,529,832 and 58,073,600 parameters of 2 bytes, 2 x 1/2 of them.
+    # 43,529,832 and 58,073,600 parameters of 2 bytes, each sent 2 x 1/2 times.
     assert "0.087 GB sent per update and process by ddp (all-reduce 0.087), 75% of full-rank's 0.116" in texts[2, "ddp"]
     assert "by fsdp (all-gather 0.141 + reduce-scatter 0.087), " in texts[2, "fsdp"]
 
 
-def test_figures_grow_with_what_is_known():
+def test_communication_figures_include_seconds_and_scaling_if_known():
     assert "seconds" not in wire_figures(setting(), None, None)
     assert "overlapped" not in wire_figures(setting(), 10.0, None)
     found = wire_figures(setting(), 4 * TOTAL / 1e9, 25.0)

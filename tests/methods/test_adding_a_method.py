@@ -1,4 +1,4 @@
-"""The example of docs/adding_a_method.md: a method in one file, outside the package, works in every part of the program."""
+"""The example of docs/adding_a_method.md, a method in one file outside the package, works in every part of the program."""
 
 import json
 import re
@@ -22,7 +22,7 @@ FLAGS = ("--peft_model", "nonlinear", "--rank", "8")
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    """The example is a choice of --peft_model in this file's tests only."""
+    """Makes the example a choice of --peft_model, during this file's tests only."""
     register(nonlinear.METHOD)
     yield
     del METHODS["nonlinear"]
@@ -40,7 +40,7 @@ def flags(tiny_run) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory) -> Path:
-    """A run of six updates."""
+    """Returns the folder of a run of six updates."""
     folder = tmp_path_factory.mktemp("nonlinear") / "whole"
     assert torchrun_main.main([*flags, "--save_dir", str(folder)]) == 0
     return folder
@@ -50,19 +50,19 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_page_shows_the_file():
+def test_the_page_shows_the_examples_file():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding_a_method.md").read_text(), re.DOTALL)
     shown = [line for line in "\n".join(blocks).splitlines() if line]
     assert shown == [line for line in Path(nonlinear.__file__).read_text().splitlines() if line]
 
 
-def test_it_trains(whole):
+def test_the_example_method_trains(whole):
     losses = [row["loss"] for row in rows_of(whole) if "loss" in row]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
 
 
-def test_it_resumes_with_the_same_bits(whole, flags, tmp_path):
+def test_the_example_method_resumes_bit_identically(whole, flags, tmp_path):
     middle, end = list_checkpoints(whole)
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path), "--continue_from", str(middle)]) == 0
     assert without_times(rows_of(tmp_path)) == without_times(rows_of(whole))
@@ -72,11 +72,11 @@ def test_it_resumes_with_the_same_bits(whole, flags, tmp_path):
 
 
 @pytest.mark.parametrize("more", [("--per_layer",), ("--optimizer", "adam8bit")])
-def test_it_trains_with_other_updates(flags, more, tmp_path):
+def test_the_example_method_trains_per_layer_and_with_another_optimizer(flags, more, tmp_path):
     assert torchrun_main.main([*flags, *more, "--num_training_steps", "2", "--save_dir", str(tmp_path)]) == 0
 
 
-def test_estimated_parameters_are_those_of_the_model(whole, flags, capsys):
+def test_estimated_parameters_equal_those_of_the_model(whole, flags, capsys):
     assert command(["estimate", "--json", *flags]) == 0
     estimated = json.loads(capsys.readouterr().out)
     model, _, record = load_model(whole, torch.device("cpu"))
@@ -87,13 +87,13 @@ def test_estimated_parameters_are_those_of_the_model(whole, flags, capsys):
     assert estimated["parameters"] == record["plan"]["parameters"]
 
 
-def test_predicted_bytes_are_those_measured(whole):
+def test_predicted_bytes_equal_the_measured_ones(whole):
     measured = next(row for row in rows_of(whole) if "memory_parameters_measured" in row)
     for kind in ("parameters", "optimizer"):
         assert measured[f"memory_{kind}_measured"] == measured[f"memory_{kind}_predicted"]
 
 
-def test_it_is_reported_by_its_title(whole, tmp_path):
+def test_the_report_shows_the_methods_title(whole, tmp_path):
     assert command(["report", str(whole), "--out", str(tmp_path)]) == 0
     assert any(nonlinear.METHOD.title in page.read_text() for page in tmp_path.glob("*.html"))
 
@@ -103,8 +103,8 @@ def test_an_export_of_dense_weights_is_refused(whole, tmp_path, capsys):
     assert "has linears without an equal dense weight" in capsys.readouterr().err
 
 
-def test_the_program_says_what_the_method_says(flags, tmp_path, capsys):
-    """Its warnings are in the plan, and arguments that it does not read cost a notice."""
+def test_the_methods_warnings_and_notices_are_printed(flags, tmp_path, capsys):
+    """Its warnings are in the plan, and arguments that it does not read give a notice."""
     assert torchrun_main.main([*flags, "--rank", "48", "--sp_ratio", "0.1", "--dry_run", "--save_dir", str(tmp_path)]) == 0
     output = "".join(capsys.readouterr())
     assert "have more parameters than the weight" in output

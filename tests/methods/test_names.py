@@ -1,4 +1,4 @@
-"""The program asks the objects behind names: it compares no method's, optimizer's or support's name outside their own files."""
+"""The names of methods, optimizers and supports are compared only in their own files; other code asks their objects."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,7 @@ PACKAGE = ROOT / "peft_pretraining"
 
 
 def compared_names(text: str):
-    """(line, string, source of the comparison) for every string constant in a comparison or a match of `text`."""
+    """Yields (line, string, source of the comparison) for every string constant in a comparison or a match of `text`."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare | ast.MatchValue):
@@ -27,11 +27,11 @@ def compared_names(text: str):
 
 
 def comparisons_of(names, allowed):
-    """Where the package compares one of `names`, but for the files and folders `allowed`."""
+    """Yields the places where the package compares one of `names`, outside the files and folders `allowed`."""
     for path in [ROOT / "torchrun_main.py", *sorted(PACKAGE.rglob("*.py"))]:
         if not any(path.is_relative_to(PACKAGE / place) for place in allowed):
             for line, value, source in compared_names(path.read_text(encoding="utf-8")):
-                # GaLore's --proj_type has a kind of projection that is called as full-rank training is.
+                # The projection "full" of GaLore's --proj_type has the same name as full-rank training.
                 if value in names and "proj_type" not in source:
                     yield f"{path.relative_to(ROOT)}:{line}: {source}"
 
@@ -45,16 +45,16 @@ def comparisons_of(names, allowed):
     ],
     ids=["methods", "optimizers", "supports"],
 )
-def test_no_name_is_compared(names, allowed):
+def test_names_are_not_compared_outside_their_files(names, allowed):
     assert list(comparisons_of(names, allowed)) == []
 
 
-def test_comparisons_are_found():
+def test_the_search_finds_comparisons():
     text = 'if args.peft_model in ("full", "galore") or method != "relora" or {"adam": 1}:\n    pass'
     assert {value for _, value, _ in compared_names(text)} == {"full", "galore", "relora"}
 
 
-def test_every_name_has_its_object():
+def test_every_name_has_an_object():
     assert METHODS.keys() == METHOD_NAMES.keys()
     assert all(method.name == name and method.title and method.description for name, method in METHODS.items())
     assert OPTIMIZERS.keys() == BUILDERS.keys()

@@ -1,4 +1,4 @@
-"""The chunked loss equals the plain one, values and gradients, and never holds the logits of a whole micro-batch."""
+"""The chunked loss has the value and gradients of the plain one, and never builds the logits of a whole micro-batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ def case(rows: int, dtype: torch.dtype, ignored: float = 0.2) -> tuple[Tensor, T
 
 
 def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss / 37, inputs)  # 1/37 has no short binary form: it must not be rounded to bfloat16
+    return torch.autograd.grad(loss / 37, inputs)  # 1/37 is not exact in bfloat16, to which it must not be rounded
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -47,7 +47,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("ignored", [0.0, 0.2])
 @pytest.mark.parametrize(("rows", "chunk"), [(1, 8), (64, 64), (64, 16), (61, 16), (64, 1), (5, 1000)])
-def test_equals_plain_loss_in_float32(rows: int, chunk: int, ignored: float) -> None:
+def test_the_chunked_loss_equals_the_plain_one_in_float32(rows: int, chunk: int, ignored: float) -> None:
     hidden, weight, labels = case(rows, torch.float32, ignored)
     ours, theirs = chunked_cross_entropy(hidden, weight, labels, chunk), plain(hidden, weight, labels)
     assert ours.dtype == torch.float32
@@ -58,9 +58,9 @@ def test_equals_plain_loss_in_float32(rows: int, chunk: int, ignored: float) -> 
 
 
 @pytest.mark.parametrize("chunk", [512, 16])
-def test_is_as_exact_as_the_plain_loss_in_bfloat16(chunk: int) -> None:
-    """Against float64 on the same bfloat16 numbers. One rounding to bfloat16 costs up to 2^-8 of a value, in norm about a
-    third of it; the head's gradient has one more per chunk, and their sum is taken in float32: it must not grow."""
+def test_the_chunked_loss_is_as_exact_as_the_plain_one_in_bfloat16(chunk: int) -> None:
+    """Compared with float64 on the same bfloat16 numbers. One rounding to bfloat16 changes a value by up to 2^-8, a norm by about
+    a third of it. The head's gradient has one more rounding per chunk, summed in float32, so the error must not grow."""
     hidden, weight, labels = case(512, torch.bfloat16)
     exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     exact_loss = F.cross_entropy(exact_hidden @ exact_weight.T, labels, reduction="sum", ignore_index=-100)
@@ -75,8 +75,8 @@ def test_is_as_exact_as_the_plain_loss_in_bfloat16(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [256, 64])
-def test_scale_of_the_gradient_is_not_rounded(chunk: int) -> None:
-    """The trainer multiplies the sum by 1 / tokens; rounded to bfloat16 that number would bias every gradient alike."""
+def test_the_factor_of_the_loss_is_not_rounded_to_bfloat16(chunk: int) -> None:
+    """The trainer multiplies the sum by 1 / tokens; rounded to bfloat16 this factor would bias all gradients."""
     hidden, weight, labels = case(256, torch.bfloat16)
     scale = 339 / 65536  # half-way between two bfloat16 numbers: rounding moves it by 0.29 %
 
@@ -88,8 +88,8 @@ def test_scale_of_the_gradient_is_not_rounded(chunk: int) -> None:
         assert abs(ratio.item() / scale - 1) < 5e-4
 
 
-def test_equals_plain_loss_in_float64() -> None:
-    """Gradients to double precision; the sum itself is float32 by contract. The scale is a power of two, exact in both."""
+def test_the_chunked_loss_equals_the_plain_one_in_float64() -> None:
+    """Gradients have double precision; the sum itself is always float32. The scale is a power of two, exact in both."""
     hidden, weight, labels = (t.detach().double() if t.is_floating_point() else t for t in case(50, torch.float32))
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -100,14 +100,14 @@ def test_equals_plain_loss_in_float64() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_nothing_to_predict_gives_zero_loss_and_zero_gradients() -> None:
+def test_no_targets_give_zero_loss_and_zero_gradients() -> None:
     hidden, weight, _ = case(10, torch.float32)
     loss = chunked_cross_entropy(hidden, weight, torch.full((10,), -100), 4)
     assert loss.item() == 0
     assert all(not g.any() for g in gradients(loss, hidden, weight))
 
 
-def test_frozen_head_or_hidden_get_no_gradient() -> None:
+def test_frozen_inputs_of_the_loss_get_no_gradient() -> None:
     for frozen in (0, 1):
         inputs = list(case(20, torch.float32))
         inputs[frozen] = inputs[frozen].detach()
@@ -117,7 +117,7 @@ def test_frozen_head_or_hidden_get_no_gradient() -> None:
 
 
 class WidestVocabularyTensor(TorchDispatchMode):
-    """The most rows that any float32 tensor with the vocabulary as its last dimension had, and the most of any dtype."""
+    """Records the most rows of any tensor whose last dimension is the vocabulary, for float32 and for all dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,8 +135,8 @@ class WidestVocabularyTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_exist_for_one_chunk_only(dtype: torch.dtype) -> None:
-    """Forward and backward of the whole model: no tensor of more rows x vocabulary than the chunk, of any dtype."""
+def test_logits_are_built_for_one_chunk_at_a_time(dtype: torch.dtype) -> None:
+    """In the whole model's forward and backward pass no tensor has more rows x vocabulary than a chunk."""
     model = build_model(tiny(), dtype=dtype, device="cpu", seed=0)
     ids = torch.randint(0, V, (4, 64))
     with WidestVocabularyTensor() as seen:
@@ -157,7 +157,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_evaluation_computes_no_gradients() -> None:
+def test_the_loss_without_gradients_takes_one_product_per_chunk() -> None:
     """One matrix product per chunk."""
     hidden, weight, labels = case(64, torch.float32, ignored=0.0)
     with torch.no_grad(), Products() as products:
@@ -168,7 +168,7 @@ def test_evaluation_computes_no_gradients() -> None:
 
 
 def hf_loss_sum(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """transformers' own loss is a mean over valid targets."""
+    """Returns the sum of transformers' token losses; its own loss is a mean over valid targets."""
     return model(input_ids=ids, labels=labels).loss * (labels[:, 1:] != -100).sum()
 
 
@@ -187,7 +187,7 @@ def sltrain(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("method", [None, sltrain])
 @pytest.mark.parametrize("checkpointing", [None, "layer", "selective"])
 def test_token_loss_equals_transformers_loss(method: object, checkpointing: str | None) -> None:
-    """Value and the gradient of every parameter, padding on the right and no attention mask."""
+    """Compares the value and every parameter's gradient, with padding on the right and no attention mask."""
     settings = {"dtype": torch.float32, "device": "cpu", "seed": 3, "reparameterize": method}
     ours = build_model(tiny(), activation_checkpointing=checkpointing, **settings)  # type: ignore[arg-type]
     theirs = build_model(tiny(), **settings)  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ def test_token_loss_equals_transformers_loss(method: object, checkpointing: str 
 
 
 def test_padding_does_not_change_the_loss() -> None:
-    """What stands on padded positions is seen by no real token."""
+    """Real tokens do not attend to padded positions."""
     loss_module = TokenLoss(build_model(tiny(), dtype=torch.float32, device="cpu", seed=3))
     ids, labels = padded_batch()
     other = torch.where(labels == -100, (ids + 17) % V, ids)
@@ -221,8 +221,8 @@ def test_autocast_gives_the_bfloat16_loss_and_float32_gradients() -> None:
     assert {p.grad.dtype for p in loss_module.parameters()} == {torch.float32}
 
 
-def test_whole_loss_compiles_and_is_the_same() -> None:
-    """Compiled by its caller as one module: the same value and gradients."""
+def test_the_compiled_loss_is_the_same() -> None:
+    """Compiled as one function, it has the same value and gradients."""
     hidden, weight, labels = case(20, torch.float32)
     compiled = torch.compile(chunked_cross_entropy, backend="aot_eager", fullgraph=True)
     ours, theirs = compiled(hidden, weight, labels, 8), chunked_cross_entropy(hidden, weight, labels, 8)

@@ -1,4 +1,4 @@
-"""The model built here is transformers' LLaMA: same logits, exact counts, and initial values that depend on the seed only."""
+"""The model is transformers' LLaMA: equal logits, exact parameter counts, and initial values that depend only on the seed."""
 
 import itertools
 from dataclasses import replace
@@ -46,7 +46,7 @@ def build(cfg: ModelConfig, **changes: Any) -> Any:
 
 
 def plain_hf(cfg: ModelConfig) -> Any:
-    """A LLaMA as transformers builds it by itself, on the CPU, with its own initial values."""
+    """Returns a LLaMA built by transformers on the CPU, with transformers' initial values."""
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM(hf_config(cfg)).eval()
@@ -56,7 +56,7 @@ def numel(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-# REFERENCE, exact parameter counts: r, delta, full-rank, low-rank, nonzeros, SLTrain
+# Exact parameter counts: r, delta, full-rank, low-rank, nonzeros, SLTrain
 COUNTS = {
     "60m": (128, 0.03, 58_073_600, 42_770_944, 758_888, 43_529_832),
     "130m": (256, 0.03, 134_105_856, 93_997_824, 2_547_972, 96_545_796),
@@ -101,7 +101,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_logits_equal_a_plain_transformers_model(case: str) -> None:
-    """Same weights, same logits: bit for bit, for whatever a config can ask for."""
+    """With equal weights the logits are bit-identical, for everything that a config can contain."""
     cfg = tiny(**CONFIGS[case])
     ours, theirs = build(cfg).eval(), plain_hf(cfg)
     theirs.load_state_dict(ours.state_dict())
@@ -109,8 +109,8 @@ def test_logits_equal_a_plain_transformers_model(case: str) -> None:
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
-def test_merged_model_has_the_same_logits() -> None:
-    """The reparameterised model is a LLaMA with weights B A * s + S and nothing else."""
+def test_a_merged_model_has_the_same_logits() -> None:
+    """The reparameterised model equals a LLaMA with weights s B A + S."""
     model = build(tiny(), reparameterize=sltrain).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -126,8 +126,8 @@ def test_merged_model_has_the_same_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["as published", "rope base", "rope scaling"])
-def test_rotary_tables_survive_to_empty(case: str, dtype: torch.dtype) -> None:
-    """They are not in any checkpoint and not parameters; in bfloat16 models too they are float32."""
+def test_rotary_tables_equal_transformers(case: str, dtype: torch.dtype) -> None:
+    """They are neither parameters nor in checkpoints, and are float32 in bfloat16 models too."""
     cfg = tiny(**CONFIGS[case])
     ours, theirs = build(cfg, dtype=dtype), plain_hf(cfg)
     names = [n for n, _ in theirs.named_buffers()]
@@ -145,7 +145,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", [None, lowrank, relora, sltrain])
 def test_initial_values_depend_on_seed_and_name_only(method: Any) -> None:
-    """Not on the default generator, its device of construction, the order of modules, or other layers."""
+    """They do not depend on the default generator, the device of construction, the order of modules, or other layers."""
     torch.manual_seed(1)
     first = state(build(tiny(), reparameterize=method))
     torch.manual_seed(2)
@@ -154,14 +154,14 @@ def test_initial_values_depend_on_seed_and_name_only(method: Any) -> None:
     assert first.keys() == again.keys()
     assert all(torch.equal(first[k], again[k]) for k in first)
 
-    # Built on the CPU with storage and values of its own, the method applied to a real model, then drawn anew.
+    # Built by transformers on the CPU, with the method applied to it, then initialised.
     on_cpu = plain_hf(tiny())
     if method is not None:
         method(on_cpu)
     initialize(on_cpu, 11)
     assert all(torch.equal(first[k], v) for k, v in state(on_cpu).items())
 
-    # One layer more, and the head drawn before the rest: the common part is the same.
+    # With one layer more, and the head drawn first, the common part is equal.
     deeper = build(tiny(num_hidden_layers=3), reparameterize=method, device="meta")
     deeper._modules = dict(reversed(deeper._modules.items()))
     materialize(deeper, "cpu")
@@ -184,7 +184,7 @@ def test_bfloat16_starts_from_the_rounded_float32_values(method: Any) -> None:
 
 
 def test_initial_values_have_the_published_distribution() -> None:
-    """Embedding and head N(0, 0.02^2) in full, no dead padding row; norms 1; biases 0; different layers differ."""
+    """Embedding and head are N(0, 0.02^2) without a zero padding row, norms 1, biases 0, and layers differ."""
     cfg = load_model_config(ROOT / "configs" / "llama_9m.json")
     model = build(replace(cfg, vocab_size=2000, attention_bias=True))
     for weight in (model.model.embed_tokens.weight, model.lm_head.weight, model.model.layers[1].mlp.up_proj.weight):
@@ -199,7 +199,7 @@ def test_initial_values_have_the_published_distribution() -> None:
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(projections, 2))
 
 
-def test_unknown_module_is_not_left_uninitialised() -> None:
+def test_an_unknown_module_is_refused_by_initialize() -> None:
     model = build(tiny())
     model.model.layers[0].extra = nn.LayerNorm(4)
     with pytest.raises(TypeError, match=r"model\.layers\.0\.extra"):
@@ -207,7 +207,7 @@ def test_unknown_module_is_not_left_uninitialised() -> None:
 
 
 def test_every_embedding_row_can_learn() -> None:
-    """transformers gives the padding id's row no gradient: with the published -1 that is the last real token's row."""
+    """transformers gives the padding id's row no gradient, which for the published -1 would be the last real token's row."""
     model = build(tiny(pad_token_id=1))
     ids = torch.arange(101).reshape(1, 101)
     TokenLoss(model)(ids, ids).backward()
@@ -221,7 +221,7 @@ def test_tied_weights_stay_tied() -> None:
     assert numel(model) == numel(build(tiny())) - 101 * 32
 
 
-def test_training_mode_and_kernels() -> None:
+def test_the_model_trains_with_sdpa_and_without_a_cache() -> None:
     model = build(tiny(), reparameterize=sltrain)
     assert model.training
     assert model.config._attn_implementation == "sdpa"
@@ -254,7 +254,7 @@ def training_step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def saved_bytes(model: Any) -> int:
-    """Bytes of the storages that the decoder keeps for backward, the model's own apart."""
+    """Returns the bytes that the decoder saves for backward, without the model's own tensors."""
     own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -272,8 +272,8 @@ def saved_bytes(model: Any) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", [None, sltrain])
-def test_checkpointing_keeps_less_and_changes_nothing(method: Any, dtype: torch.dtype) -> None:
-    """Same loss and gradients bit for bit; "layer" keeps one hidden state per layer where the whole keeps some twenty."""
+def test_activation_checkpointing_saves_less_and_changes_nothing(method: Any, dtype: torch.dtype) -> None:
+    """Loss and gradients are bit-identical; "layer" saves one hidden state per layer instead of about twenty."""
     loss, grads = training_step(build(tiny(), reparameterize=method, dtype=dtype))
     for kind in ("layer", "selective"):
         model = build(tiny(), reparameterize=method, dtype=dtype, activation_checkpointing=kind)
@@ -284,7 +284,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(method: Any, dtype: torch.
     assert saved_bytes(build(tiny(), reparameterize=method, dtype=dtype, activation_checkpointing="layer")) < whole / 3
 
 
-def test_unknown_checkpointing_is_refused() -> None:
+def test_an_unknown_kind_of_checkpointing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--activation_checkpointing full: not one of layer, selective"):
         build(tiny(), activation_checkpointing="full", device="meta")
 

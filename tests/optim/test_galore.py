@@ -1,4 +1,4 @@
-"""GaLore: steps equal to those of galore-torch, and the guarantees of every other optimizer (exact resume, skipping, ...)."""
+"""GaLore: steps equal to those of galore-torch, and the properties of all other optimizers (exact resume, skipping, ...)."""
 
 import itertools
 import json
@@ -23,14 +23,14 @@ MATRICES = ("0.weight", "2.weight")
 
 
 def network(dtype=torch.float32) -> nn.Module:
-    """Tall, wide and small weights: moments above and below the 4,096 elements from which they are quantised."""
+    """Returns a network of tall, wide and small weights, with moments above and below 4,096 elements, the limit of quantising."""
     torch.manual_seed(0)
     layers = (nn.Linear(70, 600), nn.Tanh(), nn.Linear(600, 66), nn.Tanh(), nn.Linear(66, 5))
     return nn.Sequential(*layers).to(dtype)
 
 
 def updates_of(model, name, *, per_layer=False, growth=None, clipping=None, rounding=None, decay=0.01, **subspace):
-    """GaLore updates of `network` by optimizer `name`: rank 8 and a new projection every 3 updates, unless `subspace` differs."""
+    """Returns GaLore updates of `network` by optimizer `name`; default: rank 8 and a new projection every 3 updates."""
     parameters = dict(model.named_parameters())
     chosen = Subspace(**({"rank": 8, "gap": 3} | subspace))
     build = partial(build_galore, name, matrices=MATRICES, subspace=chosen, world=World(), lr=0.0, weight_decay=decay, beta1=0.9)
@@ -42,7 +42,7 @@ def updates_of(model, name, *, per_layer=False, growth=None, clipping=None, roun
 
 
 def updates_of_matrix(matrix, name, subspace, *, decay=0.0, projected=True, plain=None, **options):
-    """The updates of one matrix, projected or not, and of one parameter `plain` beside it that is never projected."""
+    """Returns updates of one matrix, projected or not, and of a parameter `plain` that is never projected."""
     matrices = ("matrix",) if projected else ()
     build = partial(
         build_galore, name, matrices=matrices, subspace=subspace, world=World(), lr=0.0, weight_decay=decay, **options
@@ -51,7 +51,7 @@ def updates_of_matrix(matrix, name, subspace, *, decay=0.0, projected=True, plai
 
 
 def step(updates, lr, *parameters_and_gradients) -> None:
-    """One update with these gradients."""
+    """Makes one update with these gradients."""
     updates.begin(lr)
     for parameter, gradient in parameters_and_gradients:
         parameter.grad = gradient.clone()
@@ -59,7 +59,7 @@ def step(updates, lr, *parameters_and_gradients) -> None:
 
 
 def train(model, updates, accumulation=1, numbers=range(5)):
-    """Update number n has the inputs of seed n, a loss (n + 1)^2 times as large, and learning rate 0.001 (n + 1)."""
+    """Makes updates; number n has the inputs of seed n, a loss multiplied by (n + 1)^2, and learning rate 0.001 (n + 1)."""
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
         updates.begin(lr=0.001 * (number + 1))
@@ -77,17 +77,17 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
 
 
 def follow(theirs, lr) -> None:
-    """One step of galore-torch's optimizer."""
+    """Makes one step of galore-torch's optimizer."""
     for group in theirs.param_groups:
         group["lr"] = lr
     theirs.step()
 
 
 def with_separate_singular_values(shape, diagonal_projection: bool):
-    """A gradient whose singular vectors are well determined; with unit vectors as singular vectors for `full` projections.
+    """Returns a gradient with well separated singular values; for `full` projections its singular vectors are unit vectors.
 
-    The projected gradient of a `full` projection is diagonal where the projection was just made. Adam turns the rounding errors
-    beside the diagonal into steps of full size; with unit vectors these errors are exactly 0.
+    With a new `full` projection the projected gradient is diagonal. Adam would turn the rounding errors outside the diagonal into
+    full-size steps; with unit vectors these errors are exactly 0.
     """
     if not diagonal_projection:
         return 1000 * torch.randn(shape) * torch.linspace(0.5, 2, shape[1])
@@ -100,8 +100,8 @@ def with_separate_singular_values(shape, diagonal_projection: bool):
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 def test_ten_adamw_steps_equal_those_of_galore_torch(proj_type, shape, decay):
-    """New projections before updates 1, 5 and 9. Gradients of size 1,000, beside which epsilon vanishes: galore-torch adds it
-    before the bias correction, torch after it."""
+    """With new projections before updates 1, 5 and 9. Gradients have size 1,000, so that epsilon has no effect: galore-torch adds
+    it before the bias correction, torch after it."""
     galore_torch = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
     torch.manual_seed(0)
     ours, reference = (nn.Parameter(torch.randn(shape)) for _ in range(2))
@@ -122,7 +122,7 @@ def test_ten_adamw_steps_equal_those_of_galore_torch(proj_type, shape, decay):
         reference.grad, plain_reference.grad = gradient, plain_gradient
         follow(theirs, lr)
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
-        if not decay:  # decayed before the step by torch's AdamW, which steps `plain`, and after it by galore-torch's
+        if not decay:  # torch's AdamW, which steps `plain`, decays before the step, galore-torch's after it
             torch.testing.assert_close(plain, plain_reference, rtol=1e-5, atol=1e-5)
     assert float((ours.detach() - start).abs().max()) > 0.02  # far above the tolerance
 
@@ -130,7 +130,7 @@ def test_ten_adamw_steps_equal_those_of_galore_torch(proj_type, shape, decay):
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
 @pytest.mark.parametrize("name", ["adafactor", "adam8bit"])
 def test_ten_adafactor_and_adam8bit_steps_equal_those_of_galore_torch(name, shape, monkeypatch):
-    """New projections before updates 1, 5 and 9. The projected gradient is large enough for 8-bit moments."""
+    """With new projections before updates 1, 5 and 9. The projected gradient is large enough for 8-bit moments."""
     galore_torch = pytest.importorskip("galore_torch", reason="galore-torch is not installed (pip install --no-deps)")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # galore-torch waits for a GPU
     torch.manual_seed(0)
@@ -154,8 +154,8 @@ def test_ten_adafactor_and_adam8bit_steps_equal_those_of_galore_torch(name, shap
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])
-def test_weight_decay_is_that_of_the_optimizer_without_a_projection(name, dtype):
-    """A gradient of zeros leaves nothing but the decay; the subspace is the whole space."""
+def test_weight_decay_equals_that_of_the_optimizer_without_a_projection(name, dtype):
+    """With a zero gradient the step is only the decay; the subspace is the whole space."""
     ends = []
     for projected in (True, False):
         matrix = nn.Parameter(torch.full((8, 8), 1.5, dtype=dtype))
@@ -167,7 +167,7 @@ def test_weight_decay_is_that_of_the_optimizer_without_a_projection(name, dtype)
 
 
 def test_a_small_decay_of_bfloat16_weights_is_rounded_together_with_the_step():
-    """Rounded after the step, a decay below half of a bfloat16's spacing would be lost whole."""
+    """Rounded separately, a decay below half of bfloat16's spacing would be lost."""
     torch.manual_seed(0)
     start, gradient = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16()
     ends = {}
@@ -199,7 +199,7 @@ def test_the_projection_is_the_best_one_of_its_rank(proj_type, shape):
 @pytest.mark.parametrize("growth", [None, 1.01])
 @pytest.mark.parametrize(("name", "accumulation"), list(itertools.product(OPTIMIZERS, [1, 4])))
 def test_updates_per_layer_are_bit_identical_to_whole_ones(name, accumulation, growth):
-    """Over a new projection, which is made from the gradient of all micro-batches."""
+    """Including a new projection, which is computed from the gradient of all micro-batches."""
     whole, layered = network(), network()
     train(whole, updates_of(whole, name, growth=growth), accumulation)
     train(layered, updates_of(layered, name, growth=growth, per_layer=True), accumulation)
@@ -207,7 +207,7 @@ def test_updates_per_layer_are_bit_identical_to_whole_ones(name, accumulation, g
 
 
 def test_the_projection_is_made_from_the_gradient_of_all_micro_batches():
-    """And not from that of the first or last one."""
+    """The first or last micro-batch alone would give another projection."""
     model = network()
     updates = updates_of(model, "adamw", per_layer=True, rank=1)
     updates.begin(0.0)
@@ -228,7 +228,7 @@ def test_the_projection_is_made_from_the_gradient_of_all_micro_batches():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_resuming_between_two_projections_is_bit_identical(name, dtype, per_layer, proj_type):
-    """Saved after 4 updates with a projection every 3; compared after 4 more, the next projection among them."""
+    """Saved after 4 updates with a projection every 3, and compared after 4 more, which include the next projection."""
     model, other = network(dtype), network(dtype)
     updates, resumed = (updates_of(m, name, per_layer=per_layer, proj_type=proj_type) for m in (model, other))
     train(model, updates, numbers=range(4))
@@ -260,7 +260,7 @@ def test_a_projection_of_another_rank_is_refused():
 
 
 def everything(model, updates):
-    """Copies of all parameters and of the optimizer's whole state."""
+    """Returns copies of all parameters and of the optimizer's whole state."""
     values = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         values += [torch.as_tensor(value).clone() for _, value in sorted(updates.optimizer.state[parameter].items())]
@@ -269,7 +269,7 @@ def everything(model, updates):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_skipped_update_changes_nothing_and_counts_for_no_gap(name):
-    """The projection that was due in the skipped update is made in the next one."""
+    """A projection that was due in the skipped update is made in the next one."""
     bad, good = network(), network()
     skipping, plain = updates_of(bad, name), updates_of(good, name)
     for model, updates in ((bad, skipping), (good, plain)):
@@ -287,7 +287,7 @@ def test_a_skipped_update_changes_nothing_and_counts_for_no_gap(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("num_before", [0, 2, 3])
 def test_updates_per_layer_skip_only_the_matrix_with_a_non_finite_gradient(name, num_before):
-    """In the first update, between two projections, and where one is due. This matrix then counts one update less."""
+    """In the first update, between two projections, and when one is due. The matrix then counts one update less."""
     model = network()
     updates = updates_of(model, name, per_layer=True)
     train(model, updates, numbers=range(num_before))
@@ -309,7 +309,7 @@ def test_updates_per_layer_skip_only_the_matrix_with_a_non_finite_gradient(name,
 
 
 def test_clipping_scales_the_whole_gradient_before_the_projection():
-    """Every step of SGD without momentum shrinks by the same factor."""
+    """With SGD without momentum all steps shrink by the same factor."""
     free, clipped = network(), network()
     before = [parameter.detach().clone() for parameter in free.parameters()]
     norms = {}
@@ -325,8 +325,8 @@ def test_clipping_scales_the_whole_gradient_before_the_projection():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam8bit"])
-def test_stochastic_rounding_is_right_on_average(name):
-    """Steps far below half of a bfloat16's spacing move the weights by their sum; rounded to nearest they are lost."""
+def test_galores_stochastic_rounding_is_unbiased(name):
+    """Steps far below half of bfloat16's spacing add up; rounded to nearest they are lost."""
     moved = {}
     for rounding in (None, StochasticRounding(0)):
         torch.manual_seed(0)
@@ -344,7 +344,7 @@ def test_stochastic_rounding_is_right_on_average(name):
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_stochastic_rounding_repeats_itself_in_a_second_run_and_per_layer(per_layer):
+def test_galores_stochastic_rounding_is_the_same_in_a_second_run_and_per_layer(per_layer):
     runs = []
     for _ in range(2):
         model = network(torch.bfloat16)
@@ -358,9 +358,9 @@ def test_stochastic_rounding_repeats_itself_in_a_second_run_and_per_layer(per_la
 
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12)])
-def test_a_rank_above_the_matrix_steps_the_whole_space(proj_type, shape):
-    """With SGD without momentum: the ordinary step times the scale. A matrix that is projected on its longer side has only as
-    many directions as the shorter one, and loses nothing either."""
+def test_a_rank_above_the_matrix_size_steps_the_whole_space(proj_type, shape):
+    """With SGD without momentum the step is the ordinary one times the scale, also for a projection of the longer side, whose
+    subspace has only as many directions as the shorter side."""
     torch.manual_seed(0)
     matrix, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape)
     step(updates_of_matrix(matrix, "sgd", Subspace(64, proj_type=proj_type, scale=0.25)), 1.0, (matrix, gradient))

@@ -1,4 +1,4 @@
-"""Optimizers are the libraries' own, and their state goes through a checkpoint without losing a bit."""
+"""Optimizer states are saved and restored bit-identically, and states that do not fit are refused."""
 
 import json
 from functools import partial
@@ -34,7 +34,7 @@ def step(model, updates, seed):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_survives_bit_for_bit(name, dtype):
+def test_a_saved_state_resumes_bit_identically(name, dtype):
     settings = {"lr": 1e-2, "weight_decay": 0.01, "beta1": 0.9 if name in ("sgd", "adafactor") else 0.0}
     model, other = make(dtype), make(dtype)
     updates, resumed = updates_of(model, name, **settings), updates_of(other, name, **settings)
@@ -57,8 +57,8 @@ def test_state_survives_bit_for_bit(name, dtype):
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_parameters_are_stepped_as_float32_ones(name, beta1):
-    """All elements, whatever the tensor's size: kernels have a loop of their own for what fills no vector."""
+def test_bfloat16_parameters_are_stepped_like_float32_ones(name, beta1):
+    """For tensors of any size: kernels process the elements beyond the last full vector in a separate loop."""
     for size in (3, 64, 100, 4099):
         ends = []
         for dtype in (torch.float32, torch.bfloat16):
@@ -87,24 +87,24 @@ def test_state_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize("name", ["adam8bit", "adamw4bit"])
-@pytest.mark.parametrize("harm", ["shorter", "missing", "other dtype"])
-def test_quantised_state_that_does_not_fit_together_is_refused(name, harm):
-    """The kernels would read beyond a short tensor's end: a checkpoint may come from a stranger."""
+@pytest.mark.parametrize("damage", ["shorter", "missing", "other dtype"])
+def test_an_inconsistent_quantised_state_is_refused(name, damage):
+    """The kernels would read beyond the end of a short tensor, and a checkpoint may come from an untrusted source."""
     model = make(torch.float32)
     updates = updates_of(model, name, lr=1e-3, weight_decay=0.0)
     step(model, updates, 0)
     saved = optimizer_state(updates, dict(model.named_parameters())).shared
     index = {key: (tensor.shape, tensor.dtype) for key, tensor in saved.items()}
     scales = f"0.weight/{'absmax1' if name == 'adam8bit' else 'scale1'}"
-    if harm == "missing":
+    if damage == "missing":
         del index[scales]
     else:
         size, dtype = index[scales]
-        index[scales] = (torch.Size([1]), dtype) if harm == "shorter" else (size, torch.float64)
+        index[scales] = (torch.Size([1]), dtype) if damage == "shorter" else (size, torch.float64)
     with pytest.raises(ValueError, match=scales):
         load_optimizer_state(updates, dict(model.named_parameters()), index, {}, partial(fill, saved))
 
 
-def test_unknown_name_is_refused():
+def test_an_unknown_optimizer_name_is_refused():
     with pytest.raises(ValueError, match="'lion'"):
         build_optimizer("lion", {"x": nn.Parameter(torch.zeros(1))}, lr=1.0, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""Steps in slices have the libraries' own bits; stochastic rounding is right on average and the same on every replica."""
+"""Steps in slices are bit-identical to the libraries'; stochastic rounding is unbiased and the same on every replica."""
 
 import bitsandbytes
 import pytest
@@ -11,11 +11,11 @@ from peft_pretraining.optim.slices import StochasticRounding, round_stochastical
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8192), (20_000, 8192), (30_000, 8192)])
-def test_slices_cover_everything_once(count, size):
+def test_slices_cover_each_element_once(count, size):
     parts = list(slices(count, size))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     assert all(part.start % size == 0 for part in parts)
-    assert all(part.stop - part.start >= 4096 for part in parts[1:])  # never a tensor that a library takes for a small one
+    assert all(part.stop - part.start >= 4096 for part in parts[1:])  # libraries treat tensors below 4,096 elements differently
 
 
 def step_both(ours, theirs, left, right, dtype):
@@ -31,7 +31,7 @@ def step_both(ours, theirs, left, right, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [100, 5000, 8192 * 2 + 5, 8192 * 3 + 4100])
 @pytest.mark.parametrize("bits", [8, 32])
-def test_adam8bit_in_slices_is_bitsandbytes(monkeypatch, dtype, count, bits):
+def test_adam8bit_in_slices_is_bit_identical_to_bitsandbytes(monkeypatch, dtype, count, bits):
     monkeypatch.setattr(adam8bit, "SLICE_ELEMENTS", 8192)
     torch.manual_seed(0)
     left = nn.Parameter(torch.randn(count).to(dtype))
@@ -43,12 +43,12 @@ def test_adam8bit_in_slices_is_bitsandbytes(monkeypatch, dtype, count, bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "bits"), [("AdamW4bit", None), ("AdamW8bit", 8)])
-def test_quantised_adam_in_slices_is_torchao(monkeypatch, dtype, name, bits):
-    """Where torchao quantises at all: it keeps whole moments for tensors of no whole number of blocks."""
+def test_quantised_adam_in_slices_is_bit_identical_to_torchao(monkeypatch, dtype, name, bits):
+    """For complete blocks: torchao does not quantise the moments of other tensors."""
     import torchao.optim
 
     monkeypatch.setattr(adam_ao, "SLICE_ELEMENTS", 8192)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiled arithmetic has other bits
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiled arithmetic is not bit-identical
     torch.manual_seed(0)
     left = nn.Parameter(torch.randn(8192 * 2 + 5120).to(dtype))
     right = nn.Parameter(left.detach().clone())
@@ -56,8 +56,8 @@ def test_quantised_adam_in_slices_is_torchao(monkeypatch, dtype, name, bits):
     step_both(ours, getattr(torchao.optim, name)([right], lr=0.01, weight_decay=0.1), left, right, dtype)
 
 
-def test_quantised_moments_take_the_bytes_they_should():
-    """Half a byte and a share of a scale per element, for any size: torchao would keep this tensor's moments whole."""
+def test_quantised_moments_take_half_a_byte_per_element():
+    """Half a byte per element and moment, plus scales, for any size; torchao alone would not quantise this tensor's moments."""
     parameter = nn.Parameter(torch.randn(100_001))
     optimizer = build_optimizer("adamw4bit", {"x": parameter}, lr=0.01, weight_decay=0.0)
     parameter.grad = torch.ones_like(parameter)
@@ -66,7 +66,7 @@ def test_quantised_moments_take_the_bytes_they_should():
     assert size < 1.08 * parameter.numel()
 
 
-def test_rounding_is_right_on_average_and_exact_where_it_can_be():
+def test_stochastic_rounding_is_unbiased_and_exact_for_representable_values():
     source = torch.tensor([1.0, -1.0, 1.0 + 2**-9, -1.0 - 2**-9, 3.1415926, -2.7e-12, 0.0]).repeat(20_000, 1)
     target = torch.empty_like(source, dtype=torch.bfloat16)
     round_stochastically_(target, source, torch.Generator().manual_seed(0))
@@ -78,8 +78,8 @@ def test_rounding_is_right_on_average_and_exact_where_it_can_be():
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adam8bit", "adamw4bit"])
-def test_small_updates_survive_rounding(name):
-    """Fifty steps of 1e-4 from 1.0: to the nearest, every one is lost."""
+def test_small_updates_are_not_lost_with_stochastic_rounding(name):
+    """Fifty steps of 1e-4 from 1.0: rounded to nearest, all are lost."""
     ends = []
     for rounding in (None, StochasticRounding(0), StochasticRounding(0), StochasticRounding(1)):
         parameter = nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
@@ -90,5 +90,5 @@ def test_small_updates_survive_rounding(name):
         ends.append(parameter.detach().float())
     assert (ends[0] == 1).all()
     assert float(ends[1].mean()) == pytest.approx(0.995, abs=2e-4)
-    assert torch.equal(ends[1], ends[2])  # replicas round alike
+    assert torch.equal(ends[1], ends[2])  # the same seed rounds equally
     assert not torch.equal(ends[1], ends[3])

@@ -1,4 +1,4 @@
-"""Learning rates equal the published schedules, written out here a second time, at every step of a run."""
+"""Learning rates equal the published schedules, implemented here a second time, at every step of a run."""
 
 import math
 
@@ -39,8 +39,8 @@ def test_cosine_equals_its_formula(steps: int, warmup: int, floor: float) -> Non
         assert relative("cosine", step, **settings) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
-def test_cosine_known_points() -> None:
-    """0 at the first update, the peak when the warm-up ends, the middle half-way, and near the floor at the last."""
+def test_cosine_has_known_values_at_known_points() -> None:
+    """The rate is 0 at the first update, the peak after the warm-up, the mean half-way, and near the floor at the end."""
     settings = {"num_training_steps": 1100, "warmup_steps": 100, "min_lr_ratio": 0.1}
     assert relative("cosine", 0, **settings) == 0
     assert relative("cosine", 50, **settings) == 0.5
@@ -50,7 +50,7 @@ def test_cosine_known_points() -> None:
 
 
 def test_cyclic_cosine_repeats_its_cycle() -> None:
-    """Every later cycle equals the first one, but for its first two updates, which have 1e-7 instead of 0 and 1/warmup."""
+    """Later cycles equal the first one, except their first two updates, which have 1e-7 instead of 0 and 1/warmup."""
     whole = {"num_training_steps": 300, "warmup_steps": 20, "min_lr_ratio": 0.2, "cycle_length": 100}
     single = {"num_training_steps": 100, "warmup_steps": 20, "min_lr_ratio": 0.2}
     for step in range(300):
@@ -87,7 +87,7 @@ def test_cosine_restarts_equals_its_formula(adjust: int, warmup: int, restart_wa
         assert relative("cosine_restarts", step, **settings) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
-def test_fraction_of_a_step_lies_between_its_neighbours() -> None:
+def test_the_rate_at_a_fraction_of_a_step_lies_between_its_neighbours() -> None:
     settings = {"num_training_steps": 100, "warmup_steps": 10, "min_lr_ratio": 0.1}
     for scheduler in ("linear", "cosine"):
         low, middle, high = (relative(scheduler, s, **settings) for s in (50, 49.5, 49))
@@ -117,7 +117,7 @@ RESTARTS = GOOD | {"scheduler": "cosine_restarts", "cycle_length": 50, "restart_
         (RESTARTS | {"adjust_step": 41}, "--adjust_step", "41"),
     ],
 )
-def test_impossible_schedule_is_refused_with_flag_and_value(settings: dict[str, object], flag: str, value: str) -> None:
+def test_an_invalid_schedule_is_refused_with_flag_and_value(settings: dict[str, object], flag: str, value: str) -> None:
     problems = validate(**settings)  # type: ignore[arg-type]
     assert any(flag in problem and value in problem for problem in problems), problems
 
@@ -126,11 +126,11 @@ def test_impossible_schedule_is_refused_with_flag_and_value(settings: dict[str, 
     "settings",
     [GOOD, RESTARTS, GOOD | {"scheduler": "linear"}, GOOD | {"cycle_length": 50}, RESTARTS | {"adjust_step": 40}],
 )
-def test_possible_schedule_is_accepted_and_stays_between_zero_and_the_peak(settings: dict[str, object]) -> None:
+def test_a_valid_schedule_stays_between_zero_and_the_peak(settings: dict[str, object]) -> None:
     assert validate(**settings) == []  # type: ignore[arg-type]
     assert all(0 <= lr_at(step, lr=LR, **settings) <= LR for step in range(100))  # type: ignore[arg-type]
 
 
-def test_unknown_scheduler_raises() -> None:
+def test_an_unknown_scheduler_is_refused() -> None:
     with pytest.raises(ValueError, match="polynomial"):
         relative("polynomial", 0, num_training_steps=10, warmup_steps=1, min_lr_ratio=0.1)

@@ -1,6 +1,6 @@
-"""Models in the published parameterisations, in plain torch and transformers, and the folders that the published programs save.
+"""Models in the published parameterisations, in plain torch and transformers, and folders as the published programs save them.
 
-Nothing of ours is used: what these compute and write is what an import is compared with.
+The module uses no code of this project, because imports are compared with its results.
 """
 
 import json
@@ -23,7 +23,7 @@ CONFIG = {
     "eos_token_id": 1, "pad_token_id": -1, "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "float32",
     "transformers_version": "4.31.0",
 }  # fmt: skip
-# The order in which the published LLaMA makes its linears; transformers' own makes up before down.
+# The order of linears in the published LLaMA; in transformers' own up comes before down.
 PUBLISHED_MLP, HF_MLP = ("gate_proj", "down_proj", "up_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -41,7 +41,10 @@ def dense_model() -> LlamaForCausalLM:
 
 @dataclass
 class Reference:
-    """parameters: trained ones by published name, in the published order. fixed: positions and frozen weights."""
+    """A model in a published parameterisation.
+
+    parameters: trained tensors by published name, in the published order. fixed: positions and frozen weights.
+    """
 
     method: str
     parameters: dict[str, Tensor]
@@ -49,7 +52,7 @@ class Reference:
     model: LlamaForCausalLM
 
     def weights(self) -> dict[str, Tensor]:
-        """The dense weights that the parameters stand for, by transformers' names; differentiable."""
+        """Returns the dense weights, by transformers' names, as differentiable functions of the parameters."""
         have = {**self.parameters, **self.fixed}
         found = {name: tensor for name, tensor in have.items() if name.endswith((".weight",)) and ".lora_" not in name}
         suffix = "" if self.method.startswith("sltrain") else ".weight"
@@ -70,7 +73,7 @@ class Reference:
         return functional_call(self.model, self.weights(), (ids,)).logits
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the labels that count."""
+        """Returns the mean loss over valid labels."""
         logits = self.logits(ids)[:, :-1].flatten(0, 1)
         return cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
 
@@ -83,7 +86,10 @@ class Reference:
 
 
 def reference(method: str, mlp: tuple[str, ...] = PUBLISHED_MLP) -> Reference:
-    """method: sltrain | sltrain_scaled | relora | relora_scaled | lowrank | full. Values are those of a model trained a while."""
+    """Returns a model with values as after some training.
+
+    method: sltrain | sltrain_scaled | relora | relora_scaled | lowrank | full.
+    """
     torch.manual_seed(7)
     model = dense_model()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -123,7 +129,7 @@ def _add_linear(method, layer, shape, trained, fixed, parameters) -> None:
     if method.startswith("relora"):
         fixed[f"{layer}.weight"] = torch.randn(rows, columns) * 0.1
     if method == "relora_scaled":
-        fixed[f"{layer}.scaling"] = torch.randn(1)  # its program leaves it out of the optimizer
+        fixed[f"{layer}.scaling"] = torch.randn(1)  # not in the published optimizer
     trained(f"{layer}.lora_A.weight", RANK, columns, std=0.1)
     trained(f"{layer}.lora_B.weight", rows, RANK, std=0.1)
 
@@ -135,7 +141,7 @@ def some_batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def trained_a_while(model: Reference, kind: Any = torch.optim.AdamW, updates: int = 3, **settings: Any) -> Any:
-    """An optimizer of the model's parameters, numbered as published, after some updates."""
+    """Returns an optimizer of the model's parameters, in the published order, after some updates."""
     optimizer = kind(list(model.parameters.values()), lr=0.003, **settings)
     for ids, labels in some_batches(updates):
         model.step(optimizer, ids, labels)
@@ -152,7 +158,7 @@ def write(
     prefix: str = "",
     state: bool = True,
 ) -> Path:
-    """The folder that the published program saves after update 3."""
+    """Writes a folder as the published program saves it after update 3."""
     folder.mkdir(parents=True)
     tensors = {name: tensor.detach().clone() for name, tensor in {**model.parameters, **model.fixed}.items()}
     for number in range(CONFIG["num_hidden_layers"]):  # saved by the published LLaMA
@@ -162,7 +168,7 @@ def write(
     (folder / "config.json").write_text(json.dumps(CONFIG))
     settings = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": ["attn", "mlp", "attention"]}
     if model.method.startswith("sltrain"):
-        # It never says of the scaling that it is trained.
+        # The published file has false even if the scaling is trained.
         settings |= {"sp_ratio": SHARE, "trainable_scaling": False}
         (folder / "splora_config.json").write_text(json.dumps(settings))
     elif model.method != "full":

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining import`: a published checkpoint goes on as it would have there, or is refused with the reason."""
+"""`python -m peft_pretraining import`: published checkpoints resume as in the published program, or are refused with a reason."""
 
 import json
 import math
@@ -36,7 +36,7 @@ METHOD_FLAGS = {"relora": RELORA, "relora_scaled": RELORA}
 
 @pytest.fixture
 def flags(tiny_run: list[str]) -> list[str]:
-    """The trainer's, but for the model's."""
+    """Returns the trainer's flags, without those of the model."""
     return [
         *tiny_run[2:],
         *("--batch_size", "8", "--max_length", "64", "--optimizer", "adamw", "--lr", "0.003", "--warmup_steps", "2"),
@@ -52,8 +52,8 @@ def imported(capsys: Captured, published: Path, run: Path, *flags: str) -> dict[
     return found
 
 
-def gone_on(done: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of metrics of what the printed command trains."""
+def resumed_rows(done: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs the printed command; returns the rows of its updates."""
     words = shlex.split(done["command"])
     argv = words[words.index("torchrun_main.py") + 1 :]
     assert torchrun_main.main(argv) == 0
@@ -62,7 +62,7 @@ def gone_on(done: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def reference_losses(model: Reference, optimizer: Any, done: dict[str, Any], rows: list[dict[str, Any]]) -> list[float]:
-    """What the published program's arithmetic makes of the same batches at the same rates."""
+    """Returns the losses of the published program's arithmetic, on the same batches with the same learning rates."""
     words = shlex.split(done["command"])
     args = parse_args(words[words.index("torchrun_main.py") + 1 :])
     world = World()
@@ -89,7 +89,7 @@ def reference_losses(model: Reference, optimizer: Any, done: dict[str, Any], row
         ("full", {}),
     ],
 )
-def test_the_model_computes_what_the_published_one_does(
+def test_an_imported_model_has_the_published_ones_logits(
     tmp_path: Path, capsys: Captured, flags: list[str], method: str, form: dict[str, Any]
 ) -> None:
     model = reference(method)
@@ -107,10 +107,10 @@ def test_the_model_computes_what_the_published_one_does(
 
 @pytest.mark.parametrize("mlp", [PUBLISHED_MLP, HF_MLP])
 @pytest.mark.parametrize("method", ["sltrain", "sltrain_scaled", "relora_scaled", "lowrank", "full"])
-def test_moments_go_to_the_parameters_they_are_of(
+def test_moments_are_assigned_to_their_parameters(
     tmp_path: Path, capsys: Captured, flags: list[str], method: str, mlp: tuple[str, ...]
 ) -> None:
-    """Whichever of the published LLaMA classes numbered them."""
+    """For both published LLaMA classes, whose parameters have different numbers."""
     model = reference(method, mlp)
     optimizer = trained_a_while(model)
     published = write(tmp_path / "published", model, optimizer, safe=True)
@@ -135,10 +135,10 @@ def test_moments_go_to_the_parameters_they_are_of(
         ("sltrain", bitsandbytes.optim.Adam8bit, ["--optimizer", "adam8bit", "--embedding_states", "8bit"]),
     ],
 )
-def test_training_goes_on_with_the_same_losses(
+def test_training_continues_with_the_published_losses(
     tmp_path: Path, capsys: Captured, flags: list[str], method: str, kind: Any, more: list[str]
 ) -> None:
-    """As long as moments come along: without them the same weights have other losses."""
+    """With moments the losses are equal; without them later losses differ."""
     model = reference(method)
     settings = {"weight_decay": 0.1 if "0.1" in more else 0.0, **OWN_SETTINGS.get(kind, {})}
     optimizer = trained_a_while(model, kind, **settings)
@@ -146,21 +146,21 @@ def test_training_goes_on_with_the_same_losses(
     without = write(tmp_path / "without", model)
     done = imported(capsys, with_moments, tmp_path / "run", *flags, *more)
     assert "optimizer: moments and step counts" in done["carried_over"]
-    rows = gone_on(done)
+    rows = resumed_rows(done)
     assert [row["update_step"] for row in rows] == [4, 5, 6, 7, 8]
     assert rows[0]["tokens_seen"] > 12345
-    # Published: linear warm-up, then a cosine down to a tenth; the rate of the update after k finished ones is that of k.
+    # Published: linear warm-up, then a cosine down to a tenth; the update after k finished ones has rate number k.
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * (k - 2) / (8 - 2))) for k in range(3, 8)]
     assert [row["lr"] for row in rows] == pytest.approx([0.003 * share for share in cosine])
     losses = [row["loss"] for row in rows]
     expected = reference_losses(model, optimizer, done, rows)
     assert losses == pytest.approx(expected, rel=2e-6)
-    others = [row["loss"] for row in gone_on(imported(capsys, without, tmp_path / "other", *flags, *more))]
+    others = [row["loss"] for row in resumed_rows(imported(capsys, without, tmp_path / "other", *flags, *more))]
     assert others[0] == pytest.approx(losses[0], rel=2e-6)
     assert others[-1] != pytest.approx(losses[-1], rel=1e-4)
 
 
-def test_bfloat16_stays_or_is_widened_with_a_word(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+def test_bfloat16_is_kept_or_widened_with_a_note(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
     model = reference("sltrain")
     model.parameters = {name: tensor.detach().bfloat16() for name, tensor in model.parameters.items()}
     published = write(tmp_path / "published", model)
@@ -174,7 +174,7 @@ def test_bfloat16_stays_or_is_widened_with_a_word(tmp_path: Path, capsys: Captur
         assert torch.equal(narrow[name].float(), widened[name])
 
 
-def test_moments_of_another_kind_are_converted_or_named(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+def test_moments_of_another_optimizer_are_converted_or_named(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
     model = reference("sltrain")
     optimizer = trained_a_while(model)
     published = write(tmp_path / "published", model, optimizer)
@@ -198,8 +198,8 @@ def test_8_bit_moments_are_read_in_old_and_new_blocks(block: int) -> None:
     assert torch.equal(_plain({"state1": codes, "qmap1": book, "absmax1": scales}, 1), expected)
 
 
-def test_a_galore_checkpoint_goes_on_as_galore(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
-    """Its optimizer.pt holds objects of GaLore's own class: left alone, and named."""
+def test_a_galore_checkpoint_continues_as_galore(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    """Its optimizer.pt contains objects of GaLore's own class, which are not loaded but named."""
     published = write(tmp_path / "published", reference("full"))
     torch.save({"optimizer": {"state": {0: {"projector": Projector()}}}}, published / "optimizer.pt")
     done = imported(capsys, published, tmp_path / "run", *flags, "--optimizer", "galore_adamw", "--rank", "4")
@@ -207,15 +207,15 @@ def test_a_galore_checkpoint_goes_on_as_galore(tmp_path: Path, capsys: Captured,
     named = "\n".join(done["not_carried_over"])
     assert "test_import.Projector), which is refused; they start at zero" in named
     assert "projections: recomputed from the gradients of the first update" in named
-    assert [row["update_step"] for row in gone_on(done)] == [4, 5, 6, 7, 8]
+    assert [row["update_step"] for row in resumed_rows(done)] == [4, 5, 6, 7, 8]
 
 
 class Projector:
-    """Stands for galore_torch's."""
+    """Replaces galore_torch's class."""
 
 
 class Evil:
-    """Writes a file where it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -235,11 +235,11 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path, capsys: Captured, f
     assert "safetensors.torch.save_file as model.safetensors" in message
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "run").exists()
-    torch.load(file, weights_only=False)  # what the refusal is about
+    torch.load(file, weights_only=False)  # shows that loading it would run code
     assert (tmp_path / "ran").exists()
 
 
-def test_the_command_says_what_it_did_and_how_to_go_on(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+def test_import_prints_what_it_did_and_the_command_to_continue(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
     model = reference("sltrain")
     published = write(tmp_path / "published", model, trained_a_while(model, betas=(0.9, 0.95)), state=False)
     (tmp_path / "more.json").write_text(json.dumps({"lr": 0.001, "grad_clipping": 1.0, "seed": 5}))
@@ -267,13 +267,13 @@ def test_the_command_says_what_it_did_and_how_to_go_on(tmp_path: Path, capsys: C
     assert "error" not in noted
 
 
-def test_without_any_count_the_run_begins_at_0(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+def test_an_import_without_counts_begins_at_update_0(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
     done = imported(capsys, write(tmp_path / "published", reference("full"), state=False), tmp_path / "run", *flags)
     assert Path(done["checkpoint"]).name == "step_00000000"
-    assert [row["update_step"] for row in gone_on(done)] == list(range(1, 9))
+    assert [row["update_step"] for row in resumed_rows(done)] == list(range(1, 9))
 
 
-def test_a_head_that_is_the_embedding_need_not_be_there(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+def test_a_tied_head_may_be_missing(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
     model = reference("full")
     del model.parameters["lm_head.weight"]
     published = write(tmp_path / "published", model)
@@ -284,11 +284,11 @@ def test_a_head_that_is_the_embedding_need_not_be_there(tmp_path: Path, capsys: 
     ids = torch.randint(0, 320, (2, 24))
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids).logits, model.logits(ids), rtol=1e-5, atol=1e-5)
-    assert len(gone_on(done)) == 5
+    assert len(resumed_rows(done)) == 5
 
 
 @pytest.mark.parametrize(("rows", "columns", "share"), [(116, 100, 0.01), (820, 100, 0.01), (640, 640, 0.03)])
-def test_the_published_count_is_met_whatever_is_multiplied_first(rows: int, columns: int, share: float) -> None:
+def test_the_published_number_of_values_is_kept_despite_rounding(rows: int, columns: int, share: float) -> None:
     count = int(share * (rows * columns))
     tensors = {
         "q.lora_A": torch.empty(1, columns),
@@ -298,7 +298,7 @@ def test_the_published_count_is_met_whatever_is_multiplied_first(rows: int, colu
     found = matching_sparsity(share, tensors)
     assert found == pytest.approx(share, rel=1e-15)
     assert int(found * rows * columns) == count
-    if rows != columns:  # one less as it stands
+    if rows != columns:  # the unchanged sparsity gives one less
         assert int(share * rows * columns) == count - 1
 
 
@@ -385,24 +385,24 @@ WRONG: list[tuple[Callable[[Path], object], list[str], str]] = [
 
 
 @pytest.fixture(scope="module")
-def sound() -> tuple[Reference, Any]:
+def intact() -> tuple[Reference, Any]:
     model = reference("sltrain")
     return model, trained_a_while(model)
 
 
 @pytest.mark.parametrize(("damage", "more", "message"), WRONG, ids=[message[:40] for _, _, message in WRONG])
-def test_what_cannot_work_is_named_and_leaves_nothing(
+def test_invalid_published_checkpoints_are_refused_and_leave_no_files(
     tmp_path: Path,
     capsys: Captured,
     flags: list[str],
-    sound: tuple[Reference, Any],
+    intact: tuple[Reference, Any],
     monkeypatch: pytest.MonkeyPatch,
     damage: Callable[[Path], object],
     more: list[str],
     message: str,
 ) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)
-    published = write(tmp_path / "published", *sound)
+    published = write(tmp_path / "published", *intact)
     damage(published)
     assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags, *more]) == 2
     said = capsys.readouterr().err
@@ -414,7 +414,7 @@ def test_what_cannot_work_is_named_and_leaves_nothing(
 def test_a_support_that_is_not_uniform_is_refused(
     tmp_path: Path, capsys: Captured, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stored as gaps of a byte, with room for the few long ones that a drawn support has: 60 of these are too many."""
+    """Positions are stored as one-byte gaps, with room for the few long gaps of a uniform support; 60 long gaps are too many."""
     monkeypatch.setattr(published_models, "CONFIG", published_models.CONFIG | {"hidden_size": 256})
     model = reference("sltrain")
     index = model.fixed[f"{Q}.sparse_index"]
@@ -425,7 +425,7 @@ def test_a_support_that_is_not_uniform_is_refused(
     assert "its positions are not uniformly distributed over the weight" in capsys.readouterr().err
 
 
-def test_folders_that_hold_something_are_left_alone(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+def test_unusable_folders_are_refused_by_import(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
     published = write(tmp_path / "published" / "model_3", reference("sltrain"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "kept").write_text("mine")

@@ -1,6 +1,7 @@
-"""The record keeps the published keys, repeats no step after a crash, and no dashboard can end a run."""
+"""The record has the published keys and no repeated updates after a crash, and a failing dashboard does not end a run."""
 
 import json
+import os
 import sys
 import types
 
@@ -42,8 +43,8 @@ def test_every_logged_update_is_one_json_object(tmp_path):
     assert rows == [{"update_step": step, **ROW} for step in (1, 2, 3)]
 
 
-def test_lines_past_the_checkpoint_are_taken_back(tmp_path):
-    """A crash at update 5 after a checkpoint at 3: going on from 3 must neither repeat nor miss a step."""
+def test_rows_after_the_checkpoint_are_removed(tmp_path):
+    """After a crash at update 5 with a checkpoint at 3, the resumed run must neither repeat nor miss an update."""
     write_steps(tmp_path, [1, 2, 3, 4, 5])
     record = recorder(tmp_path, start_step=3)
     record.log_update({"update_step": 4, **ROW})
@@ -51,7 +52,7 @@ def test_lines_past_the_checkpoint_are_taken_back(tmp_path):
     assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_line_cut_short_by_a_crash_is_left_out(tmp_path):
+def test_a_truncated_last_line_is_ignored_when_read(tmp_path):
     write_steps(tmp_path, [1, 2])
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"update_step": 3, "lo')
@@ -59,8 +60,8 @@ def test_line_cut_short_by_a_crash_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"update_step": 3, "lo', b"\0" * 40, b'{"update_step": \xff', b"3", b"[]"])
-def test_a_torn_last_line_neither_stays_nor_stops_the_run(tmp_path, torn):
-    """Cut short by a kill, or of zeros after a power failure: the next start writes the step again, on a line of its own."""
+def test_a_damaged_last_line_is_replaced_by_the_next_start(tmp_path, torn):
+    """The last line may be truncated by a kill, or zeros after a power failure; the next start writes the update again."""
     write_steps(tmp_path, [1, 2])
     with (tmp_path / METRICS_FILE).open("ab") as file:
         file.write(torn)
@@ -71,8 +72,68 @@ def test_a_torn_last_line_neither_stays_nor_stops_the_run(tmp_path, torn):
     assert [row["update_step"] for row in rows] == [1, 2, 3]
 
 
-def test_finished_evaluation_is_remembered_on_every_process(tmp_path):
-    """Otherwise a resumed run would evaluate again, or one rank alone would."""
+DAMAGED = {
+    "cut short": b'{"update_step": 2, "lo',
+    "two lines glued together": b'{"update_step": 2, "loss": 1.0}{"update_step": 3, "loss": 1.0}',
+    "a flipped bit": b'{"update_step": 2, "loss": 2.5, "lr": 0.001, "tokens_seen"; 100}',
+    "zeros": b"\0" * 40,
+    "bytes that are not UTF-8": b'{"update_step": 2, "note": \xff}',
+    "not an object": b"[2]",
+    "no update": b'{"loss": 2.5}',
+    "an update in words": b'{"update_step": "2", "loss": 2.5}',
+    "a figure in words": b'{"update_step": 2, "loss": "high"}',
+    "nested too deeply": b"[" * 100_000,
+    "a line separator inside": b'{"update_step": 2, "lo\xe2\x80\xa8ss',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_costs_itself_and_no_later_line(tmp_path, capsys, line):
+    write_steps(tmp_path, [1, 2, 3, 4])
+    path = tmp_path / METRICS_FILE
+    lines = path.read_bytes().split(b"\n")
+    content = b"\n".join([lines[0], line, *lines[2:]])
+    path.write_bytes(content)
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    record = recorder(tmp_path, start_step=4)
+    record.log_update({"update_step": 5, **ROW})
+    record.close()
+    assert [json.loads(line)["update_step"] for line in path.read_text().splitlines()] == [1, 3, 4, 5]
+    assert "metrics.jsonl: line 2 is damaged and left out; the file as it was is kept as" in capsys.readouterr().err
+    assert (tmp_path / "metrics.old-1.jsonl").read_bytes() == content
+    recorder(tmp_path, start_step=5).close()
+    assert "damaged" not in capsys.readouterr().err
+    assert not (tmp_path / "metrics.old-2.jsonl").exists()
+
+
+def test_a_record_saved_by_another_editor_is_read_whole(tmp_path, capsys):
+    """With a byte order mark and Windows' line ends."""
+    write_steps(tmp_path, [1, 2])
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    recorder(tmp_path, start_step=2).close()
+    assert [row["update_step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_the_record_is_on_disk_before_a_checkpoint_and_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A run resumed from that checkpoint lacks no line of it after a power failure."""
+    write_steps(tmp_path, [1, 2, 3])
+    done = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda *paths, **more: (done.append("rename"), rename(*paths, **more)))
+    record = recorder(tmp_path, start_step=2)
+    inode = (tmp_path / METRICS_FILE).stat().st_ino
+    assert done == [inode, "rename"]
+    record.log_update({"update_step": 3, **ROW})
+    record.sync()
+    assert done == [inode, "rename", inode]
+    record.close()
+
+
+def test_every_process_knows_the_last_finished_evaluation(tmp_path):
+    """Otherwise a resumed run would evaluate again, or only one rank would."""
     record = recorder(tmp_path)
     record.log_evaluation(3, EvalResult(loss=1.0, perplexity=2.718, tokens=10, bits_per_byte=None))
     record.close()
@@ -100,7 +161,7 @@ def broken_wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
-def test_dashboard_that_fails_costs_a_warning_not_the_run(tmp_path, broken_wandb, capsys):
+def test_a_dashboard_that_fails_gives_one_warning(tmp_path, broken_wandb, capsys):
     record = recorder(tmp_path, mode="offline")
     for step in (1, 2, 3):
         record.log_update({"update_step": step, **ROW})
@@ -109,7 +170,7 @@ def test_dashboard_that_fails_costs_a_warning_not_the_run(tmp_path, broken_wandb
     assert capsys.readouterr().err.count("wandb stopped recording") == 1
 
 
-def test_dashboard_that_does_not_start_costs_a_warning(tmp_path, monkeypatch, capsys):
+def test_a_dashboard_that_does_not_start_gives_a_warning(tmp_path, monkeypatch, capsys):
     module = types.ModuleType("wandb")
 
     def refuse(**_):
@@ -125,7 +186,7 @@ def test_dashboard_that_does_not_start_costs_a_warning(tmp_path, monkeypatch, ca
 
 
 def test_offline_wandb_receives_the_same_keys(tmp_path, monkeypatch):
-    """The real package, without key or network: a run folder appears and nothing waits."""
+    """The real package writes a run folder, without key and without network."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -137,7 +198,7 @@ def test_offline_wandb_receives_the_same_keys(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("machine", ["api.wandb.ai", "the installed version's"])
-def test_stored_key_is_found(tmp_path, monkeypatch, machine):
+def test_a_stored_wandb_key_is_found(tmp_path, monkeypatch, machine):
     import wandb
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -155,7 +216,7 @@ def test_stored_key_is_found(tmp_path, monkeypatch, machine):
     assert not _has_wandb_key()
 
 
-def test_throughput_leaves_pauses_out(monkeypatch):
+def test_throughput_excludes_pauses(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr("peft_pretraining.record.recorder.time.perf_counter", lambda: clock.now)
     throughput = Throughput(sequences_per_update=8, micro_batches_per_update=2)
@@ -168,24 +229,24 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     assert throughput.rates(500, 1, done_at=108.0)["throughput_tokens"] == pytest.approx(500 / 2)
 
 
-def test_lines_that_cannot_be_written_wait(tmp_path, monkeypatch):
-    """A full disk: told once, nothing half written, and no line lost once there is room."""
+def test_lines_that_cannot_be_written_are_written_later(tmp_path, monkeypatch):
+    """On a full disk there is one message and no half-written line, and all lines are written once there is space."""
     path = tmp_path / "metrics.jsonl"
     lines = _Lines(path)
     assert lines.write("first") is None
-    honest = lines._file
+    original = lines._file
 
     class Full:
-        fileno = honest.fileno
+        fileno = original.fileno
 
         def write(self, content: bytes) -> int:
-            return honest.write(content[:3])  # what a disk does with its last bytes
+            return original.write(content[:3])  # as a disk with only three bytes left
 
     lines._file = Full()
     assert "metrics.jsonl cannot be written (No space left on device)" in lines.write("second")
     assert lines.write("third") is None
     assert path.read_text() == "first\n"
-    lines._file = honest
+    lines._file = original
     assert lines.write("fourth") is None
     assert lines.sync() is None
     assert path.read_text() == "first\nsecond\nthird\nfourth\n"
@@ -193,7 +254,7 @@ def test_lines_that_cannot_be_written_wait(tmp_path, monkeypatch):
 
 
 class _KeptRun:
-    """A wandb run that keeps what it is given."""
+    """A wandb run that stores what it is given."""
 
     def __init__(self):
         self.rows, self.metrics, self.summary, self.exit_code = [], {}, {}, None
@@ -208,8 +269,8 @@ class _KeptRun:
         self.exit_code = exit_code
 
 
-def test_dashboard_gets_group_and_summary(tmp_path, monkeypatch):
-    """Runs compare there by their final figures, and by tokens: every row has them, an evaluation's too."""
+def test_wandb_gets_group_and_summary(tmp_path, monkeypatch):
+    """wandb compares runs by their final figures, and by tokens, which every row has, also those of evaluations."""
     kept, given = _KeptRun(), {}
     module = types.ModuleType("wandb")
     module.init, module.Settings = lambda **settings: given.update(settings) or kept, lambda **_: None

@@ -1,4 +1,4 @@
-"""Folders of runs as the trainer leaves them, with chosen figures and no training."""
+"""Writes folders of runs as the trainer does, with given figures and without training."""
 
 import json
 from dataclasses import asdict
@@ -24,7 +24,7 @@ def write_run(
     perplexity: float | None = 30.0,
     reached: int = UPDATES,
 ) -> Path:
-    """A run of UPDATES updates of which `reached` are made, with a final perplexity unless it is None or it did not get there."""
+    """Writes a run of UPDATES updates, `reached` of them made, with a final perplexity if it is given and the run finished."""
     argv = [
         *("--model_config", str(ROOT / "configs" / f"{model}.json"), "--peft_model", method, "--rank", "128"),
         *("--sp_ratio", "0.03", "--batch_size", "8", "--num_training_steps", str(UPDATES), "--warmup_steps", "1"),
@@ -55,13 +55,13 @@ def write_run(
 
 
 def update(step: int) -> dict[str, Any]:
-    """A row of an update: 1,000 tokens each, at 500 tokens per second."""
+    """Returns the row of an update: 1,000 tokens each, at 500 tokens per second."""
     row = {"update_step": step, "loss": 10.0 - 0.1 * step, "lr": 1e-3, "tokens_seen": 1_000 * step, "gradnorm": 1.0}
     return row | {"max_memory": 2**30 + step, "throughput_tokens": 500.0}
 
 
 def evaluation(step: int, perplexity: float | None) -> dict[str, Any]:
-    """A row of an evaluation."""
+    """Returns the row of an evaluation."""
     row = {
         "update_step": step,
         "final_eval_loss": 3.0,
@@ -72,17 +72,17 @@ def evaluation(step: int, perplexity: float | None) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the metrics of a run."""
+    """Replaces the rows of a run's metrics.jsonl."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run."""
+    """Returns the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def change_document(folder: Path, change: Any) -> None:
-    """Let `change` work on the run.json of a run."""
+    """Applies `change` to a run's run.json."""
     document = json.loads((folder / "run.json").read_text())
     change(document)
     (folder / "run.json").write_text(json.dumps(document))

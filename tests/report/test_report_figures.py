@@ -1,4 +1,4 @@
-"""What the figures draw: read from matplotlib's own objects before they are let go."""
+"""The report's figures show the right values, read from matplotlib's objects."""
 
 import matplotlib
 import pytest
@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draws the groups of some runs; the figure, laid out."""
+    """Returns a function that draws the groups of some runs and returns the figure."""
 
     def draw(module, name, folders):
         kept = []
@@ -31,15 +31,15 @@ def drawn(monkeypatch, tmp_path):
 
 
 def labels_of(axis):
-    """The tick labels within the view, as they are read."""
+    """Returns the visible tick labels."""
     low, high = axis.get_view_interval()
     ticks = [(value, label.get_text()) for value, label in zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=True)]
     return [text for value, text in ticks if low <= value <= high]
 
 
 @pytest.mark.parametrize("view", [(82, 87), (80.1, 80.9), (118, 220), (60, 400), (20, 300), (30, 32_000)])
-def test_an_axis_of_perplexities_has_numbers_that_differ(view):
-    """Also where no power of ten is in sight, and without exponents."""
+def test_an_axis_of_perplexities_has_distinct_labels(view):
+    """Also without a power of ten in the view, and without exponents."""
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots()
@@ -56,12 +56,12 @@ def test_an_axis_of_perplexities_has_numbers_that_differ(view):
 @pytest.mark.parametrize(
     ("value", "text"), [(0.1234, "0.123"), (3.2, "3.20"), (62.41, "62.4"), (1020.4, "1,020"), (0.0, "0.000")]
 )
-def test_digits(value, text):
+def test_digits_shows_three_significant_digits(value, text):
     assert digits(value) == text
 
 
-def test_curves_begin_where_training_does(drawn, tmp_path):
-    """Also where the first evaluation came late; a point lies at its update, its tokens and its time."""
+def test_curves_begin_at_the_start_of_training(drawn, tmp_path):
+    """Also if the first evaluation is late; a point has the position of its update, tokens and time."""
     folder = write_run(tmp_path / "a")
     rows = [row for row in rows_of(folder) if "loss" in row]
     write_rows(folder, [*rows, evaluation(7, 50.0), evaluation(10, 30.0)])
@@ -76,8 +76,8 @@ def test_curves_begin_where_training_does(drawn, tmp_path):
     ]  # fmt: skip
 
 
-def test_bytes_that_hardly_differ_lie_close(drawn, tmp_path):
-    """Fig. 1 is not stretched over a few bytes, and its labels are plain numbers."""
+def test_nearly_equal_bytes_are_drawn_close_together(drawn, tmp_path):
+    """The axis is not stretched over a few bytes, and its labels are plain numbers."""
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", "--train_scaling", perplexity=31.0)]
     panel = drawn(scatter, "draw_perplexity_memory", folders).axes[1]
     low, high = panel.get_xlim()
@@ -87,14 +87,14 @@ def test_bytes_that_hardly_differ_lie_close(drawn, tmp_path):
     assert 3 <= len(found) == len(set(found))
 
 
-def test_legend_counts_the_seeds_that_the_mean_is_of(drawn, tmp_path):
+def test_the_legend_counts_the_seeds_of_the_mean(drawn, tmp_path):
     folders = [write_run(tmp_path / str(seed), seed=seed, reached=10 if seed < 3 else 4) for seed in (1, 2, 3)]
     figure = drawn(scatter, "draw_perplexity_memory", folders)
     assert figure.legends[0].get_texts()[0].get_text() == "SLTrain (2 seeds)"
 
 
-def test_markers_that_would_hide_one_another_stand_side_by_side(drawn, tmp_path):
-    """At the same memory and about the same perplexity; another memory or another perplexity stays where it is."""
+def test_overlapping_markers_are_drawn_side_by_side(drawn, tmp_path):
+    """Only markers with the same memory and nearly the same perplexity are moved."""
     found = {0.001: 30.0, 0.002: 30.2, 0.003: 30.1, 0.004: 60.0}
     folders = [write_run(tmp_path / str(lr), lr=lr, perplexity=value) for lr, value in found.items()]
     panel = drawn(scatter, "draw_perplexity_memory", [*folders, write_run(tmp_path / "f", method="full")]).axes[1]
@@ -107,8 +107,8 @@ def test_markers_that_would_hide_one_another_stand_side_by_side(drawn, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["draw_perplexity_memory", "draw_learning_rate"])
-def test_whiskers_are_intervals_above_one(drawn, tmp_path, name):
-    """Of 20 and 60 the interval is 40 +- 254: no perplexity is below 1, and none of it is drawn."""
+def test_whiskers_are_intervals_limited_to_perplexities_above_one(drawn, tmp_path, name):
+    """For 20 and 60 the interval is 40 +- 254, but perplexities below 1 are impossible and not drawn."""
     folders = [
         write_run(tmp_path / f"{lr}-{seed}", seed=seed, lr=lr, perplexity=20.0 * seed)
         for lr in (0.001, 0.002) for seed in (1, 3)
@@ -120,7 +120,7 @@ def test_whiskers_are_intervals_above_one(drawn, tmp_path, name):
     assert panel.get_ylim()[0] > 0
 
 
-def test_memory_bars_are_the_classes_predicted_and_measured(drawn, tmp_path):
+def test_memory_bars_show_predicted_and_measured_classes(drawn, tmp_path):
     folder = write_run(tmp_path / "a")
     rows = rows_of(folder)
     names = ("parameters", "support", "optimizer")
@@ -137,7 +137,7 @@ def test_memory_bars_are_the_classes_predicted_and_measured(drawn, tmp_path):
 
 
 def test_memory_bars_of_a_group_share_a_label_at_their_middle(drawn, tmp_path):
-    """A label beside each bar, of three lines, ran into the next one."""
+    """A label for each bar would overlap the next one."""
     folders = [write_run(tmp_path / str(lr), lr=lr) for lr in (0.001, 0.002)]
     for folder in folders:
         rows = rows_of(folder)
@@ -152,7 +152,7 @@ def test_memory_bars_of_a_group_share_a_label_at_their_middle(drawn, tmp_path):
     assert [label.get_text() for label in panel.get_yticklabels()] == ["SLTrain, lr = 0.001", "SLTrain, lr = 0.002"]
 
 
-def test_throughput_is_the_median_with_the_published_beside(drawn, tmp_path):
+def test_throughput_bars_show_the_median_and_the_published_value(drawn, tmp_path):
     flags = ("--rank", "256")
     folders = [write_run(tmp_path / str(seed), *flags, model="llama_350m", seed=seed) for seed in (1, 2)]
     rows = [row | {"throughput_tokens": 700.0} if "loss" in row else row for row in rows_of(folders[1])]

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed are one setting; what does not compare is kept apart, or said."""
+"""Runs that differ only in their seed are one setting; runs that cannot be compared are separated or noted."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def groups_of(*folders):
 
 @pytest.fixture
 def three(tmp_path):
-    """Full-rank, and SLTrain ten percent above it, with three seeds each."""
+    """Full-rank runs, and SLTrain runs with ten percent more perplexity, with three seeds each."""
     full = [write_run(tmp_path / f"f{seed}", method="full", seed=seed, perplexity=30.0 + seed) for seed in (1, 2, 3)]
     own = [write_run(tmp_path / f"s{seed}", seed=seed, perplexity=1.1 * (30.0 + seed)) for seed in (1, 2, 3)]
     return full + own
@@ -37,8 +37,8 @@ def test_seeds_are_grouped_with_mean_and_interval(three):
     assert full.perplexity.half == pytest.approx(t_quantile(2) / 3**0.5)  # of 31, 32, 33: standard deviation 1
 
 
-def test_gap_to_full_rank_is_paired_by_seed(three):
-    """Ten percent in each pair is ten percent without scatter, though the perplexities scatter."""
+def test_the_gap_to_full_rank_is_paired_by_seed(three):
+    """Ten percent in each pair gives ten percent without scatter, although the perplexities scatter."""
     groups = groups_of(*three)
     rival, gap = against_baseline(groups[1], groups)
     assert rival is groups[0]
@@ -46,7 +46,7 @@ def test_gap_to_full_rank_is_paired_by_seed(three):
     assert against_baseline(groups[0], groups) is None
 
 
-def test_gap_is_to_the_best_full_rank_setting(tmp_path):
+def test_the_gap_is_to_the_best_full_rank_setting(tmp_path):
     better = write_run(tmp_path / "a", method="full", lr=0.001, perplexity=30.0)
     worse = write_run(tmp_path / "b", method="full", lr=0.01, perplexity=60.0)
     groups = groups_of(worse, better, write_run(tmp_path / "c", perplexity=33.0))
@@ -69,22 +69,22 @@ def test_without_full_rank_the_first_setting_is_the_baseline(tmp_path):
     [("--lr", "0.01"), ("--rank", "64"), ("--sp_ratio", "0.05"), ("--packing",), ("--num_training_steps", "20"),
      ("--total_batch_size", "16"), ("--max_length", "128"), ("--optimizer", "adamw"), ("--support", "block")],
 )  # fmt: skip
-def test_any_other_difference_is_another_setting(tmp_path, flags):
+def test_runs_with_other_arguments_are_another_setting(tmp_path, flags):
     groups = groups_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", *flags, seed=1))
     assert len(groups) == 2
     assert groups[0].label != groups[1].label
 
 
-def test_what_has_no_effect_is_no_difference(tmp_path):
-    """Full-rank training has no rank; where a run lies, how it is logged and divided into micro-batches changes nothing."""
+def test_arguments_without_effect_make_no_difference(tmp_path):
+    """Full-rank training has no rank; folder, logging and micro-batches do not change results."""
     first = write_run(tmp_path / "a", method="full")
     flags = ("--rank", "64", "--sp_ratio", "0.1", "--log_every", "5", "--name", "x", "--batch_size", "4")
     second = write_run(tmp_path / "b", *flags, "--total_batch_size", "8", method="full", seed=1)
     assert len(groups_of(first, second)) == 1
 
 
-def test_a_full_rank_start_of_ones_own_is_no_other_setting(tmp_path):
-    """Each seed of ReLoRA starts from a full-rank run of its own; to have one at all is a setting."""
+def test_separate_full_rank_starts_are_the_same_setting(tmp_path):
+    """Each seed of ReLoRA starts from its own full-rank run; starting from one at all is a difference of settings."""
     first, second, without = (
         write_run(tmp_path / name, "--relora", "5", *more, method="relora", seed=seed)
         for name, more, seed in (
@@ -98,8 +98,8 @@ def test_a_full_rank_start_of_ones_own_is_no_other_setting(tmp_path):
     assert "warmed_up_model" in groups[0].label
 
 
-def test_memory_is_that_of_the_run_itself(tmp_path):
-    """Not of the full-rank run whose record it goes on with."""
+def test_memory_is_that_of_the_run_not_of_its_warm_up(tmp_path):
+    """Not that of the full-rank run whose record it continues."""
     folder = write_run(tmp_path / "a")
     rows = rows_of(folder)
     told = {f"memory_{name}_{side}": 1 for name in ("parameters", "support", "optimizer") for side in ("measured", "predicted")}
@@ -119,8 +119,17 @@ def test_other_data_is_another_setting(tmp_path):
     assert any("differ in model, data, batch or length" in line for line in problems(groups))
 
 
+def test_another_order_of_the_data_is_another_setting(tmp_path):
+    """Records of earlier versions name no order: they are by lanes."""
+    folders = [write_run(tmp_path / str(seed), seed=seed) for seed in range(4)]
+    for folder, order in zip(folders[1:], ("lanes", "global", "global"), strict=True):
+        change_document(folder, lambda document, order=order: document["dataset"].update(order=order))
+    groups = groups_of(*folders)
+    assert sorted((group.settings["data_order"], len(group.runs)) for group in groups) == [("global", 2), ("lanes", 2)]
+
+
 def test_another_evaluation_set_is_another_task(tmp_path):
-    """Perplexities on different texts neither share a mean nor compare with one another."""
+    """Perplexities on different texts are neither averaged nor compared."""
     full = write_run(tmp_path / "full", method="full", seed=1)
     own, other = write_run(tmp_path / "own", seed=1), write_run(tmp_path / "other", seed=2)
     change_document(other, lambda document: document["arguments"].update(eval_dataset="other-texts"))
@@ -130,20 +139,20 @@ def test_another_evaluation_set_is_another_task(tmp_path):
 
 
 def test_a_seed_counts_once(tmp_path):
-    """The same run twice would look like two draws, and narrow the interval."""
+    """Counting the same run twice would narrow the interval."""
     (group,) = groups_of(*(write_run(tmp_path / name, perplexity=value) for name, value in (("a", 30.0), ("b", 34.0))))
     assert (group.perplexity.mean, group.perplexity.n) == (30.0, 1)
     assert "b repeats the settings and seed (42) of" in group.notes[0]
 
 
-def test_unfinished_runs_are_listed_and_count_in_no_mean(tmp_path):
+def test_unfinished_runs_are_listed_but_not_averaged(tmp_path):
     (group,) = groups_of(write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2, reached=3))
     assert (len(group.runs), group.perplexity.n) == (2, 1)
     (alone,) = groups_of(tmp_path / "b")
     assert alone.perplexity is None
 
 
-def test_evaluations_on_unequal_numbers_of_tokens_are_said(tmp_path):
+def test_evaluations_on_different_numbers_of_tokens_are_noted(tmp_path):
     first, second = write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)
     rows = rows_of(second)
     write_rows(second, [*rows[:-1], evaluation(10, 30.0) | {"final_eval_tokens": 500}])
@@ -151,7 +160,7 @@ def test_evaluations_on_unequal_numbers_of_tokens_are_said(tmp_path):
     assert "different numbers of tokens (20,000, 500)" in group.notes[0]
 
 
-def test_published_figures_stand_beside_the_same_configuration(tmp_path):
+def test_published_figures_are_shown_for_the_same_configuration(tmp_path):
     other = write_run(tmp_path / "c", model="llama_9m")
     groups = groups_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", "--rank", "160"), other)
     published = [group.published and group.published.perplexity for group in groups]
@@ -173,8 +182,8 @@ def test_published_figures_stand_beside_the_same_configuration(tmp_path):
         ((), "sltrain", "llama_130m", None),
     ],
 )
-def test_another_rank_or_delta_was_not_published(tmp_path, flags, method, model, perplexity):
-    """The method's figure at the rank that the paper took says nothing of another."""
+def test_published_figures_are_not_shown_for_another_rank_or_delta(tmp_path, flags, method, model, perplexity):
+    """A published figure at the paper's rank is not shown for another rank."""
     (group,) = groups_of(write_run(tmp_path / "a", *flags, method=method, model=model))
     assert (group.published and group.published.perplexity) == perplexity
 
@@ -185,7 +194,7 @@ def test_the_table_names_the_baseline(three):
     assert [row[column] for row in table.rows] == ["baseline", "+10.0 [+10.0, +10.0] (n = 3)"]
 
 
-def test_a_setting_that_is_as_ever_is_not_named(tmp_path):
+def test_default_values_are_not_part_of_a_label(tmp_path):
     groups = groups_of(*(write_run(tmp_path / init, "--init", init) for init in ("default", "svd")))
     assert [group.label for group in groups] == ["SLTrain", "SLTrain, init = svd"]
 
@@ -200,12 +209,12 @@ def test_measured_memory_is_the_mean_over_seeds(tmp_path):
     assert (group.measured("parameters"), group.measured("peak")) == (20, 2**31 + 20)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_are_shown_with_their_folder(tmp_path):
     runs = [read_run(write_run(tmp_path / name)) for name in ("one/a", "two/a", "two/b")]
     assert list(run_names(runs).values()) == ["one/a", "two/a", "b"]
 
 
-def test_published_peaks_are_of_the_models_that_were_run(tmp_path):
+def test_published_peaks_are_shown_for_the_models_that_were_run(tmp_path):
     groups = groups_of(write_run(tmp_path / "a", model="llama_350m"), write_run(tmp_path / "b"))
     table = published_memory_table(groups)
     assert table.headings == ("published setting", "llama_350m: peak, GB")
@@ -220,7 +229,7 @@ def test_columns_without_any_value_are_left_out(tmp_path):
 
 
 def test_rank_and_delta_make_a_table(tmp_path):
-    """Rows are ranks, columns deltas, the published value beside; what was not run is a dash."""
+    """Rows are ranks, columns deltas, with published values; combinations without runs are a dash."""
     pairs = [("96", "0.03"), ("128", "0.03"), ("128", "0.05")]
     folders = [
         write_run(tmp_path / str(number), "--rank", rank, "--sp_ratio", delta, perplexity=40.0 + number)
@@ -235,8 +244,8 @@ def test_rank_and_delta_make_a_table(tmp_path):
     assert rank_delta_table(groups_of(folders[0])) is None
 
 
-def test_command_makes_the_same_run(tmp_path):
-    """Parsed again, it gives the arguments that were recorded, but for where the run lies."""
+def test_the_printed_command_makes_the_same_run(tmp_path):
+    """Parsed again, it gives the recorded arguments, except the folder."""
     from peft_pretraining.config.arguments import as_dict
     from peft_pretraining.config.command_line import parse_args
 
@@ -254,21 +263,21 @@ def test_command_makes_the_same_run(tmp_path):
     [
         ({"processes": 1, "local_processes": 1}, "python"),
         ({"processes": 4, "local_processes": 4}, "torchrun --standalone --nproc_per_node 4"),
-        ({"processes": 4}, "torchrun --standalone --nproc_per_node 4"),  # a record of before
+        ({"processes": 4}, "torchrun --standalone --nproc_per_node 4"),  # of an earlier version
         (
             {"processes": 16, "local_processes": 8},
             "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29400",
         ),
     ],
 )
-def test_command_starts_as_many_processes(tmp_path, world, start):
+def test_the_printed_command_starts_as_many_processes(tmp_path, world, start):
     folder = write_run(tmp_path / "a")
     change_document(folder, lambda document: document.update(world=world))
     assert command_of(read_run(folder)).startswith(f"{start} torchrun_main.py --")
 
 
-def test_what_relora_began_with_tells_settings_apart(tmp_path):
-    """The folders of a setting's full-rank runs differ by seed; what counts is how they were made."""
+def test_relora_settings_differ_by_the_arguments_of_their_full_rank_start(tmp_path):
+    """Folders of the full-rank runs differ by seed, so their arguments are compared instead."""
     groups = {}
     for lr, updates, seed in itertools.product((0.001, 0.002), (50, 100), (1, 2)):
         folder = write_run(
@@ -288,7 +297,7 @@ def test_what_relora_began_with_tells_settings_apart(tmp_path):
     assert found[1].label == "ReLoRA, warm-up lr = 0.001, warm-up updates = 100"
 
 
-def test_labels_tell_all_groups_apart(tmp_path):
+def test_all_groups_have_different_labels(tmp_path):
     number = itertools.count()
     folders = [
         write_run(tmp_path / str(next(number)), "--rank", rank, "--weight_decay", decay, method=method)

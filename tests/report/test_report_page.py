@@ -1,4 +1,4 @@
-"""The page holds what the runs reached, by itself, and a browser shows it without complaint."""
+"""The report's page contains the runs' results, needs no other files, and works in a browser without errors."""
 
 import json
 import re
@@ -29,14 +29,14 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(runs, tmp_path_factory):
-    """The folder of their report."""
+    """Returns the folder of the report on these runs."""
     out = tmp_path_factory.mktemp("report")
     write_report(sorted(runs.iterdir()), out, "A <title> & more")
     return out
 
 
 class Elements(HTMLParser):
-    """Tags, attribute values that name something to fetch, and the text of a page."""
+    """The tags, URLs to fetch and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -57,7 +57,7 @@ class Elements(HTMLParser):
         self.words.append(data)
 
 
-def test_page_is_whole_and_fetches_nothing(report):
+def test_the_page_is_complete_and_fetches_nothing(report):
     text = (report / "report.html").read_text(encoding="utf-8")
     page = Elements(text)
     assert page.open == []
@@ -81,8 +81,8 @@ def test_page_is_whole_and_fetches_nothing(report):
         assert expected in words
 
 
-def test_runs_with_nothing_in_common_but_gaps(tmp_path):
-    """Never evaluated, never updated: a page all the same, without the figures that have nothing to show."""
+def test_a_report_on_runs_without_results_is_written(tmp_path):
+    """Runs without evaluations or updates give a page without the figures that would be empty."""
     first = write_run(tmp_path / "a", perplexity=None, reached=2)
     second = write_run(tmp_path / "b", method="full", reached=0)
     (second / "metrics.jsonl").unlink()
@@ -93,14 +93,14 @@ def test_runs_with_nothing_in_common_but_gaps(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["groups"][0]["perplexity"] is None
 
 
-def test_figures_of_an_earlier_report_do_not_stay(runs, tmp_path):
-    """One setting has nothing to show against the learning rate."""
+def test_figures_of_an_earlier_report_are_removed(runs, tmp_path):
+    """One setting gives no figure of the learning rate, so an old one must be removed."""
     (tmp_path / "learning_rate.png").write_bytes(b"old")
     write_report([runs / "full1"], tmp_path, "again")
     assert not (tmp_path / "learning_rate.png").exists()
 
 
-def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
+def test_the_report_command_takes_several_runs_and_names_problems(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("peft_pretraining.commands.report.figures.draw_all", lambda groups, out: {})
     assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -111,14 +111,14 @@ def test_command_of_several_runs(runs, tmp_path, capsys, monkeypatch):
     assert "none: no run.json" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_named(runs, tmp_path, capsys):
+def test_a_report_folder_that_cannot_be_created_is_named(runs, tmp_path, capsys):
     (tmp_path / "file").touch()
     for named in (runs, runs / "full1"):
         assert command(["report", str(named), "--out", str(tmp_path / "file")]) == 2
         assert f"--out {tmp_path / 'file'}: cannot be created (File exists)" in capsys.readouterr().err
 
 
-def test_one_run_keeps_its_table_and_curves(tmp_path, capsys):
+def test_a_report_on_one_run_prints_a_table_and_draws_curves(tmp_path, capsys):
     run = write_run(tmp_path / "run", method="full")
     assert command(["report", str(run)]) == 0
     assert "final perplexity" in capsys.readouterr().out
@@ -128,18 +128,22 @@ def test_one_run_keeps_its_table_and_curves(tmp_path, capsys):
     assert {"curves.png", "report.html", "report.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_dashboard_gets_the_same_panels(runs, tmp_path, monkeypatch, capsys):
-    """The real wandb package, offline: a run folder with table, figures and page below the report."""
+def test_wandb_gets_the_reports_table_figures_and_page(runs, tmp_path, monkeypatch, capsys):
+    """The real wandb package writes an offline run with table, figures and page in the report's folder."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_RUN_ID", "of-training")  # the report must not become part of that run
     assert command(["report", str(runs), "--out", str(tmp_path / "out"), "--wandb", "offline"]) == 0
+    assert "WANDB_RUN_ID=of-training has no effect" in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "wandb").glob("*of-training*"))
     media = [path.name for path in (tmp_path / "out" / "wandb").rglob("media/**/*") if path.is_file()]
     assert {name.split("_")[0] for name in media} >= {"loss", "memory", "methods", "page", "throughput"}
 
 
 def browse(browser, url, folder, *more):
-    """What headless Chromium says of a page; its console goes to the log on stderr."""
+    """Opens a page in headless Chromium, whose console goes to stderr; returns the finished process."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,2400"]
     log = ["--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}"]
     return subprocess.run([browser, *flags, *log, *more, url], capture_output=True, text=True, timeout=300, check=False)
@@ -149,12 +153,12 @@ def browse(browser, url, folder, *more):
 def browser():
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
-        pytest.skip(f"no browser at hand ({', '.join(BROWSERS)}): apt-get install chromium")
+        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)}): apt-get install chromium")
     return found
 
 
-def test_browser_shows_the_page_without_complaint(report, tmp_path, browser):
-    """Opened from disk: no message in the console, text and figures on the screen."""
+def test_a_browser_shows_the_page_without_errors(report, tmp_path, browser):
+    """Opened from disk, the page gives no message in the console and shows text and figures."""
     page = report / "report.html"
     shot = tmp_path / "shot.png"
     ended = browse(browser, page.as_uri(), tmp_path, f"--screenshot={shot}")
@@ -170,8 +174,8 @@ def test_browser_shows_the_page_without_complaint(report, tmp_path, browser):
     assert "held-out perplexity" in ended.stdout
 
 
-def test_a_narrow_screen_moves_figures_sideways_not_the_page(report, tmp_path, browser):
-    """At 400 pixels the page is as wide as the screen, and a figure's letters keep a size that can be read."""
+def test_on_a_narrow_screen_only_figures_scroll_sideways(report, tmp_path, browser):
+    """At 400 pixels the page is as wide as the screen, and figures keep a readable size."""
     measure = (
         "<script>const image = document.querySelector('img').getBoundingClientRect();"
         "document.title = [innerWidth, document.documentElement.scrollWidth, Math.round(image.width)]</script></body>"
@@ -182,8 +186,8 @@ def test_a_narrow_screen_moves_figures_sideways_not_the_page(report, tmp_path, b
     assert page == window < image
 
 
-def test_printing_shows_the_commands(report, tmp_path, browser):
-    """On paper nothing can be opened: as many sheets as with every command open, more than without them."""
+def test_printed_pages_contain_the_commands(report, tmp_path, browser):
+    """Commands cannot be unfolded on paper, so they must be printed: as many sheets as with all commands unfolded."""
     text = (report / "report.html").read_text()
     unfold = "details::details-content"
     pages = {"as it is": text, "open": text.replace("<details>", "<details open>"), "closed": text.replace(unfold, "x")}
@@ -199,7 +203,7 @@ def text_count(path, part):
     return path.read_text(encoding="utf-8").count(part)
 
 
-def test_the_browser_check_sees_a_complaint(tmp_path, browser):
-    """A page with a script that fails and an image that is not there: the console tells."""
+def test_the_browser_check_detects_errors(tmp_path, browser):
+    """For a page with a failing script and a missing image the console has messages."""
     (tmp_path / "bad.html").write_text("<script>throw new Error('broken')</script><img src='none.png'>")
     assert "CONSOLE" in browse(browser, (tmp_path / "bad.html").as_uri(), tmp_path, "--dump-dom").stderr

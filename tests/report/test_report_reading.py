@@ -1,18 +1,18 @@
-"""Runs that were stopped, never evaluated, damaged, or made by earlier versions are read, and what they lack is said."""
+"""Runs that were stopped, not evaluated, damaged or made by earlier versions are read, with notes on what they lack."""
 
 import json
 
 import pytest
 from run_records import UPDATES, change_document, evaluation, rows_of, write_rows, write_run
 
-from peft_pretraining.commands.report.read import find_runs, read_run
+from peft_pretraining.commands.report.read import find_runs, load_run, read_run
 
 
 def notes_of(folder):
     return " / ".join(read_run(folder).notes)
 
 
-def test_finished_run_lacks_nothing(tmp_path):
+def test_a_finished_run_has_no_notes(tmp_path):
     run = read_run(write_run(tmp_path / "run", perplexity=31.5))
     assert run.notes == ()
     assert (run.status, run.final_perplexity, run.model, run.method, run.seed) == (
@@ -20,12 +20,12 @@ def test_finished_run_lacks_nothing(tmp_path):
     )  # fmt: skip
 
 
-def test_paper_memory_is_the_published_estimate(tmp_path):
-    """SLTrain at 60M: printed as .26 G."""
+def test_paper_memory_equals_the_published_estimate(tmp_path):
+    """For SLTrain at 60M the paper prints .26 G."""
     assert read_run(write_run(tmp_path / "run")).paper_memory == pytest.approx(0.26, abs=1e-9)
 
 
-def test_unfinished_and_stopped_runs_say_so_and_count_in_no_mean(tmp_path):
+def test_unfinished_and_stopped_runs_have_a_note_and_no_final_perplexity(tmp_path):
     folder = write_run(tmp_path / "run", reached=4)
     write_rows(folder, [*rows_of(folder), evaluation(4, 80.0)])
     assert read_run(folder).final_perplexity is None
@@ -34,7 +34,7 @@ def test_unfinished_and_stopped_runs_say_so_and_count_in_no_mean(tmp_path):
     assert "stopped after update 4 of 10" in notes_of(folder)
 
 
-def test_run_without_evaluation(tmp_path):
+def test_a_run_without_final_evaluation_has_a_note(tmp_path):
     folder = write_run(tmp_path / "run", perplexity=None)
     assert "no perplexity after its last update; the last evaluation was at update 0" in notes_of(folder)
     write_rows(folder, [row for row in rows_of(folder) if "loss" in row])
@@ -43,14 +43,14 @@ def test_run_without_evaluation(tmp_path):
     assert "never evaluated" in notes_of(folder)
 
 
-def test_run_without_an_update(tmp_path):
+def test_a_run_without_updates_has_a_note(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "metrics.jsonl").unlink()
     assert "no update is logged yet" in notes_of(folder)
 
 
-def test_record_of_an_earlier_version(tmp_path):
-    """Without the newer arguments, without the account's peak and without measured memory, as the first versions wrote it."""
+def test_a_record_of_an_earlier_version_is_reported_with_a_note(tmp_path):
+    """The first versions recorded neither newer arguments nor the predicted peak nor measured memory."""
     folder = write_run(tmp_path / "run")
 
     def age(document):
@@ -70,7 +70,7 @@ def test_record_of_an_earlier_version(tmp_path):
     assert run.measured("parameters") is None
 
 
-def test_losses_that_were_not_finite_are_counted(tmp_path):
+def test_non_finite_losses_are_counted(tmp_path):
     folder = write_run(tmp_path / "run")
     rows = rows_of(folder)
     rows[3] |= {"loss": None}
@@ -88,7 +88,7 @@ def test_arguments_of_a_later_version_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"arguments": {}, "plan": null}'])
-def test_damaged_record_is_refused_by_name(tmp_path, content):
+def test_a_damaged_run_json_is_refused_by_name(tmp_path, content):
     folder = write_run(tmp_path / "run")
     (folder / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json"):
@@ -96,24 +96,27 @@ def test_damaged_record_is_refused_by_name(tmp_path, content):
 
 
 @pytest.mark.parametrize(("name", "value"), [("update_step", "ten"), ("memory_support_measured", [1]), ("loss", {})])
-def test_a_damaged_line_is_refused_by_name(tmp_path, name, value):
+def test_a_damaged_line_is_left_out_with_a_note(tmp_path, name, value, capsys):
     folder = write_run(tmp_path / "run")
     rows = rows_of(folder)
-    rows[1][name] = value
-    write_rows(folder, rows)
-    with pytest.raises(ValueError, match=rf"run.metrics\.jsonl: line 2: {name} .* is not a number"):
-        read_run(folder)
+    write_rows(folder, [rows[0], {**rows[1], name: value}, *rows[2:]])
+    run = read_run(folder)
+    assert list(run.rows) == [rows[0], *rows[2:]]
+    assert run.notes[0] == "metrics.jsonl: line 2 is damaged and left out"
+    assert run.finished
+    assert load_run(folder)[1] == list(run.rows)
+    assert f"{folder}: metrics.jsonl: line 2 is damaged" in capsys.readouterr().err
 
 
 def test_axes_count_tokens_and_training_time(tmp_path):
-    """1,000 tokens an update at 500 per second are 2 s each; an evaluation lies where its update does."""
+    """1,000 tokens per update at 500 tokens per second take 2 s; an evaluation has the position of its update."""
     run = read_run(write_run(tmp_path / "run"))
     assert run.axis("seconds") == ([2.0 * step for step in range(1, UPDATES + 1)], [0.0, 2.0 * UPDATES])
     assert run.axis("tokens")[1] == [0.0, 1_000.0 * UPDATES]
     assert run.axis("steps") == ([float(step) for step in range(1, UPDATES + 1)], [0.0, float(UPDATES)])
 
 
-def test_evaluation_between_logged_updates_lies_between_them(tmp_path):
+def test_an_evaluation_between_logged_updates_is_interpolated(tmp_path):
     """With --log_every 5 an evaluation after update 7 lies two fifths of the way from update 5 to 10."""
     folder = write_run(tmp_path / "run")
     rows = [row for row in rows_of(folder) if "loss" in row and row["update_step"] in (5, 10)]
@@ -121,8 +124,8 @@ def test_evaluation_between_logged_updates_lies_between_them(tmp_path):
     assert read_run(folder).axis("tokens")[1] == [7_000.0, 10_000.0]
 
 
-def test_a_sweeps_report_beside_its_runs_is_passed_over(tmp_path):
-    """runs/my-sweep/* names it too; alone it is no run."""
+def test_a_sweeps_report_among_its_runs_is_ignored(tmp_path):
+    """The pattern runs/my-sweep/* includes the report's folder, which is not a run."""
     run, report = write_run(tmp_path / "a"), tmp_path / "report"
     report.mkdir()
     (report / "report.json").write_text("{}")
@@ -131,14 +134,14 @@ def test_a_sweeps_report_beside_its_runs_is_passed_over(tmp_path):
         find_runs([report])
 
 
-def test_of_a_folder_the_plain_setting_comes_first(tmp_path):
-    """It is what others are compared with where none is full-rank."""
+def test_the_setting_without_options_comes_first_in_a_folder(tmp_path):
+    """Without a full-rank run, others are compared with the first one."""
     names = ["s-lr0.1-seed1", "s-lr0.1-seed2", "s-lr0.1-initsvd-seed1", "s-lr0.1-rebalance-seed1"]
     runs = [write_run(tmp_path / name) for name in names]
     assert find_runs([tmp_path]) == runs
 
 
-def test_folder_of_runs_stands_for_its_runs(tmp_path):
+def test_a_folder_of_runs_means_its_runs(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("a", "b")]
     (tmp_path / "report").mkdir()
     assert find_runs([tmp_path]) == runs

@@ -1,4 +1,4 @@
-"""Fine-tuning: W = W0 + (alpha/r) B A + S on linears that keep their weights, alone and in transformers' models."""
+"""Fine-tuning with W = W0 + (alpha/r) B A + S: single linears with a base weight W0, and transformers' models."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def linear(dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Linear:
 
 
 def trained(layer: AdaptedLinear) -> AdaptedLinear:
-    """The layer with an adapter that is nowhere zero, as it is after some updates."""
+    """Makes all adapter values non-zero, as after some updates; returns the layer."""
     with torch.no_grad():
         for number, parameter in enumerate(layer.adapter):
             parameter.add_(torch.randn(parameter.shape, generator=generator_for(number, "trained")))
@@ -57,10 +57,10 @@ def rows(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("path", ["auto", *PATHS])
 @pytest.mark.parametrize("base_trains", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_values_and_gradients_are_those_of_the_dense_weight(
+def test_outputs_and_gradients_equal_those_of_the_dense_weight(
     options: dict[str, Any], path: str, base_trains: bool, scaled: bool
 ) -> None:
-    """Of W0 + scaling B A + S by plain autograd, W0 and bias included where they train and left alone where they do not."""
+    """Compared with W0 + scaling B A + S by plain autograd; W0 and bias have gradients only if they train."""
     plain = linear().requires_grad_(base_trains)
     layer = trained(AdaptedLinear(plain, RANK, alpha=5.0, path=path, trainable_scaling=scaled, seed=2, **options))
     x = rows(11).requires_grad_()
@@ -82,7 +82,7 @@ def test_values_and_gradients_are_those_of_the_dense_weight(
     assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(own, dense, strict=True))
 
 
-def test_second_derivatives_go_through_the_base() -> None:
+def test_second_derivatives_include_the_base() -> None:
     layer = trained(AdaptedLinear(linear(), 2, 0.1, path="materialised", seed=2))
     tensors = [rows(3).requires_grad_(), *layer.adapter, layer.weight]
 
@@ -94,8 +94,8 @@ def test_second_derivatives_go_through_the_base() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_support
-def test_the_output_is_the_linears_at_first(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """To the bit: B = 0 and values of 0 add zeros."""
+def test_the_initial_output_equals_the_linears(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Bit-identical, because B and the sparse values are 0."""
     plain = linear(dtype)
     layer = AdaptedLinear(plain, RANK, seed=3, **options)
     assert layer.weight is plain.weight
@@ -107,8 +107,8 @@ def test_the_output_is_the_linears_at_first(options: dict[str, Any], dtype: torc
     assert torch.equal(layer.dense_weight(), plain.weight)
 
 
-def test_a_frozen_base_gets_no_gradient_and_none_of_its_size_stays_alive() -> None:
-    """What backward leaves behind has the size of the adapter; what forward saves, that of inputs and parameters."""
+def test_a_frozen_base_gets_no_gradient_and_nothing_of_its_size_is_saved() -> None:
+    """Backward leaves gradients of the adapter only, and forward saves only inputs and parameters."""
     layer = AdaptedLinear(linear().requires_grad_(False), RANK, 0.1, seed=3)
     adapter = {p.data_ptr() for p in layer.adapter} | {layer.weight.data_ptr()}
     saved: list[Tensor] = []
@@ -129,8 +129,8 @@ def test_a_frozen_base_gets_no_gradient_and_none_of_its_size_stays_alive() -> No
     assert all(t.numel() < IN * OUT or t.data_ptr() in adapter for t in saved)
 
 
-def test_changes_too_small_for_a_bfloat16_weight_still_count() -> None:
-    """1/2 of a unit in the last place of W0 = 1 is lost in the sum W0 + S, not in the sum of the products."""
+def test_changes_too_small_for_a_bfloat16_weight_change_the_output() -> None:
+    """Half a unit in the last place of W0 = 1 is lost in W0 + S, but not in the sum of the products."""
     plain = nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(plain.weight)
     layer = AdaptedLinear(plain, 1, 1.0, seed=0)
@@ -146,7 +146,7 @@ def test_changes_too_small_for_a_bfloat16_weight_still_count() -> None:
 @pytest.mark.parametrize("count", [1, 7, 300, IN * OUT])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_entries_are_the_largest(count: int, dtype: torch.dtype) -> None:
-    """By sorting in Python, the first of equal ones first (bfloat16 has many)."""
+    """Compared with sorting in Python; of equal entries (bfloat16 has many) the first come first."""
     weight = linear(dtype).weight
     flat = weight.detach().float().abs().flatten().tolist()
     expected = sorted(sorted(range(len(flat)), key=lambda place: (-flat[place], place))[:count])
@@ -159,8 +159,8 @@ def test_of_equal_entries_the_first_are_taken() -> None:
     assert largest_entries(weight, 3).tolist() == [0, 1, 19]
 
 
-def test_the_gradient_of_a_trained_base_is_not_in_passing_memory() -> None:
-    """Of two layers so large that matrices share their memory (scratch_matrix): each has the gradient of its own."""
+def test_the_gradient_of_a_trained_base_is_not_in_scratch_memory() -> None:
+    """Two layers large enough to share scratch memory (scratch_matrix) have separate gradients."""
     layers = [AdaptedLinear(nn.Linear(1024, 1100, bias=False), 2, 0.001, path="materialised") for _ in range(2)]
     x = torch.randn(3, 1024, generator=generator_for(0, "x"))
     grads = [torch.autograd.grad(layer(x).square().sum(), layer.weight)[0] for layer in layers]
@@ -168,8 +168,8 @@ def test_the_gradient_of_a_trained_base_is_not_in_passing_memory() -> None:
         assert torch.allclose(grad, 2 * (x @ layer.weight.t()).t() @ x, atol=1e-4)
 
 
-def test_largest_entries_may_lie_anywhere() -> None:
-    """All of them in one row, which the storage of drawn positions does not provide for."""
+def test_largest_entries_may_be_at_any_positions() -> None:
+    """All of them are in one row, which the storage for drawn positions cannot represent."""
     plain = nn.Linear(1000, 300, bias=False)
     with torch.no_grad():
         plain.weight[7] += 100 + torch.arange(1000)
@@ -236,7 +236,7 @@ def logits(model: nn.Module) -> Tensor:
 def test_a_model_is_fine_tuned_and_merged(
     make: Callable[[], nn.Module], shapes: list[tuple[int, int]], head: str, support: str
 ) -> None:
-    """Unchanged at first; only adapters and classifier train; counted exactly; merged into a model of the same classes."""
+    """Outputs are unchanged at first, only adapters and classifier train, counts are exact, and merging restores the classes."""
     model = make()
     before, names = logits(model), [name for name, _ in model.named_parameters()]
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith(head)}
@@ -263,10 +263,10 @@ def test_a_model_is_fine_tuned_and_merged(
 
 
 @every_model
-def test_the_state_of_an_adapter_brings_the_model_back(
+def test_an_adapters_state_restores_the_fine_tuned_model(
     make: Callable[[], nn.Module], shapes: list[tuple[int, int]], head: str
 ) -> None:
-    """On the pretrained model; nothing of the base is in it."""
+    """Loaded into the pretrained model; the state contains no base weights."""
     model = make()
     other = copy.deepcopy(model)
     for each in (model, other):
@@ -299,7 +299,7 @@ def test_a_trained_base_leaves_everything_trainable() -> None:
         ({"base": "frozen", "support": "small"}, "support is 'small'"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(bad: dict[str, Any], message: str) -> None:
+def test_invalid_fine_tuning_settings_are_refused(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SLTrainConfig(**bad)
 
@@ -311,7 +311,7 @@ def test_settings_that_do_not_fit_are_refused(bad: dict[str, Any], message: str)
         ({"sparsity": 0.001}, "leaves no entry"),
     ],
 )
-def test_a_refused_model_is_left_alone(options: dict[str, Any], message: str) -> None:
+def test_a_refused_model_is_unchanged(options: dict[str, Any], message: str) -> None:
     model = roberta()
     with pytest.raises(ValueError, match=message):
         reparameterize(model, settings("classifier", **options))

@@ -1,4 +1,4 @@
-"""The block support: the positions of its entries, their number, and products equal to those of the matrix that holds them.
+"""The block support: positions and number of its entries, and products equal to those of the dense matrix S.
 
 Block support divides the inputs into `blocks` slices; output o reads slice o % blocks and nothing else.
 """
@@ -19,7 +19,7 @@ SIZES = st.integers(1, 40)
 
 
 def slice_of_each_input(columns: int, blocks: int) -> Tensor:
-    """For each input the number of its slice: consecutive slices, the first columns % blocks of them longer by one."""
+    """Returns the number of each input's slice: consecutive slices, of which the first columns % blocks are longer by one."""
     lengths = [columns // blocks + (number < columns % blocks) for number in range(blocks)]
     return torch.arange(blocks).repeat_interleave(torch.tensor(lengths))
 
@@ -37,7 +37,7 @@ def test_output_o_reads_slice_o_modulo_the_number_of_blocks(rows: int, columns: 
 
 @dataclass
 class Case:
-    """A block support with random values, the dense matrix S that holds them, and random inputs x and gradients g."""
+    """A block support with random values, the dense matrix S with these values, and random inputs x and gradients g."""
 
     part: BlockPart
     positions: Tensor
@@ -72,7 +72,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(cases())
-def test_the_output_is_that_of_the_dense_matrix_beside_a_low_rank_product_and_a_bias(case: Case) -> None:
+def test_the_output_is_the_dense_product_plus_low_rank_part_and_bias(case: Case) -> None:
     num_inputs, rows = case.g.shape
     h, B, bias = case.random(num_inputs, 2), case.random(rows, 2), case.random(rows)
     assert_near(case.part.output(h, B, bias, case.x, case.values), h @ B.t() + bias + case.x @ case.S.t())

@@ -1,4 +1,4 @@
-"""A uniform support takes positions that somebody chose, whatever their gaps, and everything that reads it goes on working."""
+"""A uniform support can store given positions with gaps of any size, and a layer computes correctly with them."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from sparse_lora.uniform import UniformSupport
 
 # 3,000 of 300,000 entries: a layout of one byte per gap, with room for a few hundred gaps of 256 and more.
 ROWS, COLUMNS, NNZ = 300, 1000, 3000
-FIRST = torch.arange(NNZ)  # one cluster, every gap short
-LAST = torch.arange(ROWS * COLUMNS - NNZ, ROWS * COLUMNS)  # one gap beyond two bytes
+FIRST = torch.arange(NNZ)  # one cluster with short gaps
+LAST = torch.arange(ROWS * COLUMNS - NNZ, ROWS * COLUMNS)  # one gap larger than two bytes
 SPREAD = torch.arange(NNZ) * 100
 PAIRS = torch.cat([torch.arange(NNZ // 2) * 200, torch.arange(NNZ // 2) * 200 + 1]).msort()
 # 1,000 gaps of 298: too many for the list.
@@ -25,8 +25,8 @@ def test_any_chosen_positions_are_read_back(positions: torch.Tensor) -> None:
     assert torch.equal(support.flat_indices(), positions)
 
 
-def test_clusters_do_not_fit_the_storage_of_drawn_positions() -> None:
-    """The case above covers both: gaps that fit it, and gaps that have to be stored plain, four bytes each."""
+def test_positions_with_many_long_gaps_are_stored_plain() -> None:
+    """The test above covers both kinds of storage: gaps of one byte, and plain positions of four bytes each."""
     drawn, plain = (UniformSupport(ROWS, COLUMNS, NNZ) for _ in range(2))
     drawn.place_(SPREAD)
     plain.place_(LONG)
@@ -34,7 +34,7 @@ def test_clusters_do_not_fit_the_storage_of_drawn_positions() -> None:
     assert plain.nbytes == 4 * NNZ > plain.layout.nbytes
 
 
-def test_drawing_after_choosing_is_drawing() -> None:
+def test_drawing_replaces_chosen_positions() -> None:
     chosen, fresh = (UniformSupport(ROWS, COLUMNS, NNZ) for _ in range(2))
     chosen.place_(LONG)
     for support in (chosen, fresh):
@@ -44,7 +44,7 @@ def test_drawing_after_choosing_is_drawing() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.sets(st.integers(0, 59_999), min_size=1, max_size=600))
-def test_any_set_is_read_back(numbers: set[int]) -> None:
+def test_any_set_of_positions_is_read_back(numbers: set[int]) -> None:
     positions = torch.tensor(sorted(numbers))
     support = UniformSupport(200, 300, len(numbers))
     support.place_(positions)
@@ -53,7 +53,7 @@ def test_any_set_is_read_back(numbers: set[int]) -> None:
 
 @pytest.mark.parametrize("positions", [FIRST, LONG], ids=["gaps", "plain"])
 def test_a_layer_computes_with_chosen_positions(positions: torch.Tensor) -> None:
-    """Output and gradients as of a dense matrix with the values put where they belong."""
+    """Output and gradients equal those of a dense matrix with the values at these positions."""
     layer = SparseLowRankLinear(COLUMNS, ROWS, 4, NNZ / (ROWS * COLUMNS), seed=3, dtype=torch.float64)
     assert layer.support is not None
     assert layer.sparse_value is not None
@@ -77,7 +77,7 @@ def test_a_layer_computes_with_chosen_positions(positions: torch.Tensor) -> None
     [FIRST[:-1], FIRST.int(), FIRST.flip(0), FIRST - 1, FIRST.clamp(max=5), FIRST + ROWS * COLUMNS - 5],
     ids=["too few", "int32", "falling", "negative", "twice", "beyond"],
 )
-def test_what_is_no_set_of_positions_is_refused(wrong: torch.Tensor) -> None:
+def test_an_invalid_set_of_positions_is_refused(wrong: torch.Tensor) -> None:
     support = UniformSupport(ROWS, COLUMNS, NNZ)
     support.draw_(generator_for(0, "w"))
     before = support.code.clone()

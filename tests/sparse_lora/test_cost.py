@@ -1,4 +1,4 @@
-"""The choice between the two paths: counted multiplications, and where they cross."""
+"""The choice between the two paths by their number of multiplications, and where the paths cross."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from sparse_lora.functional import cheaper_path, multiplications
 
 
 def count(path: str, kind: str = "none", nnz: int = 0) -> float:
-    """10 rows of a 4 x 6 weight at rank 2 on the CPU."""
+    """Returns the multiplications for 10 rows and a 4 x 6 weight at rank 2 on the CPU."""
     return multiplications(path, 10, 4, 6, 2, kind, nnz, "cpu")
 
 
-def test_multiplications_by_hand() -> None:
-    """Dense products take 10 * 4 * 6 = 240 each, W and the like 2 * 4 * 6 = 48, both factors 10 * 2 * (4 + 6) = 200; blocks move
-    6 + 4 elements of each row in a product, and 4 to be in order."""
+def test_multiplications_equal_those_counted_by_hand() -> None:
+    """A dense product takes 10 * 4 * 6 = 240, building W 2 * 4 * 6 = 48, both factors 10 * 2 * (4 + 6) = 200. Blocks also move
+    6 + 4 elements of each row in a product, and 4 to reorder the outputs."""
     assert count("materialised") == 3 * 240 + 4 * 48
     assert count("factored") == 3 * 200
     assert count("factored", "uniform", 5) == 3 * (200 + 240)
@@ -21,25 +21,23 @@ def test_multiplications_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("out_features", "in_features", "rank"), [(512, 512, 128), (2048, 5461, 512), (11008, 4096, 1024)])
-def test_a_uniform_support_is_factored_up_to_four_thirds_of_the_harmonic_size(
-    out_features: int, in_features: int, rank: int
-) -> None:
-    """3 T r (d + p) against 4 r d p: they cross at T = 4 / 3 d p / (d + p), whatever the rank."""
+def test_a_uniform_support_is_factored_for_fewer_rows_than_the_crossover(out_features: int, in_features: int, rank: int) -> None:
+    """3 T r (d + p) equals 4 r d p at T = 4 / 3 d p / (d + p), for every rank."""
     crossover = 4 * out_features * in_features / (3 * (out_features + in_features))
     for num_rows, expected in ((int(crossover), "factored"), (int(crossover) + 1, "materialised")):
         assert cheaper_path(num_rows, out_features, in_features, rank, "uniform", 1000, "cpu") == expected
 
 
-def test_a_rank_too_large_for_factors_builds_the_weight() -> None:
-    """Without a sparse part the factors lose where 3 T r (d + p) > 3 T d p + 4 r d p."""
+def test_a_large_rank_is_materialised() -> None:
+    """Without a sparse part the factored path is slower if 3 T r (d + p) > 3 T d p + 4 r d p."""
     assert cheaper_path(4096, 512, 512, 128, "none", 0, "cpu") == "factored"
     assert cheaper_path(4096, 512, 512, 1024, "none", 0, "cpu") == "materialised"
     assert cheaper_path(1, 512, 512, 1024, "none", 0, "cpu") == "factored"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_blocks_of_large_weights_are_never_built_and_thin_ones_for_few_rows_alone(device: str) -> None:
-    """512 x 512 in 33 blocks of 15 x 15: measured 1.2 to 1.4 times nn.Linear's time factored and 1.1 times built, on a CPU."""
+def test_large_blocks_are_always_factored_and_small_ones_for_few_rows_only(device: str) -> None:
+    """512 x 512 in 33 blocks of 15 x 15 takes 1.2 to 1.4 times nn.Linear's time factored, 1.1 times materialised (CPU)."""
     for num_rows in (1, 64, 2048, 32768):
         for shape, rank in (((1024, 2736), 256), ((5461, 2048), 512), ((4096, 11008), 1024)):
             assert cheaper_path(num_rows, *shape, rank, "block", shape[0] * shape[1] // 20, device) == "factored"

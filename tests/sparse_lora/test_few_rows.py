@@ -1,4 +1,4 @@
-"""Products of few rows without gradients: the same numbers by another way, where it may be gone, and what it takes."""
+"""The inference path for few rows: equal results, when it is used, and the memory it needs."""
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ def reference(layer: SparseLowRankLinear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every call of _few_rows_output."""
+    """The number of rows in each call of _few_rows_output."""
     calls: list[int] = []
-    honest = functional._few_rows_output
+    original = functional._few_rows_output
 
     def spy(x: torch.Tensor, *others: object) -> torch.Tensor:
         calls.append(x.shape[:-1].numel())
-        return honest(x, *others)
+        return original(x, *others)
 
     monkeypatch.setattr(functional, "_few_rows_output", spy)
     return calls
@@ -37,7 +37,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("shape", [(1, 46), (3, 46), (2, 5, 46), (32, 46)])
 @pytest.mark.parametrize(("sparsity", "support"), KINDS)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_same_numbers(served: list[int], shape: tuple[int, ...], sparsity: float, support: str, scaled: bool) -> None:
+def test_few_rows_give_exact_results(
+    served: list[int], shape: tuple[int, ...], sparsity: float, support: str, scaled: bool
+) -> None:
     layer = prepare_for_inference(layer_of(sparsity, support, bias=True, trainable_scaling=scaled))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -50,7 +52,7 @@ def test_the_same_numbers(served: list[int], shape: tuple[int, ...], sparsity: f
 
 @pytest.mark.parametrize(("sparsity", "support"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes(served: list[int], sparsity: float, support: str, dtype: torch.dtype) -> None:
+def test_few_rows_are_exact_in_other_dtypes(served: list[int], sparsity: float, support: str, dtype: torch.dtype) -> None:
     layer = prepare_for_inference(layer_of(sparsity, support, dtype=dtype))
     x = torch.randn(2, 46, dtype=dtype, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -62,8 +64,8 @@ def test_other_dtypes(served: list[int], sparsity: float, support: str, dtype: t
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-def test_only_where_nobody_needs_more_than_the_numbers(served: list[int]) -> None:
-    """With gradients, for many rows, under autocast, on the materialised path, and before the table of rows is there."""
+def test_the_inference_path_is_used_only_if_it_applies(served: list[int]) -> None:
+    """Not with gradients, for many rows, under autocast, on the materialised path, or without the table of rows."""
     layer = layer_of(0.1, "uniform")
     x = torch.randn(33, 46)
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_only_where_nobody_needs_more_than_the_numbers(served: list[int]) -> Non
     assert layer.lora_A.grad is not None
 
 
-def test_preparing_changes_no_state_and_takes_two_bytes_a_nonzero() -> None:
+def test_preparing_for_inference_takes_two_bytes_per_nonzero_and_changes_no_state() -> None:
     layer = layer_of(0.1, "uniform")
     before = list(layer.state_dict())
     assert prepare_for_inference(layer) is layer
@@ -97,8 +99,8 @@ def test_preparing_changes_no_state_and_takes_two_bytes_a_nonzero() -> None:
 
 
 @pytest.mark.parametrize("in_features", [2**15, 2**15 + 1])
-def test_columns_of_wide_weights(in_features: int) -> None:
-    """The last input has the greatest column that is kept in 16 bits, or one more than that."""
+def test_columns_beyond_16_bits_are_stored_in_32(in_features: int) -> None:
+    """The last column is the largest that 16 bits can store, or one more."""
     support = UniformSupport(3, in_features, 40)
     support.draw_(torch.Generator().manual_seed(0))
     flat = support.flat_indices()
@@ -113,8 +115,8 @@ def test_columns_of_wide_weights(in_features: int) -> None:
     torch.testing.assert_close(found, x @ dense.T, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_without_entries() -> None:
-    """The first rows, the last ones and some between have none."""
+def test_rows_without_sparse_entries_are_computed_correctly() -> None:
+    """Rows at the beginning, at the end and in between have no entries."""
     layer = layer_of(0.1, "uniform")
     nnz = layer.support.nnz
     rows = torch.tensor([3, 4, 9]).repeat_interleave(46)[:nnz] if nnz <= 138 else torch.arange(nnz) // 46 + 3
@@ -125,7 +127,7 @@ def test_rows_without_entries() -> None:
         torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_support_without_its_table_says_so() -> None:
+def test_a_support_without_its_table_of_rows_is_refused() -> None:
     layer = layer_of(0.1, "uniform")
     with pytest.raises(RuntimeError, match=r"call keep_rows, or sparse_lora\.prepare_for_inference"):
         layer.support.add_few_rows_(torch.zeros(1, 37), torch.zeros(1, 46), layer.sparse_value.detach())

@@ -1,4 +1,4 @@
-"""sparse_lowrank_linear against plain autograd on the dense weight: values, gradients, dtypes, refusals."""
+"""sparse_lowrank_linear compared with plain autograd on the dense weight: outputs, gradients, dtypes, invalid arguments."""
 
 import itertools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from sparse_lora.uniform import UniformSupport
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Support | None, float | Tensor, Tensor | None]
 
-# Every sparse part that there can be, for a 6 x 7 weight or larger: block sizes that differ in both directions.
+# Every kind of sparse part, for a 6 x 7 weight or larger; block sizes differ in both directions.
 PARTS: dict[str, dict[str, int]] = {"none": {"nnz": 0}, "uniform": {"nnz": 9}, "block": {"blocks": 4}}
 every_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
 every_path = pytest.mark.parametrize("path", PATHS)
@@ -39,8 +39,10 @@ def make_arguments(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Arguments:
-    """Random arguments of which every tensor wants a gradient; drawn in float64, so that dtypes start from one point. A block
-    support where `blocks` says how many, otherwise a uniform one, or none with nnz = 0."""
+    """Returns random arguments whose tensors require gradients, drawn in float64, so that all dtypes have the same values.
+
+    The support has `blocks` blocks, or is uniform if blocks is 0, or None if nnz is 0 too.
+    """
     generator = generator_for(seed, "arguments")
 
     def draw(*shape: int) -> Tensor:
@@ -59,7 +61,7 @@ def make_arguments(
 
 
 def output_and_gradients(function: Callable[..., Tensor], arguments: Arguments) -> dict[str, Tensor]:
-    """The output and the gradients of a random linear form of it, by argument; fresh leaves each time."""
+    """Returns the output and the gradients of a random linear form of it, by argument name; uses new leaves each time."""
     leaves = [a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
     output = function(*leaves)
     form = torch.randn(output.shape, dtype=torch.float64, generator=generator_for(0, "form")).to(output.dtype)
@@ -77,8 +79,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], relative: float, arguments: Arguments) -> None:
-    """Every tensor within `relative` in the L2 norm; the scaling's gradient <dW A^T, B> = <dB, B> / scaling is a sum that
-    may cancel, so that its error is measured by the norms of its factors."""
+    """Compares tensors up to a relative error `relative` in the L2 norm.
+
+    The scaling's gradient <dW A^T, B> = <dB, B> / scaling is a sum that may cancel, so its error is relative to the norms of its
+    factors.
+    """
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name].shape == expected[name].shape, name
@@ -91,8 +96,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], relative
         assert (found[name].double() - expected[name].double()).abs().item() <= relative * size.item(), name
 
 
-def test_the_dense_reference_is_the_formula_entry_by_entry() -> None:
-    """y_to = sum_i x_ti (scaling * sum_r B_or A_ri + S_oi) + bias_o, in plain loops."""
+def test_the_dense_reference_equals_the_formula_entry_by_entry() -> None:
+    """Compared with y_to = sum_i x_ti (scaling * sum_r B_or A_ri + S_oi) + bias_o in plain loops."""
     arguments = make_arguments((2,), 3, 4, 2, nnz=5)
     x, A, B, values, support, scaling, bias = (
         argument.tolist() if isinstance(argument, Tensor) else argument for argument in arguments
@@ -138,8 +143,8 @@ def test_float64_equals_the_dense_reference(
     seed: int,
 ) -> None:
     """Output and every gradient, for any number of leading dimensions, odd sizes, one row, any rank, with and without
-    S of either kind, bias and trained scaling, on both paths. 1e-11 is 5e4 units of float64 rounding: room for cancellation,
-    none for a wrong term."""
+    S of either kind, bias and trained scaling, on both paths. 1e-11 is 5e4 times float64's rounding: it allows cancellation,
+    but no wrong term."""
     nnz = int(density * in_features * out_features)
     blocks = 1 + int(density * (min(in_features, out_features) - 1)) if block else 0
     options: dict[str, Any] = {"blocks": blocks, "bias": bias, "trainable_scaling": trainable_scaling, "seed": seed}
@@ -151,8 +156,8 @@ def test_float64_equals_the_dense_reference(
 
 @every_part
 @every_path
-def test_gradcheck(part: dict[str, int], path: str) -> None:
-    """Numerical differentiation agrees in every argument, also where the gradient is itself differentiated."""
+def test_derivatives_pass_gradcheck(part: dict[str, int], path: str) -> None:
+    """Numerical differentiation agrees in every argument, for first and second derivatives."""
     x, lora_A, lora_B, values, support, scaling, bias = make_arguments((2,), **part)
 
     def function(*tensors: Tensor) -> Tensor:
@@ -167,9 +172,9 @@ def test_gradcheck(part: dict[str, int], path: str) -> None:
 @every_part
 @every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precision_is_off_by_its_rounding_only(dtype: torch.dtype, part: dict[str, int], path: str) -> None:
+def test_lower_precision_differs_only_by_rounding(dtype: torch.dtype, part: dict[str, int], path: str) -> None:
     """At most four roundings lie between the inputs and a result (factor, product, sum with S, outer product), each at
-    most eps / 2 of its operand; operands of similar size may double them. float64 of the same inputs is the measure."""
+    most eps / 2 of its operand; operands of similar size may double them. Compared with float64 on the same inputs."""
     arguments = make_arguments((40,), 37, 29, 5, dtype=dtype, **part)
     exact = tuple(a.detach().double() if isinstance(a, Tensor) else a for a in arguments)
     found = output_and_gradients(partial(sparse_lowrank_linear, path=path), arguments)
@@ -179,8 +184,8 @@ def test_lower_precision_is_off_by_its_rounding_only(dtype: torch.dtype, part: d
 
 @every_part
 @every_path
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters(part: dict[str, int], path: str) -> None:
-    """As nn.Linear: bfloat16 out, float32 gradients, within bfloat16's rounding (see above) of the float64 result."""
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters_dtype(part: dict[str, int], path: str) -> None:
+    """As with nn.Linear: bfloat16 output, float32 gradients, within bfloat16's rounding (see above) of the float64 result."""
     arguments = make_arguments((2, 20), 37, 29, 5, dtype=torch.float32, **part)
     exact = tuple(a.detach().double() if isinstance(a, Tensor) else a for a in arguments)
 
@@ -196,15 +201,15 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters(pa
     assert_close(found, expected, 4 * torch.finfo(torch.bfloat16).eps, exact)
 
 
-def test_autocast_takes_the_bfloat16_output_of_the_layer_before() -> None:
-    """Under autocast activations are bfloat16 and parameters float32: no mismatch to refuse."""
+def test_autocast_accepts_bfloat16_inputs() -> None:
+    """Under autocast, bfloat16 activations with float32 parameters are accepted."""
     arguments = make_arguments(dtype=torch.float32)
     x = arguments[0].detach().bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert sparse_lowrank_linear(x, *arguments[1:]).dtype == torch.bfloat16
 
 
-def test_autocast_leaves_float64_alone() -> None:
+def test_autocast_does_not_change_float64() -> None:
     arguments = make_arguments()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = sparse_lowrank_linear(*arguments)
@@ -228,7 +233,7 @@ def test_backward_uses_the_dtype_of_forward_inside_or_outside_autocast(forward_a
 
 @every_path
 @pytest.mark.parametrize("blocks", [0, 4], ids=["uniform", "block"])
-def test_gradients_that_are_not_needed_are_not_given_and_change_no_other(blocks: int, path: str) -> None:
+def test_gradients_that_are_not_needed_are_none_and_change_no_others(blocks: int, path: str) -> None:
     arguments = make_arguments((5,), blocks=blocks)
     function = partial(sparse_lowrank_linear, path=path)
     expected = output_and_gradients(function, arguments)
@@ -247,7 +252,7 @@ def test_gradients_that_are_not_needed_are_not_given_and_change_no_other(blocks:
 
 @every_part
 @every_path
-def test_activation_checkpointing_gives_the_same_bits(part: dict[str, int], path: str) -> None:
+def test_activation_checkpointing_is_bit_identical(part: dict[str, int], path: str) -> None:
     arguments = make_arguments((40,), dtype=torch.float32, **part)
     function = partial(sparse_lowrank_linear, path=path)
 
@@ -262,8 +267,8 @@ def test_activation_checkpointing_gives_the_same_bits(part: dict[str, int], path
 @every_part
 @every_path
 @pytest.mark.parametrize("expanded", [False, True])
-def test_strided_inputs_and_gradients(part: dict[str, int], path: str, expanded: bool) -> None:
-    """x and the incoming gradient may be transposed views, or one number seen everywhere."""
+def test_strided_inputs_and_gradients_give_correct_gradients(part: dict[str, int], path: str, expanded: bool) -> None:
+    """x and the incoming gradient may be transposed or expanded views."""
     x, *others = make_arguments((40, 3), **part)
     transposed = x.detach().transpose(0, 1).requires_grad_()
 
@@ -286,14 +291,14 @@ def test_an_empty_batch_gives_zero_gradients(part: dict[str, int], path: str) ->
 
 @every_path
 @pytest.mark.parametrize("blocks", [0, 9], ids=["uniform", "block"])
-def test_equal_inputs_give_equal_bits(blocks: int, path: str) -> None:
-    """Scattering the values into the weight is deterministic: no position occurs twice."""
+def test_equal_inputs_give_bit_identical_results(blocks: int, path: str) -> None:
+    """Scattering values into the weight is deterministic, because no position occurs twice."""
     arguments = make_arguments((64,), 96, 80, 8, nnz=900, blocks=blocks, dtype=torch.float32)
     first, second = (output_and_gradients(partial(sparse_lowrank_linear, path=path), arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_full_support_and_zero_rank_part_is_an_ordinary_linear() -> None:
+def test_a_full_support_without_low_rank_part_is_an_ordinary_linear() -> None:
     """With every position in S and B = 0 the layer is x values^T."""
     x, lora_A, lora_B, values, support, _, bias = make_arguments((40,), nnz=42)
     found = sparse_lowrank_linear(x, lora_A, torch.zeros_like(lora_B), values, support, 1.0, bias)
@@ -323,11 +328,11 @@ def replace_argument(position: int, value: object) -> Callable[[], Tensor]:
         (6, torch.zeros(7), r"bias has shape \(7,\), but out_features is 6"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_with_their_shapes(position: int, value: object, message: str) -> None:
+def test_arguments_of_wrong_shape_are_refused_with_their_shapes(position: int, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace_argument(position, value)()
 
 
-def test_another_name_of_a_path_is_refused() -> None:
+def test_an_unknown_path_is_refused() -> None:
     with pytest.raises(ValueError, match=r"path is 'dense', but it must be one of: auto, materialised, factored"):
         sparse_lowrank_linear(*make_arguments(), path="dense")

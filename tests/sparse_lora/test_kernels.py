@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: in Triton's interpreter, in a process of its own, and on a GPU where there is one."""
+"""The Triton kernels compared with float64: in Triton's interpreter, in a separate process, and on a GPU if available."""
 
 import importlib.util
 import multiprocessing
@@ -41,7 +41,7 @@ def _set(variables: dict[str, str]) -> None:
 
 
 def _process(variables: dict[str, str]) -> ProcessPoolExecutor:
-    """A fresh process with these variables: TRITON_INTERPRET counts when Triton is imported, which others here may have done."""
+    """Starts a process with these variables: Triton reads TRITON_INTERPRET when it is imported, so this process is too late."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _set, (variables,))
 
 
@@ -54,7 +54,7 @@ def _calling(pool: ProcessPoolExecutor) -> Call:
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Call]:
-    """call(function, *arguments, **options) where Triton's interpreter runs the kernels."""
+    """Returns call(function, *arguments, **options), which calls the function in a process with Triton's interpreter."""
     with _process({"TRITON_INTERPRET": "1"}) as pool:
         yield _calling(pool)
 
@@ -66,7 +66,7 @@ def _on_the_gpu(function: Callable[..., Tensor], *arguments: Any, **options: Any
 
 @pytest.fixture(params=[pytest.param("interpreter", marks=needs_triton), pytest.param("cuda", marks=pytest.mark.gpu)])
 def call(request: pytest.FixtureRequest) -> Call:
-    """call(function, *arguments, **options) on the CPU's tensors, by the interpreter and by a GPU."""
+    """Returns call(function, *arguments, **options) for CPU tensors, which runs in the interpreter or on a GPU."""
     return request.getfixturevalue("interpreted") if request.param == "interpreter" else _on_the_gpu
 
 
@@ -81,8 +81,8 @@ def random(*shape: int, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def assert_rounded_once(found: Tensor, exact: Tensor, magnitude: Tensor, num_terms: int) -> None:
-    """Each entry is off by one rounding to its dtype, and by the error of a float32 sum of `num_terms` products, for which
-    num_terms * 2^-23 * (sum of absolute values) is a bound in any order."""
+    """Each entry's error is at most one rounding to its dtype plus that of a float32 sum of `num_terms` products, which is
+    bounded by num_terms * 2^-23 * (sum of absolute values) for any order of summation."""
     assert found.dtype in kernels.DTYPES
     bound = exact.abs() * torch.finfo(found.dtype).eps / 2 + num_terms * 2.0**-23 * magnitude
     worst = ((found.double() - exact).abs() - bound).max().item() if found.numel() else 0.0
@@ -96,7 +96,7 @@ def check_build_weight(
         random(rank, in_features, dtype=dtype, name="A"),
         random(out_features, rank, dtype=dtype, name="B"),
     )
-    # Large beside B A, and the opposite where it can cancel: an entry rounded before S is added shows.
+    # Much larger than B A, so that an entry that is rounded before S is added exceeds the bound.
     values = 8 * random(positions.numel(), dtype=dtype, name="values")
     found = call(kernels.build_weight, lora_A, scaled_B, values, positions, tile=tile)
     assert found.shape == (out_features, in_features)
@@ -129,7 +129,7 @@ def check_gather_gradient(
     assert_rounded_once(found, exact, magnitude, num_rows + (num_splits or 1))
 
 
-# (out, in, rank or rows): tiles and blocks end at, before and after the edge; fewer columns than a block; one of everything.
+# (out, in, rank or rows): tiles and blocks end at, before and after the edge; fewer columns than a block; all sizes 1.
 SHAPES = [(67, 45, 5), (32, 64, 16), (33, 129, 33), (130, 17, 1), (1, 200, 7), (1, 1, 1)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 every_dtype = pytest.mark.parametrize("dtype", kernels.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -152,7 +152,7 @@ def test_a_gradient_of_any_shape_equals_float64_rounded_once(call: Call, shape: 
 
 
 def supports(out_features: int, in_features: int) -> dict[str, Tensor]:
-    """Supports that no uniform draw gives, some of which make the longest lists that a block can have."""
+    """Returns supports that no uniform draw gives, some with the most positions that a block can have."""
     index = torch.arange(out_features * in_features, dtype=torch.int32)
     row, column = index // in_features, index % in_features
     return {
@@ -168,36 +168,36 @@ def supports(out_features: int, in_features: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", supports(1, 1))
-def test_any_support_works(call: Call, name: str) -> None:
+def test_unusual_supports_give_correct_results(call: Call, name: str) -> None:
     positions = supports(37, 75)[name]
     check_build_weight(call, 37, 75, 8, positions, torch.bfloat16, TINY_TILE)
     check_gather_gradient(call, 37, 75, 9, positions, torch.bfloat16, TINY_TILE)
 
 
 @pytest.mark.parametrize("tile", [LARGE_TILE, SMALL_TILE, Tile(64, 16, 16, 4, 2), Tile(16, 64, 32, 4, 2)], ids=str)
-def test_any_tile_gives_the_same(call: Call, tile: Tile) -> None:
+def test_every_tile_gives_correct_results(call: Call, tile: Tile) -> None:
     """Blocks as wide as the tile, 16 columns, and several in a tile."""
     positions = uniform(139, 150, 3000).long()
     check_build_weight(call, 139, 150, 40, positions, torch.bfloat16, tile)
     check_gather_gradient(call, 139, 150, 40, positions, torch.bfloat16, tile)
 
 
-def test_sizes_are_chosen_where_none_are_given(call: Call) -> None:
+def test_tiles_are_chosen_if_none_is_given(call: Call) -> None:
     positions = uniform(70, 150, 1000)
     check_build_weight(call, 70, 150, 20, positions, torch.float32, None)
     check_gather_gradient(call, 70, 150, 20, positions, torch.float32, None)
 
 
 @pytest.mark.parametrize("num_splits", [2, 3, 8])
-def test_shares_of_the_rows_add_up(call: Call, num_splits: int) -> None:
-    """Also 8 shares of 9 rows, some of which are empty; the result in another dtype."""
+def test_a_gradient_summed_over_shares_of_the_rows_is_correct(call: Call, num_splits: int) -> None:
+    """Including 8 shares of 9 rows, some of them empty, and a result in another dtype."""
     options: dict[str, Any] = {"num_splits": num_splits, "result": torch.float32}
     for num_rows in (9, 50):
         positions = uniform(40, 70, 300)
         check_gather_gradient(call, 40, 70, num_rows, positions, torch.bfloat16, TINY_TILE, **options)
 
 
-def test_no_rows_give_no_gradient(call: Call) -> None:
+def test_no_rows_give_a_zero_gradient(call: Call) -> None:
     positions = uniform(40, 70, 300)
     G, x = torch.empty(0, 40), torch.empty(0, 70)
     assert not call(kernels.gather_gradient, G, x, positions, tile=TINY_TILE).any()
@@ -218,7 +218,7 @@ def test_matrices_need_not_be_contiguous(call: Call) -> None:
 
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize("nnz", [0, 1, 100, 67 * 45])
-def test_the_table_of_starts_is_a_binary_search(call: Call, width: int, nnz: int) -> None:
+def test_the_table_of_block_starts_equals_a_binary_search(call: Call, width: int, nnz: int) -> None:
     positions = uniform(67, 45, nnz)
     blocks = -(-45 // width)
     bounds = torch.arange(67)[:, None] * 45 + torch.arange(blocks)[None, :] * width
@@ -250,12 +250,12 @@ def test_a_compiled_graph_runs_the_kernel_inside_an_operator(interpreted: Call) 
 
 
 def _forward_and_backward(path: str, num_rows: int) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """The layer's output and gradients, those of the dense reference, and the kernels that ran on the way."""
+    """Returns the layer's output and gradients, those of the dense reference, and the names of the kernels that ran."""
     ran: list[str] = []
 
     def watched(name: str) -> Call:
-        honest = getattr(kernels, name)
-        return lambda *arguments, **options: ran.append(name) or honest(*arguments, **options)
+        original = getattr(kernels, name)
+        return lambda *arguments, **options: ran.append(name) or original(*arguments, **options)
 
     kernels.build_weight, kernels.gather_gradient = watched("build_weight"), watched("gather_gradient")
     layer = SparseLowRankLinear(70, 40, 6, 0.1, seed=0, path=path)
@@ -279,8 +279,8 @@ def _forward_and_backward(path: str, num_rows: int) -> tuple[list[Tensor], list[
         ("factored", 30, ["gather_gradient"]),
     ],
 )
-def test_the_layer_runs_them_where_they_pay(interpreted: Call, path: str, num_rows: int, kernels_run: list[str]) -> None:
-    """W by the kernel in forward and backward; few rows gather the values' gradient without dW."""
+def test_the_layer_runs_the_kernels_that_pay_off(interpreted: Call, path: str, num_rows: int, kernels_run: list[str]) -> None:
+    """W is built by the kernel in forward and backward; for few rows the values' gradient is gathered without dW."""
     found, expected, ran = interpreted(_forward_and_backward, path, num_rows)
     assert ran == kernels_run
     for one, other in zip(found, expected, strict=True):
@@ -312,7 +312,7 @@ GOOD = {
         ({"values": torch.ones(3, requires_grad=True)}, RuntimeError, "values requires a gradient"),
     ],
 )
-def test_what_the_kernels_cannot_do_is_refused(bad: dict[str, Tensor], error: type[Exception], message: str) -> None:
+def test_unsupported_arguments_of_the_kernels_are_refused(bad: dict[str, Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         kernels.build_weight(**(GOOD | bad))
 
@@ -323,7 +323,7 @@ def test_rows_of_a_gradient_must_agree() -> None:
 
 
 @needs_triton
-def test_the_interpreter_is_available_where_it_was_asked_for(interpreted: Call, monkeypatch) -> None:
+def test_the_interpreter_is_available_only_if_requested(interpreted: Call, monkeypatch) -> None:
     cpu = torch.device("cpu")
     assert [interpreted(kernels.is_available, cpu, dtype) for dtype in kernels.DTYPES] == [True] * 3
     assert not interpreted(kernels.is_available, cpu, torch.float64)
@@ -333,7 +333,7 @@ def test_the_interpreter_is_available_where_it_was_asked_for(interpreted: Call, 
 
 
 def test_nothing_needs_triton(monkeypatch) -> None:
-    """Where it is not installed the kernels are not available, and say so when they are called all the same."""
+    """Without Triton the kernels are not available, and calling them raises an error that says why."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "sparse_lora.kernels_triton", None)
     kernels._triton_kernels.cache_clear()
@@ -346,7 +346,7 @@ def test_nothing_needs_triton(monkeypatch) -> None:
 
 
 @needs_triton
-def test_the_trial_of_a_gpu_is_right_itself(interpreted: Call) -> None:
+def test_the_trial_of_a_gpu_succeeds_in_the_interpreter(interpreted: Call) -> None:
     assert interpreted(kernels._trial_succeeds, torch.device("cpu"))
 
 
@@ -392,15 +392,15 @@ def test_positions_beyond_32_bits_on_a_gpu() -> None:
 
 
 def test_shares_fill_the_processors() -> None:
-    """176 tiles on 132 processors take 2 rounds; in 3 shares each, 4 rounds of a third."""
+    """176 tiles on 132 processors take 2 rounds; divided into 3 shares each, they take 4 rounds of a third."""
     assert kernels._splits_for(176, 32_768, 132) == 3
     assert kernels._splits_for(176, 600, 132) == 1
     assert kernels._splits_for(132, 32_768, 132) == 1
     assert kernels._splits_for(16, 32_768, 132) == 8
 
 
-def test_gathering_pays_for_few_rows_only() -> None:
-    """The crossing lies where the terms of the docstring are equal: 4096 x 11008, rank 1024."""
+def test_gathering_pays_off_for_few_rows_only() -> None:
+    """For 4096 x 11008 at rank 1024, up to the number of rows at which the terms in pays_off's docstring are equal."""
     sizes = (11008, 4096, 1024)
     gained = 2 * 1024 + 8 * kernels._PRODUCTS_PER_BYTE
     lost_per_row = 1 / kernels._RELATIVE_SPEED - 1 + 2 * 1024 * (1 / 4096 + 1 / 11008)
@@ -410,7 +410,7 @@ def test_gathering_pays_for_few_rows_only() -> None:
 
 
 def _compiled_for_an_h100(kernel: str, tile: Tile, folder: Path) -> tuple[int, int]:
-    """Bytes of stack (spilled registers) and of shared memory of a kernel compiled for sm_90 as the calls would start it."""
+    """Compiles a kernel for sm_90; returns its bytes of stack (spilled registers) and of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -424,7 +424,7 @@ def _compiled_for_an_h100(kernel: str, tile: Tile, folder: Path) -> tuple[int, i
     types |= dict.fromkeys(("lora_A", "scaled_B", "values", "weight", "grad_output", "x"), "*bf16")
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    # What Triton finds out at a call: aligned pointers and strides.
+    # Properties that Triton derives at a call: aligned pointers and strides.
     aligned = [name for name in names if name in types or name.startswith("stride_")]
     source = ASTSource(
         function,
@@ -443,7 +443,7 @@ def _compiled_for_an_h100(kernel: str, tile: Tile, folder: Path) -> tuple[int, i
 
 @needs_triton
 def test_both_kernels_compile_for_an_h100(tmp_path: Path) -> None:
-    """No GPU is needed for it; the interpreter takes what the compiler would not. Registers spill next to not at all."""
+    """Compiling needs no GPU; the interpreter accepts code that the compiler rejects. Almost no registers spill."""
     with _process({"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}) as pool:
         for kernel in ("build_weight", "gather_gradient"):
             for tile in (LARGE_TILE, SMALL_TILE):
@@ -453,7 +453,7 @@ def test_both_kernels_compile_for_an_h100(tmp_path: Path) -> None:
 
 
 def _benchmarked() -> dict:
-    """What benchmarks/triton_kernels.py measures of a tiny linear, here on the CPU."""
+    """Returns the measurements of benchmarks/triton_kernels.py for a tiny linear, on the CPU."""
     sys.path.insert(0, str(BENCHMARK.parent))
     spec = importlib.util.spec_from_file_location("benchmark_of_kernels", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
@@ -464,8 +464,8 @@ def _benchmarked() -> dict:
 
 
 @needs_triton
-def test_the_benchmark_compares_and_times_every_way(interpreted: Call) -> None:
-    """In the interpreter: it raises where two ways differ by more than rounding."""
+def test_the_kernel_benchmark_compares_and_times_every_way(interpreted: Call) -> None:
+    """In the interpreter. The benchmark raises an error if two ways differ by more than rounding."""
     found = interpreted(_benchmarked)
     tried = "kernel 64x64x64, 4 warps, 4 stages"
     assert found["weight"].keys() == {"kernel", "added", "scattered", tried, "largest_difference"}
@@ -474,7 +474,7 @@ def test_the_benchmark_compares_and_times_every_way(interpreted: Call) -> None:
     assert all(each["median_ms"] > 0 for each in found["values"].values() if isinstance(each, dict))
 
 
-def test_the_benchmark_needs_a_gpu() -> None:
+def test_the_kernel_benchmark_needs_a_gpu() -> None:
     command = [sys.executable, str(BENCHMARK)]
     ended = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""The layer under torch.compile: one graph, eager's results, and no dense weight kept by the compiler."""
+"""The layer under torch.compile: one graph, the results of eager mode, and no dense weight saved for backward."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,7 +19,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 class Stack(nn.Module):
-    """Every kind of layer, on both paths: bias and trained scaling, plain, low-rank only, blocks. No size is a multiple of 8."""
+    """A model with every kind of layer on both paths; no size is a multiple of 8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ def output_gradients_and_saved_sizes(
     return [y.detach(), x.grad, *(p.grad for p in model.parameters())], saved
 
 
-# aot_eager_decomp_partition decides what to keep for backward as inductor does, and spares the code generation.
+# aot_eager_decomp_partition chooses the tensors saved for backward as inductor does, without generating code.
 @pytest.mark.parametrize(
     ("backend", "autocast"), [("inductor", False), ("aot_eager_decomp_partition", True)], ids=["inductor", "autocast"]
 )
-def test_compiled_equals_eager_and_keeps_no_dense_weight(backend: str, autocast: bool) -> None:
-    """One graph (fullgraph raises on a break), rounding-equal results, also for another number of rows, and nothing as
-    large as the smallest weight (26 x 26) kept for backward but the layers' inputs and outputs, which have rows."""
+def test_compiled_equals_eager_and_saves_no_dense_weight(backend: str, autocast: bool) -> None:
+    """One graph (fullgraph raises an error at a break), results equal up to rounding for two numbers of rows, and nothing as
+    large as the smallest weight (26 x 26) saved for backward except the layers' inputs and outputs."""
     model = Stack()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for num_rows in (3, 61):
@@ -76,8 +76,8 @@ def test_compiled_equals_eager_and_keeps_no_dense_weight(backend: str, autocast:
 
 @pytest.mark.parametrize(("factored", "with_base"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("sparsity", "kind"), [(0.0, "uniform"), (0.1, "uniform"), (0.2, "block")])
-def test_the_compilers_operators_keep_their_contract(sparsity: float, kind: str, factored: bool, with_base: bool) -> None:
-    """torch's own check: no input is changed or returned, and shapes, dtypes and strides are foretold rightly."""
+def test_the_custom_operators_pass_torchs_checks(sparsity: float, kind: str, factored: bool, with_base: bool) -> None:
+    """torch's opcheck: no input is changed or returned, and shapes, dtypes and strides are predicted correctly."""
     layer = SparseLowRankLinear(13, 9, 4, sparsity, support=kind, bias=True, trainable_scaling=True, seed=0)
     code, blocks = (None, 0) if layer.support is None else (layer.support.code, layer.support.blocks)
     scaling = torch.tanh(layer.scaling.detach())
@@ -96,7 +96,7 @@ def test_the_compilers_operators_keep_their_contract(sparsity: float, kind: str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapted_linear_compiles_to_one_graph(dtype: torch.dtype) -> None:
-    """With W0 in W, and beside it (bfloat16): eager's outputs and gradients."""
+    """Outputs and gradients equal those of eager mode, with W0 added to W (float32) or multiplied separately (bfloat16)."""
     layer = AdaptedLinear(nn.Linear(26, 43).requires_grad_(False).to(dtype), 4, 0.1, support="largest")
     for parameter in layer.adapter:
         nn.init.normal_(parameter)

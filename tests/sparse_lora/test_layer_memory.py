@@ -1,4 +1,4 @@
-"""What the layer keeps for backward, and how many matrices of the weight's size are ever alive."""
+"""The tensors that the layer saves for backward, and the number of live matrices of the weight's size."""
 
 import pytest
 import torch
@@ -43,8 +43,8 @@ class LiveDenseMatrices(TorchDispatchMode):
         return result
 
 
-def test_the_counter_sees_every_matrix_of_plain_autograd() -> None:
-    """The instrument itself: W, dW and what dW passes on to W's parent are alive together in an ordinary backward."""
+def test_the_counter_counts_every_matrix_of_plain_autograd() -> None:
+    """Tests the counter: W, dW and the gradient of W's factor are alive together in an ordinary backward pass."""
     x, weight = torch.randn(4, IN), torch.randn(OUT, IN, requires_grad=True)
     with LiveDenseMatrices(IN * OUT) as matrices:
         dense = weight * 2.0
@@ -56,7 +56,7 @@ def test_the_counter_sees_every_matrix_of_plain_autograd() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
 def test_one_dense_matrix_is_alive_at_a_time(path: str, dtype: torch.dtype, autocast: bool) -> None:
-    """W is gone before dW is built: the contract allows two in backward, one suffices. None is left at the end."""
+    """W is freed before dW is built, and nothing is left at the end."""
     layer = make_layer(dtype, path=path)
     x = torch.randn(48, IN, dtype=dtype, requires_grad=True)
     with LiveDenseMatrices(IN * OUT) as matrices:
@@ -65,7 +65,7 @@ def test_one_dense_matrix_is_alive_at_a_time(path: str, dtype: torch.dtype, auto
         assert matrices.most == 1
         y.float().square().sum().backward()
         assert matrices.most == 1
-        y = y + 1  # a further operation, so that the mode looks again
+        y = y + 1  # another operation, so that the counter is updated
     assert not matrices.alive
 
 
@@ -80,9 +80,9 @@ def test_factors_and_blocks_build_no_dense_matrix(sparsity: float, support: str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("support", SUPPORT_KINDS)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES.values(), ids=DTYPES.keys())
-def test_backward_keeps_the_inputs_and_nothing_else(path: str, support: str, dtype: torch.dtype, autocast: bool) -> None:
-    """Saved are x, A, B, the values, what is stored of the support and the effective scaling: the very tensors, not copies; and
-    x A^T, 48 x RANK, on the factored path."""
+def test_only_the_inputs_are_saved_for_backward(path: str, support: str, dtype: torch.dtype, autocast: bool) -> None:
+    """The layer saves x, A, B, the values, the support's code and the scaling (the tensors themselves, not copies), and on the
+    factored path x A^T of shape 48 x RANK."""
     layer = make_layer(dtype, support=support, path=path)
     x = torch.randn(48, IN, dtype=dtype, requires_grad=True)
     saved: list[Tensor] = []

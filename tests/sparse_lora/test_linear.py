@@ -1,4 +1,4 @@
-"""SparseLowRankLinear: parameters, initial values, seeds, devices, refusals."""
+"""SparseLowRankLinear: parameters, initial values, seeds, devices and invalid arguments."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ def assert_equal_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
 
 
 def test_parameters_have_the_published_names_and_shapes() -> None:
-    """So that published checkpoints can be imported; the number of values is int(sparsity * out * in)."""
+    """Names are those of published checkpoints, which can be imported; there are int(sparsity * out * in) values."""
     layer = SparseLowRankLinear(10, 7, 3, 0.25, bias=True, trainable_scaling=True)
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     nnz = int(0.25 * 7 * 10)
@@ -48,7 +48,7 @@ def test_forward_scales_by_alpha_over_rank_or_by_tanh() -> None:
 
 
 def test_dense_weight_is_what_forward_multiplies_by() -> None:
-    """The same bits, also when it is asked for under autocast, which must not change it."""
+    """They are bit-identical, and autocast does not change dense_weight."""
     layer = SparseLowRankLinear(30, 20, 3, 0.1, seed=0)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(100, 30)
@@ -59,7 +59,7 @@ def test_dense_weight_is_what_forward_multiplies_by() -> None:
 
 
 def standard_deviations(found: float, expected: float, num_draws: int) -> float:
-    """How far an empirical variance lies from the expected one, in standard errors (at most sqrt(2 / n) of it)."""
+    """Returns the distance of an empirical variance from the expected one in standard errors (at most sqrt(2 / n) of it)."""
     return abs(found / expected - 1) / math.sqrt(2 / num_draws)
 
 
@@ -78,8 +78,8 @@ def test_initial_values_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("trainable_scaling", [False, True])
 @pytest.mark.parametrize("rank", [4, 64])
-def test_low_rank_only_starts_with_the_variance_that_s_would_give(rank: int, trainable_scaling: bool) -> None:
-    """(scaling B A) has variance .03 / (3 in) for any rank and alpha, as S with delta = .03, and gradients reach A at once."""
+def test_low_rank_only_starts_with_the_variance_of_a_sparse_part(rank: int, trainable_scaling: bool) -> None:
+    """scaling B A has variance .03 / (3 in) for any rank and alpha, as S with delta = .03, and A has a gradient at once."""
     layer = SparseLowRankLinear(300, 500, rank, 0.0, alpha=7.0, trainable_scaling=trainable_scaling, seed=2)
     weight = layer.dense_weight()
     # The entries share rows of B and A: about rank * (in + out) / 2 independent draws.
@@ -92,7 +92,7 @@ def test_low_rank_only_starts_with_the_variance_that_s_would_give(rank: int, tra
 
 
 def test_a_layer_depends_on_seed_and_name_only() -> None:
-    """Not on the layers built before it, the default generator, the options it does not share, or a deep copy."""
+    """Layers built before, the default generator, other options and copying make no difference."""
     first = SparseLowRankLinear(20, 30, 4, 0.1, seed=3)
     torch.manual_seed(99)
     SparseLowRankLinear(20, 30, 4, 0.1)
@@ -105,8 +105,8 @@ def test_a_layer_depends_on_seed_and_name_only() -> None:
     assert_equal_state(copy.deepcopy(first), state(first))
 
 
-def test_each_tensor_has_a_stream_of_its_own() -> None:
-    """A (4, 20) and 80 values of the same bound must not be the same numbers; nor those of another name or seed."""
+def test_each_tensor_has_its_own_random_stream() -> None:
+    """A and the sparse values, with equal number and bound, differ; so do values of another name or seed."""
     layer = SparseLowRankLinear(20, 40, 4, 0.1, seed=0)
     assert layer.sparse_value is not None
     assert layer.lora_A.numel() == layer.sparse_value.numel()
@@ -120,7 +120,7 @@ def test_each_tensor_has_a_stream_of_its_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1])
-def test_dtypes_start_from_the_same_numbers(dtype: torch.dtype, sparsity: float) -> None:
+def test_all_dtypes_start_from_the_same_values(dtype: torch.dtype, sparsity: float) -> None:
     options: dict[str, Any] = {"bias": True, "trainable_scaling": True, "seed": 3}
     reference = SparseLowRankLinear(20, 30, 4, sparsity, **options)
     layer = SparseLowRankLinear(20, 30, 4, sparsity, dtype=dtype, **options)
@@ -136,13 +136,13 @@ def test_meta_then_to_empty_then_reset_equals_direct_construction(sparsity: floa
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
     assert layer(torch.empty(2, 20, device="meta")).shape == (2, 30)
     layer.to_empty(device="cpu")
-    with torch.device("meta"):  # where tensors are made by default must not matter
+    with torch.device("meta"):  # the default device must not matter
         layer.reset_parameters(11, "model.layers.0.mlp.up_proj")
     assert_equal_state(layer, state(expected))
 
 
 def test_reset_keeps_the_storage() -> None:
-    """Optimizers, DDP and compiled graphs hold the tensors themselves."""
+    """Optimizers, DDP and compiled graphs keep references to the tensors."""
     layer = SparseLowRankLinear(20, 30, 4, 0.1, bias=True, seed=0)
     pointers = {name: value.data_ptr() for name, value in layer.state_dict().items()}
     layer.reset_parameters(1, "x")
@@ -160,7 +160,7 @@ def test_without_a_seed_the_default_generator_decides() -> None:
 
 
 def test_initial_values_come_from_the_generator_of_the_qualified_name() -> None:
-    """The contract that a sharded rank relies on to draw the same numbers: float32 from (seed, name.parameter)."""
+    """Sharded ranks rely on it to draw the same values: float32 from the generator of (seed, name.parameter)."""
     layer = SparseLowRankLinear(20, 30, 4, 0.1)
     layer.reset_parameters(7, "model.q_proj")
     bound = 1 / math.sqrt(20)
@@ -169,7 +169,7 @@ def test_initial_values_come_from_the_generator_of_the_qualified_name() -> None:
     assert all(torch.equal(dict(layer.named_parameters())[n], v) for n, v in layer.initial_values(7, "model.q_proj"))
 
 
-def test_a_checkpoint_carries_the_support() -> None:
+def test_the_state_dict_contains_the_support() -> None:
     layer, other = (SparseLowRankLinear(20, 30, 4, 0.1, seed=seed) for seed in (0, 1))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.dense_weight(), layer.dense_weight())
@@ -203,7 +203,7 @@ def test_values_out_of_range_are_refused_by_name(bad: dict[str, Any], message: s
 
 @pytest.mark.parametrize("sparsity", [0, 1, 0.005])
 def test_values_at_the_limits_work(sparsity: float) -> None:
-    """No S, a full S, a single entry; a rank above both sizes."""
+    """S with no entries, all entries or one entry, and a rank above both sizes."""
     layer = SparseLowRankLinear(10, 20, 25, sparsity)
     layer(torch.randn(30, 10)).sum().backward()
     assert sum(p.numel() for p in layer.parameters()) == 25 * 30 + int(sparsity * 20 * 10)
@@ -212,8 +212,8 @@ def test_values_at_the_limits_work(sparsity: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("num_rows", [1, 200])
-def test_a_gpu_starts_from_the_same_numbers_and_computes_the_same(num_rows: int) -> None:
-    """Bit-equal state; output and gradients of the float64 layer equal those of the CPU to rounding."""
+def test_a_gpu_starts_from_the_same_values_and_computes_the_same(num_rows: int) -> None:
+    """The state is bit-identical; output and gradients in float64 equal those of the CPU up to rounding."""
     options: dict[str, Any] = {"bias": True, "trainable_scaling": True, "seed": 3, "dtype": torch.float64}
     on_cpu = SparseLowRankLinear(67, 45, 8, 0.1, **options)
     on_gpu = SparseLowRankLinear(67, 45, 8, 0.1, device="cuda", **options)

@@ -1,4 +1,4 @@
-"""Replacing a model's linears and merging them back."""
+"""reparameterize replaces a model's linears, and merge turns them back into nn.Linear."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ CONFIG = SLTrainConfig(rank=4, sparsity=0.1, seed=5)
 
 
 class Block(nn.Module):
-    """Names as in transformers' LLaMA layers."""
+    """A layer whose module names are those of transformers' LLaMA."""
 
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ NAMES = [
 
 
 def test_attention_and_mlp_are_replaced_and_the_rest_is_untouched() -> None:
-    """Embedding, lm_head and norms stay the same tensors; the new layers keep shape, bias, dtype, training mode."""
+    """Embedding, lm_head and norms keep their tensors; the new layers keep shape, bias, dtype and training mode."""
     model = Model().to(torch.bfloat16).eval()
     kept = {id(p) for name, p in model.named_parameters() if "attn" not in name and "mlp" not in name}
     shapes = {name: (m.weight.shape, m.bias is not None) for name, m in model.named_modules() if name in NAMES}
@@ -84,8 +84,8 @@ def test_a_narrower_target_replaces_only_what_it_names() -> None:
     ]
 
 
-def test_numbers_depend_on_seed_and_qualified_name_only() -> None:
-    """Not on which other layers are replaced, and not on whether the model was on the meta device in between."""
+def test_initial_values_depend_only_on_seed_and_qualified_name() -> None:
+    """They depend neither on the other replaced layers nor on a detour over the meta device."""
     whole, part = Model(), Model()
     reparameterize(whole, CONFIG)
     reparameterize(part, SLTrainConfig(rank=4, sparsity=0.1, seed=5, target_modules=("down_proj",)))
@@ -113,33 +113,33 @@ def test_numbers_depend_on_seed_and_qualified_name_only() -> None:
         (("embed_tokens", "norm"), r"'embed_tokens', 'norm' match no linear"),
     ],
 )
-def test_a_target_that_matches_nothing_is_refused_and_the_model_left_alone(targets: tuple[str, ...], message: str) -> None:
+def test_a_target_that_matches_nothing_is_refused_and_the_model_unchanged(targets: tuple[str, ...], message: str) -> None:
     model = Model()
     with pytest.raises(ValueError, match=message):
         reparameterize(model, SLTrainConfig(rank=4, target_modules=targets))
     assert not any(isinstance(module, SparseLowRankLinear) for module in model.modules())
 
 
-def test_the_default_targets_suit_a_model_with_one_of_the_two_blocks() -> None:
-    """No typing error is possible in a default; a model with neither is still refused."""
+def test_the_default_targets_accept_a_model_that_matches_one_of_them() -> None:
+    """One unmatched default target is accepted, because it cannot be a typing error; a model that matches none is refused."""
     model = nn.ModuleDict({"mlp": nn.Linear(8, 8)})
     assert reparameterize(model, SLTrainConfig(rank=2, sparsity=0.1)) == ["mlp"]
     with pytest.raises(ValueError, match=r"'attn', 'mlp' match no linear .*such as: head"):
         reparameterize(nn.ModuleDict({"head": nn.Linear(8, 8)}), SLTrainConfig())
 
 
-def test_a_layer_too_small_for_the_sparsity_leaves_the_model_alone() -> None:
-    """Nothing is replaced before everything could be built."""
+def test_a_layer_too_small_for_the_sparsity_leaves_the_model_unchanged() -> None:
+    """All new layers are built before the first is replaced."""
     model = Model()
     with pytest.raises(ValueError, match=r"sparsity 0.001 of a 24 x 24 weight leaves no entry"):
         reparameterize(model, SLTrainConfig(rank=4, sparsity=0.001))
     assert not any(isinstance(module, SparseLowRankLinear) for module in model.modules())
 
 
-def test_weights_tied_to_an_embedding_and_other_kinds_of_linear_stay() -> None:
+def test_tied_weights_and_subclasses_of_linear_are_not_replaced() -> None:
     model = nn.ModuleDict({"tokens": nn.Embedding(50, 24), "mlp_out": nn.Linear(24, 50, bias=False)})
     model["mlp_out"].weight = model["tokens"].weight
-    model["attn"] = nn.MultiheadAttention(24, 2)  # its out_proj is a subclass of nn.Linear that is never called
+    model["attn"] = nn.MultiheadAttention(24, 2)  # its out_proj is a subclass of nn.Linear whose forward is not called
     with pytest.raises(ValueError, match="match no linear"):
         reparameterize(model, SLTrainConfig(rank=4))
 
@@ -156,8 +156,8 @@ def test_a_module_shared_by_two_parents_stays_shared() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_merging_leaves_the_outputs_equal(dtype: torch.dtype) -> None:
-    """Bit-equal where forward builds the weight (100 rows), rounding-equal where it multiplies by the factors (1)."""
+def test_merging_keeps_the_outputs(dtype: torch.dtype) -> None:
+    """Outputs are bit-identical if forward builds the weight (100 rows), and equal up to rounding if factored (1 row)."""
     model = Model().to(dtype)
     reparameterize(model, CONFIG)
     for name, parameter in model.named_parameters():
@@ -199,10 +199,10 @@ def test_a_bare_layer_cannot_be_merged_in_place() -> None:
         ({"rank": -1, "seed": None}, "rank is -1.*; seed is None"),
     ],
 )
-def test_a_config_out_of_range_is_refused_by_name(bad: dict[str, Any], message: str) -> None:
+def test_invalid_config_values_are_refused_by_name(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SLTrainConfig(**bad)
 
 
-def test_a_list_of_targets_as_files_give_it_is_taken() -> None:
+def test_target_modules_can_be_a_list() -> None:
     assert SLTrainConfig(target_modules=["attn"]).target_modules == ("attn",)

@@ -1,4 +1,4 @@
-"""Memory that scratch matrices share: when it is, and that nothing which lives longer is in it."""
+"""Scratch matrices: large ones share one memory, and nothing that lives longer is stored in it."""
 
 import threading
 
@@ -18,7 +18,7 @@ def every_size_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_large_matrices_take_turns_in_one_memory(every_size_is_large: None) -> None:
+def test_large_matrices_of_a_thread_share_one_memory(every_size_is_large: None) -> None:
     like = torch.zeros(1, dtype=torch.bfloat16)
     first = scratch_matrix(6, 7, like)
     assert (first.shape, first.dtype) == ((6, 7), torch.bfloat16)
@@ -31,7 +31,7 @@ def test_large_matrices_take_turns_in_one_memory(every_size_is_large: None) -> N
     assert found != [scratch_matrix(60, 70, like).data_ptr()]
 
 
-def test_small_matrices_and_recorded_products_have_their_own() -> None:
+def test_small_matrices_and_products_with_gradients_have_their_own_memory() -> None:
     like = torch.zeros(1)
     with torch.no_grad():
         small = [scratch_matrix(6, 7, like) for _ in range(2)]
@@ -46,8 +46,8 @@ def test_small_matrices_and_recorded_products_have_their_own() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("support", SUPPORT_KINDS)
-def test_layers_that_share_it_give_the_same_numbers(every_size_is_large: None, support: str, path: str) -> None:
-    """Two layers of different sizes, twice, all results compared at the end: none of them lay in what came after it."""
+def test_layers_that_share_scratch_memory_give_the_same_results(every_size_is_large: None, support: str, path: str) -> None:
+    """All results of layers of different sizes are compared at the end, so none may be overwritten by a later matrix."""
     sizes = ((20, 30), (30, 50), (50, 10))
     layers = [SparseLowRankLinear(i, o, 4, 0.1, support=support, path=path, seed=i) for i, o in sizes]
     for layer in layers:

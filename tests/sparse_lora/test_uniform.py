@@ -1,4 +1,4 @@
-"""Which positions a support has: how many, how uniformly drawn, how reproducibly, and in how many bytes."""
+"""The positions of a uniform support: their number, distribution, reproducibility and storage."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ def test_positions_are_sorted_distinct_and_as_many_as_asked(data: st.DataObject,
     assert ((positions >= 0) & (positions < numel)).all()
 
 
-def test_more_positions_than_there_are_is_refused() -> None:
+def test_more_positions_than_entries_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot choose 5 of 4 positions"):
         sample_positions(5, 4, generator_for(0, "w"))
 
@@ -48,7 +48,7 @@ def chi_square_limit(num_classes: int) -> float:
     return num_classes - 1 + 6 * math.sqrt(2 * (num_classes - 1))
 
 
-# permute_up_to = 4096 takes the permutation for these sizes; 6 forces the draws with rejection that real weights take.
+# permute_up_to = 4096 selects the permutation for these sizes; 6 selects the draws with rejection, as for real weights.
 @pytest.mark.parametrize("permute_up_to", [4096, 6])
 @pytest.mark.parametrize(("nnz", "numel"), [(1, 9), (3, 8), (2, 9), (6, 9)])
 def test_every_subset_of_a_tiny_weight_is_equally_likely(
@@ -63,8 +63,8 @@ def test_every_subset_of_a_tiny_weight_is_equally_likely(
 
 
 @pytest.mark.parametrize("density", [0.03, 0.4, 0.9])
-def test_positions_of_a_large_weight_are_uniform_and_unrelated(density: float) -> None:
-    """Bins hold equal counts; pairs of neighbours are as frequent as in a uniform subset: k (k - 1) / n on average."""
+def test_positions_of_a_large_weight_are_uniform_and_independent(density: float) -> None:
+    """Bins have equal counts, and neighbouring pairs are as frequent as in a uniform subset: k (k - 1) / n on average."""
     numel, num_bins = 1_000_000, 100
     nnz = int(density * numel)
     positions = sample_positions(nnz, numel, generator_for(3, "w"))
@@ -75,8 +75,8 @@ def test_positions_of_a_large_weight_are_uniform_and_unrelated(density: float) -
     assert abs(neighbours - expected) < 6 * math.sqrt(expected)
 
 
-def test_a_sparse_draw_needs_no_scratch_of_the_weights_size() -> None:
-    """No tensor made on the way is larger than a small multiple of the number of positions."""
+def test_a_sparse_draw_needs_no_temporary_of_the_weights_size() -> None:
+    """No temporary tensor is larger than a small multiple of the number of positions."""
 
     class LargestTensor(TorchDispatchMode):
         num_bytes = 0
@@ -96,7 +96,7 @@ def test_a_sparse_draw_needs_no_scratch_of_the_weights_size() -> None:
 
 
 def test_a_generator_depends_on_seed_and_name_only() -> None:
-    """Equal for equal (seed, name), different for others; a separator keeps (1, "1x") apart from (11, "x")."""
+    """Generators are equal for equal (seed, name) and different otherwise, also for (1, "1x") and (11, "x")."""
     keys = [(seed, name) for seed in (0, 1, 11, -1, 2**70) for name in ("", "x", "1x", "a.b", "b.a")]
     first = {key: tuple(torch.rand(4, generator=generator_for(*key)).tolist()) for key in keys}
     again = {key: tuple(torch.rand(4, generator=generator_for(*key)).tolist()) for key in reversed(keys)}
@@ -126,8 +126,8 @@ def test_drawing_ignores_the_default_device() -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(st.data(), st.sampled_from([5, 300, 70_000, 300_000, 20_000_000]), st.integers(0, 2**40))
-def test_every_drawn_set_is_read_back_exactly(data: st.DataObject, numel: int, seed: int) -> None:
-    """Densities from one position in millions, stored plain, to all of them; weights below and above one escaped gap."""
+def test_drawn_positions_are_read_back_exactly(data: st.DataObject, numel: int, seed: int) -> None:
+    """For densities from one position in millions (stored plain) to all, and weights of very different sizes."""
     share = data.draw(st.floats(0, 1)) ** 4
     nnz = min(int(share * numel), 50_000)
     support = UniformSupport(1, numel, nnz)
@@ -140,7 +140,7 @@ def test_every_drawn_set_is_read_back_exactly(data: st.DataObject, numel: int, s
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(0, 3 * 2**24), max_size=40), st.sampled_from([1, 2, 4, 8]))
 def test_any_set_is_stored_exactly_or_refused(numbers: list[int], width: int) -> None:
-    """Sets that no uniform draw gives: gaps of every size, none, or far too many long ones for the room there is."""
+    """Sets that no uniform draw gives: gaps of every size, no gaps, or more long gaps than there is room for."""
     positions = torch.tensor(sorted(set(numbers)), dtype=torch.int64)
     inner = Layout(8, 40, 4)
     layout = Layout(40, 2**26, width, inner if width < 4 else None)
@@ -165,15 +165,15 @@ def test_positions_beyond_int32_are_kept() -> None:
     ("shape", "sparsity", "limit"),
     [((4096, 11008), 0.05, 1.001), ((512, 1376), 0.03, 1.01), ((4096, 4096), 0.01, 1.2), ((4096, 4096), 0.001, 2.01)],
 )
-def test_a_position_takes_about_a_byte(shape: tuple[int, int], sparsity: float, limit: float) -> None:
-    """The published code stores 8 bytes for each."""
+def test_a_position_takes_about_one_byte(shape: tuple[int, int], sparsity: float, limit: float) -> None:
+    """The published code stores 8 bytes per position."""
     nnz = int(sparsity * shape[0] * shape[1])
     assert UniformSupport(*shape, nnz, device="meta").nbytes <= limit * nnz
 
 
-def test_a_draw_that_does_not_fit_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It never happens by itself: the room is 12 standard deviations above the mean."""
-    first = torch.arange(1000) * 300  # every gap of 300 would need a place of its own
+def test_a_draw_that_does_not_fit_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case is constructed: by chance it does not occur, as the room is 12 standard deviations above the mean."""
+    first = torch.arange(1000) * 300  # every gap of 300 needs an entry in the list of long gaps
     second = sample_positions(1000, 300_000, generator_for(0, "w"))
     layout = Layout(1000, 300_000, 1, Layout(600, 1000, 4))
     draws = iter([first, second])
@@ -184,7 +184,7 @@ def test_a_draw_that_does_not_fit_is_drawn_anew(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(support.flat_indices(), second)
 
 
-def test_positions_survive_a_checkpoint() -> None:
+def test_positions_are_saved_in_the_state_dict() -> None:
     support = UniformSupport(30, 40, 100)
     support.draw_(generator_for(0, "w"))
     other = UniformSupport(30, 40, 100)
@@ -193,7 +193,7 @@ def test_positions_survive_a_checkpoint() -> None:
     assert torch.equal(other.flat_indices(), support.flat_indices())
 
 
-def test_casting_a_model_leaves_the_positions_alone() -> None:
+def test_casting_a_model_does_not_change_positions() -> None:
     support = UniformSupport(300, 400, 1000)
     support.draw_(generator_for(0, "w"))
     expected = support.flat_indices().clone()

@@ -1,8 +1,8 @@
-"""Stands in for torchrun_main.py: leaves a run's record within milliseconds, fails or waits where its settings say so.
+"""Replaces torchrun_main.py: writes a run's record within milliseconds, or fails or waits if its flags say so.
 
 --weight_decay 1: fails with exit code 1. --weight_decay 2: makes half its updates, saves, and waits for a signal.
 --weight_decay 3: makes half its updates, saves and is killed. --weight_decay 4: its losses and perplexity are not finite.
-A run that goes on makes the rest. Every start is a line in starts.txt beside its folder.
+A resumed run makes the remaining updates. Every start adds a line to starts.txt beside its folder.
 """
 
 import json
@@ -33,14 +33,14 @@ def main() -> int:
     with (folder.parent / "starts.txt").open("a") as file:
         file.write(f"{folder.name}\n")
     if args.weight_decay == 1:
-        print("stub: error: no luck today", file=sys.stderr)
+        print("stub: error: asked to fail", file=sys.stderr)
         return 1
-    goes_on = any(folder.glob("step_*"))
+    resumed = any(folder.glob("step_*"))
     folder.mkdir(parents=True, exist_ok=True)
     document = {"arguments": as_dict(args), "plan": {**asdict(plan), "save_dir": str(folder)}}
     (folder / "run.json").write_text(json.dumps(document))
     half = args.num_training_steps // 2
-    if args.weight_decay in (2, 3) and not goes_on:
+    if args.weight_decay in (2, 3) and not resumed:
         (folder / f"step_{half:08d}").mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, half + 1)))
         if args.weight_decay == 3:
@@ -48,7 +48,7 @@ def main() -> int:
         while True:
             time.sleep(0.05)
     with (folder / "metrics.jsonl").open("a") as file:
-        for step in range(half + 1 if goes_on else 1, args.num_training_steps + 1):
+        for step in range(half + 1 if resumed else 1, args.num_training_steps + 1):
             file.write(json.dumps(row(step, None if args.weight_decay == 4 else 5.0)) + "\n")
         perplexity = None if args.weight_decay == 4 else 20.0
         last = {"update_step": args.num_training_steps, "final_eval_loss": 3.0, "final_eval_perplexity": perplexity}

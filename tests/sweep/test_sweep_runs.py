@@ -1,4 +1,4 @@
-"""A sweep skips what is finished, goes on with what is broken, survives what fails, and stops where it is asked to."""
+"""A sweep skips finished runs, resumes unfinished ones, continues after failures, and stops on request."""
 
 import json
 import os
@@ -23,7 +23,7 @@ BASE |= {"num_training_steps": 4, "warmup_steps": 1}
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Runs take milliseconds, and nobody looks at the figures."""
+    """Replaces the program by a stub that takes milliseconds, and draws no figures."""
     monkeypatch.setattr(runner, "PROGRAM", STUB)
     monkeypatch.setattr("peft_pretraining.commands.report.figures.draw_all", lambda groups, out: {})
 
@@ -53,19 +53,30 @@ def test_every_run_is_made_once_and_reported(tmp_path, stub, capfd):
     assert capfd.readouterr().out.count("skipped") == 4
 
 
+def test_no_two_runs_are_recorded_under_one_id_or_name(tmp_path, stub, capfd, monkeypatch):
+    """wandb reads both from the environment, which the runs of a sweep share."""
+    seen = []
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_NAME", "my-run")
+    monkeypatch.setattr(runner.Stopping, "run", lambda *_: seen.append({"WANDB_RUN_ID", "WANDB_NAME"} & set(os.environ)) or 1)
+    assert command(["sweep", str(write_sweep(tmp_path, [{"weight_decay": 0}], seeds=(1, 2)))]) == 1
+    assert seen == [set(), set()]
+    assert "WANDB_RUN_ID=mine has no effect: it names one run, and a sweep has several" in capfd.readouterr().err
+
+
 def test_a_failed_run_does_not_end_the_sweep(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"weight_decay": [0, 1, 0.5]}])
     assert command(["sweep", str(path)]) == 1
     assert len(starts(tmp_path)) == 3
     told = capfd.readouterr().out
-    assert "failed: weight_decay1-seed42: exit code 1: stub: error: no luck today" in told
+    assert "failed: weight_decay1-seed42: exit code 1: stub: error: asked to fail" in told
     assert "1 of 3 runs failed" in told
     assert (tmp_path / "runs" / "report" / "report.html").is_file()
-    assert command(["sweep", str(path)]) == 1  # it alone is tried again
+    assert command(["sweep", str(path)]) == 1  # only the failed run is started again
     assert starts(tmp_path)[3:] == ["weight_decay1-seed42"]
 
 
-def test_a_killed_run_goes_on_the_next_time(tmp_path, stub, capfd):
+def test_a_killed_run_is_resumed_by_the_next_sweep(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"weight_decay": [3, 0]}])
     assert command(["sweep", str(path)]) == 1
     assert "killed by SIGKILL" in capfd.readouterr().out
@@ -75,8 +86,8 @@ def test_a_killed_run_goes_on_the_next_time(tmp_path, stub, capfd):
     assert starts(tmp_path) == ["weight_decay3-seed42", "weight_decay0-seed42", "weight_decay3-seed42"]
 
 
-def test_nothing_begins_with_an_unfinished_run(tmp_path, stub, capfd):
-    """A run that began with half a warm-up's weights would look like any other."""
+def test_no_run_starts_from_an_unfinished_one(tmp_path, stub, capfd):
+    """A run that starts from an unfinished warm-up could not be distinguished from the others."""
     entry = {"peft_model": "relora", "relora": 2, "lr": 0.1, "warm_up": {"weight_decay": 3, "num_training_steps": 2}}
     path = write_sweep(tmp_path, [entry, {"peft_model": "full"}])
     assert command(["sweep", str(path)]) == 1
@@ -93,7 +104,7 @@ def test_nothing_begins_with_an_unfinished_run(tmp_path, stub, capfd):
     assert sorted(group["method"] for group in report["groups"]) == ["full", "relora"]
 
 
-def test_nothing_begins_with_weights_that_are_not_finite(tmp_path, stub, capfd):
+def test_no_run_starts_from_non_finite_weights(tmp_path, stub, capfd):
     entry = {"peft_model": "relora", "relora": 2, "warm_up": {"weight_decay": 4, "num_training_steps": 2}}
     path = write_sweep(tmp_path, [entry])
     for _ in range(2):
@@ -103,8 +114,8 @@ def test_nothing_begins_with_weights_that_are_not_finite(tmp_path, stub, capfd):
     assert len(starts(tmp_path, "warm_up")) == 1
 
 
-def test_a_full_rank_run_is_made_only_where_something_needs_it(tmp_path, stub, capfd):
-    """Its folder may go once all that began with it is finished; and the sweep's folder may be written in another way."""
+def test_a_full_rank_run_is_made_only_if_needed(tmp_path, stub, capfd):
+    """A full-rank run is not needed once all runs that start from it are finished, for any spelling of the sweep's folder."""
     path = write_sweep(tmp_path, [{"peft_model": "relora", "relora": 2, "warm_up": {"num_training_steps": 2}}])
     assert command(["sweep", str(path)]) == 0
     made = starts(tmp_path)
@@ -119,8 +130,8 @@ def test_a_full_rank_run_is_made_only_where_something_needs_it(tmp_path, stub, c
     assert starts(tmp_path, "warm_up") == []
 
 
-def test_a_run_that_ends_without_a_finite_perplexity_is_finished(tmp_path, stub, capfd):
-    """As at a learning rate far too high: it is not started again and again, and the report says what it lacks."""
+def test_a_run_with_a_non_finite_perplexity_counts_as_finished(tmp_path, stub, capfd):
+    """For example with a much too high learning rate: it is not started again, and the report has a note."""
     path = write_sweep(tmp_path, [{"weight_decay": [0, 4]}])
     assert command(["sweep", str(path)]) == 0
     told = capfd.readouterr().out
@@ -130,8 +141,8 @@ def test_a_run_that_ends_without_a_finite_perplexity_is_finished(tmp_path, stub,
     assert starts(tmp_path) == ["weight_decay0-seed42", "weight_decay4-seed42"]
 
 
-def test_a_folder_made_with_other_arguments_is_left_alone(tmp_path, stub, capfd):
-    """The name says lr 0.1; what changed stands in the base. To train on would mix two settings."""
+def test_a_folder_made_with_other_arguments_is_not_changed(tmp_path, stub, capfd):
+    """The folder's name has only lr 0.1, but the base changed; resuming would mix two settings."""
     settings = [{"lr": 0.1}]
     assert command(["sweep", str(write_sweep(tmp_path, settings))]) == 0
     path = write_sweep(tmp_path, settings, base={**BASE, "num_training_steps": 6, "total_batch_size": 8})
@@ -142,8 +153,8 @@ def test_a_folder_made_with_other_arguments_is_left_alone(tmp_path, stub, capfd)
     assert starts(tmp_path) == ["lr0.1-seed42"]
 
 
-def test_runs_that_began_with_another_folder_are_left_alone(tmp_path, stub, capfd):
-    """Where the file itself names the full-rank run, nothing else says which one it was."""
+def test_runs_that_started_from_another_folder_are_not_changed(tmp_path, stub, capfd):
+    """If the file names the full-rank run, its folder is part of the setting."""
     settings = [{"peft_model": "relora", "relora": 2}]
     for name, expected in (("one", 0), ("other", 1)):
         (tmp_path / name).mkdir()
@@ -153,7 +164,7 @@ def test_runs_that_began_with_another_folder_are_left_alone(tmp_path, stub, capf
     assert len(starts(tmp_path)) == 1
 
 
-def test_dry_run_starts_nothing(tmp_path, stub, capfd):
+def test_a_dry_run_of_a_sweep_starts_nothing(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
     assert command(["sweep", str(path), "--dry_run"]) == 0
     told = capfd.readouterr().out
@@ -162,7 +173,7 @@ def test_dry_run_starts_nothing(tmp_path, stub, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_cannot_be_planned_starts_nothing(tmp_path, stub, capfd):
+def test_a_sweep_with_an_invalid_run_starts_nothing(tmp_path, stub, capfd):
     assert command(["sweep", str(write_sweep(tmp_path, [{"lr": [0.1, -1]}]))]) == 2
     assert "--lr -1.0: must be above 0" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -176,8 +187,8 @@ SWEEP = (
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_run_and_sweep(tmp_path, number):
-    """The run under way ends by the same signal, no other is started, and the message says how to go on."""
+def test_a_signal_stops_the_run_and_the_sweep(tmp_path, number):
+    """The current run gets the same signal, no other is started, and the message has the command to resume."""
     path = write_sweep(tmp_path, [{"weight_decay": [2, 0]}])
     sweep = subprocess.Popen(
         [sys.executable, "-c", SWEEP, str(STUB), str(path)],
@@ -197,7 +208,7 @@ def test_a_signal_stops_run_and_sweep(tmp_path, number):
     assert starts(tmp_path) == ["weight_decay2-seed42"]
 
 
-def test_script_finds_the_file_from_anywhere(tmp_path):
+def test_the_sweep_script_works_from_any_folder(tmp_path):
     path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
     ended = subprocess.run(
         ["bash", str(ROOT / "scripts" / "sweep.sh"), path.name, "--dry_run"],
@@ -216,8 +227,8 @@ def losses(path):
     return [row["loss"] for row in rows if "loss" in row], rows[-1].get("final_eval_loss")
 
 
-def test_the_program_itself_in_a_sweep(tmp_path, tiny_run, capfd):
-    """Two tiny runs of torchrun_main.py, one of which fails; then a lost last checkpoint: the run goes on from the one before."""
+def test_a_sweep_runs_and_resumes_the_real_program(tmp_path, tiny_run, capfd):
+    """Two tiny runs of torchrun_main.py, one of which fails; without its last checkpoint, a run resumes from the previous one."""
     base = {flag.removeprefix("--"): value for flag, value in zip(tiny_run[::2], tiny_run[1::2], strict=True)}
     base |= {"batch_size": 4, "max_length": 64, "num_training_steps": 4, "warmup_steps": 1, "save_every": 2, "rank": 8}
     base |= {"wandb": "disabled", "device": "cpu", "workers": 0, "eval_every": 4, "sp_ratio": 0.1, "lora_alpha": 2}
@@ -232,14 +243,14 @@ def test_the_program_itself_in_a_sweep(tmp_path, tiny_run, capfd):
     first = losses(run / "metrics.jsonl")
     assert len(first[0]) == 4
     shutil.rmtree(run / "step_00000004")
-    kept = (run / "metrics.jsonl").read_text().splitlines()[:3]  # updates 1 to 3: as if it had been killed in the fourth
+    kept = (run / "metrics.jsonl").read_text().splitlines()[:3]  # updates 1 to 3, as if killed in the fourth
     (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
     path = write_sweep(tmp_path, [{"peft_model": "sltrain"}], base=base)
     assert command(["sweep", str(path)]) == 0
     assert losses(run / "metrics.jsonl") == first
 
 
-def test_the_program_itself_begins_with_the_full_rank_run(tmp_path, tiny_run, capfd):
+def test_a_sweep_starts_the_real_program_from_a_full_rank_run(tmp_path, tiny_run, capfd):
     base = {flag.removeprefix("--"): value for flag, value in zip(tiny_run[::2], tiny_run[1::2], strict=True)}
     base |= {"batch_size": 4, "max_length": 64, "num_training_steps": 2, "warmup_steps": 1, "rank": 8, "lora_alpha": 2}
     base |= {"wandb": "disabled", "device": "cpu", "workers": 0, "eval_every": 2}

@@ -1,4 +1,4 @@
-"""What a sweep's file asks for: a list is a grid, every run is checked before the first, and nothing is said twice."""
+"""A sweep's file: lists make grids, every run is checked before the first starts, and runs are distinct."""
 
 from pathlib import Path
 
@@ -32,26 +32,28 @@ def test_lists_make_a_grid_for_every_seed(tmp_path):
     sltrain = {"peft_model": "sltrain", "rank": [8, 16], "sp_ratio": [0.1, 0.2]}
     found = sweep_of(tmp_path, settings=[{"peft_model": "full", "lr": [0.1, 0.2]}, sltrain], seeds=[1, 2])
     assert len(found.runs) == 2 * (2 + 4)
-    assert [run.args.seed for run in found.runs] == [1] * 6 + [2] * 6  # a first comparison is there after one seed
+    assert [run.args.seed for run in found.runs] == [1] * 6 + [
+        2
+    ] * 6  # all settings of one seed come first, so that they can be compared early
     pairs = {(run.args.rank, run.args.sp_ratio) for run in found.runs if run.args.peft_model == "sltrain"}
     assert pairs == {(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)}
     assert all(run.args.batch_size == 4 and run.args.max_length == 64 for run in found.runs)
 
 
-def test_folders_say_the_setting_and_the_seed(tmp_path):
+def test_folder_names_contain_the_setting_and_the_seed(tmp_path):
     found = sweep_of(tmp_path, settings=[{"peft_model": "sltrain", "lr": 0.002}], base={**BASE, "rank": [8, 16]})
     assert [run.name for run in found.runs] == ["sltrain-rank8-lr0.002-seed42", "sltrain-rank16-lr0.002-seed42"]
     assert found.runs[0].folder == tmp_path / "runs" / found.runs[0].name
 
 
-def test_an_entry_wins_over_the_base(tmp_path):
+def test_an_entry_takes_precedence_over_the_base(tmp_path):
     found = sweep_of(tmp_path, settings=[{"lr": 0.5}, {"lr": 0.25}], base={**BASE, "lr": 0.125, "compile": True})
     assert [run.args.lr for run in found.runs] == [0.5, 0.25]
     assert all(run.args.compile for run in found.runs)
 
 
-def test_a_full_rank_run_comes_before_the_runs_that_begin_with_it(tmp_path):
-    """Once for all settings that share it, with the base's flags and not the entry's; it is not compared with them."""
+def test_a_full_rank_run_comes_before_the_runs_that_start_from_it(tmp_path):
+    """The full-rank run is made once for all settings that share it, with the base's flags, and is not compared with them."""
     entry = {**RELORA, "lr": [0.1, 0.2], "rank": 8, "num_training_steps": 12, "warm_up": {"lr": 0.5, "warmup_steps": 2}}
     found = sweep_of(tmp_path, settings=[entry], seeds=[1, 2], base={**BASE, "num_training_steps": 6, "warmup_steps": 1})
     assert [run.args.peft_model for run in found.runs] == ["full", "relora", "relora"] * 2
@@ -61,11 +63,11 @@ def test_a_full_rank_run_comes_before_the_runs_that_begin_with_it(tmp_path):
     assert {run.args.num_training_steps for run in (first, second)} == {12}
     assert {run.args.warmed_up_model for run in (first, second)} == {str(warm.folder)}
     assert f"--warmed_up_model={warm.folder}" in first.argv
-    assert found.runs[3].folder != warm.folder  # each seed begins with its own
+    assert found.runs[3].folder != warm.folder  # each seed has its own
     assert found.compared == (first, second, *found.runs[4:])
 
 
-def test_full_rank_runs_differ_where_a_list_of_the_base_says_so(tmp_path):
+def test_full_rank_runs_differ_by_lists_of_the_base(tmp_path):
     entry = {**RELORA, "warm_up": {"lr": 0.5, "num_training_steps": 5000}}
     found = sweep_of(tmp_path, settings=[entry], base={**BASE, "max_length": [32, 64]})
     assert [(run.args.peft_model, run.args.max_length) for run in found.runs] == [
@@ -75,8 +77,8 @@ def test_full_rank_runs_differ_where_a_list_of_the_base_says_so(tmp_path):
     assert len({run.name for run in found.runs}) == 4
 
 
-def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
-    """Whatever order their flags are written in, and where they differ in what full-rank training does not read."""
+def test_equal_full_rank_runs_are_made_once(tmp_path):
+    """For any order of their flags, and if they differ only in flags without effect on full-rank training."""
     first = {"lr": 0.5, **SHORT}
     entries = [
         {**RELORA, "lr": lr, "warm_up": dict(order)} for lr, order in ((0.1, first.items()), (0.2, reversed(first.items())))
@@ -138,18 +140,18 @@ def test_full_rank_runs_that_are_the_same_are_made_once(tmp_path):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(tmp_path, changes, words):
+def test_invalid_sweeps_are_refused_by_name(tmp_path, changes, words):
     assert words in problems_of(tmp_path, **changes)
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_of_a_sweep_are_reported_at_once(tmp_path):
     told = problems_of(tmp_path, settings=[{"lr": -1.0}, {"rank": 0}])
     assert "--lr -1.0" in told
     assert "--rank 0" in told
 
 
 @pytest.mark.parametrize("content", ["- 1", "a: [", "\x00"])
-def test_a_file_that_is_no_sweep(tmp_path, content):
+def test_a_file_that_is_not_a_sweep_is_refused(tmp_path, content):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
@@ -165,7 +167,7 @@ def test_ready_sweeps_plan_every_run(path, monkeypatch):
     assert len({run.name for run in found.runs}) == len(found.runs) > 1
 
 
-def test_rank_delta_sweep_is_the_published_ablation(monkeypatch):
+def test_the_rank_delta_sweep_equals_the_published_ablation(monkeypatch):
     """Every pair of the paper's Tables 6 and 7, at the published setting."""
     from peft_pretraining.commands.report.published import RANK_AND_DELTA
 

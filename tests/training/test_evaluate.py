@@ -1,4 +1,4 @@
-"""Evaluation is a token-weighted mean, counted exactly: the published program's depends on the batch size."""
+"""Evaluation is a token-weighted mean over exactly counted targets; the published program's depends on the batch size."""
 
 import math
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def loss_module() -> TokenLoss:
         reparameterize(model, SLTrainConfig(rank=8, sparsity=0.1, alpha=8.0))
 
     model = build_model(cfg, dtype=torch.float32, device="cpu", seed=5, reparameterize=method)
-    with torch.no_grad():  # at initialisation every loss is log V; an evaluation has to tell tokens apart
+    with torch.no_grad():  # makes losses differ between tokens: at initialisation every loss is log V
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     return TokenLoss(model)
@@ -51,7 +51,7 @@ def loss_module() -> TokenLoss:
 
 @pytest.fixture(scope="module")
 def sequences() -> list[Tensor]:
-    """37 documents of 1 to 48 tokens: one alone has no target, and no batch size divides 37."""
+    """37 documents of 1 to 48 tokens. A document of one token has no target, and no batch size divides 37."""
     generator = torch.Generator().manual_seed(9)
     lengths = [1, T, 2, *torch.randint(2, T + 1, (34,), generator=generator).tolist()]
     return [torch.randint(0, V, (n,), generator=generator) for n in lengths]
@@ -68,7 +68,7 @@ def batches(sequences: list[Tensor], size: int) -> Iterator[Batch]:
 
 
 def plain_sum_and_count(model: torch.nn.Module, sequences: list[Tensor]) -> tuple[float, int]:
-    """transformers' own loss, a mean over targets, one unpadded document at a time."""
+    """Returns sum and number of transformers' token losses, one unpadded document at a time."""
     total, tokens = 0.0, 0
     with torch.no_grad():
         for sequence in sequences:
@@ -81,7 +81,7 @@ def plain_sum_and_count(model: torch.nn.Module, sequences: list[Tensor]) -> tupl
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])
-def test_equals_a_plain_loop_over_transformers_loss(loss_module: TokenLoss, sequences: list[Tensor], size: int) -> None:
+def test_the_result_equals_a_loop_over_transformers_loss(loss_module: TokenLoss, sequences: list[Tensor], size: int) -> None:
     total, tokens = plain_sum_and_count(loss_module.model, sequences)
     result = evaluate(loss_module, batches(sequences, size))
     assert result.tokens == tokens
@@ -90,15 +90,15 @@ def test_equals_a_plain_loop_over_transformers_loss(loss_module: TokenLoss, sequ
     assert result.bits_per_byte is None
 
 
-def test_mean_of_batch_means_would_differ(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
-    """The case above is no accident: on these documents the published way of averaging is visibly off."""
+def test_the_mean_of_batch_means_is_different(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
+    """Shows that the test above can fail: on these documents the published way of averaging gives another result."""
     total, tokens = plain_sum_and_count(loss_module.model, sequences)
     means = [evaluate(loss_module, [batch]).loss for batch in batches(sequences[1:], 1)]
     assert abs(sum(means) / len(means) / (total / tokens) - 1) > 1e-3
 
 
-def test_bits_per_byte(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
-    """Nats of all targets over log 2 and the bytes of all targets; the first token of a document is no target."""
+def test_bits_per_byte_count_the_bytes_of_the_targets(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
+    """Sum of the losses in nats / log 2 / bytes of all targets; the first token of a document is not a target."""
     sizes = torch.arange(V) % 7
     result = evaluate(loss_module, batches(sequences, 7), bytes_per_id=sizes)
     num_bytes = sum(int(sizes[s[1:]].sum()) for s in sequences)
@@ -106,11 +106,11 @@ def test_bits_per_byte(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
 
 
 def test_several_processes_give_the_result_of_one(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
-    """Sequence i belongs to process i % 3; the one with fewer batches, or none, adds what it has."""
+    """Sequence i belongs to process i % 3; processes may have fewer batches than others, or none."""
     sizes = torch.arange(V) % 7
     sums: list[Tensor] = []
     shares = [sequences[r:7:3] for r in range(3)] + [[]]
-    for share in shares:  # what each process would contribute
+    for share in shares:  # collects the sums of each process
         with pytest.raises(ValueError, match="no target"):
             evaluate(
                 loss_module,
@@ -125,7 +125,7 @@ def test_several_processes_give_the_result_of_one(loss_module: TokenLoss, sequen
     assert result.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
 
 
-def test_every_modules_mode_is_restored(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
+def test_evaluation_restores_every_modules_mode(loss_module: TokenLoss, sequences: list[Tensor]) -> None:
     loss_module.train()
     loss_module.model.lm_head.eval()
     modes = []
@@ -146,12 +146,12 @@ def test_every_modules_mode_is_restored(loss_module: TokenLoss, sequences: list[
     assert all(p.grad is None for p in loss_module.parameters())
 
 
-def test_empty_set_is_refused(loss_module: TokenLoss) -> None:
+def test_an_empty_evaluation_set_is_refused(loss_module: TokenLoss) -> None:
     with pytest.raises(ValueError, match="--eval_dataset"):
         evaluate(loss_module, [])
 
 
-def test_loss_too_large_for_a_perplexity_is_infinite(sequences: list[Tensor]) -> None:
+def test_the_perplexity_of_a_very_large_loss_is_infinite(sequences: list[Tensor]) -> None:
     class Huge(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

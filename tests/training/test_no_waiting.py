@@ -1,8 +1,8 @@
-"""The host never waits for the device within an update or between two, so that a GPU always has the next update queued.
+"""The host never waits for the device during an update or between two updates, so that a GPU always has work queued.
 
-A GPU makes the host wait where an operator hands a value, or a shape that depends on values, to the host: float(loss), x[x > 0].
-torch marks these operators with tags, so that a CPU run shows them too. The "meta" device stands in for a GPU: its tensors have
-no values, and an operator that asks for one fails.
+The host waits for a GPU if an operator returns a value, or a shape that depends on values, to the host: float(loss), x[x > 0].
+torch tags these operators, so a run on the CPU detects them. The "meta" device replaces a GPU in some tests: its tensors have no
+values, and an operator that needs one fails.
 """
 
 import itertools
@@ -33,7 +33,7 @@ WAITING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class WaitRecorder(TorchDispatchMode):
-    """Records the operators for which a GPU would make the host wait, and whether copies between devices are asynchronous."""
+    """Records the operators at which the host would wait for a GPU, and whether each copy between devices is asynchronous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class WaitRecorder(TorchDispatchMode):
 
 
 def _indexes_by_position(func, args) -> bool:
-    """True for x[positions], whose shape is known beforehand; the shape of x[mask] depends on the values of the mask."""
+    """Returns True for x[positions], whose shape is known; the shape of x[mask] depends on the values of the mask."""
     indices = [index for index in args[1] if index is not None] if func is torch.ops.aten.index.Tensor else []
     return bool(indices) and all(index.dtype == torch.int64 for index in indices)
 
@@ -61,7 +61,7 @@ def tiny() -> ModelConfig:
 
 
 def padded_batches() -> list[Batch]:
-    """Two micro-batches of three sequences of 16 tokens; the second sequence of the second one is cut to 9 tokens."""
+    """Returns two micro-batches of three sequences of 16 tokens; one sequence of the second has only 9 tokens."""
     generator = torch.Generator().manual_seed(5)
     batches = []
     for length in (16, 9):
@@ -73,14 +73,14 @@ def padded_batches() -> list[Batch]:
 
 
 @pytest.mark.parametrize("read", [lambda x: float(x), lambda x: bool(x > 0), lambda x: torch.nonzero(x), lambda x: x[x > 0]])
-def test_the_recorder_finds_the_usual_ways_to_read_a_value(read):
+def test_the_recorder_detects_the_usual_ways_to_read_a_value(read):
     with WaitRecorder() as recorder:
         read(torch.ones(()))
     assert recorder.waits
 
 
 def test_an_update_never_waits_for_the_device():
-    """Fused AdamW with clipping and a growth limit. The first update is left out: the optimizer allocates its moments in it."""
+    """With fused AdamW, clipping and a growth limit. The first update, which allocates the moments, is not tested."""
     settings = SLTrainConfig(rank=4, sparsity=0.1, alpha=8.0)
     model = build_model(
         tiny(),
@@ -107,7 +107,7 @@ def test_an_update_never_waits_for_the_device():
 
 
 class OptimizerForMeta(torch.optim.Optimizer):
-    """Stands in for fused AdamW, which has no meta kernels: its state exists, and it reads `found_inf` on the device."""
+    """Replaces fused AdamW, which has no kernels for "meta": it has a state and reads `found_inf` on the device."""
 
     _step_supports_amp_scaling = True
 
@@ -136,7 +136,7 @@ def test_an_update_copies_its_input_to_the_device_without_waiting_and_copies_not
 
 @pytest.mark.gpu
 def test_an_update_on_a_gpu_does_not_wait():
-    """torch itself raises an error where an operator waits."""
+    """torch raises an error if an operator waits."""
     device = torch.device("cuda")
     model = build_model(tiny(), dtype=torch.bfloat16, device=device, seed=3)
     build = partial(build_optimizer, "adamw", lr=0.0, weight_decay=0.1)
@@ -164,7 +164,7 @@ def flags(tiny_run) -> list[str]:
 
 
 def waits_by_update(monkeypatch, arguments: list[str]) -> dict[int, list[str]]:
-    """Trains; returns for each update the waits from its first micro-batch up to the first one of the next update."""
+    """Trains; returns the waits of each update, from loading its micro-batches to loading those of the next update."""
     recorder, waits = WaitRecorder(), {}
     original, numbers = assemble.next_micro_batches, itertools.count(1)
 
@@ -179,14 +179,14 @@ def waits_by_update(monkeypatch, arguments: list[str]) -> dict[int, list[str]]:
 
 
 def test_the_training_loop_never_waits_between_updates(tmp_path, flags, monkeypatch):
-    """Update 1 allocates the moments, and after update 6 everything is saved: both wait."""
+    """Except in update 1, which allocates the moments, and after update 6, when a checkpoint is saved."""
     waits = waits_by_update(monkeypatch, [*flags, "--log_every", "2", "--save_dir", str(tmp_path / "run")])
     assert list(waits) == [1, 2, 3, 4, 5, 6]
     assert [waits[number] for number in (2, 3, 4, 5)] == [[]] * 4
 
 
-def test_a_loss_that_is_read_at_once_counts_as_waiting(tmp_path, flags, monkeypatch):
-    """Guards the test above: a float(loss) in the loop's record makes it fail."""
+def test_reading_a_loss_immediately_is_recorded_as_a_wait(tmp_path, flags, monkeypatch):
+    """Shows that the test above can fail: it detects a float(loss) in the loop."""
     original = recorder.LateRecord.add
 
     def add(self, update_step: int, step: StepResult, known):
@@ -199,8 +199,7 @@ def test_a_loss_that_is_read_at_once_counts_as_waiting(tmp_path, flags, monkeypa
 
 
 def test_a_row_is_written_one_update_late_but_before_an_evaluation_or_a_checkpoint(tmp_path, flags, monkeypatch):
-    """At the start of an update metrics.jsonl lacks the row of the update before, unless an evaluation (after 5) or a checkpoint
-    (after 3) came between the two."""
+    """When an update begins, the previous update's row is not written yet, except after an evaluation (5) or a checkpoint (3)."""
     num_rows, original = {}, assemble.next_micro_batches
     folder = tmp_path / "run"
 

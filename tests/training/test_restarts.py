@@ -1,4 +1,4 @@
-"""Merges of ReLoRA and restarts of factors: the network's function stays, moments become what was asked for."""
+"""ReLoRA's merges and factor restarts leave the network's function unchanged and change moments as requested."""
 
 import itertools
 import math
@@ -69,7 +69,7 @@ def assert_same_function(before: torch.Tensor, after: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("train_scaling", [False, True])
-def test_a_merge_leaves_the_function_and_draws_anew(train_scaling):
+def test_a_merge_leaves_the_function_and_draws_new_factors(train_scaling):
     args = arguments(peft_model="relora", relora=3, train_scaling=train_scaling)
     model = build(args)
     updates = updates_of(model)
@@ -86,14 +86,14 @@ def test_a_merge_leaves_the_function_and_draws_anew(train_scaling):
             assert not layer.lora_B.any()
             assert not torch.equal(layer.weight, start[f"{name}.weight"])
             assert not torch.equal(layer.lora_A, start[f"{name}.lora_A"])
-            # Drawn as the first one was: uniform up to 1 / sqrt(in).
+            # Same distribution as the first factor: uniform up to 1 / sqrt(in).
             bound = 1 / math.sqrt(layer.in_features)
             assert 0.97 * bound < float(layer.lora_A.detach().abs().max()) <= bound
             assert layer.scaling is None or layer.scaling.item() == 1.0
 
 
-def test_every_merge_draws_other_factors_and_the_same_on_every_course():
-    """Keyed by seed, name and number of the merge: nothing of what came before is in it."""
+def test_each_merge_draws_its_own_factors_independently_of_earlier_merges():
+    """Factors depend only on the seed, the parameter's name and the number of the merge, not on earlier merges."""
     found = []
     for numbers, seed in (((1, 2), 3), ((2,), 3), ((2,), 4)):
         args = arguments(peft_model="relora", relora=5, seed=seed)
@@ -110,7 +110,7 @@ def test_every_merge_draws_other_factors_and_the_same_on_every_course():
         assert not torch.equal(one, other)
 
 
-def test_restarts_come_before_the_update_after_a_multiple():
+def test_restarts_happen_before_the_update_that_follows_a_multiple_of_the_interval():
     args = arguments(peft_model="relora", relora=4)
     model = build(args)
     restarts = Restarts(args, model, updates_of(model), World())
@@ -119,8 +119,8 @@ def test_restarts_come_before_the_update_after_a_multiple():
         assert not Restarts(other, build(other), updates_of(build(other)), World()).before_update(4)
 
 
-def test_a_method_can_act_in_its_own_way(monkeypatch):
-    """Its action gets model and number of the restart; the moments of what it names are zeroed, other moments stay."""
+def test_a_method_can_define_its_own_restart_action(monkeypatch):
+    """Its action gets the model and the restart's number and returns names, whose moments are zeroed; other moments stay."""
     name, calls = "model.layers.0.mlp.up_proj.weight", []
 
     class Acting(Method):
@@ -143,8 +143,8 @@ def test_a_method_can_act_in_its_own_way(monkeypatch):
     assert [own for own, moment in moments.items() if not moment.any()] == [name]
 
 
-def test_a_merge_twice_is_a_merge_once():
-    """A run that was saved between restart and update makes the restart again."""
+def test_merging_twice_equals_merging_once():
+    """A run resumed from a checkpoint between restart and update performs the restart again."""
     args = arguments(peft_model="relora", relora=3)
     model = build(args)
     updates = updates_of(model)
@@ -157,8 +157,8 @@ def test_a_merge_twice_is_a_merge_once():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_bfloat16_merge_rounds_once_and_at_random_where_asked():
-    """Most of a merge is below half of a bfloat16's spacing: to nearest it is lost, at random it is right on average."""
+def test_a_bfloat16_merge_rounds_once_and_stochastically_if_asked():
+    """Most of the change is below half of bfloat16's spacing: rounding to nearest loses it, stochastic rounding is unbiased."""
     torch.manual_seed(0)
     found = {}
     for rounding in (False, True):
@@ -172,7 +172,7 @@ def test_a_bfloat16_merge_rounds_once_and_at_random_where_asked():
         Restarts(args, model, updates_of(model), World()).before_update(1)
         found[rounding] = (layer.weight.double() - before, change)
     for error, change in found.values():
-        assert float((error - change).abs().max()) < 2**-8 * 0.1  # a spacing, for weights below 0.1
+        assert float((error - change).abs().max()) < 2**-8 * 0.1  # one spacing, for weights below 0.1
     nearest, random = ((moved.flatten() @ change.flatten() / change.norm() ** 2).item() for moved, change in found.values())
     assert nearest < 0.5
     assert random == pytest.approx(1.0, abs=0.4)
@@ -180,8 +180,8 @@ def test_a_bfloat16_merge_rounds_once_and_at_random_where_asked():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_moments_of_factors_are_as_if_never_stepped(optimizer, per_layer):
-    """After a reset the next step is that of a new optimizer, bit for bit; other moments stay."""
+def test_reset_moments_equal_those_of_a_new_optimizer(optimizer, per_layer):
+    """After a reset the next step is bit-identical to that of a new optimizer; other moments stay."""
     args = arguments(peft_model="relora", relora=3, optimizer=optimizer)
     model = build(args)
     updates = updates_of(model, optimizer, per_layer=per_layer, growth=True)
@@ -206,13 +206,13 @@ def test_moments_of_factors_are_as_if_never_stepped(optimizer, per_layer):
     for name in ours:
         if name.endswith(FACTORS):
             assert torch.equal(ours[name], theirs[name]), name
-    if optimizer != "adafactor":  # whose first steps are all of one size
+    if optimizer != "adafactor":  # its first steps have a fixed size
         assert not torch.equal(ours[kept], theirs[kept])
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("kind", ["magnitude", "random"])
-def test_moments_are_pruned_to_the_share_that_was_asked_for(kind, optimizer):
+def test_moments_are_pruned_to_the_requested_share(kind, optimizer):
     args = arguments(peft_model="relora", relora=3, optimizer=optimizer, **{f"optimizer_{kind}_pruning": 0.75})
     found = []
     for _ in range(2):
@@ -242,7 +242,7 @@ def test_moments_are_pruned_to_the_share_that_was_asked_for(kind, optimizer):
     assert all(float(step) == 3 for step in steps)
 
 
-def test_what_becomes_of_moments_follows_from_the_flags():
+def test_the_flags_choose_what_a_merge_does_to_moments():
     assert moments_at_a_merge(arguments()) == ("zero", 1.0)
     assert moments_at_a_merge(arguments(reset_optimizer_on_relora=True)) == ("zero", 1.0)
     assert moments_at_a_merge(arguments(reset_optimizer_on_relora=False)) == ("keep", 0.0)
@@ -250,7 +250,7 @@ def test_what_becomes_of_moments_follows_from_the_flags():
     assert moments_at_a_merge(arguments(reset_optimizer_on_relora=False, optimizer_magnitude_pruning=0.9))[0] == "magnitude"
 
 
-def test_kept_moments_stay():
+def test_moments_are_kept_if_asked():
     args = arguments(peft_model="relora", relora=3, reset_optimizer_on_relora=False)
     model = build(args)
     updates = updates_of(model)
@@ -261,8 +261,8 @@ def test_kept_moments_stay():
     assert all(map(torch.equal, before, states))
 
 
-def test_every_merge_prunes_and_rounds_by_other_draws_and_the_same_on_every_course():
-    """Elements that are always the same ones, or weights that are always rounded alike, would not be random."""
+def test_each_merge_has_its_own_random_pruning_and_rounding():
+    """Each merge prunes other elements and rounds differently, but the same in every run with the same seed."""
     name = "model.layers.0.mlp.up_proj"
     found = {}
     for course, number in (("one", 1), ("one", 2), ("other", 2)):
@@ -281,7 +281,7 @@ def test_every_merge_prunes_and_rounds_by_other_draws_and_the_same_on_every_cour
         assert torch.equal(second, again)
 
 
-def test_pruning_all_of_a_tensor_and_next_to_nothing():
+def test_pruning_of_a_whole_tensor_and_of_less_than_one_element():
     state = {"step": torch.tensor(4.0), "exp_avg": torch.tensor([[1.0, -2.0], [3.0, 0.5]])}
     parameter = nn.Parameter(torch.zeros(2, 2))
     Pruning("magnitude", 0.2).prune_(state, parameter, 0, "p", World())
@@ -305,7 +305,7 @@ def test_a_reset_keeps_code_books():
 
 @pytest.mark.parametrize("method", ["lowrank", "sltrain"])
 @pytest.mark.parametrize("train_scaling", [False, True])
-def test_rebalancing_leaves_the_function(method, train_scaling):
+def test_rebalancing_leaves_the_function_and_balances_the_factors(method, train_scaling):
     args = arguments(peft_model=method, restart_every=3, rebalance=True, train_scaling=train_scaling)
     model = build(args)
     updates = updates_of(model, growth=True)
@@ -318,7 +318,7 @@ def test_rebalancing_leaves_the_function(method, train_scaling):
         assert not torch.equal(old_B, layer.lora_B)
         left, right = (layer.lora_B.t() @ layer.lora_B).detach(), (layer.lora_A @ layer.lora_A.t()).detach()
         torch.testing.assert_close(left, right, rtol=0, atol=1e-5 * float(right.max()))
-        # And not only balanced: with singular values on the diagonal.
+        # The balanced factors' Gram matrix has the singular values on its diagonal.
         values = torch.linalg.svdvals((old_B @ old_A).detach())[: layer.rank]
         torch.testing.assert_close(left.diagonal(), values, rtol=1e-3, atol=1e-5 * float(values[0]))
     limits = dict(zip(updates.stepped, updates.growth.previous.tolist(), strict=True))
@@ -341,7 +341,7 @@ def test_a_restart_without_rebalancing_leaves_the_factors():
 
 
 def in_a_linear(name: str) -> bool:
-    """Whether a parameter is one of a factored linear: B, A, the sparse values or the scale."""
+    """Tells whether a parameter belongs to a factored linear: B, A, the sparse values or the scale."""
     return name.rpartition(".")[2] in (*FACTORS, "sparse_value", "scaling")
 
 
@@ -350,7 +350,7 @@ def layers_of(model) -> list[SparseLowRankLinear]:
 
 
 @pytest.mark.parametrize("shape", [(40, 30, 8), (30, 40, 8), (20, 20, 20), (25, 60, 1)])
-def test_balanced_factors(shape):
+def test_balanced_factors_keep_the_product_and_share_its_singular_values(shape):
     rows, columns, rank = shape
     torch.manual_seed(0)
     B, A = torch.randn(rows, rank) * 100, torch.randn(rank, columns) / 100
@@ -363,8 +363,8 @@ def test_balanced_factors(shape):
     torch.testing.assert_close(new_A @ new_A.t(), values.diag(), rtol=1e-3, atol=1e-4 * float(values[0]))
 
 
-def test_a_direction_that_is_not_used_stays_trainable():
-    """Where the product lacks rank, or is zero as at the start, a row of A lives on for B's gradient."""
+def test_an_unused_direction_stays_trainable_after_balancing():
+    """If the product has less than full rank, or is zero as at the start, rows of A stay non-zero, so that B has a gradient."""
     torch.manual_seed(0)
     for B in (torch.zeros(30, 6), torch.randn(30, 2) @ torch.randn(2, 6)):
         A = torch.randn(6, 40)
@@ -376,7 +376,7 @@ def test_a_direction_that_is_not_used_stays_trainable():
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (20, 20)])
-def test_the_best_of_a_rank_is_the_truncated_svd(shape):
+def test_the_best_low_rank_approximation_is_the_truncated_svd(shape):
     torch.manual_seed(0)
     weight = torch.randn(shape)
     left, right = best_low_rank(weight, 7)
@@ -390,8 +390,8 @@ def test_the_best_of_a_rank_is_the_truncated_svd(shape):
     ("method", "changes"),
     [("lowrank", {}), ("sltrain", {}), ("sltrain", {"support": "block"}), ("sltrain", {"train_scaling": True})],
 )
-def test_a_start_from_svd_is_the_nearest_to_the_dense_one(method, changes):
-    """The full-rank run's own weight: its best rank-r part, and all of it where the support lets S have the rest."""
+def test_a_start_from_svd_approximates_the_dense_initial_weight_best(method, changes):
+    """The start is the best rank-r approximation of the full-rank run's weight, and exact at the support's positions."""
     args = arguments(peft_model=method, rank=16, **changes)
     model = build(args)
     full = build(arguments(peft_model="full"))
@@ -401,7 +401,7 @@ def test_a_start_from_svd_is_the_nearest_to_the_dense_one(method, changes):
             dense = full.get_submodule(name).weight.detach()
             U, S, Vt = torch.linalg.svd(dense.double(), full_matrices=False)
             expected = ((U[:, :16] * S[:16]) @ Vt[:16]).float()
-            # Rounding turns singular vectors by its share of the gap to the next singular value (Davis and Kahan).
+            # Rounding errors rotate singular vectors in proportion to 1 / the gap to the next singular value (Davis and Kahan).
             rounding = 8 * torch.finfo(torch.float32).eps * float(S[0] * S[15] / (S[15] - S[16]))
             if layer.support is not None:
                 positions = layer.support.flat_indices()
@@ -412,7 +412,7 @@ def test_a_start_from_svd_is_the_nearest_to_the_dense_one(method, changes):
             torch.testing.assert_close(gram, (layer.lora_A @ layer.lora_A.t()).detach(), rtol=0, atol=1e-5)
 
 
-def test_attaching_factors_keeps_a_models_function_and_merging_them_its_linears():
+def test_attaching_relora_factors_keeps_the_function_and_merging_restores_linears():
     torch.manual_seed(0)
 
     class Block(nn.Module):
@@ -441,8 +441,8 @@ def test_attaching_factors_keeps_a_models_function_and_merging_them_its_linears(
 
 
 @pytest.mark.parametrize("train_scaling", [False, True])
-def test_the_dense_weight_is_rounded_once(train_scaling):
-    """As a merge rounds it, under autocast too: what is exported is as near as bfloat16 allows."""
+def test_the_merged_dense_weight_is_rounded_once(train_scaling):
+    """The exported dense weight is as near to the exact one as bfloat16 allows, also under autocast."""
     torch.manual_seed(0)
     layer = ReLoRALinear(64, 48, 8, alpha=2.4, trainable_scaling=train_scaling, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -462,7 +462,7 @@ def test_the_dense_weight_is_rounded_once(train_scaling):
 
 @pytest.mark.parametrize("train_scaling", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_layers_gradients_are_those_of_its_formula(train_scaling, autocast):
+def test_relora_gradients_equal_those_of_the_formula(train_scaling, autocast):
     torch.manual_seed(0)
     layer = ReLoRALinear(12, 20, 4, alpha=8.0, bias=True, trainable_scaling=train_scaling)
     with torch.no_grad():
@@ -490,8 +490,8 @@ def test_the_layers_gradients_are_those_of_its_formula(train_scaling, autocast):
     torch.testing.assert_close(layer.dense_weight(), W)
 
 
-def test_relora_starts_as_full_rank_does():
-    """Weights of the same seed are the same numbers; factors add nothing yet."""
+def test_relora_starts_with_the_full_rank_runs_weights():
+    """The dense weights of the same seed are equal, and the factors' product is zero."""
     relora, full = build(arguments(peft_model="relora")), build(arguments(peft_model="full"))
     ours = dict(relora.named_parameters())
     assert all(torch.equal(ours[name], tensor) for name, tensor in full.named_parameters())
@@ -503,7 +503,7 @@ def test_relora_starts_as_full_rank_does():
     assert torch.equal(A.detach(), drawn)
 
 
-def test_stochastic_rounding_goes_on_after_a_reset():
+def test_stochastic_rounding_works_after_a_reset():
     args = arguments(peft_model="sltrain", restart_every=3, rebalance=True, stochastic_rounding=True)
     model = build(args, torch.bfloat16)
     updates = updates_of(model, "adamw", rounding=StochasticRounding(3))

@@ -1,4 +1,4 @@
-"""Signals: noted once, obeyed at once only while waiting, and a second one that means it."""
+"""A signal requests a stop, interrupts only waiting code, and a second, later one ends the process."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from peft_pretraining.training.stop import Stopped, StopRequest
 
 
 class Clock:
-    """Seconds that a test turns itself."""
+    """A clock that tests set."""
 
     now = 0.0
 
@@ -18,7 +18,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_is_noted_and_the_handlers_come_back(name):
+def test_a_signal_requests_a_stop_and_the_handlers_are_restored(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
     request = StopRequest()
@@ -34,7 +34,7 @@ def wait_for(request: StopRequest, happening) -> None:
         happening()
 
 
-def test_a_request_ends_waiting_at_once_and_nothing_else():
+def test_a_request_interrupts_waiting_code_only():
     reached = []
 
     def interrupted() -> None:
@@ -45,13 +45,13 @@ def test_a_request_ends_waiting_at_once_and_nothing_else():
     with request.listening():
         with pytest.raises(Stopped):
             wait_for(request, interrupted)
-        with pytest.raises(Stopped):  # asked for before the wait began
+        with pytest.raises(Stopped):  # requested before the wait began
             wait_for(request, lambda: reached.append("a wait after the request"))
     assert reached == []
 
 
-def test_what_reads_the_data_cannot_swallow_a_request():
-    """Libraries catch every Exception around a network read and try again."""
+def test_code_that_catches_exceptions_cannot_suppress_a_request():
+    """Libraries catch Exception around a network read and retry, so Stopped must not be an Exception."""
 
     def interrupted() -> None:
         try:
@@ -65,7 +65,7 @@ def test_what_reads_the_data_cannot_swallow_a_request():
 
 
 def test_only_a_later_second_signal_ends_the_process():
-    """torchrun passes on the Ctrl-C that its processes got from the terminal too: that is one request."""
+    """With Ctrl-C a process gets two signals, from the terminal and from torchrun, which count as one request."""
     clock, ended = Clock(), []
     request = StopRequest(clock, exit_now=ended.append)
     with request.listening():

@@ -1,4 +1,4 @@
-"""One update of the trainer against a hand-written dense model, whatever the accumulation."""
+"""One update of the trainer equals that of a hand-written dense model, for every gradient accumulation."""
 
 import math
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def whole_update(model, name, grad_clipping=None) -> WholeUpdate:
 
 
 def sequences(count: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels with very unequal lengths, padded on the right."""
+    """Returns token ids and labels of sequences of very unequal lengths, padded on the right."""
     generator = torch.Generator().manual_seed(11)
     ids = torch.randint(2, vocab, (count, length), generator=generator)
     labels = ids.clone()
@@ -91,7 +91,7 @@ def sequences(count: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.
 
 
 class DenseReference:
-    """LLaMA written out with dense weights s B A + S, in plain tensor operations; leaves are the factors and values."""
+    """A LLaMA with dense weights s B A + S in plain tensor operations; its parameters are the factors and sparse values."""
 
     def __init__(self, model, config):
         self.config = config
@@ -147,10 +147,10 @@ class DenseReference:
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("clipping", [None, 0.05])
-def test_update_equals_dense_reference(config, accumulation, clipping):
-    """Loss, true gradient norm and every parameter after one SGD and momentum-free update, to float32 rounding."""
+def test_an_update_equals_the_dense_references(config, accumulation, clipping):
+    """Compares loss, gradient norm and every parameter after one update of SGD without momentum, to float32 rounding."""
     model = sltrain_model(config)
-    with torch.no_grad():  # B = 0 at the start would hide errors in A's gradient
+    with torch.no_grad():  # with B = 0, as at the start, errors in A's gradient would be invisible
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
@@ -183,8 +183,8 @@ def test_gradients_are_freed_after_the_update(config):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_update_without_any_target_changes_nothing_and_stays_finite(config):
-    """A micro-batch of one-token documents has nothing to predict; 0/0 must not reach the parameters."""
+def test_an_update_without_targets_changes_nothing_and_stays_finite(config):
+    """A micro-batch of one-token documents has no targets; 0/0 must not reach the parameters."""
     model = sltrain_model(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = torch.full((2, 6), 5)

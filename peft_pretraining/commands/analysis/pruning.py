@@ -34,7 +34,10 @@ _LABELS = {
     "random_trained": "L0 + S trained, random support",
 }
 # Arguments that the study takes from the checkpoint's run unless a flag is given.
-_DATA = ("dataset", "eval_dataset", "text_field", "eval_tokens", "max_length", "packing", "document_mask", "data_lanes")
+_DATA = (
+    *("dataset", "eval_dataset", "text_field", "eval_tokens", "max_length", "packing", "document_mask"),
+    *("data_lanes", "data_order"),
+)
 _TRAINING = ("workers", "on_bad_record", "lr", "batch_size", "seed", "stochastic_rounding")
 
 
@@ -108,7 +111,7 @@ def study_arguments(args: argparse.Namespace, folder: Path, record: Mapping[str,
     if not isinstance(values["total_batch_size"], int):
         raise ConfigError([f"{folder / 'run.json'}: the plan has no total_batch_size; it was written by another version"])
     if args.dataset is not None:
-        values |= {"eval_dataset": None, "data_lanes": None}
+        values |= {"eval_dataset": None, "data_lanes": None, "data_order": None}
     given = ("dataset", "eval_dataset", "eval_tokens", "lr", "batch_size", "total_batch_size", "seed")
     values |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
     arguments = Arguments(

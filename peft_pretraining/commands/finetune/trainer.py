@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,7 +199,10 @@ def newest_checkpoint(folder: Path, settings: Mapping[str, Any], data: Dataset) 
     wanted, record = {**settings, "examples": examples}, folder / "finetune.json"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = list(folder.glob("checkpoint-*"))
-    written = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    try:
+        written = dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{record}: not the settings of a run (damaged); name another folder for --checkpoints") from None
     differing = [name for name, value in wanted.items() if written.get(name) != value]
     if checkpoints and differing:
         raise ValueError(
@@ -219,7 +223,8 @@ def _recorded_by_wandb(args: argparse.Namespace, folder: Path) -> Iterator[bool]
 
     Without a network it records offline.
     """
-    settings = {"mode": args.wandb, "id": None, "name": args.out.name, "tags": None, "config": _settings(args)}
+    name = os.environ.get("WANDB_NAME") or args.out.name
+    settings = {"mode": args.wandb, "id": None, "name": name, "tags": None, "config": _settings(args), "place": args.out}
     run = start_wandb(folder, settings)
     try:
         yield run is not None

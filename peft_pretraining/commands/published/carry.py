@@ -33,7 +33,7 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.checks import notices, value_problems
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.run.assemble import Run, assemble
-from peft_pretraining.run.folder import take_up
+from peft_pretraining.run.folder import prepare_record
 from peft_pretraining.run.resume import run_content
 
 MODEL_CONFIG = "model_config.json"  # in the run's folder, a copy of the published one
@@ -190,7 +190,7 @@ def _carry(published: Published, args: Arguments, flags: dict[str, Any]) -> Impo
         parts.state.update_step = published.update_step or 0
         parts.state.tokens_seen = published.tokens_seen or 0
         run.document["continued_from"] = str(published.folder)
-        take_up(run.folder)
+        prepare_record(run.folder)
         run.data.tokenizer.save(run.folder.path / "tokenizer")
         write_json(run.folder.path / "run.json", run.document)
         checkpoint = save_checkpoint(run.folder.path, run_content(run.folder.path, parts, world, run.document), world)

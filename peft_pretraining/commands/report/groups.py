@@ -60,7 +60,9 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
         settings |= _warm_up_of(run)
     # The content of a file matters, not its path.
     settings["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
-    settings["data"] = (run.document.get("dataset") or {}).get("fingerprint") or arguments["dataset"]
+    dataset = run.document.get("dataset") or {}
+    settings["data"] = dataset.get("fingerprint") or arguments["dataset"]
+    settings["data_order"] = dataset.get("order", "lanes")  # earlier versions had no other order
     if arguments["max_train_tokens"] is not None:
         settings.pop("num_training_steps")
     return settings

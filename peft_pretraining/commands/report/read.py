@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,35 +13,22 @@ from typing import Any
 from peft_pretraining.config.arguments import Arguments, as_dict
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.memory.counts import paper_bytes, paper_estimate, parameter_counts
-from peft_pretraining.record.summary import METRICS_FILE, Row, read_metrics, seconds_of, summary
+from peft_pretraining.record.summary import METRICS_FILE, Row, read_record, seconds_of, summary
 from peft_pretraining.training.stop import MARKER_FILE
 
 FIGURES = "report.json"  # a report's figures, in its folder
-# Prefixes of the fields of metrics.jsonl that a report reads: numbers or null.
-_NUMBERS = ("update_step", "tokens_seen", "loss", "throughput_", "max_memory", "memory_", "final_eval_")
 _PRINTED_FROM = 0.1  # 10^9 bytes; below this, the paper's two decimals round too much away
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Reads run.json and the metrics of a run. Raises ValueError naming what is missing."""
-    document = _document(folder)
-    rows = _rows(folder)
+    """Reads run.json and the metrics of a run, with a notice of damaged lines. Raises ValueError naming what is missing."""
+    document, record = _document(folder), read_record(folder)
+    rows = record.rows
+    if record.problem is not None:
+        print(f"notice: {folder}: {record.problem}", file=sys.stderr)
     if not rows:
-        raise ValueError(f"{folder}: {METRICS_FILE} is missing or empty; the run has not logged an update yet")
+        raise ValueError(f"{folder}: {METRICS_FILE} is missing or has no readable line; the run has not logged an update yet")
     return document, rows
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    """Reads the rows of metrics.jsonl. Raises ValueError, naming the line, for a figure that is not a number."""
-    rows = read_metrics(folder)
-    for number, row in enumerate(rows, 1):
-        for name, value in row.items():
-            if name.startswith(_NUMBERS) and not isinstance(value, int | float | None):
-                raise ValueError(
-                    f"{folder / METRICS_FILE}: line {number}: {name} {value!r} is not a number; the line is damaged: correct "
-                    "or remove it"
-                )
-    return rows
 
 
 def _document(folder: Path) -> dict[str, Any]:
@@ -50,7 +38,9 @@ def _document(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); the record of this run is damaged") from None
+        raise ValueError(
+            f"{path}: not JSON ({error}); the record of this run is damaged; each checkpoint of the run has a copy of it"
+        ) from None
     if not isinstance(document, dict) or not all(isinstance(document.get(name), dict) for name in ("arguments", "plan")):
         raise ValueError(f"{path}: not the record of a run (no arguments, or no plan)")
     return document
@@ -214,9 +204,9 @@ def find_runs(paths: list[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run, with notes on missing parts. Raises ValueError if run.json is not a run's or a figure is not a number."""
-    document = _document(folder)
-    rows = _rows(folder)
+    """Reads a run, with notes on missing parts and damaged lines. Raises ValueError if run.json is not the record of a run."""
+    document, record = _document(folder), read_record(folder)
+    rows = record.rows
     run = RunRecord(
         folder=folder,
         document=document,
@@ -226,7 +216,8 @@ def read_run(folder: Path) -> RunRecord:
         stopped=_stopped(folder),
         notes=(),
     )
-    return replace(run, notes=tuple(_notes(run)))
+    problem = [] if record.problem is None else [record.problem]
+    return replace(run, notes=(*problem, *_notes(run)))
 
 
 def _with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:

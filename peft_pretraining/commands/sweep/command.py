@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from peft_pretraining.commands.sweep.runner import (
     state_of,
 )
 from peft_pretraining.commands.sweep.settings import PlannedRun, Sweep, load_sweep
+from peft_pretraining.record.wandb_run import OF_ONE_RUN
 
 HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
 REPORT = "report"
@@ -37,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(format_sweep(sweep))
         return 0
+    for name in OF_ONE_RUN:
+        # Runs are processes with this environment, and would all be recorded as one.
+        if value := os.environ.pop(name, None):
+            print(f"notice: {name}={value} has no effect: it names one run, and a sweep has several", file=sys.stderr)
     stopping = Stopping()
     with stopping.listening():
         outcomes = _run_all(sweep, stopping)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from peft_pretraining.checkpoint.step_folder import list_checkpoints
 from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.commands.sweep.settings import PlannedRun
 from peft_pretraining.config.arguments import ROWS
@@ -68,7 +69,7 @@ def state_of(planned: PlannedRun) -> State:
             return State("finished", f"finished, perplexity {record.final_perplexity:,.2f}")
         if _evaluated_without_result(planned.folder, record.reached):
             return State("diverged", "finished with a non-finite perplexity")
-    if not any(planned.folder.glob("step_*")):
+    if not list_checkpoints(planned.folder):
         return State("begun", f"{record.status}, no checkpoint: starts from the beginning")
     return State("begun", f"{record.status}: continues from its newest checkpoint")
 
