@@ -3,6 +3,7 @@
 Imports only the standard library, so that a dry run lists local files at once.
 """
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -175,22 +176,37 @@ def _note_broken(path: str, name: str, listing: Listing) -> None:
 
 
 def _glob_files(dataset: str, pattern: str, rules: int, listing: Listing) -> list[tuple[str, str]]:
-    matches = sorted(glob.glob(pattern, recursive=True), key=lambda match: (match.count(os.sep), match))
-    files = [match for match in matches if os.path.isfile(match)]
-    if rules > 1:  # ** follows links, also in circles
-        once: dict[tuple[str, str], str] = {}
-        for match in files:
-            once.setdefault((os.path.realpath(os.path.dirname(match)), os.path.basename(match)), match)
-        files = list(once.values())
-        for match in matches:
-            if not os.path.exists(match):
-                _note_broken(match, match, listing)
-            elif os.path.isdir(match) and "**" not in pattern:
+    if rules > 1 and "**" in Path(pattern).parts:
+        files = _recursive_matches(Path(pattern), listing)
+    else:
+        matches = sorted(glob.glob(pattern, recursive=True))
+        files = [match for match in matches if os.path.isfile(match)]
+        for match in matches if rules > 1 else []:
+            if os.path.isdir(match):
                 listing.leave_out("a folder, of which a pattern with ** reads the files", match)
+            elif not os.path.exists(match):
+                _note_broken(match, match, listing)
     if not files:
         raise DataError(f"dataset {dataset!r}: the pattern matches no file{left_out_text(listing.left_out)}")
     root = os.path.commonpath([os.path.dirname(match) for match in files])
     return [(match, Path(match).relative_to(root).as_posix()) for match in files]
+
+
+def _recursive_matches(pattern: Path, listing: Listing) -> list[str]:
+    """The files that a pattern with ** matches. The library's glob walks circles of links up to 40 levels deep."""
+    fixed = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
+    wanted = pattern.parts[fixed:]
+    found = _folder_files(Path(*pattern.parts[:fixed]), listing)
+    return [path for path, name in found if _matches(tuple(name.split("/")), wanted)]
+
+
+def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether the parts of a path match those of a pattern, in which ** stands for any number of folders."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return any(_matches(parts[number:], wanted[1:]) for number in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
 
 
 def _without_unlisted(listing: Listing, dataset: str) -> list[Shard]:
