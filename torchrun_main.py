@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import set_allocator
+from peft_pretraining.distributed.launch import torchrun_ignores_nohup
 from peft_pretraining.distributed.world import World, lasting_output
 from peft_pretraining.plan.checks import check, notices
-from peft_pretraining.training.stop import torchrun_ignores_nohup
 
 if TYPE_CHECKING:
     import torch

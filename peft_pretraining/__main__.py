@@ -12,6 +12,7 @@ from peft_pretraining.commands import data, estimate, evaluate, export, finetune
 from peft_pretraining.commands.analysis import pruning, spectra
 from peft_pretraining.commands.published import command as published
 from peft_pretraining.config.command_line import unknown_flags
+from peft_pretraining.config.files import expanded_paths
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
+        vars(args).update({name: expanded_paths(value) for name, value in vars(args).items()})
         code = int(COMMANDS[args.command].run(args))
         sys.stdout.flush()  # here, where a closed pipe can still be dealt with
         return code

@@ -142,7 +142,7 @@ def _tokenizer(loaded: Loaded, args: argparse.Namespace, path: Path) -> Tokenize
 def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, max_length: int, packing: bool) -> EvalSet:
     """The evaluation set: the one of the model's run, with given flags replacing the run's values."""
     from peft_pretraining.data.loader import EvalSet
-    from peft_pretraining.data.source import open_source
+    from peft_pretraining.data.source import READING_RULES, open_source
 
     run = loaded.args
     recorded = None if run is None else run.eval_dataset
@@ -150,7 +150,9 @@ def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, ma
     field = args.text_field or (run.text_field if run is not None else "text")
     # An evaluation data set is used completely; of the training data, only the held-out part is used.
     separate = recorded is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
-    source = open_source(dataset, "validation", text_field=field, hold_out=not separate)
+    # What the run held out is told by its own rules.
+    rules = loaded.rules if dataset in (recorded, run.dataset if run is not None else None) else READING_RULES
+    source = open_source(dataset, "validation", text_field=field, hold_out=not separate, rules=rules)
     return EvalSet(
         source,
         tokenizer,

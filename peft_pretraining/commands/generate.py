@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_pretraining.config.files import read_text
+
 if TYPE_CHECKING:
     import torch
 
@@ -100,11 +102,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if args.file is None:
             prompts: list[str] = args.prompt or ["The "]
         else:
-            prompts = [sys.stdin.read() if str(args.file) == "-" else args.file.read_text(encoding="utf-8")]
+            prompts = [sys.stdin.read().removeprefix("\ufeff") if str(args.file) == "-" else read_text(args.file)]
         for prompt in prompts:
             prompt.encode()  # Python reads invalid bytes of arguments and standard input as surrogates
     except UnicodeError as error:
         raise ValueError(f"{source}: is not UTF-8 text ({error}); convert it to UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     return prompts
 
 

@@ -74,7 +74,7 @@ class ModelArguments:
     model_config: str = flag(
         "",
         "JSON file of the model's shape, e.g. configs/llama_60m.json",
-        never(unit="file", required=True, synonyms="model model_name_or_path model_path config_name"),
+        never(kind="path", unit="file", required=True, synonyms="model model_name_or_path model_path config_name"),
     )
     dtype: str | None = flag(
         None,
@@ -208,7 +208,7 @@ class MethodArguments:
         None,
         "relora: a full-rank run's folder or checkpoint, whose weights, update step and data position it starts from "
         "(default: from the seed's initial values)",
-        if_allowed(warm_start=True, unit="folder", methods=("relora",), synonyms="warm_start init_from"),
+        if_allowed(kind="path", warm_start=True, unit="folder", methods=("relora",), synonyms="warm_start init_from"),
     )
     reset_optimizer_on_relora: bool | None = flag(
         None,
@@ -235,21 +235,22 @@ class DataArguments:
         "c4",
         "c4 (streamed from the hub) | demo (built from installed documentation) | folder, file, glob or URL | hub:NAME | folder "
         "made by `python -m peft_pretraining data prepare`",
-        if_allowed(synonyms="data dataset_name train_file data_path data_dir train_data"),
+        if_allowed(kind="place", synonyms="data dataset_name train_file data_path data_dir train_data"),
     )
     eval_dataset: str | None = flag(
         None,
         "held-out data, named like --dataset (default: the validation split of --dataset)",
         # The trained model does not depend on it.
-        if_allowed(defines_run=False, synonyms="validation_file val_data eval_data valid_data validation_dataset"),
+        if_allowed(kind="place", defines_run=False, synonyms="validation_file val_data eval_data valid_data validation_dataset"),
     )
     text_field: str = flag(
         "text", "field of a record that holds the text", if_allowed(synonyms="text_column dataset_text_field text_key")
     )
     tokenizer: str | None = flag(
         None,
-        "hub name, tokenizer folder or SentencePiece .model file (default: t5-base; demo and prepared data have their own)",
-        if_allowed(synonyms="tokenizer_name tokenizer_path tokenizer_name_or_path"),
+        "hub name, tokenizer folder, tokenizer.json or SentencePiece .model file (default: t5-base; demo and prepared data have "
+        "their own)",
+        if_allowed(kind="place", synonyms="tokenizer_name tokenizer_path tokenizer_name_or_path"),
     )
     max_length: int = flag(
         256,
@@ -526,7 +527,7 @@ class RunArguments:
     save_dir: str | None = flag(
         None,
         "the run's folder (default: checkpoints/<config>-<method>-<hash of the arguments>)",
-        freely(unit="folder", synonyms="output_dir out_dir run_dir"),
+        freely(kind="path", unit="folder", synonyms="output_dir out_dir run_dir"),
     )
     save_every: int = flag(
         10_000,
@@ -542,7 +543,7 @@ class RunArguments:
     continue_from: str | None = flag(
         None,
         "a checkpoint (step_XXXXXXXX folder, or a run's folder: its newest) to resume from",
-        freely(unit="folder", synonyms="resume_from_checkpoint resume_from load_from checkpoint"),
+        freely(kind="path", unit="folder", synonyms="resume_from_checkpoint resume_from load_from checkpoint"),
     )
     resume: str = flag(
         "auto",
@@ -655,7 +656,7 @@ class SystemArguments:
     config: str | None = flag(
         None,
         "YAML or JSON file of flag names and values; the command line takes precedence",
-        freely(unit="file", synonyms="config_file config_path"),
+        freely(kind="path", unit="file", synonyms="config_file config_path"),
     )
 
 

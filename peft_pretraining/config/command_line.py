@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from peft_pretraining.config.arguments import GROUPS, ROWS, Arguments, ConfigError
+from peft_pretraining.config.files import PathError, expanded, read_mapping
 from peft_pretraining.config.flag import Row, suggestion
 from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
 
@@ -64,12 +63,25 @@ def _parse_bool(text: str) -> bool:
     return words[text.lower()]
 
 
+def _checked_place(text: str) -> str:
+    """The name of a data set or tokenizer as it was given, so that records and hashes of runs do not depend on the machine.
+
+    Where it is opened it is expanded. Raises PathError where that would fail.
+    """
+    expanded(text)
+    return text
+
+
 def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any], str, str]:
     """Returns the function that reads the flag's value, a description of valid values, and the value's name in --help."""
     if row.kind == "tokens":
         return parse_tokens, "a number of tokens such as 150M, 1.1B or 20000", "TOKENS"
     if row.kind == "memory":
         return parse_memory, "a size above 0 with its unit, such as 80GB or 24GiB", "SIZE"
+    if row.kind == "path":
+        return expanded, "a path", (row.unit or "path").upper()
+    if row.kind == "place":
+        return _checked_place, "a path or name", (row.unit or "text").upper()
     for name, read, wanted in (
         ("bool", _parse_bool, "true or false"),
         ("int", int, "a whole number"),
@@ -87,6 +99,8 @@ def _reader(field: dataclasses.Field[Any], row: Row) -> Callable[[str], Any]:
     def value_of(text: str) -> Any:
         try:
             return _chosen(field.name, row, read(text))
+        except PathError as error:
+            return Unreadable(f"--{field.name} {text}: {error}")
         except (ValueError, OverflowError):
             return Unreadable(f"--{field.name} {text}: must be {wanted}")
 
@@ -200,34 +214,11 @@ def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str):
         return given
     try:
-        values = _read_config_file(path)
-    except ConfigError as error:
-        return {**given, "config": Unreadable(str(error))}
+        values = read_mapping(path)
+    except ValueError as error:
+        return {**given, "config": Unreadable(f"--config {path}: {error}")}
     argv, problems = _file_to_argv(path, values)
     return {**problems, **given_flags(build_parser().parse_args(argv)), **given}
-
-
-def _read_config_file(path: str) -> dict[Any, Any]:
-    """Reads the values of a --config file. Raises ConfigError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"--config {path}: cannot be read ({error})"]) from None
-    try:
-        if path.endswith((".yaml", ".yml")):
-            import yaml
-
-            values = yaml.safe_load(text)
-        else:
-            values = json.loads(text)
-    except ValueError as error:
-        raise ConfigError([f"--config {path}: not valid JSON ({error})"]) from None
-    # yaml.YAMLError, whose name would need an import of yaml for every start.
-    except Exception as error:
-        raise ConfigError([f"--config {path}: not valid YAML ({' '.join(str(error).split())})"]) from None
-    if not isinstance(values, dict):
-        raise ConfigError([f"--config {path}: must contain names and values, not a {type(values).__name__}"])
-    return values
 
 
 def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[str, Any]]:

@@ -84,6 +84,8 @@ def _inspect_split(
         "description": source.describe(),
         "fingerprint": source.fingerprint,
         "files": len(source.shards),
+        "files_found": source.found,
+        "files_left_out": source.left_out.removeprefix("; "),
         "size_bytes": None if None in sizes else sum(size for size in sizes if size is not None),
         "documents": len(seen.characters),
         "whole_split": seen.whole,

@@ -7,15 +7,18 @@ asks for.
 
 import asyncio
 import contextlib
+import glob
 import http.client
 import io
+import posixpath
+import re
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, TypeVar
 
 from peft_pretraining.data import DataError, NetworkGone, causes, first_line
-from peft_pretraining.data.source import RetryPolicy
+from peft_pretraining.data.files import Listing, RetryPolicy, Shard, add_known, format_of, is_hidden
 
 T = TypeVar("T")
 
@@ -92,7 +95,7 @@ class _NetworkFile(io.RawIOBase):
                 return result
 
     def _open(self) -> Any:
-        file_system, path = _file_system(self._url)
+        file_system, path = file_system_of(self._url)
         file = file_system.open(path, "rb", block_size=self._block_bytes if self._ranges else 0)
         # A file opened as a stream does not report its size, so the size reported earlier is kept.
         self._size = getattr(file, "size", None) or self._size
@@ -120,8 +123,8 @@ class _NetworkFile(io.RawIOBase):
         self._file = None
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it) of an address."""
+def file_system_of(url: str) -> tuple[Any, str]:
+    """Returns (fsspec file system, path in it) of an address."""
     import fsspec
 
     options = {}
@@ -129,7 +132,9 @@ def _file_system(url: str) -> tuple[Any, str]:
         import aiohttp
 
         # Silence is a dropped connection; the total time is not limited, since a file may stay open for days.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=30, sock_read=_SILENCE_S)}
+        timeout = aiohttp.ClientTimeout(None, sock_connect=30, sock_read=_SILENCE_S)
+        # trust_env: through the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name.
+        options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     file_system, path = fsspec.core.url_to_fs(url, **options)
     return file_system, path
 
@@ -139,7 +144,7 @@ def network_file_info(url: str, retry: RetryPolicy) -> dict[str, Any]:
     attempts = _Attempts(url, retry)
     while True:
         try:
-            file_system, path = _file_system(url)
+            file_system, path = file_system_of(url)
             return dict(file_system.info(path))
         except Exception as error:  # every file system and HTTP library has its own
             attempts.wait_or_raise(error)
@@ -213,6 +218,45 @@ def _retry_after_s(error: BaseException) -> float:
                 with contextlib.suppress(ValueError, TypeError):
                     return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
+
+
+# --- Listing ---
+
+
+def remote_listing(url: str, rules: int) -> Listing:
+    """Lists a folder, file or glob at an fsspec address. Raises DataError."""
+    protocol = url.split("://", 1)[0]
+    try:
+        file_system, path = file_system_of(url)
+        path = str(path).rstrip("/")
+        if glob.has_magic(path):
+            found = file_system.glob(path, detail=True)
+            root = posixpath.dirname(re.split(r"[*?[]", path)[0])
+        elif format_of(path, rules) is not None:
+            found, root = {path: file_system.info(path)}, posixpath.dirname(path)
+        else:
+            found, root = file_system.find(path, detail=True), path
+    except (ImportError, ValueError) as error:
+        raise DataError(f"dataset {url!r}: {error}") from error
+    except Exception as error:  # every file system has its own exceptions
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"dataset {url!r} cannot be listed ({reason}); check the address and the network") from error
+    files = {name: info for name, info in found.items() if info.get("type") == "file" and not is_hidden(name[len(root) :])}
+    if not files:
+        raise DataError(f"dataset {url!r}: no file at this address")
+    names = [(name if "://" in name else f"{protocol}://{name.lstrip('/')}", name) for name in files]
+    listing = Listing()
+    add_known([(address, name[len(root) :].lstrip("/")) for address, name in names], url, rules, listing)
+    infos = {address: files[name] for address, name in names}
+    listing.shards = [
+        Shard(s.url, s.name, s.format, s.compression, infos[s.url].get("size"), _server_mark(infos[s.url]))
+        for s in listing.shards
+    ]
+    return listing
+
+
+def _server_mark(info: dict[str, object]) -> str:
+    return str(next((info[key] for key in ("blob_id", "ETag", "etag", "md5Hash") if info.get(key)), ""))
 
 
 # --- Streams of compressed files ---

@@ -48,7 +48,7 @@ from peft_pretraining.data.records import (
     is_held_out,
     read_records,
 )
-from peft_pretraining.data.source import Source, open_source, prepared_folder
+from peft_pretraining.data.source import READING_RULES, Source, open_source, prepared_folder
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
 
 _INDEX_BYTES = np.dtype(INDEX).itemsize  # of one record
@@ -94,9 +94,10 @@ def prepare(
     """
     if prepared_folder(dataset) is not None:
         raise DataError(f"dataset {dataset!r} is prepared already")
-    train, validation = (open_source(dataset, split, text_field=text_field) for split in _SPLITS)
+    rules = _rules_of(out)
+    train, validation = (open_source(dataset, split, text_field=text_field, rules=rules) for split in _SPLITS)
     fingerprints = train.fingerprint, validation.fingerprint
-    job = Job(dataset, text_field, documents, tokenizer.name, tokenizer.fingerprint, *fingerprints)
+    job = Job(dataset, text_field, documents, tokenizer.name, tokenizer.fingerprint, *fingerprints, reading_rules=rules)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
@@ -108,6 +109,13 @@ def prepare(
     except OSError as error:
         raise DataError(f"cannot write to {error.filename or out}: {error.strerror or error}") from error
     return manifest
+
+
+def _rules_of(out: Path) -> int:
+    """The rules for files and splits with which a preparation began, READING_RULES for a new one."""
+    if is_prepared(out):
+        return read_manifest(out).job.reading_rules
+    return _read_job(out).reading_rules if (out / JOB).is_file() else READING_RULES
 
 
 def _tasks(train: Source, validation: Source) -> list[_Task]:

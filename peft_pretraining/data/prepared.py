@@ -52,6 +52,7 @@ class Job:
     train_fingerprint: str  # of the source's files
     validation_fingerprint: str
     format: int = FORMAT_VERSION
+    reading_rules: int = 1  # for files and splits; preparations of the first rules did not record them
 
 
 @dataclass(frozen=True)

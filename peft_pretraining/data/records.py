@@ -17,13 +17,18 @@ from typing import IO, Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from peft_pretraining.config.files import encoding_problem
 from peft_pretraining.data import DataError, first_line
+from peft_pretraining.data.files import content_problem
 from peft_pretraining.data.network import ZstdStream, open_network_file
 from peft_pretraining.data.prepared import TokenFile, TokenRecord, damaged
 from peft_pretraining.data.source import HELD_OUT_ONE_IN, RetryPolicy, Shard, Source, refuse_if_offline
 
 UNREADABLE_FILE = "unreadable_file"
 _BUFFER_BYTES = 2**18
+_HEAD_BYTES = 4096
+_ARROW_FILE = b"ARROW1"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Longer records, such as an endless line of a file of another kind, are skipped and never held in memory.
 MAX_RECORD_BYTES = 2**28
 MAX_EXAMPLES = 3  # bad records that are described in full
@@ -164,7 +169,7 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
         try:
             content = json.loads(content)
         except UnicodeDecodeError as error:
-            return BadRecord("invalid_unicode", str(error))
+            return _not_utf8(error)
         except (ValueError, RecursionError) as error:
             return BadRecord("malformed_json", first_line(error))
         if not isinstance(content, dict):
@@ -173,11 +178,11 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
             present = ", ".join(sorted(map(repr, content))[:20]) or "none"
             return BadRecord("missing_text", f"no field {text_field!r}; the fields are {present}; see --text_field")
         content = content[text_field]
-    elif shard.format == "text":
+    elif isinstance(content, bytes):  # a block of a text file, or a binary column
         try:
             content = content.decode("utf-8")
         except UnicodeDecodeError as error:
-            return BadRecord("invalid_unicode", str(error))
+            return _not_utf8(error)
     if not isinstance(content, str):
         kind = "missing_text" if content is None else "text_not_string"
         return BadRecord(kind, f"{text_field!r} is {_kind(content)}, not a text")
@@ -186,6 +191,10 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
     except UnicodeEncodeError as error:  # half of a surrogate pair, as "\ud83d" in JSON
         return BadRecord("invalid_unicode", str(error))
     return content
+
+
+def _not_utf8(error: UnicodeDecodeError) -> BadRecord:
+    return BadRecord("invalid_unicode", f"{error}; text must be UTF-8, convert it with iconv")
 
 
 def _prepared_ids(content: TokenRecord, record: RawRecord, shard: Shard, source: Source) -> np.ndarray | BadRecord | None:
@@ -216,8 +225,10 @@ def _kind(value: object) -> str:
         type(None): "null",
         bool: "true or false",
         str: "a text",
+        int: "a number",
+        float: "a number",
     }
-    return names.get(type(value), "a number")
+    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 def check_source(source: Source) -> None:
@@ -337,11 +348,14 @@ def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawR
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(_open_binary(shard.url, source.retry))
-            if shard.format == "parquet":
-                records = _parquet_rows(file, shard, source.text_field, start)
+            if shard.format in ("parquet", "arrow"):
+                read_rows = _parquet_rows if shard.format == "parquet" else _arrow_rows
+                records = read_rows(file, shard, source.text_field, start)
             else:
+                # Not so for rows: their reader begins at the end of the file, and looking at its beginning costs a request.
+                _refuse_other_content(file, shard, source)
                 split = _json_lines if shard.format == "json" else _text_blocks
-                records = split(stack.enter_context(_decompressed(file, shard)), shard)
+                records = split(stack.enter_context(_decompressed(file, shard)), shard, source.rules)
             for record in records:
                 if record.number >= start:
                     yield record
@@ -350,6 +364,13 @@ def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawR
         yield RawRecord(number + 1, line + 1, BadRecord("unreadable_rest", first_line(error)))
     except OSError as error:
         yield RawRecord(number + 1, line + 1, BadRecord(UNREADABLE_FILE, error.strerror or first_line(error)))
+
+
+def _refuse_other_content(file: IO[bytes], shard: Shard, source: Source) -> None:
+    """Raises DataError if a file's first bytes show that it is something else, such as a git-lfs pointer."""
+    head = cast(io.BufferedReader, file).peek(_HEAD_BYTES)[:_HEAD_BYTES]
+    if source.rules > 1 and (problem := content_problem(head, shard)) is not None:
+        raise DataError(f"{shard.url} {problem}")
 
 
 class _DamagedFile(Exception):
@@ -396,31 +417,44 @@ def _oversized() -> BadRecord:
     return BadRecord("oversized", f"longer than {MAX_RECORD_BYTES:,} bytes")
 
 
-def _json_lines(stream: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
+def _json_lines(stream: IO[bytes], shard: Shard, rules: int) -> Iterator[RawRecord]:
     index = 0
     for number, line in enumerate(_lines(stream), start=1):
         if line is None:
             yield RawRecord(index, number, _oversized())
             index += 1
-        elif stripped := line.strip():
+        # A line of nothing but a byte order mark was a bad record by the first rules.
+        elif stripped := (line.removeprefix(_BYTE_ORDER_MARK) if rules > 1 else line).strip():
             if index == 0:
+                _refuse_encoding(line, shard, rules)
                 _refuse_json_array(stripped, shard)
             yield RawRecord(index, number, stripped)
             index += 1
 
 
+def _refuse_encoding(first_line: bytes, shard: Shard, rules: int) -> None:
+    """Refuses UTF-16 and UTF-32 where the file's first bytes did not show it, as in a .zst file."""
+    if rules > 1 and (problem := encoding_problem(first_line)) is not None:
+        raise DataError(f"{shard.url} {problem}")
+
+
 def _refuse_json_array(first_line: bytes, shard: Shard) -> None:
-    start = first_line.removeprefix(b"\xef\xbb\xbf")
+    start = first_line.removeprefix(_BYTE_ORDER_MARK)
     if start == b"[" or start.startswith((b"[{", b"[ {")):
         raise DataError(f"{shard.url} holds a JSON array, not one object per line; convert it to .jsonl")
 
 
-def _text_blocks(stream: IO[bytes], shard: Shard) -> Iterator[RawRecord]:
-    """Documents of a text file: blocks of lines between blank ones."""
+def _text_blocks(stream: IO[bytes], shard: Shard, rules: int) -> Iterator[RawRecord]:
+    """Documents of a text file: blocks of lines between blank ones, without byte order marks and carriage returns."""
     index, first = 0, 1
     block: list[bytes] = []
     size = 0  # past the limit, the block's lines are counted and no longer kept
     for number, line in enumerate(_lines(stream), start=1):
+        if line is not None and rules > 1:
+            if number == 1:
+                _refuse_encoding(line, shard, rules)
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+            line = line[:-2] + b"\n" if line.endswith(b"\r\n") else line
         if line is None or line.strip():
             first = first if size else number
             size += MAX_RECORD_BYTES + 1 if line is None else len(line)
@@ -445,11 +479,7 @@ def _parquet_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) ->
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if text_field not in names:
-            raise DataError(
-                f"{shard.url}: no column {text_field!r}; the columns are {', '.join(map(repr, names))}; see --text_field"
-            )
+        _check_columns(table.schema_arrow.names, shard, text_field)
         index = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
@@ -461,4 +491,43 @@ def _parquet_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) ->
             else:
                 index += rows
     except pyarrow.ArrowInvalid as error:
+        _refuse_pointer(file, shard)
         raise _DamagedFile(first_line(error)) from error
+
+
+def _arrow_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) -> Iterator[RawRecord]:
+    """Rows of an Arrow stream, as Dataset.save_to_disk writes it, or of an Arrow file."""
+    import pyarrow
+
+    try:
+        if file.read(len(_ARROW_FILE)) == _ARROW_FILE:
+            table = pyarrow.ipc.open_file(file)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+        else:
+            file.seek(0)
+            table = batches = pyarrow.ipc.open_stream(file)
+        _check_columns(table.schema.names, shard, text_field)
+        index = 0
+        for batch in batches:
+            if index + batch.num_rows > start:
+                for value in batch.column(table.schema.names.index(text_field)).to_pylist():
+                    if index >= start:
+                        yield RawRecord(index, index + 1, value)
+                    index += 1
+            else:
+                index += batch.num_rows
+    except pyarrow.ArrowInvalid as error:
+        _refuse_pointer(file, shard)
+        raise _DamagedFile(first_line(error)) from error
+
+
+def _check_columns(names: list[str], shard: Shard, text_field: str) -> None:
+    if text_field not in names:
+        raise DataError(f"{shard.url}: no column {text_field!r}; the columns are {', '.join(map(repr, names))}; see --text_field")
+
+
+def _refuse_pointer(file: IO[bytes], shard: Shard) -> None:
+    """Raises DataError if a file that could not be parsed is a git-lfs pointer."""
+    file.seek(0)
+    if (problem := content_problem(file.read(_HEAD_BYTES), shard)) is not None:
+        raise DataError(f"{shard.url} {problem}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from peft_pretraining.config.files import PathError, beginning, encoding_problem, expanded, lfs_problem, read_text
 from peft_pretraining.data import TokenizerError, causes, first_line
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ _AROUND_CUT = 200  # characters on either side, to check whether a cut changes t
 _TRIED_CUTS = 20
 _BLANK_INSIDE = re.compile(r"(?<=\S)[ \n](?=\S)")
 
+# Names of special tokens that end a document in published tokenizers.
+_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 Ids = Sequence[int] | np.ndarray
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # What a fingerprint compares besides the vocabulary: spaces, line breaks, digits, rare characters, special-looking text.
@@ -47,7 +51,10 @@ class Tokenizer:
         if not getattr(pretrained, "is_fast", False):
             raise TokenizerError(f"tokenizer {name!r} has no fast version (tokenizer.json); use one that has")
         if pretrained.eos_token_id is None:
-            raise TokenizerError(f"tokenizer {name!r} has no eos token; pretraining needs one to end documents")
+            raise TokenizerError(
+                f"tokenizer {name!r} has no eos token; pretraining needs one to end documents: put "
+                '{"eos_token": "THE TOKEN"} into tokenizer_config.json beside tokenizer.json'
+            )
         self.name = name
         self.eos_id: int = pretrained.eos_token_id
         self.pad_id: int = self.eos_id if pretrained.pad_token_id is None else pretrained.pad_token_id
@@ -159,20 +166,29 @@ def write_tokenizer(pretrained: Any, folder: str | Path) -> None:
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by hub name (`t5-base`), tokenizer folder, or SentencePiece `.model` file (or a folder with one).
+    """A tokenizer by hub name (`t5-base`), folder, tokenizer.json, or SentencePiece `.model` file (or a folder with one).
 
     Never runs code from the hub. Raises TokenizerError: nothing there, not readable, no network (at once when
     HF_HUB_OFFLINE is set and the tokenizer was never downloaded), no eos token.
     """
     name = str(name_or_path)
-    path = Path(name).expanduser()
+    try:
+        path = Path(expanded(name))
+    except PathError as error:
+        raise TokenizerError(f"tokenizer {name!r}: {error}") from None
     if path.is_dir():
         if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
             models = sorted(path.glob("*.model"))
             if len(models) != 1:
-                raise TokenizerError(f"no tokenizer in {name}: neither tokenizer.json nor one SentencePiece .model file")
+                files = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+                raise TokenizerError(
+                    f"no tokenizer in {name}: neither tokenizer.json nor one SentencePiece .model file; it holds {files}"
+                )
             return Tokenizer(_from_sentencepiece(models[0]), name)
         return Tokenizer(_from_folder(path), name)
+    if path.is_file() and path.suffix.lower() == ".json":
+        whole = path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").exists()
+        return Tokenizer(_from_folder(path.parent) if whole else _from_json(path), name)
     if path.is_file():
         return Tokenizer(_from_sentencepiece(path), name)
     if path.suffix in (".model", ".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -183,10 +199,54 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 def _from_folder(path: Path) -> Any:
     from transformers import AutoTokenizer
 
+    for file in (path / "tokenizer.json", path / "tokenizer_config.json"):
+        head = beginning(file)
+        problem = lfs_problem(head) or encoding_problem(head)
+        if problem is None and head.startswith(b"\xef\xbb\xbf"):
+            problem = "begins with a byte order mark, which the tokenizers library does not read; save it without"
+        if problem is not None:
+            raise TokenizerError(f"{file} {problem}")
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        pretrained = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes a parser raise
         raise TokenizerError(f"cannot load a tokenizer from {path}: {first_line(error)}") from error
+    return pretrained if (path / "tokenizer_config.json").exists() else _with_end_token(pretrained, path)
+
+
+def _from_json(path: Path) -> Any:
+    """A tokenizer.json of the tokenizers library, without a tokenizer_config.json."""
+    from tokenizers import Tokenizer as BackendTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} {error}") from None
+    try:
+        backend = BackendTokenizer.from_str(text)
+    except Exception as error:  # the tokenizers package has no other class
+        raise TokenizerError(
+            f"{path} is not a tokenizer.json of the tokenizers library ({first_line(error)}); give that file, a folder with it, "
+            "or a SentencePiece .model file"
+        ) from error
+    return _with_end_token(PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False), path)
+
+
+def _with_end_token(pretrained: Any, path: Path) -> Any:
+    """The tokenizer with an end token: tokenizer.json does not say which special token ends a document, its names do.
+
+    Raises TokenizerError: several of the special tokens have such a name.
+    """
+    special = {token.content for token in pretrained.added_tokens_decoder.values() if token.special}
+    ends = [name for name in _END_TOKENS if name in special]
+    if pretrained.eos_token_id is None and len(ends) > 1:
+        raise TokenizerError(
+            f'{path}: any of {", ".join(ends)} may end a document; put {{"eos_token": "{ends[0]}"}}, or another of them, into '
+            "tokenizer_config.json beside tokenizer.json"
+        )
+    if pretrained.eos_token_id is None and ends:
+        pretrained.eos_token = ends[0]
+    return pretrained
 
 
 def _from_hub(name: str) -> Any:
@@ -276,6 +336,15 @@ def _from_sentencepiece(path: Path) -> Any:
         raise TokenizerError(f"reading {path} needs the packages sentencepiece and protobuf ({error})") from error
     from transformers import PreTrainedTokenizerFast
 
+    head = beginning(path)
+    if (problem := lfs_problem(head)) is not None:
+        raise TokenizerError(f"{path} {problem}")
+    if _TIKTOKEN_LINE.match(head):
+        raise TokenizerError(
+            f"{path} is a tiktoken vocabulary (a piece in base64 and its rank on each line), not a SentencePiece model; give the "
+            "folder of the same model in transformers' layout, which has tokenizer.json, or convert it with "
+            "transformers.integrations.tiktoken.convert_tiktoken_to_fast"
+        )
     proto: Any = sentencepiece_format.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())

@@ -7,10 +7,11 @@ signal.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from peft_pretraining.distributed.world import LAUNCHED, stop_signals
+from peft_pretraining.distributed.world import LAUNCHED, World, stop_signals
 
 # Seconds that processes have to save after a signal (torchrun's default: 30), and a new address store at each restart, because in
 # a reused one processes can read addresses of the previous start.
@@ -30,6 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException:  # the processes have ended, and have told how
         return 1
     return 0
+
+
+def torchrun_ignores_nohup(world: World) -> str | None:
+    """Returns a notice if torchrun was started by nohup and handles SIGHUP all the same; None otherwise.
+
+    The shell names the command that it started in the variable `_`. torchrun's handler hides from its processes that SIGHUP was
+    ignored.
+    """
+    by_nohup = os.path.basename(os.environ.get("_", "")) == "nohup" and "TORCHELASTIC_RUN_ID" in os.environ
+    if not by_nohup or not world.is_main or signal.SIGHUP not in stop_signals():
+        return None
+    return (
+        "torchrun handles SIGHUP even under nohup: a closed terminal stops the run, which saves; to train on, start torchrun "
+        "with --signals-to-handle SIGTERM,SIGINT,SIGQUIT,SIGUSR1, or start a recipe in scripts/"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.checkpoint.step_folder import CheckpointError, is_checkpoint, list_checkpoints
 from peft_pretraining.config.arguments import DTYPES, Arguments, arguments_of_record
 from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.data.source import READING_RULES, recorded_rules
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.methods import METHODS
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 class Loaded:
     """A model in eval mode on its device, its tokenizer, and the arguments of its run.
 
-    tokenizer: None if the folder has none. args: None for an export, which does not record them.
+    tokenizer: None if the folder has none. args: None for an export, which does not record them. rules: for files and splits.
     """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer | None
     args: Arguments | None
+    rules: int = READING_RULES
 
     @property
     def dtype(self) -> str:
@@ -54,7 +56,7 @@ def load_for_inference(path: Path, device: torch.device, dtype: str | None = Non
     model, tokenizer, record = load_model(path, device)
     if dtype is not None:
         torch.nn.Module.to(model, torch_dtype(dtype))
-    return Loaded(model, tokenizer, arguments_of_record(record["arguments"]))
+    return Loaded(model, tokenizer, arguments_of_record(record["arguments"]), recorded_rules(record))
 
 
 def holds_export(path: Path) -> bool:

@@ -28,7 +28,15 @@ from peft_pretraining.plan.plan import Plan, format_plan, make_plan
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.record.wandb_run import wandb_settings
 from peft_pretraining.run.build import Data, build_data, build_module, build_updates
-from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder, prepare_record, run_document
+from peft_pretraining.run.folder import (
+    RunFolder,
+    changed_reading,
+    check_same_data,
+    open_run_folder,
+    prepare_record,
+    reading_rules,
+    run_document,
+)
 from peft_pretraining.run.resume import RunParts, finished_state, refuse_if_finished, restore_data, restore_run, run_content
 from peft_pretraining.training.evaluate import EvalResult, NothingToEvaluate, evaluate
 from peft_pretraining.training.restarts import Restarts
@@ -79,7 +87,9 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         return None
     if folder.warm_start and folder.checkpoint is not None:
         refuse_if_finished(folder.checkpoint, plan)
-    data = build_data(args, plan, world, device)
+    data = build_data(args, plan, world, device, reading_rules(folder.checkpoint, args))
+    if world.is_main and (change := changed_reading(args, data.source)) is not None:
+        print(f"notice: {change}", file=sys.stderr)
     if folder.checkpoint is not None:
         check_same_data(folder.checkpoint, args, data.source)
         restore_data(folder.checkpoint, data.loader)

@@ -16,7 +16,7 @@ from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import lr_ratios, undecayed_groups
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.records import OnBadRecord
-from peft_pretraining.data.source import Source, open_source
+from peft_pretraining.data.source import READING_RULES, Source, open_source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
@@ -52,16 +52,21 @@ class Data:
     eval_set: EvalSet
 
 
-def build_data(args: Arguments, plan: Plan, world: World, device: torch.device) -> Data:
+def build_data(args: Arguments, plan: Plan, world: World, device: torch.device, rules: int = READING_RULES) -> Data:
     """Opens the data and the tokenizer and checks that they fit the model.
+
+    rules: READING_RULES, or those with which the run began in an earlier version.
 
     Raises:
         DataError, TokenizerError: the data or the tokenizer cannot be opened.
         ConfigError: the tokenizer produces ids outside the model's vocabulary.
     """
-    source = open_source(args.dataset, "train", text_field=args.text_field)
+    source = open_source(args.dataset, "train", text_field=args.text_field, rules=rules)
     held_out = open_source(
-        args.eval_dataset or args.dataset, "validation", text_field=args.text_field, hold_out=args.eval_dataset is None
+        *(args.eval_dataset or args.dataset, "validation"),
+        text_field=args.text_field,
+        hold_out=args.eval_dataset is None,
+        rules=rules,
     )
     # Prepared data contains its tokenizer, used only for the run's folder and for bits per byte.
     tokenizer = load_tokenizer(args.tokenizer or source.default_tokenizer)

@@ -21,7 +21,9 @@ import torch
 
 from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, as_dict
-from peft_pretraining.data.source import DataOrder, Source
+from peft_pretraining.config.files import PathError, expanded
+from peft_pretraining.data import DataError
+from peft_pretraining.data.source import READING_RULES, DataOrder, Source, open_source, recorded_rules
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
@@ -276,6 +278,33 @@ def check_same_data(path: Path, args: Arguments, source: Source) -> None:
         )
 
 
+def reading_rules(path: Path | None, args: Arguments) -> int:
+    """Returns the rules for files and splits with which the checkpoint's run began; today's without one.
+
+    Also today's where --allow_changes names the data set: that is how an old run comes to read the files that today's rules
+    choose. Raises CheckpointError.
+    """
+    if path is None or "dataset" in allowed_changes(args):
+        return READING_RULES
+    return recorded_rules(checkpoint.read_json(path / "run.json"))
+
+
+def changed_reading(args: Arguments, source: Source) -> str | None:
+    """What to say of a run that goes on with the files and splits of an earlier version's rules; None where nothing differs."""
+    if source.rules == READING_RULES:
+        return None
+    try:
+        today = open_source(args.dataset, "train", text_field=args.text_field)
+    except DataError as error:
+        return f"this run goes on with the rules for files and splits with which it began; today's would refuse it: {error}"
+    if replace(today, rules=source.rules).fingerprint == source.fingerprint:
+        return None
+    return (
+        "this run goes on with the rules for files and splits with which it began (docs/data.md); a new run would read "
+        f"{today.describe()}; to go on so: --allow_changes dataset"
+    )
+
+
 def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan) -> None:
     """Prints a notice if package versions, processes, threads or hardware changed, so that results are not bit-identical."""
     names = ("torch", "transformers", "bitsandbytes", "torchao", "triton")
@@ -306,7 +335,12 @@ def run_document(
         "wandb_id": folder.wandb_id,
         "continued_from": None if folder.checkpoint is None else str(folder.checkpoint),
         "warm_up": folder.warm_up,
-        "dataset": {"description": source.describe(), "fingerprint": source.fingerprint, "order": order},
+        "dataset": {
+            "description": source.describe(),
+            "fingerprint": source.fingerprint,
+            "order": order,
+            "reading_rules": source.rules,
+        },
         "versions": versions(),
         "git_commit": _git_commit(),
         "world": {
@@ -364,7 +398,7 @@ def _git_commit() -> str | None:
 _RESOLVED = ("data_lanes", "total_batch_size", "dtype", "eval_tokens")
 # Compared by content instead of path: by `differing_shape`, and by the data's fingerprint.
 _BY_CONTENT = ("model_config", "dataset")
-_PATHS = ("warmed_up_model", "eval_dataset")
+_PATHS = ("warmed_up_model", "eval_dataset", "tokenizer")
 # These affect evaluations only, not the trained model.
 EVALUATION_FLAGS = ("eval_dataset", "eval_tokens")
 
@@ -388,8 +422,13 @@ def differing_arguments(
 
 
 def _same_place(one: Any, other: Any) -> bool:
-    """Tells whether two paths name the same file or folder."""
-    return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+    """Whether two paths lead to the same place; a path may contain ~ and variables that are not set here."""
+    if not isinstance(one, str) or not isinstance(other, str):
+        return False
+    try:
+        return Path(expanded(one)).resolve() == Path(expanded(other)).resolve()
+    except PathError:
+        return one == other
 
 
 def differing_shape(plan: Mapping[str, Any], new_plan: Plan) -> dict[str, tuple[Any, Any]]:

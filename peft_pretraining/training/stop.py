@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from peft_pretraining.distributed.world import World, stop_signals
+from peft_pretraining.distributed.world import stop_signals
 
 MARKER_FILE = "stopped.json"
 # A closed terminal signals a process more than once, and torchrun forwards signals: those within this time are one request.
@@ -109,18 +109,3 @@ class StopRequest:
         if self._speaks:
             with contextlib.suppress(OSError):
                 os.write(_STDERR, f"\n{text}\n".encode())
-
-
-def torchrun_ignores_nohup(world: World) -> str | None:
-    """Returns a notice if torchrun was started by nohup and handles SIGHUP all the same; None otherwise.
-
-    The shell names the command that it started in the variable `_`. torchrun's handler hides from its processes that SIGHUP was
-    ignored.
-    """
-    by_nohup = os.path.basename(os.environ.get("_", "")) == "nohup" and "TORCHELASTIC_RUN_ID" in os.environ
-    if not by_nohup or not world.is_main or signal.SIGHUP not in stop_signals():
-        return None
-    return (
-        "torchrun handles SIGHUP even under nohup: a closed terminal stops the run, which saves; to train on, start torchrun "
-        "with --signals-to-handle SIGTERM,SIGINT,SIGQUIT,SIGUSR1, or start a recipe in scripts/"
-    )

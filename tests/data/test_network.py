@@ -255,3 +255,18 @@ def test_a_missing_network_is_reported_after_a_few_attempts(monkeypatch):
     monkeypatch.setattr(network._Attempts, "_contact_made", False)
     with pytest.raises(DataError, match=r"no answer after 4 tries .*use --dataset demo or a local folder"):
         read_all(source)
+
+
+def test_http_data_comes_through_the_proxy_of_the_environment(monkeypatch):
+    """The name of the server is known to the proxy only; listing, fetching and reading all ask it."""
+    proxy = Server(ranges=True)
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy.url)
+    try:
+        source = open_source("http://server.invalid/corpus/a-proxied.jsonl.gz", "validation", hold_out=False)
+        source = dataclasses.replace(source, retry=FAST)
+        read = [document_text(record, source.shards[0], "text") for record in read_records(source.shards[0], source)]
+    finally:
+        proxy.close()
+    assert read == DOCUMENTS

@@ -180,3 +180,38 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "ä"}).encode() + b"\n")
     assert [text for _, text in read(path)] == ["ä"]
+
+
+@pytest.mark.parametrize("pack", [lambda content: content, gzip.compress, zstandard.compress])
+def test_text_from_windows_is_the_same_text(tmp_path, pack):
+    """Byte order mark and carriage returns are not part of the documents, however the file is compressed."""
+    text = "\ufeff" + "\n\n".join(f"{document}\nsecond line" for document in DOCUMENTS[:9]) + "\n \n\ufefflast\n"
+    suffix = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(pack, "")
+    path = tmp_path / f"x.txt{suffix}"
+    path.write_bytes(pack(text.replace("\n", "\r\n").encode()))
+    assert [document for _, document in read(path)] == [f"{document}\nsecond line" for document in DOCUMENTS[:9]] + ["last"]
+    assert read(path, rules=1)[0][1] == f"\ufeff{DOCUMENTS[0]}\r\nsecond line"  # what earlier runs were trained on
+
+
+def test_json_with_a_byte_order_mark_and_carriage_returns(tmp_path):
+    for content in (b"\xef\xbb\xbf" + json_lines(DOCUMENTS[:3]), b"\xef\xbb\xbf\r\n" + json_lines(DOCUMENTS[:3])):
+        (tmp_path / "x.jsonl").write_bytes(content.replace(b"\n", b"\r\n"))
+        assert [document for _, document in read(tmp_path / "x.jsonl")] == DOCUMENTS[:3]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.zst", "x.txt.zst"])
+def test_utf_16_inside_zstd_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(zstandard.compress(json_lines(DOCUMENTS[:3]).decode().encode("utf-16")))
+    with pytest.raises(DataError, match="is UTF-16 text, not UTF-8"):
+        check_source(open_source(str(tmp_path), "train"))
+
+
+def test_binary_columns_that_are_utf_8_are_text_and_others_are_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values = ["naïve".encode(), b"caf\xe9", None]
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind)}), tmp_path / "x.parquet")
+        first, second, third = (document for _, document in read(tmp_path / "x.parquet"))
+        assert first == "naïve"
+        assert (second.kind, third.kind) == ("invalid_unicode", "missing_text")
+        assert "must be UTF-8" in second.detail

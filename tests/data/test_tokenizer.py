@@ -247,3 +247,62 @@ def test_a_tokenizer_that_cannot_spell_its_own_symbols_is_refused():
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(TokenizerError, match=r"the text '\[END\]' of a document into a control symbol"):
         Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", unk_token="[UNK]"), "words")
+
+
+def byte_level(*special: str):
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = BackendTokenizer(models.BPE({piece: index for index, piece in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in special])
+    return backend
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"])
+def test_a_tokenizer_json_alone_is_a_tokenizer_and_so_is_its_path(tmp_path, end):
+    backend = byte_level("<|start|>", end, "<|user|>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    folder, file = load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer.json")
+    assert folder.fingerprint == file.fingerprint
+    assert folder.eos_id == file.eos_id == backend.token_to_id(end)
+    (tmp_path / "own.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "tokenizer.json").read_bytes())
+    assert load_tokenizer(tmp_path / "own.json").fingerprint == file.fingerprint
+    file.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == file.fingerprint
+    assert load_tokenizer(tmp_path / "saved" / "tokenizer.json").fingerprint == file.fingerprint
+
+
+def test_a_tokenizer_json_that_does_not_tell_its_end_token_is_refused_with_the_way_out(tmp_path):
+    for special, said in (((), "has no eos token"), (("</s>", "<|endoftext|>"), "any of <|endoftext|>, </s> may end a document")):
+        byte_level(*special).save(str(tmp_path / "tokenizer.json"))
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            with pytest.raises(TokenizerError) as caught:
+                load_tokenizer(path)
+            assert said in str(caught.value)
+            assert "tokenizer_config.json" in str(caught.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 499723\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.model", POINTER, "is a git-lfs pointer, not the file of 499,723 bytes"),
+        ("tokenizer.json", POINTER, "is a git-lfs pointer"),
+        ("tokenizer_config.json", POINTER, "is a git-lfs pointer"),
+        ("tokenizer.model", "IQ== 0\nIg== 1\nIw== 2\n", "is a tiktoken vocabulary"),
+        ("tekken.json", '{"config": {}, "vocab": []}', "tekken.json"),
+        ("tokenizer.json", "\ufeff{}", "begins with a byte order mark"),
+    ],
+)
+def test_a_tokenizer_file_of_another_kind_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(tmp_path)
+    assert said in str(caught.value)
+    if name.endswith(".model") or name == "tekken.json":
+        with pytest.raises(TokenizerError):
+            load_tokenizer(tmp_path / name)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from peft_pretraining.distributed.launch import torchrun_ignores_nohup
 from peft_pretraining.distributed.world import World, lasting_output
-from peft_pretraining.training.stop import Stopped, StopRequest, torchrun_ignores_nohup
+from peft_pretraining.training.stop import Stopped, StopRequest
 
 
 class Clock:

@@ -142,6 +142,7 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
     from peft_pretraining.checkpoint.step_folder import write_json
     from peft_pretraining.commands.analysis.decompose import check_rank, target_linears
     from peft_pretraining.commands.analysis.study import ROWS, make_rows
+    from peft_pretraining.data.source import READING_RULES, recorded_rules
     from peft_pretraining.distributed.world import World
     from peft_pretraining.export.load import load_model
     from peft_pretraining.model.loss import TokenLoss
@@ -153,7 +154,7 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
     values = study_arguments(args, folder, record)
     check_rank(target_linears(model), values.rank)
     plan = make_plan(values, World(), values.dtype, device.type)
-    data = build_data(values, plan, World(), device)
+    data = build_data(values, plan, World(), device, READING_RULES if args.dataset else recorded_rules(record))
     settings = study_settings(values, folder, plan, data.source.fingerprint, args.steps)
     rows = rows_of(args.out, settings)
     if args.out is not None:

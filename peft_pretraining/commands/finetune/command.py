@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peft_pretraining.checkpoint.new_folder import folder_problem, new_folder
 from peft_pretraining.commands.finetune.tasks import TASKS
+from peft_pretraining.config.files import expanded
 from peft_pretraining.config.supports import SUPPORTS
 from peft_pretraining.distributed.world import World
 
@@ -114,6 +115,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, evaluates after each epoch and writes the folder. Raises ValueError or OSError, naming all refused values."""
+    args.model = expanded(args.model)
     refused = problems(args)
     if refused:
         raise ValueError("\n  ".join(refused))

@@ -141,7 +141,8 @@ def make_trainer(
 def _clip(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
     """Clips gradients by their global L2 norm as pretraining does; replaces the library's norm, which is inexact on a CPU."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    total = l2_norm(gradient_norms(gradients, World()))
+    # A non-finite loss has no backward pass, and so no gradients.
+    total = l2_norm(gradient_norms(gradients, World())) if gradients else torch.zeros(())
     clip_(gradients, total, max_norm)
     return total
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_pretraining.config.files import read_text
 from peft_pretraining.export.shards import INDEX, SINGLE
 from peft_pretraining.methods import METHODS
 
@@ -217,7 +218,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise PublishedError(f"{path}: cannot be read ({error}); copy it again") from None
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from typing import Any
 from peft_pretraining.commands.sweep.warm_up import WARM_UP, disagreements, unusable_warm_up, warm_up_flags
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.files import PathError, expanded, read_mapping
 from peft_pretraining.config.flag import suggestion
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import Plan, make_plan
@@ -47,7 +48,34 @@ def load_sweep(path: Path) -> SweepFile:
     `search`, a list of rounds, chooses among the settings of each entry; an entry's own `search` replaces the file's.
     Raises ConfigError with all problems, each naming the file, the setting and what to write instead.
     """
-    values = _read(path)
+    try:
+        values = read_mapping(path)
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from None
+    _check_keys(path, values)
+    problems: list[str] = []
+    folder, base, seeds, settings = (values.get(key) for key in _KEYS[:4])
+    rounds = _rounds(path, values.get("search"), problems)
+    entries = [
+        Entry(
+            tuple(_combinations(path, base or {}, {name: entry[name] for name in entry if name != "search"}, problems)),
+            _rounds(path, entry["search"], problems) if "search" in entry else rounds,
+        )
+        for entry in settings or ()
+    ]
+    _raise(problems)
+    processes = values.get("nproc_per_node", 1)
+    file = SweepFile(path, Path(expanded(str(folder))), processes, tuple(seeds or ()), tuple(entries))
+    candidates = [entry.settings for entry in entries]
+    # Every run that could be made is checked before the first one starts.
+    for number in range(file.num_rounds):
+        file.search_round(number, candidates)
+    file.final_runs(candidates)
+    return file
+
+
+def _check_keys(path: Path, values: Mapping[Any, Any]) -> None:
+    """Raises ConfigError with all problems of the file's keys and of their values' types."""
     problems = [
         f"{path}: unknown key {key!r}{suggestion(str(key), _KEYS)}; known keys: {', '.join(_KEYS)}"
         for key in values
@@ -57,6 +85,11 @@ def load_sweep(path: Path) -> SweepFile:
     processes = values.get("nproc_per_node", 1)
     if not isinstance(folder, str) or not folder:
         problems.append(f"{path}: folder {folder!r}: name the folder of the runs, e.g. runs/my-sweep")
+    else:
+        try:
+            expanded(folder)
+        except PathError as error:
+            problems.append(f"{path}: folder {folder}: {error}")
     if not _is_seeds(seeds):
         problems.append(f"{path}: seeds {seeds!r}: must be a list of different whole numbers, e.g. [42, 1, 2]")
     if not isinstance(settings, list) or not settings or not all(isinstance(entry, dict) for entry in settings):
@@ -67,24 +100,7 @@ def load_sweep(path: Path) -> SweepFile:
         problems.append(f"{path}: base: must map the flags of all runs to values, e.g. {{lr: 0.001}}")
     if type(processes) is not int or processes < 1:
         problems.append(f"{path}: nproc_per_node {processes!r}: must be a whole number of processes, at least 1")
-    if problems:
-        raise ConfigError(problems)
-    rounds = _rounds(path, values.get("search"), problems)
-    entries = [
-        Entry(
-            tuple(_combinations(path, base or {}, {name: entry[name] for name in entry if name != "search"}, problems)),
-            _rounds(path, entry["search"], problems) if "search" in entry else rounds,
-        )
-        for entry in settings or ()
-    ]
     _raise(problems)
-    file = SweepFile(path, Path(str(folder)), processes, tuple(seeds or ()), tuple(entries))
-    candidates = [entry.settings for entry in entries]
-    # Every run that could be made is checked before the first one starts.
-    for number in range(file.num_rounds):
-        file.search_round(number, candidates)
-    file.final_runs(candidates)
-    return file
 
 
 def compared(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -194,20 +210,6 @@ class SweepFile:
 def _raise(problems: Sequence[str]) -> None:
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: not valid YAML ({' '.join(str(error).split())})"]) from None
-    if not isinstance(values, dict):
-        raise ConfigError([f"{path}: must hold {', '.join(_KEYS)}, not a {type(values).__name__}"])
-    return values
 
 
 def _is_seeds(seeds: Any) -> bool:
