@@ -68,8 +68,9 @@ def tell_torchrun(message: str) -> None:
 
 def dry_run(args: Arguments, world: World) -> int:
     """Prints the plan and returns the exit code; reads no data and uses no network."""
-    from peft_pretraining.data import DataError
+    from peft_pretraining.data import DataError, TokenizerError
     from peft_pretraining.data.source import open_source, order_text
+    from peft_pretraining.data.tokenizer import tokenizer_path
     from peft_pretraining.distributed import device as devices
     from peft_pretraining.plan.advice import memory_problems
     from peft_pretraining.plan.plan import format_plan, make_plan
@@ -82,11 +83,13 @@ def dry_run(args: Arguments, world: World) -> int:
             memory = devices.planned_memory(args.device, args.memory, world)
             dtype = args.dtype or devices.default_dtype(memory.device_type)
         plan = make_plan(args, world, dtype, memory.device_type)
+        if args.tokenizer is not None:
+            tokenizer_path(args.tokenizer)
         source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
         order = order_text(source, source.data_order(args.packing, args.data_order))
         lines = [format_plan(plan, args, source.describe(), memory, order)]
         lines += [f"warning: {problem}" for problem in memory_problems(plan, args, memory)]
-    except (DataError, devices.DeviceError) as error:
+    except (DataError, TokenizerError, devices.DeviceError) as error:
         return fail(world, [str(error)], exit_code=2)
     if world.is_main:
         print("\n".join(lines))

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from peft_pretraining.config.files import lfs_reason
+
 MANIFEST = "manifest.json"
 _READ_BYTES = 2**22
 
@@ -93,7 +95,8 @@ def verify(folder: Path) -> None:
         if name not in sizes:
             raise DamagedError(f"{name} is missing")
         if sizes[name] != expected.num_bytes:
-            raise DamagedError(f"{name} has {sizes[name]:,} bytes instead of {expected.num_bytes:,}")
+            reason = f"has {sizes[name]:,} bytes instead of {expected.num_bytes:,}"
+            raise DamagedError(f"{name} {lfs_reason(folder / name, reason)}")
     for name in sizes:
         if name not in files and name != MANIFEST and not PurePosixPath(name).name.startswith("."):
             raise DamagedError(f"{name} is an unexpected file, not listed in {MANIFEST}; move it out of the folder")

@@ -82,12 +82,24 @@ def beginning(path: str | Path, num_bytes: int = 4096) -> bytes:
         return b""
 
 
+def lfs_reason(path: str | Path, otherwise: str) -> str:
+    """Returns why a file cannot be used: that it is a git-lfs pointer, if it is one; otherwise the given reason."""
+    return lfs_problem(beginning(path)) or otherwise
+
+
 def read_text(path: str | Path) -> str:
     """Returns the text of a UTF-8 file, its line ends as \\n and without a byte order mark.
 
-    Raises ValueError: another encoding, named where it can be told, or a git-lfs pointer. OSError: the file cannot be read.
+    Raises ValueError: see `decoded`. OSError: the file cannot be read.
     """
-    content = Path(path).read_bytes()
+    return decoded(Path(path).read_bytes())
+
+
+def decoded(content: bytes) -> str:
+    """Returns the text of a UTF-8 file's content, its line ends as \\n and without a byte order mark.
+
+    Raises ValueError: another encoding, named where it can be told, or a git-lfs pointer.
+    """
     if (problem := lfs_problem(content) or encoding_problem(content)) is not None:
         raise ValueError(problem)
     try:

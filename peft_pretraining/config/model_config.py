@@ -4,7 +4,6 @@ Accepts the published files (`max_sequence_length`, `pad_token_id: -1`) and thos
 `rope_parameters`, ...). One error lists all entries that would be ignored, misread or fail inside a library.
 """
 
-import codecs
 import difflib
 import json
 import logging
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from peft_pretraining.config.files import decoded
 
 HIDDEN_ACTS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "swish")
 # Defaults of transformers' LlamaConfig for absent keys, except where the published files differ.
@@ -112,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        raw = json.loads(_text(data), object_pairs_hook=collect)
+        raw = json.loads(decoded(data), object_pairs_hook=collect)
     except json.JSONDecodeError as error:
         raise ModelConfigError(
             f"model config {path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
@@ -124,19 +125,6 @@ def _read(path: Path) -> dict[str, Any]:
     if repeated:
         raise ModelConfigError(f"model config {path}: key(s) given more than once: {', '.join(repeated)}")
     return raw
-
-
-def _text(data: bytes) -> str:
-    """Decodes a file's content, with or without a byte order mark. Raises ValueError if it is not UTF-8."""
-    # A JSON text begins with two ASCII characters, so a zero among the first bytes is a wider encoding without a mark.
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        raise ValueError(
-            'is UTF-16 or UTF-32 text; save it as UTF-8 (an editor\'s "save with encoding", or iconv -f UTF-16 -t UTF-8)'
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _show(value: Any) -> str:

@@ -262,7 +262,7 @@ def check_source(source: Source) -> None:
     if of_other_split:
         raise DataError(
             f"dataset {source.dataset!r}: none of its {of_other_split} documents is in the {source.split} split, which is "
-            "chosen by a hash of the text if no file is named *validation*; give --eval_dataset, or more data"
+            "chosen by a hash of the text if no file is named *validation*; name one so, or give --eval_dataset or more data"
         )
     raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
 

@@ -171,11 +171,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Never runs code from the hub. Raises TokenizerError: nothing there, not readable, no network (at once when
     HF_HUB_OFFLINE is set and the tokenizer was never downloaded), no eos token.
     """
-    name = str(name_or_path)
-    try:
-        path = Path(expanded(name))
-    except PathError as error:
-        raise TokenizerError(f"tokenizer {name!r}: {error}") from None
+    name, path = str(name_or_path), tokenizer_path(name_or_path)
     if path.is_dir():
         if not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
             models = sorted(path.glob("*.model"))
@@ -191,9 +187,23 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return Tokenizer(_from_folder(path.parent) if whole else _from_json(path), name)
     if path.is_file():
         return Tokenizer(_from_sentencepiece(path), name)
-    if path.suffix in (".model", ".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise TokenizerError(f"tokenizer {name!r} not found: no such file or folder")
     return Tokenizer(_from_hub(name), name)
+
+
+def tokenizer_path(name_or_path: str | Path) -> Path:
+    """Returns the path that a tokenizer's name stands for, which does not exist if it is a name on the hub.
+
+    Raises TokenizerError: it cannot be a name on the hub, and there is no such file or folder.
+    """
+    name = str(name_or_path)
+    try:
+        path = Path(expanded(name))
+    except PathError as error:
+        raise TokenizerError(f"tokenizer {name!r}: {error}") from None
+    local = path.suffix in (".model", ".json") or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local and not path.exists():
+        raise TokenizerError(f"tokenizer {name!r} not found: no such file or folder")
+    return path
 
 
 def _from_folder(path: Path) -> Any:

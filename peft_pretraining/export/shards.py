@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_pretraining.config.files import lfs_reason
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -83,7 +85,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                     with torch.no_grad():
                         tensors[name].copy_(opened.get_tensor(name))
         except (SafetensorError, OSError) as error:
-            raise ExportError(f"{file}: cannot be read ({error})") from None
+            raise ExportError(f"{file}: {lfs_reason(file, f'cannot be read ({error})')}") from None
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise ExportError(f"{folder} does not fit its own configuration: {'; '.join(problems[:5])}{more}")
@@ -101,7 +103,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     except FileNotFoundError:
         raise ExportError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{folder}: its weights cannot be read ({error})") from None
+        file = single if single.exists() else index
+        raise ExportError(f"{file}: {lfs_reason(file, f'the weights cannot be read ({error})')}") from None
     return files
 
 

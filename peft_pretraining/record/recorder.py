@@ -12,7 +12,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import local
 from peft_pretraining.optim.updates import HasState
-from peft_pretraining.record.summary import METRICS_FILE, old_record, read_metrics, read_record, read_stop, status, summary
+from peft_pretraining.record.summary import METRICS_FILE, keep_record, read_metrics, read_record, read_stop, status, summary
 from peft_pretraining.record.wandb_run import finish_wandb, log_row, one_line, send_missing, start_wandb
 from peft_pretraining.training.evaluate import EvalResult
 from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
@@ -132,7 +131,7 @@ class Recorder:
             return
         if earlier.problem is not None:
             path = run_folder / METRICS_FILE
-            old = shutil.copyfile(path, old_record(path))
+            old = keep_record(path)
             print(f"notice: {run_folder}: {earlier.problem}; the file as it was is kept as {old.name}", file=sys.stderr)
         self._rewrite(rows)
         self._file = _Lines(run_folder / METRICS_FILE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +74,13 @@ def old_record(path: Path) -> Path:
     while (old := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
         number += 1
     return old
+
+
+def keep_record(path: Path) -> Path:
+    """Copies metrics.jsonl to the name that `old_record` gives, unless an equal copy exists; returns the copy. Raises OSError."""
+    copies = path.parent.glob(f"{path.stem}.old-*{path.suffix}")
+    equal = next((copy for copy in copies if filecmp.cmp(path, copy, shallow=False)), None)
+    return equal or shutil.copyfile(path, old_record(path))
 
 
 def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -133,6 +133,9 @@ def open_wandb(
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    # wandb refuses to start where the variable has a value that it does not know, such as OFFLINE, whatever mode is given.
+    if "WANDB_MODE" in os.environ:
+        os.environ["WANDB_MODE"] = mode
     limits: dict[str, Any] = {"login_timeout": _WANDB_TIMEOUT_S}
     limits |= {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _WANDB_TIMEOUT_S}
     # Without a limit the end of the run would wait for a lost network.

@@ -27,7 +27,7 @@ from peft_pretraining.data.source import READING_RULES, DataOrder, Source, open_
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
-from peft_pretraining.record.summary import METRICS_FILE, old_record
+from peft_pretraining.record.summary import METRICS_FILE, keep_record, old_record
 from peft_pretraining.run.resume import belongs_to, finished_state, train_state
 from peft_pretraining.training.stop import MARKER_FILE
 
@@ -157,7 +157,7 @@ def prepare_record(folder: RunFolder) -> None:
     record = folder.path / METRICS_FILE
     if folder.checkpoint is not None and folder.resumes_in_place:
         if _move_later_checkpoints(folder.path, folder.checkpoint) and record.is_file():
-            shutil.copyfile(record, old_record(record))
+            keep_record(record)
         return
     if record.exists():
         old = record.rename(old_record(record))

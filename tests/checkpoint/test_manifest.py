@@ -52,6 +52,14 @@ def test_a_truncated_manifest_is_detected(folder, length):
         verify(folder)
 
 
+def test_a_git_lfs_pointer_is_named_as_such(folder):
+    size = len(FILES["tensors/__0_0.distcp"])
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize {size}\n"
+    (folder / "tensors" / "__0_0.distcp").write_text(pointer)
+    with pytest.raises(DamagedError, match=rf"^tensors/__0_0.distcp is a git-lfs pointer, not the file of {size:,} bytes"):
+        verify(folder)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "..", "", "c:\\x", "a\\..\\b", "a\0b"])
 def test_names_that_lead_outside_are_refused(folder, name):
     assert not stays_inside(name)

@@ -347,7 +347,7 @@ def test_a_file_that_is_not_a_json_object_is_refused(tmp_path: Path) -> None:
             load_model_config(path)
         assert all(word in str(raised.value) for word in [str(path), *words])
     path.write_bytes(b'{"name": "\xe9"}')
-    with pytest.raises(ModelConfigError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(ModelConfigError, match="is not UTF-8 text"):
         load_model_config(path)
 
 
@@ -355,7 +355,14 @@ def test_a_file_that_is_not_a_json_object_is_refused(tmp_path: Path) -> None:
 def test_a_file_in_another_encoding_is_named_as_such(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "model.json"
     path.write_text(json.dumps(GOOD), encoding=encoding)
-    with pytest.raises(ModelConfigError, match=r"model\.json: is UTF-16 or UTF-32 text; save it as UTF-8"):
+    with pytest.raises(ModelConfigError, match=r"model\.json: is UTF-(16|32) text, not UTF-8; convert it"):
+        load_model_config(path)
+
+
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 657\n")
+    with pytest.raises(ModelConfigError, match=r"model\.json: is a git-lfs pointer, not the file of 657 bytes .*git lfs pull"):
         load_model_config(path)
 
 

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_pretraining.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from peft_pretraining.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer, tokenizer_path
 
 SENTENCES = [
     f"The {noun} of number {i} was not in the {place}, naïve as it is." for i, (noun, place) in enumerate(
@@ -282,6 +282,13 @@ def test_a_tokenizer_json_that_does_not_tell_its_end_token_is_refused_with_the_w
                 load_tokenizer(path)
             assert said in str(caught.value)
             assert "tokenizer_config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./t.model", "t.json", "/no/such/folder", "a/b/c", "~/no_such_tokenizer"])
+def test_a_path_without_a_file_is_told_from_a_name_on_the_hub(name):
+    with pytest.raises(TokenizerError, match="not found: no such file or folder"):
+        tokenizer_path(name)
+    assert not tokenizer_path("some-owner/t5-like").exists()
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 499723\n"

@@ -165,4 +165,4 @@ def test_earlier_results_are_printed_if_a_later_model_fails(
     assert main(["evaluate", *flags]) == 2
     said = capsys.readouterr()
     assert str(forms[3]) in said.out
-    assert f"{forms[2]}: its weights cannot be read" in said.err
+    assert f"{weights}: the weights cannot be read" in said.err

@@ -248,6 +248,9 @@ def test_damaged_checkpoints_and_exports_are_named(trained: Trained, tmp_path: P
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ExportError, match=r"weights cannot be read"):
         load_factored(tmp_path / "factored")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + f"\nsize {len(whole)}\n")
+    with pytest.raises(ExportError, match=rf"{shards.SINGLE}: is a git-lfs pointer, not the file of {len(whole):,} bytes"):
+        load_factored(tmp_path / "factored")
     config = json.loads((tmp_path / "factored" / write.FACTORS_CONFIG).read_text())
     (tmp_path / "factored" / write.FACTORS_CONFIG).write_text(json.dumps(config | {"rank": 4}))
     weights.write_bytes(whole)

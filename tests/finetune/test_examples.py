@@ -105,6 +105,9 @@ def test_an_invalid_training_set_is_refused(tmp_path: Path, task: str | None, ta
         load_files(task, path, [path])
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 99\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -115,6 +118,7 @@ def test_an_invalid_training_set_is_refused(tmp_path: Path, task: str | None, ta
         ("a.json", '{"sentence": "a", "label": 0, "label": 1}', "not a table"),
         ("a.parquet", "PAR1", "not a table"),
         ("missing.json", None, "cannot be read"),
+        *((f"a.{kind}", POINTER, "a git-lfs pointer, not the file of 99 bytes") for kind in ("csv", "tsv", "json", "parquet")),
     ],
 )
 def test_an_invalid_table_is_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -123,6 +127,20 @@ def test_an_invalid_table_is_refused(tmp_path: Path, name: str, content: str | N
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         load_files("sst2", path, [path])
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_file_with_a_byte_order_mark_is_read_and_utf_16_is_named(tmp_path: Path, kind: str, encoding: str) -> None:
+    separator = {"csv": ",", "tsv": "\t"}.get(kind)
+    text = f"sentence{separator}label\na{separator}1\n" if separator else '{"sentence": "a", "label": 1}\n'
+    path = tmp_path / f"a.{kind}"
+    path.write_text(text, encoding=encoding)
+    if encoding == "utf-8-sig":
+        assert load_files("sst2", path, [path]).train.columns == (["a"],)
+    else:
+        with pytest.raises(DataError, match="is UTF-16 text, not UTF-8; convert it"):
+            load_files("sst2", path, [path])
 
 
 def test_a_file_with_only_a_header_has_no_rows(tmp_path: Path) -> None:

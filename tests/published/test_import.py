@@ -340,6 +340,7 @@ def with_entry(index: torch.Tensor, place: int, value: int) -> torch.Tensor:
     return changed
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 99\n"
 COUNT = int(0.1 * 32 * 32)
 WRONG: list[tuple[Callable[[Path], object], list[str], str]] = [
     (lambda folder: (folder / "pytorch_model.bin").unlink(), [], "holds neither model.safetensors nor pytorch_model.bin"),
@@ -348,6 +349,7 @@ WRONG: list[tuple[Callable[[Path], object], list[str], str]] = [
     (truncate("pytorch_model.bin"), [], "damaged, or not a file of torch.save; copy it again"),
     (truncate("optimizer.pt"), [], "or move the file away to import the weights alone"),
     (text("model.safetensors", "x" * 100), [], "model.safetensors: cannot be read"),
+    *((text(file, POINTER), [], f"{file}: is a git-lfs pointer") for file in ("model.safetensors", "pytorch_model.bin")),
     (text("splora_config.json", "{"), [], "splora_config.json: cannot be read"),
     (text("relora_config.json", "{}"), [], "has both splora_config.json and relora_config.json"),
     (text("config.json", "[]"), [], "must hold one JSON object"),

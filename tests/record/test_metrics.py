@@ -13,7 +13,7 @@ import types
 import pytest
 
 from peft_pretraining.record.recorder import Recorder, Throughput, _Lines
-from peft_pretraining.record.summary import METRICS_FILE, read_metrics
+from peft_pretraining.record.summary import METRICS_FILE, keep_record, read_metrics
 from peft_pretraining.record.wandb_run import _has_wandb_key
 from peft_pretraining.training.evaluate import EvalResult
 
@@ -109,6 +109,17 @@ def test_a_damaged_line_costs_itself_and_no_later_line(tmp_path, capsys, line):
     recorder(tmp_path, start_step=5).close()
     assert "damaged" not in capsys.readouterr().err
     assert not (tmp_path / "metrics.old-2.jsonl").exists()
+
+
+def test_an_old_record_is_kept_once(tmp_path):
+    """A resume that sets later checkpoints aside keeps the record, and so does one that finds a damaged line in it."""
+    write_steps(tmp_path, [1, 2, 3])
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(path.read_bytes() + b"damaged\n")
+    kept = keep_record(path)
+    recorder(tmp_path, start_step=2).close()
+    assert [kept] == sorted(tmp_path.glob("*.old-*"))
+    assert keep_record(path).name == "metrics.old-2.jsonl"
 
 
 def test_a_record_saved_by_another_editor_is_read_whole(tmp_path, capsys):

@@ -278,6 +278,16 @@ def test_the_mode_follows_the_environment_unless_a_flag_is_given(monkeypatch, ca
     assert bool(said) == bool(words)
 
 
+@pytest.mark.parametrize("value", ["loud", "OFFLINE"])
+def test_wandb_starts_under_a_mode_that_its_library_does_not_know(tmp_path, monkeypatch, capsys, value):
+    monkeypatch.setenv("WANDB_MODE", value)
+    run = start_wandb(tmp_path, {"mode": "auto", **wandb_settings(DOCUMENT, tmp_path)})
+    said = capsys.readouterr().err
+    assert run is not None, said
+    run.finish()
+    assert "warning" not in said
+
+
 def test_the_published_programs_keys_stand_beside_the_record(tmp_path):
     """So that saved views, filters and groups of their users work; nothing that was nested before is gone."""
     config = wandb_config(DOCUMENT)

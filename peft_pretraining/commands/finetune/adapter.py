@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from peft_pretraining.config.files import lfs_reason
 from sparse_lora import SLTrainConfig, reparameterize
 from sparse_lora.adapted import adapter_state
 
@@ -47,7 +48,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> SLTrainConfig:
             config = SLTrainConfig(**json.loads((file.metadata() or {})[_CONFIG_KEY]))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not an adapter file ({error})") from None
+        raise ValueError(f"{path}: {lfs_reason(path, f'not an adapter file ({error})')}") from None
     reparameterize(model, config)
     differing = set(state) ^ set(adapter_state(model))
     try:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.commands.finetune.tasks import TASKS, Task, task_of
+from peft_pretraining.config.files import beginning, encoding_problem, lfs_problem
 from peft_pretraining.data import DataError, first_line
 from peft_pretraining.data.tokenizer import hub_problem
 
 HUB_NAME = "nyu-mll/glue"
+_TEXT = (".json", ".jsonl", ".csv", ".tsv")
 _FILES = ".json or .jsonl (a line for each example), .csv, .tsv, .parquet"
 
 
@@ -82,7 +84,9 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     import pyarrow.json
     import pyarrow.parquet
 
-    kind = path.suffix.lower()
+    kind, head = path.suffix.lower(), beginning(path)
+    if (problem := lfs_problem(head) or (encoding_problem(head) if kind in _TEXT else None)) is not None:
+        raise DataError(f"{path}: {problem}")
     try:
         if kind in (".csv", ".tsv"):
             # Text columns stay text where a value looks like a number or a date.

@@ -14,6 +14,7 @@ from peft_pretraining.checkpoint.step_folder import is_checkpoint, list_checkpoi
 from peft_pretraining.commands.finetune.adapter import ADAPTER_FILE, save_adapter
 from peft_pretraining.commands.finetune.examples import Dataset
 from peft_pretraining.commands.finetune.tasks import Task
+from peft_pretraining.config.files import beginning, lfs_problem
 from peft_pretraining.data import TokenizerError, first_line
 from peft_pretraining.data.tokenizer import hub_problem, write_tokenizer
 from peft_pretraining.distributed.device import pick_device
@@ -129,6 +130,7 @@ def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tu
             output_loading_info=True,
         )
     except Exception as error:  # parsers raise many types for damaged files
+        _refuse_pointers(name)
         raise ValueError(
             f"--model {name}: cannot be loaded as a sequence classifier ({first_line(error)}); give a folder that "
             "save_pretrained or `export` wrote, or a model's name on the hub"
@@ -143,12 +145,20 @@ def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tu
     return model, tuple(head)
 
 
+def _refuse_pointers(name: str) -> None:
+    """Raises ValueError if the model is a folder and one of its files is a git-lfs pointer."""
+    for file in sorted(Path(name).glob("*")):
+        if (problem := lfs_problem(beginning(file))) is not None:
+            raise ValueError(f"--model {name}: {file.name} {problem}")
+
+
 def _load_tokenizer(name: str, local: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     except Exception as error:
+        _refuse_pointers(name)
         raise TokenizerError(
             f"--model {name}: its tokenizer cannot be loaded ({first_line(error)}); put it into the model's folder"
         ) from error

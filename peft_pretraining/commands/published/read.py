@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_pretraining.config.files import read_text
+from peft_pretraining.config.files import lfs_reason, read_text
 from peft_pretraining.export.shards import INDEX, SINGLE
 from peft_pretraining.methods import METHODS
 
@@ -102,9 +102,8 @@ def load_pickle(path: Path) -> Any:
                 f"and save its tensors with safetensors.torch.save_file as {SINGLE}"
             ) from None
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise PublishedError(
-            f"{path}: cannot be read ({type(error).__name__}: {reason}); damaged, or not a file of torch.save; copy it again"
-        ) from None
+        reason = f"cannot be read ({type(error).__name__}: {reason}); damaged, or not a file of torch.save; copy it again"
+        raise PublishedError(f"{path}: {lfs_reason(path, reason)}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -131,7 +130,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
-            raise PublishedError(f"{file}: cannot be read ({error}), damaged; copy it again") from None
+            reason = lfs_reason(file, f"cannot be read ({error}), damaged; copy it again")
+            raise PublishedError(f"{file}: {reason}") from None
     loaded = load_pickle(file)
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
