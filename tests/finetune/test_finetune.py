@@ -19,6 +19,8 @@ from small_task import HIDDEN, INNER, LAYERS, rows, write_json, write_model
 from peft_pretraining.__main__ import main
 from peft_pretraining.commands.finetune import trainer
 from peft_pretraining.commands.finetune.adapter import ADAPTER_FILE, load_adapter
+from peft_pretraining.commands.finetune.model import _load_model
+from peft_pretraining.commands.finetune.tasks import TASKS
 from peft_pretraining.distributed.world import World
 from sparse_lora import adapter_parameters, merge
 
@@ -443,3 +445,13 @@ def test_a_non_finite_loss_ends_fine_tuning(
 ) -> None:
     monkeypatch.setattr(transformers.Trainer, "training_step", lambda *_: torch.tensor(float("nan")))
     assert "the loss is nan; lower --lr" in refused(flags(here, "none", data="few"), capsys)
+
+
+def test_git_lfs_pointers_among_a_models_files_and_as_an_adapter_are_named(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 99\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"model\.safetensors is a git-lfs pointer, not the file of 99 bytes"):
+        _load_model(str(tmp_path), TASKS["sst2"], local=True)
+    with pytest.raises(ValueError, match=r"model\.safetensors: is a git-lfs pointer"):
+        load_adapter(torch.nn.Linear(2, 2), tmp_path / "model.safetensors")
