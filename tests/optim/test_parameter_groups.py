@@ -161,3 +161,19 @@ def test_the_plan_says_when_all_moments_are_reset(tiny_run):
     assert "--beta1 has no effect with --optimizer muon: its momentum is --muon_momentum" in text(
         "--optimizer", "muon", "--beta1", "0.9"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--lr 0.004", "--lr 0.004: "),
+        ("--lr 0.004 --matrix_lr 0.001", None),
+        ("--lr 0.001 --matrix_lr 0.004", "--matrix_lr 0.004: "),
+        ("--lr 0.004 --optimizer spectron", None),
+    ],
+)
+def test_the_factors_rate_is_the_one_that_is_warned_about(tiny_run, flags, warned):
+    args = parse_args([*flags_of("sltrain", tiny_run), "--rank", "8", "--lora_alpha", "8", *flags.split()])
+    warnings = [line for line in make_plan(args, World()).warnings if "stalled" in line]
+    assert len(warnings) == (warned is not None)
+    assert all(warned in line for line in warnings)
