@@ -369,6 +369,8 @@ def read_records(shard: Shard, source: Source, start: int = 0) -> Generator[RawR
 def _refuse_other_content(file: IO[bytes], shard: Shard, source: Source) -> None:
     """Raises DataError if a file's first bytes show that it is something else, such as a git-lfs pointer."""
     head = cast(io.BufferedReader, file).peek(_HEAD_BYTES)[:_HEAD_BYTES]
+    if shard.compression is None and _begins_an_object(head):
+        return
     if source.rules > 1 and (problem := content_problem(head, shard)) is not None:
         raise DataError(f"{shard.url} {problem}")
 
@@ -434,8 +436,13 @@ def _json_lines(stream: IO[bytes], shard: Shard, rules: int) -> Iterator[RawReco
 
 def _refuse_encoding(first_line: bytes, shard: Shard, rules: int) -> None:
     """Refuses UTF-16 and UTF-32 where the file's first bytes did not show it, as in a .zst file."""
-    if rules > 1 and (problem := encoding_problem(first_line)) is not None:
+    if rules > 1 and not _begins_an_object(first_line) and (problem := encoding_problem(first_line)) is not None:
         raise DataError(f"{shard.url} {problem}")
+
+
+def _begins_an_object(head: bytes) -> bool:
+    """Whether these are the first bytes of a JSON object in UTF-8, as they nearly always are; no closer look is needed then."""
+    return head.startswith(b"{") and 0 not in head[:4]
 
 
 def _refuse_json_array(first_line: bytes, shard: Shard) -> None:
