@@ -144,8 +144,8 @@ def _check_full_rank(path: Path, before: dict[str, Any]) -> None:
         )
 
 
-def _is_full_rank(method: str) -> bool:
-    return method in METHODS and METHODS[method].full_rank
+def _is_full_rank(method: Any) -> bool:
+    return isinstance(method, str) and method in METHODS and METHODS[method].full_rank
 
 
 def prepare_record(folder: RunFolder) -> None:

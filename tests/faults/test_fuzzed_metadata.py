@@ -125,6 +125,16 @@ def test_changed_json_values_with_valid_checksums_are_accepted_or_refused(case, 
     check(case)
 
 
+def test_a_list_in_place_of_any_recorded_argument_is_accepted_or_refused(case):
+    """Lists cannot be looked up in tables of names."""
+    document = json.loads((case.restored() / "run.json").read_text())
+    for name in document["arguments"]:
+        (case.restored() / "run.json").write_text(json.dumps(changed(document, ("arguments", name), [])))
+        reseal(case.checkpoint)
+        with contextlib.suppress(*REFUSED):
+            case.resume()
+
+
 @limited
 @given(
     name=st.sampled_from(["state.json", "run.json", "config.json", "manifest.json", "tensors/.metadata"]),
