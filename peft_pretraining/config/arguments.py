@@ -54,6 +54,20 @@ def _without_adam(args: Any) -> str | None:
     return None if OPTIMIZERS[args.optimizer].has_adam else f"with --optimizer {args.optimizer}: it is not of the Adam family"
 
 
+def _without_beta1(args: Any) -> str | None:
+    optimizer = OPTIMIZERS[args.optimizer]
+    if optimizer.uses_beta1:
+        return None
+    kept = "its momentum is --muon_momentum" if optimizer.matrix_bytes is not None else "the Adam family keeps 0.9"
+    return f"with --optimizer {args.optimizer}: {kept}"
+
+
+def _without_moments(args: Any) -> str | None:
+    if OPTIMIZERS[args.optimizer].keeps_moments(args.beta1):
+        return None
+    return f"with --optimizer {args.optimizer} without --beta1: it keeps no moments"
+
+
 def _without_momentum(args: Any) -> str | None:
     used = OPTIMIZERS[args.optimizer].matrix_bytes is not None
     return None if used else f"with --optimizer {args.optimizer}: it belongs to muon and spectron"
@@ -350,22 +364,29 @@ class OptimizationArguments:
         never(warm_start=True, choices=tuple(OPTIMIZERS), synonyms="optim optimizer_type"),
     )
     lr: float = flag(
-        1e-4, "peak learning rate", if_allowed(warm_start=True, above=0, synonyms="learning_rate max_lr peak_lr base_lr")
+        1e-4,
+        "peak learning rate",
+        if_allowed(warm_start=True, above=0, synonyms="learning_rate max_lr peak_lr base_lr adam_lr adamw_lr"),
     )
     embedding_lr: float | None = flag(
         None,
         "peak learning rate of the token embedding (default: --lr); of the output head too where they are tied",
-        if_allowed(warm_start=True, above=0, added_later=True),
+        if_allowed(warm_start=True, above=0, added_later=True, synonyms="emb_lr embed_lr embeddings_lr lr_embedding"),
     )
     head_lr: float | None = flag(
         None,
         "peak learning rate of the output head (default: --lr)",
-        if_allowed(warm_start=True, above=0, added_later=True, synonyms="lm_head_lr unembedding_lr"),
+        if_allowed(warm_start=True, above=0, added_later=True, synonyms="lm_head_lr unembedding_lr lr_head"),
     )
     matrix_lr: float | None = flag(
         None,
         "peak learning rate of the attention and MLP linears: dense weights, or factors (default: --lr)",
-        if_allowed(warm_start=True, above=0, added_later=True, synonyms="hidden_lr muon_lr"),
+        if_allowed(
+            warm_start=True,
+            above=0,
+            added_later=True,
+            synonyms="hidden_lr linear_lr factor_lr lora_lr muon_lr spectron_lr lr_matrix",
+        ),
     )
     sparse_lr: float | None = flag(
         None,
@@ -397,9 +418,7 @@ class OptimizationArguments:
             warm_start=True,
             minimum=0,
             below=1,
-            no_effect=lambda args: (
-                None if OPTIMIZERS[args.optimizer].uses_beta1 else f"with --optimizer {args.optimizer}: the Adam family keeps 0.9"
-            ),
+            no_effect=_without_beta1,
             synonyms="momentum adam_beta1",
         ),
     )
@@ -411,7 +430,14 @@ class OptimizationArguments:
     reset_moments_every: int | None = flag(
         None,
         "update steps between resets of all moments to zero (default: 1000 with stable_spam, else none; 0: never)",
-        if_allowed(warm_start=True, unit="updates", minimum=0, added_later=True),
+        if_allowed(
+            warm_start=True,
+            unit="updates",
+            minimum=0,
+            added_later=True,
+            no_effect=_without_moments,
+            synonyms="reset_every reset_interval",
+        ),
     )
     beta2: float = flag(
         0.999,

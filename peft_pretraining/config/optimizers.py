@@ -177,6 +177,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
         step_count_bytes=4,
         not_shardable="it needs the norm and the largest entry of whole gradients, of which a process has a part",
         reset_every=1000,
+        # Absolute values, a mask, factors in float32 and in the gradient's dtype.
+        scratch_per_element=9,
+        scratch_per_element_cuda=9,
     ),
     "muon": _orthogonal(_muon, smaller="muon8bit"),
     "muon8bit": _orthogonal(_muon8bit, shared_bytes=_CODE_BOOK_BYTES),

@@ -279,11 +279,11 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
     optimizer = OPTIMIZERS[setting.optimizer]
     on_gpu = setting.device_type == "cuda"
     per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
-    if optimizer.matrix_bytes is not None:
-        return _orthogonal_scratch(setting)
     if optimizer.steps_whole:
         return per_element * largest
     rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding and setting.dtype == "bfloat16" else 0
+    if optimizer.matrix_bytes is not None:
+        return max(_orthogonal_scratch(setting), rounding * min(largest, _SLICE_ELEMENTS))
     return (per_element + rounding) * min(largest, _SLICE_ELEMENTS)
 
 

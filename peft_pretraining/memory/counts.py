@@ -197,14 +197,8 @@ def static_bytes(
 
     Gradients are counted for all trained parameters, as between the backward pass and the optimizer's step.
     """
-    whole = tensor_groups(
-        cfg,
-        method=method,
-        rank=counts.rank,
-        sparsity=counts.sparsity,
-        train_scaling=counts.train_scaling,
-        support=counts.support,
-    )
+    choice: dict[str, Any] = {name: getattr(counts, name) for name in ("rank", "sparsity", "train_scaling", "support")}
+    whole = tensor_groups(cfg, method=method, **choice)
     groups = [replace(g, shape=first_part(g.shape, parts)) for g in whole]
     width, kind = _element_bytes(dtype), _optimizer(optimizer)
     trained = [g for g in groups if g.trained]
@@ -214,14 +208,12 @@ def static_bytes(
         if g.projected:
             left, right, stepped = subspace_shapes(g.shape, counts.rank, proj_type)
             states += g.count * width * sum(math.prod(side) for side in (left, right) if side is not None)
-        if kind.matrix_bytes is not None and _is_matrix(g):
-            states += g.count * kind.matrix_bytes(stepped, width, beta1, bits)
-            quantised |= math.prod(stepped) >= BNB_MIN_ELEMENTS
-            continue
-        states += g.count * kind.state_bytes(stepped, width, beta1, bits)
-        if stochastic_rounding and not g.projected:
+        of_matrix = kind.matrix_bytes if _is_matrix(g) else None
+        states += g.count * (of_matrix or kind.state_bytes)(stepped, width, beta1, bits)
+        if stochastic_rounding and of_matrix is None and not g.projected:
             states -= kind.step_count_bytes * g.count
-        quantised |= kind.matrix_bytes is None and math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
+        # Muon and Spectron quantise the momentum of matrices only.
+        quantised |= of_matrix is kind.matrix_bytes and math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
     if quantised:
         states += kind.shared_bytes
     return {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.methods.method import Method, Restart, TensorGroup, factor_groups, moments_notices
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ class LowRank(Method):
                 "a restart; lower --restart_every, or leave it out"
             )
         scale = math.tanh(1.0) if args.train_scaling else args.lora_alpha / args.rank
-        if scale > _STALLING_SCALE and args.lr >= _STALLING_LR:
+        flag = "lr" if args.matrix_lr is None else "matrix_lr"
+        rate = getattr(args, flag)
+        # Spectron's step of the product is the same whatever the scale is.
+        if scale > _STALLING_SCALE and rate >= _STALLING_LR and not OPTIMIZERS[args.optimizer].steps_pairs:
             scale_text = (
                 "tanh(1) of --train_scaling" if args.train_scaling else f"alpha / rank = {args.lora_alpha:g} / {args.rank}"
             )
             lines.append(
-                f"{scale_text} = {scale:.2g} with --lr {args.lr:g}: scales above {_STALLING_SCALE} with --lr {_STALLING_LR} or "
-                "more have stalled at a high loss; lower --lora_alpha or --lr"
+                f"{scale_text} = {scale:.2g} with --{flag} {rate:g}: scales above {_STALLING_SCALE} with --{flag} "
+                f"{_STALLING_LR} or more have stalled at a high loss; lower --lora_alpha or --{flag}"
             )
         return lines
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from peft_pretraining.optim.slices import SLICE_ELEMENTS
 from peft_pretraining.optim.updates import PreparesStates, l2_norm
 
 
@@ -68,10 +69,11 @@ class StableSpam(Combined):
     def prepare_states(self) -> None:
         """Creates the states now instead of in the first step, where the Adam supports it."""
         super().prepare_states()
-        for state in self.state.values():
-            if state:
-                device = next(value.device for value in state.values() if isinstance(value, torch.Tensor))
-                state.update({"conditioning": torch.zeros(3, device=device), "num_conditioned": 0})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # A state that is empty is for the Adam to create.
+                if state := self.state[parameter]:
+                    state.update({"conditioning": torch.zeros(3, device=parameter.device), "num_conditioned": 0})
 
     def _condition_(self, gradient: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """Conditions a gradient in place; returns the new entries of its state."""
@@ -85,7 +87,9 @@ class StableSpam(Combined):
         limit = maximum / (1 - self.MAXIMUM_DECAY**number)
         # Published: entries above the limit are scaled by limit / largest, all others stay.
         scale = torch.where(largest > limit, limit / largest, torch.ones_like(limit))
-        gradient.mul_(torch.where(gradient.abs() > limit, scale, torch.ones_like(scale)).to(gradient.dtype))
+        # By slices of rows, so that no temporary has the gradient's size.
+        for part in gradient.split(max(1, SLICE_ELEMENTS * len(gradient) // gradient.numel())):
+            part.mul_(torch.where(part.abs() > limit, scale, torch.ones_like(scale)).to(part.dtype))
         norm = l2_norm(gradient)
         mean = averages[1] * mean_decay + norm * (1 - mean_decay)
         square = averages[2] * square_decay + norm.square() * (1 - square_decay)

@@ -263,15 +263,19 @@ def _torchao(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
 
 # Prefixes of the keys that a reset leaves alone: code books, which are constants, and Stable-SPAM's averages of gradients.
 _KEPT = ("qmap", "conditioning", "num_conditioned")
+# What belongs to the parameter's values or to its gradients: Spectron's vector, and GaLore's projections with their count.
+_NO_MOMENTS = ("power_vector", "projection", "num_updates")
 
 
-def reset_moments_(state: dict[str, Any]) -> None:
+def reset_moments_(state: dict[str, Any], replaced: bool = True) -> None:
     """Resets a parameter's optimizer state, in place, to its state before the first step.
 
     Every optimizer here starts from zeros, in codes and scales too. Step counts are reset, so bias correction starts again.
+    replaced: whether the parameter has new values; if not, what is no moment stays.
     """
+    kept = _KEPT if replaced else (*_KEPT, *_NO_MOMENTS)
     for key, value in state.items():
-        if key.startswith(_KEPT):
+        if key.startswith(kept):
             continue
         if isinstance(value, torch.Tensor):
             value.zero_()

@@ -255,6 +255,12 @@ def _warnings(args: Arguments, world: World, model: ModelConfig) -> list[str]:
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is no other process to share with")
     lines += METHODS[args.peft_model].warnings(args, model)
+    resets = args.reset_moments_every
+    if resets and args.max_train_tokens is None and resets >= args.num_training_steps:
+        lines.append(
+            f"--reset_moments_every {resets} with --num_training_steps {args.num_training_steps}: the run ends before a reset; "
+            "lower it, or leave it out"
+        )
     if (
         args.data_lanes is None
         and default_lanes(args.dataset) == 24

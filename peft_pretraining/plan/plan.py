@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir
+from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir, reset_interval
 from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, linear_shapes, rope_warnings
 from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, lr_ratios, undecayed_groups
 from peft_pretraining.data.source import original_dataset
@@ -16,7 +16,7 @@ from peft_pretraining.memory.account import CLASSES, account
 from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting, memory_setting
-from peft_pretraining.methods import METHODS
+from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.plan.checks import _larger_than_dense, _slow_save, _warnings, check, schedule_arguments
 from peft_pretraining.plan.schedule import LearningRates
 
@@ -102,7 +102,12 @@ def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
     settings = {"lr": args.lr, **schedule_arguments(args, plan.num_training_steps)}
     tokens_per_update = None if plan.max_train_tokens is None else plan.tokens_per_update
     restart = METHODS[args.peft_model].restart(args)
-    return LearningRates(settings, tokens_per_update, restart.every if restart else None, lr_ratios(args))
+    return LearningRates(settings, tokens_per_update, restart.every if restart else None, _own_ratios(args))
+
+
+def _own_ratios(args: Arguments) -> dict[str, float]:
+    """The ratios of lr_ratios, of the groups that this method's model has."""
+    return {group: ratio for group, ratio in lr_ratios(args).items() if has_effect(f"{group}_lr", args.peft_model)}
 
 
 def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: DeviceMemory | None, order: str = "") -> str:
@@ -135,7 +140,8 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         ),
         (
             "optimizer",
-            f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}",
+            f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}"
+            f"{_reset_text(args)}",
         ),
         *(("", text) for text in (_rates_text(args), _decay_text(args)) if text),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
@@ -157,10 +163,15 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
 
 
 def _rates_text(args: Arguments) -> str:
-    """Peak learning rates of the parameter groups that have their own, e.g. "embedding lr 0.004, matrix lr 0.001"."""
-    rates = {group: getattr(args, f"{group}_lr") for group in PARAMETER_GROUPS}
-    text = ", ".join(f"{group} {rate:g}" for group, rate in rates.items() if rate is not None)
+    """Peak learning rates of the parameter groups that have their own, e.g. "peak lr of embedding 0.004, matrix 0.001"."""
+    text = ", ".join(f"{group} {getattr(args, f'{group}_lr'):g}" for group in _own_ratios(args))
     return f"peak lr of {text}" if text else ""
+
+
+def _reset_text(args: Arguments) -> str:
+    """The resets of all moments, if there are any."""
+    every = reset_interval(args)
+    return f"; all moments set to zero every {every:,} updates" if every else ""
 
 
 def _decay_text(args: Arguments) -> str:

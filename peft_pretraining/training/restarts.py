@@ -50,7 +50,7 @@ class Restarts:
         resets = bool(self._reset_every and update_step and update_step % self._reset_every == 0)
         if resets:
             for name in self._updates.stepped:
-                reset_moments_(self._state_of(name))
+                reset_moments_(self._state_of(name), replaced=False)
         restart = self._restart
         if restart is None or update_step == 0 or update_step % restart.every:
             return resets

@@ -61,6 +61,15 @@ def test_kernels_of_a_gpu_need_a_table_of_block_starts():
     assert more_than_on_a_cpu(support="block", linear_path="factored") == 0
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "stable_spam", "muon", "muon8bit", "spectron", "spectron8bit"])
+def test_stochastic_rounding_costs_its_temporaries_with_every_optimizer(optimizer):
+    """Random bits and a float32 copy of a slice of 2M elements: the embedding has more elements than that."""
+    plain = account(setting("60m", rank=128, optimizer=optimizer, embedding_bits=None))
+    rounding = account(setting("60m", rank=128, optimizer=optimizer, embedding_bits=None, stochastic_rounding=True))
+    assert rounding["scratch"] >= 36 * 2**21
+    assert rounding["scratch"] >= plain["scratch"]
+
+
 def test_a_save_in_the_background_costs_a_copy_of_the_state():
     """On a GPU the copy is in host memory."""
     for device_type, copies in (("cpu", 1), ("cuda", 0)):

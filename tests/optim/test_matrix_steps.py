@@ -6,9 +6,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.combined import StableSpam
 from peft_pretraining.optim.orthogonal import orthogonalised, pairs_of_factors, scale_of_shape
 from peft_pretraining.optim.state import reset_moments_
 from peft_pretraining.optim.updates import PerLayerUpdate, WholeUpdate
@@ -245,3 +247,31 @@ def test_eight_bit_momentum_is_near_the_plain_one(name):
         ends.append(torch.cat([p.detach().flatten() for p in parameters.values()]))
     assert not torch.equal(*ends)
     assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 0.05
+
+
+def test_stable_spam_makes_no_temporary_of_a_gradients_size(monkeypatch):
+    parameter = nn.Parameter(torch.ones(16, 4))
+    optimizer = StableSpam(torch.optim.SGD([parameter], lr=0.0))
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (list, tuple)) else [result]:
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
+                ):
+                    made.append(tensor.numel())
+            return result
+
+    ends = []
+    for slice_elements in (1000, 8):
+        monkeypatch.setattr("peft_pretraining.optim.combined.SLICE_ELEMENTS", slice_elements)
+        gradient = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+        made.clear()
+        with torch.no_grad(), Watch():
+            optimizer._condition_(gradient, {"conditioning": torch.full((3,), 0.001), "num_conditioned": 5})
+        ends.append((gradient, max(made)))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert [size for _, size in ends] == [64, 8]

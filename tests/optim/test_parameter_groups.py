@@ -13,7 +13,8 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, group_of
 from peft_pretraining.distributed.world import World
-from peft_pretraining.plan.plan import format_plan, make_plan
+from peft_pretraining.plan.checks import notices
+from peft_pretraining.plan.plan import format_plan, learning_rates, make_plan
 from peft_pretraining.record.summary import read_metrics
 from peft_pretraining.run.build import build_module, build_updates
 
@@ -137,3 +138,42 @@ def test_the_plan_says_what_weight_decay_applies_to(tiny_run):
     assert "weight decay 0.1 on every parameter" in text("--weight_decay", "0.1")
     without = text("--weight_decay", "0.1", "--decay_norms", "false", "--decay_embedding", "false")
     assert "weight decay 0.1 except on embedding, output head, norms and biases" in without
+
+
+def test_a_rate_that_has_no_effect_is_neither_planned_nor_logged(tiny_run):
+    args = parse_args([*flags_of("full", tiny_run), "--sparse_lr", "0.1", "--head_lr", "0.2"])
+    plan = make_plan(args, World())
+    assert "peak lr of head 0.2\n" in format_plan(plan, args, "data", None)
+    assert learning_rates(args, plan).row(args.lr) == {"lr": args.lr, "lr/head": pytest.approx(0.2)}
+
+
+def test_the_plan_says_when_all_moments_are_reset(tiny_run):
+    def text(*flags: str) -> str:
+        args = parse_args([*flags_of("full", tiny_run), *flags])
+        return "\n".join([format_plan(make_plan(args, World()), args, "data", None), *notices(args)])
+
+    assert "moments" not in text("--optimizer", "adamw")
+    assert "all moments set to zero every 1,000 updates" in text("--optimizer", "stable_spam")
+    assert "all moments set to zero every 3 updates" in text("--optimizer", "muon", "--reset_moments_every", "3")
+    assert "--reset_moments_every 900 with --num_training_steps" in text("--reset_moments_every", "900")
+    assert "all moments" not in text("--optimizer", "stable_spam", "--reset_moments_every", "0")
+    assert "--reset_moments_every has no effect with --optimizer sgd" in text("--optimizer", "sgd", "--reset_moments_every", "3")
+    assert "--beta1 has no effect with --optimizer muon: its momentum is --muon_momentum" in text(
+        "--optimizer", "muon", "--beta1", "0.9"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--lr 0.004", "--lr 0.004: "),
+        ("--lr 0.004 --matrix_lr 0.001", None),
+        ("--lr 0.001 --matrix_lr 0.004", "--matrix_lr 0.004: "),
+        ("--lr 0.004 --optimizer spectron", None),
+    ],
+)
+def test_the_factors_rate_is_the_one_that_is_warned_about(tiny_run, flags, warned):
+    args = parse_args([*flags_of("sltrain", tiny_run), "--rank", "8", "--lora_alpha", "8", *flags.split()])
+    warnings = [line for line in make_plan(args, World()).warnings if "stalled" in line]
+    assert len(warnings) == (warned is not None)
+    assert all(warned in line for line in warnings)

@@ -243,14 +243,14 @@ def test_import_prints_what_it_did_and_the_command_to_continue(tmp_path: Path, c
     model = reference("sltrain")
     published = write(tmp_path / "published", model, trained_a_while(model, betas=(0.9, 0.95)), state=False)
     (tmp_path / "more.json").write_text(json.dumps({"lr": 0.001, "grad_clipping": 1.0, "seed": 5}))
-    more = ["--config", str(tmp_path / "more.json"), "--num_training_steps", "3", "--lr", "0.002"]
+    more = ["--config", str(tmp_path / "more.json"), "--num_training_steps", "3", "--lr", "0.002", "--beta2", "0.99"]
     capsys.readouterr()
     assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "a run"), *flags, *more]) == 0
     said, noted = capsys.readouterr()
     for line in (
         "updates made: 3",  # from optimizer.pt
         "tokens seen: not recorded in training_state.json; counted from 0",
-        "betas (0.9, 0.95): (0.9, 0.999) from now on",
+        "betas (0.9, 0.95): (0.9, 0.99) from now on",
         "lr 0.002 (published: 0.003)",
         "grad_clipping 1.0 (published: 0.0)",
         "no updates are left",

@@ -303,6 +303,35 @@ def test_a_reset_keeps_code_books():
     assert not state["absmax1"].any()
 
 
+def test_a_reset_of_all_moments_leaves_what_is_no_moment():
+    """The values of the parameters stay, so Spectron's vectors and GaLore's projections go on to belong to them."""
+    state = {"step": 5, "momentum_buffer": torch.ones(3, 2), "power_vector": torch.ones(3)}
+    state |= {"projection_left": torch.ones(3, 1), "num_updates": 5}
+    reset_moments_(state, replaced=False)
+    assert state["step"] == 0
+    assert not state["momentum_buffer"].any()
+    assert state["power_vector"].all()
+    assert state["projection_left"].all()
+    assert state["num_updates"] == 5
+
+
+def test_a_run_that_resets_all_moments_keeps_spectrons_vectors():
+    """Its first step after a reset would otherwise divide by norms that are too small."""
+    args = arguments(peft_model="relora", relora=1000, optimizer="spectron", reset_moments_every=3)
+    model = build(args)
+    updates = updates_of(model, "spectron")
+    train(model, updates)
+    states = [state for state in updates.optimizer.state.values() if "power_vector" in state]
+    before = [state["power_vector"].clone() for state in states]
+    assert Restarts(args, model, updates, World()).before_update(3)
+    assert states
+    for state, vector in zip(states, before, strict=True):
+        assert vector.any()
+        assert torch.equal(state["power_vector"], vector)
+        assert state["step"] == 0
+        assert not state["momentum_buffer"].any()
+
+
 @pytest.mark.parametrize("method", ["lowrank", "sltrain"])
 @pytest.mark.parametrize("train_scaling", [False, True])
 def test_rebalancing_leaves_the_function_and_balances_the_factors(method, train_scaling):

@@ -72,9 +72,9 @@ def other_betas(published: Published, args: Arguments) -> str | None:
     """A note if the published Adam had other betas than ours; else None."""
     groups = (published.optimizer or {}).get("optimizer", {}).get("param_groups") or [{}]
     betas = groups[0].get("betas") if isinstance(groups[0], dict) else None
-    if not OPTIMIZERS[args.optimizer].adam or betas is None or tuple(betas) == (0.9, 0.999):
+    if not OPTIMIZERS[args.optimizer].adam or betas is None or tuple(betas) == (0.9, args.beta2):
         return None
-    return f"betas {tuple(betas)}: (0.9, 0.999) from now on"
+    return f"betas {tuple(betas)}: (0.9, {args.beta2:g}) from now on (--beta2 chooses the second)"
 
 
 def _numbered_states(published: Published) -> tuple[list[int], dict[int, State]]:
