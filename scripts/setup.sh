@@ -53,7 +53,7 @@ resolved() {
     elif [ -e "$value" ] || compgen -G "$value" >/dev/null; then
         printf '%s' "${PWD%/}/$value"
     elif [ -e "$root/$value" ]; then
-        echo "notice: $1 $value: taken from the checkout, $root; there is none in $PWD" >&2
+        echo "notice: $1 $value: taken from the checkout, $root; $PWD has no such file or folder" >&2
         printf '%s' "$value"
     else
         case "$1" in

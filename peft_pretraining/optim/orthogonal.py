@@ -180,7 +180,7 @@ class Spectron(Muon):
 def _spectral_norm(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """Estimates a matrix's largest singular value by one power step; updates `vector` (rows,), near its left singular vector.
 
-    A zero vector means that there is none yet; the step then starts from equal entries. Nothing waits for the device.
+    A zero `vector` is not used: the power step then starts from a vector of equal entries. Nothing waits for the device.
     """
     start = torch.where(vector.any(), vector, torch.full_like(vector, len(vector) ** -0.5))
     columns = matrix.t() @ start.to(matrix.dtype)

@@ -246,7 +246,7 @@ class PerLayerUpdate:
         """Returns the result; all tensors with finite gradients have been stepped in the backward pass."""
         self._armed = False
         for unit in self._units:
-            # Those of a unit of which a parameter had no gradient.
+            # A unit is left incomplete if one of its parameters got no gradient.
             unit.free()
         return Outcome(l2_norm(self._norms), self._skipped.clone())
 

@@ -128,7 +128,8 @@ def open_wandb(
     """Opens the run in a mode of wandb's, and prints its address or its folder. Raises whatever wandb raises.
 
     settings: as for `start_wandb`. limit_s: how long the end may wait for the network; None waits until everything is sent.
-    earlier_starts_ended: no process writes wandb's files of this run any more, so that those cut short by a kill are mended.
+    earlier_starts_ended: True if no other process still writes wandb's files of this run; an incomplete record at the end of a
+    file, left by a kill, is then removed.
     """
     import wandb
 

@@ -245,7 +245,7 @@ def test_relative_paths_start_where_the_script_was_started(tmp_path):
     expected = [word for (flag, _), value in cases.items() for word in (flag, value)]
     assert words == [*expected, "--compile", f"--config={here}/own.json", "--name", "it's", "--dry_run"]
     assert notices.splitlines() == [
-        f"notice: --model_config configs/llama_9m.json: taken from the checkout, {ROOT}; there is none in {here}"
+        f"notice: --model_config configs/llama_9m.json: taken from the checkout, {ROOT}; {here} has no such file or folder"
     ]
     assert resolved(ROOT, *typed, "--save_dir", "runs/a") == ([*typed, "--save_dir", "runs/a"], "")
 
