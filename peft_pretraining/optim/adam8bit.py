@@ -9,7 +9,7 @@ import bitsandbytes.functional as kernels
 import torch
 
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS
-from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_, slices
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, rounding_noise, slices, store_, working_values
 
 # Code books (the values that codes stand for), filled by bitsandbytes and shared by all instances.
 _CODE_BOOKS: dict[str, torch.Tensor] = {}
@@ -56,16 +56,14 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
         assert p.grad is not None
         state, config = self.state[p], self.get_config(gindex, pindex, group)
         state["step"] += 1
-        values, grad = p.data.view(-1), p.grad.contiguous().view(-1)
-        rounding = self._rounding if p.dtype == torch.bfloat16 else None
-        noise = None if rounding is None else rounding.generator(self._names[p], state["step"], p.device)
-        size = SLICE_ELEMENTS if p.device.type == "cpu" or rounding is not None else p.numel()
+        grad = p.grad.contiguous().view(-1)
+        noise = rounding_noise(self._rounding, p, self._names[p], state["step"])
+        size = SLICE_ELEMENTS if p.device.type == "cpu" or noise is not None else p.numel()
         for part in slices(p.numel(), size):
+            values = working_values(p, part, noise)
             # The kernels require gradient and parameter to have the same dtype.
-            target = values[part] if noise is None else values[part].float()
-            _update_slice(state, config, part, target, grad[part].to(target.dtype))
-            if noise is not None:
-                round_stochastically_(values[part], target, noise)
+            _update_slice(state, config, part, values, grad[part].to(values.dtype))
+            store_(p, part, values, noise)
 
 
 def _update_slice(state: dict[str, Any], config: dict[str, Any], part: slice, values: torch.Tensor, grad: torch.Tensor) -> None:

@@ -15,8 +15,10 @@ from peft_pretraining.optim.slices import (
     SLICE_ELEMENTS,
     SMALLEST_SLICE,
     StochasticRounding,
-    round_stochastically_,
+    rounding_noise,
     slices,
+    store_,
+    working_values,
 )
 
 # bits -> (torchao's quantised moment, elements per float32 scale, elements per byte of codes)
@@ -79,19 +81,15 @@ class SlicedAdam(torch.optim.Optimizer):
         if not state:
             state.update(_new_state(parameter, bits))
         state["step"] += 1
-        noise = None
-        if self._rounding is not None and parameter.dtype == torch.bfloat16:
-            noise = self._rounding.generator(self._names[parameter], state["step"], parameter.device)
+        noise = rounding_noise(self._rounding, parameter, self._names[parameter], state["step"])
         hyperparameters = (*group["betas"], group["weight_decay"], group["eps"], self._decoupled, False)
         for part in _parts(parameter.numel(), quantised):
             moments = [_moment(state, number, part, quantised, bits) for number in (1, 2)]
-            values = parameter.view(-1)[part]
-            target = values if noise is None else values.float()
+            values = working_values(parameter, part, noise)
             # torchao's function takes step and learning rate as tensors; its sixth argument is AMSGrad's maximum.
             step, lr = torch.tensor(float(state["step"])), torch.tensor(group["lr"], dtype=torch.float32)
-            single_param_adam(target, grad[part], step, *moments, None, lr, *hyperparameters)
-            if noise is not None:
-                round_stochastically_(values, target, noise)
+            single_param_adam(values, grad[part], step, *moments, None, lr, *hyperparameters)
+            store_(parameter, part, values, noise)
 
 
 def quantised_elements(num_elements: int, bits: int | None) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_MIN_ELEMENTS
-from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, rounding_noise, slices, store_, working_values
 
 # Coefficients of the quintic Newton-Schulz iteration and its number of steps, as in torch.optim.Muon.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -128,17 +128,15 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, matrix: nn.Parameter, direction: torch.Tensor, rate: float | torch.Tensor, kept: float) -> None:
         """Sets matrix <- kept * matrix - rate * direction, in place; a rate that is a tensor stays on the device."""
-        if self._rounding is None or matrix.dtype != torch.bfloat16:
-            matrix.mul_(kept)
-            if isinstance(rate, torch.Tensor):
-                matrix.sub_(direction * rate.to(direction.dtype))
-            else:
-                matrix.add_(direction, alpha=-rate)
-            return
-        noise = self._rounding.generator(self._names[matrix], self.state[matrix]["step"], matrix.device)
-        rows = max(1, SLICE_ELEMENTS // matrix.shape[1])
-        for part, change in zip(matrix.split(rows), direction.split(rows), strict=True):
-            round_stochastically_(part, part.float().mul_(kept).sub_(change.float() * rate), noise)
+        noise = rounding_noise(self._rounding, matrix, self._names[matrix], self.state[matrix]["step"])
+        if noise is not None:
+            for part in slices(matrix.numel(), SLICE_ELEMENTS):
+                values = working_values(matrix, part, noise).mul_(kept)
+                store_(matrix, part, values.sub_(direction.reshape(-1)[part].float() * rate), noise)
+        elif isinstance(rate, torch.Tensor):
+            matrix.mul_(kept).sub_(direction * rate.to(direction.dtype))
+        else:
+            matrix.mul_(kept).add_(direction, alpha=-rate)
 
 
 class Spectron(Muon):

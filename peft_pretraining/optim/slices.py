@@ -42,9 +42,28 @@ class StochasticRounding:
         return keyed if device.type == "cpu" else torch.Generator(device).manual_seed(keyed.initial_seed())
 
 
+def rounding_noise(rounding: StochasticRounding | None, parameter: torch.Tensor, name: str, step: int) -> torch.Generator | None:
+    """Returns the generator for one update of a parameter; None if it is not rounded stochastically."""
+    if rounding is None or parameter.dtype != torch.bfloat16:
+        return None
+    return rounding.generator(name, step, parameter.device)
+
+
 def round_stochastically_(target: torch.Tensor, source: torch.Tensor, generator: torch.Generator) -> None:
     """Rounds source (float32) to target (bfloat16, same shape): away from zero with probability equal to the part cut off."""
     bits = source.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
     # Floats are stored as sign and magnitude, so adding to the bits moves away from zero; the mask keeps bfloat16's 16 bits.
     target.copy_(((bits + noise) & -(1 << 16)).view(torch.float32))
+
+
+def working_values(parameter: torch.Tensor, part: slice, noise: torch.Generator | None) -> torch.Tensor:
+    """Returns a slice of the flattened parameter to step: with `noise` a float32 copy, to be stored by `store_`, else a view."""
+    values = parameter.view(-1)[part]
+    return values if noise is None else values.float()
+
+
+def store_(parameter: torch.Tensor, part: slice, values: torch.Tensor, noise: torch.Generator | None) -> None:
+    """Stores the stepped values of a slice, given by `working_values`; without `noise` they are in the parameter already."""
+    if noise is not None:
+        round_stochastically_(parameter.view(-1)[part], values, noise)
