@@ -26,7 +26,6 @@ from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import device_memory, pick_device, resolve_dtype, set_allocator
 from peft_pretraining.distributed.world import World
-from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.plan.advice import memory_problems
 from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.record.recorder import measured_bytes, peak_memory_bytes
@@ -70,9 +69,9 @@ def measure(argv: list[str], num_updates: int) -> dict:
     if not args.force and (problems := memory_problems(plan, args, memory)):
         raise ConfigError(problems)
     load_what_the_trainer_loads()
-    model = build_module(args, plan, World(), device).model
+    module = build_module(args, plan, World(), device)
+    model = module.model
     updates = build_updates(args, model, world, device)
-    module = TokenLoss(model)
     generator = torch.Generator().manual_seed(args.seed)
     seconds = []
     for _ in range(num_updates):

@@ -39,6 +39,7 @@ SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
 INITS = ("default", "svd")
 LINEAR_PATHS = ("auto", "materialised", "factored")
+HEAD_GRADIENTS = ("whole", "slices")
 PARALLEL = ("ddp", "fsdp")
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
@@ -475,6 +476,12 @@ class OptimizationArguments:
         "step each parameter during the backward pass and free its gradient immediately (published: optimizers *_per_layer)",
         # Results are bit-identical to whole updates.
         freely(defines_run=True, synonyms="layerwise optim_layerwise"),
+    )
+    head_gradient: str = flag(
+        "whole",
+        "gradient of the output head: whole, computed in the forward pass | slices of the vocabulary, in the backward pass (less "
+        "memory, above all with --per_layer; one more matrix product of the head)",
+        freely(choices=HEAD_GRADIENTS),
     )
     embedding_states: str | None = flag(
         None,

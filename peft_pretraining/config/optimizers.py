@@ -71,6 +71,10 @@ class Optimizer:
         """Whether Adam steps some of the parameters or all: --beta2, --eps and --stochastic_rounding work."""
         return self.adam or self.uses_adam
 
+    def steps_slices(self, stochastic_rounding: bool) -> bool:
+        """Tells whether embedding and head are stepped by an optimizer that needs a slice of their gradient at a time."""
+        return self.low_bit or (stochastic_rounding and (self.adam or self.matrix_bytes is not None))
+
     def keeps_moments(self, beta1: float) -> bool:
         """Tells whether the optimizer has moments that can be reset or pruned."""
         return bool(beta1) or not self.moments_need_beta1

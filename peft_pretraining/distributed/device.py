@@ -166,3 +166,13 @@ def set_allocator() -> None:
             libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
         if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
             libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def trim_heap() -> None:
+    """Returns the freed memory of glibc's heap to the system, also between blocks in use; does nothing on other systems.
+
+    Blocks below LARGE_BLOCK_BYTES stay in the process when freed, and gaps among longer-lived ones are not reused: 0.14 GB at
+    350m. Takes about 0.02 s.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -15,6 +15,7 @@ from peft_pretraining.config.supports import SUPPORTS, SupportKind
 from peft_pretraining.distributed.device import LARGE_BLOCK_BYTES
 from peft_pretraining.memory.counts import (
     DTYPE_BYTES,
+    SLICE_ELEMENTS,
     Units,
     activation_bytes,
     first_part,
@@ -39,8 +40,7 @@ _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
 # Gaps that malloc leaves between activations, relative to their size: torch asks for aligned blocks, so a freed block does not
 # fit another block of its size (measured at 130M and 350M; docs/memory.md).
 _GAPS = 0.3
-# Elements of a slice, for optimizers that step in slices (optim/slices.py), and bytes per element of stochastic rounding.
-_SLICE_ELEMENTS = 2**21
+# Bytes of stochastic rounding per element of a slice.
 _ROUNDING_SCRATCH = 36
 # Memory of torch.linalg.svd in float32, results included: elements per element of the matrix, and per element of a square of its
 # shorter side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024): within 10 % for tall matrices, less for wide ones.
@@ -77,15 +77,20 @@ def account(setting: Setting) -> dict[str, int]:
         document_mask=setting.document_mask,
         factored_rank=sum(setting.rank for shape in linear_shapes(setting.model) if _is_factored(setting, shape)),
         chunk_rows=loss_chunk_rows(setting.device_type),
+        head_gradient=setting.head_gradient,
+        takes_rows=setting.slices_head,
     )
     largest = max(math.prod(first_part(group.shape, setting.parts)) for group in stepped)
+    of_layers = max(math.prod(group.shape) for group in stepped if not group.embedding)
     if setting.sharded and setting.gradient_accumulation > 1:
         static["gradients"] = DTYPE_BYTES[setting.reduces_in] * trained.whole
     elif not setting.gradients_stay:
-        alone = max(trained.embedding.part, trained.layer.part, trained.root.part) if setting.sharded else largest
+        one = of_layers if setting.slices_head else largest
+        alone = max(trained.embedding.part, trained.layer.part, trained.root.part) if setting.sharded else one
         static["gradients"] = DTYPE_BYTES[setting.dtype] * alone
     working = Working(
         static["gradients"],
+        layer_gradients=DTYPE_BYTES[setting.dtype] * of_layers,
         **kept,
         lasting=_lasting_scratch(setting),
         layer=_layer_scratch(setting) + _reduction_copy(setting, trained, largest),
@@ -236,7 +241,7 @@ def _restart_scratch(setting: Setting) -> int:
     if setting.method.frozen_base:
         rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding else 0
         factors = 4 * rank * max(sum(shape) for shape in shapes)
-        return factors + (8 + rounding) * min(max(map(math.prod, shapes)), _SLICE_ELEMENTS)
+        return factors + (8 + rounding) * min(max(map(math.prod, shapes)), SLICE_ELEMENTS)
     if setting.rebalance and setting.method.factored:
         elements = rank * max(sum(shape) for shape in shapes)
         return 4 * (_REBALANCE_PER_ELEMENT * elements + _REBALANCE_PER_SQUARE * rank * rank)
@@ -271,7 +276,7 @@ def _subspace_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     if shapes.left and shapes.right:
         inside += width * math.prod(shapes.left)
     if setting.stochastic_rounding:
-        inside += _ROUNDING_SCRATCH * min(elements, _SLICE_ELEMENTS)
+        inside += _ROUNDING_SCRATCH * min(elements, SLICE_ELEMENTS)
     return max(svd, inside)
 
 
@@ -283,8 +288,8 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
         return per_element * largest
     rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding and setting.dtype == "bfloat16" else 0
     if optimizer.matrix_bytes is not None:
-        return max(_orthogonal_scratch(setting), rounding * min(largest, _SLICE_ELEMENTS))
-    return (per_element + rounding) * min(largest, _SLICE_ELEMENTS)
+        return max(_orthogonal_scratch(setting), rounding * min(largest, SLICE_ELEMENTS))
+    return (per_element + rounding) * min(largest, SLICE_ELEMENTS)
 
 
 def _orthogonal_scratch(setting: Setting) -> int:

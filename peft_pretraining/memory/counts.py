@@ -24,6 +24,8 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method, TensorGroup
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+# Elements of a slice, for optimizers that step in slices (optim/slices.py).
+SLICE_ELEMENTS = 2**21
 
 
 def loss_chunk_rows(device_type: str) -> int:
@@ -267,6 +269,8 @@ def activation_bytes(
     factored_rank: int = 0,
     document_mask: bool = False,
     chunk_rows: int | None = None,
+    head_gradient: str = "whole",
+    takes_rows: bool = False,
 ) -> dict[str, int]:
     """Estimates the bytes that one micro-batch keeps for its backward pass: {"activations", "loss"}.
 
@@ -277,7 +281,7 @@ def activation_bytes(
     A document mask is one matrix per sequence for all layers. Of a compiled layer torch's partitioner keeps less and recomputes
     norms and products: the input and output of each norm (4bh), gate, up and their product (3bi). With checkpointing ("layer" or
     "selective") a layer keeps its input, "selective" also attention's output, and one layer at a time is recomputed.
-    loss: see loss_bytes.
+    loss, head_gradient, takes_rows: see loss_bytes.
     """
     tokens = batch_size * seq_len
     h, b, layers = cfg.hidden_size, _element_bytes(dtype), cfg.num_hidden_layers
@@ -296,25 +300,40 @@ def activation_bytes(
         kept = layers * kept_per_layer + layer
     return {
         "activations": tokens * (kept + norm + (b * seq_len if document_mask else 0)),  # + the final norm
-        "loss": loss_bytes(cfg, tokens, dtype, chunk_rows or loss_chunk_rows("cuda")),
+        "loss": loss_bytes(cfg, tokens, dtype, chunk_rows or loss_chunk_rows("cuda"), head_gradient, takes_rows),
     }
 
 
-def loss_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int) -> int:
+def loss_bytes(
+    cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int, head_gradient: str = "whole", takes_rows: bool = False
+) -> int:
     """Returns the most temporary bytes of loss.chunked_cross_entropy for num_rows targets, the head's gradient included.
 
     The rows' hidden states and their gradient exist throughout. Added is the largest of: a chunk's logits and log-softmax in
-    float32; the logits' gradient in both dtypes and the chunk's gradient of the head; the head's gradient before and after it
-    is scaled. With several chunks the head's gradient is summed in float32.
+    float32; the logits' gradient and the chunk's gradient of the head; the head's gradient before and after it is scaled, which
+    in the same dtype happens in place. With several chunks the head's gradient is summed in float32.
+
+    head_gradient "slices": the gradient is assembled from slices in the backward pass; takes_rows: slices are stepped instead.
     """
     b, chunk = _element_bytes(dtype), min(num_rows, chunk_rows) * cfg.vocab_size
     sum_width = max(4, b)
     head = cfg.vocab_size * cfg.hidden_size
+    states, logits = 2 * b * num_rows * cfg.hidden_size, 2 * sum_width * chunk
+    if head_gradient == "slices":
+        slices = head_slice_bytes(cfg, num_rows, dtype, chunk_rows)
+        return states + max(logits, slices if takes_rows else b * head + slices)
     head_sum = sum_width * head if num_rows > chunk_rows else 0
-    logits = head_sum + 2 * sum_width * chunk
-    products = head_sum + ((sum_width + b) * chunk if b < sum_width else sum_width * chunk) + b * head
-    scaled = (head_sum or b * head) + b * head
-    return 2 * b * num_rows * cfg.hidden_size + max(logits, products, scaled)
+    products = head_sum + b * chunk + b * head
+    scaled = head_sum + b * head if b < sum_width else head_sum
+    return states + max(head_sum + logits, products, scaled)
+
+
+def head_slice_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int) -> int:
+    """Returns temporary bytes of a slice of the head's gradient: its logits, and its product with the hidden states."""
+    b, h = _element_bytes(dtype), cfg.hidden_size
+    width = min(cfg.vocab_size, math.ceil(SLICE_ELEMENTS / h))
+    logits = min(num_rows * width, chunk_rows * cfg.vocab_size)
+    return max(4, b) * logits + (b * logits if b < 4 else 0) + (max(4, b) + 2 * b) * width * h
 
 
 @dataclass(frozen=True)

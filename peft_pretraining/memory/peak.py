@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_pretraining.memory.counts import DTYPE_BYTES, Unit, Units
+from peft_pretraining.memory.counts import DTYPE_BYTES, SLICE_ELEMENTS, Unit, Units, head_slice_bytes, loss_chunk_rows
 
 if TYPE_CHECKING:
     from peft_pretraining.memory.setting import Setting
@@ -24,7 +24,8 @@ class Moment(NamedTuple):
 class Working:
     """Sizes from which an update's peak is computed, bytes.
 
-    gradients: all gradients, or in per-layer updates those of the largest step. activations, loss: see
+    gradients: all gradients, or in per-layer updates those of the largest step. layer_gradients: the largest one of a tensor that
+    is neither embedding nor head. activations, loss: see
     memory.counts.activation_bytes. layer: temporaries of a linear's backward pass. step: temporaries of the largest optimizer
     step. lasting: the part of `layer` that is never freed. restart: temporaries of a restart, which happens between two updates.
     """
@@ -36,6 +37,7 @@ class Working:
     step: int
     lasting: int = 0
     restart: int = 0
+    layer_gradients: int = 0
 
     def layers_left(self, count: int, num_layers: int) -> int:
         """Activations of `count` layers, bytes; with checkpointing about half of all are those of the recomputed layer."""
@@ -44,6 +46,8 @@ class Working:
 
 def of_whole(setting: Setting, working: Working) -> list[Moment]:
     """Returns the moments of an unsharded run: loss, begin and end of the backward pass, optimizer step, restart."""
+    if setting.steps_rows:
+        return _of_rows(setting, working)
     # All gradients are allocated before the loss if DDP's buckets keep them or if they are accumulated.
     buckets = setting.world_size > 1 and not setting.per_layer
     before = working.gradients if setting.gradient_accumulation > 1 or buckets else 0
@@ -58,6 +62,30 @@ def of_whole(setting: Setting, working: Working) -> list[Moment]:
         backward_ends = at_step = Moment(working.gradients, one_layer, 0, max(working.layer, working.step + working.lasting))
     restart = Moment(working.gradients if buckets else 0, 0, 0, working.restart + working.lasting)
     return [at_loss, backward_begins, backward_ends, at_step, restart]
+
+
+def _of_rows(setting: Setting, working: Working) -> list[Moment]:
+    """Returns the moments of per-layer updates in which embedding and head may be stepped slice by slice.
+
+    Loss, step of the head, begin and end of the layers' backward pass, step of the embedding, restart.
+    """
+    model, width = setting.model, DTYPE_BYTES[setting.dtype]
+    rows = setting.batch_size * setting.max_length
+    states = 2 * width * rows * model.hidden_size
+    head, slice_of_head = width * model.vocab_size * model.hidden_size, 0
+    if setting.slices_head:
+        head, slice_of_head = 0, head_slice_bytes(model, rows, setting.dtype, loss_chunk_rows(setting.device_type))
+    step, one_layer = working.step + working.lasting, working.layers_left(1, model.num_hidden_layers)
+    slice_of_embedding = width * min(SLICE_ELEMENTS, model.vocab_size * model.hidden_size)
+    return [
+        Moment(0, working.activations, working.loss, working.lasting),
+        Moment(head, working.activations, min(states + slice_of_head, working.loss), step),
+        Moment(0, working.activations, 0, working.layer),
+        Moment(working.layer_gradients, one_layer, 0, max(working.layer, step)),
+        # The embedding's rows, as they come from the first layer and summed by token.
+        Moment(0, min(states, working.activations), 0, step + slice_of_embedding),
+        Moment(0, 0, 0, working.restart + working.lasting),
+    ]
 
 
 def of_parts(setting: Setting, working: Working, units: Units, trained: Units) -> list[Moment]:

@@ -10,6 +10,7 @@ from peft_pretraining.config.arguments import (
     embedding_bits,
 )
 from peft_pretraining.config.model_config import ModelConfig
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.distributed.world import World
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method
@@ -37,6 +38,8 @@ class Setting:
     init: str = "default"
     rebalance: bool = False
     per_layer: bool = False
+    head_gradient: str = "whole"
+    grad_norm_growth: float | None = None
     gradient_accumulation: int = 1
     world_size: int = 1
     parallel: str = "ddp"
@@ -53,6 +56,17 @@ class Setting:
     def gradients_stay(self) -> bool:
         """True if all gradients are allocated at once: always, except in per-layer updates of a single micro-batch."""
         return not self.per_layer or self.gradient_accumulation > 1
+
+    @property
+    def steps_rows(self) -> bool:
+        """True if embedding and head may be stepped slice by slice, without a gradient of their size (optim.updates)."""
+        alone = self.world_size == 1 and self.grad_norm_growth is None and not self.model.tie_word_embeddings
+        return alone and not self.gradients_stay and OPTIMIZERS[self.optimizer].steps_slices(self.stochastic_rounding)
+
+    @property
+    def slices_head(self) -> bool:
+        """True if the head is stepped slice by slice."""
+        return self.steps_rows and self.head_gradient == "slices"
 
     @property
     def sharded(self) -> bool:
@@ -109,6 +123,8 @@ def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str
         init=args.init,
         rebalance=args.rebalance,
         per_layer=args.per_layer,
+        head_gradient=args.head_gradient,
+        grad_norm_growth=args.grad_norm_growth,
         dtype=dtype,
         batch_size=args.batch_size,
         max_length=args.max_length,

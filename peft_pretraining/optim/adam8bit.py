@@ -9,7 +9,15 @@ import bitsandbytes.functional as kernels
 import torch
 
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS
-from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, rounding_noise, slices, store_, working_values
+from peft_pretraining.optim.slices import (
+    SLICE_ELEMENTS,
+    GradientSlices,
+    StochasticRounding,
+    rounding_noise,
+    slices,
+    store_,
+    working_values,
+)
 
 # Code books (the values that codes stand for), filled by bitsandbytes and shared by all instances.
 _CODE_BOOKS: dict[str, torch.Tensor] = {}
@@ -37,6 +45,7 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
         super().__init__(params, **settings)
         self.name2qmap = _CODE_BOOKS
         self._names, self._rounding = names, rounding
+        self._sliced: dict[torch.nn.Parameter, GradientSlices] = {}
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Returns bitsandbytes' configuration of a parameter, with the number of bits of its group."""
@@ -50,19 +59,28 @@ class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
             for pindex, parameter in enumerate(group["params"]):
                 self.init_state(group, parameter, gindex, pindex)
 
+    def step_slices(self, parameter: torch.nn.Parameter, gradient: GradientSlices) -> None:
+        """Steps one parameter, whose gradient is computed slice by slice."""
+        self._sliced[parameter] = gradient
+        # bitsandbytes steps parameters that have a gradient; this one takes the memory of one element.
+        parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+        self.step()
+        parameter.grad = None
+
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
         """Steps one parameter; called by bitsandbytes' step()."""
         assert p.grad is not None
         state, config = self.state[p], self.get_config(gindex, pindex, group)
         state["step"] += 1
-        grad = p.grad.contiguous().view(-1)
+        sliced = self._sliced.pop(p, None)
+        gradient = sliced or p.grad.contiguous().view(-1).__getitem__
         noise = rounding_noise(self._rounding, p, self._names[p], state["step"])
-        size = SLICE_ELEMENTS if p.device.type == "cpu" or noise is not None else p.numel()
+        size = SLICE_ELEMENTS if p.device.type == "cpu" or noise is not None or sliced is not None else p.numel()
         for part in slices(p.numel(), size):
             values = working_values(p, part, noise)
             # The kernels require gradient and parameter to have the same dtype.
-            _update_slice(state, config, part, values, grad[part].to(values.dtype))
+            _update_slice(state, config, part, values, gradient(part).to(values.dtype))
             store_(p, part, values, noise)
 
 

@@ -14,6 +14,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from peft_pretraining.optim.slices import (
     SLICE_ELEMENTS,
     SMALLEST_SLICE,
+    GradientSlices,
     StochasticRounding,
     rounding_noise,
     slices,
@@ -67,7 +68,13 @@ class SlicedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad.reshape(-1), group)
+                    self._step_one(parameter, parameter.grad.reshape(-1).__getitem__, group)
+
+    @torch.no_grad()
+    def step_slices(self, parameter: nn.Parameter, gradient: GradientSlices) -> None:
+        """Steps one parameter, whose gradient is computed slice by slice."""
+        group = next(group for group in self.param_groups if any(member is parameter for member in group["params"]))
+        self._step_one(parameter, gradient, group)
 
     def prepare_states(self) -> None:
         """Creates the moments of every parameter now instead of in its first step."""
@@ -75,7 +82,7 @@ class SlicedAdam(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self.state[parameter].update(_new_state(parameter, group["state_bits"]))
 
-    def _step_one(self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, parameter: nn.Parameter, gradient: GradientSlices, group: dict[str, Any]) -> None:
         state, bits = self.state[parameter], group["state_bits"]
         quantised = quantised_elements(parameter.numel(), bits)
         if not state:
@@ -88,7 +95,7 @@ class SlicedAdam(torch.optim.Optimizer):
             values = working_values(parameter, part, noise)
             # torchao's function takes step and learning rate as tensors; its sixth argument is AMSGrad's maximum.
             step, lr = torch.tensor(float(state["step"])), torch.tensor(group["lr"], dtype=torch.float32)
-            single_param_adam(values, grad[part], step, *moments, None, lr, *hyperparameters)
+            single_param_adam(values, gradient(part), step, *moments, None, lr, *hyperparameters)
             store_(parameter, part, values, noise)
 
 

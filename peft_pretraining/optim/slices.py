@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -24,6 +25,18 @@ def slices(num_elements: int, size: int) -> Iterator[slice]:
             end = num_elements
         yield slice(start, end)
         start = end
+
+
+# Returns a slice of a parameter's flattened gradient.
+GradientSlices = Callable[[slice], torch.Tensor]
+
+
+@runtime_checkable
+class StepsSlices(Protocol):
+    """An optimizer that needs a slice of a gradient at a time, so that the whole gradient need not exist."""
+
+    def step_slices(self, parameter: torch.nn.Parameter, gradient: GradientSlices) -> None:
+        """Steps one parameter as by the whole gradient; asks for each slice once, in order."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,13 +15,17 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_pretraining.distributed.device import trim_heap
 from peft_pretraining.distributed.parallel import average_, local, local_parameters
 from peft_pretraining.distributed.world import World, all_reduce_sum_
-from peft_pretraining.optim.slices import SLICE_ELEMENTS
+from peft_pretraining.model.row_gradient import RowGradient
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, StepsSlices, slices
 
 # On a CPU torch adds up a norm's squares in 8 float32 sums, one after the other. For this many equal elements, the worst case,
 # the relative error is at most 3e-7; for 1,024, up to which the library's norm is called directly, 1e-6.
 _NORM_ELEMENTS = 256
+# The square of a larger norm may overflow float32.
+_LARGEST_NORM = 1e18
 
 
 class HasState(Protocol):
@@ -171,6 +175,9 @@ class PerLayerUpdate:
     gradient is averaged here before the step: under DistributedDataParallel the hook would run before the all-reduce, and the
     processes would diverge. FSDP2 calls the hook after its reduce-scatter, with this process's part of the averaged gradient; the
     norm of the whole tensor is then summed over the parts.
+
+    A parameter of `by_rows` is stepped slice by slice where its whole gradient is not needed otherwise: in one process, without a
+    growth limit and without gradients of earlier micro-batches, by an optimizer that is a StepsSlices.
     """
 
     averages_gradients = steps_in_backward = True
@@ -184,11 +191,14 @@ class PerLayerUpdate:
         growth: GrowthLimit | None = None,
         reduce_dtype: torch.dtype | None = None,
         joint: Sequence[tuple[str, ...]] = (),
+        by_rows: Collection[str] = (),
     ):
         """build: makes an optimizer for given parameters, here for each one alone. parameters: plain, or sharded by FSDP2.
 
         reduce_dtype: dtype in which gradients are summed over processes (None: unchanged); FSDP2 has a separate setting.
         joint: names of parameters that are stepped together, once the gradients of all are complete.
+        by_rows: names of parameters whose gradient may come as a RowGradient: the embedding and the output head if they are not
+        tied, because the gradient of such a parameter is the only one of a backward pass.
         """
         self.stepped = local_parameters(parameters)
         together = {name: names for names in joint for name in names}
@@ -208,6 +218,10 @@ class PerLayerUpdate:
             parameter.register_post_accumulate_grad_hook(partial(self._step, number, self.stepped[name]))
             for number, (name, parameter) in enumerate(parameters.items())
         ]
+        for number, (name, parameter) in enumerate(parameters.items()):
+            slices_suffice = world.size == 1 and growth is None and isinstance(self._units[number].optimizer, StepsSlices)
+            if name in by_rows and slices_suffice:
+                parameter.take_rows = partial(self._step_rows, number, parameter)  # type: ignore[attr-defined]
 
     def begin(self, lr: float, progress: float = 0.0) -> None:
         """Starts a new update with this learning rate; progress: share of the run that is over."""
@@ -218,6 +232,7 @@ class PerLayerUpdate:
     def before_backward(self, last: bool) -> None:
         """Steps parameters in this backward pass if it is the last of the update."""
         self._armed = last
+        self._trim()
 
     @torch.no_grad()
     def _step(self, number: int, stepped: nn.Parameter, parameter: torch.Tensor) -> None:
@@ -242,13 +257,47 @@ class PerLayerUpdate:
             self._skipped += unit.bad * float(unit.size)
             unit.free()
 
+    @torch.no_grad()
+    def _step_rows(self, number: int, parameter: nn.Parameter, gradient: RowGradient) -> bool:
+        """Steps parameter `number` slice by slice; returns False if it needs the whole gradient."""
+        if not self._armed or parameter.grad is not None:
+            return False
+        self._trim()
+        norms: list[torch.Tensor] = []
+
+        def measured(part: slice) -> torch.Tensor:
+            elements = gradient.elements(part)
+            norms.append(l2_norm(elements))
+            return elements
+
+        finite = True
+        # No slice may be stepped if any is not finite. The bound almost always rules that out; else all are computed in advance.
+        if not bool(gradient.norm_bound < _LARGEST_NORM):
+            for part in slices(parameter.numel(), SLICE_ELEMENTS):
+                measured(part)
+            finite = bool(torch.isfinite(l2_norm(torch.stack(norms))))
+        if finite:
+            norms.clear()
+            optimizer = self._units[number].optimizer
+            assert isinstance(optimizer, StepsSlices)
+            optimizer.step_slices(parameter, measured)
+        self._norms[number] = l2_norm(torch.stack(norms))
+        self._skipped += not finite
+        return True
+
     def finish(self, loss: torch.Tensor) -> Outcome:
         """Returns the result; all tensors with finite gradients have been stepped in the backward pass."""
         self._armed = False
         for unit in self._units:
             # A unit is left incomplete if one of its parameters got no gradient.
             unit.free()
+        self._trim()
         return Outcome(l2_norm(self._norms), self._skipped.clone())
+
+    def _trim(self) -> None:
+        """Returns freed host memory to the system, at the points of an update with the fewest tensors."""
+        if self._skipped.device.type == "cpu":
+            trim_heap()
 
     def abandon(self) -> Outcome:
         """Frees the gradients of earlier micro-batches."""

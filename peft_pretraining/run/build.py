@@ -13,7 +13,7 @@ from torch import nn
 from peft_pretraining.config.arguments import Arguments, ConfigError, embedding_bits
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.config.optimizers import OPTIMIZERS
-from peft_pretraining.config.parameter_groups import lr_ratios, undecayed_groups
+from peft_pretraining.config.parameter_groups import group_of, lr_ratios, undecayed_groups
 from peft_pretraining.data.loader import EvalSet, TrainLoader
 from peft_pretraining.data.records import OnBadRecord
 from peft_pretraining.data.source import READING_RULES, Source, open_source
@@ -129,7 +129,7 @@ def build_module(
     def apply_method(model: LlamaForCausalLM) -> None:
         METHODS[args.peft_model].apply(model, args)
         document_end = eos_id if args.packing and args.document_mask else None
-        modules.append(TokenLoss(model, loss_chunk_rows(device.type), document_end))
+        modules.append(TokenLoss(model, loss_chunk_rows(device.type), document_end, args.head_gradient))
         if sharded:
             # A tied embedding is also the output head, which is not sharded separately.
             embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
@@ -185,7 +185,11 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:
         joint = pairs_of_factors(parameters) if OPTIMIZERS[args.optimizer].steps_pairs else []
-        return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=_dtype(args.reduce_dtype), joint=joint)
+        by_rows = [name for name, parameter in parameters.items() if group_of(name, parameter.dim()) in ("embedding", "head")]
+        # A tied matrix gets the sum of two gradients.
+        by_rows = by_rows if len(by_rows) == 2 else []
+        reduce_dtype = _dtype(args.reduce_dtype)
+        return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=reduce_dtype, joint=joint, by_rows=by_rows)
     return WholeUpdate(
         build,
         parameters,
