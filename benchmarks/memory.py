@@ -71,7 +71,7 @@ def measure(argv: list[str], num_updates: int) -> dict:
         raise ConfigError(problems)
     load_what_the_trainer_loads()
     model = build_module(args, plan, World(), device).model
-    updates = build_updates(args, model, world, device)
+    updates = build_updates(args, model, world, device, plan.gradient_accumulation)
     module = TokenLoss(model)
     generator = torch.Generator().manual_seed(args.seed)
     seconds = []

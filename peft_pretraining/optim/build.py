@@ -37,7 +37,8 @@ class Settings:
     embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
     parameters, for the Adam family. lr_ratios: learning rates of parameter groups, divided by lr; 1 for the groups that are left
     out. undecayed: parameter groups without weight decay. Groups: see config.parameter_groups. momentum, factor_scale: muon's and
-    spectron's momentum, and alpha / r for spectron.
+    spectron's momentum, and alpha / r for spectron. accumulates: gradients of micro-batches can be added to the moments
+    (optim.moments.Accumulating); otherwise some optimizers are the library's own.
     """
 
     lr: float
@@ -51,6 +52,7 @@ class Settings:
     undecayed: Collection[str] = ()
     momentum: float = 0.95
     factor_scale: float = 1.0
+    accumulates: bool = False
 
     @property
     def adam(self) -> dict[str, Any]:
@@ -134,13 +136,13 @@ def _names(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, str]:
 
 
 def _adam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.rounding is not None or settings.accumulates:
         return _sliced_adam(parameters, settings, decoupled=False)
     return torch.optim.Adam(_groups(parameters, settings), fused=True, **settings.adam)
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.rounding is not None or settings.accumulates:
         return _sliced_adam(parameters, settings, decoupled=True)
     return torch.optim.AdamW(_groups(parameters, settings), fused=True, **settings.adam)
 
@@ -192,8 +194,8 @@ def _sliced_adam(
         from peft_pretraining.optim.adam_ao import SlicedAdam
     except ImportError as error:
         raise OptimizerUnavailable(
-            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install "
-            "torchao, or use --optimizer adam8bit without --stochastic_rounding"
+            f"4-bit moments, --stochastic_rounding and --accumulate moments need torchao, which cannot be imported ({error}); run "
+            "pip install torchao, or use --optimizer adam8bit without --stochastic_rounding"
         ) from None
     return SlicedAdam(
         _groups(parameters, settings),
@@ -224,10 +226,11 @@ def _spectron(parameters: Mapping[str, nn.Parameter], settings: Settings, state_
 def _orthogonal(
     parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], **more: Any
 ) -> torch.optim.Optimizer:
-    """Muon or Spectron for the matrices, AdamW for all other parameters."""
+    """Muon or Spectron for the matrices, AdamW with moments of as many bits for all other parameters."""
     matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
-    members = [_adamw(others, settings)] if others else []
+    adam = {None: _adamw, 8: _adam8bit, 4: _adamw4bit}[more["state_bits"]]
+    members = [adam(others, settings)] if others else []
     if matrices:
         more |= {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
         members.append(kind(_groups(matrices, settings), names=_names(matrices), rounding=settings.rounding, **more))
@@ -245,6 +248,8 @@ BUILDERS: dict[str, Callable[[Mapping[str, nn.Parameter], Settings], torch.optim
     "stable_spam": _stable_spam,
     "muon": _muon,
     "muon8bit": partial(_muon, state_bits=8),
+    "muon4bit": partial(_muon, state_bits=4),
     "spectron": _spectron,
     "spectron8bit": partial(_spectron, state_bits=8),
+    "spectron4bit": partial(_spectron, state_bits=4),
 }

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_CODEBOOK_ENTRIES
 from peft_pretraining.distributed.parallel import Part, local, part_of, rows_of_part, whole_of
 from peft_pretraining.distributed.world import World, gather_objects
+from peft_pretraining.optim.moments import moment_slices
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
 from sparse_lora import generator_for
 
@@ -169,7 +170,7 @@ def _targets(name: str, parameter: nn.Parameter, parts: Saved, state: Mapping[st
         path.rsplit("/", 1)[1] for path in targets
     }
     if missing:
-        raise ValueError(f"{name}/{min(missing)} is missing")
+        raise ValueError(f"{name}/{min(missing)} is missing; another version may have kept these moments in another form")
     return targets
 
 
@@ -211,52 +212,17 @@ def set_moments_(state: Mapping[str, torch.Tensor], moments: list[torch.Tensor])
 
 
 def _dequantised(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
-    if f"state{number}" not in state:
-        rest = state[f"moment{number}"].flatten()
-        return torch.cat([_torchao(state, number).dequantize().float(), rest]) if f"codes{number}" in state else rest
-    values = state[f"state{number}"].flatten()
-    if values.dtype != torch.uint8:
-        return values
-    import bitsandbytes.functional as kernels
-
-    scales, codes = state[f"absmax{number}"], state[f"qmap{number}"]
-    if scales.numel() != -(-values.numel() // BNB_BLOCK_ELEMENTS) or codes.numel() != BNB_CODEBOOK_ENTRIES:
-        raise ValueError(f"{values.numel()} codes do not fit {scales.numel()} scales and a code book of {codes.numel()} entries")
-    plain: torch.Tensor = kernels.dequantize_blockwise(values, absmax=scales, code=codes, blocksize=BNB_BLOCK_ELEMENTS)
-    return plain
+    if state.get(f"state{number}", torch.empty(0)).dtype == torch.uint8:
+        count, scales, codes = (state[f"{part}{number}"].numel() for part in ("state", "absmax", "qmap"))
+        if scales != -(-count // BNB_BLOCK_ELEMENTS) or codes != BNB_CODEBOOK_ENTRIES:
+            raise ValueError(f"{count} codes do not fit {scales} scales and a code book of {codes} entries")
+    moments = [moment.read() for _, moment in moment_slices(state, number)]
+    return torch.cat(moments) if moments else torch.empty(0)
 
 
 def _quantise_(state: Mapping[str, torch.Tensor], number: int, values: torch.Tensor) -> None:
-    if f"state{number}" not in state:
-        rest = state[f"moment{number}"].view(-1)
-        quantised = values.numel() - rest.numel()
-        if quantised:
-            _torchao(state, number).copy_(values[:quantised])
-        rest.copy_(values[quantised:])
-        return
-    target = state[f"state{number}"].view(-1)
-    if target.dtype != torch.uint8:
-        target.copy_(values)
-        return
-    import bitsandbytes.functional as kernels
-
-    codes, scales = kernels.quantize_blockwise(values.contiguous(), code=state[f"qmap{number}"], blocksize=BNB_BLOCK_ELEMENTS)
-    target.copy_(codes.view(-1))
-    state[f"absmax{number}"].copy_(scales.absmax)
-
-
-def _torchao(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
-    """Returns the quantised elements of a moment as torchao's tensor class; shares storage with the state."""
-    from torchao.optim.subclass_4bit import OptimState4bit
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    codes, scale, qmap = (state[f"{part}{number}"] for part in ("codes", "scale", "qmap"))
-    moment: torch.Tensor
-    if qmap.numel() == 256:
-        moment = OptimState8bit(codes, scale, qmap, number == 1, dtype=torch.float32)
-    else:
-        moment = OptimState4bit(codes, scale, qmap, number == 1, (2 * codes.numel(),), dtype=torch.float32)
-    return moment
+    for part, moment in moment_slices(state, number):
+        moment.write_(values[part])
 
 
 # --- Moments of parameters whose values a restart replaced ---
