@@ -485,7 +485,7 @@ class OptimizationArguments:
     )
     embedding_states: str | None = flag(
         None,
-        "moments of embedding and output head with quantised moments (adam8bit, adamw4bit, muon8bit, ...): 32bit (default) | 8bit",
+        "moments of embedding and output head with optimizers named *8bit and *4bit: 32bit (default) | 8bit",
         never(
             warm_start=True,
             choices=EMBEDDING_STATES,

@@ -35,14 +35,14 @@ class Moment:
 
     values: torch.Tensor
     scale: torch.Tensor | None = None
-    book: torch.Tensor = torch.empty(0)
+    book: torch.Tensor | None = None
     bits: int = 8
     signed: bool = True
     by_torchao: bool = False
 
     def read(self) -> torch.Tensor:
         """Returns the numbers, shape (n,): float32 ones that codes stand for, or a view of plain ones."""
-        if self.scale is None:
+        if self.scale is None or self.book is None:
             return self.values
         codes = self.values
         if self.bits == 4:
@@ -54,15 +54,15 @@ class Moment:
 
     def write_(self, numbers: torch.Tensor, noise: torch.Generator | None = None) -> None:
         """Stores numbers, shape (n,), rounded to nearest; with `noise` up or down at random, so that the mean is exact."""
-        if self.scale is None:
+        if self.scale is None or self.book is None:
             if noise is not None and self.values.dtype == torch.bfloat16:
                 round_stochastically_(self.values, numbers, noise)
             else:
                 self.values.copy_(numbers)
         elif noise is not None:
-            self._write_at_random_(numbers, self.scale, noise)
+            self._write_at_random_(numbers, self.scale, self.book, noise)
         elif self.by_torchao:
-            _torchao_view(self, self.scale).copy_(numbers)
+            _torchao_view(self, self.scale, self.book).copy_(numbers)
         else:
             import bitsandbytes.functional as kernels
 
@@ -74,9 +74,8 @@ class Moment:
     def _block(self) -> int:
         return AO_KINDS[self.bits][0] if self.by_torchao else BNB_BLOCK_ELEMENTS
 
-    def _write_at_random_(self, numbers: torch.Tensor, scale: torch.Tensor, noise: torch.Generator) -> None:
-        book = self.book
-        # Nearest rounding clips what lies below the book's lowest code; repeated in every micro-batch, it would be lost.
+    def _write_at_random_(self, numbers: torch.Tensor, scale: torch.Tensor, book: torch.Tensor, noise: torch.Generator) -> None:
+        # Nearest rounding clips what lies below the book's lowest code; repeated in every micro-batch, much of them is lost.
         lowest = book[0] if self.signed else book[book > 0][0]
         scaled = torch.empty_like(numbers)
         for (part, block), (target, _) in zip(
@@ -95,7 +94,7 @@ class Moment:
 
 
 def _blocks(numbers: torch.Tensor, scale: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields views (blocks, elements) of the whole blocks and (1, elements) of an incomplete last one, with scales (blocks, 1)."""
+    """Yields views of all whole blocks, (blocks, elements), then of an incomplete last one; each with scales (blocks, 1)."""
     whole = numbers.numel() - numbers.numel() % size
     if whole:
         yield numbers[:whole].view(-1, size), scale[: whole // size, None]
@@ -103,17 +102,17 @@ def _blocks(numbers: torch.Tensor, scale: torch.Tensor, size: int) -> Iterator[t
         yield numbers[None, whole:], scale[-1:, None]
 
 
-def _torchao_view(moment: Moment, scale: torch.Tensor) -> torch.Tensor:
+def _torchao_view(moment: Moment, scale: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
     """Returns the codes as torchao's tensor class; shares storage."""
     from torchao.optim.subclass_4bit import OptimState4bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
     view: torch.Tensor
     if moment.bits == 8:
-        view = OptimState8bit(moment.values, scale, moment.book, moment.signed, dtype=torch.float32)
+        view = OptimState8bit(moment.values, scale, book, moment.signed, dtype=torch.float32)
     else:
         size = (2 * moment.values.numel(),)
-        view = OptimState4bit(moment.values, scale, moment.book, moment.signed, size, dtype=torch.float32)
+        view = OptimState4bit(moment.values, scale, book, moment.signed, size, dtype=torch.float32)
     return view
 
 
@@ -148,7 +147,8 @@ class Accumulating:
 
     For gradients g_1 ... g_N of the micro-batches, whose sum is the update's gradient (AdamA, arXiv 2305.19982):
     m <- beta1 m + (1 - beta1) sum g_i, as with the whole gradient, and v <- beta2 v + (1 - beta2) sum g_i^2, in place of the
-    square of the sum. Moments of fewer than 32 bits are rounded at random: to nearest, additions below their spacing were lost.
+    square of the sum. Moments of fewer than 32 bits are rounded at random: rounded to nearest, additions below their spacing
+    would be lost.
     """
 
     state: Any

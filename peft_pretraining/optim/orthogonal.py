@@ -54,8 +54,8 @@ class Muon(Accumulating, torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: coefficient of weight decay.
         momentum: mu.
-        state_bits: 8 for a momentum of one byte per element with a float32 scale per 256 elements (bitsandbytes' code book), 4 for
-            half a byte and a scale per 128 (torchao's); of matrices with fewer than 4,096 elements it stays float32. None for
+        state_bits: 8 for a momentum of one byte per element with a float32 scale per 256 elements (bitsandbytes' code book), 4
+            for half a byte and a scale per 128 (torchao's); of matrices with fewer than 4,096 elements it stays float32. None for
             the matrices' dtype.
         rounding: stochastic rounding of bfloat16 matrices; None rounds to nearest.
     """
@@ -132,7 +132,7 @@ class Muon(Accumulating, torch.optim.Optimizer):
             state.update(self._new_state(matrix))
         state["step"] += 1
         if "momentum_buffer" in state:
-            momentum = state["momentum_buffer"]
+            momentum: torch.Tensor = state["momentum_buffer"]
             momentum.lerp_(matrix.grad.to(momentum.dtype), 1 - self._momentum)
             if nesterov:
                 momentum = matrix.grad.to(momentum.dtype).lerp(momentum, self._momentum)

@@ -157,12 +157,13 @@ def _accumulation_problems(args: Arguments) -> list[str]:
         problems.append(f"{what} with --optimizer {args.optimizer}: {reason}; use one of {known}, {way_out}")
     if METHODS[args.peft_model].projected:
         problems.append(
-            f"{what} with --peft_model {args.peft_model}: its projections come from whole gradients; use sltrain or full, {way_out}"
+            f"{what} with --peft_model {args.peft_model}: its projections come from whole gradients; use sltrain or full, "
+            f"{way_out}"
         )
     if args.grad_norm_growth is not None:
         problems.append(
-            f"{what} with --grad_norm_growth {args.grad_norm_growth:g}: the norm of the update's gradient is not known, only those "
-            "of its micro-batches; drop one of the two"
+            f"{what} with --grad_norm_growth {args.grad_norm_growth:g}: the norm of the update's gradient is not known, only "
+            "those of its micro-batches; drop one of the two"
         )
     if args.parallel == "fsdp":
         problems.append(
