@@ -55,7 +55,7 @@ def gradients(parameters: dict[str, nn.Parameter], update: int, micro_batch: int
 
 
 def run_update(parameters, updates, update: int, micro_batches: int, change=lambda micro_batch, found: None):
-    """Makes an update; returns its gradients by micro-batch and its outcome. change: alters a micro-batch's gradients in place."""
+    """Makes an update; returns its gradients by micro-batch and its outcome. change: alters a micro-batch's gradients."""
     updates.begin(LR)
     passes = []
     for micro_batch in range(micro_batches):
