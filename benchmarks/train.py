@@ -1,9 +1,9 @@
-"""Compares whole updates of every method with full-rank ones: throughput, peak memory and model FLOPs utilisation.
+"""Compares whole updates of every method with full-rank ones, or (--steps) the steps of several optimizers.
 
 `python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank galore] [--optimizers adamw] [--batch_size 8]
-[--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--compile] [--out FILE.json]`
+[--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--dtype bfloat16] [--compile] [--steps] [--out FILE.json]`
 
-Each update has one micro-batch of random tokens in bfloat16 and uses the trainer's model, loss and optimizer. The method and
+Each update has one micro-batch of random tokens and uses the trainer's model, loss and optimizer. The method and
 full-rank training run in two processes that take turns, one update each.
 
 throughput  full-rank's seconds divided by the method's, median over the rounds. The first --warm_up updates are not counted,
@@ -13,6 +13,13 @@ of floor    the fastest possible time of an update divided by the measured time.
             multiplied by the ratio of parameters. Not computed for GaLore, whose linears are dense.
 mfu         floating-point operations that the full-rank model needs for the tokens, per second, divided by those of the fastest
             large matrix product timed on the device (on a GPU use --peak_flops, 989e12 for an H100's dense bfloat16).
+
+--steps: the optimizers step the same parameters with the same random gradients, in turns in one process.
+step        an optimizer's seconds divided by those of the first one of --optimizers, median over the rounds.
+update      the same for a whole update: of these tokens, whose forward and backward pass are measured once per round with the
+            first optimizer, and of 16,384 tokens, with the time of these passes scaled by the tokens.
+products    floating-point operations of the orthogonalisation, 5 (4 m^2 n + 2 m^3) for each matrix with sides m <= n that Muon or
+            Spectron steps, divided by model_flops of 16,384 tokens.
 
 GaLore computes SVDs in the first update only, which is not counted. Its extra time, divided by --update_proj_gap, is added to
 each update. Peak memory is that of the method's process.
@@ -28,6 +35,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,11 +54,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.config.parameter_groups import group_of
 from peft_pretraining.distributed.device import pick_device, resolve_dtype, set_allocator
 from peft_pretraining.distributed.world import World
+from peft_pretraining.optim.orthogonal import NUM_ITERATIONS
 from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.record.recorder import peak_memory_bytes
+from peft_pretraining.run.build import build_updates
 from peft_pretraining.run.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +73,8 @@ METHODS = {
     "lowrank": ["--peft_model", "lowrank"],
     "galore": ["--peft_model", "galore"],
 }
+# Tokens of an update for which --steps scales forward and backward pass.
+_LARGE_UPDATE = 16_384
 # Support of the methods that replace nn.Linear.
 SUPPORT_OF = {"uniform": "uniform", "block": "block", "lowrank": "none"}
 
@@ -70,7 +84,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
     rank, sparsity, _ = SETTINGS[config]
     flags = [
         *("--model_config", f"configs/llama_{config}.json", *METHODS[method], "--optimizer", optimizer),
-        *("--batch_size", str(own.batch_size), "--max_length", str(own.max_length), "--dtype", "bfloat16"),
+        *("--batch_size", str(own.batch_size), "--max_length", str(own.max_length), "--dtype", own.dtype),
         *("--lr", "0.001", "--lora_alpha", "8", "--device", own.device, "--force"),
     ]
     if method != "full":
@@ -266,6 +280,91 @@ def _figures(
     }
 
 
+def compare_steps(config: str, method: str, own: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures the steps of all --optimizers in turns; returns a row for each. Raises ConfigError.
+
+    An optimizer that steps pairs of factors is left out with methods that have none.
+    """
+    device = pick_device(own.device, World())
+    chosen = {name: parse_args(trainer_flags(config, method, name, own)) for name in own.optimizers}
+    if method not in SUPPORT_OF:
+        chosen = {name: args for name, args in chosen.items() if not OPTIMIZERS[args.optimizer].steps_pairs}
+    for name, args in chosen.items():
+        check(args, World())
+        if args.per_layer:
+            raise ConfigError([f"--steps: {name} steps in the backward pass; name {args.optimizer}"])
+    if not chosen:
+        raise ConfigError([f"--steps: {', '.join(own.optimizers)} with {method}: it has no pairs of factors; add adamw"])
+    first, args = next(iter(chosen.items()))
+    parts, update = updater(args, make_plan(args, World(), resolve_dtype(own.dtype, device), device.type), device)
+    parameters = {name: parameter for name, parameter in parts.model.named_parameters() if parameter.requires_grad}
+    steps = {name: build_updates(args, parts.model, World(), device).optimizer for name, args in chosen.items()}
+    generator = torch.Generator(device).manual_seed(1)
+    gradients = {p: torch.empty_like(p).normal_(std=1e-3, generator=generator) for p in parameters.values()}
+    seconds: dict[str, list[float]] = {name: [] for name in (*steps, "update")}
+    for number in range(own.warm_up + own.rounds):
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        times = {name: _seconds_of(optimizer.step, device) for name, optimizer in steps.items()}
+        times["update"] = update()
+        for name, taken in times.items():
+            seconds[name] += [taken] * (number >= own.warm_up)
+    products = sum(_orthogonalisation(*p.shape) for name, p in parameters.items() if group_of(name, p.dim()) == "matrix")
+    return [_step_row(config, method, own, name, first, seconds, products) for name in steps]
+
+
+def _seconds_of(step: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _orthogonalisation(rows: int, columns: int) -> int:
+    """Floating-point operations of Newton-Schulz: X X^T, its square, and a product with X in each iteration."""
+    short, long = sorted((rows, columns))
+    return NUM_ITERATIONS * (4 * short**2 * long + 2 * short**3)
+
+
+def _step_row(
+    config: str, method: str, own: argparse.Namespace, name: str, first: str, seconds: dict[str, list[float]], products: int
+) -> dict[str, Any]:
+    steps = [one / base for one, base in zip(seconds[name], seconds[first], strict=True)]
+    updates = [
+        1 + (one - base) / whole for one, base, whole in zip(seconds[name], seconds[first], seconds["update"], strict=True)
+    ]
+    orthogonal = products if OPTIMIZERS[name].matrix_bytes is not None else 0
+    return {
+        "config": config,
+        "method": method,
+        "optimizer": name,
+        "against": first,
+        "dtype": own.dtype,
+        "tokens": tokens,
+        "step": statistics.median(steps),
+        "update": updates[tokens],
+        "update_16k": updates[_LARGE_UPDATE],
+        "products_16k": orthogonal / model_flops(config, _LARGE_UPDATE // 256, 256),
+        "orthogonalisation_flops": orthogonal,
+        "step_each": steps,
+        "seconds_step": seconds[name],
+        "seconds_update": seconds["update"],
+        "arguments": trainer_flags(config, method, name, own),
+    }
+
+
+def print_step_row(row: dict[str, Any]) -> None:
+    """Prints a line of the table of --steps."""
+    spread = f"[{min(row['step_each']):.2f}, {max(row['step_each']):.2f}]"
+    print(
+        f"{row['config']:<5} {row['method']:<8} {row['optimizer']:<12} {row['dtype']:<9} relative to {row['against']}: "
+        f"step {row['step']:.2f} {spread}, update of {row['tokens']:,} tokens {row['update']:.3f}, "
+        f"of 16,384 {row['update_16k']:.3f}; products {100 * row['products_16k']:.1f} %",
+        flush=True,
+    )
+
+
 def print_row(row: dict[str, Any], full_peak: int) -> None:
     """Prints a line of the table."""
     of_floor = f"{row['of_floor']:.2f}" if "of_floor" in row else "-"
@@ -280,15 +379,16 @@ def print_row(row: dict[str, Any], full_peak: int) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--configs", nargs="+", choices=list(SETTINGS), default=["60m", "130m", "350m"])
-    methods = [name for name in METHODS if name != "full"]
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but full (with --steps: full, uniform)")
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="as --optimizer of the trainer")
+    parser.add_argument("--steps", action="store_true", help="compare the steps of --optimizers, each with the first one's")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per micro-batch (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     parser.add_argument("--warm_up", type=int, default=3, help="updates before the rounds, at least 1 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of parameters and states")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as in the trainer")
     parser.add_argument("--peak_flops", type=float, help="peak operations per second, for mfu (default: a timed product)")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured, written after each row")
@@ -303,33 +403,48 @@ def main() -> int:
         return 2
     set_allocator()
     torch.set_num_threads(own.threads)
-    peak_flops = own.peak_flops or fastest_product(torch.device(own.device))
     figures: dict[str, Any] = {
         "command": ["benchmarks/train.py", *sys.argv[1:]],
         "device": torch.cuda.get_device_name() if own.device == "cuda" else platform.processor() or platform.machine(),
         "threads": own.threads,
-        "peak_flops": peak_flops,
         "versions": versions(),
         "date": date.today().isoformat(),
         "rows": [],
     }
+    if not own.steps:
+        figures["peak_flops"] = own.peak_flops or fastest_product(torch.device(own.device))
+    try:
+        for row in rows_of_steps(own) if own.steps else rows_of_updates(own, figures["peak_flops"]):
+            figures["rows"].append(row)
+            if own.out is not None:
+                own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def rows_of_updates(own: argparse.Namespace, peak_flops: float) -> Iterator[dict[str, Any]]:
+    """Measures, prints and yields the row of every method with every optimizer. Raises ConfigError."""
     for config in own.configs:
         for optimizer in own.optimizers:
-            try:
-                flags = trainer_flags(config, "full", optimizer, own)
-                check(parse_args(flags), World())
-            except ConfigError as error:
-                print(error, file=sys.stderr)
-                return 2
+            flags = trainer_flags(config, "full", optimizer, own)
+            check(parse_args(flags), World())
             full = Worker(flags, own.threads)
-            for method in own.methods:
+            for method in own.methods or [name for name in METHODS if name != "full"]:
                 row = compare(config, method, optimizer, full, own, peak_flops)
-                figures["rows"].append(row | {"peak_measured_full": full.peak()})
                 print_row(row, full.peak())
-                if own.out is not None:
-                    own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                yield row | {"peak_measured_full": full.peak()}
             full.end()
-    return 0
+
+
+def rows_of_steps(own: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures, prints and yields the row of every optimizer's step with every method. Raises ConfigError."""
+    for config in own.configs:
+        for method in own.methods or ("full", "uniform"):
+            for row in compare_steps(config, method, own):
+                print_step_row(row)
+                yield row
 
 
 if __name__ == "__main__":

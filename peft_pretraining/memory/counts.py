@@ -40,7 +40,8 @@ class Counts:
     """Numbers of elements by kind; total = dense + low_rank + sparse.
 
     dense: embedding, head, norms, biases and dense linears. low_rank: A, B and trained scales. sparse: values of S.
-    moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
+    moments: elements of ONE of Adam's moments by the paper's convention. matrices: those of them that belong to dense weights and
+    factors of linears. projections: elements of GaLore's projections.
     rank, sparsity, train_scaling, support: the settings for which elements were counted.
     """
 
@@ -49,6 +50,7 @@ class Counts:
     low_rank: int
     sparse: int
     moments: int
+    matrices: int
     projections: int
     rank: int
     sparsity: float
@@ -145,27 +147,30 @@ def parameter_counts(
         low_rank=by_kind["low_rank"],
         sparse=by_kind["sparse"],
         moments=moments,
+        matrices=sum(g.elements for g in groups if g.trained and _is_matrix(g)),
         projections=sum(g.count * rank * min(g.shape) for g in projected),
         **choice,
     )
 
 
-def paper_bytes(counts: Counts) -> tuple[int, int]:
-    """Returns bytes of parameters (support indices included) and of the optimizer by the paper's convention."""
+def paper_bytes(counts: Counts, optimizer: str = "adamw") -> tuple[int, int]:
+    """Returns bytes of parameters (support indices included) and of the optimizer as paper_estimate counts them."""
     index_bytes = 8 * counts.sparse if SUPPORTS[counts.support].stored else 0
-    return 2 * counts.total + index_bytes, 4 * counts.moments + 2 * counts.projections
+    single = counts.matrices if _optimizer(optimizer).matrix_bytes is not None else 0
+    return 2 * counts.total + index_bytes, 4 * counts.moments - 2 * single + 2 * counts.projections
 
 
-def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
+def paper_estimate(counts: Counts, method: str, optimizer: str = "adamw") -> dict[str, float]:
     """Returns memory as in the paper's table, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
 
-    Counted are bfloat16 parameters, two bfloat16 moments, and 8 bytes of index per nonzero of a uniform support (block supports,
-    which are not in the paper, need none), but no gradients and no activations. As in the table, each part is rounded to two
-    digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
+    Counted are bfloat16 parameters, two bfloat16 moments (one of matrices that Muon or Spectron steps), and 8 bytes of index
+    per nonzero of a uniform support (block supports, which are not in the paper, need none), but no gradients and no activations.
+    As in the table, each part is rounded to two digits and the total is the sum of the rounded parts. Raises ValueError on an
+    unknown method or optimizer.
     """
     _method(method)
-    parameters, optimizer = (round(size / 1e9, 2) for size in paper_bytes(counts))
-    return {"parameters_G": parameters, "optimizer_G": optimizer, "total_G": round(parameters + optimizer, 2)}
+    parameters, moments = (round(size / 1e9, 2) for size in paper_bytes(counts, optimizer))
+    return {"parameters_G": parameters, "optimizer_G": moments, "total_G": round(parameters + moments, 2)}
 
 
 def static_bytes(

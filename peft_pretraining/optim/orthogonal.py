@@ -18,7 +18,7 @@ from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, ro
 
 # Coefficients of the quintic Newton-Schulz iteration and its number of steps, as in torch.optim.Muon.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-_NUM_ITERATIONS = 5
+NUM_ITERATIONS = 5
 _SMALLEST_NORM = 1e-7
 
 
@@ -29,7 +29,7 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=_SMALLEST_NORM)
-    for _ in range(_NUM_ITERATIONS):
+    for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.T if matrix.shape[0] > matrix.shape[1] else x

@@ -22,6 +22,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import (
     activation_bytes,
     loss_bytes,
+    paper_bytes,
     paper_estimate,
     parameter_counts,
     static_bytes,
@@ -416,6 +417,20 @@ def test_sltrains_totals_equal_the_printed_ones() -> None:
     for size, parts in (printed | {"7b": (8.88, 12.58, 21.46)}).items():
         estimate = paper_estimate(counts(size, "sltrain"), "sltrain")
         assert tuple(estimate[k] for k in ("parameters_G", "optimizer_G", "total_G")) == parts
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("full", "muon"), ("sltrain", "muon8bit"), ("lowrank", "spectron"), ("relora", "muon")]
+)
+def test_matrices_of_muon_and_spectron_have_one_moment_by_the_papers_convention(method: str, optimizer: str) -> None:
+    """Dense weights or factors at 350M; all else, and every parameter with AdamW, has two of two bytes each."""
+    cfg, r = config("350m"), RANKS["350m"]
+    h, i, layers = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
+    matrices = layers * (4 * h * h + 3 * h * i if method == "full" else r * (4 * 2 * h + 3 * (h + i)))
+    found = counts("350m", method)
+    adamw, ours = (paper_bytes(found, name) for name in ("adamw", optimizer))
+    assert (adamw[0] - ours[0], adamw[1] - ours[1]) == (0, 2 * matrices)
+    assert paper_estimate(found, method, optimizer)["optimizer_G"] == round(ours[1] / 1e9, 2)
 
 
 @pytest.mark.parametrize(
