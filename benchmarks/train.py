@@ -14,15 +14,15 @@ of floor    the fastest possible time of an update divided by the measured time.
 mfu         floating-point operations that the full-rank model needs for the tokens, per second, divided by those of the fastest
             large matrix product timed on the device (on a GPU use --peak_flops, 989e12 for an H100's dense bfloat16).
 
+GaLore computes SVDs in the first update only, which is not counted. Its extra time, divided by --update_proj_gap, is added to
+each update. Peak memory is that of the method's process.
+
 --steps: the optimizers step the same parameters with the same random gradients, in turns in one process.
 step        an optimizer's seconds divided by those of the first one of --optimizers, median over the rounds.
 update      the same for a whole update: of these tokens, whose forward and backward pass are measured once per round with the
             first optimizer, and of 16,384 tokens, with the time of these passes scaled by the tokens.
 products    floating-point operations of the orthogonalisation, 5 (4 m^2 n + 2 m^3) for each matrix with sides m <= n that Muon or
             Spectron steps, divided by model_flops of 16,384 tokens.
-
-GaLore computes SVDs in the first update only, which is not counted. Its extra time, divided by --update_proj_gap, is added to
-each update. Peak memory is that of the method's process.
 """
 
 from __future__ import annotations
@@ -331,9 +331,14 @@ def _step_row(
     config: str, method: str, own: argparse.Namespace, name: str, first: str, seconds: dict[str, list[float]], products: int
 ) -> dict[str, Any]:
     steps = [one / base for one, base in zip(seconds[name], seconds[first], strict=True)]
-    updates = [
-        1 + (one - base) / whole for one, base, whole in zip(seconds[name], seconds[first], seconds["update"], strict=True)
-    ]
+    tokens = own.batch_size * own.max_length
+    updates = {
+        size: statistics.median(
+            1 + (one - base) / (base + (whole - base) * size / tokens)
+            for one, base, whole in zip(seconds[name], seconds[first], seconds["update"], strict=True)
+        )
+        for size in (tokens, _LARGE_UPDATE)
+    }
     orthogonal = products if OPTIMIZERS[name].matrix_bytes is not None else 0
     return {
         "config": config,
