@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one thread, tiny runs, and the real C4 sample if it lies beside the checkout."""
 
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,5 +67,20 @@ def trained(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ca
         if name not in runs:
             runs[name] = train(name, tiny_run, tmp_path_factory.mktemp(name) / "run")
         return runs[name]
+
+    return run
+
+
+@pytest.fixture
+def words_of_torchrun(tmp_path) -> Callable[..., list[str]]:
+    """Runs a recipe whose Python is replaced by a script that prints its arguments; returns the arguments."""
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_") and name != "NPROC"}
+    environment["SLTRAIN_PYTHON"] = str(tmp_path / "python")
+
+    def run(path: Path, *arguments: str, **variables: str) -> list[str]:
+        command = ["bash", str(path), *arguments]
+        return subprocess.check_output(command, cwd="/", env=environment | variables, text=True).splitlines()
 
     return run
