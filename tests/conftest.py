@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest):
+    """The torch device: a CPU always, so that no test for a GPU is written without being run, and a GPU where there is one."""
+    import torch
+
+    return torch.device(request.param)
+
+
 def _real_data(name: str) -> Path:
     """Returns a path in the real-data folder ($SLTRAIN_REAL_DATA, or ../shared/data beside the checkout), or skips the test."""
     folder = Path(os.environ.get("SLTRAIN_REAL_DATA", ROOT.parent / "shared" / "data"))
