@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -175,10 +177,24 @@ def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
     )
 
 
-def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    from peft_pretraining.optim.adam8bit import SlicedAdam8bit
+# What a package is for, and what to use without it.
+_FOR_8BIT = ("8-bit moments", "bitsandbytes", "adamw, or muon and spectron without 8bit")
+_FOR_4BIT = ("4-bit moments and --stochastic_rounding", "torchao", "--optimizer adam8bit without --stochastic_rounding")
 
-    return SlicedAdam8bit(_groups(parameters, settings), names=_names(parameters), rounding=settings.rounding, **settings.adam)
+
+def _imported(module: str, need: str, package: str, instead: str) -> ModuleType:
+    """Imports a module that an optional package is needed for. Raises OptimizerUnavailable, which says what to use instead."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise OptimizerUnavailable(
+            f"{need} need {package}, which cannot be imported ({error}); run pip install {package}, or use {instead}"
+        ) from None
+
+
+def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    kind = _imported("peft_pretraining.optim.adam8bit", *_FOR_8BIT).SlicedAdam8bit
+    return kind(_groups(parameters, settings), names=_names(parameters), rounding=settings.rounding, **settings.adam)
 
 
 def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -188,14 +204,8 @@ def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
 def _sliced_adam(
     parameters: Mapping[str, nn.Parameter], settings: Settings, decoupled: bool, state_bits: int | None = None
 ) -> torch.optim.Optimizer:
-    try:
-        from peft_pretraining.optim.adam_ao import SlicedAdam
-    except ImportError as error:
-        raise OptimizerUnavailable(
-            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install "
-            "torchao, or use --optimizer adam8bit without --stochastic_rounding"
-        ) from None
-    return SlicedAdam(
+    kind = _imported("peft_pretraining.optim.adam_ao", *_FOR_4BIT).SlicedAdam
+    return kind(
         _groups(parameters, settings),
         names=_names(parameters),
         rounding=settings.rounding,
@@ -225,6 +235,8 @@ def _orthogonal(
     parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], **more: Any
 ) -> torch.optim.Optimizer:
     """Muon or Spectron for the matrices, AdamW for all other parameters."""
+    if more["state_bits"]:
+        _imported("bitsandbytes", *_FOR_8BIT)
     matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
     members = [_adamw(others, settings)] if others else []
