@@ -69,7 +69,7 @@ def measure(argv: list[str], num_saves: int, num_updates: int) -> dict:
             saver = Saver(Path(folder), lambda: run_content(Path(folder), parts, World(), {}), World(), **options)
             saves[asynchronous] = saving(saver, update, num_saves, num_updates)
             undisturbed += [update() for _ in range(num_updates)]
-        num_bytes = run_content(Path(folder), parts, World(), {}).num_bytes
+        num_bytes = run_content(Path(folder), parts, World(), {}).num_bytes(1)
     step = statistics.median(undisturbed)
     return {
         "arguments": argv,

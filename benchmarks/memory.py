@@ -69,6 +69,9 @@ class NoData:
     def state_dict(self) -> dict[str, Any]:
         return {"position": 0, "lanes": {}, "bad_records": {}, "order": {}}
 
+    def warn_of_uneven_passes(self, lanes: Any) -> None:
+        """Does nothing."""
+
 
 def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts, Callable[..., float]]:
     """Returns the parts of a run, and a function that makes updates (default: one) and returns the seconds of each on average.

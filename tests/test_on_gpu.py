@@ -4,6 +4,7 @@ Sections run in this process, because starting one for each would take longer th
 processes is tested with programs that do nothing else.
 """
 
+import importlib.util
 import json
 import re
 import sys
@@ -64,7 +65,7 @@ def test_a_section_measures_all_its_steps_on_a_cpu(run, name):
     assert content["rows"]
     assert [row for row in content["rows"] if "error" in row] == []
     for row in content["rows"]:
-        assert "skipped" not in row or "Triton kernels" in row["skipped"] or "not installed" in row["skipped"], row
+        assert "skipped" not in row or "Triton kernels" in row["skipped"] or "cannot be imported" in row["skipped"], row
     assert content["versions"]["torch"] == torch.__version__
 
 
@@ -77,8 +78,9 @@ def test_the_tables_hold_every_section_and_say_that_they_are_a_test(run, out, ca
     capsys.readouterr()
     assert gpu_tables.main([str(out)]) == 0
     text = capsys.readouterr().out
-    for title in ("Predicted and measured", "Correctness", "Limits of the card", "Linears", "Updates", "7B", "Learning"):
-        assert f"## {title}\n" in text
+    titles = ["Predicted and measured", "Correctness", "Limits of the card", "Linears", "Updates", "Learning"]
+    titles += ["7B"] if importlib.util.find_spec("bitsandbytes") else []
+    assert [title for title in titles if f"## {title}\n" not in text] == []
     assert "The figures mean nothing" in text
     assert "| launches of nn.Linear, forward | 1 | 1 |" in text
     assert "| context | 0.50 GB | not measured |" in text

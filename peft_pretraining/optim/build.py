@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -182,10 +181,11 @@ _FOR_8BIT = ("8-bit moments", "bitsandbytes", "adamw, or muon and spectron witho
 _FOR_4BIT = ("4-bit moments and --stochastic_rounding", "torchao", "--optimizer adam8bit without --stochastic_rounding")
 
 
-def _imported(module: str, need: str, package: str, instead: str) -> ModuleType:
-    """Imports a module that an optional package is needed for. Raises OptimizerUnavailable, which says what to use instead."""
+@contextmanager
+def _needing(need: str, package: str, instead: str) -> Iterator[None]:
+    """Raises OptimizerUnavailable, which says what to use instead, if an import in its block fails."""
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
         raise OptimizerUnavailable(
             f"{need} need {package}, which cannot be imported ({error}); run pip install {package}, or use {instead}"
@@ -193,8 +193,9 @@ def _imported(module: str, need: str, package: str, instead: str) -> ModuleType:
 
 
 def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    kind = _imported("peft_pretraining.optim.adam8bit", *_FOR_8BIT).SlicedAdam8bit
-    return kind(_groups(parameters, settings), names=_names(parameters), rounding=settings.rounding, **settings.adam)
+    with _needing(*_FOR_8BIT):
+        from peft_pretraining.optim.adam8bit import SlicedAdam8bit
+    return SlicedAdam8bit(_groups(parameters, settings), names=_names(parameters), rounding=settings.rounding, **settings.adam)
 
 
 def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -204,8 +205,9 @@ def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
 def _sliced_adam(
     parameters: Mapping[str, nn.Parameter], settings: Settings, decoupled: bool, state_bits: int | None = None
 ) -> torch.optim.Optimizer:
-    kind = _imported("peft_pretraining.optim.adam_ao", *_FOR_4BIT).SlicedAdam
-    return kind(
+    with _needing(*_FOR_4BIT):
+        from peft_pretraining.optim.adam_ao import SlicedAdam
+    return SlicedAdam(
         _groups(parameters, settings),
         names=_names(parameters),
         rounding=settings.rounding,
@@ -236,7 +238,8 @@ def _orthogonal(
 ) -> torch.optim.Optimizer:
     """Muon or Spectron for the matrices, AdamW for all other parameters."""
     if more["state_bits"]:
-        _imported("bitsandbytes", *_FOR_8BIT)
+        with _needing(*_FOR_8BIT):
+            import bitsandbytes  # noqa: F401
     matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
     members = [_adamw(others, settings)] if others else []
