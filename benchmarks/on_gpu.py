@@ -151,7 +151,7 @@ def finish(path: Path, name: str, words: list[str], code: int | None, output: st
         content["state"] = "wrong numbers"
     elif code:
         content["state"] = f"ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    if code != 0:
+    if code != 0 or any("error" in row for row in content["rows"]):
         content["output"] = output
     write_json(path, content)
     path.with_name(path.name + ".part").unlink(missing_ok=True)

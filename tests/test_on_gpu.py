@@ -6,7 +6,9 @@ processes is tested with programs that do nothing else.
 
 import importlib.util
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -239,6 +241,16 @@ def test_a_section_that_crashes_costs_itself_only(command, tmp_path, capsys):
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
 
 
+def runs(pid: int) -> bool:
+    """Tells whether a process exists and has not ended."""
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
 def test_a_section_that_hangs_is_killed_with_its_processes_and_keeps_its_rows(on_gpu, command, tmp_path, monkeypatch):
     """The deadline is when it has started a process of its own, however slow the machine is."""
     folder = tmp_path / "out"
@@ -258,12 +270,28 @@ def test_a_section_that_hangs_is_killed_with_its_processes_and_keeps_its_rows(on
     monkeypatch.setattr(on_gpu.subprocess.Popen, "wait", wait)
     assert command({"ceilings": HANGS}) == 1
     child = int(noted.read_text())
-    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
-        time.sleep(0.01)  # killed, and not yet removed by the system
+    # The system removes a killed process in a moment; one that was not killed would sleep for hours.
+    for _ in range(6000):
+        if not runs(child):
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the process that the section had started still runs")
     content = json.loads((folder / "ceilings.json").read_text())
     assert content["state"] == "killed at its deadline"
     assert content["rows"] == [{"name": "first"}]
     assert content["running"] == "second"
+
+
+FAILS_A_STEP = WRITES.replace('"name": "first"', '"name": "first", "error": "exit code 2"') + 'print("error: no such tokenizer")'
+
+
+def test_the_message_of_a_failed_step_is_kept(command, tmp_path):
+    assert command({"learn": FAILS_A_STEP, "env": WRITES}) == 0
+    contents = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("learn", "env")}
+    assert contents["learn"]["output"] == "error: no such tokenizer\n"
+    assert "output" not in contents["env"]
 
 
 def test_nothing_follows_wrong_numbers(command, tmp_path, capsys):

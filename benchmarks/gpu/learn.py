@@ -60,7 +60,7 @@ def trained(record: Record, options: Options) -> dict[str, Any]:
             watcher.join()
             signal.signal(signal.SIGUSR1, before)
         if code:
-            raise RuntimeError(f"the trainer ended with exit code {code}; its message is above")
+            raise RuntimeError(f"the trainer ended with exit code {code}; its message is in `output`")
         return {"arguments": argv, **rows_of(run_folder)}
 
 
