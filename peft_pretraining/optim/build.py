@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -175,9 +176,25 @@ def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
     )
 
 
-def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    from peft_pretraining.optim.adam8bit import SlicedAdam8bit
+# What a package is for, and what to use without it.
+_FOR_8BIT = ("8-bit moments", "bitsandbytes", "adamw, or muon and spectron without 8bit")
+_FOR_4BIT = ("4-bit moments and --stochastic_rounding", "torchao", "--optimizer adam8bit without --stochastic_rounding")
 
+
+@contextmanager
+def _needing(need: str, package: str, instead: str) -> Iterator[None]:
+    """Raises OptimizerUnavailable, which says what to use instead, if an import in its block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise OptimizerUnavailable(
+            f"{need} need {package}, which cannot be imported ({error}); run pip install {package}, or use {instead}"
+        ) from None
+
+
+def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    with _needing(*_FOR_8BIT):
+        from peft_pretraining.optim.adam8bit import SlicedAdam8bit
     return SlicedAdam8bit(_groups(parameters, settings), names=_names(parameters), rounding=settings.rounding, **settings.adam)
 
 
@@ -188,13 +205,8 @@ def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
 def _sliced_adam(
     parameters: Mapping[str, nn.Parameter], settings: Settings, decoupled: bool, state_bits: int | None = None
 ) -> torch.optim.Optimizer:
-    try:
+    with _needing(*_FOR_4BIT):
         from peft_pretraining.optim.adam_ao import SlicedAdam
-    except ImportError as error:
-        raise OptimizerUnavailable(
-            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install "
-            "torchao, or use --optimizer adam8bit without --stochastic_rounding"
-        ) from None
     return SlicedAdam(
         _groups(parameters, settings),
         names=_names(parameters),
@@ -225,6 +237,9 @@ def _orthogonal(
     parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], **more: Any
 ) -> torch.optim.Optimizer:
     """Muon or Spectron for the matrices, AdamW for all other parameters."""
+    if more["state_bits"]:
+        with _needing(*_FOR_8BIT):
+            import bitsandbytes  # noqa: F401
     matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
     members = [_adamw(others, settings)] if others else []
