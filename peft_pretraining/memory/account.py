@@ -126,6 +126,7 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         beta1=setting.beta1,
         embedding_bits=setting.embedding_bits,
         stochastic_rounding=setting.stochastic_rounding,
+        weight_dtype=setting.weight_dtype,
         proj_type=setting.proj_type,
         parts=setting.parts,
     )

@@ -35,7 +35,7 @@ class Settings:
     and sgd, decoupled for the others (as in their libraries). beta1: sgd's momentum and adafactor's first moment; 0 turns it off.
     The Adam family has the published beta1 of 0.9, and beta2 and eps from here. embedding_bits: 32 for float32 moments of
     embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
-    parameters, for the Adam family. lr_ratios: learning rates of parameter groups, divided by lr; 1 for the groups that are left
+    and int8 parameters. sliced: Adam and AdamW step in slices, as int8 parameters need, also without rounding. lr_ratios: learning rates of parameter groups, divided by lr; 1 for the groups that are left
     out. undecayed: parameter groups without weight decay. Groups: see config.parameter_groups. momentum, factor_scale: muon's and
     spectron's momentum, and alpha / r for spectron.
     """
@@ -47,6 +47,7 @@ class Settings:
     eps: float = 1e-8
     embedding_bits: int | None = None
     rounding: StochasticRounding | None = None
+    sliced: bool = False
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
     undecayed: Collection[str] = ()
     momentum: float = 0.95
@@ -134,13 +135,13 @@ def _names(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, str]:
 
 
 def _adam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.sliced or settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=False)
     return torch.optim.Adam(_groups(parameters, settings), fused=True, **settings.adam)
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.sliced or settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=True)
     return torch.optim.AdamW(_groups(parameters, settings), fused=True, **settings.adam)
 
@@ -192,8 +193,8 @@ def _sliced_adam(
         from peft_pretraining.optim.adam_ao import SlicedAdam
     except ImportError as error:
         raise OptimizerUnavailable(
-            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install "
-            "torchao, or use --optimizer adam8bit without --stochastic_rounding"
+            f"4-bit moments, --stochastic_rounding and --weight_dtype int8 need torchao, which cannot be imported ({error}); run "
+            "pip install torchao, or use --optimizer adam8bit"
         ) from None
     return SlicedAdam(
         _groups(parameters, settings),
