@@ -196,11 +196,10 @@ def _output(
     factored: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns y, (..., O), and x A^T, (T, R), in the given dtype; if W is built, an empty tensor instead of x A^T."""
-    lora_A, lora_B, values = plain(lora_A), plain(lora_B), None if values is None else plain(values)
-    scaled_B = (lora_B * (scaling_number if scaling is None else scaling)).to(dtype)
+    scaled_B = (plain(lora_B) * (scaling_number if scaling is None else scaling)).to(dtype)
     out_shape = (*x.shape[:-1], lora_B.shape[0])
-    x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), lora_A.to(dtype)
-    values = None if values is None else values.to(dtype)
+    x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), plain(lora_A).to(dtype)
+    values = None if values is None else plain(values).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     base = None if base is None else base.to(dtype)
     part = _part(values, code, blocks, lora_B, lora_A)

@@ -100,7 +100,9 @@ class ModelArguments:
         None,
         "how embedding, head and the linears' parameters are stored: int8 (codes with a scale per 128 elements, rounded "
         "stochastically in each update; arithmetic stays in --dtype) (default: in --dtype)",
-        never(choices=WEIGHT_DTYPES, added_later=True, synonyms="weights_dtype weight_bits weight_quantization load_in_8bit int8"),
+        never(
+            choices=WEIGHT_DTYPES, added_later=True, synonyms="weights_dtype weight_bits weight_quantization load_in_8bit int8"
+        ),
     )
     activation_checkpointing: str | None = flag(
         None,

@@ -157,7 +157,9 @@ def _stored_weights_problems(args: Arguments) -> list[str]:
         problems.append(f"{flag} with --compile: compiled layers take plain parameters only; leave one of the two out")
     if not optimizer.has_adam:
         names = _listed([name for name, other in OPTIMIZERS.items() if other.has_adam])
-        problems.append(f"{flag} with --optimizer {args.optimizer}: its step rounds to nearest, which loses small updates; use {names}")
+        problems.append(
+            f"{flag} with --optimizer {args.optimizer}: its step rounds to nearest, which loses small updates; use {names}"
+        )
     if method.projected or method.frozen_base:
         problems.append(
             f"{flag} with --peft_model {args.peft_model}: its updates of dense weights are not rounded to int8; use --peft_model "
