@@ -92,10 +92,12 @@ def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
 
 def load_parameters(folder: Path, args: Arguments, tensors: dict[str, torch.Tensor]) -> None:
     """Fills a model's tensors, in place, from a checkpoint, whose parameters may be stored in int8. Raises CheckpointError."""
-    load = checkpoint.load_tensors
-    if args.weight_dtype is not None:
-        from peft_pretraining.model.int8 import load_dequantised as load
-    load(folder, tensors)
+    if args.weight_dtype is None:
+        checkpoint.load_tensors(folder, tensors)
+        return
+    from peft_pretraining.model.int8 import load_dequantised
+
+    load_dequantised(folder, tensors)
 
 
 def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:

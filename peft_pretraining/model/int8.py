@@ -40,9 +40,9 @@ class Int8Tensor(Tensor):
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Int8Tensor:
         """codes: contiguous. dtype: of the values."""
-        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
         made.codes, made.scales = codes, scales
-        return made  # type: ignore[no-any-return]
+        return made
 
     @classmethod
     def like(cls, tensor: Tensor, device: torch.device | str | None = None) -> Int8Tensor:
@@ -51,7 +51,7 @@ class Int8Tensor(Tensor):
         codes = torch.empty(tensor.shape, dtype=torch.int8, device=device)
         return cls(codes, torch.empty(-(-codes.numel() // BLOCK), dtype=torch.float32, device=device), tensor.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Tensor({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @property
@@ -118,7 +118,9 @@ class Int8Tensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _OPERATIONS and (result := _OPERATIONS[func](*args, **kwargs)) is not NotImplemented:
             return result
@@ -206,7 +208,7 @@ class _Dequantised(torch.autograd.Function):
         return tensor._values()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -220,7 +222,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
@@ -294,7 +296,11 @@ def quantise_parameters(model: nn.Module) -> None:
 
 
 def load_dequantised(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills plain tensors, in place, from a checkpoint, computing values where it holds codes and scales. Raises CheckpointError."""
+    """Fills plain tensors, in place, from a checkpoint; where it holds codes and scales, with their values.
+
+    Raises:
+        CheckpointError: as step_folder.load_tensors.
+    """
     index = tensor_index(folder)
     stored = {name: Int8Tensor.like(tensor, "cpu") for name, tensor in tensors.items() if f"{name}{SCALES}" in index}
     parts = {f"{name}{end}": part for name, tensor in stored.items() for end, part in tensor.stored_parts.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -42,8 +43,18 @@ class StochasticRounding:
         return keyed if device.type == "cpu" else torch.Generator(device).manual_seed(keyed.initial_seed())
 
 
-def is_stored(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is stored as int8 (model.int8), so that it cannot be changed in place."""
+class Stored(Protocol):
+    """A parameter that is stored as int8 (model.int8), so that it cannot be changed in place."""
+
+    def working_values(self, part: slice) -> torch.Tensor:
+        """Returns a float32 copy of a slice of the flattened parameter."""
+
+    def store_(self, part: slice, values: torch.Tensor, noise: torch.Generator | None) -> None:
+        """Stores float32 values of a slice, rounded."""
+
+
+def is_stored(parameter: object) -> TypeGuard[Stored]:
+    """Whether a parameter is stored as int8."""
     return hasattr(parameter, "working_values")
 
 
@@ -68,8 +79,7 @@ def working_values(parameter: torch.Tensor, part: slice, noise: torch.Generator 
     Otherwise a view of the parameter.
     """
     if is_stored(parameter):
-        copy: torch.Tensor = parameter.working_values(part)  # type: ignore[operator]
-        return copy
+        return parameter.working_values(part)
     values = parameter.view(-1)[part]
     return values if noise is None else values.float()
 
@@ -77,6 +87,6 @@ def working_values(parameter: torch.Tensor, part: slice, noise: torch.Generator 
 def store_(parameter: torch.Tensor, part: slice, values: torch.Tensor, noise: torch.Generator | None) -> None:
     """Stores the stepped values of a slice, given by `working_values`; a view of the parameter is stored already."""
     if is_stored(parameter):
-        parameter.store_(part, values, noise)  # type: ignore[operator]
+        parameter.store_(part, values, noise)
     elif noise is not None:
         round_stochastically_(parameter.view(-1)[part], values, noise)
