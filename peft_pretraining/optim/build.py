@@ -35,8 +35,8 @@ class Settings:
     and sgd, decoupled for the others (as in their libraries). beta1: sgd's momentum and adafactor's first moment; 0 turns it off.
     The Adam family has the published beta1 of 0.9, and beta2 and eps from here. embedding_bits: 32 for float32 moments of
     embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
-    and int8 parameters. sliced: Adam and AdamW step in slices, as int8 parameters need, also without rounding. lr_ratios: learning
-    rates of parameter groups, divided by lr; 1 for the groups that are left out. undecayed: parameter groups without weight decay.
+    and int8 parameters. sliced: Adam and AdamW step in slices, as int8 parameters need, also without rounding. lr_ratios: rates
+    of parameter groups, divided by lr; 1 for the groups that are left out. undecayed: groups without weight decay.
     Groups: see config.parameter_groups. momentum, factor_scale: muon's and spectron's momentum, and alpha / r for spectron.
     """
 
