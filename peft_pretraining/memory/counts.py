@@ -24,6 +24,9 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method, TensorGroup
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+# Elements of a parameter stored as int8 that share a float32 scale. Slices that optimizers step begin and end with blocks, also
+# where 4-bit moments of 128 elements end.
+INT8_BLOCK_ELEMENTS = 128
 
 
 def loss_chunk_rows(device_type: str) -> int:
@@ -183,6 +186,7 @@ def static_bytes(
     beta1: float = 0.0,
     embedding_bits: int | None = None,
     stochastic_rounding: bool = False,
+    weight_dtype: str | None = None,
     proj_type: str = "std",
     parts: int = 1,
 ) -> dict[str, int]:
@@ -197,6 +201,7 @@ def static_bytes(
         beta1: sgd's momentum and adafactor's first moment; 0 disables them.
         embedding_bits: bits of the moments of embedding and head with adam8bit and adamw4bit; None: as for other parameters.
         stochastic_rounding: Adam's step counts are then Python numbers instead of tensors, except for GaLore's matrices.
+        weight_dtype: "int8" for parameters that are stored in int8, with the same step counts; None for `dtype`.
         proj_type: GaLore's side, see subspace_shapes; projections, in `dtype`, count as optimizer memory.
         parts: processes over which FSDP2 divides everything except the supports; process 0's part, the largest, is counted.
 
@@ -215,18 +220,26 @@ def static_bytes(
             states += g.count * width * sum(math.prod(side) for side in (left, right) if side is not None)
         of_matrix = kind.matrix_bytes if _is_matrix(g) else None
         states += g.count * (of_matrix or kind.state_bytes)(stepped, width, beta1, bits)
-        if stochastic_rounding and of_matrix is None and not g.projected:
+        if (stochastic_rounding or weight_dtype is not None) and of_matrix is None and not g.projected:
             states -= kind.step_count_bytes * g.count
         # Muon and Spectron quantise the momentum of matrices only.
         quantised |= of_matrix is kind.matrix_bytes and math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
     if quantised:
         states += kind.shared_bytes
     return {
-        "parameters": width * sum(g.elements for g in groups),
+        "parameters": sum(g.count * parameter_bytes(g, width, weight_dtype) for g in groups),
         "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in whole if g.kind == "sparse"),
         "gradients": width * sum(g.elements for g in trained),
         "optimizer": states,
     }
+
+
+def parameter_bytes(group: TensorGroup, width: int, weight_dtype: str | None) -> int:
+    """Returns bytes of one parameter: of `width` bytes per element, or if it is stored in int8, of codes and scales."""
+    elements = math.prod(group.shape)
+    if weight_dtype is None or (len(group.shape) < 2 and group.kind != "sparse"):
+        return width * elements
+    return elements + 4 * math.ceil(elements / INT8_BLOCK_ELEMENTS)
 
 
 def _is_matrix(group: TensorGroup) -> bool:

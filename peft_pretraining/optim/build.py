@@ -36,9 +36,9 @@ class Settings:
     and sgd, decoupled for the others (as in their libraries). beta1: sgd's momentum and adafactor's first moment; 0 turns it off.
     The Adam family has the published beta1 of 0.9, and beta2 and eps from here. embedding_bits: 32 for float32 moments of
     embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
-    parameters, for the Adam family. lr_ratios: learning rates of parameter groups, divided by lr; 1 for the groups that are left
-    out. undecayed: parameter groups without weight decay. Groups: see config.parameter_groups. momentum, factor_scale: muon's and
-    spectron's momentum, and alpha / r for spectron.
+    and int8 parameters. sliced: Adam and AdamW step in slices, as int8 parameters need, also without rounding. lr_ratios: rates
+    of parameter groups, divided by lr; 1 for the groups that are left out. undecayed: groups without weight decay.
+    Groups: see config.parameter_groups. momentum, factor_scale: muon's and spectron's momentum, and alpha / r for spectron.
     """
 
     lr: float
@@ -48,6 +48,7 @@ class Settings:
     eps: float = 1e-8
     embedding_bits: int | None = None
     rounding: StochasticRounding | None = None
+    sliced: bool = False
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
     undecayed: Collection[str] = ()
     momentum: float = 0.95
@@ -135,13 +136,13 @@ def _names(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, str]:
 
 
 def _adam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.sliced or settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=False)
     return torch.optim.Adam(_groups(parameters, settings), fused=True, **settings.adam)
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.sliced or settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=True)
     return torch.optim.AdamW(_groups(parameters, settings), fused=True, **settings.adam)
 
@@ -178,7 +179,11 @@ def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
 
 # What a package is for, and what to use without it.
 _FOR_8BIT = ("8-bit moments", "bitsandbytes", "adamw, or muon and spectron without 8bit")
-_FOR_4BIT = ("4-bit moments and --stochastic_rounding", "torchao", "--optimizer adam8bit without --stochastic_rounding")
+_FOR_4BIT = (
+    "4-bit moments, --stochastic_rounding and --weight_dtype int8",
+    "torchao",
+    "--optimizer adam8bit without --stochastic_rounding",
+)
 
 
 @contextmanager
