@@ -12,7 +12,7 @@ from peft_pretraining.distributed.parallel import average_
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.moments import Accumulating
 from peft_pretraining.optim.slices import StochasticRounding
-from peft_pretraining.optim.updates import Build, PerLayerUpdate, l2_norm
+from peft_pretraining.optim.updates import Arrived, Build, PerLayerUpdate, Unit, l2_norm
 
 
 class AccumulatingUpdate(PerLayerUpdate):
@@ -86,9 +86,12 @@ class AccumulatingUpdate(PerLayerUpdate):
             self._started.add(number)
         if not self._last:
             return
-        unit.add(stepped, parameter, torch.tensor(number in self._bad))
+        unit.add(Arrived(number, norm, stepped, parameter), torch.tensor(number in self._bad))
         if unit.complete:
-            if not bool(unit.bad):
-                optimizer.step_from_moments(self._num_micro_batches)
-            self._skipped += float(unit.bad) * unit.size
-            unit.free()
+            self._finish_unit(unit)
+
+    def _finish_unit(self, unit: Unit) -> None:
+        if not bool(unit.bad):
+            cast(Accumulating, unit.optimizer).step_from_moments(self._num_micro_batches)
+        self._skipped += float(unit.bad) * unit.size
+        unit.free()

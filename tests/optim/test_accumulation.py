@@ -43,7 +43,7 @@ LARGE = {"embed_tokens.weight": (67, 131)}
 
 
 def accumulating(name: str, parameters: dict[str, nn.Parameter], micro_batches: int, **settings) -> AccumulatingUpdate:
-    build = partial(build_optimizer, name, lr=0.0, weight_decay=DECAY, accumulates=True, factor_scale=SCALE, **settings)
+    build = partial(build_optimizer, name, lr=0.0, weight_decay=DECAY, sliced=True, factor_scale=SCALE, **settings)
     joint = pairs_of_factors(parameters) if name.startswith("spectron") else []
     return AccumulatingUpdate(build, parameters, World(), num_micro_batches=micro_batches, seed=0, joint=joint)
 
@@ -139,7 +139,7 @@ def test_one_micro_batch_is_the_ordinary_step_up_to_the_rounding_of_moments(name
     ends = []
     for accumulates in (False, True):
         parameters = parameters_of(shapes)
-        build = partial(build_optimizer, name, lr=0.0, weight_decay=DECAY, accumulates=True, factor_scale=SCALE)
+        build = partial(build_optimizer, name, lr=0.0, weight_decay=DECAY, sliced=True, factor_scale=SCALE)
         joint = {"joint": pairs_of_factors(parameters)} if name.startswith("spectron") else {}
         updates = accumulating(name, parameters, 1) if accumulates else PerLayerUpdate(build, parameters, World(), **joint)
         start = {key: p.detach().clone() for key, p in parameters.items()}
@@ -182,9 +182,7 @@ def test_random_rounding_keeps_the_mean_and_exact_values(layout, number):
         layout, ("adamw", None)
     )
     parameter = nn.Parameter(torch.zeros(4096 + 70, dtype=torch.bfloat16))
-    optimizer = build_optimizer(
-        name, {"lm_head.weight": parameter}, lr=0.0, weight_decay=0.0, embedding_bits=bits, accumulates=True
-    )
+    optimizer = build_optimizer(name, {"lm_head.weight": parameter}, lr=0.0, weight_decay=0.0, embedding_bits=bits, sliced=True)
     optimizer.prepare_states()
     state = optimizer.state[parameter]
     generator = torch.Generator().manual_seed(3)
@@ -349,7 +347,7 @@ def averaging(rank: int, port: int, results: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     world = World(rank, 2, rank, 2)
     parameters = parameters_of(SMALL | LARGE)
-    build = partial(build_optimizer, "adam8bit", lr=0.0, weight_decay=DECAY, accumulates=True)
+    build = partial(build_optimizer, "adam8bit", lr=0.0, weight_decay=DECAY, sliced=True)
     with process_group(world, torch.device("cpu"), 60.0):
         updates = AccumulatingUpdate(build, parameters, world, num_micro_batches=2, seed=0)
         for update in (1, 2):

@@ -80,7 +80,13 @@ def smallest_peak(line: str, world: World, device_type: str) -> int:
     }
     peaks = []
     for optimizer in optimizers.get(args.optimizer, [args.optimizer]):
-        for more in ("", " --parallel fsdp", " --accumulate moments"):
+        for more in (
+            "",
+            " --parallel fsdp",
+            " --accumulate moments",
+            " --weight_dtype int8",
+            " --accumulate moments --weight_dtype int8",
+        ):
             typed = (
                 f"{line} --optimizer {optimizer} --peft_model {args.peft_model} --grad_clipping 0 --per_layer {more} "
                 "--dtype bfloat16 --embedding_states 8bit --activation_checkpointing layer --async_save false --batch_size 1"
