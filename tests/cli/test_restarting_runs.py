@@ -30,8 +30,10 @@ OWN_STATES = [
     for optimizer in ("muon", "muon8bit", "spectron", "spectron4bit", "stable_spam")
     for per_layer in ([], ["--per_layer", "--grad_norm_growth", "1.01"])
 ]
-# Gradients accumulated in moments: plain ones in float32 and bfloat16, quantised ones, and those of a method with restarts.
+# Gradients accumulated in moments: plain ones in float32 and bfloat16, quantised ones, those of a method with restarts, of int8
+# parameters.
 IN_MOMENTS = ["--per_layer", "--accumulate", "moments"]
+INT8 = ["--weight_dtype", "int8"]
 
 
 @pytest.fixture
@@ -73,6 +75,8 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*BF16, "--peft_model", "sltrain", *IN_MOMENTS, "--stochastic_rounding"],
         [*RELORA, "--optimizer", "adam8bit", "--embedding_states", "8bit", *IN_MOMENTS],
         [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "8bit", *IN_MOMENTS],
+        [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "8bit", *IN_MOMENTS, *INT8],
+        ["--peft_model", "full", "--optimizer", "adamw4bit", *IN_MOMENTS, *INT8, "--stochastic_rounding", "false"],
         [*BF16, "--stochastic_rounding", "--peft_model", "full", "--optimizer", "muon"],
         [*BF16, "--stochastic_rounding", *RELORA, "--optimizer", "spectron8bit_per_layer"],
         [*BF16, "--stochastic_rounding", *SLTRAIN, "--optimizer", "stable_spam"],

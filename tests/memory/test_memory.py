@@ -167,6 +167,7 @@ STATES: list[tuple[str, dict[str, Any]]] = [
     ("adamw", {"weight_dtype": "int8"}),
     ("adam8bit", {"weight_dtype": "int8", "stochastic_rounding": True}),
     ("muon8bit", {"weight_dtype": "int8"}),
+    ("spectron4bit", {"weight_dtype": "int8"}),
 ]
 
 
