@@ -39,6 +39,8 @@ Saved = dict["Part | None", dict[str, tuple[torch.Size, torch.dtype]]]
 Read = Callable[[dict[str, torch.Tensor]], None]
 
 _PARTIAL_NAME = re.compile(r"(.+)@(\d+)of(\d+)")
+# Names of moments in the state of torch's AdamW, and those in the states of optimizers that step in slices.
+_ADAMW_NAMES = {"exp_avg": "moment1", "exp_avg_sq": "moment2"}
 
 
 class SavedState(NamedTuple):
@@ -99,7 +101,11 @@ def load_optimizer_state(
     states = updates.optimizer.state
     states.clear()
     _prepare(updates.optimizer)
-    requantised = [name for name, parts in saved.items() if _has_other_parts(updates, parameters[name], parts)]
+    requantised = [
+        name
+        for name, parts in saved.items()
+        if _has_other_parts(updates, parameters[name], parts) or _has_other_form(parts, states.get(updates.stepped[name], {}))
+    ]
     targets: dict[str, torch.Tensor] = {}
     for name in sorted((set(saved) | set(scalars)) - set(requantised)):
         stepped = updates.stepped[name]
@@ -142,6 +148,13 @@ def _has_other_parts(updates: Updates, parameter: nn.Parameter, parts: Saved) ->
     return own_part.size not in {part.size for part in parts if part is not None}
 
 
+def _has_other_form(parts: Saved, state: Mapping[str, Any]) -> bool:
+    """Tells whether plain moments were saved that this optimizer quantises; muon8bit and spectron8bit left AdamW's plain once."""
+    saved = parts.get(None, {}).keys()
+    plain = "codes1" not in saved and any(set(names) <= saved for names in (_ADAMW_NAMES, _ADAMW_NAMES.values()))
+    return plain and not {key for key, value in state.items() if isinstance(value, torch.Tensor)} <= saved
+
+
 def _targets(name: str, parameter: nn.Parameter, parts: Saved, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Returns tensors of this process's part to read into, on the parameter's device, by their saved names.
 
@@ -170,7 +183,7 @@ def _targets(name: str, parameter: nn.Parameter, parts: Saved, state: Mapping[st
         path.rsplit("/", 1)[1] for path in targets
     }
     if missing:
-        raise ValueError(f"{name}/{min(missing)} is missing; another version may have kept these moments in another form")
+        raise ValueError(f"{name}/{min(missing)} is missing")
     return targets
 
 
@@ -187,11 +200,13 @@ def _requantise(
         saved_name = _partial_name(name, part) if part else name
         tensors = {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in parts[part].items()}
         read({f"{saved_name}/{key}": tensor for key, tensor in tensors.items()})
-        pieces.append(plain_moments(tensors))
+        if "step" in tensors:
+            state["step"] = int(tensors.pop("step"))
+        pieces.append(plain_moments({_ADAMW_NAMES.get(key, key): tensor for key, tensor in tensors.items()}))
     whole = [torch.cat(moment).view(parameter.shape) for moment in zip(*pieces, strict=True)]
     if isinstance(parameter, DTensor):
         whole = [rows_of_part(moment, part_of(parameter)) for moment in whole]
-    set_moments_(state, [moment.flatten().to(parameter.device) for moment in whole])
+    set_moments_(state, [moment.flatten().to(parameter.device, torch.float32) for moment in whole])
 
 
 # --- Quantised moments as plain numbers and back ---
