@@ -214,7 +214,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         late_record.add(state.update_step, step, row)
 
         finished = is_finished(plan, state.update_step, state.tokens_seen)
-        scheduled = scheduled or finished or state.update_step % args.save_every == 0
+        scheduled = scheduled or save_scheduled(args, state.update_step, finished)
         if run.saver.due(scheduled):
             late_record.settle()
             # A checkpoint after a skipped update waits until an update succeeds, so that it replaces no good checkpoint.
@@ -224,6 +224,11 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
                     run.saver.save()
                 scheduled = False
     run.saver.finish()
+
+
+def save_scheduled(args: Arguments, update_step: int, finished: bool) -> bool:
+    """Tells whether a checkpoint follows the update: every save_every and keep_every updates, and at the end."""
+    return finished or any(update_step % every == 0 for every in (args.save_every, args.keep_every) if every is not None)
 
 
 def evaluation_due(args: Arguments, update_step: int, finished: bool) -> bool:

@@ -560,8 +560,18 @@ class RunArguments:
         "update steps between checkpoints; one more is written at the end",
         freely(unit="updates", minimum=1, synonyms="save_steps save_interval checkpoint_every"),
     )
+    save_minutes: float | None = flag(
+        None,
+        "save too when this many minutes have passed since the last checkpoint, by rank 0's clock (default: off)",
+        freely(unit="minutes", above=0, synonyms="save_interval_minutes save_time checkpoint_minutes"),
+    )
     keep_checkpoints: int | None = flag(
         None, "newest checkpoints to keep (default: all)", freely(unit="checkpoints", minimum=1, synonyms="save_total_limit")
+    )
+    keep_every: int | None = flag(
+        None,
+        "save at multiples of this many update steps too; --keep_checkpoints never removes those (default: off)",
+        freely(unit="updates", minimum=1, synonyms="keep_interval keep_period"),
     )
     async_save: bool = flag(
         False, "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)"
