@@ -133,6 +133,7 @@ def run(args: Arguments, world: World) -> int:
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Builds and restores the run and trains until it is finished or stopped; returns the exit code."""
+    from peft_pretraining.record.mfu import flop_rates
     from peft_pretraining.record.recorder import LateRecord, Throughput
     from peft_pretraining.run.assemble import assemble, open_record, print_finished, print_skipped_records
     from peft_pretraining.run.ending import end_early
@@ -141,8 +142,9 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     run = assemble(args, world, device)
     if run is None:
         return 0
+    flops = flop_rates(args, run.plan, world, run.parts.model, device)
     record = open_record(args, world, run)
-    throughput = Throughput(run.plan.total_batch_size, run.plan.gradient_accumulation * world.size)
+    throughput = Throughput(run.plan.total_batch_size, run.plan.gradient_accumulation * world.size, flops)
     late_record = LateRecord(record, run.parts.state, throughput)
     code = 1
     try:

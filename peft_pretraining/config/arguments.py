@@ -612,6 +612,12 @@ class RunArguments:
         "update steps between lines of metrics.jsonl",
         freely(unit="updates", minimum=1, synonyms="logging_steps log_interval log_freq"),
     )
+    peak_tflops: float | None = flag(
+        None,
+        "peak of one device in the run's dtype, 10^12 operations per second, for mfu in the record (default: from a table of "
+        "GPUs; measured on a CPU)",
+        freely(unit="TFLOP/s", above=0, synonyms="peak_flops promised_flops gpu_peak_tflops"),
+    )
     name: str | None = flag(
         None,
         "the run's name in wandb (default: the run folder's name)",
