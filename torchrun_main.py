@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from peft_pretraining.record.recorder import LateRecord, Recorder
     from peft_pretraining.run.assemble import Run
+    from peft_pretraining.training.trace import Trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,11 +147,12 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     record = open_record(args, world, run)
     throughput = Throughput(run.plan.total_batch_size, run.plan.gradient_accumulation * world.size, flops)
     late_record = LateRecord(record, run.parts.state, throughput)
+    trace = start_trace(args, world, run, record)
     code = 1
     try:
         with run.stop.listening():
             try:
-                loop(args, world, run, record, late_record)
+                loop(args, world, run, record, late_record, trace)
                 print_skipped_records(record, run, world)
             except StopRun as stopped:
                 late_record.settle()
@@ -159,6 +161,8 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
                 return code
         code = 0
     finally:
+        if trace is not None:
+            trace.close()
         run.saver.close()
         late_record.close()
         record.close(code)
@@ -167,7 +171,16 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     return 0
 
 
-def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
+def start_trace(args: Arguments, world: World, run: Run, record: Recorder) -> Trace | None:
+    """Starts the trace that --trace asks for; returns None without the flag."""
+    if args.trace is None:
+        return None
+    from peft_pretraining.training.trace import Trace
+
+    return Trace(run.folder.path, args.trace, run.parts.state.update_step, world.rank, run.device, record.say)
+
+
+def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord, trace: Trace | None) -> None:
     """Trains until the run is finished: updates, and evaluations, log rows and checkpoints when they are due. Raises StopRun."""
     # Imported here because torch and transformers take seconds to load; --help and errors in arguments need neither.
     from peft_pretraining.plan.plan import learning_rates
@@ -206,14 +219,11 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         record.advance()
         row: dict[str, Any] | None = None
         if state.update_step % args.log_every == 0:
-            row = {
-                **rates.row(lr),
-                "tokens_seen": state.tokens_seen,
-                "max_memory": peak_memory_bytes(device),
-                "bad_records": bad_records,
-            }
-            row |= run.memory_row()
+            counts = {"tokens_seen": state.tokens_seen, "max_memory": peak_memory_bytes(device), "bad_records": bad_records}
+            row = {**rates.row(lr), **counts, **run.memory_row()}
         late_record.add(state.update_step, step, row)
+        if trace is not None:
+            trace.after_update()
 
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         scheduled = scheduled or save_scheduled(args, state.update_step, finished)

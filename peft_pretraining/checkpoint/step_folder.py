@@ -305,8 +305,9 @@ def _remove_old(run_folder: Path, keep: int | None, keep_every: int | None) -> N
         return
     own = [path for path in list_checkpoints(run_folder) if _is_own(path)]
     for_good: dict[int, Path] = {}
-    for path in own if keep_every is not None else ():
-        for_good.setdefault((num_updates(path) or 0) // keep_every, path)
+    if keep_every is not None:
+        for path in own:
+            for_good.setdefault((num_updates(path) or 0) // keep_every, path)
     for_good.pop(0, None)
     for path in own[:-keep]:
         if path in for_good.values():

@@ -612,6 +612,11 @@ class RunArguments:
         "update steps between lines of metrics.jsonl",
         freely(unit="updates", minimum=1, synonyms="logging_steps log_interval log_freq"),
     )
+    trace: int | None = flag(
+        None,
+        "trace this many updates with torch's profiler, after two of warm-up, to trace/ in the run's folder",
+        freely(unit="updates", minimum=1, synonyms="profile profiler profile_steps"),
+    )
     peak_tflops: float | None = flag(
         None,
         "peak of one device in the run's dtype, 10^12 operations per second, for mfu in the record (default: from a table of "

@@ -91,11 +91,12 @@ def training_flops(model: LlamaForCausalLM, batch_size: int, length: int) -> tup
     batch_size: sequences per micro-batch, which share the work of building weights.
     """
     rows, head, own, dense = batch_size * length, model.get_output_embeddings(), 0.0, 0.0
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "in_features") and layer is not head and not isinstance(layer, Support):
             own += _multiplications(layer, rows)
             dense += 3 * rows * layer.out_features * layer.in_features
-    config = model.config
+    config: Any = model.config
     width = config.num_attention_heads * config.head_dim
     # Per layer: scores and weighted values, over the causal half; in backward twice as much.
     attention = config.num_hidden_layers * 3 * 2 * (length * length / 2) * width

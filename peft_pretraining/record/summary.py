@@ -16,8 +16,10 @@ from peft_pretraining.training.stop import MARKER_FILE
 
 METRICS_FILE = "metrics.jsonl"
 # Prefixes of the keys of figures: numbers, or null where a figure was not finite.
-_FIGURES = ("loss", "lr", "gradnorm", "tokens_seen", "throughput_", "max_memory", "memory_", "final_eval_", "skipped_", "bad_")
-_FIGURES += ("flops_", "mfu")
+_FIGURES = (
+    *("loss", "lr", "gradnorm", "tokens_seen", "throughput_", "flops_", "mfu", "max_memory", "memory_", "final_eval_"),
+    *("skipped_", "bad_"),
+)
 # Keys of which the summary has the median over logged updates, beside tokens per second; see mfu.py.
 _RATES = ("flops_per_second", "flops_per_second_dense", "mfu", "mfu_dense")
 

@@ -109,6 +109,7 @@ CHANGES = {
     "eval_tokens": "1000",
     "eval_at_start": "true",
     "log_every": "2",
+    "trace": "2",
     "peak_tflops": "100",
     "name": "other",
     "tags": "other",
