@@ -40,6 +40,7 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 INITS = ("default", "svd")
 LINEAR_PATHS = ("auto", "materialised", "factored")
 PARALLEL = ("ddp", "fsdp")
+WEIGHT_DTYPES = ("int8",)
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
 DATA_ORDERS = ("lanes", "global")
@@ -94,6 +95,14 @@ class ModelArguments:
         None,
         "parameters and arithmetic: bfloat16 | float32 (default: bfloat16 on a GPU that has it, else float32)",
         never(choices=DTYPES, synonyms="precision torch_dtype bf16"),
+    )
+    weight_dtype: str | None = flag(
+        None,
+        "how embedding, head and the linears' parameters are stored: int8 (codes with a scale per 128 elements, rounded "
+        "stochastically in each update; arithmetic stays in --dtype) (default: in --dtype)",
+        never(
+            choices=WEIGHT_DTYPES, added_later=True, synonyms="weights_dtype weight_bits weight_quantization load_in_8bit int8"
+        ),
     )
     activation_checkpointing: str | None = flag(
         None,
@@ -491,11 +500,14 @@ class OptimizationArguments:
     )
     stochastic_rounding: bool = flag(
         False,
-        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost",
+        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost; with --weight_dtype "
+        "int8 new int8 values too, where it is on unless it is false",
         never(
             warm_start=True,
             no_effect=lambda args: (
-                "with --dtype float32: nothing is rounded" if args.stochastic_rounding and args.dtype == "float32" else None
+                "with --dtype float32: nothing is rounded"
+                if args.stochastic_rounding and args.dtype == "float32" and args.weight_dtype is None
+                else None
             ),
         ),
     )

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHANGES = {
     "model_config": "{folder}/other.json",
     "dtype": "bfloat16",
+    "weight_dtype": "int8",
     "activation_checkpointing": "layer",
     "compile": "true",
     "use_hf_model": "true",

@@ -81,6 +81,16 @@ def test_the_best_of_each_round_go_on(tmp_path, stub, capfd):
     assert starts(tmp_path) == finals  # nothing was started again
 
 
+def test_all_rounds_start_from_the_same_full_rank_run(tmp_path, stub):
+    """A round's flags do not change the full-rank run, so it is made once, not once per round."""
+    entry = {"peft_model": "relora", "relora": 2, "lr": [0.1, 0.2, 0.3], "warm_up": {"lr": 0.5, "num_training_steps": 1}}
+    rounds = [{"num_training_steps": 2, "keep": 2}, {"num_training_steps": 3, "keep": 1}]
+    assert command(["sweep", str(write_search(tmp_path, [entry], rounds, seeds=[1, 2]))]) == 0
+    made = [(path.parent.relative_to(tmp_path / "runs"), path.read_text().split()) for path in tmp_path.rglob("starts.txt")]
+    assert {str(folder): len(runs) for folder, runs in made} == {"search-1": 3, "search-2": 2, "warm_up": 2, ".": 2}
+    assert starts(tmp_path, "warm_up") == ["lr0.5-num_training_steps1-seed1", "lr0.5-num_training_steps1-seed2"]
+
+
 def test_a_round_with_a_failed_run_is_made_to_its_end_and_chooses_nothing(tmp_path, stub, capfd):
     path = write_search(tmp_path, [{"weight_decay": [1, 0, 0.5]}], [{"num_training_steps": 2, "keep": 1}])
     assert command(["sweep", str(path)]) == 1
@@ -251,6 +261,15 @@ def test_runs_at_a_time_wait_for_the_run_that_they_start_from(tmp_path, stub, ca
     assert len(starts(tmp_path, "warm_up")) == 2
 
 
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_a_run_whose_log_cannot_be_written_fails_and_the_others_are_made(tmp_path, stub, capfd, at_a_time):
+    path = write_sweep(tmp_path, [{"lr": [0.1, 0.2, 0.3]}])
+    (tmp_path / "runs" / "lr0.1-seed42.log").mkdir(parents=True)
+    assert command(["sweep", str(path), "--parallel_runs", str(at_a_time)]) == 1
+    assert "failed: lr0.1-seed42: could not be started: [Errno 21] Is a directory" in capfd.readouterr().out
+    assert sorted(starts(tmp_path)) == ["lr0.2-seed42", "lr0.3-seed42"]
+
+
 def test_rounds_of_a_search_run_several_at_a_time(tmp_path, stub, capfd):
     path = write_search(tmp_path, [{"lr": [0.3, 0.1, 0.2]}], [{"num_training_steps": 2, "keep": 2}, {"keep": 1}])
     assert command(["sweep", str(path), "--parallel_runs", "3"]) == 0
@@ -340,6 +359,7 @@ def test_a_signal_stops_all_runs_at_a_time_and_the_sweep_continues_later(tmp_pat
     told, _ = sweep.communicate()
     assert sweep.returncode == 130
     assert "0 of 3 runs are finished" in told
+    assert told.rstrip().endswith(f"sweep {path} --parallel_runs 2")
     assert len(starts(tmp_path)) == 2
     for record in records:
         assert list(record.parent.glob("step_*"))

@@ -78,11 +78,12 @@ def _make_and_report(file: SweepFile, at_a_time: int) -> int:
             if any(outcome.kind not in MADE for outcome in outcomes.values()) or stopping.signal_name is not None:
                 break
     if stopping.signal_name is not None or any(outcome.kind == "stopped" for outcome in outcomes.values()):
+        flags = f" --parallel_runs {at_a_time}" if at_a_time > 1 else ""
         finished = sum(outcome.kind in MADE for outcome in outcomes.values())
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(stage.runs)} runs are finished; "
             "what was under way has saved a checkpoint. Continue with the same command:\n"
-            f"  python -m peft_pretraining sweep {shlex.quote(str(file.path))}"
+            f"  python -m peft_pretraining sweep {shlex.quote(str(file.path))}{flags}"
         )
         return 130
     if stage.title is None:
@@ -147,8 +148,13 @@ class _Stage:
         """Records and prints a run's outcome, and stops the others if it was stopped."""
         ended = self._running.pop(future)
         self._free.append(ended.place)
-        outcome = self._outcomes[ended.planned.name] = future.result()
         now = time.monotonic()
+        try:
+            outcome = future.result()
+        except OSError as error:
+            # A log that cannot be written, a process that cannot be started: the other runs go on.
+            outcome = Outcome("failed", f"could not be started: {error}")
+        self._outcomes[ended.planned.name] = outcome
         if outcome.kind in MADE:
             self._left.add(ended.work, now - ended.since)
         if outcome.kind == "stopped" and not self._stopped:
