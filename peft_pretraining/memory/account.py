@@ -40,8 +40,10 @@ _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
 # Gaps that malloc leaves between activations, relative to their size: torch asks for aligned blocks, so a freed block does not
 # fit another block of its size (measured at 130M and 350M; docs/memory.md).
 _GAPS = 0.3
-# Bytes of stochastic rounding per element of a slice.
+# Bytes per element of stepping a slice in float32 and rounding it, stochastically or to int8.
 _ROUNDING_SCRATCH = 36
+# The same of adding a gradient to quantised moments (optim/moments.py).
+_ACCUMULATION_SCRATCH = 40
 # Memory of torch.linalg.svd in float32, results included: elements per element of the matrix, and per element of a square of its
 # shorter side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024): within 10 % for tall matrices, less for wide ones.
 _SVD_PER_ELEMENT, _SVD_PER_SQUARE = 3, 4
@@ -80,6 +82,8 @@ def account(setting: Setting) -> dict[str, int]:
         head_gradient=setting.head_gradient,
         takes_rows=setting.slices_head,
     )
+    # The loss computes the head's values from its codes, some rows at a time.
+    kept["loss"] += _dequantised(setting, min(SLICE_ELEMENTS, setting.model.vocab_size * setting.model.hidden_size))
     largest = max(math.prod(first_part(group.shape, setting.parts)) for group in stepped)
     of_layers = max(math.prod(group.shape) for group in stepped if not group.embedding)
     if setting.sharded and setting.gradient_accumulation > 1:
@@ -130,7 +134,9 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         optimizer=setting.optimizer,
         beta1=setting.beta1,
         embedding_bits=setting.embedding_bits,
-        stochastic_rounding=setting.stochastic_rounding,
+        # The step counts of the optimizers that accumulate are no tensors either.
+        stochastic_rounding=setting.stochastic_rounding or setting.accumulate == "moments",
+        weight_dtype=setting.weight_dtype,
         proj_type=setting.proj_type,
         parts=setting.parts,
     )
@@ -173,12 +179,17 @@ def _support(setting: Setting) -> SupportKind | None:
 
 def _layer_scratch(setting: Setting) -> int:
     """Returns bytes of temporaries in a linear's backward pass, for the linear with the most."""
-    # nn.Linear has none: its weight and gradient are counted in their own classes.
+    # nn.Linear has none but a stored weight's values: its weight and gradient are counted in their own classes.
     if not setting.method.replaces_linears:
-        return 0
+        return _dequantised(setting, max(map(math.prod, linear_shapes(setting.model))))
     if not setting.method.factored:
         return max(_beside_weight(setting, shape) for shape in linear_shapes(setting.model))
     return max(_linear_scratch(setting, shape) for shape in linear_shapes(setting.model))
+
+
+def _dequantised(setting: Setting, elements: int) -> int:
+    """Returns bytes of the values of parameters that are stored in int8, which exist while they are used; 0 for plain ones."""
+    return 0 if setting.weight_dtype is None else DTYPE_BYTES[setting.computes_in] * elements
 
 
 def _lasting_scratch(setting: Setting) -> int:
@@ -226,7 +237,8 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
         dense += scratch_bytes(rows, columns)
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
     kept += width * math.prod(_reordered(setting, shape))
-    return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
+    parameters = nnz + setting.rank * (rows + columns)
+    return dense + 2 * positions + 2 * width * parameters + _dequantised(setting, parameters) + kept
 
 
 def _beside_weight(setting: Setting, shape: tuple[int, int]) -> int:
@@ -286,21 +298,22 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
     per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
     if optimizer.steps_whole:
         return per_element * largest
-    rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding and setting.dtype == "bfloat16" else 0
-    if optimizer.matrix_bytes is not None:
-        return max(_orthogonal_scratch(setting), rounding * min(largest, SLICE_ELEMENTS))
-    return (per_element + rounding) * min(largest, SLICE_ELEMENTS)
+    rounds = setting.weight_dtype is not None or (setting.stochastic_rounding and setting.dtype == "bfloat16")
+    rounding = _ROUNDING_SCRATCH if rounds else 0
+    accumulating = _ACCUMULATION_SCRATCH if setting.gradient_accumulation > 1 and setting.accumulate == "moments" else 0
+    of_slice = max(per_element + rounding, accumulating) * min(largest, SLICE_ELEMENTS)
+    return of_slice if optimizer.matrix_bytes is None else max(_orthogonal_scratch(setting), of_slice)
 
 
 def _orthogonal_scratch(setting: Setting) -> int:
     """Returns bytes of temporaries of Muon's or Spectron's step of the largest matrix.
 
-    Newton-Schulz holds three matrices of its size and two of its shorter side; float32 momenta are dequantised. A pair's first
-    direction is kept while the second is computed.
+    Newton-Schulz holds three matrices of its size and two of its shorter side. A pair's first direction is kept while the second
+    is computed.
     """
     width, optimizer = DTYPE_BYTES[setting.dtype], OPTIMIZERS[setting.optimizer]
     groups = tensor_groups(setting.model, **setting.method_arguments)
     matrices = [group.shape for group in groups if group.trained and len(group.shape) == 2 and not group.embedding]
     one = max(width * (3 * math.prod(shape) + 2 * min(shape) ** 2) for shape in matrices)
     largest = max(map(math.prod, matrices))
-    return one + (4 * largest if optimizer.shared_bytes else 0) + (width * largest if optimizer.steps_pairs else 0)
+    return one + (width * largest if optimizer.steps_pairs else 0)

@@ -28,6 +28,7 @@ class Setting:
     dtype: str
     batch_size: int
     max_length: int
+    weight_dtype: str | None = None
     train_scaling: bool = False
     support: str = "uniform"
     linear_path: str = "auto"
@@ -41,6 +42,7 @@ class Setting:
     head_gradient: str = "whole"
     grad_norm_growth: float | None = None
     gradient_accumulation: int = 1
+    accumulate: str = "gradients"
     world_size: int = 1
     parallel: str = "ddp"
     compute_dtype: str | None = None
@@ -54,14 +56,16 @@ class Setting:
 
     @property
     def gradients_stay(self) -> bool:
-        """True if all gradients are allocated at once: always, except in per-layer updates of a single micro-batch."""
-        return not self.per_layer or self.gradient_accumulation > 1
+        """True if all gradients are allocated at once: always, except in per-layer updates that keep none for later."""
+        return not self.per_layer or (self.gradient_accumulation > 1 and self.accumulate == "gradients")
 
     @property
     def steps_rows(self) -> bool:
         """True if embedding and head may be stepped slice by slice, without a gradient of their size (optim.updates)."""
         alone = self.world_size == 1 and self.grad_norm_growth is None and not self.model.tie_word_embeddings
-        return alone and not self.gradients_stay and OPTIMIZERS[self.optimizer].steps_slices(self.stochastic_rounding)
+        rounds = self.stochastic_rounding or self.weight_dtype is not None
+        adds_up = self.gradient_accumulation > 1  # in moments
+        return alone and not self.gradients_stay and not adds_up and OPTIMIZERS[self.optimizer].steps_slices(rounds)
 
     @property
     def slices_head(self) -> bool:
@@ -126,9 +130,11 @@ def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str
         head_gradient=args.head_gradient,
         grad_norm_growth=args.grad_norm_growth,
         dtype=dtype,
+        weight_dtype=args.weight_dtype,
         batch_size=args.batch_size,
         max_length=args.max_length,
         gradient_accumulation=accumulation,
+        accumulate=args.accumulate,
         world_size=world.size,
         parallel=args.parallel,
         compute_dtype=args.compute_dtype,

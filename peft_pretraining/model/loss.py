@@ -154,7 +154,7 @@ class HeadGradient(RowGradient):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Returns rows start to stop of the gradient, (stop - start, D), in the head's dtype."""
-        weight, total = head_rows(self._weight, start, stop).to(self._hidden.dtype), None
+        weight, total = self._weight[start:stop], None
         size = max(1, self._block_elements // (stop - start))
         for h_CD, labels_C, normalisers_C in zip(
             *(tensor.split(size) for tensor in (self._hidden, self._labels, self._normalisers)), strict=True
@@ -167,27 +167,30 @@ class HeadGradient(RowGradient):
         return total.mul_(self._scale).to(self.dtype)
 
 
-def head_rows(weight: Tensor, start: int, stop: int) -> Tensor:
-    """Returns rows start to stop of the output head for arithmetic. All reading of the head's values is here."""
-    return weight[start:stop]
-
-
 def _head_slices(weight: Tensor) -> list[tuple[int, int]]:
-    """Returns the slices of rows in which a forward pass reads the head: a plain head whole, as one product is fastest."""
+    """Returns the slices of rows, `weight[start:stop]`, in which a forward pass reads the head.
+
+    A plain head is read whole, as one product is fastest; of one stored as int8 (model.int8) values are computed slice by slice.
+    """
     size = getattr(weight, "rows_at_a_time", len(weight))
     return [(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
 
 
 def _logits(h_CD: Tensor, weight: Tensor) -> Tensor:
     """Returns the logits (C, V) in float32 or wider."""
-    parts = [F.linear(h_CD, head_rows(weight, *rows)) for rows in _head_slices(weight)]
-    logits_CV = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    slices = _head_slices(weight)
+    if len(slices) == 1:
+        logits_CV = F.linear(h_CD, weight[: len(weight)])
+    else:
+        logits_CV = h_CD.new_empty(len(h_CD), len(weight))
+        for start, stop in slices:
+            logits_CV[:, start:stop] = F.linear(h_CD, weight[start:stop])
     return logits_CV.to(_wide(logits_CV))
 
 
 def _times_head(grad_CV: Tensor, weight: Tensor) -> Tensor:
     """Returns grad_CV @ weight; products with several slices of the head are summed in float32 or wider."""
-    products = (grad_CV[:, start:stop] @ head_rows(weight, start, stop) for start, stop in _head_slices(weight))
+    products = (grad_CV[:, start:stop] @ weight[start:stop] for start, stop in _head_slices(weight))
     total = next(products)
     for product in products:
         total = total.to(_wide(total)).add_(product)

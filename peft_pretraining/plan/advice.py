@@ -89,15 +89,20 @@ class Advisor:
         """Returns, for each flag that could lower memory, its options, leaving it first."""
         args = _applied(self.args, method)
         optimizers = list(_smaller_optimizers(args.optimizer))
+        per_layer: dict[str, Any] = {} if args.per_layer else {"per_layer": True}
+        if per_layer and args.grad_clipping:
+            per_layer["grad_clipping"] = None
+        accumulating = [{**per_layer, "accumulate": "moments"}] if args.accumulate == "gradients" else []
         options: list[list[dict[str, Any]]] = [
             [{"parallel": "fsdp"}] if self.plan.world_size > 1 and args.parallel != "fsdp" else [],
             [{"reshard_after_forward": True}] if not args.reshard_after_forward else [],
             [{"activation_checkpointing": "layer"}] if args.activation_checkpointing != "layer" else [],
             [{"dtype": "bfloat16"}] if self.plan.dtype != "bfloat16" else [],
             [{"async_save": False}] if args.async_save else [],
-            [{"per_layer": True, **({"grad_clipping": None} if args.grad_clipping else {})}] if not args.per_layer else [],
+            [per_layer, *accumulating] if per_layer else accumulating,
             [_optimizer_change(args, name) for name in optimizers],
             [{"embedding_states": "8bit"}] if args.embedding_states != "8bit" else [],
+            [_int8_weights(args)] if args.weight_dtype is None else [],
         ]
         dimensions = [[_Option(), *(_weighed(changes, number) for number, changes in enumerate(rows, 1))] for rows in options]
         return [*dimensions, list(self._batches(one_micro_batch))]
@@ -177,6 +182,11 @@ def _optimizer_change(args: Arguments, name: str) -> dict[str, Any]:
     return {"optimizer": name, **method}
 
 
+def _int8_weights(args: Arguments) -> dict[str, Any]:
+    """Parameters stored in int8, rounded stochastically unless the user has decided about that."""
+    return {"weight_dtype": "int8", **({} if "stochastic_rounding" in args.given else {"stochastic_rounding": True})}
+
+
 def _selects_method(args: Arguments) -> bool:
     """Whether --optimizer galore_... is what selects the method."""
     return METHODS[args.peft_model].projected and "peft_model" not in args.given
@@ -191,6 +201,8 @@ def _text(args: Arguments, changes: Mapping[str, Any]) -> str:
     """The changes as flags."""
     words = []
     for name, value in changes.items():
+        if name == "stochastic_rounding" and "weight_dtype" in changes:
+            continue  # it follows
         if name == "optimizer":
             published = _published(args, value) if _selects_method(args) and "peft_model" not in changes else None
             # Per-layer updates that the optimizer's name asked for stay.
@@ -224,7 +236,7 @@ def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[s
     single = _listed(advisor.single())
     alone = [f"peak in GiB with one change: {single}"] if single else []
     kept = f"{plan.bytes['gradients'] / GIB:.1f} GiB of gradients stay between the {plan.gradient_accumulation} micro-batches"
-    accumulates = plan.gradient_accumulation > 1
+    accumulates = plan.gradient_accumulation > 1 and args.accumulate == "gradients"
     if (found := advisor.fitting(limit)) is not None:
         reason = f", and {kept} although --per_layer frees them afterwards" if args.per_layer and accumulates else ""
         return [f"{needed} per process{reason}; it would fit with {found.text}", *alone]

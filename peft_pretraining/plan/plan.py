@@ -80,7 +80,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
         warnings=(
             *rope_complaints,
-            *_warnings(args, world, model),
+            *_warnings(args, world, model, checked.gradient_accumulation),
             *_larger_than_dense(args, counts.total, full_rank_parameters),
             *_slow_save(num_bytes),
         ),
@@ -126,7 +126,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     )
     positions = plan.num_training_steps * plan.tokens_per_update
     rows = [
-        ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
+        ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}{_weights_text(args)}"),
         ("parameters", f"{counts['total']:,}{share if method.replaces_linears else ''}"),
         (
             "",
@@ -151,7 +151,10 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         ("", _peak_text(plan, memory_of_device)),
     ]
     if args.per_layer and plan.gradient_accumulation > 1:
-        kept = f"{plan.bytes['gradients'] / GIB:.2f} GiB of gradients stay between its {plan.gradient_accumulation} micro-batches"
+        number = plan.gradient_accumulation
+        kept = f"{plan.bytes['gradients'] / GIB:.2f} GiB of gradients stay between its {number} micro-batches"
+        if args.accumulate == "moments":
+            kept = f"gradients of its {number} micro-batches are added to the moments and freed"
         rows.append(("per-layer", f"steps in the last micro-batch of an update; {kept}"))
     if plan.world_size > 1:
         rows.append(("wire", format_wire(wire_figures(setting_of(plan, args, "cpu"), None, None))))
@@ -160,6 +163,13 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     if memory_of_device is not None and memory_of_device.device_type == "cpu" and args.memory is None:
         lines += [f"warning: {text}" for text in _slow_dtype(plan, args)]
     return "\n".join(lines)
+
+
+def _weights_text(args: Arguments) -> str:
+    """How parameters are stored, if not in the dtype of the arithmetic."""
+    if args.weight_dtype is None:
+        return ""
+    return f", weights stored in {args.weight_dtype}, rounded {'stochastically' if args.stochastic_rounding else 'to nearest'}"
 
 
 def _rates_text(args: Arguments) -> str:
