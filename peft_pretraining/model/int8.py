@@ -267,7 +267,8 @@ def _quantise_(codes: Tensor, scales: Tensor, values: Tensor, noise: torch.Gener
 
     The largest value of a block gets the code 127 or -127. noise: see Int8Tensor.store_.
     """
-    changed = (codes * scales != values).any(dim=1, keepdim=True)
+    # In new memory any codes may lie beside a scale of zero.
+    changed = (codes * scales != values).any(dim=1, keepdim=True) | (scales == 0)
     new_scales = torch.linalg.vector_norm(values, ord=torch.inf, dim=1, keepdim=True) / _LARGEST_CODE
     # A block of zeros has the scale 0, and codes 0.
     steps = values / torch.where(new_scales > 0, new_scales, 1.0)
