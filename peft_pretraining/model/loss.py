@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.memory.counts import loss_chunk_rows
-from peft_pretraining.model.row_gradient import RowGradient, deliver, embed, take_rows_of
+from peft_pretraining.model.row_gradient import RowGradient, deliver, embed
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, LlamaModel
@@ -120,7 +120,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             del log_p_CV
             grad_CD.copy_(_times_head(grad_CV, weight))
             del grad_CV
-        ctx.chunk_rows, ctx.take_rows = chunk_rows, take_rows_of(weight)
+        ctx.chunk_rows, ctx.take_rows = chunk_rows, getattr(weight, "take_rows", None)
         ctx.save_for_backward(hidden, weight, labels, normalisers, grad_hidden)
         return total.float()
 
@@ -251,7 +251,7 @@ def hidden_states(model: "LlamaModel", input_ids: Tensor, document_end: int | No
     as one document.
     """
     table = model.embed_tokens.weight
-    hidden: Tensor = model.embed_tokens(input_ids) if take_rows_of(table) is None else embed(table, input_ids)
+    hidden: Tensor = model.embed_tokens(input_ids) if getattr(table, "take_rows", None) is None else embed(table, input_ids)
     # None selects the attention kernels' built-in causal mask, which takes no time or memory.
     mask = None
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

@@ -53,11 +53,6 @@ class RowGradient:
 TakeRows = Callable[[RowGradient], bool]
 
 
-def take_rows_of(parameter: Tensor) -> TakeRows | None:
-    """Returns the function that takes the parameter's gradient in rows, or None."""
-    return getattr(parameter, "take_rows", None)
-
-
 def deliver(gradient: RowGradient, take_rows: TakeRows | None) -> Tensor | None:
     """Gives the gradient to `take_rows`; if that is None or refuses, returns the whole gradient for autograd."""
     return None if take_rows is not None and take_rows(gradient) else gradient.whole()
@@ -85,7 +80,7 @@ class EmbeddingGradient(RowGradient):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
-        ctx.take_rows = take_rows_of(table)
+        ctx.take_rows = getattr(table, "take_rows", None)
         ctx.save_for_backward(table, ids)
         return F.embedding(ids, table)
 
