@@ -42,7 +42,7 @@ LINEAR_PATHS = ("auto", "materialised", "factored")
 HEAD_GRADIENTS = ("whole", "slices")
 PARALLEL = ("ddp", "fsdp")
 WEIGHT_DTYPES = ("int8",)
-EMBEDDING_STATES = ("32bit", "8bit")
+EMBEDDING_STATES = {"32bit": 32, "8bit": 8, "4bit": 4}
 ON_BAD_RECORD = ("skip", "fail")
 DATA_ORDERS = ("lanes", "global")
 ACCUMULATE = ("gradients", "moments")
@@ -501,10 +501,10 @@ class OptimizationArguments:
     )
     embedding_states: str | None = flag(
         None,
-        "moments of embedding and output head with optimizers named *8bit and *4bit: 32bit (default) | 8bit",
+        "moments of embedding and output head with optimizers named *8bit and *4bit: 32bit (default) | 8bit | 4bit (with *4bit)",
         never(
             warm_start=True,
-            choices=EMBEDDING_STATES,
+            choices=tuple(EMBEDDING_STATES),
             no_effect=lambda args: (
                 None
                 if OPTIMIZERS[args.optimizer].low_bit
@@ -769,7 +769,7 @@ def embedding_bits(args: Arguments) -> int | None:
     """Returns the bits of the moments of embedding and output head if --embedding_states chooses them, else None."""
     if not OPTIMIZERS[args.optimizer].low_bit:
         return None
-    return 8 if args.embedding_states == "8bit" else 32
+    return EMBEDDING_STATES[args.embedding_states or "32bit"]
 
 
 def arguments_of_record(values: dict[str, Any]) -> Arguments:

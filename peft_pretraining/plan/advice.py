@@ -101,7 +101,8 @@ class Advisor:
             [{"async_save": False}] if args.async_save else [],
             [per_layer, *accumulating] if per_layer else accumulating,
             [_optimizer_change(args, name) for name in optimizers],
-            [{"embedding_states": "8bit"}] if args.embedding_states != "8bit" else [],
+            [{"embedding_states": states} for states in ("8bit", "4bit") if args.embedding_states in (None, "32bit")],
+            [{"head_gradient": "slices"}] if args.head_gradient != "slices" else [],
             [_int8_weights(args)] if args.weight_dtype is None else [],
         ]
         dimensions = [[_Option(), *(_weighed(changes, number) for number, changes in enumerate(rows, 1))] for rows in options]

@@ -139,6 +139,9 @@ def _optimizer_problems(args: Arguments) -> list[str]:
         return [f"{what}: it steps pairs of factors, and there are none; use --optimizer muon, or a method with factors"]
     if optimizer.steps_pairs and args.train_scaling:
         return [f"{what} and --train_scaling: its step needs the fixed scale alpha / rank; drop --train_scaling"]
+    if args.embedding_states == "4bit" and optimizer.low_bit and not args.optimizer.endswith("4bit"):
+        known = _listed([name for name in OPTIMIZERS if name.endswith("4bit")])
+        return [f"--embedding_states 4bit with --optimizer {args.optimizer}: works with {known}; use 8bit or 32bit"]
     if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
         return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
     return []

@@ -104,6 +104,7 @@ BAD = [
     (["--grad_norm_growth", "0.5"], ["--grad_norm_growth 0.5", "at least 1"]),
     (["--optimizer", "sgd", "--stochastic_rounding"], ["--stochastic_rounding", "--optimizer sgd", "adamw"]),
     (["--embedding_states", "16bit"], ["--embedding_states 16bit", "32bit"]),
+    (["--optimizer", "muon8bit", "--embedding_states", "4bit"], ["--embedding_states 4bit", "muon8bit", "adamw4bit"]),
     (["--optimizer", "galore_adamw8bit_per_layer", "--stochastic_rounding", "--parallel", "fsdp"], ["--parallel fsdp"]),
     (["--optimizer", "galore_adafactor", "--stochastic_rounding"], ["--stochastic_rounding", "adafactor", "adamw"]),
     (["--optimizer", "sgdx_per_layer"], ["sgdx"]),

@@ -33,6 +33,7 @@ OWN_STATES = [
 # Gradients accumulated in moments: plain ones in float32 and bfloat16, quantised ones, those of a method with restarts, of int8
 # parameters.
 IN_MOMENTS = ["--per_layer", "--accumulate", "moments"]
+SLICES = ["--head_gradient", "slices", "--total_batch_size", "4"]
 INT8 = ["--weight_dtype", "int8"]
 
 
@@ -75,8 +76,10 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*BF16, "--peft_model", "sltrain", *IN_MOMENTS, "--stochastic_rounding"],
         [*RELORA, "--optimizer", "adam8bit", "--embedding_states", "8bit", *IN_MOMENTS],
         [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "8bit", *IN_MOMENTS],
-        [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "8bit", *IN_MOMENTS, *INT8],
+        [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "4bit", *IN_MOMENTS, *INT8],
         ["--peft_model", "full", "--optimizer", "adamw4bit", *IN_MOMENTS, *INT8, "--stochastic_rounding", "false"],
+        [*BF16, "--peft_model", "sltrain", "--optimizer", "adamw4bit_per_layer", "--embedding_states", "4bit", *SLICES, *INT8],
+        [*BF16, "--peft_model", "full", "--optimizer", "adam8bit_per_layer", *SLICES],
         [*BF16, "--stochastic_rounding", "--peft_model", "full", "--optimizer", "muon"],
         [*BF16, "--stochastic_rounding", *RELORA, "--optimizer", "spectron8bit_per_layer"],
         [*BF16, "--stochastic_rounding", *SLTRAIN, "--optimizer", "stable_spam"],
