@@ -490,8 +490,8 @@ class OptimizationArguments:
     head_gradient: str = flag(
         "whole",
         "gradient of the output head: whole, computed in the forward pass | slices of the vocabulary, in the backward pass (less "
-        "memory, above all with --per_layer; one more matrix product of the head)",
-        freely(choices=HEAD_GRADIENTS, added_later=True),
+        "memory, one more matrix product of the head); with per_layer, head and embedding are also stepped in slices",
+        freely(choices=HEAD_GRADIENTS),
     )
     accumulate: str = flag(
         "gradients",

@@ -80,7 +80,7 @@ def account(setting: Setting) -> dict[str, int]:
         factored_rank=sum(setting.rank for shape in linear_shapes(setting.model) if _is_factored(setting, shape)),
         chunk_rows=loss_chunk_rows(setting.device_type),
         head_gradient=setting.head_gradient,
-        takes_rows=setting.slices_head,
+        takes_rows=setting.steps_rows,
     )
     # The loss computes the head's values from its codes, some rows at a time.
     kept["loss"] += _dequantised(setting, min(SLICE_ELEMENTS, setting.model.vocab_size * setting.model.hidden_size))
@@ -89,7 +89,7 @@ def account(setting: Setting) -> dict[str, int]:
     if setting.sharded and setting.gradient_accumulation > 1:
         static["gradients"] = DTYPE_BYTES[setting.reduces_in] * trained.whole
     elif not setting.gradients_stay:
-        one = of_layers if setting.slices_head else largest
+        one = of_layers if setting.steps_rows else largest
         alone = max(trained.embedding.part, trained.layer.part, trained.root.part) if setting.sharded else one
         static["gradients"] = DTYPE_BYTES[setting.dtype] * alone
     working = Working(

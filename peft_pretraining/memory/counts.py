@@ -346,11 +346,18 @@ def loss_bytes(
 
 
 def head_slice_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: int) -> int:
-    """Returns temporary bytes of a slice of the head's gradient: its logits, and its product with the hidden states."""
-    b, h = _element_bytes(dtype), cfg.hidden_size
-    width = min(cfg.vocab_size, math.ceil(SLICE_ELEMENTS / h))
-    logits = min(num_rows * width, chunk_rows * cfg.vocab_size)
-    return max(4, b) * logits + (b * logits if b < 4 else 0) + (max(4, b) + 2 * b) * width * h
+    """Returns the most temporary bytes of computing a slice of the head's gradient (model.loss.HeadGradient.rows).
+
+    A block's logits in float32 with the largest of: their rounded copy, its product with the hidden states and the sum of earlier
+    blocks' products in float32; or the product and the new sum.
+    """
+    b, wide = _element_bytes(dtype), max(4, _element_bytes(dtype))
+    width = min(cfg.vocab_size, math.ceil(SLICE_ELEMENTS / cfg.hidden_size))
+    logits, product = min(num_rows * width, chunk_rows * cfg.vocab_size), b * width * cfg.hidden_size
+    total = wide * width * cfg.hidden_size if num_rows * width > logits else 0
+    rounded = b if b < wide else 0
+    summed = wide * width * cfg.hidden_size if rounded else total
+    return max((wide + rounded) * logits + product + total, wide * logits + product + summed)
 
 
 @dataclass(frozen=True)

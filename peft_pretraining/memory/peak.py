@@ -65,21 +65,19 @@ def of_whole(setting: Setting, working: Working) -> list[Moment]:
 
 
 def _of_rows(setting: Setting, working: Working) -> list[Moment]:
-    """Returns the moments of per-layer updates in which embedding and head may be stepped slice by slice.
+    """Returns the moments of per-layer updates in which embedding and head are stepped slice by slice.
 
     Loss, step of the head, begin and end of the layers' backward pass, step of the embedding, restart.
     """
     model, width = setting.model, DTYPE_BYTES[setting.dtype]
     rows = setting.batch_size * setting.max_length
     states = 2 * width * rows * model.hidden_size
-    head, slice_of_head = width * model.vocab_size * model.hidden_size, 0
-    if setting.slices_head:
-        head, slice_of_head = 0, head_slice_bytes(model, rows, setting.dtype, loss_chunk_rows(setting.device_type))
+    slice_of_head = head_slice_bytes(model, rows, setting.dtype, loss_chunk_rows(setting.device_type))
     step, one_layer = working.step + working.lasting, working.layers_left(1, model.num_hidden_layers)
     slice_of_embedding = width * min(SLICE_ELEMENTS, model.vocab_size * model.hidden_size)
     return [
         Moment(0, working.activations, working.loss, working.lasting),
-        Moment(head, working.activations, min(states + slice_of_head, working.loss), step),
+        Moment(0, working.activations, states + slice_of_head, step),
         Moment(0, working.activations, 0, working.layer),
         Moment(working.layer_gradients, one_layer, 0, max(working.layer, step)),
         # The embedding's rows, as they come from the first layer and summed by token.

@@ -61,16 +61,11 @@ class Setting:
 
     @property
     def steps_rows(self) -> bool:
-        """True if embedding and head may be stepped slice by slice, without a gradient of their size (optim.updates)."""
+        """True if embedding and head are stepped slice by slice, without a gradient of their size (optim.updates)."""
+        if self.head_gradient != "slices" or self.gradients_stay or self.gradient_accumulation > 1:
+            return False
         alone = self.world_size == 1 and self.grad_norm_growth is None and not self.model.tie_word_embeddings
-        rounds = self.stochastic_rounding or self.weight_dtype is not None
-        adds_up = self.gradient_accumulation > 1  # in moments
-        return alone and not self.gradients_stay and not adds_up and OPTIMIZERS[self.optimizer].steps_slices(rounds)
-
-    @property
-    def slices_head(self) -> bool:
-        """True if the head is stepped slice by slice."""
-        return self.steps_rows and self.head_gradient == "slices"
+        return alone and OPTIMIZERS[self.optimizer].steps_slices(self.stochastic_rounding or self.weight_dtype is not None)
 
     @property
     def sharded(self) -> bool:

@@ -162,6 +162,8 @@ class HeadGradient(RowGradient):
             log_p_CV = F.linear(h_CD, weight).to(_wide(h_CD)).sub_(normalisers_C[:, None])
             product = _logit_gradients(log_p_CV, labels_C, start).to(h_CD.dtype).T @ h_CD
             total = product.to(_wide(product)) if total is None else total.add_(product)
+            # Frees the memory before the next block's logits are computed.
+            del log_p_CV, product
         if total is None:
             total = torch.zeros((stop - start, self.shape[1]), device=self.device)
         return total.mul_(self._scale).to(self.dtype)

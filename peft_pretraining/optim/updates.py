@@ -26,6 +26,8 @@ from peft_pretraining.optim.slices import SLICE_ELEMENTS, StepsSlices, slices
 _NORM_ELEMENTS = 256
 # The square of a larger norm may overflow float32.
 _LARGEST_NORM = 1e18
+# Parameters from which freed host memory is returned to the system: of smaller models it is little, and takes 1 % of an update.
+_TRIM_ELEMENTS = 2**24
 
 
 class HasState(Protocol):
@@ -216,6 +218,7 @@ class PerLayerUpdate:
         self._parameters = list(parameters.values())
         self._norms = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         self._skipped = torch.zeros((), dtype=torch.float32, device=device)
+        self._trims = device.type == "cpu" and sum(parameter.numel() for parameter in self._parameters) >= _TRIM_ELEMENTS
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._step, number, self.stepped[name]))
             for number, (name, parameter) in enumerate(parameters.items())
@@ -304,7 +307,7 @@ class PerLayerUpdate:
 
     def _trim(self) -> None:
         """Returns freed host memory to the system, at the points of an update with the fewest tensors."""
-        if self._skipped.device.type == "cpu":
+        if self._trims:
             trim_heap()
 
     def abandon(self) -> Outcome:

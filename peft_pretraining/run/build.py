@@ -198,9 +198,9 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
             from peft_pretraining.optim.accumulation import AccumulatingUpdate
 
             return AccumulatingUpdate(build, parameters, world, num_micro_batches=num_micro_batches, seed=args.seed, **common)
-        by_rows = [name for name, parameter in parameters.items() if group_of(name, parameter.dim()) in ("embedding", "head")]
+        ends = [name for name, parameter in parameters.items() if group_of(name, parameter.dim()) in ("embedding", "head")]
         # A tied matrix gets the sum of two gradients.
-        by_rows = by_rows if len(by_rows) == 2 else []
+        by_rows = ends if args.head_gradient == "slices" and len(ends) == 2 else []
         return PerLayerUpdate(build, parameters, world, growth=growth, by_rows=by_rows, **common)
     return WholeUpdate(
         build,

@@ -418,7 +418,6 @@ def test_the_loss_estimate_equals_its_measured_peak(width: int, rows: int, dtype
     with PeakBytes(hidden, head, labels) as measured:
         chunked_cross_entropy(hidden, head, labels, 256, head_gradient=head_gradient).backward()
     estimate = loss_bytes(tiny(hidden_size=width, vocab_size=6000), rows, dtype, 256, head_gradient)
-    print("R", width, rows, dtype, head_gradient, measured.peak, estimate, measured.peak / estimate)
     assert -0.02 * estimate < measured.peak - estimate <= 0.02 * estimate + 4 * 1024 * width
 
 

@@ -123,7 +123,7 @@ BOTH = ("embed_tokens", "lm_head")
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("name", ["adam8bit", "adamw4bit", "adamw"])
 def test_steps_from_rows_equal_those_from_whole_gradients(monkeypatch, name, num_micro_batches):
-    """With one micro-batch no gradient of the matrix's size exists; with several the whole one is accumulated as ever."""
+    """With one micro-batch no gradient of the matrix's size exists; with several the whole one is accumulated as without it."""
     rows, whole = Model("slices"), Model("slices")
     _, expected = train(whole, name, (), num_micro_batches)
     if num_micro_batches == 1:
