@@ -141,7 +141,17 @@ def resolve_dtype(name: str | None, device: torch.device) -> str:
         return name
     import torch
 
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    # Emulated bfloat16, as on a T4, is slower than float32.
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if supported else "float32"
+
+
+def allow_tf32() -> None:
+    """Lets GPUs compute float32 products of matrices in TF32."""
+    import torch
+
+    # After the newer `fp32_precision = "tf32"`, torch.compile fails where it reads the older setting (torch 2.11 to 2.13).
+    torch.set_float32_matmul_precision("high")
 
 
 # Options of glibc's mallopt. Freed blocks of 4 MiB or more are returned to the system at once; of smaller blocks up to 64 MiB

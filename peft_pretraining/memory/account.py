@@ -214,11 +214,11 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     stored = support is not None and support.stored
     positions = nnz * (4 if rows * columns <= 2**31 else 8) if stored else 0
     dense = rows * columns * width if _builds_matrix(setting, shape) else 0
-    if stored and setting.device_type == "cuda" and width == 2:
-        # Counted whether or not Triton is installed here: the run may be planned for another machine.
-        from sparse_lora.kernels import scratch_bytes
+    if stored and setting.device_type == "cuda" and width == 2 and setting.kernels != "torch":
+        from sparse_lora.kernels import may_be_used, scratch_bytes
 
-        dense += scratch_bytes(rows, columns)
+        # Counted whether or not Triton is installed here: the run may be planned for another machine.
+        dense += scratch_bytes(rows, columns) if may_be_used(setting.kernels) else 0
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
     kept += width * math.prod(_reordered(setting, shape))
     return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
