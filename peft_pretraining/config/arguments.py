@@ -74,8 +74,8 @@ def _without_momentum(args: Any) -> str | None:
 
 
 def _without_uniform_support_on_a_gpu(args: Any) -> str | None:
-    if args.kernels != "auto" and args.support != "uniform":
-        return f"with --support {args.support}: blocks have no kernels"
+    if args.kernels != "auto" and not SUPPORTS[args.support].stored:
+        return f"with --support {args.support}, which has no kernels"
     return "on a CPU" if args.kernels != "auto" and args.device == "cpu" else None
 
 
