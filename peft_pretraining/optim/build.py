@@ -192,8 +192,8 @@ def _sliced_adam(
         from peft_pretraining.optim.adam_ao import SlicedAdam
     except ImportError as error:
         raise OptimizerUnavailable(
-            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install --upgrade "
-            "torchao, or use --optimizer adam8bit without --stochastic_rounding"
+            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install "
+            "--upgrade torchao, or use --optimizer adam8bit without --stochastic_rounding"
         ) from None
     return SlicedAdam(
         _groups(parameters, settings),
