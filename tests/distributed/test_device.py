@@ -7,7 +7,7 @@ import torch
 
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed import device
-from peft_pretraining.distributed.device import DeviceMemory, allow_tf32, cpu_has_bfloat16, resolve_dtype
+from peft_pretraining.distributed.device import CUDA_CONTEXT_BYTES, DeviceMemory, allow_tf32, cpu_has_bfloat16, resolve_dtype
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan import plan as planning
 from peft_pretraining.plan.plan import make_plan
@@ -101,3 +101,19 @@ def test_tf32_is_allowed_in_a_way_that_every_reader_understands():
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("free", "available", "named"),
+    [
+        (79.0 - 0.46, 79.0, ""),  # only this process's context is missing
+        (58.0, 58.0 + CUDA_CONTEXT_BYTES / 2**30, ", of whose 79.0 GiB other programs use 20.5,"),
+    ],
+)
+def test_memory_that_other_programs_use_on_a_gpu_is_not_available(monkeypatch, free, available, named):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 79 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    memory = device.device_memory(torch.device("cuda", 0), World())
+    assert memory.num_bytes / 2**30 == pytest.approx(available, abs=1e-3)
+    assert memory.name == f"NVIDIA H100{named}"

@@ -195,3 +195,10 @@ def test_fragmentation_by_small_activations_is_counted():
     assert account(replace(small, parallel="fsdp", world_size=2))["runtime"] == beside
     on_gpu = [account(replace(each, device_type="cuda"))["runtime"] for each in (small, large)]
     assert on_gpu[0] == on_gpu[1]
+
+
+def test_nccls_buffers_are_counted_for_several_processes_on_gpus():
+    alone = setting("60m", device_type="cuda")
+    assert account(replace(alone, world_size=2))["runtime"] - account(alone)["runtime"] == 256 * 2**20
+    on_cpu = replace(alone, device_type="cpu")
+    assert account(replace(on_cpu, world_size=2))["runtime"] == account(on_cpu)["runtime"]
