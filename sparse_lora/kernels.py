@@ -63,15 +63,16 @@ LARGE_TILE = Tile(128, 128, 64, 8, 4)
 SMALL_TILE = Tile(64, 64, 64, 4, 4)
 
 
-def choose(choice: str) -> None:
-    """Sets which kernels this process uses, one of CHOICES. With auto, SPARSE_LORA_TRITON=1 or 0 in the environment decides.
+def choose(choice: str) -> str:
+    """Sets which kernels this process uses, one of CHOICES, and returns the choice of before.
 
-    Raises ValueError for another name.
+    With auto, SPARSE_LORA_TRITON=1 or 0 in the environment decides. Raises ValueError for another name.
     """
     global _choice
     if choice not in CHOICES:
         raise ValueError(f"kernels {choice!r}: must be one of {', '.join(CHOICES)}")
-    _choice = choice
+    before, _choice = _choice, choice
+    return before
 
 
 def may_be_used(choice: str) -> bool:

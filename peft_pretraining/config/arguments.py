@@ -40,6 +40,7 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 INITS = ("default", "svd")
 LINEAR_PATHS = ("auto", "materialised", "factored")
 PARALLEL = ("ddp", "fsdp")
+WEIGHT_DTYPES = ("int8",)
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
 DATA_ORDERS = ("lanes", "global")
@@ -111,6 +112,14 @@ class ModelArguments:
         False,
         "with --dtype float32 on a GPU: products of matrices in TF32, which keeps 10 of 23 bits of each factor",
         if_allowed(added_later=True, no_effect=_without_float32_on_a_gpu, synonyms="allow_tf32 matmul_precision"),
+    )
+    weight_dtype: str | None = flag(
+        None,
+        "how embedding, head and the linears' parameters are stored: int8 (codes with a scale per 128 elements, rounded "
+        "stochastically in each update; arithmetic stays in --dtype) (default: in --dtype)",
+        never(
+            choices=WEIGHT_DTYPES, added_later=True, synonyms="weights_dtype weight_bits weight_quantization load_in_8bit int8"
+        ),
     )
     activation_checkpointing: str | None = flag(
         None,
@@ -519,11 +528,14 @@ class OptimizationArguments:
     )
     stochastic_rounding: bool = flag(
         False,
-        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost",
+        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost; with --weight_dtype "
+        "int8 new int8 values too, where it is on unless it is false",
         never(
             warm_start=True,
             no_effect=lambda args: (
-                "with --dtype float32: nothing is rounded" if args.stochastic_rounding and args.dtype == "float32" else None
+                "with --dtype float32: nothing is rounded"
+                if args.stochastic_rounding and args.dtype == "float32" and args.weight_dtype is None
+                else None
             ),
         ),
     )

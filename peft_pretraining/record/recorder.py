@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_pretraining.distributed.parallel import local
+from peft_pretraining.distributed.parallel import local, stored_parts
 from peft_pretraining.optim.updates import HasState
 from peft_pretraining.record.summary import METRICS_FILE, keep_record, read_metrics, read_record, read_stop, status, summary
 from peft_pretraining.record.wandb_run import finish_wandb, log_row, one_line, send_missing, start_wandb
@@ -431,7 +431,7 @@ def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
 
     Shared storage is counted once. Of sharded parameters this process's parts are counted.
     """
-    parameters = [local(parameter.detach()) for parameter in model.parameters()]
+    parameters = [part for parameter in model.parameters() for part in stored_parts("", parameter.detach()).values()]
     gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     supports = [buffer for module in model.modules() if isinstance(module, Support) for buffer in module.buffers()]
     states = [value for state in optimizer.state.values() for value in state.values()]

@@ -30,6 +30,7 @@ CHANGES = {
     "model_config": "{folder}/other.json",
     "dtype": "bfloat16",
     "tf32": "true",
+    "weight_dtype": "int8",
     "activation_checkpointing": "layer",
     "compile": "true",
     "use_hf_model": "true",

@@ -79,6 +79,16 @@ def test_the_best_of_each_round_go_on(tmp_path, stub, capfd):
     assert starts(tmp_path) == finals  # nothing was started again
 
 
+def test_all_rounds_start_from_the_same_full_rank_run(tmp_path, stub):
+    """A round's flags do not change the full-rank run, so it is made once, not once per round."""
+    entry = {"peft_model": "relora", "relora": 2, "lr": [0.1, 0.2, 0.3], "warm_up": {"lr": 0.5, "num_training_steps": 1}}
+    rounds = [{"num_training_steps": 2, "keep": 2}, {"num_training_steps": 3, "keep": 1}]
+    assert command(["sweep", str(write_search(tmp_path, [entry], rounds, seeds=[1, 2]))]) == 0
+    made = [(path.parent.relative_to(tmp_path / "runs"), path.read_text().split()) for path in tmp_path.rglob("starts.txt")]
+    assert {str(folder): len(runs) for folder, runs in made} == {"search-1": 3, "search-2": 2, "warm_up": 2, ".": 2}
+    assert starts(tmp_path, "warm_up") == ["lr0.5-num_training_steps1-seed1", "lr0.5-num_training_steps1-seed2"]
+
+
 def test_a_round_with_a_failed_run_is_made_to_its_end_and_chooses_nothing(tmp_path, stub, capfd):
     path = write_search(tmp_path, [{"weight_decay": [1, 0, 0.5]}], [{"num_training_steps": 2, "keep": 1}])
     assert command(["sweep", str(path)]) == 1
