@@ -412,7 +412,7 @@ def multiplications(
     rank: int,
     kind: str,
     nnz: int,
-    device_type: str,
+    device_type: str | None,
     with_base: bool = False,
 ) -> float:
     """Estimates the time of forward and backward of y = x W^T with all gradients, in multiplications of large products.
@@ -423,14 +423,16 @@ def multiplications(
       plus the time to move 3 T (2 d + p) elements (inputs and outputs of the blocks in three products, and reordered outputs).
       "none": 0.
     A frozen base adds 2 T d p to the factored path, for its own product and dx; the materialised path has the base in W.
+    device_type: "cpu" or "cuda"; None leaves out the time to move elements, and the result is the number of multiplications.
     Adding and gathering the nonzeros is left out: it takes much less time, and about the same on both paths.
     """
     dense = out_features * in_features
     if path == "materialised":
         return 3 * num_rows * dense + 4 * rank * dense
+    per_moved_element = 0.0 if device_type is None else _PER_MOVED_ELEMENT.get(device_type, 200.0)
     sparse = {
         "none": 0.0,
-        "block": nnz + _PER_MOVED_ELEMENT.get(device_type, 200.0) * (2 * out_features + in_features),
+        "block": nnz + per_moved_element * (2 * out_features + in_features),
         "uniform": float(dense),
     }
     base = 2 * num_rows * dense if with_base else 0

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 if instructions := os.environ.get("ATEN_CPU_CAPABILITY"):
     compiled = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{instructions}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+
+# Under nohup SIGHUP is ignored, also in the programs that tests start and stop by it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 

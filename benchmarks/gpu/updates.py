@@ -97,7 +97,11 @@ def measured(case: Case, device: torch.device, smaller: list[str], tiny: bool) -
     """Makes updates of a case and yields the parts of its row. smaller: flags that make it tiny."""
     length = 16 if tiny else LENGTH
     own = argparse.Namespace(
-        batch_size=max(1, case.tokens // length), max_length=length, device=device.type, compile=case.compile
+        batch_size=max(1, case.tokens // length),
+        max_length=length,
+        device=device.type,
+        dtype="bfloat16",
+        compile=case.compile,
     )
     argv = [*trainer_flags(case.config, case.method, case.optimizer, own), *case.flags, *smaller]
     args = parse_args(argv)

@@ -44,6 +44,7 @@ WEIGHT_DTYPES = ("int8",)
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
 DATA_ORDERS = ("lanes", "global")
+ACCUMULATE = ("gradients", "moments")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -513,9 +514,15 @@ class OptimizationArguments:
         # Results are bit-identical to whole updates.
         freely(defines_run=True, synonyms="layerwise optim_layerwise"),
     )
+    accumulate: str = flag(
+        "gradients",
+        "what micro-batches are added up in, with per_layer: gradients | moments (no gradient of the whole model is kept; Adam's "
+        "second moments are those of micro-batches)",
+        never(warm_start=True, choices=ACCUMULATE, added_later=True),
+    )
     embedding_states: str | None = flag(
         None,
-        "moments of embedding and output head with adam8bit and adamw4bit: 32bit (default) | 8bit",
+        "moments of embedding and output head with optimizers named *8bit and *4bit: 32bit (default) | 8bit",
         never(
             warm_start=True,
             choices=EMBEDDING_STATES,
@@ -600,8 +607,18 @@ class RunArguments:
         "update steps between checkpoints; one more is written at the end",
         freely(unit="updates", minimum=1, synonyms="save_steps save_interval checkpoint_every"),
     )
+    save_minutes: float | None = flag(
+        None,
+        "save too when this many minutes have passed since the last checkpoint, by rank 0's clock (default: off)",
+        freely(unit="minutes", above=0, synonyms="save_interval_minutes save_time checkpoint_minutes"),
+    )
     keep_checkpoints: int | None = flag(
         None, "newest checkpoints to keep (default: all)", freely(unit="checkpoints", minimum=1, synonyms="save_total_limit")
+    )
+    keep_every: int | None = flag(
+        None,
+        "save at multiples of this many update steps too; --keep_checkpoints never removes those (default: off)",
+        freely(unit="updates", minimum=1, synonyms="keep_interval keep_period"),
     )
     async_save: bool = flag(
         False, "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)"
@@ -641,6 +658,17 @@ class RunArguments:
         1,
         "update steps between lines of metrics.jsonl",
         freely(unit="updates", minimum=1, synonyms="logging_steps log_interval log_freq"),
+    )
+    trace: int | None = flag(
+        None,
+        "trace this many updates with torch's profiler, after two of warm-up, to trace/ in the run's folder",
+        freely(unit="updates", minimum=1, synonyms="profile profiler profile_steps"),
+    )
+    peak_tflops: float | None = flag(
+        None,
+        "peak of one device in the run's dtype, 10^12 operations per second, for mfu in the record (default: from a table of "
+        "GPUs; measured on a CPU)",
+        freely(unit="TFLOP/s", above=0, synonyms="peak_flops promised_flops gpu_peak_tflops"),
     )
     name: str | None = flag(
         None,

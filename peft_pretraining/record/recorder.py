@@ -168,6 +168,7 @@ class Recorder:
             self._last_perplexity,
             f"{row['bad_records']:,} bad records" if row.get("bad_records") else "",
             f"{row['max_memory'] / 2**30:.2f} GiB",
+            f"mfu {row['mfu']:.0%}" if "mfu" in row else "",
         ]
         _show(self._bar, [figure for figure in figures if figure])
 
@@ -336,8 +337,11 @@ class PendingUpdate:
 class Throughput:
     """Tokens, sequences and micro-batches per second of training; evaluation and saving do not count."""
 
-    def __init__(self, sequences_per_update: int, micro_batches_per_update: int):
-        """Counts are per update, over all processes."""
+    def __init__(
+        self, sequences_per_update: int, micro_batches_per_update: int, flops: Mapping[str, tuple[float, float]] | None = None
+    ):
+        """Counts are per update, over all processes. flops: see mfu.flop_rates."""
+        self._flops = flops or {}
         self._per_update = {"examples": sequences_per_update, "batches": micro_batches_per_update}
         self._start = time.perf_counter()
 
@@ -349,7 +353,9 @@ class Throughput:
         seconds = max(done_at - self._start, 1e-9)
         self._start = done_at
         rates = {f"throughput_{name}": num_updates * count / seconds for name, count in self._per_update.items()}
-        return rates | {"throughput_tokens": num_tokens / seconds}
+        rates["throughput_tokens"] = num_tokens / seconds
+        sequences, tokens = rates["throughput_examples"], rates["throughput_tokens"]
+        return rates | {name: layers * sequences + head * tokens for name, (layers, head) in self._flops.items()}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

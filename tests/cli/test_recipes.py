@@ -43,6 +43,10 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+# Flags of saving that the published programs did not have.
+OF_SAVING = {"save_minutes", "keep_checkpoints", "keep_every"}
+
+
 def recipe_flags(path: Path) -> list[str]:
     """Returns the arguments that a recipe passes to torchrun_main.py."""
     command = path.read_text(encoding="utf-8").split("torchrun_main.py", 1)[1]
@@ -100,8 +104,22 @@ def test_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     published = vars(parse_args(f"--model_config configs/llama_{size}.json {COMMON} {PUBLISHED[size][1]}".split()))
     ours = vars(parse_args(recipe_flags(ROOT / "scripts" / "llm_pretrain" / f"sltrain{size}.sh")))
-    different = {name for name in published if published[name] != ours[name]} - {"given"}
+    different = {name for name in published if published[name] != ours[name]} - {"given"} - OF_SAVING
     assert different == ({"lr", "batch_size", "activation_checkpointing"} if size == "7b" else set())
+
+
+@pytest.mark.parametrize("path", sorted({*RECIPES} - {*TUNED}), ids=recipe_id)
+def test_a_recipe_loses_at_most_30_minutes_and_does_not_fill_the_disk(path):
+    """It saves early enough to leave a third of the time for the update, the evaluation and the save under way.
+
+    The tuned recipes take these flags from the published ones.
+    """
+    args = parse_args(recipe_flags(path))
+    assert args.save_minutes is not None
+    assert args.save_minutes <= 20
+    assert args.keep_checkpoints == 2
+    assert args.keep_every is not None
+    assert args.keep_every % args.save_every == 0
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -132,7 +150,7 @@ def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
     folder = ROOT / "scripts" / "llm_pretrain"
     argv = f"--model_config configs/llama_{size}.json --optimizer galore_adamw {GALORE} {PUBLISHED_GALORE[size]}".split()
     published, ours = vars(parse_args(argv)), vars(parse_args(recipe_flags(folder / f"galore{size}.sh")))
-    different = {name for name in published if published[name] != ours[name]} - {"given", "save_every"}
+    different = {name for name in published if published[name] != ours[name]} - {"given", "save_every"} - OF_SAVING
     assert different <= {"num_training_steps", "warmup_steps"} | {"1b": {"rank"}, "7b": {"optimizer"}}.get(size, set())
     twin = vars(parse_args(recipe_flags(folder / f"full{size}.sh")))
     assert all(ours[name] == twin[name] for name in ("num_training_steps", "warmup_steps", "total_batch_size"))
