@@ -20,7 +20,7 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import set_allocator
 from peft_pretraining.distributed.launch import torchrun_ignores_nohup
 from peft_pretraining.distributed.world import World, lasting_output
-from peft_pretraining.plan.checks import check, notices
+from peft_pretraining.plan.checks import check, check_packages, notices
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with lasting_output():
         world = World()
         try:
+            check_packages()
             world = World.from_environment()
             args = parse_args(sys.argv[1:] if argv is None else argv)
             # Reports all problems at once, before torch is imported.
@@ -106,8 +107,8 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.checkpoint.saver import SavingFailed
     from peft_pretraining.checkpoint.step_folder import CheckpointError
     from peft_pretraining.data import DataError, TokenizerError
-    from peft_pretraining.distributed.device import DeviceError, pick_device, resolve_dtype
-    from peft_pretraining.distributed.world import LostProcess, process_group
+    from peft_pretraining.distributed.device import DeviceError, allow_tf32, pick_device, resolve_dtype
+    from peft_pretraining.distributed.world import GroupError, process_group
     from peft_pretraining.optim.build import OptimizerUnavailable
     from peft_pretraining.run.ending import out_of_memory
     from peft_pretraining.training.evaluate import NothingToEvaluate
@@ -115,6 +116,8 @@ def run(args: Arguments, world: World) -> int:
 
     try:
         device = pick_device(args.device, world)
+        if args.tf32 and device.type == "cuda":
+            allow_tf32()
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         with process_group(world, device, args.timeout_s):
@@ -123,7 +126,7 @@ def run(args: Arguments, world: World) -> int:
         return fail(world, [str(error)], exit_code=2)
     except SavingFailed as error:
         return fail(world, [str(error)], exit_code=1, same_on_all_ranks=True)
-    except (TrainingError, LostProcess, OSError) as error:
+    except (TrainingError, GroupError, OSError) as error:
         return fail(world, [str(error)], exit_code=1)
     except (RuntimeError, MemoryError) as error:
         problem = out_of_memory(error, args, world, device, resolve_dtype(args.dtype, device))

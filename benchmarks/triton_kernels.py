@@ -1,8 +1,11 @@
 """Times the Triton kernels against plain PyTorch, per linear.
 
 `python benchmarks/triton_kernels.py [350m 1b 7b] [--out FILE.json]`
-Requires a GPU that supports the kernels; without one the exit code is 2. In bfloat16, the ways of computing a result are timed in
-turns, round after round, in one process; the output is medians and quartiles in milliseconds. Results and ways:
+`python benchmarks/triton_kernels.py --record FILE.json` (needs no GPU) enters such a file into sparse_lora/measured.py, which
+decides whether the kernels are used on GPUs of the same compute capability.
+
+Measuring requires a GPU that supports the kernels; without one the exit code is 2. In bfloat16, the ways of computing a result
+are timed in turns, round after round, in one process; the output is medians and quartiles in milliseconds. Results and ways:
 
 weight      kernel        build_weight: W = B A + S in one kernel
             added         B A, then S is added at its positions (atomic additions)
@@ -49,6 +52,9 @@ OTHER_TILES = [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256
 # Largest permitted difference between two ways, relative to the norm: rounding dW to bfloat16 changes each entry by at most 2^-9
 # of its size, and the factored products are rounded twice.
 LARGEST_DIFFERENCE = 2.0**-6
+
+# What the layer computes, and how: with the kernels, and without them.
+USED = (("weight", "kernel"), ("weight", "added"), ("gradients", "kernel"), ("gradients", "dense"))
 
 Ways = dict[str, Callable[[], tuple[Tensor, ...]]]
 
@@ -166,6 +172,24 @@ def measure(case: Case, device: torch.device, num_rounds: int, tiles: list[Tile]
     return row
 
 
+def relative_time(rows: list[dict]) -> float:
+    """Returns the time of all rows' linears with the kernels, relative to plain PyTorch: W built twice, and the gradients."""
+    with_kernels = without = 0.0
+    for row in rows:
+        built, added, factored, dense = (row[result][way]["median_ms"] for result, way in USED)
+        with_kernels += 2 * built + (factored if row["pays_off"] else dense)
+        without += 2 * added + dense
+    return with_kernels / without
+
+
+def record(file: Path, table: Path) -> None:
+    """Enters the measurement of `file` (from --out) into the table of relative times, in place of an earlier one."""
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    head, marker, old = table.read_text(encoding="utf-8").partition("RELATIVE_TIMES: dict[str, float] = ")
+    times = json.loads(old) | {measured["capability"]: round(relative_time(measured["rows"]), 3)}
+    table.write_text(f"{head}{marker}{json.dumps(dict(sorted(times.items())))}\n", encoding="utf-8")
+
+
 def print_row(size: str, row: dict) -> None:
     """Prints a line per result: the kernel's time, and the other ways' relative to it."""
     shape = f"{size:<5}{row['out_features']:>6} x {row['in_features']:<6}{row['num_rows']:>6} rows"
@@ -186,7 +210,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30, help="timings of each way (default: %(default)s)")
     parser.add_argument("--tiles", action="store_true", help="also time tiles that the program does not use")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="enter a measurement's file into sparse_lora/measured.py")
     own = parser.parse_args()
+    if own.record is not None:
+        try:
+            record(own.record, ROOT / "sparse_lora" / "measured.py")
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--record {own.record}: not a file that --out wrote ({type(error).__name__}: {error})")
+        return 0
     unknown = [size for size in own.sizes if size not in SIZES]
     if unknown:
         parser.error(f"no such size: {', '.join(unknown)}; choose from {', '.join(SIZES)}")
@@ -214,6 +245,7 @@ def main() -> int:
         "tiles": {"large": LARGE_TILE, "small": SMALL_TILE},
         "rows": rows,
         "device": torch.cuda.get_device_name(device),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)),
         "versions": {**versions(), "triton": metadata.version("triton")},
         "date": date.today().isoformat(),
     }

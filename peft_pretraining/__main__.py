@@ -13,6 +13,7 @@ from peft_pretraining.commands.analysis import pruning, spectra
 from peft_pretraining.commands.published import command as published
 from peft_pretraining.config.command_line import unknown_flags
 from peft_pretraining.config.files import expanded_paths
+from peft_pretraining.plan.checks import check_packages
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
 COMMANDS: dict[str, Any] = {
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
+        check_packages()
         vars(args).update({name: expanded_paths(value) for name, value in vars(args).items()})
         code = int(COMMANDS[args.command].run(args))
         sys.stdout.flush()  # here, where a closed pipe can still be dealt with

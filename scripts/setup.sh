@@ -3,6 +3,7 @@
 # Returns immediately if everything is installed.
 #   --prefer-active use the python on PATH if it has the requirements (an activated environment, a container)
 #   SLTRAIN_VENV    folder of the environment (default: .venv in the checkout)
+#   SLTRAIN_CONSTRAINTS  file with the versions to install (default: constraints.txt)
 #   SLTRAIN_PYTHON  an interpreter that already has the requirements; nothing is installed
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -84,7 +85,8 @@ else
     venv="${SLTRAIN_VENV:-$root/.venv}"
     case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
     python="$venv/bin/python"
-    wanted="$(cat "$root/requirements.txt" "$root/constraints.txt" | cksum | cut -d' ' -f1)"
+    constraints="${SLTRAIN_CONSTRAINTS:-$root/constraints.txt}"
+    wanted="$(cat "$root/requirements.txt" "$constraints" | cksum | cut -d' ' -f1)"
     if [ ! -x "$python" ]; then
         echo "setup: creating a virtual environment in $venv" >&2
         base="$(find_base_python)"
@@ -93,9 +95,9 @@ else
     if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
         echo "setup: installing the pinned requirements (a few minutes, once)" >&2
         # torch is installed first and alone, so that pip keeps this build when other packages require any torch.
-        torch_pin="$(grep '^torch==' "$root/constraints.txt")"
+        torch_pin="$(grep '^torch==' "$constraints")"
         "$python" -m pip install --quiet --disable-pip-version-check "$torch_pin"
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" -c "$root/constraints.txt"
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" -c "$constraints"
         echo "$wanted" >"$venv/.installed"
     fi
 fi

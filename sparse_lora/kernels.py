@@ -1,4 +1,4 @@
-"""Optional Triton kernels for two products of a linear with a sparse part, used on a GPU with Triton.
+"""Optional Triton kernels for two products of a linear with a sparse part, used on a GPU where they were measured to be faster.
 
 build_weight      W = scaled_B A + S in one pass: no second pass over memory for S, no atomics, one rounding.
 gather_gradient   the entries of G^T x at S's positions, without writing G^T x.
@@ -10,8 +10,11 @@ resumed runs are bit-identical. The kernels themselves are in kernels_triton.py.
 
 import functools
 import os
+import subprocess
+import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,7 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .measured import RELATIVE_TIMES
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# triton: the kernels wherever they run. torch: nowhere. auto: on GPUs for which `measured.RELATIVE_TIMES` has a time below 1.
+CHOICES = ("auto", "triton", "torch")
+_choice = "auto"
 
 # Columns per block of the table `starts`, which has 4 bytes per block. Narrower blocks mean less work per tile, a larger table.
 _WIDTH = 32
@@ -55,15 +63,49 @@ LARGE_TILE = Tile(128, 128, 64, 8, 4)
 SMALL_TILE = Tile(64, 64, 64, 4, 4)
 
 
+def choose(choice: str) -> str:
+    """Sets which kernels this process uses, one of CHOICES, and returns the choice of before.
+
+    With auto, SPARSE_LORA_TRITON=1 or 0 in the environment decides. Raises ValueError for another name.
+    """
+    global _choice
+    if choice not in CHOICES:
+        raise ValueError(f"kernels {choice!r}: must be one of {', '.join(CHOICES)}")
+    before, _choice = _choice, choice
+    return before
+
+
+def may_be_used(choice: str) -> bool:
+    """Tells whether this choice uses the kernels on some GPU."""
+    return choice == "triton" or (choice == "auto" and any(time < 1 for time in RELATIVE_TIMES.values()))
+
+
+def are_used(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tells whether linears use the kernels for tensors of `dtype` on `device`: they are wanted there, and available."""
+    choice = _choice
+    if choice == "auto":
+        choice = {"1": "triton", "0": "torch"}.get(os.environ.get("SPARSE_LORA_TRITON", ""), "auto")
+    if choice == "torch" or (choice == "auto" and device.type == "cuda" and not _measured_faster(device)):
+        return False
+    return is_available(device, dtype)
+
+
+def _measured_faster(device: torch.device) -> bool:
+    """Tells whether a measurement on a GPU of this compute capability found the kernels faster than plain PyTorch."""
+    if not RELATIVE_TIMES:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return RELATIVE_TIMES.get(f"{major}.{minor}", 1.0) < 1
+
+
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tells whether the kernels are used for tensors of `dtype` on `device`.
+    """Tells whether the kernels run for tensors of `dtype` on `device`.
 
     On a GPU: bfloat16 and float16 from compute capability 8.0, float32 if torch may use TF32 (exact float32 products are left to
-    cuBLAS). The first call for a GPU compiles and runs a small trial, and warns with the reason if it fails.
-    On the CPU: if TRITON_INTERPRET=1 was set before Triton was imported (for tests; slow). SPARSE_LORA_TRITON=0 in the
-    environment switches the kernels off.
+    cuBLAS). The first call for a GPU compiles and runs a small trial in another process, and warns with the reason if it fails.
+    On the CPU: if TRITON_INTERPRET=1 was set before Triton was imported (for tests; slow).
     """
-    if dtype not in DTYPES or os.environ.get("SPARSE_LORA_TRITON") == "0":
+    if dtype not in DTYPES:
         return False
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         kernels = _triton_kernels()
@@ -211,17 +253,52 @@ def _loaded_kernels() -> tuple[ModuleType, bool]:
 def _works(index: int) -> bool:
     """Tells whether a trial on this GPU gives the right numbers; Triton also needs a C compiler and a recent driver."""
     device = torch.device("cuda", index)
-    kernels = _triton_kernels()
-    if kernels is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if _triton_kernels() is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
+    problem = _trial_problem(index)
+    if problem:
+        warnings.warn(f"Triton kernels are not used on {device}, PyTorch is used instead: {problem}", stacklevel=3)
+    return problem is None
+
+
+# The trial's program, and the seconds it may take: compiling takes a few, a kernel that hangs takes for ever.
+_TRIAL = "import sys, torch; from sparse_lora import kernels; kernels.run_trial(torch.device('cuda', int(sys.argv[1])))"
+_TRIAL_SECONDS = 300
+
+
+def _trial_problem(index: int) -> str | None:
+    """Runs the trial on GPU `index` in a process of its own; returns why it failed, or None.
+
+    An illegal memory access makes the GPU unusable for the process in which it happens.
+    """
+    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        trial = subprocess.run(
+            [sys.executable, "-c", _TRIAL, str(index)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"a trial did not finish within {_TRIAL_SECONDS} s"
+    except OSError as error:
+        return f"a trial could not be started: {error}"
+    if trial.returncode == 0:
+        return None
+    return (trial.stderr.strip().splitlines() or [f"a trial ended with exit code {trial.returncode}"])[-1][:200]
+
+
+def run_trial(device: torch.device) -> None:
+    """Runs both kernels on small matrices; exits with one line and code 1 if they fail or give wrong numbers."""
     try:
         problem = None if _trial_succeeds(device) else "a trial gave wrong numbers"
     # Compilers, assemblers and drivers may raise anything.
     except Exception as error:
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    if problem:
-        warnings.warn(f"Triton kernels are not used on {device}, PyTorch is used instead: {problem}", stacklevel=3)
-    return problem is None
+    sys.exit(problem)
 
 
 def _trial_succeeds(device: torch.device) -> bool:

@@ -34,7 +34,7 @@ class SparseLowRankLinear(nn.Module):
         alpha: the low-rank part is scaled by alpha / rank.
         bias: add a bias.
         support: the positions of S. "uniform": int(sparsity * out * in) positions, drawn without replacement over the whole
-            matrix, as published. "block": round(1 / sparsity) dense blocks, which are faster and need no storage.
+            matrix, as published. "block": round(1 / sparsity) dense blocks, which need no storage.
         trainable_scaling: scale by tanh(c), with c a trained scalar that starts at 1, instead of alpha / rank.
         path: how the product is computed: "materialised", "factored" or "auto" (sparse_lora.functional).
         seed: seed of the initial values and the support; None draws a seed from torch's default generator.

@@ -324,7 +324,7 @@ class UniformPart(SparsePart):
         weight.view(-1).index_add_(0, self.positions(), values)
 
     def weight(self, scaled_B: Tensor, lora_A: Tensor, values: Tensor, base: Tensor | None, scratch: bool) -> Tensor:
-        """Returns W = scaled_B A + base + S, (O, I); computes scaled_B A + S by one Triton kernel if available."""
+        """Returns W = scaled_B A + base + S, (O, I); computes scaled_B A + S by one Triton kernel if they are used."""
         if not _kernels_run(lora_A):
             return super().weight(scaled_B, lora_A, values, base, scratch)
         built = kernels.build_weight(lora_A, scaled_B, values, self.positions())
@@ -356,11 +356,11 @@ class UniformPart(SparsePart):
         return self.gather(scratch_product(g_TO.t(), x_TI))
 
     def avoids_weight_gradient(self, num_rows: int, rank: int, like: Tensor) -> bool:
-        """Tells whether the Triton kernels are available and the rows are few enough for them."""
+        """Tells whether the Triton kernels are used and the rows are few enough for them."""
         out_features, in_features = self.shape
         return _kernels_run(like) and kernels.pays_off(num_rows, in_features, out_features, rank)
 
 
 def _kernels_run(tensor: Tensor) -> bool:
     """Tells whether the Triton kernels are used; never while autograd records, since they have no gradients."""
-    return not torch.is_grad_enabled() and kernels.is_available(tensor.device, tensor.dtype)
+    return not torch.is_grad_enabled() and kernels.are_used(tensor.device, tensor.dtype)

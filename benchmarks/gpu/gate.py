@@ -6,7 +6,6 @@ The command stops where an error exceeds LARGEST_ERROR.
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 import tempfile
@@ -105,15 +104,11 @@ def _exact_results(layer: SparseLowRankLinear, x: Tensor, grad: Tensor) -> list[
 @contextmanager
 def kernels_allowed(allowed: bool) -> Iterator[None]:
     """Switches the Triton kernels on (where available) or off."""
-    before = os.environ.get("SPARSE_LORA_TRITON")
-    os.environ["SPARSE_LORA_TRITON"] = "1" if allowed else "0"
+    before = kernels.choose("triton" if allowed else "torch")
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["SPARSE_LORA_TRITON"]
-        else:
-            os.environ["SPARSE_LORA_TRITON"] = before
+        kernels.choose(before)
 
 
 def decoded(shape: Shape, device: torch.device) -> dict[str, Any]:

@@ -76,6 +76,18 @@ def _without_momentum(args: Any) -> str | None:
     return None if used else f"with --optimizer {args.optimizer}: it belongs to muon and spectron"
 
 
+def _without_uniform_support_on_a_gpu(args: Any) -> str | None:
+    if args.kernels != "auto" and not SUPPORTS[args.support].stored:
+        return f"with --support {args.support}, which has no kernels"
+    return "on a CPU" if args.kernels != "auto" and args.device == "cpu" else None
+
+
+def _without_float32_on_a_gpu(args: Any) -> str | None:
+    if args.tf32 and args.dtype != "float32":
+        return "without --dtype float32"
+    return "on a CPU" if args.tf32 and args.device == "cpu" else None
+
+
 class ConfigError(ValueError):
     """Raised for invalid arguments; `problems` contains one complete sentence for each."""
 
@@ -97,6 +109,11 @@ class ModelArguments:
         None,
         "parameters and arithmetic: bfloat16 | float32 (default: bfloat16 on a GPU that has it, else float32)",
         never(choices=DTYPES, synonyms="precision torch_dtype bf16"),
+    )
+    tf32: bool = flag(
+        False,
+        "with --dtype float32 on a GPU: products of matrices in TF32, which keeps 10 of 23 bits of each factor",
+        if_allowed(added_later=True, no_effect=_without_float32_on_a_gpu, synonyms="allow_tf32 matmul_precision"),
     )
     weight_dtype: str | None = flag(
         None,
@@ -162,13 +179,24 @@ class MethodArguments:
     support: str = flag(
         "uniform",
         "positions of the sparse entries: uniform (random over the whole weight, as published) | block (1/sp_ratio dense "
-        "blocks, rows interleaved: faster, no positions to store)",
+        "blocks, rows interleaved: no positions to store; on a CPU faster than full-rank from 350m on, on a GPU not measured)",
         never(warm_start=True, choices=tuple(SUPPORTS), methods=("sltrain",), synonyms="sparse_support sparsity_pattern"),
     )
     linear_path: str = flag(
         "auto",
         "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (whichever is faster)",
         freely(choices=LINEAR_PATHS, methods=_REPARAMETERIZED),
+    )
+    kernels: str = flag(
+        "auto",
+        "what builds W and the gradient of S's values on a GPU (uniform support): triton | torch | auto (Triton on GPUs where it "
+        "was measured to be faster, of which there are none yet)",
+        freely(
+            choices=("auto", "triton", "torch"),
+            methods=("sltrain",),
+            no_effect=_without_uniform_support_on_a_gpu,
+            synonyms="triton use_triton",
+        ),
     )
     lora_dropout: float = flag(
         0.0,

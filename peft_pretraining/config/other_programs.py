@@ -58,7 +58,6 @@ _TRAINER = {
     "bf16": "here --dtype bfloat16",
     "fp16": "not here; use --dtype bfloat16, which needs no loss scaling",
     "mixed_precision": "here --dtype bfloat16, or --parallel fsdp --compute_dtype bfloat16 for float32 parameters",
-    "tf32": "not here; use --dtype bfloat16",
     "eval_strategy": _EVERY,
     "evaluation_strategy": _EVERY,
     "save_strategy": _EVERY,

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _X86_BFLOAT16 = ({"avx512bw", "avx512vl", "avx512dq"}, {"amx_bf16"}, {"avx512_bf16"}, {"avx_ne_convert"})
 # Values of ONEDNN_MAX_CPU_ISA that forbid all of these.
 _ISA_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
+# Memory of the CUDA context and of the kernels loaded into it. Assumed, not measured.
+CUDA_CONTEXT_BYTES = 500 * 10**6
+# Less memory that is missing is not put down to other programs: contexts differ in size.
+_NOTICED_BYTES = 2**30
 
 
 class DeviceError(ValueError):
@@ -41,12 +45,17 @@ class DeviceMemory:
 
 
 def device_memory(device: torch.device, world: World) -> DeviceMemory:
-    """Returns the GPU's memory, or the machine's (or container's) memory divided by the number of local processes."""
+    """Returns the GPU's memory that other programs leave, or the machine's (or container's) divided by its processes."""
     if device.type == "cuda":
         import torch
 
-        properties = torch.cuda.get_device_properties(device)
-        return DeviceMemory(properties.name, properties.total_memory, "cuda")
+        free, total = torch.cuda.mem_get_info(device)
+        # The plan counts what this process has: its context and what torch has reserved.
+        size = min(total, free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES)
+        name = torch.cuda.get_device_name(device)
+        if total - size > _NOTICED_BYTES:
+            name += f", of whose {total / 2**30:.1f} GiB other programs use {(total - size) / 2**30:.1f},"
+        return DeviceMemory(name, size, "cuda")
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         # The file may be absent, or contain "max" for no limit.
@@ -141,7 +150,17 @@ def resolve_dtype(name: str | None, device: torch.device) -> str:
         return name
     import torch
 
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    # Emulated bfloat16, as on a T4, is slower than float32.
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if supported else "float32"
+
+
+def allow_tf32() -> None:
+    """Lets GPUs compute float32 products of matrices in TF32."""
+    import torch
+
+    # After the newer `fp32_precision = "tf32"`, torch.compile fails where it reads the older setting (torch 2.11 to 2.13).
+    torch.set_float32_matmul_precision("high")
 
 
 # Options of glibc's mallopt. Freed blocks of 4 MiB or more are returned to the system at once; of smaller blocks up to 64 MiB
@@ -151,13 +170,18 @@ LARGE_BLOCK_BYTES, _KEPT_BYTES = 4 * 2**20, 64 * 2**20
 
 
 def set_allocator() -> None:
-    """Makes glibc return large freed blocks to the system, and torch use huge pages. Settings in the environment take precedence.
+    """Sets up the allocators of host and GPU memory, before torch is imported. Settings in the environment take precedence.
+
+    On a GPU torch maps memory into segments that grow, so that freed blocks of one size can serve requests of another. On a CPU
+    glibc returns large freed blocks to the system, and torch uses huge pages.
 
     By default glibc raises its threshold up to 32 MB as such blocks are freed, and keeps smaller blocks. Activations and dense
     weights then leave gaps that later ones do not fit (2.5 to 5 GB of unused memory at 7B), and page faults for returned memory
     take up to a third of an update's time. With huge pages these faults are cheap (figures in docs/decisions.md). Does nothing
     on systems other than Linux with glibc.
     """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys() and os.name == "posix":
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # torch reads this variable when it allocates its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):

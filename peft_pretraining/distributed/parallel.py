@@ -128,7 +128,9 @@ def _settle_buckets(module: DistributedDataParallel, device: torch.device) -> No
     run's first update would use other buckets, and with three or more processes its sums would not be bit-identical.
     """
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    (module(tokens, tokens) * 0).backward()
+    # Compiled for this shape too, layers would be compiled for shapes that vary.
+    with torch.compiler.set_stance("force_eager"):
+        (module(tokens, tokens) * 0).backward()
 
 
 def average_(gradient: torch.Tensor, world: World, reduce_dtype: torch.dtype | None = None) -> None:

@@ -31,15 +31,31 @@ _STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 _LOST_PEER_SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "closed by remote peer",
     "Broken pipe",
-    "NCCL",
+    "ncclRemoteError",
+    "remote process exited",
+    "communicator was aborted",
+    "Watchdog caught collective operation timeout",
     "Timed out waiting",
     "connectFullMesh failed",
     "Read error",
 )
+# Parts of NCCL's other error messages, and the way out.
+_NCCL_ADVICE = {
+    "shared memory segment": "/dev/shm is too small; start the container with --shm-size 1g or --ipc host",
+    "no socket interface": "set NCCL_SOCKET_IFNAME to one of the network interfaces that `ip -brief address` lists",
+    "Duplicate GPU": "every process needs a GPU of its own; start at most as many processes as this machine has GPUs",
+    "out of memory": "NCCL's buffers do not fit into the GPU; use a lower --batch_size, or end other programs that use the GPU",
+    "doesn't have NCCL built in": "install a build of torch for CUDA, or use --device cpu",
+}
 
 
-class LostProcess(RuntimeError):
+class GroupError(RuntimeError):
+    """Raised when the processes of a run cannot exchange data."""
+
+
+class LostProcess(GroupError):
     """Raised when another process of the run ends while this one waits for it."""
 
 
@@ -155,7 +171,7 @@ def lasting_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
-    """Joins the process group for the duration of the block; does nothing for a single process. Raises LostProcess."""
+    """Joins the process group for the duration of the block; does nothing for a single process. Raises GroupError."""
     import torch
     import torch.distributed as dist
 
@@ -171,18 +187,33 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         dist.init_process_group(backend, timeout=timeout, **_meeting_place(world, timeout))
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        if any(sign in str(error) for sign in _LOST_PEER_SIGNS):
-            raise LostProcess(f"another process of this run has ended; see its error message ({reason})") from None
-        if isinstance(error, dist.DistError) and not dist.is_initialized():
-            place = ":".join(os.environ.get(name, "") for name in _MEETING_PLACE) + " (MASTER_ADDR:MASTER_PORT)"
-            reason = reason.rstrip(".")
-            raise LostProcess(
-                f"the {world.size} processes did not meet at {place}: {reason}; start all of them, or let torchrun start them"
-            ) from None
+        if (explained := _explained(error, world)) is not None:
+            raise explained from None
         raise
     # Not after a failure: other processes may still wait in a collective, and destroying the group would wait for them.
     dist.destroy_process_group()
+
+
+def _explained(error: RuntimeError, world: World) -> GroupError | None:
+    """Returns the message for an error of torch's process group; None for other errors."""
+    import torch.distributed as dist
+
+    text = str(error)
+    reason = text.splitlines()[0][:200] if text else type(error).__name__
+    if any(sign in text for sign in _LOST_PEER_SIGNS):
+        return LostProcess(f"another process of this run has ended; see its error message ({reason})")
+    if "NCCL" in text:
+        # The first line is general; the cause follows after "Last error:".
+        cause = text.partition("Last error:")[2].strip().partition("\n")[0].strip()[:200] or reason
+        advice = (advice for sign, advice in _NCCL_ADVICE.items() if sign in text)
+        return GroupError(f"NCCL failed: {cause}; {next(advice, 'NCCL_DEBUG=INFO in the environment shows more')}")
+    if isinstance(error, dist.DistError) and not dist.is_initialized():
+        place = ":".join(os.environ.get(name, "") for name in _MEETING_PLACE) + " (MASTER_ADDR:MASTER_PORT)"
+        return LostProcess(
+            f"the {world.size} processes did not meet at {place}: {reason.rstrip('.')}; start all of them, or let torchrun "
+            "start them"
+        )
+    return None
 
 
 def _meeting_place(world: World, timeout: datetime.timedelta) -> dict[str, Any]:

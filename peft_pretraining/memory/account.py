@@ -12,7 +12,7 @@ from dataclasses import replace
 from peft_pretraining.config.model_config import linear_shapes
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.supports import SUPPORTS, SupportKind
-from peft_pretraining.distributed.device import LARGE_BLOCK_BYTES
+from peft_pretraining.distributed.device import CUDA_CONTEXT_BYTES, LARGE_BLOCK_BYTES
 from peft_pretraining.memory.counts import (
     DTYPE_BYTES,
     SLICE_ELEMENTS,
@@ -35,8 +35,13 @@ CLASSES = (
     *("activations", "loss", "scratch", "runtime"),
 )
 # On a CPU: 0.51e9 resident for Python and the imported libraries (torch, transformers, datasets, wandb; pinned versions) plus
-# about 0.2e9 of freed blocks that malloc keeps (measured at 60M and 130M). On a GPU: the CUDA context and its libraries.
-_RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
+# about 0.2e9 of freed blocks that malloc keeps (measured at 60M and 130M).
+_CPU_RUNTIME = 710 * 10**6
+# torch gives cuBLAS 32 MiB for each thread and stream on an H100, 8 MiB on older GPUs (notes/cuda in torch's documentation); the
+# forward and the backward pass run in two threads.
+_CUBLAS_WORKSPACES = 2 * 32 * 2**20
+# Not measured: a ring of at most 32 channels, each with a buffer of 4 MiB for either neighbour (NCCL_BUFFSIZE's default).
+_NCCL_BUFFERS = 32 * 2 * 4 * 2**20
 # Gaps that malloc leaves between activations, relative to their size: torch asks for aligned blocks, so a freed block does not
 # fit another block of its size (measured at 130M and 350M; docs/memory.md).
 _GAPS = 0.3
@@ -112,11 +117,13 @@ def account(setting: Setting) -> dict[str, int]:
 
 
 def _runtime(setting: Setting, activations: int) -> int:
-    """Returns bytes that are not tensors: libraries, CUDA context, and gaps between activations."""
+    """Returns bytes that are not tensors: libraries, a GPU's context and its libraries' buffers, and gaps between activations."""
+    if setting.device_type == "cuda":
+        return CUDA_CONTEXT_BYTES + _CUBLAS_WORKSPACES + (_NCCL_BUFFERS if setting.world_size > 1 else 0)
     # Larger blocks leave no gaps: they are returned to the system as soon as they are freed.
     block = setting.batch_size * setting.max_length * setting.model.hidden_size * DTYPE_BYTES[setting.computes_in]
-    leaves_gaps = setting.device_type == "cpu" and not setting.sharded and block < LARGE_BLOCK_BYTES
-    return _RUNTIME[setting.device_type] + (int(_GAPS * activations) if leaves_gaps else 0)
+    leaves_gaps = not setting.sharded and block < LARGE_BLOCK_BYTES
+    return _CPU_RUNTIME + (int(_GAPS * activations) if leaves_gaps else 0)
 
 
 def parameter_groups(setting: Setting) -> list[TensorGroup]:
@@ -230,11 +237,11 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     stored = support is not None and support.stored
     positions = nnz * (4 if rows * columns <= 2**31 else 8) if stored else 0
     dense = rows * columns * width if _builds_matrix(setting, shape) else 0
-    if stored and setting.device_type == "cuda" and width == 2:
-        # Counted whether or not Triton is installed here: the run may be planned for another machine.
-        from sparse_lora.kernels import scratch_bytes
+    if stored and setting.device_type == "cuda" and width == 2 and setting.kernels != "torch":
+        from sparse_lora.kernels import may_be_used, scratch_bytes
 
-        dense += scratch_bytes(rows, columns)
+        # Counted whether or not Triton is installed here: the run may be planned for another machine.
+        dense += scratch_bytes(rows, columns) if may_be_used(setting.kernels) else 0
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
     kept += width * math.prod(_reordered(setting, shape))
     parameters = nnz + setting.rank * (rows + columns)

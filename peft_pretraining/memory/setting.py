@@ -32,6 +32,7 @@ class Setting:
     train_scaling: bool = False
     support: str = "uniform"
     linear_path: str = "auto"
+    kernels: str = "auto"
     beta1: float = 0.0
     embedding_bits: int | None = None
     stochastic_rounding: bool = False
@@ -114,6 +115,7 @@ def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str
         train_scaling=args.train_scaling,
         support=args.support,
         linear_path=args.linear_path,
+        kernels=args.kernels,
         optimizer=args.optimizer,
         beta1=args.beta1,
         embedding_bits=embedding_bits(args),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes
@@ -69,8 +71,20 @@ class SlicedAdam8bit(AccumulatingAdam, bitsandbytes.optim.Adam8bit):
         parameter.grad = None
 
     @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Steps every parameter that has a gradient; bitsandbytes' own step waits for the GPU after each of them."""
+        device = self.param_groups[0]["params"][0].device
+        with _default_stream(device) if device.type == "cuda" else contextlib.nullcontext():
+            for gindex, group in enumerate(self.param_groups):
+                for pindex, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None:
+                        if not self.state[parameter]:
+                            self.init_state(group, parameter, gindex, pindex)
+                        self.update_step(group, parameter, gindex, pindex)
+
+    @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
-        """Steps one parameter; called by bitsandbytes' step()."""
+        """Steps one parameter."""
         assert p.grad is not None
         state, config = self.state[p], self.get_config(gindex, pindex, group)
         state["step"] += 1
@@ -83,6 +97,19 @@ class SlicedAdam8bit(AccumulatingAdam, bitsandbytes.optim.Adam8bit):
             # The kernels require gradient and parameter to have the same dtype.
             _update_slice(state, config, part, values, gradient(part).to(values.dtype))
             store_(p, part, values, noise)
+
+
+@contextlib.contextmanager
+def _default_stream(device: torch.device) -> Iterator[None]:
+    """Runs the block in the GPU's default stream: after the current stream's work, and before what follows in that stream.
+
+    bitsandbytes launches its optimizer kernels there (0.50; they take no stream), while FSDP2 calls hooks in a stream of its own.
+    """
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)
 
 
 def _update_slice(state: dict[str, Any], config: dict[str, Any], part: slice, values: torch.Tensor, grad: torch.Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torchao
 from torch import nn
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_4bit import OptimState4bit
@@ -22,6 +24,9 @@ from peft_pretraining.optim.slices import (
     store_,
     working_values,
 )
+
+if "dtype" not in inspect.signature(OptimState4bit.__new__).parameters:
+    raise ImportError(f"torchao {torchao.__version__} is too old, 0.17 or newer is needed")
 
 # bits -> (torchao's quantised moment, elements per float32 scale, elements per byte of codes)
 _KINDS: dict[int, tuple[Any, int, int]] = {4: (OptimState4bit, 128, 2), 8: (OptimState8bit, 256, 1)}

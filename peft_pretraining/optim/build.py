@@ -195,7 +195,7 @@ def _needing(need: str, package: str, instead: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise OptimizerUnavailable(
-            f"{need} need {package}, which cannot be imported ({error}); run pip install {package}, or use {instead}"
+            f"{need} need {package}, which cannot be imported ({error}); run pip install --upgrade {package}, or use {instead}"
         ) from None
 
 

@@ -5,11 +5,13 @@ A problem is one sentence that names the value, the reason and the way out. `che
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,25 @@ class Checked:
     num_training_steps: int
     data_lanes: int
     notices: tuple[str, ...]
+
+
+# The oldest versions that the tests pass with (scripts/test.sh --oldest); as in requirements.txt.
+_OLDEST = {"torch": "2.11", "transformers": "5.17"}
+
+
+def check_packages() -> None:
+    """Refuses a version of torch or transformers that is too old, before either is imported. Raises ConfigError."""
+    problems = []
+    for name, oldest in _OLDEST.items():
+        # Builds without metadata are used as they are.
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.version(name)
+            numbers = re.match(r"(\d+)\.(\d+)", found)
+            if numbers and tuple(map(int, numbers.groups())) < tuple(map(int, oldest.split("."))):
+                way_out = f"python -m pip install --upgrade '{name}>={oldest}'"
+                problems.append(f"{name} {found} is too old, this program needs {oldest} or newer: {way_out}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def check(args: Arguments, world: World) -> Checked:

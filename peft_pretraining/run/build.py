@@ -31,6 +31,7 @@ from peft_pretraining.optim.orthogonal import pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, Updates, WholeUpdate
 from peft_pretraining.plan.plan import Plan
+from sparse_lora import kernels
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -123,6 +124,7 @@ def build_module(
 
     eos_id: token id that ends a document, for --document_mask. restored: a checkpoint is loaded next, so --init svd is skipped.
     """
+    kernels.choose(args.kernels)
     sharded = args.parallel == "fsdp" and world.size > 1
     modules: list[TokenLoss] = []
 

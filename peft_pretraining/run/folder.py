@@ -317,6 +317,9 @@ def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan)
     ):
         values |= {"processes": world.get("processes"), "threads": world.get("threads")}
         values |= {"CPU capability": machine.get("cpu_capability"), "GPU": machine.get("gpu")}
+    # Earlier versions of this program did not record the build of torch: 2.11.0 instead of 2.11.0+cu130.
+    if "+" not in str(then["torch"]) and then["torch"] == str(now["torch"]).partition("+")[0]:
+        then["torch"] = now["torch"]
     changes = [f"{name} {now[name]} (before: {then[name]})" for name in now if now[name] != then[name]]
     if changes:
         print(
@@ -381,7 +384,8 @@ def versions() -> dict[str, str]:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return installed
+    # With the build, such as 2.11.0+cu130, which the metadata of torch's package leaves out.
+    return installed | {"torch": str(torch.__version__)}
 
 
 def _git_commit() -> str | None:

@@ -103,8 +103,8 @@ def train_step(
 
     If the loss or a gradient is non-finite, nothing is stepped (per-layer updates: only tensors with a finite gradient).
 
-    Two cases wait for the device: an optimizer that must know in Python whether to step (`step_unless`), and per-layer updates,
-    which need the loss before the last backward pass.
+    Two cases wait for the device: each step of an optimizer that must know in Python whether to step (`step_unless`), and
+    per-layer updates, which need the loss before the last backward pass.
 
     Args:
         module: maps (input_ids, labels, num_targets) to the float32 sum of token losses; distributed by `parallel`.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 350M, full-rank at SLTrain's learning rate, on C4 at length 256, batch 512 sequences.
 # Hardware: 4 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 367,969,280 parameters; 38.0 GiB at the peak on each GPU.
+# Predicted, not measured: 367,969,280 parameters; 38.3 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 18.80 after 6.4B tokens; parameters and Adam moments 2.21 G in the paper's convention (arXiv 2406.02214,
 #   Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

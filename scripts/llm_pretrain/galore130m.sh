@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 130M, GaLore, on C4 at length 256, batch 512 sequences.
 # Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 134,105,856 parameters; 27.7 GiB at the peak on each GPU.
+# Predicted, not measured: 134,105,856 parameters; 27.8 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 25.36 after 2.2B tokens; parameters, moments and projections .61 G in the paper's convention (arXiv
 #   2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

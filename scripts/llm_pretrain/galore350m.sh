@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 350M, GaLore, on C4 at length 256, batch 512 sequences.
 # Hardware: 4 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 367,969,280 parameters; 37.3 GiB at the peak on each GPU.
+# Predicted, not measured: 367,969,280 parameters; 37.6 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 18.95 after 6.4B tokens; 1.59 G in the paper's convention (by its rule 1.39) (arXiv 2406.02214, Table
 #   2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

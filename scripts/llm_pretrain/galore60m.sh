@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 60M, GaLore, on C4 at length 256, batch 512 sequences.
 # Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 58,073,600 parameters; 12.9 GiB at the peak on each GPU.
+# Predicted, not measured: 58,073,600 parameters; 13.0 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 34.88 after 1.1B tokens; parameters, moments and projections .28 G in the paper's convention (arXiv
 #   2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 350M, low-rank W = (alpha/r) B A from scratch, on C4 at length 256, batch 512 sequences.
 # Hardware: 4 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 185,222,144 parameters; 39.3 GiB at the peak on each GPU.
+# Predicted, not measured: 185,222,144 parameters; 39.6 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 37.41 after 6.4B tokens; parameters and Adam moments 1.11 G in the paper's convention (arXiv 2406.02214,
 #   Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

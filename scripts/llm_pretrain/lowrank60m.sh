@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 60M, low-rank W = (alpha/r) B A from scratch, on C4 at length 256, batch 512 sequences.
 # Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 42,770,944 parameters; 13.7 GiB at the peak on each GPU.
+# Predicted, not measured: 42,770,944 parameters; 13.8 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 78.18 after 1.1B tokens; parameters and Adam moments .24 G (.26 by its own formula) in the paper's
 #   convention (arXiv 2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 1B, ReLoRA, on C4 at length 256, batch 512 sequences.
 # Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 1,817,221,120 parameters; 26.3 GiB at the peak on each GPU.
+# Predicted, not measured: 1,817,221,120 parameters; 26.6 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 18.33 after 13.1B tokens, without a full-rank warm-up (arXiv 2403.03507, section 5.1); parameters and
 #   Adam moments printed as 6.34 G, 5.54 G by the paper's convention (arXiv 2406.02214, Table 2). The published evaluation reads

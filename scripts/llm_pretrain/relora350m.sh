@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 350M, ReLoRA, on C4 at length 256, batch 512 sequences.
 # Hardware: 4 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 487,605,248 parameters; 39.9 GiB at the peak on each GPU.
+# Predicted, not measured: 487,605,248 parameters; 40.2 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 29.08 after 6.4B tokens, without a full-rank warm-up (arXiv 2403.03507, section 5.1); parameters and
 #   Adam moments printed as 1.85 G, 1.46 G by the paper's convention (arXiv 2406.02214, Table 2). The published evaluation reads

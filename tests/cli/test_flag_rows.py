@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHANGES = {
     "model_config": "{folder}/other.json",
     "dtype": "bfloat16",
+    "tf32": "true",
     "weight_dtype": "int8",
     "activation_checkpointing": "layer",
     "compile": "true",
@@ -40,6 +41,7 @@ CHANGES = {
     "train_scaling": "true",
     "support": "block",
     "linear_path": "factored",
+    "kernels": "torch",
     "lora_dropout": "0.1",
     "update_proj_gap": "100",
     "galore_scale": "0.5",

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from peft_pretraining.__main__ import main as command
 from peft_pretraining.checkpoint.saver import Saver
 from peft_pretraining.checkpoint.step_folder import list_checkpoints
 from peft_pretraining.distributed.world import World
+from peft_pretraining.plan import checks
 from peft_pretraining.run import assemble
 from peft_pretraining.training.stop import StopRequest
 
@@ -572,6 +574,41 @@ def test_a_finished_run_is_not_reported_for_other_data(tmp_path, flags, capsys):
     argv = [*flags, "--dataset", str(tmp_path / "other"), "--save_dir", str(tmp_path / "run")]
     assert torchrun_main.main(argv) == 2
     assert "--allow_changes dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "oldest"),
+    [("torch", "2.10.1+cu128", "2.11"), ("torch", "1.13.1", "2.11"), ("transformers", "5.9.0", "5.17")],
+)
+def test_a_package_that_is_too_old_gets_one_line(tmp_path, flags, capsys, monkeypatch, name, found, oldest):
+    original = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda package: found if package == name else original(package))
+    way_out = f"python -m pip install --upgrade '{name}>={oldest}'"
+    text = f"error: {name} {found} is too old, this program needs {oldest} or newer: {way_out}\n"
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"torchrun_main.py: {text}"
+    assert command(["generate", "--checkpoint", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"peft_pretraining generate: {text}"
+
+
+def test_the_oldest_versions_are_those_that_the_requirements_promise():
+    requirements = (Path(torchrun_main.__file__).parent / "requirements.txt").read_text().splitlines()
+    assert {f"{name}>={version}" for name, version in checks._OLDEST.items()} <= set(requirements)
+
+
+def test_a_run_that_did_not_record_the_build_of_torch_goes_on_without_a_notice(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    train(tmp_path / "run", *flags)
+    first = list_checkpoints(tmp_path / "run")[0]
+    document = json.loads((first / "run.json").read_text())
+    assert document["versions"]["torch"] == "2.11.0+cu130"
+    for recorded, noticed in (("2.11.0", False), ("2.11.0+cpu", True)):
+        document["versions"]["torch"] = recorded
+        (first / "run.json").write_text(json.dumps(document))
+        reseal(first)
+        capsys.readouterr()
+        train(tmp_path / recorded, *flags, "--continue_from", str(first))
+        assert (f"torch 2.11.0+cu130 (before: {recorded})" in capsys.readouterr().err) is noticed
 
 
 def test_other_versions_and_threads_give_a_notice(tmp_path, flags, capsys):

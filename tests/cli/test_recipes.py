@@ -98,12 +98,14 @@ def test_a_recipe_passes_dry_run_from_any_folder_as_users_start_it(name):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
-    """Except 7B's learning rate, where the published script and the paper differ and the recipe follows the paper."""
+    """Except at 7B: the published script and the paper differ in the learning rate, and the recipe follows the paper; larger
+    micro-batches with layer checkpointing are the same training.
+    """
     monkeypatch.chdir(ROOT)
     published = vars(parse_args(f"--model_config configs/llama_{size}.json {COMMON} {PUBLISHED[size][1]}".split()))
     ours = vars(parse_args(recipe_flags(ROOT / "scripts" / "llm_pretrain" / f"sltrain{size}.sh")))
     different = {name for name in published if published[name] != ours[name]} - {"given"} - OF_SAVING
-    assert different == ({"lr"} if size == "7b" else set())
+    assert different == ({"lr", "batch_size", "activation_checkpointing"} if size == "7b" else set())
 
 
 @pytest.mark.parametrize("path", sorted({*RECIPES} - {*TUNED}), ids=recipe_id)

@@ -7,7 +7,7 @@ import torch
 
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed import device
-from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
+from peft_pretraining.distributed.device import CUDA_CONTEXT_BYTES, DeviceMemory, allow_tf32, cpu_has_bfloat16, resolve_dtype
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan import plan as planning
 from peft_pretraining.plan.plan import make_plan
@@ -81,3 +81,39 @@ def test_the_answer_for_this_machine_equals_torchs():
     assert answer in (True, False, None)
     if answer is not None and platform.machine() == "x86_64":
         assert answer == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def test_a_gpu_that_emulates_bfloat16_gets_float32(monkeypatch):
+    """A T4: torch says that bfloat16 is supported unless it is asked to leave emulation out."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_dtype(None, torch.device("cuda")) == "float32"
+    assert resolve_dtype("bfloat16", torch.device("cuda")) == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert resolve_dtype(None, torch.device("cuda")) == "bfloat16"
+
+
+def test_tf32_is_allowed_in_a_way_that_every_reader_understands():
+    """torch.compile reads the older setting, which raises an error if only the newer one was set."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        allow_tf32()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("free", "available", "named"),
+    [
+        (79.0 - 0.46, 79.0, ""),  # only this process's context is missing
+        (58.0, 58.0 + CUDA_CONTEXT_BYTES / 2**30, ", of whose 79.0 GiB other programs use 20.5,"),
+    ],
+)
+def test_memory_that_other_programs_use_on_a_gpu_is_not_available(monkeypatch, free, available, named):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 79 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    memory = device.device_memory(torch.device("cuda", 0), World())
+    assert memory.num_bytes / 2**30 == pytest.approx(available, abs=1e-3)
+    assert memory.name == f"NVIDIA H100{named}"

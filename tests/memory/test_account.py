@@ -10,6 +10,7 @@ from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.memory.account import CLASSES, _linear_scratch, account
 from peft_pretraining.memory.counts import parameter_counts
 from peft_pretraining.memory.setting import Setting
+from sparse_lora import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -47,8 +48,8 @@ def test_embeddings_with_32_bit_moments_cost_the_documented_bytes():
     assert cost == pytest.approx(262_144_000 * (8 - 2 - 8 / 256), rel=1e-6)
 
 
-def test_kernels_of_a_gpu_need_a_table_of_block_starts():
-    """The table takes four bytes per 32 entries of the weight, in bfloat16 and for a uniform support only."""
+def test_kernels_of_a_gpu_need_a_table_of_block_starts(monkeypatch):
+    """Four bytes per 32 entries of the weight, in bfloat16 and for a uniform support, if the kernels may be used."""
 
     def more_than_on_a_cpu(**changes) -> int:
         on_gpu, on_cpu = (
@@ -56,8 +57,14 @@ def test_kernels_of_a_gpu_need_a_table_of_block_starts():
         )
         return on_gpu - on_cpu
 
-    assert more_than_on_a_cpu(dtype="bfloat16", linear_path="materialised") == 4 * (1376 * 512 // 32 + 1)
-    assert more_than_on_a_cpu(dtype="float32", linear_path="materialised") == 0
+    asked = {"linear_path": "materialised", "kernels": "triton"}
+    assert more_than_on_a_cpu(dtype="bfloat16", **asked) == 4 * (1376 * 512 // 32 + 1)
+    assert more_than_on_a_cpu(dtype="float32", **asked) == 0
+    monkeypatch.setattr(kernels, "RELATIVE_TIMES", {})
+    assert more_than_on_a_cpu(dtype="bfloat16", **asked | {"kernels": "auto"}) == 0
+    monkeypatch.setitem(kernels.RELATIVE_TIMES, "9.0", 0.9)
+    assert more_than_on_a_cpu(dtype="bfloat16", **asked | {"kernels": "auto"}) > 0
+    assert more_than_on_a_cpu(dtype="bfloat16", **asked | {"kernels": "torch"}) == 0
     assert more_than_on_a_cpu(support="block", linear_path="factored") == 0
 
 
@@ -190,3 +197,10 @@ def test_fragmentation_by_small_activations_is_counted():
     assert account(replace(small, parallel="fsdp", world_size=2))["runtime"] == beside
     on_gpu = [account(replace(each, device_type="cuda"))["runtime"] for each in (small, large)]
     assert on_gpu[0] == on_gpu[1]
+
+
+def test_nccls_buffers_are_counted_for_several_processes_on_gpus():
+    alone = setting("60m", device_type="cuda")
+    assert account(replace(alone, world_size=2))["runtime"] - account(alone)["runtime"] == 256 * 2**20
+    on_cpu = replace(alone, device_type="cpu")
+    assert account(replace(on_cpu, world_size=2))["runtime"] == account(on_cpu)["runtime"]

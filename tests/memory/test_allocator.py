@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_pretraining.distributed.device import set_allocator
+
 ROOT = Path(__file__).resolve().parents[2]
 # Allocates 40 blocks of 8 MiB with small ones between them, as in a training step, then frees the large ones.
 PROGRAM = """
@@ -57,3 +59,12 @@ def test_settings_in_the_environment_are_kept():
     share, huge = returned_share("set", THP_MEM_ALLOC_ENABLE="0", **thresholds)
     assert share < 0.1
     assert huge == "0"
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_segments_of_a_gpu_s_allocator_grow_unless_the_user_has_set_it_up(monkeypatch, name):
+    own = dict.fromkeys([name] if name else [], "max_split_size_mb:256")
+    monkeypatch.setattr(os, "environ", own)
+    set_allocator()
+    settings = {key: value for key, value in own.items() if key.startswith("PYTORCH")}
+    assert settings == ({name: "max_split_size_mb:256"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -151,5 +151,7 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch, name, package)
     for module in (package, "peft_pretraining.optim.adam8bit", "peft_pretraining.optim.adam_ao"):
         monkeypatch.setitem(sys.modules, module, None)
     matrix = torch.nn.Parameter(torch.zeros(4, 4))
-    with pytest.raises(OptimizerUnavailable, match=f"need {package}, which cannot be imported.*pip install {package}, or use"):
+    with pytest.raises(
+        OptimizerUnavailable, match=f"need {package}, which cannot be imported.*pip install --upgrade {package}, or use"
+    ):
         build_optimizer(name, {"model.layers.0.mlp.up_proj.weight": matrix}, lr=0.1, weight_decay=0.0)

@@ -1,5 +1,7 @@
 """Steps in slices are bit-identical to the libraries'; stochastic rounding is unbiased and the same on every replica."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +96,45 @@ def test_small_updates_are_not_lost_with_stochastic_rounding(name):
     assert float(ends[1].mean()) == pytest.approx(0.995, abs=2e-4)
     assert torch.equal(ends[1], ends[2])  # the same seed rounds equally
     assert not torch.equal(ends[1], ends[3])
+
+
+@pytest.mark.parametrize(("ours", "waits"), [(True, 0), (False, 1)])
+def test_8_bit_steps_do_not_wait_for_a_gpu(monkeypatch, ours, waits):
+    """bitsandbytes' own step waits once per parameter: its `sync_gpu`."""
+    waited = []
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes.optim.optimizer, "sync_gpu", waited.append)
+    parameter = nn.Parameter(torch.ones(64, 128))
+    parameter.grad = torch.ones_like(parameter)
+    settings = {"lr": 0.01, "weight_decay": 0.0}
+    own = build_optimizer("adam8bit", {"weight": parameter}, **settings)
+    (own if ours else bitsandbytes.optim.Adam8bit([parameter], **settings)).step()
+    assert len(waited) == waits
+    assert (parameter < 1).all()
+
+
+def test_8_bit_steps_are_ordered_after_the_stream_of_their_gradient(monkeypatch):
+    """FSDP2 calls hooks in a stream of its own; bitsandbytes launches its kernels in the default stream."""
+    pytest.importorskip("bitsandbytes")
+    from peft_pretraining.optim import adam8bit
+
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        events.append(f"in {chosen.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("hooks"))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default"))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    with adam8bit._default_stream(torch.device("cuda")):
+        events.append("step")
+    assert events == ["default waits for hooks", "in default", "step", "hooks waits for default"]

@@ -1,6 +1,7 @@
 """The Triton kernels compared with float64: in Triton's interpreter, in a separate process, and on a GPU if available."""
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import pickle
@@ -351,20 +352,71 @@ def test_the_trial_of_a_gpu_succeeds_in_the_interpreter(interpreted: Call) -> No
 
 
 @pytest.mark.parametrize(
-    ("outcome", "message"),
-    [(False, "a trial gave wrong numbers"), (RuntimeError("no C compiler\nfound"), "RuntimeError: no C compiler$")],
+    ("program", "problem"),
+    [
+        ("pass", None),
+        ("import sys; sys.exit('RuntimeError: no C compiler')", "RuntimeError: no C compiler"),
+        ("import os; os.abort()", "a trial ended with exit code -6"),  # as a driver may, after an illegal memory access
+    ],
 )
-def test_a_gpu_whose_trial_fails_gets_a_warning_and_no_kernels(monkeypatch, outcome, message: str) -> None:
-    def trial(device: torch.device) -> bool:
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
+def test_a_gpu_whose_trial_fails_gets_a_warning_and_no_kernels(monkeypatch, program: str, problem: str | None) -> None:
+    """The trial is a process of its own: this one outlives an abort."""
     monkeypatch.setattr(kernels, "_triton_kernels", SimpleNamespace)
-    monkeypatch.setattr(kernels, "_trial_succeeds", trial)
+    monkeypatch.setattr(kernels, "_TRIAL", program)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.warns(UserWarning, match=f"not used on cuda:0.*{message}"):
-        assert not kernels._works.__wrapped__(0)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert kernels._works.__wrapped__(0) is (problem is None)
+    texts = [f"Triton kernels are not used on cuda:0, PyTorch is used instead: {problem}"] if problem else []
+    assert [str(warning.message) for warning in shown] == texts
+
+
+def test_a_trial_that_hangs_is_ended(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_TRIAL", "import time; time.sleep(1000)")
+    monkeypatch.setattr(kernels, "_TRIAL_SECONDS", 0.5)
+    assert kernels._trial_problem(0) == "a trial did not finish within 0.5 s"
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_trial_runs_from_any_folder_and_reports_a_missing_gpu_in_one_line(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    problem = kernels._trial_problem(0)
+    assert problem is not None
+    assert re.match(r"\w+(Error|Exception): ", problem), problem
+    assert not problem.startswith("ModuleNotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("choice", "variable", "measured", "used"),
+    [
+        ("auto", None, {}, False),
+        ("auto", None, {"9.0": 0.9}, True),
+        ("auto", None, {"9.0": 1.1, "8.0": 0.5}, False),
+        ("auto", "1", {}, True),
+        ("auto", "0", {"9.0": 0.9}, False),
+        ("torch", "1", {"9.0": 0.9}, False),
+        ("triton", "0", {}, True),
+    ],
+)
+def test_a_gpu_uses_the_kernels_if_asked_or_if_they_were_measured_to_be_faster(
+    monkeypatch, choice: str, variable: str | None, measured: dict[str, float], used: bool
+) -> None:
+    monkeypatch.setattr(kernels, "_choice", "auto")
+    monkeypatch.setattr(kernels, "RELATIVE_TIMES", measured)
+    monkeypatch.setattr(kernels, "is_available", lambda device, dtype: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("SPARSE_LORA_TRITON", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("SPARSE_LORA_TRITON", variable)
+    kernels.choose(choice)
+    assert kernels.are_used(torch.device("cuda", 0), torch.bfloat16) is used
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="kernels 'cuda': must be one of auto, triton, torch"):
+        kernels.choose("cuda")
 
 
 @pytest.mark.gpu
@@ -452,12 +504,18 @@ def test_both_kernels_compile_for_an_h100(tmp_path: Path) -> None:
                 assert shared <= 227 * 1024, (kernel, tile)
 
 
-def _benchmarked() -> dict:
-    """Returns the measurements of benchmarks/triton_kernels.py for a tiny linear, on the CPU."""
+def _benchmark() -> Any:
+    """Returns the module benchmarks/triton_kernels.py."""
     sys.path.insert(0, str(BENCHMARK.parent))
     spec = importlib.util.spec_from_file_location("benchmark_of_kernels", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _benchmarked() -> dict:
+    """Returns the measurements of benchmarks/triton_kernels.py for a tiny linear, on the CPU."""
+    module = _benchmark()
     found = module.measure(module.Case(70, 40, 8, 0.1, 33), torch.device("cpu"), 2, [SMALL_TILE])
     module.print_row("tiny", found)
     return found
@@ -472,6 +530,41 @@ def test_the_kernel_benchmark_compares_and_times_every_way(interpreted: Call) ->
     assert found["gradients"].keys() == {"kernel", "dense", "largest_difference"}
     assert found["values"].keys() == {"kernel", "dense", tried, "largest_difference"}
     assert all(each["median_ms"] > 0 for each in found["values"].values() if isinstance(each, dict))
+
+
+def test_a_measurement_is_recorded_for_its_family_of_gpus(tmp_path: Path) -> None:
+    """W is built twice per update; the gradients take the kernel only where `pays_off` says so."""
+    pays, loses = (
+        {
+            "pays_off": pays_off,
+            "weight": {"kernel": {"median_ms": built}, "added": {"median_ms": 2.0}},
+            "gradients": {"kernel": {"median_ms": 5.0}, "dense": {"median_ms": dense}},
+        }
+        for pays_off, built, dense in ((True, 1.0, 6.0), (False, 3.0, 4.0))
+    )
+    file = tmp_path / "kernels.json"
+    file.write_text(json.dumps({"capability": "9.0", "rows": [pays, loses]}))
+    table = tmp_path / "measured.py"
+    table.write_text('"""First line."""\n\n# Comment.\nRELATIVE_TIMES: dict[str, float] = {"8.0": 1.2}\n')
+    benchmark = _benchmark()
+    for _ in range(2):
+        benchmark.record(file, table)
+    expected = (2 * 1 + 5 + 2 * 3 + 4) / (2 * 2 + 6 + 2 * 2 + 4)
+    assert table.read_text() == (
+        f'"""First line."""\n\n# Comment.\nRELATIVE_TIMES: dict[str, float] = {{"8.0": 1.2, "9.0": {expected:.3f}}}\n'
+    )
+
+
+def test_the_program_s_table_can_be_recorded_to(tmp_path: Path) -> None:
+    file, table = tmp_path / "kernels.json", tmp_path / "measured.py"
+    row = {"pays_off": False, "weight": {"kernel": {"median_ms": 1}, "added": {"median_ms": 2}}}
+    row["gradients"] = {"kernel": {"median_ms": 1}, "dense": {"median_ms": 2}}
+    file.write_text(json.dumps({"capability": "12.0", "rows": [row]}))
+    table.write_text(Path(kernels.__file__).with_name("measured.py").read_text())
+    _benchmark().record(file, table)
+    written: dict[str, Any] = {}
+    exec(table.read_text(), written)
+    assert written["RELATIVE_TIMES"] == kernels.RELATIVE_TIMES | {"12.0": round((2 * 1 + 2) / (2 * 2 + 2), 3)}
 
 
 def test_the_kernel_benchmark_needs_a_gpu() -> None:

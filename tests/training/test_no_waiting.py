@@ -17,16 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchrun_main
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
+from peft_pretraining.config.parameter_groups import group_of
 from peft_pretraining.data.loader import Batch
 from peft_pretraining.distributed.world import World
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_optimizer
-from peft_pretraining.optim.updates import GrowthLimit, WholeUpdate
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
 from peft_pretraining.record import recorder
 from peft_pretraining.run import assemble
 from peft_pretraining.training.update import StepResult, train_step
-from sparse_lora import SLTrainConfig, reparameterize
+from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 
 ROOT = Path(__file__).resolve().parents[2]
 WAITING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -106,6 +107,27 @@ def test_an_update_never_waits_for_the_device():
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor", "adam8bit", "muon", "stable_spam"])
+def test_an_update_waits_at_most_as_often_as_documented(optimizer, per_layer):
+    """Fused optimizers never: the flag that decides a step stays on the device. Others once per step, to read that flag.
+
+    Per layer, each tensor has a step of its own, and the loss is read before the backward pass.
+    """
+    if optimizer == "adam8bit":
+        pytest.importorskip("bitsandbytes")
+    model = build_model(tiny(), dtype=torch.float32, device="cpu", seed=3)
+    parameters, build = dict(model.named_parameters()), partial(build_optimizer, optimizer, lr=0.0, weight_decay=0.1)
+    updates = (PerLayerUpdate if per_layer else WholeUpdate)(build, parameters, World())
+    step = partial(train_step, TokenLoss(model), updates, lr=1e-3, world=World(), device=torch.device("cpu"))
+    step(padded_batches())
+    with WaitRecorder() as recorder:
+        step(padded_batches())
+    matrices = sum(group_of(name, parameter.dim()) == "matrix" for name, parameter in parameters.items())
+    flags = {"adamw": 0, "sgd": 0, "muon": matrices if per_layer else 1}.get(optimizer, len(parameters) if per_layer else 1)
+    assert recorder.waits == ["aten._local_scalar_dense.default"] * (flags + per_layer)
+
+
 class OptimizerForMeta(torch.optim.Optimizer):
     """Replaces fused AdamW, which has no kernels for "meta": it has a state and reads `found_inf` on the device."""
 
@@ -121,6 +143,14 @@ class OptimizerForMeta(torch.optim.Optimizer):
                 parameter.data.sub_(parameter.grad * (1 - self.found_inf) * group["lr"])
 
 
+class FusedForMeta(OptimizerForMeta):
+    """Steps all parameters by one operator, as fused AdamW does on a GPU."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            torch._foreach_sub_(group["params"], [parameter.grad for parameter in group["params"]], alpha=group["lr"])
+
+
 def test_an_update_copies_its_input_to_the_device_without_waiting_and_copies_nothing_back():
     model = build_model(tiny(), dtype=torch.bfloat16, device="meta", seed=3)
     parameters = dict(model.named_parameters())
@@ -132,6 +162,96 @@ def test_an_update_copies_its_input_to_the_device_without_waiting_and_copies_not
     assert result.loss.is_meta
     with pytest.raises(RuntimeError):
         float(result.loss)
+
+
+# Operators that launch nothing on a GPU, besides views.
+ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view"}
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts the operators that would launch a kernel on a GPU; a few of them launch two or three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.launches += not (func.is_view or func.overloadpacket.__name__ in ALLOCATIONS)
+        return func(*args, **(kwargs or {}))
+
+
+# Decoding the positions of a uniform support: bytes to numbers, three kinds of gaps, and their sums.
+DECODING = 11
+
+
+@pytest.mark.parametrize(
+    ("support", "path", "forward", "backward"),
+    [
+        # B scaled, W = B A, x W^T; again B scaled and W, dx, dW, dA, dB, and dB scaled
+        ("none", "materialised", 3, 7),
+        # B scaled, x A^T, and its product with B; B scaled, G B, dx, dA, dB, and dB scaled
+        ("none", "factored", 3, 6),
+        # also S added to W; S added again, and the values' gradient
+        ("uniform", "materialised", 3 + DECODING + 1, 7 + DECODING + 2),
+        # also S as a zero matrix, filled, and its product; the same again, then G^T x and the values' gradient
+        ("uniform", "factored", 3 + DECODING + 3, 6 + DECODING + 5),
+        # blocks of two shapes
+        ("block", "materialised", 3 + 2, 7 + 2 + 2),
+        # products of blocks of two shapes, inputs and outputs in order
+        ("block", "factored", 3 + 7, 6 + 6),
+    ],
+)
+def test_a_linear_launches_few_kernels(support, path, forward, backward):
+    """nn.Linear: 1 and 2."""
+    kind = {"sparsity": 0.0} if support == "none" else {"sparsity": 1 / 32, "support": support}
+    linear = SparseLowRankLinear(1024, 2736, 256, alpha=16.0, path=path, device="meta", dtype=torch.bfloat16, **kind)
+    launches = launches_of_a_linear(linear, 16_384)
+    assert (launches[0] <= forward, launches[1] <= backward) == (True, True), launches
+
+
+def launches_of_a_linear(linear: torch.nn.Module, num_rows: int) -> tuple[int, int]:
+    """Returns the launches of the forward and the backward pass, which do not wait for the device."""
+    x = torch.empty(num_rows, linear.in_features, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with LaunchCounter() as forward, WaitRecorder() as recorder:
+        y = linear(x)
+    gradient = torch.empty_like(y)
+    with LaunchCounter() as backward, recorder:
+        y.backward(gradient)
+    assert recorder.waits == []
+    return forward.launches, backward.launches
+
+
+SETTINGS = SLTrainConfig(rank=4, sparsity=0.1, alpha=8.0)
+
+
+def tiny_on_meta(num_layers: int, reparameterized: bool):
+    return build_model(
+        replace(tiny(), num_hidden_layers=num_layers),
+        dtype=torch.bfloat16,
+        device="meta",
+        seed=3,
+        reparameterize=(lambda model: reparameterize(model, SETTINGS)) if reparameterized else None,
+    )
+
+
+def launches_of_an_update(num_layers: int, reparameterized: bool) -> int:
+    model = tiny_on_meta(num_layers, reparameterized)
+    parameters = dict(model.named_parameters())
+    updates = WholeUpdate(lambda stepped: FusedForMeta(stepped.values()), parameters, World(), grad_clipping=1.0)
+    batches, device = padded_batches()[:1], torch.device("meta")
+    with LaunchCounter() as counter, WaitRecorder() as recorder:
+        train_step(TokenLoss(model), updates, batches, lr=1e-3, world=World(), device=device)
+    assert recorder.waits == []
+    return counter.launches
+
+
+def test_more_tensors_cost_an_update_no_launches():
+    """A layer's linears have two to three times as many tensors; norms, clipping and step take all of an update's together."""
+    more = launches_of_an_update(3, True) - launches_of_an_update(2, True)
+    more -= launches_of_an_update(3, False) - launches_of_an_update(2, False)
+    linears = [part for part in tiny_on_meta(1, True).modules() if isinstance(part, SparseLowRankLinear)]
+    assert len(linears) == 7
+    assert more <= sum(sum(launches_of_a_linear(linear, 3 * 16)) - 3 for linear in linears)
 
 
 @pytest.mark.gpu
