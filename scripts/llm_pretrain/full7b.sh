@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 7B, full-rank at SLTrain's learning rate, on C4 at length 256, batch 512 sequences.
 # Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 6,738,415,616 parameters; 44.8 GiB at the peak on each GPU.
+# Predicted, not measured: 6,738,415,616 parameters; 44.7 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: full-rank Adam takes 67.4 GB at batch 1 (arXiv 2406.02214, Fig. 3).
 # Not a tuned baseline: the learning rate is SLTrain's, so that only the method differs.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 1B, GaLore, on C4 at length 256, batch 512 sequences.
 # Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 1,339,082,752 parameters; 16.9 GiB at the peak on each GPU.
+# Predicted, not measured: 1,339,082,752 parameters; 16.8 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 15.64 after 13.1B tokens; parameters, moments and projections 4.76 G in the paper's convention (arXiv
 #   2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

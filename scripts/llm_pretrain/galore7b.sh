@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 7B, GaLore, on C4 at length 256, batch 512 sequences.
 # Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 6,738,415,616 parameters; 45.0 GiB at the peak on each GPU.
+# Predicted, not measured: 6,738,415,616 parameters; 44.9 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 26.87 after 1.4B tokens, 62G per GPU, 5,924 tokens/s on four A100-80G (arXiv 2406.02214). The published
 #   evaluation reads 1.7-3.5 % low (docs/method.md).

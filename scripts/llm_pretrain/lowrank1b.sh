@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 1B, low-rank W = (alpha/r) B A from scratch, on C4 at length 256, batch 512 sequences.
 # Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 609,310,720 parameters; 24.4 GiB at the peak on each GPU.
+# Predicted, not measured: 609,310,720 parameters; 24.3 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 142.53 after 13.1B tokens; parameters and Adam moments 3.66 G in the paper's convention (arXiv
 #   2406.02214, Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).

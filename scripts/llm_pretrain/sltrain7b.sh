@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA 7B, SLTrain, on C4 at length 256, batch 512 sequences.
 # Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
-# Predicted, not measured: 3,144,735,808 parameters; 24.9 GiB at the peak on each GPU.
+# Predicted, not measured: 3,144,735,808 parameters; 24.8 GiB at the peak on each GPU.
 # Micro-batches of 8,192 tokens, because W is built again for each of them; layer checkpointing makes room for their activations.
 # Status: planned only, not run yet.
 # Published: perplexity 27.59 after 1.4B tokens, 46G per GPU, 5,877 tokens/s on four A100-80G (arXiv 2406.02214). The published
