@@ -2,7 +2,7 @@
 
 `python benchmarks/memory_table.py [9m 60m 130m 350m 1b] [--out FILE.json]`. Each row makes three updates (7b: two) in a separate
 process, because peak memory is measured per process. Rows: SLTrain in bfloat16 with 8-bit Adam, per-layer updates, layer
-checkpointing and 1 x 256 tokens (the setting of `memory_7b.py`); up to 1b also SLTrain in bfloat16 with AdamW and full-rank AdamW
+checkpointing and 1 x 256 tokens (7b: the settings of `memory_7b.py`); up to 1b also SLTrain in bfloat16 with AdamW and full-rank AdamW
 in float32, both without checkpointing and with 4 x 256 tokens.
 """
 
@@ -26,6 +26,7 @@ SIZES = {
 }
 SLTRAIN = "--peft_model sltrain --lora_alpha 8 --dtype bfloat16 --embedding_states 8bit --activation_checkpointing --batch_size 1"
 PLAIN = "--peft_model sltrain --lora_alpha 8 --dtype bfloat16 --optimizer adamw --batch_size 4"
+EIGHT_GB = "--per_layer --weight_dtype int8 --head_gradient slices"
 FULL = "--peft_model full --dtype float32 --optimizer adamw --batch_size 4"
 
 
@@ -37,6 +38,11 @@ def settings(size: str) -> dict[str, list[str]]:
     rows = {"sltrain, adam8bit_per_layer": [*config, *SLTRAIN.split(), *layer, "--optimizer", "adam8bit_per_layer"]}
     if size == "7b":
         rows["sltrain, adamw4bit_per_layer"] = [*config, *SLTRAIN.split(), *layer, "--optimizer", "adamw4bit_per_layer"]
+        in_int8 = [*config, *SLTRAIN.split(), *layer, *EIGHT_GB.split()]
+        for optimizer in ("adamw4bit", "muon4bit", "spectron4bit"):
+            rows[f"sltrain, int8, {optimizer}"] = [*in_int8, "--optimizer", optimizer]
+        eight = ["--total_batch_size", "8", "--accumulate", "moments"]
+        rows["sltrain, int8, adamw4bit, 8 micro-batches"] = [*in_int8, "--optimizer", "adamw4bit", *eight]
     else:
         rows["sltrain, adamw"] = [*config, *PLAIN.split(), *layer]
         rows["full, adamw"] = [*config, *FULL.split()]
@@ -52,13 +58,15 @@ def measure(argv: list[str], num_updates: int) -> dict:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def run(sizes: list[str], out: Path | None) -> None:
-    """Measures the sizes, prints a Markdown table and writes JSON."""
+def run(sizes: list[str], out: Path | None, chosen: list[str] | None = None) -> None:
+    """Measures the sizes, prints a Markdown table and writes JSON. chosen: names of settings; default: all."""
     rows = []
     print("| model | setting | parameters | support | optimizer | peak predicted | peak measured | predicted / measured |")
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         for name, argv in settings(size).items():
+            if chosen and name not in chosen:
+                continue
             row = measure(argv, num_updates=2 if size == "7b" else 3)
             rows.append({"size": size, "setting": name, **row})
             gib = [row["measured"][key] / 2**30 for key in ("parameters", "support", "optimizer")]
