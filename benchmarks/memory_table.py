@@ -2,8 +2,8 @@
 
 `python benchmarks/memory_table.py [9m 60m 130m 350m 1b] [--out FILE.json]`. Each row makes three updates (7b: two) in a separate
 process, because peak memory is measured per process. Rows: SLTrain in bfloat16 with 8-bit Adam, per-layer updates, layer
-checkpointing and 1 x 256 tokens (7b: the settings of `memory_7b.py`); up to 1b also SLTrain in bfloat16 with AdamW and full-rank AdamW
-in float32, both without checkpointing and with 4 x 256 tokens.
+checkpointing and 1 x 256 tokens (7b: the settings of `memory_7b.py`); up to 1b also SLTrain in bfloat16 with AdamW and full-rank
+AdamW in float32, both without checkpointing and with 4 x 256 tokens.
 """
 
 from __future__ import annotations
