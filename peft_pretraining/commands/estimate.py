@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.arguments import Arguments
-from peft_pretraining.config.command_line import add_flags, arguments_from, given_flags, with_config_file
+from peft_pretraining.config.command_line import add_flags, arguments_from, given_flags, parse_memory, with_config_file
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.communication import format_scaling, format_wire, wire_figures
 from peft_pretraining.memory.counts import paper_estimate, parameter_counts
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=float, help="measured tokens per second of one device; needs --bandwidth, predicts scaling"
     )
+    parser.add_argument("--fit", metavar="MEMORY", help="list the flags that fit in this much memory, such as 8GB, fastest first")
     add_flags(parser)
 
 
@@ -59,9 +60,38 @@ def run(args: argparse.Namespace) -> int:
     for line in check(values, World(size=args.world)).notices:
         print(f"notice: {line}", file=sys.stderr)
     values = replace(values, given=frozenset(given))
+    if args.fit is not None:
+        return _print_fits(values, args)
     figures = estimate(values, device_type(args.device_type, values), args.world, args.bandwidth, args.rate)
     print(json.dumps(figures) if args.json else format_estimate(figures))
     return 0
+
+
+def _print_fits(values: Arguments, args: argparse.Namespace) -> int:
+    """Prints the choices of flags that fit; returns 1 if there is none. Raises ValueError."""
+    from peft_pretraining.commands.fit import fits, format_fits
+    from peft_pretraining.distributed.device import default_dtype
+    from peft_pretraining.plan.advice import Advisor
+    from peft_pretraining.plan.plan import make_plan
+
+    try:
+        limit = parse_memory(args.fit)
+    except ValueError:
+        raise ValueError(
+            f"--fit {args.fit}: write a size in bytes with its unit, such as 8GB (10^9 bytes) or 8GiB (2^30)"
+        ) from None
+    device = device_type(args.device_type, replace(values, memory=limit))
+    plan = make_plan(values, World(size=args.world), default_dtype(device), device)
+    found = fits(Advisor(values, plan, device), limit)
+    if args.json:
+        rows = [
+            {"work": fit.work, "peak": fit.proposal.peak, "batch_size": fit.batch_size, "flags": fit.proposal.text}
+            for fit in found
+        ]
+        print(json.dumps(rows))
+    else:
+        print(format_fits(found, values, limit))
+    return 0 if found else 1
 
 
 def device_type(name: str | None, args: Arguments) -> str:

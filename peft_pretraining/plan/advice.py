@@ -17,7 +17,7 @@ from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
 from peft_pretraining.distributed.device import DeviceMemory
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import CLASSES, account
-from peft_pretraining.memory.setting import memory_setting
+from peft_pretraining.memory.setting import Setting, memory_setting
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import GIB, Plan
@@ -61,8 +61,8 @@ class Advisor:
                 for options in self._dimensions(method, one_micro_batch=False)
             ]
             changes = [{**method, **options[0].changes} for options in dimensions if options] + ([method] if method else [])
-            lower = [one for one in map(self._proposal, changes) if one.peak < self.plan.bytes["peak"]]
-            if found := [one for one in lower if self._accepted(one.changes)]:
+            lower = [one for one in map(self.proposal, changes) if one.peak < self.plan.bytes["peak"]]
+            if found := [one for one in lower if self.accepted(one.changes)]:
                 return sorted(found, key=lambda one: one.peak)
         return []
 
@@ -88,7 +88,7 @@ class Advisor:
     def _dimensions(self, method: Mapping[str, Any], one_micro_batch: bool) -> list[list[_Option]]:
         """Returns, for each flag that could lower memory, its options, leaving it first."""
         args = _applied(self.args, method)
-        optimizers = list(_smaller_optimizers(args.optimizer))
+        optimizers = list(smaller_optimizers(args.optimizer))
         per_layer: dict[str, Any] = {} if args.per_layer else {"per_layer": True}
         if per_layer and args.grad_clipping:
             per_layer["grad_clipping"] = None
@@ -103,7 +103,7 @@ class Advisor:
             [_optimizer_change(args, name) for name in optimizers],
             [{"embedding_states": states} for states in ("8bit", "4bit") if args.embedding_states in (None, "32bit")],
             [{"head_gradient": "slices"}] if args.head_gradient != "slices" else [],
-            [_int8_weights(args)] if args.weight_dtype is None else [],
+            [int8_weights(args)] if args.weight_dtype is None else [],
         ]
         dimensions = [[_Option(), *(_weighed(changes, number) for number, changes in enumerate(rows, 1))] for rows in options]
         return [*dimensions, list(self._batches(one_micro_batch))]
@@ -138,21 +138,24 @@ class Advisor:
                 "embedding_states" in changes and not OPTIMIZERS[changes.get("optimizer", self.args.optimizer)].low_bit
             ):
                 continue
-            found = self._proposal(changes)
-            if found.peak <= limit and self._accepted(changes):
+            found = self.proposal(changes)
+            if found.peak <= limit and self.accepted(changes):
                 return found
         return None
 
-    def _proposal(self, changes: Mapping[str, Any]) -> Proposal:
+    def setting(self, changes: Mapping[str, Any]) -> Setting:
+        """Returns the memory setting of the run with these changes."""
         args, plan = _applied(self.args, changes), self.plan
         per_micro_batch = args.batch_size * plan.world_size
         accumulation = args.gradient_accumulation or (args.total_batch_size or per_micro_batch) // per_micro_batch
-        setting = memory_setting(
-            args, plan.model, World(size=plan.world_size), args.dtype or plan.dtype, accumulation, self.device_type
-        )
-        return Proposal(changes, _text(self.args, changes), account(setting)["peak"])
+        world = World(size=plan.world_size)
+        return memory_setting(args, plan.model, world, args.dtype or plan.dtype, accumulation, self.device_type)
 
-    def _accepted(self, changes: Mapping[str, Any]) -> bool:
+    def proposal(self, changes: Mapping[str, Any]) -> Proposal:
+        """Returns the proposal of these changes, whether or not they are accepted."""
+        return Proposal(changes, _text(self.args, changes), account(self.setting(changes))["peak"])
+
+    def accepted(self, changes: Mapping[str, Any]) -> bool:
         """Tells whether the arguments pass the checks with these changes."""
         try:
             check(_applied(self.args, changes), World(size=self.plan.world_size))
@@ -172,7 +175,8 @@ def _weighed(changes: Mapping[str, Any], number: int) -> _Option:
     return _Option(changes, 0 if free else number, number)
 
 
-def _smaller_optimizers(name: str) -> Iterator[str]:
+def smaller_optimizers(name: str) -> Iterator[str]:
+    """Yields the optimizers to suggest instead, with fewer bytes each."""
     while (smaller := OPTIMIZERS[name].smaller) is not None:
         yield (name := smaller)
 
@@ -183,7 +187,7 @@ def _optimizer_change(args: Arguments, name: str) -> dict[str, Any]:
     return {"optimizer": name, **method}
 
 
-def _int8_weights(args: Arguments) -> dict[str, Any]:
+def int8_weights(args: Arguments) -> dict[str, Any]:
     """Parameters stored in int8, rounded stochastically unless the user has decided about that."""
     return {"weight_dtype": "int8", **({} if "stochastic_rounding" in args.given else {"stochastic_rounding": True})}
 
