@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_pretraining.config.dataset_list import dataset_names
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.data import DataError
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
@@ -90,6 +91,11 @@ class Source:
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     @property
+    def sources(self) -> tuple["Source", ...]:
+        """This source alone; a mixture has several."""
+        return (self,)
+
+    @property
     def is_remote(self) -> bool:
         return any(is_remote(shard.url) for shard in self.shards)
 
@@ -143,9 +149,14 @@ def order_text(source: Source, order: DataOrder) -> str:
 def default_lanes(dataset: str) -> int:
     """Virtual readers where `--data_lanes` is not given: 64 divide C4's 1,024 files, 24 have many divisors.
 
-    Prepared data has as many as its original, so that the order is the same.
+    Prepared data has as many as its original, so that the order is the same. A list with C4 in it has 64.
     """
-    return 64 if original_dataset(dataset) == "c4" else 24
+    return 64 if holds_c4(dataset) else 24
+
+
+def holds_c4(dataset: str) -> bool:
+    """Whether a data set, or one of a list, is C4 or was prepared from it."""
+    return any(original_dataset(name) == "c4" for name in dataset_names(dataset))
 
 
 def original_dataset(dataset: str) -> str:
