@@ -304,11 +304,10 @@ class TrainLoader:
         row: dict[str, float] = {}
         for number, source in enumerate(self._sources):
             passes = sum(states[number].epoch for states in self._states.values())
-            row |= {
-                f"data_share/{source.dataset}": self._tokens[number] / total,
-                f"data_passes/{source.dataset}": passes / len(self._lanes),
-                f"data_bad_records/{source.dataset}": self._skipped[number].total() - self._skipped[number]["empty"],
-            }
+            row[f"data_share/{source.dataset}"] = self._tokens[number] / total
+            row[f"data_passes/{source.dataset}"] = passes / len(self._lanes)
+            if bad := self._skipped[number].total() - self._skipped[number]["empty"]:
+                row[f"data_bad_records/{source.dataset}"] = bad
         return row
 
     def warn_of_uneven_passes(self, states: Mapping[Any, Sequence[Any]]) -> None:
@@ -705,7 +704,7 @@ class EvalSet:
         shortest = reached.index(min(reached))
         if total != most and self._rank == 0:
             _log.warning(
-                "evaluation on %s targets, in which the data sets have their shares: the held-out part of %s has no more than "
+                "evaluation on about %s targets, so that data sets have their shares: the held-out part of %s has no more than "
                 "%s; more of it, or --eval_dataset, allows more",
                 *(f"{total:,.0f}", self._data.sources[shortest].dataset, f"{targets[shortest][-1]:,}"),
             )

@@ -164,8 +164,11 @@ def data_orders(data: Source | Mixture, packing: bool, wanted: DataOrder | None)
 
 def orders_text(data: Source | Mixture, orders: Sequence[DataOrder]) -> str:
     """Lines for the plan about the order of training data; empty where it costs nothing."""
-    texts = [(source.dataset, order_text(source, order)) for source, order in zip(data.sources, orders, strict=True)]
-    return "\n".join(text if len(texts) == 1 else f"{name}: {text}" for name, text in texts if text)
+    names: dict[str, list[str]] = {}
+    for source, order in zip(data.sources, orders, strict=True):
+        names.setdefault(order_text(source, order), []).append(source.dataset)
+    single = len(data.sources) == 1
+    return "\n".join(text if single else f"{', '.join(names[text])}: {text}" for text in names if text)
 
 
 def same_source(source: Source, kept: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
