@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--out", type=Path, required=True, help="folder to write; train with it as --dataset")
     prepare.add_argument("--documents", type=_at_least_one, help="largest number of documents per split (default: all)")
     prepare.add_argument(
+        "--processes",
+        type=_at_least_one,
+        default=1,
+        help="tokenising processes; the files are the same for any number (default: 1, which tokenises in threads)",
+    )
+    prepare.add_argument(
         "--on_bad_record",
         choices=("skip", "fail"),
         default="skip",
@@ -182,6 +188,7 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text_field=args.text_field,
         documents=args.documents,
         on_bad_record=args.on_bad_record,
+        processes=args.processes,
     )
     bad_records: dict[str, int] = {}
     for shard in manifest.shards:
@@ -197,13 +204,14 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _tokenizer(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from peft_pretraining.data.source import readable_bytes
     from peft_pretraining.data.train_tokenizer import train_tokenizer
 
     names = ("vocab_size", "model", "text_field", "max_documents", "max_bytes", "seed")
     figures = train_tokenizer(args.dataset, args.out, **{name: getattr(args, name) for name in names})
     text = (
         f"{figures['vocab_size']:,} pieces ({figures['model']}) from {figures['documents']:,} documents, "
-        f"{figures['bytes'] / 1e6:,.1f} MB of text; train with --tokenizer {args.out}"
+        f"{readable_bytes(figures['bytes'])} of text; train with --tokenizer {args.out}"
     )
     return {"folder": str(args.out), **figures}, text
 

@@ -126,7 +126,7 @@ class Source:
         if self.prepared is not None:
             return f"{self.dataset} ({self.split}): {self.prepared.summary}"
         sizes = [shard.size_bytes for shard in self.shards]
-        known_size = f", {_readable_bytes(sum(s for s in sizes if s is not None))}" if None not in sizes else ""
+        known_size = f", {readable_bytes(sum(s for s in sizes if s is not None))}" if None not in sizes else ""
         of_found = f" of {self.found}" if self.found not in (None, len(self.shards)) else ""
         plural = "s" if max(len(self.shards), self.found or 0) > 1 else ""
         files = f"{len(self.shards)}{of_found} file{plural}{known_size} in {self.location}"
@@ -344,7 +344,8 @@ def refuse_if_offline(url: str) -> None:
             raise DataError(f"{url} is on the hub and {variable} is set: unset it, or give --dataset a local folder or demo")
 
 
-def _readable_bytes(count: int) -> str:
+def readable_bytes(count: int) -> str:
+    """Returns a number of bytes with its unit, in powers of 1000."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

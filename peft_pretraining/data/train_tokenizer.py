@@ -140,8 +140,8 @@ def train_tokenizer(
 def _sample(source: Source, max_documents: int | None, max_bytes: int, seed: int) -> list[str]:
     """Documents of a source until a bound is reached, from its files in an order drawn from the seed.
 
-    With each file the sample may grow by one part of the bounds, of as many parts as there are files (at most 32), so that a large
-    file does not stand for all of them and few files of a large data set are opened.
+    With each file the sample may grow by one part of the bounds, of as many parts as there are files (at most 32), so that a
+    large file does not stand for all of them and few files of a large data set are opened.
     """
     draw = random.Random(seed).random
     files = sorted(range(len(source.shards)), key=lambda _: draw())
