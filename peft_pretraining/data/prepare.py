@@ -106,12 +106,12 @@ def prepare(
     job = Job(dataset, text_field, documents, tokenizer.name, tokenizer.fingerprint, *fingerprints, reading_rules=rules)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        # The processes begin before the lock: a copy of it would outlive this process, if it is killed, until they end.
+        with _Encoders(tokenizer, processes) as encoders, _locked(out):
             if is_prepared(out):
                 manifest = _finished(out, job)
             else:
-                with _Encoders(tokenizer, processes) as encoders:
-                    manifest = _continued(out, job, _tasks(train, validation), encoders, on_bad_record, progress)
+                manifest = _continued(out, job, _tasks(train, validation), encoders, on_bad_record, progress)
             _remove_traces(out)
     except OSError as error:
         raise DataError(f"cannot write to {error.filename or out}: {error.strerror or error}") from error
@@ -272,6 +272,7 @@ class _Encoders:
     def __enter__(self) -> "_Encoders":
         if self._processes > 1:
             self._pool = ProcessPoolExecutor(self._processes, initializer=_begin_worker, initargs=(os.getpid(), self.tokenizer))
+            self._pool.submit(int).result()
         return self
 
     def __exit__(self, *_: object) -> None:
