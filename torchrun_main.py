@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from peft_pretraining.record.recorder import LateRecord, Recorder
     from peft_pretraining.run.assemble import Run
+    from peft_pretraining.training.trace import Trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +134,7 @@ def run(args: Arguments, world: World) -> int:
 
 def train(args: Arguments, world: World, device: torch.device) -> int:
     """Builds and restores the run and trains until it is finished or stopped; returns the exit code."""
+    from peft_pretraining.record.mfu import flop_rates
     from peft_pretraining.record.recorder import LateRecord, Throughput
     from peft_pretraining.run.assemble import assemble, open_record, print_finished, print_skipped_records
     from peft_pretraining.run.ending import end_early
@@ -141,14 +143,16 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     run = assemble(args, world, device)
     if run is None:
         return 0
+    flops = flop_rates(args, run.plan, world, run.parts.model, device)
     record = open_record(args, world, run)
-    throughput = Throughput(run.plan.total_batch_size, run.plan.gradient_accumulation * world.size)
+    throughput = Throughput(run.plan.total_batch_size, run.plan.gradient_accumulation * world.size, flops)
     late_record = LateRecord(record, run.parts.state, throughput)
+    trace = start_trace(args, world, run, record)
     code = 1
     try:
         with run.stop.listening():
             try:
-                loop(args, world, run, record, late_record)
+                loop(args, world, run, record, late_record, trace)
                 print_skipped_records(record, run, world)
             except StopRun as stopped:
                 late_record.settle()
@@ -157,6 +161,8 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
                 return code
         code = 0
     finally:
+        if trace is not None:
+            trace.close()
         run.saver.close()
         late_record.close()
         record.close(code)
@@ -165,7 +171,16 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     return 0
 
 
-def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord) -> None:
+def start_trace(args: Arguments, world: World, run: Run, record: Recorder) -> Trace | None:
+    """Starts the trace that --trace asks for; returns None without the flag."""
+    if args.trace is None:
+        return None
+    from peft_pretraining.training.trace import Trace
+
+    return Trace(run.folder.path, args.trace, run.parts.state.update_step, world.rank, run.device, record.say)
+
+
+def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record: LateRecord, trace: Trace | None) -> None:
     """Trains until the run is finished: updates, and evaluations, log rows and checkpoints when they are due. Raises StopRun."""
     # Imported here because torch and transformers take seconds to load; --help and errors in arguments need neither.
     from peft_pretraining.plan.plan import learning_rates
@@ -204,17 +219,14 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         record.advance()
         row: dict[str, Any] | None = None
         if state.update_step % args.log_every == 0:
-            row = {
-                **rates.row(lr),
-                "tokens_seen": state.tokens_seen,
-                "max_memory": peak_memory_bytes(device),
-                "bad_records": bad_records,
-            }
-            row |= run.data.loader.row() | run.memory_row()
+            counts = {"tokens_seen": state.tokens_seen, "max_memory": peak_memory_bytes(device), "bad_records": bad_records}
+            row = {**rates.row(lr), **counts, **run.data.loader.row(), **run.memory_row()}
         late_record.add(state.update_step, step, row)
+        if trace is not None:
+            trace.after_update()
 
         finished = is_finished(plan, state.update_step, state.tokens_seen)
-        scheduled = scheduled or finished or state.update_step % args.save_every == 0
+        scheduled = scheduled or save_scheduled(args, state.update_step, finished)
         if run.saver.due(scheduled):
             late_record.settle()
             # A checkpoint after a skipped update waits until an update succeeds, so that it replaces no good checkpoint.
@@ -224,6 +236,11 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
                     run.saver.save()
                 scheduled = False
     run.saver.finish()
+
+
+def save_scheduled(args: Arguments, update_step: int, finished: bool) -> bool:
+    """Tells whether a checkpoint follows the update: every save_every and keep_every updates, and at the end."""
+    return finished or any(update_step % every == 0 for every in (args.save_every, args.keep_every) if every is not None)
 
 
 def evaluation_due(args: Arguments, update_step: int, finished: bool) -> bool:

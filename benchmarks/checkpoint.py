@@ -21,48 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import random_batch
+from memory import updater
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peft_pretraining.checkpoint.saver import Saver
-from peft_pretraining.config.arguments import Arguments, ConfigError
+from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import pick_device, resolve_dtype
 from peft_pretraining.distributed.world import World
-from peft_pretraining.model.loss import TokenLoss
-from peft_pretraining.plan.plan import Plan, make_plan
-from peft_pretraining.run.build import build_module, build_updates
+from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.run.folder import versions
-from peft_pretraining.run.resume import RunParts, run_content
-from peft_pretraining.training.update import TrainState, train_step
-
-
-class NoData:
-    """Replaces the data loader: random tokens have no data position."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": 0, "lanes": {}, "bad_records": {}, "order": {}}
-
-
-def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts, Callable[[], float]]:
-    """Returns the parts of a run, and a function that makes one update and returns its seconds."""
-    model = build_module(args, plan, World(), device).model
-    updates = build_updates(args, model, World(), device)
-    module, generator = TokenLoss(model), torch.Generator().manual_seed(args.seed)
-    parts = RunParts(model, updates, NoData(), TrainState())  # type: ignore[arg-type]
-
-    def update() -> float:
-        size = (args.batch_size, args.max_length, plan.model.vocab_size)
-        batches = [random_batch(*size, generator) for _ in range(plan.gradient_accumulation)]
-        start = time.perf_counter()
-        step = train_step(module, updates, batches, lr=args.lr, world=World(), device=device)
-        # Waits for the update on a GPU.
-        step.loss.item()
-        parts.state.update_step += 1
-        return time.perf_counter() - start
-
-    return parts, update
+from peft_pretraining.run.resume import run_content
 
 
 def saving(saver: Saver, update: Callable[[], float], num_saves: int, num_updates: int) -> list[tuple[float, list[float]]]:
@@ -99,7 +69,7 @@ def measure(argv: list[str], num_saves: int, num_updates: int) -> dict:
             saver = Saver(Path(folder), lambda: run_content(Path(folder), parts, World(), {}), World(), **options)
             saves[asynchronous] = saving(saver, update, num_saves, num_updates)
             undisturbed += [update() for _ in range(num_updates)]
-        num_bytes = run_content(Path(folder), parts, World(), {}).num_bytes
+        num_bytes = run_content(Path(folder), parts, World(), {}).num_bytes(1)
     step = statistics.median(undisturbed)
     return {
         "arguments": argv,

@@ -15,21 +15,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.checkpoint.step_folder import load_tensors, resolve, tensor_index
+from peft_pretraining.checkpoint.step_folder import resolve, tensor_index
+from peft_pretraining.model.int8 import SCALES, load_dequantised
 from peft_pretraining.record.summary import read_metrics
 
 KEYS = ("loss", "gradnorm", "final_eval_loss")
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
-    """Returns the model's floating-point tensors from a run's newest checkpoint."""
+    """Returns the model's floating-point tensors from a run's newest checkpoint, those stored in int8 as float32."""
     path = resolve(run)
+    index = tensor_index(path)
     tensors = {
-        name: torch.empty(size, dtype=dtype)
-        for name, (size, dtype) in tensor_index(path).items()
-        if name.startswith("model/") and dtype.is_floating_point
+        name: torch.empty(size, dtype=dtype if dtype.is_floating_point else torch.float32)
+        for name, (size, dtype) in index.items()
+        if name.startswith("model/") and (dtype.is_floating_point or f"{name}{SCALES}" in index) and not name.endswith(SCALES)
     }
-    load_tensors(path, tensors)
+    load_dequantised(path, tensors)
     return tensors
 
 

@@ -4,10 +4,11 @@
 [--out FILE.json]`
 
 All variants of a shape take turns in one process; a round's times are divided by nn.Linear's time of that round. The output is
-the median ratio and, in the JSON, quartiles. "floor" is the ratio of multiplications to the dense layer's, for T tokens, rank r,
-weight d x p: 1 + 8 r / (6 T) if W is built, 1 + r (d + p) / (d p) if S is multiplied as a dense matrix, and
-(r (d + p) + nnz) / (d p) if S is blocks. "chosen" is the path of `--linear_path auto`, "slower" its excess over the fastest path.
-"all" is the seven linears of a decoder layer together.
+the median ratio and, in the JSON, quartiles. On a GPU a variant's turn is as many calls as take about 50 ms, without waiting
+between them, because a single call would measure how fast the host launches kernels. "floor" is the ratio of multiplications to
+the dense layer's, for T tokens, rank r, weight d x p: 1 + 8 r / (6 T) if W is built, 1 + r (d + p) / (d p) if S is multiplied as
+a dense matrix, and (r (d + p) + nnz) / (d p) if S is blocks. "chosen" is the path of `--linear_path auto`, "slower" its excess
+over the fastest path. "all" is the seven linears of a decoder layer together.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu.timing import pipelined_seconds, repeats_for
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,6 +44,8 @@ SETTINGS = {
     "1b": (512, 0.03, 4096),
     "7b": (1024, 0.05, 2048),
 }
+# Rows of the input on a GPU, for which 4,096 are too few to keep it busy.
+GPU_TOKENS = 16384
 SUPPORTS = ("uniform", "block", "none")
 
 
@@ -71,22 +73,24 @@ def shapes_of(config: str, tokens: int | None) -> list[Shape]:
     return [Shape(*shape, all_shapes.count(shape), rank, sparsity, tokens or usual) for shape in dict.fromkeys(all_shapes)]
 
 
-def step_of(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    """Returns a function that makes a forward and a backward pass, with gradients of x and of all parameters."""
-    inputs = [x, *layer.parameters()]
+@dataclass(frozen=True)
+class Passes:
+    """A call makes a forward and a backward pass of a layer, with gradients of x and of all parameters."""
 
-    def step() -> None:
-        torch.autograd.grad(layer(x), inputs, grad)
+    layer: nn.Module
+    x: Tensor
+    grad: Tensor
 
-    return step
+    def __call__(self) -> None:
+        torch.autograd.grad(self.layer(self.x), [self.x, *self.layer.parameters()], self.grad)
 
 
-def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[tuple[str, str], Callable[[], None]]:
-    """Returns the step of each (support, path); ("dense", "") is nn.Linear."""
+def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[tuple[str, str], Passes]:
+    """Returns the passes of each (support, path); ("dense", "") is nn.Linear."""
     x = torch.randn(shape.tokens, shape.in_features, dtype=dtype, device=device, requires_grad=True)
     grad = torch.randn(shape.tokens, shape.out_features, dtype=dtype, device=device)
     dense = nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device)
-    steps = {("dense", ""): step_of(dense, x, grad)}
+    steps = {("dense", ""): Passes(dense, x, grad)}
     for support in SUPPORTS:
         sparsity = 0.0 if support == "none" else shape.sparsity
         kind = "uniform" if support == "none" else support
@@ -102,26 +106,22 @@ def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[tup
                 dtype=dtype,
                 device=device,
             )
-            steps[support, path] = step_of(layer, x, grad)
+            steps[support, path] = Passes(layer, x, grad)
     return steps
 
 
 def time_in_turns(
-    steps: dict[tuple[str, str], Callable[[], None]], rounds: int, device: torch.device
+    steps: dict[tuple[str, str], Passes], rounds: int, device: torch.device, seconds: float = 0.05
 ) -> dict[tuple[str, str], list[float]]:
-    """Returns the seconds of each step in each round, after one warm-up round."""
-    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
+    """Returns the seconds of each step in each round, after a warm-up; on a GPU of calls in a row that take `seconds`."""
+    repeats = {name: repeats_for(step, device, seconds) if device.type == "cuda" else 1 for name, step in steps.items()}
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            taken = pipelined_seconds(step, device, repeats[name])
             if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                times[name].append(taken)
+    return times
 
 
 def floor(shape: Shape, support: str, nnz: int) -> float:
@@ -131,9 +131,11 @@ def floor(shape: Shape, support: str, nnz: int) -> float:
     return min(low_rank + sparse, 1 + 8 * shape.rank / (6 * shape.tokens))
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Measures all variants of one shape; returns its row."""
-    seconds = time_in_turns(variants(shape, dtype, device), rounds, device)
+def measure(
+    shape: Shape, steps: dict[tuple[str, str], Passes], device: torch.device, rounds: int, seconds_each: float = 0.05
+) -> dict[str, Any]:
+    """Measures all variants of one shape, as `variants` returns them; returns the shape's row."""
+    seconds = time_in_turns(steps, rounds, device, seconds_each)
     dense = seconds.pop(("dense", ""))
     row: dict[str, Any] = {"out": shape.out_features, "in": shape.in_features, "count": shape.count}
     row |= {"rank": shape.rank, "sparsity": shape.sparsity, "tokens": shape.tokens}
@@ -205,7 +207,7 @@ def main() -> int:
     """Measures and prints; returns exit code 2 for invalid arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--configs", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default: all")
-    parser.add_argument("--tokens", type=int, help="rows of the input (default: 4096, 2048 for 7b)")
+    parser.add_argument("--tokens", type=int, help="rows of the input (default: 4096, 2048 for 7b; 16384 on a GPU)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
@@ -229,7 +231,9 @@ def main() -> int:
         "configs": {},
     }
     for config in args.configs:
-        rows = [measure(s, getattr(torch, args.dtype), device, args.rounds) for s in shapes_of(config, args.tokens)]
+        rows = []
+        for shape in shapes_of(config, args.tokens or (GPU_TOKENS if args.device == "cuda" else None)):
+            rows.append(measure(shape, variants(shape, getattr(torch, args.dtype), device), device, args.rounds))
         figures["configs"][config] = {"shapes": rows, "all": whole_layer(rows)}
         print_config(config, rows, figures["configs"][config]["all"])
     if args.out is not None:

@@ -13,26 +13,29 @@ import importlib
 import json
 import platform
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from gpu.timing import Stopwatch, free, memory_of, pipelined_seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_pretraining.config.arguments import ConfigError
+from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import device_memory, pick_device, resolve_dtype, set_allocator
 from peft_pretraining.distributed.world import World
-from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.plan.advice import memory_problems
-from peft_pretraining.plan.plan import make_plan
+from peft_pretraining.plan.plan import Plan, make_plan
 from peft_pretraining.record.recorder import measured_bytes, peak_memory_bytes
 from peft_pretraining.run.build import build_module, build_updates
 from peft_pretraining.run.folder import versions
-from peft_pretraining.training.update import train_step
+from peft_pretraining.run.resume import RunParts
+from peft_pretraining.training.update import TrainState, train_step
 
 
 def load_what_the_trainer_loads() -> None:
@@ -53,10 +56,59 @@ class Tokens:
     num_bad_records: int = 0
 
 
-def random_batch(batch_size: int, length: int, vocab_size: int, generator: torch.Generator) -> Tokens:
-    """Returns a micro-batch of random ids, shape (batch_size, length)."""
+def random_batch(batch_size: int, length: int, vocab_size: int, generator: torch.Generator, device: torch.device) -> Tokens:
+    """Returns a micro-batch of random ids, shape (batch_size, length), in pinned memory for a GPU, as the data loader's."""
     ids = torch.randint(vocab_size, (batch_size, length), generator=generator)
-    return Tokens(ids, ids.clone(), ids.numel(), batch_size * (length - 1))
+    ids, labels = (tensor.pin_memory() if device.type == "cuda" else tensor for tensor in (ids, ids.clone()))
+    return Tokens(ids, labels, ids.numel(), batch_size * (length - 1))
+
+
+class NoData:
+    """Replaces the data loader: random tokens have no data position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": 0, "lanes": {}, "bad_records": {}, "order": {}}
+
+    def warn_of_uneven_passes(self, lanes: Any) -> None:
+        """Does nothing."""
+
+
+def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts, Callable[..., float]]:
+    """Returns the parts of a run, and a function that makes updates (default: one) and returns the seconds of each on average.
+
+    The host waits for the device before and after the updates only, as the trainer does.
+    """
+    module = build_module(args, plan, World(), device)
+    updates, generator = build_updates(args, module.model, World(), device), torch.Generator().manual_seed(args.seed)
+    parts = RunParts(module.model, updates, NoData(), TrainState())  # type: ignore[arg-type]
+
+    def update(count: int = 1) -> float:
+        size = (args.batch_size, args.max_length, plan.model.vocab_size)
+        batches = [random_batch(*size, generator, device) for _ in range(plan.gradient_accumulation)]
+        step = partial(train_step, module, updates, batches, lr=args.lr, world=World(), device=device)
+        parts.state.update_step += count
+        return pipelined_seconds(step, device, count)
+
+    return parts, update
+
+
+def time_steps(parts: RunParts, device: torch.device) -> Stopwatch:
+    """Returns a stopwatch that from now on runs during the optimizer's steps (per-layer steps are in the backward pass)."""
+    original, stopwatch = parts.updates.finish, Stopwatch(device)
+
+    def finish(loss: torch.Tensor) -> Any:
+        stopwatch.start()
+        outcome = original(loss)
+        stopwatch.stop()
+        return outcome
+
+    parts.updates.finish = finish  # type: ignore[method-assign]
+    return stopwatch
+
+
+def predicted_peak(plan: Plan, device: torch.device) -> int:
+    """Returns the bytes predicted for what `peak_memory_bytes` measures, which on a GPU excludes context and libraries."""
+    return int(plan.bytes["peak"] - (plan.bytes["runtime"] if device.type == "cuda" else 0))
 
 
 def measure(argv: list[str], num_updates: int) -> dict:
@@ -69,24 +121,15 @@ def measure(argv: list[str], num_updates: int) -> dict:
     memory = device_memory(device, world)
     if not args.force and (problems := memory_problems(plan, args, memory)):
         raise ConfigError(problems)
-    load_what_the_trainer_loads()
-    model = build_module(args, plan, World(), device).model
-    updates = build_updates(args, model, world, device)
-    module = TokenLoss(model)
-    generator = torch.Generator().manual_seed(args.seed)
-    seconds = []
-    for _ in range(num_updates):
-        size = (args.batch_size, args.max_length, plan.model.vocab_size)
-        batches = [random_batch(*size, generator) for _ in range(plan.gradient_accumulation)]
-        start = time.perf_counter()
-        train_step(module, updates, batches, lr=args.lr, world=world, device=device)
-        seconds.append(time.perf_counter() - start)
+    free(device)
+    parts, update = updater(args, plan, device)
+    seconds = [update() for _ in range(num_updates)]
     peak = peak_memory_bytes(device)
-    predicted = plan.bytes["peak"] - (plan.bytes["runtime"] if device.type == "cuda" else 0)
+    predicted = predicted_peak(plan, device)
     return {
         "arguments": argv,
         "predicted": plan.bytes,
-        "measured": measured_bytes(model, updates.optimizer),
+        "measured": measured_bytes(parts.model, parts.updates.optimizer) | memory_of(device),
         "peak_predicted": predicted,
         "peak_measured": peak,
         "predicted_to_measured": predicted / peak,
@@ -104,6 +147,7 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=2, help="updates to make (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     own, argv = parser.parse_known_args()
+    load_what_the_trainer_loads()
     try:
         figures = measure(argv, own.updates)
     except ConfigError as error:

@@ -1,10 +1,10 @@
-"""Compares whole updates of every method with full-rank ones: throughput, peak memory and model FLOPs utilisation.
+"""Compares whole updates of every method with full-rank ones, or (--steps) the steps of several optimizers.
 
 `python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank galore] [--optimizers adamw] [--batch_size 8]
-[--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--compile] [--out FILE.json]`
+[--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--dtype bfloat16] [--compile] [--steps] [--out FILE.json]`
 
-Each update has one micro-batch of random tokens in bfloat16 and uses the trainer's model, loss and optimizer. The method and
-full-rank training run in two processes that take turns, one update each.
+Each update has one micro-batch of random tokens and uses the trainer's model, loss and optimizer. The method and
+full-rank training run in two processes that take turns, --updates_per_round updates each, without waiting between them.
 
 throughput  full-rank's seconds divided by the method's, median over the rounds. The first --warm_up updates are not counted,
             because a new process still allocates memory in them.
@@ -16,6 +16,13 @@ mfu         floating-point operations that the full-rank model needs for the tok
 
 GaLore computes SVDs in the first update only, which is not counted. Its extra time, divided by --update_proj_gap, is added to
 each update. Peak memory is that of the method's process.
+
+--steps: the optimizers step the same parameters with the same random gradients, in turns in one process.
+step        an optimizer's seconds divided by those of the first one of --optimizers, median over the rounds.
+update      the same for a whole update: of these tokens, whose forward and backward pass are measured once per round with the
+            first optimizer, and of 16,384 tokens, with the time of these passes scaled by the tokens.
+products    floating-point operations of the orthogonalisation, 5 (4 m^2 n + 2 m^3) for each matrix with sides m <= n that Muon or
+            Spectron steps, divided by model_flops of 16,384 tokens.
 """
 
 from __future__ import annotations
@@ -27,16 +34,16 @@ import os
 import platform
 import statistics
 import sys
-import time
+from collections.abc import Iterator
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import updater
-from layer import SETTINGS, Shape, floor, shapes_of, step_of
-from memory import load_what_the_trainer_loads
+from gpu.timing import pipelined_seconds, repeats_for
+from layer import SETTINGS, Passes, Shape, floor, shapes_of
+from memory import load_what_the_trainer_loads, time_steps, updater
 
 from peft_pretraining.config.model_config import linear_shapes
 from peft_pretraining.config.supports import nonzeros
@@ -46,11 +53,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import load_model_config
+from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.config.parameter_groups import group_of
 from peft_pretraining.distributed.device import pick_device, resolve_dtype, set_allocator
 from peft_pretraining.distributed.world import World
+from peft_pretraining.optim.orthogonal import NUM_ITERATIONS
 from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import make_plan
 from peft_pretraining.record.recorder import peak_memory_bytes
+from peft_pretraining.run.build import build_updates
 from peft_pretraining.run.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +72,8 @@ METHODS = {
     "lowrank": ["--peft_model", "lowrank"],
     "galore": ["--peft_model", "galore"],
 }
+# Tokens of an update for which --steps scales forward and backward pass.
+_LARGE_UPDATE = 16_384
 # Support of the methods that replace nn.Linear.
 SUPPORT_OF = {"uniform": "uniform", "block": "block", "lowrank": "none"}
 
@@ -70,7 +83,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
     rank, sparsity, _ = SETTINGS[config]
     flags = [
         *("--model_config", f"configs/llama_{config}.json", *METHODS[method], "--optimizer", optimizer),
-        *("--batch_size", str(own.batch_size), "--max_length", str(own.max_length), "--dtype", "bfloat16"),
+        *("--batch_size", str(own.batch_size), "--max_length", str(own.max_length), "--dtype", own.dtype),
         *("--lr", "0.001", "--lora_alpha", "8", "--device", own.device, "--force"),
     ]
     if method != "full":
@@ -83,7 +96,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
 def work(pipe: Connection, argv: list[str], threads: int) -> None:
     """Main function of a worker process: builds the run, sends facts about it, and answers requests until "end".
 
-    "update" is answered with the seconds of an update and of its optimizer step, "memory" with the peak in bytes.
+    A number of updates is answered with the seconds of each and of its optimizer step, "memory" with the peak in bytes.
     """
     set_allocator()
     torch.set_num_threads(threads)
@@ -93,29 +106,14 @@ def work(pipe: Connection, argv: list[str], threads: int) -> None:
     plan = make_plan(args, World(), resolve_dtype(args.dtype, device), device.type)
     load_what_the_trainer_loads()
     parts, update = updater(args, plan, device)
-    original, step_seconds = parts.updates.finish, [0.0]
-
-    def finish(loss: torch.Tensor) -> Any:
-        _wait(device)
-        start = time.perf_counter()
-        outcome = original(loss)
-        _wait(device)
-        step_seconds[0] = time.perf_counter() - start
-        return outcome
-
-    parts.updates.finish = finish  # type: ignore[method-assign]
+    stopwatch = time_steps(parts, device)
     facts = {"parameters": plan.parameters, "peak_predicted": plan.bytes["peak"]}
     pipe.send(facts | ({"update_proj_gap": args.update_proj_gap} if args.peft_model == "galore" else {}))
     while (order := pipe.recv()) != "end":
-        if order == "update":
-            pipe.send((update(), step_seconds[0]))
-        else:
+        if order == "memory":
             pipe.send(peak_memory_bytes(device))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        else:
+            pipe.send((update(order), stopwatch.take() / order))
 
 
 class Worker:
@@ -130,15 +128,15 @@ class Worker:
         other.close()
         self.facts: dict[str, Any] = self._pipe.recv()
 
-    def update(self) -> tuple[float, float]:
-        """Makes an update; returns its seconds and those of its optimizer step."""
-        return self._ask("update")
+    def update(self, count: int = 1) -> tuple[float, float]:
+        """Makes updates without waiting between them; returns the seconds of each and of its optimizer step, on average."""
+        return self._ask(count)
 
     def peak(self) -> int:
         """Returns the process's peak memory so far, bytes."""
         return self._ask("memory")
 
-    def _ask(self, order: str) -> Any:
+    def _ask(self, order: str | int) -> Any:
         self._pipe.send(order)
         return self._pipe.recv()
 
@@ -156,13 +154,9 @@ def seconds_of_linears(config: str, rows: int, device: torch.device, rounds: int
         x = torch.randn(rows, shape.in_features, dtype=torch.bfloat16, device=device, requires_grad=True)
         grad = torch.randn(rows, shape.out_features, dtype=torch.bfloat16, device=device)
         layer = torch.nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=torch.bfloat16, device=device)
-        step, times = step_of(layer, x, grad), []
-        for _ in range(rounds + 1):
-            _wait(device)
-            start = time.perf_counter()
-            step()
-            _wait(device)
-            times.append(time.perf_counter() - start)
+        step = Passes(layer, x, grad)
+        repeats = repeats_for(step, device, 0.05) if device.type == "cuda" else 1
+        times = [pipelined_seconds(step, device, repeats) for _ in range(rounds + 1)]
         total += layers * shape.count * statistics.median(times[1:])
     return total
 
@@ -194,13 +188,7 @@ def model_flops(config: str, batch_size: int, length: int) -> float:
 def fastest_product(device: torch.device) -> float:
     """Returns the floating-point operations per second of a 4096^3 product in bfloat16, the best of five timings."""
     left, right = (torch.randn(4096, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
-    times = []
-    for _ in range(5):
-        _wait(device)
-        start = time.perf_counter()
-        left @ right
-        _wait(device)
-        times.append(time.perf_counter() - start)
+    times = [pipelined_seconds(lambda: left @ right, device, 20 if device.type == "cuda" else 1) for _ in range(5)]
     return 2 * 4096**3 / min(times)
 
 
@@ -215,7 +203,7 @@ def compare(config: str, method: str, optimizer: str, full: Worker, own: argpars
     linears, times = [], {"full": [], "method": []}
     for _ in range(own.rounds):
         for name, process in (("full", full), ("method", worker)):
-            times[name].append(process.update())
+            times[name].append(process.update(own.updates_per_round))
         if method in SUPPORT_OF and not optimizer.endswith("_per_layer"):
             linears.append(seconds_of_linears(config, own.batch_size * own.max_length, device, 1))
     if "update_proj_gap" in worker.facts:
@@ -266,6 +254,88 @@ def _figures(
     }
 
 
+def compare_steps(config: str, method: str, own: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures the steps of all --optimizers in turns; returns a row for each. Raises ConfigError.
+
+    An optimizer that steps pairs of factors is left out with methods that have none.
+    """
+    device = pick_device(own.device, World())
+    chosen = {name: parse_args(trainer_flags(config, method, name, own)) for name in own.optimizers}
+    if method not in SUPPORT_OF:
+        chosen = {name: args for name, args in chosen.items() if not OPTIMIZERS[args.optimizer].steps_pairs}
+    for name, args in chosen.items():
+        check(args, World())
+        if args.per_layer:
+            raise ConfigError([f"--steps: {name} steps in the backward pass; name {args.optimizer}"])
+    if not chosen:
+        raise ConfigError([f"--steps: {', '.join(own.optimizers)} with {method}: it has no pairs of factors; add adamw"])
+    first, args = next(iter(chosen.items()))
+    parts, update = updater(args, make_plan(args, World(), resolve_dtype(own.dtype, device), device.type), device)
+    parameters = {name: parameter for name, parameter in parts.model.named_parameters() if parameter.requires_grad}
+    steps = {name: build_updates(args, parts.model, World(), device).optimizer for name, args in chosen.items()}
+    generator = torch.Generator(device).manual_seed(1)
+    gradients = {p: torch.empty_like(p).normal_(std=1e-3, generator=generator) for p in parameters.values()}
+    seconds: dict[str, list[float]] = {name: [] for name in (*steps, "update")}
+    for number in range(own.warm_up + own.rounds):
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        times = {name: pipelined_seconds(optimizer.step, device) for name, optimizer in steps.items()}
+        times["update"] = update()
+        for name, taken in times.items():
+            seconds[name] += [taken] * (number >= own.warm_up)
+    products = sum(_orthogonalisation(*p.shape) for name, p in parameters.items() if group_of(name, p.dim()) == "matrix")
+    return [_step_row(config, method, own, name, first, seconds, products) for name in steps]
+
+
+def _orthogonalisation(rows: int, columns: int) -> int:
+    """Floating-point operations of Newton-Schulz: X X^T, its square, and a product with X in each iteration."""
+    short, long = sorted((rows, columns))
+    return NUM_ITERATIONS * (4 * short**2 * long + 2 * short**3)
+
+
+def _step_row(
+    config: str, method: str, own: argparse.Namespace, name: str, first: str, seconds: dict[str, list[float]], products: int
+) -> dict[str, Any]:
+    steps = [one / base for one, base in zip(seconds[name], seconds[first], strict=True)]
+    tokens = own.batch_size * own.max_length
+    updates = {
+        size: statistics.median(
+            1 + (one - base) / (base + (whole - base) * size / tokens)
+            for one, base, whole in zip(seconds[name], seconds[first], seconds["update"], strict=True)
+        )
+        for size in (tokens, _LARGE_UPDATE)
+    }
+    orthogonal = products if OPTIMIZERS[name].matrix_bytes is not None else 0
+    return {
+        "config": config,
+        "method": method,
+        "optimizer": name,
+        "against": first,
+        "dtype": own.dtype,
+        "tokens": tokens,
+        "step": statistics.median(steps),
+        "update": updates[tokens],
+        "update_16k": updates[_LARGE_UPDATE],
+        "products_16k": orthogonal / model_flops(config, _LARGE_UPDATE // 256, 256),
+        "orthogonalisation_flops": orthogonal,
+        "step_each": steps,
+        "seconds_step": seconds[name],
+        "seconds_update": seconds["update"],
+        "arguments": trainer_flags(config, method, name, own),
+    }
+
+
+def print_step_row(row: dict[str, Any]) -> None:
+    """Prints a line of the table of --steps."""
+    spread = f"[{min(row['step_each']):.2f}, {max(row['step_each']):.2f}]"
+    print(
+        f"{row['config']:<5} {row['method']:<8} {row['optimizer']:<12} {row['dtype']:<9} relative to {row['against']}: "
+        f"step {row['step']:.2f} {spread}, update of {row['tokens']:,} tokens {row['update']:.3f}, "
+        f"of 16,384 {row['update_16k']:.3f}; products {100 * row['products_16k']:.1f} %",
+        flush=True,
+    )
+
+
 def print_row(row: dict[str, Any], full_peak: int) -> None:
     """Prints a line of the table."""
     of_floor = f"{row['of_floor']:.2f}" if "of_floor" in row else "-"
@@ -280,19 +350,25 @@ def print_row(row: dict[str, Any], full_peak: int) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--configs", nargs="+", choices=list(SETTINGS), default=["60m", "130m", "350m"])
-    methods = [name for name in METHODS if name != "full"]
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but full (with --steps: full, uniform)")
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="as --optimizer of the trainer")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences per micro-batch (default: %(default)s)")
+    parser.add_argument("--steps", action="store_true", help="compare the steps of --optimizers, each with the first one's")
+    parser.add_argument("--batch_size", type=int, help="sequences per micro-batch (default: 8; 64 on a GPU)")
     parser.add_argument("--max_length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--updates_per_round", type=int, help="updates in a row, timed together (default: 1; 10 on a GPU)")
     parser.add_argument("--warm_up", type=int, default=3, help="updates before the rounds, at least 1 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of parameters and states")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as in the trainer")
     parser.add_argument("--peak_flops", type=float, help="peak operations per second, for mfu (default: a timed product)")
     parser.add_argument("--out", type=Path, help="JSON file for everything measured, written after each row")
-    return parser.parse_args()
+    own = parser.parse_args()
+    # One update of 2,048 tokens would measure how fast the host launches kernels.
+    own.batch_size = own.batch_size or (64 if own.device == "cuda" else 8)
+    own.updates_per_round = own.updates_per_round or (10 if own.device == "cuda" else 1)
+    return own
 
 
 def main() -> int:
@@ -303,33 +379,49 @@ def main() -> int:
         return 2
     set_allocator()
     torch.set_num_threads(own.threads)
-    peak_flops = own.peak_flops or fastest_product(torch.device(own.device))
     figures: dict[str, Any] = {
         "command": ["benchmarks/train.py", *sys.argv[1:]],
         "device": torch.cuda.get_device_name() if own.device == "cuda" else platform.processor() or platform.machine(),
         "threads": own.threads,
-        "peak_flops": peak_flops,
+        "updates_per_round": own.updates_per_round,
         "versions": versions(),
         "date": date.today().isoformat(),
         "rows": [],
     }
+    if not own.steps:
+        figures["peak_flops"] = own.peak_flops or fastest_product(torch.device(own.device))
+    try:
+        for row in rows_of_steps(own) if own.steps else rows_of_updates(own, figures["peak_flops"]):
+            figures["rows"].append(row)
+            if own.out is not None:
+                own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def rows_of_updates(own: argparse.Namespace, peak_flops: float) -> Iterator[dict[str, Any]]:
+    """Measures, prints and yields the row of every method with every optimizer. Raises ConfigError."""
     for config in own.configs:
         for optimizer in own.optimizers:
-            try:
-                flags = trainer_flags(config, "full", optimizer, own)
-                check(parse_args(flags), World())
-            except ConfigError as error:
-                print(error, file=sys.stderr)
-                return 2
+            flags = trainer_flags(config, "full", optimizer, own)
+            check(parse_args(flags), World())
             full = Worker(flags, own.threads)
-            for method in own.methods:
+            for method in own.methods or [name for name in METHODS if name != "full"]:
                 row = compare(config, method, optimizer, full, own, peak_flops)
-                figures["rows"].append(row | {"peak_measured_full": full.peak()})
                 print_row(row, full.peak())
-                if own.out is not None:
-                    own.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                yield row | {"peak_measured_full": full.peak()}
             full.end()
-    return 0
+
+
+def rows_of_steps(own: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures, prints and yields the row of every optimizer's step with every method. Raises ConfigError."""
+    for config in own.configs:
+        for method in own.methods or ("full", "uniform"):
+            for row in compare_steps(config, method, own):
+                print_step_row(row)
+                yield row
 
 
 if __name__ == "__main__":

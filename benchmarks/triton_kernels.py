@@ -12,7 +12,8 @@ gradients   kernel        gradients of A and B from factored products, gradient 
 values      kernel        gather_gradient only
             dense         dW = G^T x and the selection of its entries only
 
-Before timing, the ways' results are compared; the exit code is 1 if they differ by more than rounding.
+Positions are decoded before all of them; their time is "decoding". Each call is timed on the device, with a cold cache. Before
+timing, the ways' results are compared; the exit code is 1 if they differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import date
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from gpu.timing import device_seconds
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,7 +39,7 @@ from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.run.folder import versions
 from sparse_lora import kernels
 from sparse_lora.kernels import LARGE_TILE, SMALL_TILE, Tile
-from sparse_lora.uniform import sample_positions
+from sparse_lora.uniform import UniformSupport, decode, sample_positions
 
 ROOT = Path(__file__).resolve().parent.parent
 # size: (rank, delta)
@@ -72,6 +73,15 @@ def cases(size: str, rows: list[int]) -> list[Case]:
     hidden, wide = model.hidden_size, model.intermediate_size
     shapes = ((hidden, hidden), (wide, hidden), (hidden, wide))
     return [Case(*shape, rank, sparsity, num_rows) for num_rows in rows for shape in shapes]
+
+
+def decoder(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Returns a function that decodes a support's stored positions, which every way needs first unless they are kept."""
+    nnz = int(case.sparsity * case.out_features * case.in_features)
+    support = UniformSupport(case.out_features, case.in_features, nnz)
+    support.draw_(torch.Generator().manual_seed(0))
+    code, numel = support.code.to(device), support.numel
+    return lambda: decode(code, nnz, numel)
 
 
 def ways_of(case: Case, device: torch.device, tiles: list[Tile]) -> dict[str, Ways]:
@@ -130,26 +140,19 @@ def largest_difference(ways: Ways) -> float:
     return max(float((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-30)) for a, b in pairs)
 
 
-def milliseconds(way: Callable[[], tuple[Tensor, ...]], device: torch.device) -> float:
-    """Returns the milliseconds of one call on the device."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        way()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # Keeps the device busy while the host starts the call, so that the time between the events is the device's only.
-    torch.cuda._sleep(2_000_000)
-    start.record()
-    way()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+def quantiles(way: Callable[[], object], device: torch.device, num_rounds: int) -> dict[str, Any]:
+    """Times a call `num_rounds` times; returns median and quartiles of the device's milliseconds."""
+    return _summary([1e3 * device_seconds(way, device) for _ in range(num_rounds)])
+
+
+def _summary(milliseconds: list[float]) -> dict[str, Any]:
+    return {"median_ms": statistics.median(milliseconds), "quartiles_ms": statistics.quantiles(milliseconds, n=4)[::2]}
 
 
 def measure(case: Case, device: torch.device, num_rounds: int, tiles: list[Tile]) -> dict:
     """Measures every way of a case; returns its row. Raises WaysDiffer."""
     chosen = kernels.pays_off(case.num_rows, case.in_features, case.out_features, case.rank)
-    row: dict = {**case._asdict(), "pays_off": chosen}
+    row: dict = {**case._asdict(), "pays_off": chosen, "positions": quantiles(decoder(case, device), device, num_rounds)}
     for result, ways in ways_of(case, device, tiles).items():
         difference = largest_difference(ways)
         if not difference <= LARGEST_DIFFERENCE:
@@ -157,11 +160,8 @@ def measure(case: Case, device: torch.device, num_rounds: int, tiles: list[Tile]
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(num_rounds):
             for name, way in ways.items():
-                times[name].append(milliseconds(way, device))
-        row[result] = {
-            name: {"median_ms": statistics.median(each), "quartiles_ms": statistics.quantiles(each, n=4)[::2]}
-            for name, each in times.items()
-        }
+                times[name].append(1e3 * device_seconds(way, device))
+        row[result] = {name: _summary(each) for name, each in times.items()}
         row[result]["largest_difference"] = difference
     return row
 
@@ -175,6 +175,7 @@ def print_row(size: str, row: dict) -> None:
         others = ", ".join(f"{name} {times['median_ms'] / kernel:.2f}" for name, times in timed.items() if name != "kernel")
         chosen = f" (pays off: {'yes' if row['pays_off'] else 'no'})" if result == "gradients" else ""
         print(f"{shape}  {result:<10}kernel {kernel:.3f} ms; times as long: {others}{chosen}", flush=True)
+    print(f"{shape}  decoding  {row['positions']['median_ms']:.3f} ms", flush=True)
 
 
 def main() -> int:

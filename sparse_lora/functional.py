@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .block import BlockPart
-from .support import SparsePart, Support, low_rank_weight, scratch_product
+from .support import SparsePart, Support, low_rank_weight, plain, scratch_product
 from .uniform import UniformPart
 
 Scaling = float | Tensor
@@ -196,10 +196,10 @@ def _output(
     factored: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns y, (..., O), and x A^T, (T, R), in the given dtype; if W is built, an empty tensor instead of x A^T."""
-    scaled_B = (lora_B * (scaling_number if scaling is None else scaling)).to(dtype)
+    scaled_B = (plain(lora_B) * (scaling_number if scaling is None else scaling)).to(dtype)
     out_shape = (*x.shape[:-1], lora_B.shape[0])
-    x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), lora_A.to(dtype)
-    values = None if values is None else values.to(dtype)
+    x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), plain(lora_A).to(dtype)
+    values = None if values is None else plain(values).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     base = None if base is None else base.to(dtype)
     part = _part(values, code, blocks, lora_B, lora_A)
@@ -245,6 +245,7 @@ def _gradients(
     needed: list[bool],
 ) -> list[Tensor]:
     """Returns the needed gradients of x, A, B, values, scaling and base, in this order, each in its tensor's shape and dtype."""
+    lora_A, lora_B, values = plain(lora_A), plain(lora_B), None if values is None else plain(values)
     factor = scaling_number if scaling is None else scaling
     operands = _Operands(
         grad_output.reshape(-1, lora_B.shape[0]),
@@ -322,7 +323,7 @@ def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
 def _gradients_of_h(grad_h: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the gradients of x and A, given the gradient of h = x A^T."""
     x_TI = x.reshape(-1, x.shape[-1]).to(grad_h.dtype)
-    of_x = (grad_h @ lora_A.to(grad_h.dtype)).to(x.dtype).view(x.shape)
+    of_x = (grad_h @ plain(lora_A).to(grad_h.dtype)).to(x.dtype).view(x.shape)
     return of_x, (grad_h.t() @ x_TI).to(lora_A.dtype)
 
 
@@ -390,9 +391,9 @@ def _few_rows_output(
 ) -> Tensor:
     """Returns x W^T + bias, (..., O); see `sparse_lowrank_linear` for the arguments."""
     x_TI = x.reshape(-1, x.shape[-1])
-    y_TO = F.linear((F.linear(x_TI, lora_A) * scaling).to(x.dtype), lora_B, bias)
+    y_TO = F.linear((F.linear(x_TI, plain(lora_A)) * scaling).to(x.dtype), plain(lora_B), bias)
     if sparse_value is not None and support is not None:
-        support.add_few_rows_(y_TO, x_TI, sparse_value)
+        support.add_few_rows_(y_TO, x_TI, plain(sparse_value))
     return y_TO.view(*x.shape[:-1], lora_B.shape[0])
 
 
@@ -411,7 +412,7 @@ def multiplications(
     rank: int,
     kind: str,
     nnz: int,
-    device_type: str,
+    device_type: str | None,
     with_base: bool = False,
 ) -> float:
     """Estimates the time of forward and backward of y = x W^T with all gradients, in multiplications of large products.
@@ -422,14 +423,16 @@ def multiplications(
       plus the time to move 3 T (2 d + p) elements (inputs and outputs of the blocks in three products, and reordered outputs).
       "none": 0.
     A frozen base adds 2 T d p to the factored path, for its own product and dx; the materialised path has the base in W.
+    device_type: "cpu" or "cuda"; None leaves out the time to move elements, and the result is the number of multiplications.
     Adding and gathering the nonzeros is left out: it takes much less time, and about the same on both paths.
     """
     dense = out_features * in_features
     if path == "materialised":
         return 3 * num_rows * dense + 4 * rank * dense
+    per_moved_element = 0.0 if device_type is None else _PER_MOVED_ELEMENT.get(device_type, 200.0)
     sparse = {
         "none": 0.0,
-        "block": nnz + _PER_MOVED_ELEMENT.get(device_type, 200.0) * (2 * out_features + in_features),
+        "block": nnz + per_moved_element * (2 * out_features + in_features),
         "uniform": float(dense),
     }
     base = 2 * num_rows * dense if with_base else 0

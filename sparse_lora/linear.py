@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .block import BlockSupport, block_count
 from .functional import PATHS, build_weight, part_of, sparse_lowrank_linear, without_autocast
-from .support import Support, generator_for
+from .support import Support, generator_for, plain
 from .uniform import UniformSupport
 
 # A layer without S starts with this share of the variance of nn.Linear's initial weights, as a layer with S at the published
@@ -143,9 +143,10 @@ class SparseLowRankLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """Returns the weight (out_features, in_features) that the layer applies, in its parameters' dtype; differentiable."""
         part = None if self.support is None else part_of(self.support)
-        scaled_B = (self.lora_B * self.effective_scaling()).to(self.lora_B.dtype)
+        values = None if self.sparse_value is None else plain(self.sparse_value)
+        scaled_B = (plain(self.lora_B) * self.effective_scaling()).to(self.lora_B.dtype)
         with without_autocast(scaled_B):
-            return build_weight(self.lora_A, scaled_B, self.sparse_value, part)
+            return build_weight(plain(self.lora_A), scaled_B, values, part)
 
     def extra_repr(self) -> str:
         scaling = f"alpha={self.alpha}" if self.scaling is None else "trainable_scaling=True"

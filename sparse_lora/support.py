@@ -126,6 +126,15 @@ def low_rank_weight(scaled_B: Tensor, lora_A: Tensor, base: Tensor | None, scrat
     return weight
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Returns the values of a tensor whose class stores them in another form (it has `dequantised`); any other tensor as it is.
+
+    The layer calls it where its arithmetic starts, and keeps the stored tensor for backward.
+    """
+    dequantised = getattr(tensor, "dequantised", None)
+    return tensor if dequantised is None else dequantised()
+
+
 # --- Scratch memory for one matrix at a time ---
 #
 # A CPU's allocator returns large blocks to the system. Allocating 90 MB again took a tenth of the time of the product that

@@ -1,6 +1,9 @@
 """Fixtures shared by all tests: one thread, tiny runs, and the real C4 sample if it lies beside the checkout."""
 
+import importlib.util
 import os
+import signal
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,9 @@ if instructions := os.environ.get("ATEN_CPU_CAPABILITY"):
     compiled = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{instructions}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
+# Under nohup SIGHUP is ignored, also in the programs that tests start and stop by it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,6 +34,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+# Packages for 8-bit and 4-bit moments, which a machine may lack.
+MISSING = [name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name) is None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Skips a test that failed because of a package for low-bit moments that is not installed, as the program's message says."""
+    report = yield
+    text = report.longreprtext + "".join(content for _, content in report.sections) if report.failed else ""
+    for name in MISSING:
+        if f"{name}, which cannot be imported" in text or f"No module named '{name}" in text:
+            report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {name} is not installed")
+    return report
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest):
+    """The torch device: a CPU always, so that no test for a GPU is written without being run, and a GPU where there is one."""
+    import torch
+
+    return torch.device(request.param)
 
 
 def _real_data(name: str) -> Path:
@@ -66,5 +95,20 @@ def trained(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ca
         if name not in runs:
             runs[name] = train(name, tiny_run, tmp_path_factory.mktemp(name) / "run")
         return runs[name]
+
+    return run
+
+
+@pytest.fixture
+def words_of_torchrun(tmp_path) -> Callable[..., list[str]]:
+    """Runs a recipe whose Python is replaced by a script that prints its arguments; returns the arguments."""
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_") and name != "NPROC"}
+    environment["SLTRAIN_PYTHON"] = str(tmp_path / "python")
+
+    def run(path: Path, *arguments: str, **variables: str) -> list[str]:
+        command = ["bash", str(path), *arguments]
+        return subprocess.check_output(command, cwd="/", env=environment | variables, text=True).splitlines()
 
     return run

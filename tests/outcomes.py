@@ -8,6 +8,7 @@ import torch
 from peft_pretraining.checkpoint.step_folder import load_tensors, resolve, tensor_index
 
 TIMES = {"throughput_tokens", "throughput_examples", "throughput_batches", "max_memory"}
+TIMES |= {"flops_per_second", "flops_per_second_dense", "mfu", "mfu_dense"}
 
 
 def without_times(rows: list[dict]) -> list[dict]:

@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import peft_pretraining.__main__
 import torchrun_main
 from peft_pretraining.__main__ import COMMANDS
 from peft_pretraining.commands.report.published import SEVEN_B, TABLE
-from peft_pretraining.config.command_line import build_parser
+from peft_pretraining.config.command_line import build_parser, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -252,26 +252,25 @@ def predicted(flags: list[str], processes: int, capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def recipe_row(size: str, method: str, capsys) -> str:
+def recipe_row(path: Path, words_of_torchrun: Callable[..., list[str]], capsys) -> str:
     """Returns a row of README's table, made from the script, the estimate and the published table."""
-    text = (ROOT / "scripts" / "llm_pretrain" / f"{method}{size}.sh").read_text(encoding="utf-8")
-    launch = re.search(r"^launch (\d+) torchrun_main.py (.*)$", text.replace("\\\n", " "), re.MULTILINE)
-    processes, flags = int(launch[1]), [word for word in shlex.split(launch[2]) if word != "$@"]
-    args = build_parser().parse_args(flags)
+    text, tuned = path.read_text(encoding="utf-8"), path.parent.name == "tuned"
+    method, size = re.fullmatch(r"([a-z]+)(\d+[mb])", path.stem).groups()
+    words = words_of_torchrun(path)
+    program = words.index("torchrun_main.py")
+    processes, flags = int(words[program - 1]), words[program + 1 :]
+    args = parse_args(flags)
     assert (args.peft_model, args.model_config) == (method, f"configs/llama_{size}.json")
     figures = predicted(flags, processes, capsys)
     rows = [row for row in (*TABLE, *SEVEN_B) if (row.method, row.model) == (method, f"llama_{size}")]
-    perplexity, tokens = (f"{rows[0].perplexity:.2f}", rows[0].tokens) if rows else ("-", "-")
-    status = re.search(r"^# Status: (\w+(?: only)?)", text, re.MULTILINE)[1]
+    perplexity, tokens = (f"{rows[0].perplexity:.2f}", rows[0].tokens) if rows and not tuned else ("-", "-")
+    status = re.search(r"^# Status: (.+?)(?:, not run yet)?\.", text, re.MULTILINE)[1]
     parameters, gib = f"{figures['parameters']['total']:,}", f"{figures['bytes']['peak'] / 2**30:.1f}"
     assert f"# Predicted, not measured: {parameters} parameters; {gib} GiB at the peak on each GPU." in text.splitlines()
-    cells = [size, METHODS[method], f"`{method}{size}.sh`", f"{figures['parameters']['total'] / 1e6:,.1f}M", perplexity, tokens]
-    cells += [
-        f"{args.num_training_steps:,}",
-        f"{processes} x {args.batch_size}",
-        f"{figures['bytes']['peak'] / 2**30:.1f}",
-        status,
-    ]
+    name = f"{METHODS[method]}, {'tuned' if tuned else 'not tuned'}" if method == "full" or tuned else METHODS[method]
+    script = f"`{'tuned/' if tuned else ''}{path.name}`"
+    cells = [size, name, script, f"{figures['parameters']['total'] / 1e6:,.1f}M", perplexity, tokens]
+    cells += [f"{args.num_training_steps:,}", f"{processes} x {args.batch_size}", gib, status]
     return f"| {' | '.join(cells)} |"
 
 
@@ -285,13 +284,14 @@ def quickstart_row(capsys) -> str:
     return f"| {' | '.join([*cells, 'run, on a CPU'])} |"
 
 
-def test_recipe_table_agrees_with_scripts_estimates_and_published_figures(monkeypatch, capsys):
+def test_recipe_table_agrees_with_scripts_estimates_and_published_figures(words_of_torchrun, monkeypatch, capsys):
     """To correct the table, paste the expected lines between the two comments."""
     monkeypatch.chdir(ROOT)
     scripts = ROOT / "scripts" / "llm_pretrain"
-    pairs = [(size, method) for size in SIZES for method in METHODS if (scripts / f"{method}{size}.sh").exists()]
-    assert len(pairs) == len(list(scripts.glob("*.sh")))
-    expected = [*RECIPE_HEAD, quickstart_row(capsys), *(recipe_row(size, method, capsys) for size, method in pairs)]
+    names = [f"{folder}{method}{size}.sh" for size in SIZES for method in METHODS for folder in ("", "tuned/")]
+    recipes = [scripts / name for name in names if (scripts / name).exists()]
+    assert sorted(recipes) == sorted(scripts.rglob("*[0-9]*.sh"))
+    expected = [*RECIPE_HEAD, quickstart_row(capsys), *(recipe_row(path, words_of_torchrun, capsys) for path in recipes)]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = re.search(r"<!-- recipes:[^\n]*\n(.*?)\n<!-- end of recipes -->", readme, re.DOTALL)[1]
     assert table.splitlines() == expected, "\n" + "\n".join(expected)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [ROOT / "torchrun_main.py", *sorted(ROOT.glob("peft_pretraining/**/*.py")), *sorted(ROOT.glob("sparse_lora/**/*.py"))]
-OTHER_TEXTS = ("*.md", "docs/*.md", "scripts/**/*.sh", "benchmarks/*.py", "tests/**/*.py")
+OTHER_TEXTS = ("*.md", "docs/*.md", "scripts/**/*.sh", "benchmarks/**/*.py", "tests/**/*.py")
 TEXTS = [*CODE, *(path for pattern in OTHER_TEXTS for path in sorted(ROOT.glob(pattern)) if path != Path(__file__).resolve())]
 
 # A pattern of a private phrase, and the plain words to write instead.

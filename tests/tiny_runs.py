@@ -18,6 +18,9 @@ METHODS = {
     "sltrain_scaled": ["--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--train_scaling"],
     "sltrain_block": ["--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--support", "block"],
     "sltrain_bf16": ["--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--dtype", "bfloat16"],
+    "sltrain_int8": [
+        *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--weight_dtype", "int8")
+    ],
     "sltrain_packed": ["--peft_model", "sltrain", "--rank", "8", "--sp_ratio", "0.1", "--packing"],
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,9 @@ class Saver:
         world: World,
         *,
         keep: int | None = None,
+        keep_every: int | None = None,
+        minutes: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
         asynchronous: bool = False,
         saved_step: int | None = None,
         timeout_s: float = 1800.0,
@@ -52,11 +56,17 @@ class Saver:
             collect: returns the run's current content; its tensors may share storage with the run's.
             world: this process's rank among all processes.
             keep: how many of the newest checkpoints are kept; None keeps all.
+            keep_every: checkpoints after multiples of this many updates are kept too.
+            minutes: a save is due by time when so many have passed since the last one; None for never.
+            clock: seconds that passed since some moment; replaced in tests.
             asynchronous: copy the state and write the copy in a background thread; at most one such save runs at a time.
             saved_step: update step of the checkpoint that the run was resumed from, if it lies in run_folder; else None.
             timeout_s: how long processes wait for one another in an asynchronous save, seconds.
         """
-        self._run_folder, self._collect, self._world, self._keep = run_folder, collect, world, keep
+        self._run_folder, self._collect, self._world = run_folder, collect, world
+        self._keep, self._keep_every = keep, keep_every
+        self._minutes, self._clock, self._last_save = minutes, clock, clock()
+        self._time_is_up = False
         self._asynchronous = asynchronous
         # The background thread needs its own group: on training's group its collectives would deadlock with the main thread's.
         self._group = own_group(world, timeout_s) if asynchronous else None
@@ -65,15 +75,25 @@ class Saver:
         self._saved_step = saved_step
         self._failures = 0
 
+    def due_by_time(self) -> bool:
+        """Tells whether rank 0's clock calls for a save that is not under way; always False on other processes."""
+        if self._minutes is None or not self._world.is_main or (self._in_flight is not None and not self._in_flight.done):
+            return False
+        return self._clock() - self._last_save >= 60 * self._minutes
+
+    def save_by_time(self) -> None:
+        """Makes a save due after the current update; every process calls it where `due_by_time` is True on rank 0."""
+        self._time_is_up = True
+
     def due(self, scheduled: bool) -> bool:
-        """Tells, after an update, whether to save now: the save is `scheduled`, or the last save failed.
+        """Tells, after an update, whether to save now: the save is `scheduled`, its time has come, or the last save failed.
 
         Raises:
             SavingFailed: a background save failed for the last permitted time.
         """
         if self._in_flight is not None and all(gather_objects(self._in_flight.done, self._world)):
             self._settle()
-        return scheduled or self._failures > 0
+        return scheduled or self._time_is_up or self._failures > 0
 
     def save(self) -> None:
         """Saves the run's current state unless this step is saved already. Returns without waiting if asynchronous.
@@ -83,6 +103,7 @@ class Saver:
         """
         self._settle()
         content = self._collect()
+        self._time_is_up = False
         if content.step == self._saved_step:
             return
         if self._asynchronous:
@@ -93,6 +114,8 @@ class Saver:
         else:
             self._in_flight.run()
             self._settle()
+        # Time in which nothing was trained cannot be lost; counted, a save longer than the interval would follow itself.
+        self._last_save = self._clock()
 
     def finish(self) -> None:
         """Waits for a running save, and repeats the last save if it failed.
@@ -114,7 +137,8 @@ class Saver:
         self._in_flight = None
 
     def _write(self, content: Content) -> None:
-        checkpoint.save_checkpoint(self._run_folder, content, self._world, keep=self._keep, group=self._group)
+        kept = {"keep": self._keep, "keep_every": self._keep_every}
+        checkpoint.save_checkpoint(self._run_folder, content, self._world, **kept, group=self._group)
 
     def _settle(self) -> None:
         """Waits for a running save and records its outcome, which is the same on every process."""

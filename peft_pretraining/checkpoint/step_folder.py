@@ -170,6 +170,7 @@ def save_checkpoint(
     world: World,
     *,
     keep: int | None = None,
+    keep_every: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes a checkpoint atomically and verifies it before renaming it to its final name; every process calls it.
@@ -179,6 +180,7 @@ def save_checkpoint(
         content: the tensors, documents and folders to write.
         world: this process's rank among all processes.
         keep: how many of the newest checkpoints are kept; None keeps all.
+        keep_every: checkpoints after multiples of this many updates are kept too.
         group: process group for the exchange, None for the default one. A thread needs a group that no other thread uses.
 
     Raises:
@@ -205,7 +207,7 @@ def save_checkpoint(
     if world.is_main:
         # The new checkpoint is complete and other processes have continued: a failed removal is no error.
         with contextlib.suppress(OSError):
-            _remove_old(run_folder, keep)
+            _remove_old(run_folder, keep, keep_every)
     return target
 
 
@@ -293,14 +295,23 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _remove_old(run_folder: Path, keep: int | None) -> None:
+def _remove_old(run_folder: Path, keep: int | None, keep_every: int | None) -> None:
     """Removes all but the newest `keep` of the checkpoints that runs saved; copies under other names and links stay.
 
-    Each is renamed first, so that no checkpoint is ever partly removed.
+    With keep_every = N, the first checkpoint from each multiple of N updates on stays too: it is the multiple's own unless that
+    save had to wait, after a skipped update or a failed save. Each is renamed first, so that none is ever partly removed.
     """
     if keep is None:
         return
-    for path in [path for path in list_checkpoints(run_folder) if _is_own(path)][:-keep]:
+    own = [path for path in list_checkpoints(run_folder) if _is_own(path)]
+    for_good: dict[int, Path] = {}
+    if keep_every is not None:
+        for path in own:
+            for_good.setdefault((num_updates(path) or 0) // keep_every, path)
+    for_good.pop(0, None)
+    for path in own[:-keep]:
+        if path in for_good.values():
+            continue
         with contextlib.suppress(OSError):
             _remove(path.rename(path.with_name(f"{_REMOVED}{path.name}")))
 

@@ -96,7 +96,7 @@ def estimate(
     return {
         "parameters": plan.parameters,
         "bytes": plan.bytes,
-        "paper": paper_estimate(counts, args.peft_model),
+        "paper": paper_estimate(counts, args.peft_model, args.optimizer),
         "wire": wire_figures(setting_of(plan, args, device_type), bandwidth, tokens_per_s),
         "assumed": _assumptions(args, plan),
         "device": device,

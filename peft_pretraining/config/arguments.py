@@ -40,6 +40,7 @@ DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp3
 INITS = ("default", "svd")
 LINEAR_PATHS = ("auto", "materialised", "factored")
 PARALLEL = ("ddp", "fsdp")
+WEIGHT_DTYPES = ("int8",)
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
 DATA_ORDERS = ("lanes", "global")
@@ -94,6 +95,14 @@ class ModelArguments:
         None,
         "parameters and arithmetic: bfloat16 | float32 (default: bfloat16 on a GPU that has it, else float32)",
         never(choices=DTYPES, synonyms="precision torch_dtype bf16"),
+    )
+    weight_dtype: str | None = flag(
+        None,
+        "how embedding, head and the linears' parameters are stored: int8 (codes with a scale per 128 elements, rounded "
+        "stochastically in each update; arithmetic stays in --dtype) (default: in --dtype)",
+        never(
+            choices=WEIGHT_DTYPES, added_later=True, synonyms="weights_dtype weight_bits weight_quantization load_in_8bit int8"
+        ),
     )
     activation_checkpointing: str | None = flag(
         None,
@@ -494,11 +503,14 @@ class OptimizationArguments:
     )
     stochastic_rounding: bool = flag(
         False,
-        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost",
+        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost; with --weight_dtype "
+        "int8 new int8 values too, where it is on unless it is false",
         never(
             warm_start=True,
             no_effect=lambda args: (
-                "with --dtype float32: nothing is rounded" if args.stochastic_rounding and args.dtype == "float32" else None
+                "with --dtype float32: nothing is rounded"
+                if args.stochastic_rounding and args.dtype == "float32" and args.weight_dtype is None
+                else None
             ),
         ),
     )
@@ -563,8 +575,18 @@ class RunArguments:
         "update steps between checkpoints; one more is written at the end",
         freely(unit="updates", minimum=1, synonyms="save_steps save_interval checkpoint_every"),
     )
+    save_minutes: float | None = flag(
+        None,
+        "save too when this many minutes have passed since the last checkpoint, by rank 0's clock (default: off)",
+        freely(unit="minutes", above=0, synonyms="save_interval_minutes save_time checkpoint_minutes"),
+    )
     keep_checkpoints: int | None = flag(
         None, "newest checkpoints to keep (default: all)", freely(unit="checkpoints", minimum=1, synonyms="save_total_limit")
+    )
+    keep_every: int | None = flag(
+        None,
+        "save at multiples of this many update steps too; --keep_checkpoints never removes those (default: off)",
+        freely(unit="updates", minimum=1, synonyms="keep_interval keep_period"),
     )
     async_save: bool = flag(
         False, "write checkpoints in the background, from a copy of the state (memory: parameters, support and moments)"
@@ -604,6 +626,17 @@ class RunArguments:
         1,
         "update steps between lines of metrics.jsonl",
         freely(unit="updates", minimum=1, synonyms="logging_steps log_interval log_freq"),
+    )
+    trace: int | None = flag(
+        None,
+        "trace this many updates with torch's profiler, after two of warm-up, to trace/ in the run's folder",
+        freely(unit="updates", minimum=1, synonyms="profile profiler profile_steps"),
+    )
+    peak_tflops: float | None = flag(
+        None,
+        "peak of one device in the run's dtype, 10^12 operations per second, for mfu in the record (default: from a table of "
+        "GPUs; measured on a CPU)",
+        freely(unit="TFLOP/s", above=0, synonyms="peak_flops promised_flops gpu_peak_tflops"),
     )
     name: str | None = flag(
         None,

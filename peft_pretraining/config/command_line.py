@@ -265,6 +265,8 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
     for name in _OFF_AT_ZERO:
         if values.get(name) == 0:
             values[name] = None
+    if values.get("weight_dtype") is not None:
+        values.setdefault("stochastic_rounding", True)
     return Arguments(**values, given=frozenset(given), refused=refused)
 
 

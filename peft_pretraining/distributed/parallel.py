@@ -97,6 +97,8 @@ def replicate(module: nn.Module, world: World, device: torch.device, reduce_dtyp
     # Buffers (supports, rotary tables) never change, so broadcasting them is switched off. torch 2.13 renamed the argument.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    # Every process draws or reads the same parameters; DDP's broadcast knows plain ones only.
+    options["init_sync"] = not any(hasattr(parameter, "stored_parts") for parameter in module.parameters())
     wrapped = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **options)
     if reduce_dtype is not None:
         wrapped.register_comm_hook((world, reduce_dtype), _average_in_dtype)
@@ -155,6 +157,12 @@ def gradient_sync(module: nn.Module, enabled: bool) -> contextlib.AbstractContex
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this process's part of a sharded tensor, sharing its storage; returns any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def stored_parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the tensors that hold a tensor, by name: itself, or a parameter's int8 codes and scales (model.int8)."""
+    parts: dict[str, torch.Tensor] = getattr(tensor, "stored_parts", {"": tensor})
+    return {f"{name}{end}": part for end, part in parts.items()}
 
 
 def local_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

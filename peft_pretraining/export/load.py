@@ -90,6 +90,16 @@ def checkpoint_record(folder: Path) -> tuple[Arguments, dict[str, Any]]:
     return args, run
 
 
+def load_parameters(folder: Path, args: Arguments, tensors: dict[str, torch.Tensor]) -> None:
+    """Fills a model's tensors, in place, from a checkpoint, whose parameters may be stored in int8. Raises CheckpointError."""
+    if args.weight_dtype is None:
+        checkpoint.load_tensors(folder, tensors)
+        return
+    from peft_pretraining.model.int8 import load_dequantised
+
+    load_dequantised(folder, tensors)
+
+
 def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Tokenizer, dict[str, Any]]:
     """Loads model, tokenizer and run.json of a checkpoint, or of a run's newest checkpoint, in the run's dtype.
 
@@ -108,5 +118,5 @@ def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Toke
         )
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # values that no run could have started with
         raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None
-    checkpoint.load_tensors(folder, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    load_parameters(folder, args, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

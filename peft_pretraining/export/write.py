@@ -18,7 +18,7 @@ from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.export.card import model_card
-from peft_pretraining.export.load import checkpoint_record
+from peft_pretraining.export.load import checkpoint_record, load_parameters
 from peft_pretraining.export.shards import FACTORS_CONFIG, LLAMA_CONFIG, ExportError, ShardWriter
 from peft_pretraining.methods import METHODS
 from peft_pretraining.model.llama import both_spellings, meta_model
@@ -111,7 +111,7 @@ def _write(
     for prefix, part in parts_of(model):
         part.to_empty(device="cpu")
         tensors = part.state_dict()
-        checkpoint.load_tensors(folder, {f"model/{prefix}.{name}": tensor for name, tensor in tensors.items()})
+        load_parameters(folder, args, {f"model/{prefix}.{name}": tensor for name, tensor in tensors.items()})
         if torch_dtype(dtype).itemsize > next(part.parameters()).element_size():
             part.to(torch_dtype(dtype))
         if not keep_factors:

@@ -39,7 +39,8 @@ _RUNTIME = {"cpu": 710 * 10**6, "cuda": 500 * 10**6}
 # Gaps that malloc leaves between activations, relative to their size: torch asks for aligned blocks, so a freed block does not
 # fit another block of its size (measured at 130M and 350M; docs/memory.md).
 _GAPS = 0.3
-# Elements of a slice, for optimizers that step in slices (optim/slices.py), and bytes per element of stochastic rounding.
+# Elements of a slice, for optimizers that step in slices (optim/slices.py), and bytes per element of stepping it in float32 and
+# rounding it, stochastically or to int8.
 _SLICE_ELEMENTS = 2**21
 _ROUNDING_SCRATCH = 36
 # Memory of torch.linalg.svd in float32, results included: elements per element of the matrix, and per element of a square of its
@@ -78,6 +79,8 @@ def account(setting: Setting) -> dict[str, int]:
         factored_rank=sum(setting.rank for shape in linear_shapes(setting.model) if _is_factored(setting, shape)),
         chunk_rows=loss_chunk_rows(setting.device_type),
     )
+    # The loss computes the head's values from its codes.
+    kept["loss"] += _dequantised(setting, setting.model.vocab_size * setting.model.hidden_size)
     largest = max(math.prod(first_part(group.shape, setting.parts)) for group in stepped)
     if setting.sharded and setting.gradient_accumulation > 1:
         static["gradients"] = DTYPE_BYTES[setting.reduces_in] * trained.whole
@@ -126,6 +129,7 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         beta1=setting.beta1,
         embedding_bits=setting.embedding_bits,
         stochastic_rounding=setting.stochastic_rounding,
+        weight_dtype=setting.weight_dtype,
         proj_type=setting.proj_type,
         parts=setting.parts,
     )
@@ -168,12 +172,17 @@ def _support(setting: Setting) -> SupportKind | None:
 
 def _layer_scratch(setting: Setting) -> int:
     """Returns bytes of temporaries in a linear's backward pass, for the linear with the most."""
-    # nn.Linear has none: its weight and gradient are counted in their own classes.
+    # nn.Linear has none but a stored weight's values: its weight and gradient are counted in their own classes.
     if not setting.method.replaces_linears:
-        return 0
+        return _dequantised(setting, max(map(math.prod, linear_shapes(setting.model))))
     if not setting.method.factored:
         return max(_beside_weight(setting, shape) for shape in linear_shapes(setting.model))
     return max(_linear_scratch(setting, shape) for shape in linear_shapes(setting.model))
+
+
+def _dequantised(setting: Setting, elements: int) -> int:
+    """Returns bytes of the values of parameters that are stored in int8, which exist while they are used; 0 for plain ones."""
+    return 0 if setting.weight_dtype is None else DTYPE_BYTES[setting.computes_in] * elements
 
 
 def _lasting_scratch(setting: Setting) -> int:
@@ -221,7 +230,8 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
         dense += scratch_bytes(rows, columns)
     kept = width * setting.rank * setting.batch_size * setting.max_length if factored else 0
     kept += width * math.prod(_reordered(setting, shape))
-    return dense + 2 * positions + width * (2 * nnz + 2 * setting.rank * (rows + columns)) + kept
+    parameters = nnz + setting.rank * (rows + columns)
+    return dense + 2 * positions + 2 * width * parameters + _dequantised(setting, parameters) + kept
 
 
 def _beside_weight(setting: Setting, shape: tuple[int, int]) -> int:
@@ -281,7 +291,8 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
     per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
     if optimizer.steps_whole:
         return per_element * largest
-    rounding = _ROUNDING_SCRATCH if setting.stochastic_rounding and setting.dtype == "bfloat16" else 0
+    rounds = setting.weight_dtype is not None or (setting.stochastic_rounding and setting.dtype == "bfloat16")
+    rounding = _ROUNDING_SCRATCH if rounds else 0
     if optimizer.matrix_bytes is not None:
         return max(_orthogonal_scratch(setting), rounding * min(largest, _SLICE_ELEMENTS))
     return (per_element + rounding) * min(largest, _SLICE_ELEMENTS)

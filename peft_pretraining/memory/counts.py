@@ -24,6 +24,9 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method, TensorGroup
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+# Elements of a parameter stored as int8 that share a float32 scale. Slices that optimizers step begin and end with blocks, also
+# where 4-bit moments of 128 elements end.
+INT8_BLOCK_ELEMENTS = 128
 
 
 def loss_chunk_rows(device_type: str) -> int:
@@ -40,7 +43,8 @@ class Counts:
     """Numbers of elements by kind; total = dense + low_rank + sparse.
 
     dense: embedding, head, norms, biases and dense linears. low_rank: A, B and trained scales. sparse: values of S.
-    moments: elements of ONE of Adam's moments by the paper's convention. projections: elements of GaLore's projections.
+    moments: elements of ONE of Adam's moments by the paper's convention. matrices: those of them that belong to dense weights and
+    factors of linears. projections: elements of GaLore's projections.
     rank, sparsity, train_scaling, support: the settings for which elements were counted.
     """
 
@@ -49,6 +53,7 @@ class Counts:
     low_rank: int
     sparse: int
     moments: int
+    matrices: int
     projections: int
     rank: int
     sparsity: float
@@ -145,27 +150,30 @@ def parameter_counts(
         low_rank=by_kind["low_rank"],
         sparse=by_kind["sparse"],
         moments=moments,
+        matrices=sum(g.elements for g in groups if g.trained and _is_matrix(g)),
         projections=sum(g.count * rank * min(g.shape) for g in projected),
         **choice,
     )
 
 
-def paper_bytes(counts: Counts) -> tuple[int, int]:
-    """Returns bytes of parameters (support indices included) and of the optimizer by the paper's convention."""
+def paper_bytes(counts: Counts, optimizer: str = "adamw") -> tuple[int, int]:
+    """Returns bytes of parameters (support indices included) and of the optimizer as paper_estimate counts them."""
     index_bytes = 8 * counts.sparse if SUPPORTS[counts.support].stored else 0
-    return 2 * counts.total + index_bytes, 4 * counts.moments + 2 * counts.projections
+    single = counts.matrices if _optimizer(optimizer).matrix_bytes is not None else 0
+    return 2 * counts.total + index_bytes, 4 * counts.moments - 2 * single + 2 * counts.projections
 
 
-def paper_estimate(counts: Counts, method: str) -> dict[str, float]:
+def paper_estimate(counts: Counts, method: str, optimizer: str = "adamw") -> dict[str, float]:
     """Returns memory as in the paper's table, in units of 10^9 bytes: parameters_G, optimizer_G, total_G.
 
-    Counted are bfloat16 parameters, two bfloat16 moments, and 8 bytes of index per nonzero of a uniform support (block supports,
-    which are not in the paper, need none), but no gradients and no activations. As in the table, each part is rounded to two
-    digits and the total is the sum of the rounded parts. Raises ValueError on an unknown method.
+    Counted are bfloat16 parameters, two bfloat16 moments (one of matrices that Muon or Spectron steps), and 8 bytes of index
+    per nonzero of a uniform support (block supports, which are not in the paper, need none), but no gradients and no activations.
+    As in the table, each part is rounded to two digits and the total is the sum of the rounded parts. Raises ValueError on an
+    unknown method or optimizer.
     """
     _method(method)
-    parameters, optimizer = (round(size / 1e9, 2) for size in paper_bytes(counts))
-    return {"parameters_G": parameters, "optimizer_G": optimizer, "total_G": round(parameters + optimizer, 2)}
+    parameters, moments = (round(size / 1e9, 2) for size in paper_bytes(counts, optimizer))
+    return {"parameters_G": parameters, "optimizer_G": moments, "total_G": round(parameters + moments, 2)}
 
 
 def static_bytes(
@@ -178,6 +186,7 @@ def static_bytes(
     beta1: float = 0.0,
     embedding_bits: int | None = None,
     stochastic_rounding: bool = False,
+    weight_dtype: str | None = None,
     proj_type: str = "std",
     parts: int = 1,
 ) -> dict[str, int]:
@@ -192,6 +201,7 @@ def static_bytes(
         beta1: sgd's momentum and adafactor's first moment; 0 disables them.
         embedding_bits: bits of the moments of embedding and head with adam8bit and adamw4bit; None: as for other parameters.
         stochastic_rounding: Adam's step counts are then Python numbers instead of tensors, except for GaLore's matrices.
+        weight_dtype: "int8" for parameters that are stored in int8, with the same step counts; None for `dtype`.
         proj_type: GaLore's side, see subspace_shapes; projections, in `dtype`, count as optimizer memory.
         parts: processes over which FSDP2 divides everything except the supports; process 0's part, the largest, is counted.
 
@@ -210,18 +220,26 @@ def static_bytes(
             states += g.count * width * sum(math.prod(side) for side in (left, right) if side is not None)
         of_matrix = kind.matrix_bytes if _is_matrix(g) else None
         states += g.count * (of_matrix or kind.state_bytes)(stepped, width, beta1, bits)
-        if stochastic_rounding and of_matrix is None and not g.projected:
+        if (stochastic_rounding or weight_dtype is not None) and of_matrix is None and not g.projected:
             states -= kind.step_count_bytes * g.count
         # Muon and Spectron quantise the momentum of matrices only.
         quantised |= of_matrix is kind.matrix_bytes and math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
     if quantised:
         states += kind.shared_bytes
     return {
-        "parameters": width * sum(g.elements for g in groups),
+        "parameters": sum(g.count * parameter_bytes(g, width, weight_dtype) for g in groups),
         "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in whole if g.kind == "sparse"),
         "gradients": width * sum(g.elements for g in trained),
         "optimizer": states,
     }
+
+
+def parameter_bytes(group: TensorGroup, width: int, weight_dtype: str | None) -> int:
+    """Returns bytes of one parameter: of `width` bytes per element, or if it is stored in int8, of codes and scales."""
+    elements = math.prod(group.shape)
+    if weight_dtype is None or (len(group.shape) < 2 and group.kind != "sparse"):
+        return width * elements
+    return elements + 4 * math.ceil(elements / INT8_BLOCK_ELEMENTS)
 
 
 def _is_matrix(group: TensorGroup) -> bool:

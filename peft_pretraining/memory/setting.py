@@ -27,6 +27,7 @@ class Setting:
     dtype: str
     batch_size: int
     max_length: int
+    weight_dtype: str | None = None
     train_scaling: bool = False
     support: str = "uniform"
     linear_path: str = "auto"
@@ -110,6 +111,7 @@ def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str
         rebalance=args.rebalance,
         per_layer=args.per_layer,
         dtype=dtype,
+        weight_dtype=args.weight_dtype,
         batch_size=args.batch_size,
         max_length=args.max_length,
         gradient_accumulation=accumulation,

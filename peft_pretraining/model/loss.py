@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.memory.counts import loss_chunk_rows
+from sparse_lora.support import plain
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, LlamaModel
@@ -53,6 +54,7 @@ def _positions(flags: Tensor, number: int | None) -> Tensor:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int, with_gradients: bool) -> Tensor:
+        weight = plain(weight)
         # In float32 a running total of 4,096 chunks would be off by 4e-6.
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         chunks = list(zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,9 +36,9 @@ class Settings:
     and sgd, decoupled for the others (as in their libraries). beta1: sgd's momentum and adafactor's first moment; 0 turns it off.
     The Adam family has the published beta1 of 0.9, and beta2 and eps from here. embedding_bits: 32 for float32 moments of
     embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
-    parameters, for the Adam family. lr_ratios: learning rates of parameter groups, divided by lr; 1 for the groups that are left
-    out. undecayed: parameter groups without weight decay. Groups: see config.parameter_groups. momentum, factor_scale: muon's and
-    spectron's momentum, and alpha / r for spectron.
+    and int8 parameters. sliced: Adam and AdamW step in slices, as int8 parameters need, also without rounding. lr_ratios: rates
+    of parameter groups, divided by lr; 1 for the groups that are left out. undecayed: groups without weight decay.
+    Groups: see config.parameter_groups. momentum, factor_scale: muon's and spectron's momentum, and alpha / r for spectron.
     """
 
     lr: float
@@ -47,6 +48,7 @@ class Settings:
     eps: float = 1e-8
     embedding_bits: int | None = None
     rounding: StochasticRounding | None = None
+    sliced: bool = False
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
     undecayed: Collection[str] = ()
     momentum: float = 0.95
@@ -134,13 +136,13 @@ def _names(parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, str]:
 
 
 def _adam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.sliced or settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=False)
     return torch.optim.Adam(_groups(parameters, settings), fused=True, **settings.adam)
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    if settings.rounding is not None:
+    if settings.sliced or settings.rounding is not None:
         return _sliced_adam(parameters, settings, decoupled=True)
     return torch.optim.AdamW(_groups(parameters, settings), fused=True, **settings.adam)
 
@@ -175,9 +177,29 @@ def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
     )
 
 
-def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    from peft_pretraining.optim.adam8bit import SlicedAdam8bit
+# What a package is for, and what to use without it.
+_FOR_8BIT = ("8-bit moments", "bitsandbytes", "adamw, or muon and spectron without 8bit")
+_FOR_4BIT = (
+    "4-bit moments, --stochastic_rounding and --weight_dtype int8",
+    "torchao",
+    "--optimizer adam8bit without --stochastic_rounding",
+)
 
+
+@contextmanager
+def _needing(need: str, package: str, instead: str) -> Iterator[None]:
+    """Raises OptimizerUnavailable, which says what to use instead, if an import in its block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise OptimizerUnavailable(
+            f"{need} need {package}, which cannot be imported ({error}); run pip install {package}, or use {instead}"
+        ) from None
+
+
+def _adam8bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    with _needing(*_FOR_8BIT):
+        from peft_pretraining.optim.adam8bit import SlicedAdam8bit
     return SlicedAdam8bit(_groups(parameters, settings), names=_names(parameters), rounding=settings.rounding, **settings.adam)
 
 
@@ -188,13 +210,8 @@ def _adamw4bit(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
 def _sliced_adam(
     parameters: Mapping[str, nn.Parameter], settings: Settings, decoupled: bool, state_bits: int | None = None
 ) -> torch.optim.Optimizer:
-    try:
+    with _needing(*_FOR_4BIT):
         from peft_pretraining.optim.adam_ao import SlicedAdam
-    except ImportError as error:
-        raise OptimizerUnavailable(
-            f"4-bit moments and --stochastic_rounding need torchao, which cannot be imported ({error}); run pip install "
-            "torchao, or use --optimizer adam8bit without --stochastic_rounding"
-        ) from None
     return SlicedAdam(
         _groups(parameters, settings),
         names=_names(parameters),
@@ -225,6 +242,9 @@ def _orthogonal(
     parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], **more: Any
 ) -> torch.optim.Optimizer:
     """Muon or Spectron for the matrices, AdamW for all other parameters."""
+    if more["state_bits"]:
+        with _needing(*_FOR_8BIT):
+            import bitsandbytes  # noqa: F401
     matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
     members = [_adamw(others, settings)] if others else []

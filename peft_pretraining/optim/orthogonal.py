@@ -14,11 +14,20 @@ import torch
 from torch import nn
 
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_MIN_ELEMENTS
-from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, rounding_noise, slices, store_, working_values
+from peft_pretraining.optim.slices import (
+    SLICE_ELEMENTS,
+    StochasticRounding,
+    is_stored,
+    rounding_noise,
+    slices,
+    store_,
+    working_values,
+)
+from sparse_lora.support import plain
 
 # Coefficients of the quintic Newton-Schulz iteration and its number of steps, as in torch.optim.Muon.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-_NUM_ITERATIONS = 5
+NUM_ITERATIONS = 5
 _SMALLEST_NORM = 1e-7
 
 
@@ -29,7 +38,7 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=_SMALLEST_NORM)
-    for _ in range(_NUM_ITERATIONS):
+    for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
@@ -129,7 +138,7 @@ class Muon(torch.optim.Optimizer):
     def _move(self, matrix: nn.Parameter, direction: torch.Tensor, rate: float | torch.Tensor, kept: float) -> None:
         """Sets matrix <- kept * matrix - rate * direction, in place; a rate that is a tensor stays on the device."""
         noise = rounding_noise(self._rounding, matrix, self._names[matrix], self.state[matrix]["step"])
-        if noise is not None:
+        if noise is not None or is_stored(matrix):
             for part in slices(matrix.numel(), SLICE_ELEMENTS):
                 values = working_values(matrix, part, noise).mul_(kept)
                 store_(matrix, part, values.sub_(direction.reshape(-1)[part].float() * rate), noise)
@@ -164,7 +173,7 @@ class Spectron(Muon):
             if lora_A.grad is None or lora_B.grad is None:
                 continue
             directions = [orthogonalised(self._next_momentum(factor, nesterov=False)) for factor in (lora_A, lora_B)]
-            norms = sum(_spectral_norm(factor, self.state[factor]["power_vector"]) for factor in (lora_A, lora_B))
+            norms = sum(_spectral_norm(plain(factor), self.state[factor]["power_vector"]) for factor in (lora_A, lora_B))
             for factor, direction in zip((lora_A, lora_B), directions, strict=True):
                 lr, weight_decay = groups[factor]["lr"], groups[factor]["weight_decay"]
                 largest_change = lr * scale_of_shape((lora_B.shape[0], lora_A.shape[1]))

@@ -1,9 +1,10 @@
-"""Divides large tensors into slices, so that an optimizer's temporaries stay small, and rounds to bfloat16 stochastically."""
+"""Divides large tensors into slices, so that an optimizer's temporaries stay small, and rounds new values stochastically."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -28,7 +29,7 @@ def slices(num_elements: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class StochasticRounding:
-    """Random source for stochastic rounding of bfloat16 parameters: up or down at random so that the mean is exact.
+    """Random source for stochastic rounding of bfloat16 and int8 parameters: up or down at random so that the mean is exact.
 
     Rounding to nearest loses every update below half of bfloat16's spacing (1/256 of the value): at lr 1e-4 most of them.
     The generator is keyed by (seed, update, tensor), so that all processes round alike and resumed runs are bit-identical.
@@ -42,9 +43,24 @@ class StochasticRounding:
         return keyed if device.type == "cpu" else torch.Generator(device).manual_seed(keyed.initial_seed())
 
 
+class Stored(Protocol):
+    """A parameter that is stored as int8 (model.int8), so that it cannot be changed in place."""
+
+    def working_values(self, part: slice) -> torch.Tensor:
+        """Returns a float32 copy of a slice of the flattened parameter."""
+
+    def store_(self, part: slice, values: torch.Tensor, noise: torch.Generator | None) -> None:
+        """Stores float32 values of a slice, rounded."""
+
+
+def is_stored(parameter: object) -> TypeGuard[Stored]:
+    """Whether a parameter is stored as int8."""
+    return hasattr(parameter, "working_values")
+
+
 def rounding_noise(rounding: StochasticRounding | None, parameter: torch.Tensor, name: str, step: int) -> torch.Generator | None:
     """Returns the generator for one update of a parameter; None if it is not rounded stochastically."""
-    if rounding is None or parameter.dtype != torch.bfloat16:
+    if rounding is None or not (parameter.dtype == torch.bfloat16 or is_stored(parameter)):
         return None
     return rounding.generator(name, step, parameter.device)
 
@@ -58,12 +74,19 @@ def round_stochastically_(target: torch.Tensor, source: torch.Tensor, generator:
 
 
 def working_values(parameter: torch.Tensor, part: slice, noise: torch.Generator | None) -> torch.Tensor:
-    """Returns a slice of the flattened parameter to step: with `noise` a float32 copy, to be stored by `store_`, else a view."""
+    """Returns a slice of the flattened parameter to step: a float32 copy, to be stored by `store_`, with `noise` or of int8.
+
+    Otherwise a view of the parameter.
+    """
+    if is_stored(parameter):
+        return parameter.working_values(part)
     values = parameter.view(-1)[part]
     return values if noise is None else values.float()
 
 
 def store_(parameter: torch.Tensor, part: slice, values: torch.Tensor, noise: torch.Generator | None) -> None:
-    """Stores the stepped values of a slice, given by `working_values`; without `noise` they are in the parameter already."""
-    if noise is not None:
+    """Stores the stepped values of a slice, given by `working_values`; a view of the parameter is stored already."""
+    if is_stored(parameter):
+        parameter.store_(part, values, noise)
+    elif noise is not None:
         round_stochastically_(parameter.view(-1)[part], values, noise)

@@ -85,13 +85,17 @@ class GrowthLimit:
         self.factor = factor
         self.previous = torch.zeros(num_tensors, dtype=torch.float32, device=device)
 
-    def limit_(self, number: int, gradient: torch.Tensor, norm: torch.Tensor) -> None:
-        """Scales the gradient of tensor `number`, whose L2 norm is `norm`, in place."""
+    def limit_(self, number: int, gradient: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Scales the gradient of tensor `number`, whose L2 norm is `norm`, in place; returns the norm after it."""
         previous = self.previous[number]
         allowed = torch.where(previous > 0, previous * self.factor, norm)
         scale = torch.where(norm > allowed, allowed / norm, torch.ones_like(norm))
         gradient.mul_(scale.to(gradient.dtype))
-        self.previous[number] = torch.where(torch.isfinite(norm), norm * scale, previous)
+        return norm * scale
+
+    def remember(self, number: int, norm: torch.Tensor, bad: torch.Tensor) -> None:
+        """Keeps the limited norm of tensor `number` for the next update, unless the flag `bad` says that it is not stepped."""
+        self.previous[number] = torch.where(bad, self.previous[number], norm)
 
 
 class WholeUpdate:
@@ -148,10 +152,8 @@ class WholeUpdate:
     def _limit_growth(
         self, growth: GrowthLimit, gradients: dict[int, torch.Tensor], norms: torch.Tensor, bad: torch.Tensor
     ) -> None:
-        previous = growth.previous.clone()
         for (number, gradient), norm in zip(gradients.items(), norms, strict=True):
-            growth.limit_(number, local(gradient), norm)
-        growth.previous.copy_(torch.where(bad, previous, growth.previous))
+            growth.remember(number, growth.limit_(number, local(gradient), norm), bad)
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=self._free)
@@ -229,18 +231,24 @@ class PerLayerUpdate:
         norm = gradient_norms([parameter.grad], self._world)[0]
         self._norms[number] = norm
         gradient = local(parameter.grad)
-        if self.growth is not None:
-            self.growth.limit_(number, gradient, norm)
+        limited = norm if self.growth is None else self.growth.limit_(number, gradient, norm)
         if stepped.numel():
             stepped.grad = gradient
         unit = self._units[number]
         # The norm is the same on every process, as the averaged gradient is, or (sharded) the norm over all parts.
-        unit.add(stepped, parameter, ~torch.isfinite(norm))
+        unit.add(_Arrived(number, limited, stepped, parameter), ~torch.isfinite(norm))
         if unit.complete:
-            if any(stepped.numel() for stepped, _ in unit.arrived):
-                step_unless(unit.optimizer, unit.bad)
-            self._skipped += unit.bad * float(unit.size)
-            unit.free()
+            self._finish_unit(unit)
+
+    def _finish_unit(self, unit: _Unit) -> None:
+        """Steps a complete unit and frees its gradients; one non-finite gradient leaves everything of the unit as it is."""
+        if any(one.stepped.numel() for one in unit.arrived):
+            step_unless(unit.optimizer, unit.bad)
+        if self.growth is not None:
+            for one in unit.arrived:
+                self.growth.remember(one.number, one.norm, unit.bad)
+        self._skipped += unit.bad * float(unit.size)
+        unit.free()
 
     def finish(self, loss: torch.Tensor) -> Outcome:
         """Returns the result; all tensors with finite gradients have been stepped in the backward pass."""
@@ -259,15 +267,24 @@ class PerLayerUpdate:
         return _nothing_stepped(len(self._parameters), self._skipped.device)
 
 
+class _Arrived(NamedTuple):
+    """A parameter whose gradient is complete. norm: of the gradient after the growth limit; stepped: this process's part."""
+
+    number: int
+    norm: torch.Tensor
+    stepped: nn.Parameter
+    parameter: torch.Tensor
+
+
 class _Unit:
     """Parameters that an optimizer steps together once all their gradients are complete; mostly a single one.
 
-    arrived: those with a complete gradient: this process's part and the parameter. bad: whether a gradient is not finite.
+    arrived: those with a complete gradient. bad: whether a gradient is not finite.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, size: int):
         self.optimizer, self.size = optimizer, size
-        self.arrived: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.arrived: list[_Arrived] = []
         self.bad = torch.zeros((), dtype=torch.bool)
 
     @property
@@ -275,15 +292,15 @@ class _Unit:
         """Whether all parameters have a complete gradient."""
         return len(self.arrived) == self.size
 
-    def add(self, stepped: nn.Parameter, parameter: torch.Tensor, bad: torch.Tensor) -> None:
+    def add(self, arrived: _Arrived, bad: torch.Tensor) -> None:
         """Adds a parameter whose gradient is complete."""
         self.bad = self.bad | bad if self.arrived else bad
-        self.arrived.append((stepped, parameter))
+        self.arrived.append(arrived)
 
     def free(self) -> None:
         """Frees the gradients of the parameters that have arrived."""
-        for stepped, parameter in self.arrived:
-            stepped.grad = parameter.grad = None
+        for one in self.arrived:
+            one.stepped.grad = one.parameter.grad = None
         self.arrived.clear()
 
 

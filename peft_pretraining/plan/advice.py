@@ -98,6 +98,7 @@ class Advisor:
             [{"per_layer": True, **({"grad_clipping": None} if args.grad_clipping else {})}] if not args.per_layer else [],
             [_optimizer_change(args, name) for name in optimizers],
             [{"embedding_states": "8bit"}] if args.embedding_states != "8bit" else [],
+            [_int8_weights(args)] if args.weight_dtype is None else [],
         ]
         dimensions = [[_Option(), *(_weighed(changes, number) for number, changes in enumerate(rows, 1))] for rows in options]
         return [*dimensions, list(self._batches(one_micro_batch))]
@@ -177,6 +178,11 @@ def _optimizer_change(args: Arguments, name: str) -> dict[str, Any]:
     return {"optimizer": name, **method}
 
 
+def _int8_weights(args: Arguments) -> dict[str, Any]:
+    """Parameters stored in int8, rounded stochastically unless the user has decided about that."""
+    return {"weight_dtype": "int8", **({} if "stochastic_rounding" in args.given else {"stochastic_rounding": True})}
+
+
 def _selects_method(args: Arguments) -> bool:
     """Whether --optimizer galore_... is what selects the method."""
     return METHODS[args.peft_model].projected and "peft_model" not in args.given
@@ -191,6 +197,8 @@ def _text(args: Arguments, changes: Mapping[str, Any]) -> str:
     """The changes as flags."""
     words = []
     for name, value in changes.items():
+        if name == "stochastic_rounding" and "weight_dtype" in changes:
+            continue  # it follows
         if name == "optimizer":
             published = _published(args, value) if _selects_method(args) and "peft_model" not in changes else None
             # Per-layer updates that the optimizer's name asked for stay.

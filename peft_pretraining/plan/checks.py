@@ -123,7 +123,9 @@ def combination_problems(args: Arguments) -> list[str]:
     problems += _parallel_problems(args)
     problems += METHODS[args.peft_model].problems(args)
     problems += _optimizer_problems(args)
-    if args.stochastic_rounding and not OPTIMIZERS[args.optimizer].has_adam:
+    if args.weight_dtype is not None:
+        problems += _stored_weights_problems(args)
+    elif args.stochastic_rounding and not OPTIMIZERS[args.optimizer].has_adam:
         rounding = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.has_adam])
         problems.append(f"--stochastic_rounding with --optimizer {args.optimizer}: works with {rounding}")
     return problems + _allow_changes_problems(args)
@@ -140,6 +142,30 @@ def _optimizer_problems(args: Arguments) -> list[str]:
     if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
         return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
     return []
+
+
+def _stored_weights_problems(args: Arguments) -> list[str]:
+    """What cannot work with parameters that are stored as codes and scales."""
+    optimizer, method, flag = OPTIMIZERS[args.optimizer], METHODS[args.peft_model], f"--weight_dtype {args.weight_dtype}"
+    problems = []
+    if args.parallel == "fsdp":
+        problems.append(
+            f"{flag} with --parallel fsdp: parameters are divided by rows, which would cut blocks with a common scale; use "
+            "--parallel ddp, or leave --weight_dtype out"
+        )
+    if args.compile:
+        problems.append(f"{flag} with --compile: compiled layers take plain parameters only; leave one of the two out")
+    if not optimizer.has_adam:
+        names = _listed([name for name, other in OPTIMIZERS.items() if other.has_adam])
+        problems.append(
+            f"{flag} with --optimizer {args.optimizer}: its step rounds to nearest, which loses small updates; use {names}"
+        )
+    if method.projected or method.frozen_base:
+        problems.append(
+            f"{flag} with --peft_model {args.peft_model}: its updates of dense weights are not rounded to int8; use --peft_model "
+            "full, lowrank or sltrain, or leave --weight_dtype out"
+        )
+    return problems
 
 
 def _allow_changes_problems(args: Arguments) -> list[str]:
@@ -289,7 +315,7 @@ def _slow_save(num_bytes: dict[str, int]) -> list[str]:
     return [
         f"a checkpoint has {size / 1e9:.1f} GB: saved within {_TIME_TO_SAVE_S} s of a stop signal only by a disk that takes "
         f"{size / _TIME_TO_SAVE_S / 1e9:.2g} GB/s, and torchrun kills its processes 30 s after it unless "
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT (the recipes: 300) says otherwise; or lower --save_every by what may be lost"
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT (the recipes: 300) says otherwise; --save_minutes limits what may be lost"
     ]
 
 

@@ -126,7 +126,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     )
     positions = plan.num_training_steps * plan.tokens_per_update
     rows = [
-        ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}"),
+        ("model", f"{plan.model.name}, {args.peft_model}, {plan.dtype}{_weights_text(args)}"),
         ("parameters", f"{counts['total']:,}{share if method.replaces_linears else ''}"),
         (
             "",
@@ -160,6 +160,13 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     if memory_of_device is not None and memory_of_device.device_type == "cpu" and args.memory is None:
         lines += [f"warning: {text}" for text in _slow_dtype(plan, args)]
     return "\n".join(lines)
+
+
+def _weights_text(args: Arguments) -> str:
+    """How parameters are stored, if not in the dtype of the arithmetic."""
+    if args.weight_dtype is None:
+        return ""
+    return f", weights stored in {args.weight_dtype}, rounded {'stochastically' if args.stochastic_rounding else 'to nearest'}"
 
 
 def _rates_text(args: Arguments) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_pretraining.distributed.parallel import local
+from peft_pretraining.distributed.parallel import local, stored_parts
 from peft_pretraining.optim.updates import HasState
 from peft_pretraining.record.summary import METRICS_FILE, keep_record, read_metrics, read_record, read_stop, status, summary
 from peft_pretraining.record.wandb_run import finish_wandb, log_row, one_line, send_missing, start_wandb
@@ -168,6 +168,7 @@ class Recorder:
             self._last_perplexity,
             f"{row['bad_records']:,} bad records" if row.get("bad_records") else "",
             f"{row['max_memory'] / 2**30:.2f} GiB",
+            f"mfu {row['mfu']:.0%}" if "mfu" in row else "",
         ]
         _show(self._bar, [figure for figure in figures if figure])
 
@@ -336,8 +337,11 @@ class PendingUpdate:
 class Throughput:
     """Tokens, sequences and micro-batches per second of training; evaluation and saving do not count."""
 
-    def __init__(self, sequences_per_update: int, micro_batches_per_update: int):
-        """Counts are per update, over all processes."""
+    def __init__(
+        self, sequences_per_update: int, micro_batches_per_update: int, flops: Mapping[str, tuple[float, float]] | None = None
+    ):
+        """Counts are per update, over all processes. flops: see mfu.flop_rates."""
+        self._flops = flops or {}
         self._per_update = {"examples": sequences_per_update, "batches": micro_batches_per_update}
         self._start = time.perf_counter()
 
@@ -349,7 +353,9 @@ class Throughput:
         seconds = max(done_at - self._start, 1e-9)
         self._start = done_at
         rates = {f"throughput_{name}": num_updates * count / seconds for name, count in self._per_update.items()}
-        return rates | {"throughput_tokens": num_tokens / seconds}
+        rates["throughput_tokens"] = num_tokens / seconds
+        sequences, tokens = rates["throughput_examples"], rates["throughput_tokens"]
+        return rates | {name: layers * sequences + head * tokens for name, (layers, head) in self._flops.items()}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -431,7 +437,7 @@ def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
 
     Shared storage is counted once. Of sharded parameters this process's parts are counted.
     """
-    parameters = [local(parameter.detach()) for parameter in model.parameters()]
+    parameters = [part for parameter in model.parameters() for part in stored_parts("", parameter.detach()).values()]
     gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     supports = [buffer for module in model.modules() if isinstance(module, Support) for buffer in module.buffers()]
     states = [value for state in optimizer.state.values() for value in state.values()]

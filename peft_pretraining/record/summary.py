@@ -16,7 +16,12 @@ from peft_pretraining.training.stop import MARKER_FILE
 
 METRICS_FILE = "metrics.jsonl"
 # Prefixes of the keys of figures: numbers, or null where a figure was not finite.
-_FIGURES = ("loss", "lr", "gradnorm", "tokens_seen", "throughput_", "max_memory", "memory_", "final_eval_", "skipped_", "bad_")
+_FIGURES = (
+    *("loss", "lr", "gradnorm", "tokens_seen", "throughput_", "flops_", "mfu", "max_memory", "memory_", "final_eval_"),
+    *("skipped_", "bad_"),
+)
+# Keys of which the summary has the median over logged updates, beside tokens per second; see mfu.py.
+_RATES = ("flops_per_second", "flops_per_second_dense", "mfu", "mfu_dense")
 
 Row = Mapping[str, Any]
 
@@ -96,7 +101,7 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     at_end = is_finished(document, rows) and last.get("update_step") == reached(rows)
     final: Row = last if at_end else {}
-    rates = [row["throughput_tokens"] for row in updates if row.get("throughput_tokens")]
+    tokens_per_second = _median(updates, "throughput_tokens")
     states = [states_bytes(row) for row in updates]
     return {
         "parameters": (plan.get("parameters") or {}).get("total"),
@@ -111,12 +116,19 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "final_evaluation_step": final.get("update_step"),
         "final_bits_per_byte": final.get("final_eval_bits_per_byte"),
         "evaluation_tokens": last.get("final_eval_tokens"),
-        "tokens_per_second": statistics.median(rates) if rates else None,
-        "training_seconds": seconds_of(updates)[-1] if rates else None,
+        "tokens_per_second": tokens_per_second,
+        **{name: _median(updates, name) for name in _RATES},
+        "training_seconds": None if tokens_per_second is None else seconds_of(updates)[-1],
         # The newest value: ReLoRA's record begins with the rows of the full-rank run that it started from.
         "states_bytes": next((value for value in reversed(states) if value is not None), None),
         "peak_memory_bytes": max((row["max_memory"] for row in updates if row.get("max_memory")), default=None),
     }
+
+
+def _median(rows: Sequence[Row], name: str) -> float | None:
+    """Returns the median of a key over the rows that have it; None without such rows."""
+    values = [row[name] for row in rows if row.get(name)]
+    return statistics.median(values) if values else None
 
 
 def reached(rows: Sequence[Row]) -> int:

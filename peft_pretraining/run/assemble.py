@@ -119,6 +119,8 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         lambda: run_content(folder.path, parts, world, document),
         world,
         keep=args.keep_checkpoints,
+        keep_every=args.keep_every,
+        minutes=args.save_minutes,
         asynchronous=args.async_save,
         saved_step=parts.state.update_step if folder.resumes_in_place else None,
         timeout_s=args.timeout_s,
@@ -159,6 +161,7 @@ def _agreed(run: Run, world: World) -> Iterator[None]:
     """Runs a block that waits for data, after which all processes agree whether to continue.
 
     Raises StopRun if any process was asked to stop or has no data; without data before the first update it raises DataError.
+    In the same exchange rank 0 tells all that a save is due by its clock.
     """
     problem: str | None = None
     try:
@@ -168,12 +171,14 @@ def _agreed(run: Run, world: World) -> Iterator[None]:
         pass
     except DataError as error:
         problem = str(error)
-    wanted = largest(2 if problem else int(run.stop.requested), world)
-    if wanted == 2:
+    wanted = largest(3 if problem else 2 if run.stop.requested else int(run.saver.due_by_time()), world)
+    if wanted == 3:
         problem = problem or "another process of this run has no more data; see its error message"
         raise StopRun(problem) if run.parts.state.update_step else DataError(problem)
-    if wanted:
+    if wanted == 2:
         raise StopRun
+    if wanted:
+        run.saver.save_by_time()
 
 
 def run_evaluation(run: Run, world: World) -> EvalResult:

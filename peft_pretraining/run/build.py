@@ -129,6 +129,10 @@ def build_module(
 
     def apply_method(model: LlamaForCausalLM) -> None:
         METHODS[args.peft_model].apply(model, args)
+        if args.weight_dtype is not None:
+            from peft_pretraining.model.int8 import quantise_parameters
+
+            quantise_parameters(model)
         document_end = eos_id if args.packing and args.document_mask else None
         modules.append(TokenLoss(model, loss_chunk_rows(device.type), document_end))
         if sharded:
@@ -177,6 +181,7 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         "factor_scale": args.lora_alpha / args.rank,
         "embedding_bits": embedding_bits(args),
         "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,
+        "sliced": args.weight_dtype is not None,
     }
     build = partial(build_optimizer, args.optimizer, **settings)
     if METHODS[args.peft_model].projected:

@@ -246,7 +246,8 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
             way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
         other = f"another --save_dir; to evaluate alone use {_evaluate_command(path, args)}"
         other = other if name in EVALUATION_FLAGS else "another --save_dir"
-        problems.append(f"--{name} {now}: {path} was made with {then}; use {then}, {way_out}or {other}")
+        given, back = "not given" if now is None else now, "leave it out" if then is None else f"use {then}"
+        problems.append(f"--{name} {given}: {path} was made with {then}; {back}, {way_out}or {other}")
     problems += [
         f"{args.model_config}: {key} is {now}, {path} was made with {then}"
         for key, (then, now) in differing_shape(before["plan"], plan).items()
@@ -443,6 +444,9 @@ def differing_arguments(
     if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
         # --num_training_steps has no effect in either run.
         compared.remove("num_training_steps")
+    if then["weight_dtype"] != now["weight_dtype"] and "stochastic_rounding" not in args.given:
+        # It follows from --weight_dtype.
+        compared.remove("stochastic_rounding")
     differing = {name: (then[name], now[name]) for name in sorted(compared) if then[name] != now[name]}
     return {name: values for name, values in differing.items() if name not in _PATHS or not _same_place(*values)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.data.lanes import LaneState
 from peft_pretraining.data.loader import TrainLoader, merge_states
+from peft_pretraining.distributed.parallel import stored_parts
 from peft_pretraining.distributed.world import World, gather_objects
 from peft_pretraining.model.llama import both_spellings
 from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
@@ -46,7 +47,7 @@ def run_content(run_folder: Path, parts: RunParts, world: World, run_document: M
 
     Every process calls it.
     """
-    tensors = {f"{_MODEL}{name}": tensor for name, tensor in parts.model.state_dict().items()}
+    tensors = _model_tensors(parts.model)
     moments = optimizer_state(parts.updates, dict(parts.model.named_parameters()))
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.shared.items()}
     own = {f"{_OPTIMIZER}{name}": tensor for name, tensor in moments.own.items()}
@@ -156,8 +157,7 @@ def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = Fa
     document = checkpoint.read_json(path / "state.json")
     index = checkpoint.tensor_index(path)
     factors = _factors(parts.model) if warm_start else frozenset()
-    saved = {name: tensor for name, tensor in parts.model.state_dict().items() if name not in factors}
-    checkpoint.load_tensors(path, {f"{_MODEL}{name}": tensor for name, tensor in saved.items()})
+    checkpoint.load_tensors(path, _model_tensors(parts.model, without=factors))
     if not warm_start:
         _restore_moments(path, parts, index, document, world)
     # A run that adds --grad_norm_growth later starts without earlier norms.
@@ -176,6 +176,15 @@ def restore_run(path: Path, parts: RunParts, world: World, warm_start: bool = Fa
     state = train_state(path)
     for name, value in asdict(state).items():
         setattr(parts.state, name, value)
+
+
+def _model_tensors(model: nn.Module, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """Returns the tensors that a checkpoint holds of a model, by their names there, without those of some parameters."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in without:
+            tensors |= stored_parts(f"{_MODEL}{name}", tensor)
+    return tensors
 
 
 def _factors(model: nn.Module) -> frozenset[str]:

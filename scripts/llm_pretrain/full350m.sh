@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# LLaMA 350M, full-rank (the baseline), on C4 at length 256, batch 512 sequences.
+# LLaMA 350M, full-rank at SLTrain's learning rate, on C4 at length 256, batch 512 sequences.
 # Hardware: 4 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
 # Predicted, not measured: 367,969,280 parameters; 38.0 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: perplexity 18.80 after 6.4B tokens; parameters and Adam moments 2.21 G in the paper's convention (arXiv 2406.02214,
 #   Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
-# The learning rate is SLTrain's, so that only the method differs; it is not tuned for full-rank.
+# Not a tuned baseline: the learning rate is SLTrain's, so that only the method differs. tuned/full350m.sh has rates by group.
 # --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
 #   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
@@ -25,4 +25,7 @@ launch 4 torchrun_main.py \
     --weight_decay 0 \
     --dtype bfloat16 \
     --eval_every 1000 \
+    --save_minutes 20 \
+    --keep_checkpoints 2 \
+    --keep_every 10000 \
     "$@"

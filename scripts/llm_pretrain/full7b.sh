@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# LLaMA 7B, full-rank (the baseline), on C4 at length 256, batch 512 sequences.
+# LLaMA 7B, full-rank at SLTrain's learning rate, on C4 at length 256, batch 512 sequences.
 # Hardware: 8 GPUs by default; NPROC=N sets another number (micro-batch x N must divide 512).
 # Predicted, not measured: 6,738,415,616 parameters; 52.2 GiB at the peak on each GPU.
 # Status: planned only, not run yet.
 # Published: full-rank Adam takes 67.4 GB at batch 1 (arXiv 2406.02214, Fig. 3).
-# The learning rate is SLTrain's, so that only the method differs; it is not tuned for full-rank.
+# Not a tuned baseline: the learning rate is SLTrain's, so that only the method differs.
 # --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
 #   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
@@ -26,4 +26,7 @@ launch 8 torchrun_main.py \
     --eval_every 1000 \
     --grad_clipping 1.0 \
     --save_every 500 \
+    --save_minutes 20 \
+    --keep_checkpoints 2 \
+    --keep_every 5000 \
     "$@"

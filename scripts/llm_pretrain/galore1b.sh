@@ -30,4 +30,7 @@ launch 8 torchrun_main.py \
     --dtype bfloat16 \
     --eval_every 1000 \
     --save_every 3000 \
+    --save_minutes 20 \
+    --keep_checkpoints 2 \
+    --keep_every 3000 \
     "$@"

@@ -32,4 +32,7 @@ launch 8 torchrun_main.py \
     --eval_every 1000 \
     --grad_clipping 1.0 \
     --save_every 500 \
+    --save_minutes 20 \
+    --keep_checkpoints 2 \
+    --keep_every 5000 \
     "$@"

@@ -36,4 +36,7 @@ launch 1 torchrun_main.py \
     --weight_decay 0 \
     --dtype bfloat16 \
     --eval_every 1000 \
+    --save_minutes 20 \
+    --keep_checkpoints 2 \
+    --keep_every 10000 \
     "$@"

@@ -5,6 +5,7 @@
 # Status: planned only, not run yet.
 # Published: perplexity 26.04 after 2.2B tokens; parameters and Adam moments .60 G in the paper's convention (arXiv 2406.02214,
 #   Table 2). The published evaluation reads 1.7-3.5 % low (docs/method.md).
+# Rates and sizes are the published ones; tuned/sltrain130m.sh has rates by group.
 # --dry_run shows memory and batch arithmetic on your machine. Flags given on the command line override the script's;
 #   relative paths among them start from the folder where you are. The default run folder is in the checkout.
 set -euo pipefail
@@ -27,4 +28,7 @@ launch 1 torchrun_main.py \
     --weight_decay 0 \
     --dtype bfloat16 \
     --eval_every 1000 \
+    --save_minutes 20 \
+    --keep_checkpoints 2 \
+    --keep_every 10000 \
     "$@"

@@ -99,6 +99,14 @@ def test_retention_keeps_the_newest(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 
 
+def test_retention_keeps_multiples_for_good(tmp_path):
+    """Where the multiple itself has no checkpoint, because its save had to wait, the next one is kept: 41 here."""
+    for step in (10, 19, 20, 25, 30, 39, 41, 42, 51, 52, 53):
+        folder = save(tmp_path, step=step, keep=2, keep_every=20)
+    assert [path.name[-2:] for path in list_checkpoints(tmp_path)] == ["20", "41", "52", "53"]
+    assert folder.name == "step_00000053"
+
+
 def test_checkpoints_are_listed_by_updates_whatever_they_are_called(tmp_path):
     """And nothing else is: what a save, a removal or a copy left incomplete, links within the folder, and other folders."""
     run = tmp_path / "run"

@@ -72,6 +72,70 @@ def test_scheduled_saves_are_made(tmp_path, asynchronous):
     assert run.saved() == [4, 6]
 
 
+class Clock:
+    """A clock that shows what a test sets."""
+
+    seconds = 1000.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@both_ways
+def test_a_save_is_due_by_time_once_the_interval_since_the_last_save_has_passed(tmp_path, asynchronous):
+    """Since any save, a scheduled one too; and once only."""
+    clock = Clock()
+    run = Run(tmp_path, asynchronous=asynchronous, minutes=2, clock=clock)
+    due = []
+    for step in range(1, 11):
+        clock.seconds += 50
+        due.append(run.saver.due_by_time())
+        if due[-1]:
+            run.saver.save_by_time()
+        run.update(scheduled=step == 5)
+        run.saver._settle()
+    assert due == [step in (3, 8) for step in range(1, 11)]
+    assert run.saved() == [3, 5, 8]
+
+
+def test_a_save_by_time_waits_for_the_save_under_way_and_not_for_training(tmp_path, disk):
+    clock = Clock()
+    run = Run(tmp_path, asynchronous=True, minutes=1, clock=clock)
+    disk.gate.clear()
+    run.update(scheduled=True)
+    clock.seconds += 3600
+    assert not run.saver.due_by_time()
+    disk.gate.set()
+    run.saver._in_flight.join()
+    assert run.saver.due_by_time()
+    run.saver.finish()
+
+
+def test_the_time_that_a_save_takes_does_not_count(tmp_path, monkeypatch):
+    """Otherwise a save that takes longer than the interval would be followed by a save after every update."""
+    clock = Clock()
+    run = Run(tmp_path, minutes=1, clock=clock)
+    write = module.checkpoint.save_checkpoint
+
+    def slow(*args, **options):
+        clock.seconds += 90
+        return write(*args, **options)
+
+    monkeypatch.setattr(module.checkpoint, "save_checkpoint", slow)
+    run.update(scheduled=True)
+    assert not run.saver.due_by_time()
+    clock.seconds += 60
+    assert run.saver.due_by_time()
+
+
+def test_only_rank_0_looks_at_its_clock(tmp_path):
+    clock = Clock()
+    savers = [Saver(tmp_path, dict, World(rank=rank, size=2), minutes=1, clock=clock) for rank in (0, 1)]
+    without = Saver(tmp_path, dict, World(), clock=clock)
+    clock.seconds += 61
+    assert [saver.due_by_time() for saver in (*savers, without)] == [True, False, False]
+
+
 def test_a_background_save_stores_the_state_at_its_call(tmp_path, disk):
     """Tensors and documents change while the save waits, and the next save reuses the copy's buffers."""
     run = Run(tmp_path, asynchronous=True)

@@ -8,7 +8,9 @@ import pty
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,11 @@ from resealing import reseal
 import torchrun_main
 from peft_pretraining.__main__ import COMMANDS
 from peft_pretraining.__main__ import main as command
+from peft_pretraining.checkpoint.saver import Saver
 from peft_pretraining.checkpoint.step_folder import list_checkpoints
+from peft_pretraining.distributed.world import World
+from peft_pretraining.run import assemble
+from peft_pretraining.training.stop import StopRequest
 
 PUBLISHED_KEYS = {
     *("update_step", "loss", "lr", "tokens_seen", "throughput_tokens", "throughput_examples", "throughput_batches"),
@@ -435,6 +441,51 @@ def test_synchronous_and_background_saves_write_the_same_tensors(tmp_path, flags
     for path in paths:
         expected, found = tensors_of(tmp_path / "whole" / path.name), tensors_of(path)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("saving", [[], ["--async_save"]], ids=["waiting", "in the background"])
+def test_checkpoints_by_time_and_those_kept_for_good_change_no_bit(tmp_path, flags, saving, monkeypatch):
+    """A minute passes per update, in rank 0's clock; the run resumes exactly from a checkpoint saved by time."""
+    whole = train(tmp_path / "whole", *flags, "--save_every", "1")
+    numbers = itertools.count(1)
+    original = assemble.next_micro_batches
+    seconds = [0.0]
+
+    def next_micro_batches(run, world):
+        seconds[0] = 60.0 * next(numbers)
+        if run.saver._in_flight is not None:
+            run.saver._in_flight.join()
+        return original(run, world)
+
+    monkeypatch.setattr(assemble, "next_micro_batches", next_micro_batches)
+    monkeypatch.setattr(assemble, "Saver", partial(Saver, clock=lambda: seconds[0]))
+    flags = [*flags, *saving, "--save_every", "100", "--save_minutes", "2", "--keep_checkpoints", "1"]
+    folder = tmp_path / "run"
+    # Saved after updates 2, 3 (a multiple), 5 and 6 (the end).
+    assert without_times(train(folder, *flags, "--keep_every", "3")) == without_times(whole)
+    assert [path.name[-1] for path in list_checkpoints(folder)] == ["3", "6"]
+    by_time = train(tmp_path / "by-time", *flags[:-2])
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "by-time")] == ["2", "4", "6"]
+    assert without_times(by_time) == without_times(whole)
+    shutil.rmtree(tmp_path / "by-time" / "step_00000006")
+    assert without_times(train(tmp_path / "by-time", *flags)) == without_times(whole)
+    expected, found = tensors_of(tmp_path / "whole" / "step_00000006"), tensors_of(tmp_path / "by-time" / "step_00000006")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_every_process_saves_when_rank_0_says_that_the_time_has_come(tmp_path, monkeypatch):
+    """Process 1, whose clock is not asked, saves because process 0 sends a 1."""
+    sent, seconds = [], [0.0]
+    monkeypatch.setattr(assemble, "largest", lambda value, world: sent.append(value) or 1)
+    worlds = [World(rank=rank, size=2) for rank in (0, 1)]
+    savers = [Saver(tmp_path, dict, world, minutes=1, clock=lambda: seconds[0]) for world in worlds]
+    seconds[0] = 60.0
+    for saver, world in zip(savers, worlds, strict=True):
+        assert not saver.due(scheduled=False)
+        with assemble._agreed(SimpleNamespace(stop=StopRequest(), saver=saver), world):
+            pass
+        assert saver.due(scheduled=False)
+    assert sent == [1, 0]
 
 
 def test_a_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every recipe passes --dry_run without network and has the published hyperparameters."""
+"""Every recipe passes --dry_run without network; it has the published hyperparameters, or those that the tuned ones change."""
 
 import os
 import re
@@ -12,13 +12,20 @@ from pathlib import Path
 import pytest
 
 import torchrun_main
-from peft_pretraining.config.arguments import ROWS
+from peft_pretraining.config.arguments import ROWS, Arguments
 from peft_pretraining.config.command_line import parse_args
+from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "scripts" / "llm_pretrain").glob("*.sh"))
+RECIPES = sorted((ROOT / "scripts" / "llm_pretrain").rglob("*[0-9]*.sh"))
+TUNED = sorted((ROOT / "scripts" / "llm_pretrain" / "tuned").glob("*[0-9]*.sh"))
+
+
+def recipe_id(path: Path) -> str:
+    return str(path.relative_to(ROOT / "scripts" / "llm_pretrain").with_suffix(""))
+
 
 # The command lines of the published repository's scripts and README.
 COMMON = "--peft_model sltrain --weight_decay 0 --dtype bfloat16 --eval_every 1000 --total_batch_size 512 "
@@ -34,6 +41,10 @@ PUBLISHED = {
     "7b": (8, "--lr 0.003 --optimizer adam8bit --rank 1024 --sp_ratio 0.05 --batch_size 8 --num_training_steps 150000 "
            "--warmup_steps 15000 --grad_clipping 1.0 --save_every 500 --lora_alpha 8"),
 }  # fmt: skip
+
+
+# Flags of saving that the published programs did not have.
+OF_SAVING = {"save_minutes", "keep_checkpoints", "keep_every"}
 
 
 def recipe_flags(path: Path) -> list[str]:
@@ -53,28 +64,13 @@ def test_published_command_line_is_accepted_with_its_meaning(size, monkeypatch):
     assert plan.num_training_steps == args.num_training_steps
 
 
-@pytest.fixture
-def words_of_torchrun(tmp_path) -> Callable[..., list[str]]:
-    """Runs a recipe whose Python is replaced by a script that prints its arguments; returns the arguments."""
-    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_") and name != "NPROC"}
-    environment["SLTRAIN_PYTHON"] = str(tmp_path / "python")
-
-    def run(path: Path, *arguments: str, **variables: str) -> list[str]:
-        command = ["bash", str(path), *arguments]
-        return subprocess.check_output(command, cwd="/", env=environment | variables, text=True).splitlines()
-
-    return run
-
-
 def assert_is_the_plan_of(path: Path, text: str) -> None:
     size = re.sub(r"^[a-z]+?(?=\d)", "", path.stem)
     assert f"llama_{size}" in text
     assert "parameters" in text
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_id)
 def test_a_recipes_command_passes_dry_run_without_network(path, words_of_torchrun, monkeypatch, capsys):
     words = words_of_torchrun(path, "--dry_run")
     argv = words[words.index("torchrun_main.py") + 1 :]
@@ -106,8 +102,19 @@ def test_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     published = vars(parse_args(f"--model_config configs/llama_{size}.json {COMMON} {PUBLISHED[size][1]}".split()))
     ours = vars(parse_args(recipe_flags(ROOT / "scripts" / "llm_pretrain" / f"sltrain{size}.sh")))
-    different = {name for name in published if published[name] != ours[name]} - {"given"}
+    different = {name for name in published if published[name] != ours[name]} - {"given"} - OF_SAVING
     assert different == ({"lr"} if size == "7b" else set())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loses_at_most_30_minutes_and_does_not_fill_the_disk(path):
+    """It saves early enough to leave a third of the time for the update, the evaluation and the save under way."""
+    args = parse_args(recipe_flags(path))
+    assert args.save_minutes is not None
+    assert args.save_minutes <= 20
+    assert args.keep_checkpoints == 2
+    assert args.keep_every is not None
+    assert args.keep_every % args.save_every == 0
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -138,13 +145,13 @@ def test_galore_recipe_keeps_the_published_hyperparameters(size, monkeypatch):
     folder = ROOT / "scripts" / "llm_pretrain"
     argv = f"--model_config configs/llama_{size}.json --optimizer galore_adamw {GALORE} {PUBLISHED_GALORE[size]}".split()
     published, ours = vars(parse_args(argv)), vars(parse_args(recipe_flags(folder / f"galore{size}.sh")))
-    different = {name for name in published if published[name] != ours[name]} - {"given", "save_every"}
+    different = {name for name in published if published[name] != ours[name]} - {"given", "save_every"} - OF_SAVING
     assert different <= {"num_training_steps", "warmup_steps"} | {"1b": {"rank"}, "7b": {"optimizer"}}.get(size, set())
     twin = vars(parse_args(recipe_flags(folder / f"full{size}.sh")))
     assert all(ours[name] == twin[name] for name in ("num_training_steps", "warmup_steps", "total_batch_size"))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_id)
 def test_recipe_starts_torchrun_here_or_as_one_of_several_machines(path, words_of_torchrun):
     """With as many processes as the recipe's header says, or NPROC; the launcher passes signals on either way."""
     header = re.search(r"^# Hardware: (\d+) GPU", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -207,6 +214,42 @@ def test_the_full_rank_warm_up_in_reloras_header_fits_it(size, monkeypatch):
     assert all(getattr(warm, name) == getattr(ours, name) for name in names)
 
 
+def tuned_and_published(path: Path, words_of_torchrun: Callable[..., list[str]]) -> tuple[Arguments, Arguments]:
+    """The arguments of a tuned recipe and of the published one beside its folder."""
+    words = [words_of_torchrun(recipe) for recipe in (path, path.parent.parent / path.name)]
+    tuned, published = (parse_args(found[found.index("torchrun_main.py") + 1 :]) for found in words)
+    return tuned, published
+
+
+@pytest.mark.parametrize("path", TUNED, ids=recipe_id)
+def test_a_tuned_recipe_changes_rates_start_and_clipping_only(path, words_of_torchrun, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tuned, published = map(vars, tuned_and_published(path, words_of_torchrun))
+    different = {name for name in tuned if tuned[name] != published[name]} - {"given"}
+    assert different <= {"lr", "matrix_lr", "sparse_lr", "start_scale", "lora_alpha", "grad_clipping"}
+    assert {"lr", "matrix_lr"} <= different
+
+
+@pytest.mark.parametrize("method", ["full", "sltrain"])
+def test_tuned_rates_are_carried_over_by_the_square_root_of_the_hidden_size(method, words_of_torchrun, monkeypatch):
+    """From size to size, the embedding's rate over that of matrices, and of sparse values; alpha / rank stays."""
+    monkeypatch.chdir(ROOT)
+    found = [tuned_and_published(path, words_of_torchrun)[0] for path in TUNED if path.stem.startswith(method)]
+    assert len(found) == 4
+    widths = [load_model_config(args.model_config).hidden_size for args in found]
+    groups = ["matrix_lr", *(["sparse_lr"] if method == "sltrain" else [])]
+    for group in groups:
+        scaled = [args.lr / getattr(args, group) / width**0.5 for args, width in zip(found, widths, strict=True)]
+        assert scaled == pytest.approx([scaled[0]] * 4, rel=0.01)  # rates have three digits
+    assert len({args.lora_alpha / args.rank for args in found} if method == "sltrain" else {args.lr for args in found}) == 1
+
+
+def test_only_methods_with_tuned_rates_get_them():
+    rates = ROOT / "scripts" / "llm_pretrain" / "tuned" / "rates.sh"
+    ended = subprocess.run(["bash", str(rates), "galore", "512"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "rates.sh: galore: no rates for this method; must be full or sltrain\n")
+
+
 # Flags whose values are paths: of training by their rows, and of fine-tuning.
 PATH_FLAGS = {name for name, row in ROWS.items() if row.unit in ("file", "folder")} | {"dataset", "eval_dataset", "tokenizer"}
 FINETUNING_PATHS = {"model", "train_file", "validation_file", "out"}
@@ -231,7 +274,7 @@ def test_relative_paths_start_where_the_script_was_started(tmp_path):
         ("--dataset", "corpus one"): f"{here}/corpus one",
         ("--dataset", "shard-*.jsonl"): f"{here}/shard-*.jsonl",
         ("--save_dir", "runs/new"): f"{here}/runs/new",
-        ("--out", "../tuned"): f"{here}/../tuned",
+        ("--out", "../a new model"): f"{here}/../a new model",
         ("--eval_dataset", "/data"): "/data",
         ("--tokenizer", "t5-base"): "t5-base",
         ("--dataset", "c4"): "c4",
@@ -255,7 +298,7 @@ def test_setup_knows_every_flag_that_takes_a_path(tmp_path):
     assert set(re.findall(r"--(\w+)", text)) == PATH_FLAGS | FINETUNING_PATHS
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_id)
 def test_a_recipe_resolves_given_paths_and_keeps_its_own(path, words_of_torchrun):
     """words_of_torchrun starts it in /: a new run folder is there, the model's configuration in the checkout."""
     words = words_of_torchrun(path, "--save_dir", "a new run", "--name=it's")

@@ -168,6 +168,7 @@ def in_both(rank: int, port: int, optimizer: str, results: Path) -> None:
 @pytest.fixture(scope="module", params=OPTIMIZERS)
 def two_processes(request, tmp_path_factory) -> tuple[str, list[dict]]:
     """Returns the optimizer's name and the results of each process."""
+    pytest.importorskip({"adam8bit": "bitsandbytes", "adamw4bit": "torchao"}.get(request.param, "torch"))
     folder, port = tmp_path_factory.mktemp(request.param), free_port()
     processes = [SERVER.Process(target=in_both, args=(rank, port, request.param, folder)) for rank in range(2)]
     for process in processes:

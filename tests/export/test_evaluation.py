@@ -28,10 +28,10 @@ def held_out(tiny_run: list[str]) -> Path:
     return Path(tiny_run[tiny_run.index("--dataset") + 1]) / "words-validation.jsonl"
 
 
-@pytest.fixture
-def forms(trained: Trained, tmp_path: Path) -> list[Path]:
+@pytest.fixture(params=["sltrain", "sltrain_int8"])
+def forms(request: pytest.FixtureRequest, trained: Trained, tmp_path: Path) -> list[Path]:
     """Returns a run, its checkpoint, and its dense and factored exports."""
-    run = trained("sltrain")
+    run = trained(request.param)
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "dense")]) == 0
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "factored"), "--keep_factors"]) == 0
     return [run, run / "step_00000008", tmp_path / "dense", tmp_path / "factored"]

@@ -25,7 +25,7 @@ from peft_pretraining.memory.counts import parameter_counts, support_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Trained = Callable[[str], Path]
-EVERY_METHOD = ["full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block"]
+EVERY_METHOD = ["full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block", "sltrain_int8"]
 PROMPT = "Fox 3 jumps over dog"
 # Loads the export with transformers alone, in a separate process. `certain` is the text before the first token whose logit is
 # within `margin` of the second best: from this token on, two correct computations may choose different tokens.
@@ -100,7 +100,7 @@ def test_a_dense_export_of_every_method_has_the_models_logits(trained: Trained, 
         torch.testing.assert_close(model(torch.tensor([ids])).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lowrank", "sltrain", "sltrain_scaled", "sltrain_block"])
+@pytest.mark.parametrize("name", ["lowrank", "sltrain", "sltrain_scaled", "sltrain_block", "sltrain_int8"])
 def test_load_factored_loads_a_factored_export(trained: Trained, tmp_path: Path, name: str) -> None:
     assert export(trained(name), tmp_path / "factored", "--keep_factors") == 0
     model, tokenizer = load_factored(tmp_path / "factored")

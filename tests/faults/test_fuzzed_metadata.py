@@ -59,6 +59,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, tiny_run) -> Case:
+    pytest.importorskip("bitsandbytes")
     folder = tmp_path_factory.mktemp("fuzzed")
     flags = [*tiny_run, "--num_training_steps", "2", "--warmup_steps", "1", "--batch_size", "2", "--max_length", "32"]
     flags += ["--peft_model", "sltrain", "--rank", "4", "--sp_ratio", "0.1", "--optimizer", "adam8bit"]

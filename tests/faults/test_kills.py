@@ -66,14 +66,14 @@ def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
-        ("SIGKILL", "spectron8bit_per_layer"),
+        ("SIGKILL", "spectron8bit_per_layer --weight_dtype int8"),
         ("SIGTERM", "adamw"),
         pytest.param("SIGKILL", "adamw", marks=pytest.mark.full),
     ],
 )
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
 def test_a_killed_run_started_again_ends_bit_identical(tmp_path, flags, kills, name, optimizer):
-    flags += ["--optimizer", optimizer]
+    flags += ["--optimizer", *optimizer.split()]
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)

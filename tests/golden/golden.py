@@ -23,7 +23,7 @@ PLAIN_KERNELS = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-METHODS = ("full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block")
+METHODS = ("full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block", "sltrain_int8")
 # Runs of SLTrain with other optimizers than adamw.
 OPTIMIZERS = ("muon", "spectron", "stable_spam")
 NUM_UPDATES = 20

@@ -28,3 +28,12 @@ def test_losses_and_gradient_norms_equal_the_recorded_ones(current, run):
     assert len(GOLDEN[run]["loss"]) == len(GOLDEN[run]["gradnorm"]) == NUM_UPDATES
     for key, recorded in GOLDEN[run].items():
         assert current[run][key] == pytest.approx(recorded, rel=1e-6), f"{run}: {key} moved"
+
+
+@pytest.mark.parametrize("end", ["", "_per_layer"])
+def test_losses_with_weights_stored_in_int8_are_near_those_of_float32(end):
+    """The embedding's and head's initial values are rounded by up to .4 % of the largest of a block."""
+    plain, stored = (GOLDEN[f"sltrain{name}{end}"] for name in ("", "_int8"))
+    for key in ("loss", "final_eval_loss"):
+        assert stored[key] == pytest.approx(plain[key], rel=2e-3)
+        assert stored[key] != plain[key]

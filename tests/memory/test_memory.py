@@ -22,6 +22,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import (
     activation_bytes,
     loss_bytes,
+    paper_bytes,
     paper_estimate,
     parameter_counts,
     static_bytes,
@@ -29,6 +30,7 @@ from peft_pretraining.memory.counts import (
     tensor_groups,
 )
 from peft_pretraining.methods.galore import projected_matrices
+from peft_pretraining.model.int8 import quantise_parameters
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss, chunked_cross_entropy, hidden_states
 from peft_pretraining.optim.build import build_galore, build_optimizer
@@ -158,6 +160,9 @@ STATES: list[tuple[str, dict[str, Any]]] = [
     ("adamw4bit", {}),
     ("adamw4bit", {"embedding_bits": 8}),
     ("adamw4bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+    ("adamw", {"weight_dtype": "int8"}),
+    ("adam8bit", {"weight_dtype": "int8", "stochastic_rounding": True}),
+    ("muon8bit", {"weight_dtype": "int8"}),
 ]
 
 
@@ -197,6 +202,11 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
     cfg = tiny()
     model = build(cfg, method, getattr(torch, dtype))
     choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
+    if "weight_dtype" in settings:
+        if method == "relora":
+            pytest.skip("refused")
+        quantise_parameters(model)
+        choice["sliced"] = True
     rounding = StochasticRounding(0) if settings.get("stochastic_rounding") else None
     make = partial(build_optimizer, optimizer, lr=1e-3, weight_decay=0.0, rounding=rounding, **choice)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -416,6 +426,20 @@ def test_sltrains_totals_equal_the_printed_ones() -> None:
     for size, parts in (printed | {"7b": (8.88, 12.58, 21.46)}).items():
         estimate = paper_estimate(counts(size, "sltrain"), "sltrain")
         assert tuple(estimate[k] for k in ("parameters_G", "optimizer_G", "total_G")) == parts
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("full", "muon"), ("sltrain", "muon8bit"), ("lowrank", "spectron"), ("relora", "muon")]
+)
+def test_matrices_of_muon_and_spectron_have_one_moment_by_the_papers_convention(method: str, optimizer: str) -> None:
+    """Dense weights or factors at 350M; all else, and every parameter with AdamW, has two of two bytes each."""
+    cfg, r = config("350m"), RANKS["350m"]
+    h, i, layers = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
+    matrices = layers * (4 * h * h + 3 * h * i if method == "full" else r * (4 * 2 * h + 3 * (h + i)))
+    found = counts("350m", method)
+    adamw, ours = (paper_bytes(found, name) for name in ("adamw", optimizer))
+    assert (adamw[0] - ours[0], adamw[1] - ours[1]) == (0, 2 * matrices)
+    assert paper_estimate(found, method, optimizer)["optimizer_G"] == round(ours[1] / 1e9, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Muon, Spectron and Stable-SPAM step as their formulas say, computed here in float64 or by torch's own Muon."""
 
+import copy
 import math
 from functools import partial
 
@@ -13,7 +14,7 @@ from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.combined import StableSpam
 from peft_pretraining.optim.orthogonal import orthogonalised, pairs_of_factors, scale_of_shape
 from peft_pretraining.optim.state import reset_moments_
-from peft_pretraining.optim.updates import PerLayerUpdate, WholeUpdate
+from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
 
 SHAPES = {"a_proj.weight": (24, 24), "b_proj.weight": (16, 40), "c_proj.weight": (40, 16)}
 RANK = 6
@@ -162,33 +163,51 @@ def test_spectrons_step_limits_the_change_of_the_product():
     assert change.item() > 0.1 * limit
 
 
-def test_a_pair_with_one_non_finite_gradient_is_not_stepped():
-    parameters = factors()
-    before = {name: p.detach().clone() for name, p in parameters.items()}
+def pair_updates(parameters, growth=None):
     build = partial(build_optimizer, "spectron", lr=0.0, weight_decay=0.0)
-    updates = PerLayerUpdate(build, parameters, World(), joint=pairs_of_factors(parameters))
+    return PerLayerUpdate(build, parameters, World(), growth=growth, joint=pairs_of_factors(parameters))
+
+
+def update_with(updates, parameters, found):
+    """One update in which the parameters named in `found` get these gradients."""
     updates.begin(0.1)
     updates.before_backward(last=True)
-    found = gradients(parameters, 0)
-    found["x.lora_A"][0, 0] = torch.nan
     sum((parameters[name] * gradient).sum() for name, gradient in found.items()).backward()
-    outcome = updates.finish(torch.zeros(()))
-    stepped = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
-    assert stepped == parameters.keys() - {"x.lora_A", "x.lora_B"}
-    assert float(outcome.skipped) == 2
+    return updates.finish(torch.zeros(()))
+
+
+def state_of(updates, parameter):
+    return {name: copy.deepcopy(value) for name, value in updates.optimizer.state[parameter].items()}
+
+
+@pytest.mark.parametrize("factor", ["x.lora_A", "x.lora_B"])
+def test_a_pair_with_one_non_finite_gradient_keeps_its_weights_states_and_limits(factor):
+    """Whichever of the two gradients is complete first. All other parameters are stepped."""
+    parameters = factors()
+    updates = pair_updates(parameters, GrowthLimit(1.5, len(parameters), torch.device("cpu")))
+    update_with(updates, parameters, gradients(parameters, 0))
+    before = {name: (p.detach().clone(), state_of(updates, p)) for name, p in parameters.items()}
+    limits = dict(zip(parameters, updates.growth.previous.tolist(), strict=True))
+    found = {name: 1.2 * gradient for name, gradient in gradients(parameters, 0).items()}
+    found[factor][0, 0] = torch.nan
+    assert float(update_with(updates, parameters, found).skipped) == 2
+    for number, (name, parameter) in enumerate(parameters.items()):
+        weights, states = before[name]
+        now = state_of(updates, parameter)
+        same_states = all(torch.equal(torch.as_tensor(now[key]), torch.as_tensor(states[key])) for key in now)
+        same_limit = float(updates.growth.previous[number]) == limits[name]
+        unchanged = [torch.equal(parameter, weights), same_states, same_limit]
+        assert unchanged == [name in ("x.lora_A", "x.lora_B")] * 3, name
 
 
 def test_a_pair_of_which_one_has_no_gradient_is_not_stepped_and_keeps_no_gradient():
     parameters = factors()
     before = parameters["x.lora_A"].detach().clone()
-    build = partial(build_optimizer, "spectron", lr=0.0, weight_decay=0.0)
-    updates = PerLayerUpdate(build, parameters, World(), joint=pairs_of_factors(parameters))
-    updates.begin(0.1)
-    updates.before_backward(last=True)
-    parameters["x.lora_A"].sum().backward()
-    updates.finish(torch.zeros(()))
+    updates = pair_updates(parameters, GrowthLimit(1.5, len(parameters), torch.device("cpu")))
+    update_with(updates, parameters, {"x.lora_A": torch.ones_like(before)})
     assert torch.equal(parameters["x.lora_A"], before)
     assert parameters["x.lora_A"].grad is None
+    assert not updates.growth.previous.any()
 
 
 def test_stable_spam_follows_its_formula_through_a_reset():

@@ -1,6 +1,7 @@
 """Optimizer states are saved and restored bit-identically, and states that do not fit are refused."""
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.distributed.world import World
-from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.build import OptimizerUnavailable, build_optimizer
 from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
 from peft_pretraining.optim.updates import WholeUpdate
 
@@ -108,3 +109,16 @@ def test_an_inconsistent_quantised_state_is_refused(name, damage):
 def test_an_unknown_optimizer_name_is_refused():
     with pytest.raises(ValueError, match="'lion'"):
         build_optimizer("lion", {"x": nn.Parameter(torch.zeros(1))}, lr=1.0, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("adam8bit", "bitsandbytes"), ("muon8bit", "bitsandbytes"), ("spectron8bit", "bitsandbytes"), ("adamw4bit", "torchao")],
+)
+def test_a_missing_package_is_named_with_the_way_out(monkeypatch, name, package):
+    """Instead of a traceback, when the optimizer is built."""
+    for module in (package, "peft_pretraining.optim.adam8bit", "peft_pretraining.optim.adam_ao"):
+        monkeypatch.setitem(sys.modules, module, None)
+    matrix = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(OptimizerUnavailable, match=f"need {package}, which cannot be imported.*pip install {package}, or use"):
+        build_optimizer(name, {"model.layers.0.mlp.up_proj.weight": matrix}, lr=0.1, weight_decay=0.0)

@@ -1,11 +1,9 @@
 """Steps in slices are bit-identical to the libraries'; stochastic rounding is unbiased and the same on every replica."""
 
-import bitsandbytes
 import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.optim import adam8bit, adam_ao
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.slices import StochasticRounding, round_stochastically_, slices
 
@@ -32,6 +30,9 @@ def step_both(ours, theirs, left, right, dtype):
 @pytest.mark.parametrize("count", [100, 5000, 8192 * 2 + 5, 8192 * 3 + 4100])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_adam8bit_in_slices_is_bit_identical_to_bitsandbytes(monkeypatch, dtype, count, bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft_pretraining.optim import adam8bit
+
     monkeypatch.setattr(adam8bit, "SLICE_ELEMENTS", 8192)
     torch.manual_seed(0)
     left = nn.Parameter(torch.randn(count).to(dtype))
@@ -45,7 +46,8 @@ def test_adam8bit_in_slices_is_bit_identical_to_bitsandbytes(monkeypatch, dtype,
 @pytest.mark.parametrize(("name", "bits"), [("AdamW4bit", None), ("AdamW8bit", 8)])
 def test_quantised_adam_in_slices_is_bit_identical_to_torchao(monkeypatch, dtype, name, bits):
     """For complete blocks: torchao does not quantise the moments of other tensors."""
-    import torchao.optim
+    library = pytest.importorskip("torchao.optim")
+    from peft_pretraining.optim import adam_ao
 
     monkeypatch.setattr(adam_ao, "SLICE_ELEMENTS", 8192)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiled arithmetic is not bit-identical
@@ -53,7 +55,7 @@ def test_quantised_adam_in_slices_is_bit_identical_to_torchao(monkeypatch, dtype
     left = nn.Parameter(torch.randn(8192 * 2 + 5120).to(dtype))
     right = nn.Parameter(left.detach().clone())
     ours = build_optimizer("adamw4bit", {"lm_head.weight": left}, lr=0.01, weight_decay=0.1, embedding_bits=bits)
-    step_both(ours, getattr(torchao.optim, name)([right], lr=0.01, weight_decay=0.1), left, right, dtype)
+    step_both(ours, getattr(library, name)([right], lr=0.01, weight_decay=0.1), left, right, dtype)
 
 
 def test_quantised_moments_take_half_a_byte_per_element():

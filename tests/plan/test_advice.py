@@ -78,7 +78,7 @@ def smallest_peak(line: str, world: World, device_type: str) -> int:
     }
     peaks = []
     for optimizer in optimizers.get(args.optimizer, [args.optimizer]):
-        for more in ("", " --parallel fsdp"):
+        for more in ("", " --parallel fsdp", " --weight_dtype int8"):
             typed = (
                 f"{line} --optimizer {optimizer} --peft_model {args.peft_model} --grad_clipping 0 --per_layer {more} "
                 "--dtype bfloat16 --embedding_states 8bit --activation_checkpointing layer --async_save false --batch_size 1"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import published_models
 import pytest
 import torch
@@ -132,13 +131,15 @@ def test_moments_are_assigned_to_their_parameters(
         ("relora", torch.optim.AdamW, [*RELORA, "--weight_decay", "0"]),
         ("full", torch.optim.SGD, ["--optimizer", "sgd", "--beta1", "0.9"]),
         ("sltrain", Adafactor, ["--optimizer", "adafactor"]),
-        ("sltrain", bitsandbytes.optim.Adam8bit, ["--optimizer", "adam8bit", "--embedding_states", "8bit"]),
+        ("sltrain", "Adam8bit", ["--optimizer", "adam8bit", "--embedding_states", "8bit"]),
     ],
 )
 def test_training_continues_with_the_published_losses(
     tmp_path: Path, capsys: Captured, flags: list[str], method: str, kind: Any, more: list[str]
 ) -> None:
     """With moments the losses are equal; without them later losses differ."""
+    if kind == "Adam8bit":
+        kind = pytest.importorskip("bitsandbytes").optim.Adam8bit
     model = reference(method)
     settings = {"weight_decay": 0.1 if "0.1" in more else 0.0, **OWN_SETTINGS.get(kind, {})}
     optimizer = trained_a_while(model, kind, **settings)

@@ -25,6 +25,12 @@ def test_paper_memory_equals_the_published_estimate(tmp_path):
     assert read_run(write_run(tmp_path / "run")).paper_memory == pytest.approx(0.26, abs=1e-9)
 
 
+def test_paper_memory_counts_one_moment_of_muons_matrices(tmp_path):
+    """Full-rank at 60M: 58.1M parameters of two bytes (.12 G), two moments of 32.8M and one of 25.3M (.18 G)."""
+    run = read_run(write_run(tmp_path / "run", "--optimizer", "muon", method="full"))
+    assert run.paper_memory == pytest.approx(0.12 + 0.18, abs=1e-9)
+
+
 def test_unfinished_and_stopped_runs_have_a_note_and_no_final_perplexity(tmp_path):
     folder = write_run(tmp_path / "run", reached=4)
     write_rows(folder, [*rows_of(folder), evaluation(4, 80.0)])

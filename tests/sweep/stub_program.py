@@ -2,6 +2,7 @@
 
 --weight_decay 1: fails with exit code 1. --weight_decay 2: makes half its updates, saves, and waits for a signal.
 --weight_decay 3: makes half its updates, saves and is killed. --weight_decay 4: its losses and perplexity are not finite.
+--weight_decay 5: waits until two runs have begun, and fails if it is the only one for long.
 A resumed run makes the remaining updates. Every start adds a line to starts.txt beside its folder.
 """
 
@@ -25,6 +26,14 @@ def row(step: int, loss: float | None = 5.0) -> dict:
     return {"update_step": step, "loss": loss, "tokens_seen": 10 * step, "throughput_tokens": 5.0, "max_memory": 2**20}
 
 
+def two_have_begun(starts: Path) -> bool:
+    for _ in range(1200):
+        if len(starts.read_text().split()) >= 2:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     args = parse_args(sys.argv[1:])
@@ -34,6 +43,9 @@ def main() -> int:
         file.write(f"{folder.name}\n")
     if args.weight_decay == 1:
         print("stub: error: asked to fail", file=sys.stderr)
+        return 1
+    if args.weight_decay == 5 and not two_have_begun(folder.parent / "starts.txt"):
+        print("stub: error: no other run began", file=sys.stderr)
         return 1
     resumed = any(folder.glob("step_*"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,18 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from peft_pretraining.__main__ import main as command
-from peft_pretraining.commands.sweep import runner
+from peft_pretraining.commands.sweep import parallel, runner
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = Path(__file__).resolve().parent / "stub_program.py"
@@ -77,6 +79,16 @@ def test_the_best_of_each_round_go_on(tmp_path, stub, capfd):
     assert "| lr0.4-seed1 | 20.40 |  |" in table
     assert command(["sweep", str(path)]) == 0
     assert starts(tmp_path) == finals  # nothing was started again
+
+
+def test_all_rounds_start_from_the_same_full_rank_run(tmp_path, stub):
+    """A round's flags do not change the full-rank run, so it is made once, not once per round."""
+    entry = {"peft_model": "relora", "relora": 2, "lr": [0.1, 0.2, 0.3], "warm_up": {"lr": 0.5, "num_training_steps": 1}}
+    rounds = [{"num_training_steps": 2, "keep": 2}, {"num_training_steps": 3, "keep": 1}]
+    assert command(["sweep", str(write_search(tmp_path, [entry], rounds, seeds=[1, 2]))]) == 0
+    made = [(path.parent.relative_to(tmp_path / "runs"), path.read_text().split()) for path in tmp_path.rglob("starts.txt")]
+    assert {str(folder): len(runs) for folder, runs in made} == {"search-1": 3, "search-2": 2, "warm_up": 2, ".": 2}
+    assert starts(tmp_path, "warm_up") == ["lr0.5-num_training_steps1-seed1", "lr0.5-num_training_steps1-seed2"]
 
 
 def test_a_round_with_a_failed_run_is_made_to_its_end_and_chooses_nothing(tmp_path, stub, capfd):
@@ -219,10 +231,93 @@ def test_a_sweep_with_an_invalid_run_starts_nothing(tmp_path, stub, capfd):
     assert not (tmp_path / "runs").exists()
 
 
+def test_runs_at_a_time_overlap_and_a_failed_one_does_not_end_the_others(tmp_path, stub, capfd):
+    """Each of the first two runs waits until both have begun."""
+    path = write_sweep(tmp_path, [{"weight_decay": 5, "lr": [0.1, 0.2]}, {"weight_decay": [1, 0]}], seeds=[1])
+    assert command(["sweep", str(path), "--parallel_runs", "0"]) == 2
+    assert "--parallel_runs 0: must be at least 1" in capfd.readouterr().err
+    assert command(["sweep", str(path), "--parallel_runs", "2"]) == 1
+    told = capfd.readouterr().out
+    names = ["lr0.1-weight_decay5-seed1", "lr0.2-weight_decay5-seed1", "weight_decay1-seed1", "weight_decay0-seed1"]
+    assert sorted(starts(tmp_path)) == sorted(names)
+    assert "1 of 4 runs failed" in told
+    assert "[4/4] weight_decay0-seed1: finished, perplexity 20.00\n" in told
+    assert re.search(r"weight_decay5-seed1: finished, perplexity 20\.\d+; about 1 min left", told)
+    report = json.loads((tmp_path / "runs" / "report" / "report.json").read_text())
+    assert len(report["groups"]) == 3
+
+
+def test_runs_at_a_time_wait_for_the_run_that_they_start_from(tmp_path, stub, capfd):
+    """The first entry's warm-up is killed, so its run is not started; the second entry's follows its own."""
+    warm_ups = [{"weight_decay": 3, "num_training_steps": 2}, {"num_training_steps": 2}]
+    path = write_sweep(tmp_path, [{"peft_model": "relora", "relora": 2, "warm_up": warm_up} for warm_up in warm_ups])
+    assert command(["sweep", str(path), "--parallel_runs", "4"]) == 1
+    told = capfd.readouterr().out
+    assert told.count("which did not finish") == 2  # when it happens and at the end
+    (made,) = starts(tmp_path)
+    assert made == "relora-relora2-warm_up-num_training_steps2-seed42"
+    begun = told.index(f"{made}: not started; output in")
+    assert told.index("warm_up/num_training_steps2-seed42: finished") < begun
+    assert len(starts(tmp_path, "warm_up")) == 2
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_a_run_whose_log_cannot_be_written_fails_and_the_others_are_made(tmp_path, stub, capfd, at_a_time):
+    path = write_sweep(tmp_path, [{"lr": [0.1, 0.2, 0.3]}])
+    (tmp_path / "runs" / "lr0.1-seed42.log").mkdir(parents=True)
+    assert command(["sweep", str(path), "--parallel_runs", str(at_a_time)]) == 1
+    assert "failed: lr0.1-seed42: could not be started: [Errno 21] Is a directory" in capfd.readouterr().out
+    assert sorted(starts(tmp_path)) == ["lr0.2-seed42", "lr0.3-seed42"]
+
+
+def test_rounds_of_a_search_run_several_at_a_time(tmp_path, stub, capfd):
+    path = write_search(tmp_path, [{"lr": [0.3, 0.1, 0.2]}], [{"num_training_steps": 2, "keep": 2}, {"keep": 1}])
+    assert command(["sweep", str(path), "--parallel_runs", "3"]) == 0
+    assert sorted(starts(tmp_path, "search-1")) == ["lr0.1-seed42", "lr0.2-seed42", "lr0.3-seed42"]
+    assert sorted(starts(tmp_path)) == ["lr0.1-seed42", "lr0.2-seed42"]
+
+
+def test_every_run_has_its_gpus_or_its_share_of_the_cores(tmp_path, monkeypatch):
+    planned = [SimpleNamespace(args=SimpleNamespace(device="auto"))] * 4
+    on_cpu = [SimpleNamespace(args=SimpleNamespace(device="cpu"))]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert parallel.places(1, 1, planned) == ([{}], None)
+    assert parallel.places(3, 2, planned) == ([{"OMP_NUM_THREADS": "2"}] * 3, None)
+    assert parallel.places(20, 1, planned) == ([{"OMP_NUM_THREADS": "1"}] * 20, None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+
+    def gpus(*arguments):
+        environments, notice = parallel.places(*arguments)
+        return [environment["CUDA_VISIBLE_DEVICES"] for environment in environments], notice is not None
+
+    assert gpus(3, 1, planned) == (["0", "1", "2"], False)
+    assert gpus(2, 2, planned) == (["0,1", "2,3"], False)
+    assert gpus(5, 1, planned) == (["0", "1", "2", "3", "0"], True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    assert gpus(2, 2, planned) == (["7,5", "3,1"], False)
+    assert parallel.places(2, 1, on_cpu) == ([{"OMP_NUM_THREADS": "6"}] * 2, None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert parallel.places(2, 1, on_cpu) == ([{}] * 2, None)
+
+
+def test_the_time_left_follows_from_the_work_left():
+    left = parallel.TimeLeft(num_runs=2)
+    assert left.text([5.0], {}) == ""  # nothing is known yet
+    left.add(work=100.0, seconds=3600.0)
+    # 200 s for each of three runs that wait, 100 s of another: 700 s for two at a time.
+    assert left.text([50 / 9] * 3, {"a": (50 / 9, 100.0)}) == "; about 6 min left"
+    assert left.text([], {"a": (300.0, 0.0)}) == "; about 3 h 0 min left"
+    assert left.text([], {}) == ""
+
+
 SWEEP = (
     "import sys; from pathlib import Path; from peft_pretraining.commands.sweep import runner; "
     "runner.PROGRAM = Path(sys.argv[1]); "
-    "from peft_pretraining.__main__ import main; sys.exit(main(['sweep', sys.argv[2]]))"
+    "from peft_pretraining.__main__ import main; sys.exit(main(['sweep', *sys.argv[2:]]))"
 )
 
 
@@ -246,6 +341,32 @@ def test_a_signal_stops_the_run_and_the_sweep(tmp_path, number):
     assert "0 of 2 runs are finished" in told
     assert f"python -m peft_pretraining sweep {path}" in told
     assert starts(tmp_path) == ["weight_decay2-seed42"]
+
+
+def test_a_signal_stops_all_runs_at_a_time_and_the_sweep_continues_later(tmp_path, stub):
+    path = write_sweep(tmp_path, [{"weight_decay": 2, "lr": [0.1, 0.2, 0.3]}])
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", SWEEP, str(STUB), str(path), "--parallel_runs", "2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    records = [tmp_path / "runs" / f"lr{lr}-weight_decay2-seed42" / "metrics.jsonl" for lr in (0.1, 0.2)]
+    while not all(record.exists() for record in records) and sweep.poll() is None:
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGINT)
+    told, _ = sweep.communicate()
+    assert sweep.returncode == 130
+    assert "0 of 3 runs are finished" in told
+    assert told.rstrip().endswith(f"sweep {path} --parallel_runs 2")
+    assert len(starts(tmp_path)) == 2
+    for record in records:
+        assert list(record.parent.glob("step_*"))
+    values = yaml.safe_load(path.read_text()) | {"settings": [{"weight_decay": 2, "lr": [0.1, 0.2]}]}
+    path.write_text(yaml.safe_dump(values))
+    assert command(["sweep", str(path), "--parallel_runs", "2"]) == 0  # the stub finishes what it resumes
+    assert len(starts(tmp_path)) == 4
 
 
 def test_a_sweep_leaves_an_ignored_hangup_ignored():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft_pretraining.checkpoint.new_folder import make_folder
 from peft_pretraining.commands.report import tables
@@ -149,9 +150,19 @@ def format_summary(record: RunRecord) -> str:
         rows.append(("last perplexity", number("last_perplexity", ",.2f") + _when(figures["last_evaluation_step"])))
     rows += [
         ("tokens per second", number("tokens_per_second", ",.0f") + " (median)"),
+        *_arithmetic(figures),
         ("peak memory", "not measured" if peak is None else f"{peak / 2**30:.2f} GiB"),
     ]
     return "\n".join(f"{name:<22}{text}" for name, text in rows)
+
+
+def _arithmetic(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the summary's row of operations per second and MFU, each of the model itself and of its dense equivalent."""
+    own, dense, mfu, mfu_dense = (figures[name] for name in ("flops_per_second", "flops_per_second_dense", "mfu", "mfu_dense"))
+    if own is None or dense is None:
+        return []
+    shares = "" if mfu is None or mfu_dense is None else f"; MFU {mfu:.1%} / {mfu_dense:.1%}"
+    return [("operations per second", f"{own / 1e9:,.1f} / {dense / 1e9:,.1f} x 10^9, own / dense{shares}")]
 
 
 def _when(step: int | None) -> str:

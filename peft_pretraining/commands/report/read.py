@@ -226,7 +226,7 @@ def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | No
     field_names = {field.name for field in fields(ModelConfig)}
     try:
         model = ModelConfig(**{key: value for key, value in (plan.get("model") or {}).items() if key in field_names})
-        method = str(arguments["peft_model"])
+        method, optimizer = str(arguments["peft_model"]), str(arguments["optimizer"])
         counts = parameter_counts(
             model,
             method=method,
@@ -234,12 +234,12 @@ def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | No
             sparsity=float(arguments["sp_ratio"]),
             support=str(arguments["support"]),
         )
-        printed = paper_estimate(counts, method)["total_G"]
+        printed = paper_estimate(counts, method, optimizer)["total_G"]
     except (TypeError, ValueError):
         return None
     if printed >= _PRINTED_FROM:
         return printed
-    return sum(paper_bytes(counts)) / 1e9
+    return sum(paper_bytes(counts, optimizer)) / 1e9
 
 
 def _notes(run: RunRecord) -> list[str]:

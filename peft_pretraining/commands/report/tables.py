@@ -21,8 +21,10 @@ from peft_pretraining.record.intervals import Interval
 MISSING = "—"
 PERPLEXITY = "held-out perplexity ± 95 % interval"
 PUBLISHED = "published perplexity (tokens)"
+# The model's own arithmetic, and that of its dense equivalent (see mfu.py).
+ARITHMETIC, MFU = "10⁹ operations/s: own / dense", "MFU, %: own / dense"
 # Headings of what a run cost, shown in a separate table below its results.
-COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", "updates", "tokens, 10⁶")
+COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", ARITHMETIC, MFU, "updates", "tokens, 10⁶")
 GAP = "against the baseline, % [95 % interval]"
 # Arguments left out of the command that repeats a run: its folders, how it started, how it was watched.
 _NOT_REPEATED = ("save_dir", "continue_from", "resume", "allow_changes", "config", "name", "tags", "wandb", "dry_run")
@@ -97,9 +99,17 @@ def _methods_row(group: Group, groups: Sequence[Group]) -> dict[str, str]:
         "states measured, MiB": number(states and states / 2**20, ",.1f"),
         "peak measured, MiB": number(peak and peak / 2**20, ",.0f"),
         "tokens/s": number(group.figure("tokens_per_second")),
+        ARITHMETIC: _own_and_dense(group, "flops_per_second", 1e-9, ",.0f"),
+        MFU: _own_and_dense(group, "mfu", 100, ".1f"),
         "updates": number(max(run.reached for run in group.runs)),
         "tokens, 10⁶": number(tokens and tokens / 1e6, ",.2f"),
     }
+
+
+def _own_and_dense(group: Group, name: str, factor: float, form: str) -> str:
+    """Formats a figure of the model's own arithmetic and that of its dense equivalent."""
+    own, dense = group.figure(name), group.figure(f"{name}_dense")
+    return MISSING if own is None or dense is None else f"{factor * own:{form}} / {factor * dense:{form}}"
 
 
 def published_table(groups: Sequence[Group]) -> Table | None:

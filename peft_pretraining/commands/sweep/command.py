@@ -1,16 +1,21 @@
-"""`python -m peft_pretraining sweep FILE`: runs every setting with every seed, one after another, then writes a report."""
+"""`python -m peft_pretraining sweep FILE`: makes every setting's runs, one or several at a time, then writes a report."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shlex
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft_pretraining.commands.report.command import PAGE, format_groups, write_report
+from peft_pretraining.commands.sweep.parallel import TimeLeft, places, work_of
 from peft_pretraining.commands.sweep.runner import (
     MADE,
     Outcome,
@@ -23,21 +28,31 @@ from peft_pretraining.commands.sweep.runner import (
 )
 from peft_pretraining.commands.sweep.search import stages
 from peft_pretraining.commands.sweep.settings import PlannedRun, SweepFile, compared, load_sweep
+from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.distributed.world import lasting_output
 from peft_pretraining.record.wandb_run import OF_ONE_RUN
 
-HELP = "run a file's settings over seeds, one after another: finished runs are skipped, stopped ones continue; then report"
+HELP = "run a file's settings over seeds, one or several at a time: finished runs are skipped, stopped ones continue; then report"
 REPORT, SEARCH = "report", "search.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("file", type=Path, help="YAML file: folder, base, seeds, settings (examples: scripts/sweeps/)")
+    parser.add_argument(
+        "--parallel_runs",
+        type=int,
+        default=1,
+        metavar="RUNS",
+        help="runs at a time, each with its own GPUs or an equal share of the cores (default: %(default)s)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="list the runs with their state and command, then exit")
 
 
 def run(args: argparse.Namespace) -> int:
     """Makes the runs. Returns the exit code, 0: all finished; 1: one failed; 130: stopped on request. Raises ConfigError."""
+    if args.parallel_runs < 1:
+        raise ConfigError([f"--parallel_runs {args.parallel_runs}: must be at least 1, the number of runs at a time"])
     file = load_sweep(args.file)
     if args.dry_run:
         print(format_sweep(file))
@@ -47,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
         if value := os.environ.pop(name, None):
             print(f"notice: {name}={value} has no effect: it names one run, and a sweep has several", file=sys.stderr)
     with lasting_output():
-        return _make_and_report(file)
+        return _make_and_report(file, args.parallel_runs)
 
 
-def _make_and_report(file: SweepFile) -> int:
+def _make_and_report(file: SweepFile, at_a_time: int) -> int:
     """Makes all runs, stage by stage, and the report; returns the exit code."""
     stopping = Stopping()
     outcomes: dict[str, Outcome] = {}
@@ -59,15 +74,16 @@ def _make_and_report(file: SweepFile) -> int:
         for stage in stages(file, tables):
             if stage.title is not None:
                 print(f"{stage.title}: {len(stage.runs)} runs", flush=True)
-            outcomes = _run_all(stage.runs, file.nproc_per_node, stopping)
+            outcomes = _Stage(stage.runs, file.nproc_per_node, at_a_time, stopping).make()
             if any(outcome.kind not in MADE for outcome in outcomes.values()) or stopping.signal_name is not None:
                 break
     if stopping.signal_name is not None or any(outcome.kind == "stopped" for outcome in outcomes.values()):
+        flags = f" --parallel_runs {at_a_time}" if at_a_time > 1 else ""
         finished = sum(outcome.kind in MADE for outcome in outcomes.values())
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(stage.runs)} runs are finished; "
-            "the current run has saved a checkpoint. Continue with the same command:\n"
-            f"  python -m peft_pretraining sweep {shlex.quote(str(file.path))}"
+            "what was under way has saved a checkpoint. Continue with the same command:\n"
+            f"  python -m peft_pretraining sweep {shlex.quote(str(file.path))}{flags}"
         )
         return 130
     if stage.title is None:
@@ -83,32 +99,95 @@ def _make_and_report(file: SweepFile) -> int:
     return 1 if failed else 0
 
 
-def _run_all(runs: Sequence[PlannedRun], processes: int, stopping: Stopping) -> dict[str, Outcome]:
-    """Makes every run in turn until one is stopped; returns the outcomes by name."""
-    outcomes: dict[str, Outcome] = {}
-    for number, planned in enumerate(runs, start=1):
-        if stopping.signal_name is not None:
-            break
-        head = f"[{number}/{len(runs)}] {planned.name}"
-        state = state_of(planned)
-        if state.kind in MADE:
-            outcomes[planned.name] = Outcome(state.kind, state.text)
-            print(f"{head}: {state.text}, skipped", flush=True)
-            continue
-        if not _is_needed(planned, runs):
-            outcomes[planned.name] = Outcome("finished", "the runs that start from it are finished")
-            print(f"{head}: {outcomes[planned.name].text}, skipped", flush=True)
-            continue
-        if (problem := _start_problem(planned, state, outcomes)) is not None:
-            outcomes[planned.name] = Outcome("failed", problem)
-            print(f"{head}: FAILED: {problem}", flush=True)
-            continue
-        print(f"{head}: {state.text}; output in {log_path(planned)}", flush=True)
-        outcome = outcomes[planned.name] = make_run(planned, processes, stopping)
-        print(f"{head}: {'FAILED: ' if outcome.kind == 'failed' else ''}{outcome.text}", flush=True)
-        if outcome.kind == "stopped":
-            break
-    return outcomes
+class _Stage:
+    """Makes the runs of a stage in their order, several at a time; a run that starts from another waits for that one."""
+
+    def __init__(self, runs: Sequence[PlannedRun], processes: int, at_a_time: int, stopping: Stopping):
+        """processes: of each run. at_a_time: runs at the same time."""
+        self._runs, self._processes, self._stopping = runs, processes, stopping
+        self._free, notice = places(min(at_a_time, max(1, len(runs))), processes, runs)
+        if notice is not None:
+            print(f"notice: {notice}", file=sys.stderr)
+        self._left = TimeLeft(len(self._free))
+        self._waiting = list(runs)
+        self._running: dict[Future[Outcome], _Running] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        self._stopped = False
+
+    def make(self) -> dict[str, Outcome]:
+        """Makes every run until one is stopped; returns the outcomes by name."""
+        with ThreadPoolExecutor(len(self._free)) as pool:
+            while True:
+                self._start_ready(pool)
+                if not self._running:
+                    return self._outcomes
+                for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+                    self._end(future)
+
+    def _start_ready(self, pool: ThreadPoolExecutor) -> None:
+        """Starts runs in their order while there is a place; settles those that need none."""
+        for planned in tuple(self._waiting):
+            if self._stopped or self._stopping.signal_name is not None or not self._free:
+                return
+            if planned.after is not None and planned.after.name not in self._outcomes:
+                continue
+            self._waiting.remove(planned)
+            state, head = state_of(planned), self._head(planned)
+            settled = _settled(planned, state, self._runs, self._outcomes)
+            if settled is not None:
+                self._outcomes[planned.name] = settled
+                failed = settled.kind == "failed"
+                print(f"{head}: {f'FAILED: {settled.text}' if failed else f'{settled.text}, skipped'}", flush=True)
+                continue
+            print(f"{head}: {state.text}; output in {log_path(planned)}", flush=True)
+            place = self._free.pop(0)
+            future = pool.submit(make_run, planned, self._processes, self._stopping, place)
+            self._running[future] = _Running(planned, place, work_of(planned) * (1 - state.share), time.monotonic())
+
+    def _end(self, future: Future[Outcome]) -> None:
+        """Records and prints a run's outcome, and stops the others if it was stopped."""
+        ended = self._running.pop(future)
+        self._free.append(ended.place)
+        now = time.monotonic()
+        try:
+            outcome = future.result()
+        except OSError as error:
+            # A log that cannot be written, a process that cannot be started: the other runs go on.
+            outcome = Outcome("failed", f"could not be started: {error}")
+        self._outcomes[ended.planned.name] = outcome
+        if outcome.kind in MADE:
+            self._left.add(ended.work, now - ended.since)
+        if outcome.kind == "stopped" and not self._stopped:
+            self._stopped = True
+            # A run that was stopped by itself ends the sweep, as a signal to the sweep does.
+            if self._stopping.signal_name is None:
+                self._stopping.pass_on(signal.SIGTERM)
+        running = {run.planned.name: (run.work, now - run.since) for run in self._running.values()}
+        left = "" if self._stopped else self._left.text([work_of(planned) for planned in self._waiting], running)
+        print(f"{self._head(ended.planned)}: {'FAILED: ' if outcome.kind == 'failed' else ''}{outcome.text}{left}", flush=True)
+
+    def _head(self, planned: PlannedRun) -> str:
+        return f"[{self._runs.index(planned) + 1}/{len(self._runs)}] {planned.name}"
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A run under way: its environment variables, the tokens that it had left to compute, and when it began (time.monotonic)."""
+
+    planned: PlannedRun
+    place: dict[str, str]
+    work: float
+    since: float
+
+
+def _settled(planned: PlannedRun, state: State, runs: Sequence[PlannedRun], outcomes: Mapping[str, Outcome]) -> Outcome | None:
+    """Returns the outcome of a run that is not started: it is made already, is not needed, or cannot start; else None."""
+    if state.kind in MADE:
+        return Outcome(state.kind, state.text)
+    if not _is_needed(planned, runs):
+        return Outcome("finished", "the runs that start from it are finished")
+    problem = _start_problem(planned, state, outcomes)
+    return None if problem is None else Outcome("failed", problem)
 
 
 def _is_needed(planned: PlannedRun, runs: Sequence[PlannedRun]) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,10 +34,11 @@ MADE = ("finished", "diverged")
 @dataclass(frozen=True)
 class State:
     """The state of a run's folder. kind: "new", "begun" (can continue), "finished", "diverged" (finished with a non-finite
-    perplexity), or "other" (made with other arguments). text: the state in words."""
+    perplexity), or "other" (made with other arguments). text: the state in words. share: of the updates that are made."""
 
     kind: str
     text: str
+    share: float = 0.0
 
 
 def state_of(planned: PlannedRun) -> State:
@@ -70,7 +72,8 @@ def state_of(planned: PlannedRun) -> State:
             return State("diverged", "finished with a non-finite perplexity")
     if not list_checkpoints(planned.folder):
         return State("begun", f"{record.status}, no checkpoint: starts from the beginning")
-    return State("begun", f"{record.status}: continues from its newest checkpoint")
+    share = min(1.0, record.reached / max(1, planned.plan.num_training_steps))
+    return State("begun", f"{record.status}: continues from its newest checkpoint", share)
 
 
 def _evaluated_without_result(folder: Path, step: int) -> bool:
@@ -88,12 +91,12 @@ def command_line(planned: PlannedRun, processes: int) -> list[str]:
 
 
 class Stopping:
-    """Records requests to stop the sweep, and passes every signal on to the current run, which saves and exits."""
+    """Records requests to stop the sweep, and passes every signal on to the runs under way, which save and exit."""
 
     def __init__(self) -> None:
         """Starts without a request."""
         self.signal_name: str | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._processes: set[subprocess.Popen[bytes]] = set()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stopping]:
@@ -107,20 +110,31 @@ class Stopping:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-        if self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+        self.pass_on(number)
 
-    def run(self, command: Sequence[str], log: IO[bytes]) -> int:
-        """Runs the command and returns its exit code. Its process group is separate, so a terminal's Ctrl-C arrives here only."""
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0) as process:
-            self._process = process
+    def pass_on(self, number: int) -> None:
+        """Sends a signal to every run under way."""
+        for process in tuple(self._processes):
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(number)
+
+    def run(self, command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> int:
+        """Runs the command and returns its exit code. Its process group is separate, so a terminal's Ctrl-C arrives here only.
+
+        environment: variables that differ from this process's. Several threads may call it.
+        """
+        variables = {**os.environ, **environment}
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0, env=variables
+        ) as process:
+            self._processes.add(process)
             if self.signal_name is not None:  # the signal arrived while the process was starting
                 process.send_signal(getattr(signal, self.signal_name))
             try:
                 return process.wait()
             finally:
-                self._process = None
+                self._processes.discard(process)
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class Outcome:
     text: str
 
 
-def make_run(planned: PlannedRun, processes: int, stopping: Stopping) -> Outcome:
+def make_run(planned: PlannedRun, processes: int, stopping: Stopping, environment: Mapping[str, str]) -> Outcome:
     """Makes a run and returns its outcome, from exit code and record. Output goes to <folder>.log beside the folder."""
     path = log_path(planned)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +153,7 @@ def make_run(planned: PlannedRun, processes: int, stopping: Stopping) -> Outcome
     with path.open("ab", buffering=0) as log:
         log.write(f"== {shlex.join(command)}\n".encode())
         begin = log.tell()
-        code = stopping.run(command, log)
+        code = stopping.run(command, log, environment)
     state = state_of(planned)
     if code == 0 and state.kind in MADE:
         return Outcome(state.kind, state.text)

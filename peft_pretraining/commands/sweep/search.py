@@ -12,7 +12,7 @@ from peft_pretraining.commands.sweep.settings import Entry, PlannedRun, Setting,
 
 @dataclass(frozen=True)
 class Stage:
-    """Runs that are made one after another. title: of a round of the search, None for the final runs."""
+    """Runs that do not wait for one another's results. title: of a round of the search, None for the final runs."""
 
     title: str | None
     runs: list[PlannedRun]

@@ -204,7 +204,7 @@ class SweepFile:
         return runs
 
     def _runs(self, folder: Path, setting: Setting, seed: int, problems: list[str]) -> list[PlannedRun]:
-        return list(_runs_of(self.path, folder, setting, seed, self.nproc_per_node, problems))
+        return list(_runs_of(self, folder, setting, seed, problems))
 
 
 def _raise(problems: Sequence[str]) -> None:
@@ -260,15 +260,18 @@ def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _runs_of(path: Path, folder: Path, setting: Setting, seed: int, processes: int, problems: list[str]) -> Iterator[PlannedRun]:
-    """Yields the run of a setting with this seed, after the run that it starts from; adds what cannot work to `problems`."""
-    name = run_name(setting.shown, seed)
+def _runs_of(file: SweepFile, folder: Path, setting: Setting, seed: int, problems: list[str]) -> Iterator[PlannedRun]:
+    """Yields the run of a setting with this seed, after the run that it starts from; adds what cannot work to `problems`.
+
+    folder: of the run. The run that it starts from is in the sweep's folder, as a round's flags do not change it.
+    """
+    path, processes, name = file.path, file.nproc_per_node, run_name(setting.shown, seed)
     planned = _planned_run(path, folder, setting.flags, name, seed, processes, problems)
     if setting.first is None:
         yield from [] if planned is None else [planned]
         return
     name = f"{WARM_UP}/{run_name(setting.first.shown, seed)}"  # one level deeper, so that a report on the folder leaves it out
-    after = _planned_run(path, folder, setting.first.flags, name, seed, processes, problems)
+    after = _planned_run(path, file.folder, setting.first.flags, name, seed, processes, problems)
     if planned is not None and after is not None:
         problems += [
             f"{path}, {planned.name}: {problem}" for problem in disagreements(planned.args, planned.plan, after.args, after.plan)
