@@ -223,7 +223,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
             row = {**rates.row(lr), **counts, **run.data.loader.row(), **run.memory_row()}
         late_record.add(state.update_step, step, row)
         if trace is not None:
-            trace.after_update()
+            trace.after_update(late_record.paused)
 
         finished = is_finished(plan, state.update_step, state.tokens_seen)
         scheduled = scheduled or save_scheduled(args, state.update_step, finished)

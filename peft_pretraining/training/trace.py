@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ class Trace:
         if device.type == "cuda":
             # From now on, so that the snapshot names what allocated the moments.
             torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS)
+        # The profiler's own progress lines would tear the progress bar.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
         self._profiler: torch.profiler.profile | None = torch.profiler.profile(
@@ -43,13 +47,16 @@ class Trace:
         )
         self._profiler.start()
 
-    def after_update(self) -> None:
-        """Counts an update; after the last traced one it writes the files."""
+    def after_update(self, paused: Callable[[], AbstractContextManager[None]]) -> None:
+        """Counts an update; after the last traced one it writes the files, during `paused`: seconds that are not training."""
         if self._profiler is None:
             return
         self._made += 1
-        self._profiler.step()
-        if self._made == self._num_updates:
+        if self._made < self._num_updates:
+            self._profiler.step()
+            return
+        with paused():
+            self._profiler.step()
             self._end()
 
     def close(self) -> None:

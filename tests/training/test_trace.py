@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def spans(events) -> int:
     return len({event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep#")})
 
 
-def test_a_trace_has_the_updates_after_the_warm_up_and_changes_no_bit(tmp_path, tiny_run, capsys):
+def test_a_trace_has_the_updates_after_the_warm_up_and_changes_no_bit(tmp_path, tiny_run, capfd):
     traced, plain = (train(tmp_path / name, tiny_run, *flags) for name, flags in {"a": ["--trace", "2"], "b": []}.items())
     assert without_times(traced) == without_times(plain)
     expected, found = tensors_of(tmp_path / "b"), tensors_of(tmp_path / "a")
@@ -46,7 +47,9 @@ def test_a_trace_has_the_updates_after_the_warm_up_and_changes_no_bit(tmp_path, 
     assert sum(name == "_SparseLowRankLinear" for name in names) == 2 * 14
     table = (folder / "updates_00000003-00000004.rank_0.txt").read_text()
     assert re.search(r"^ +_SparseLowRankLinear\w* ", table, re.MULTILINE)
-    assert "2 updates traced" in capsys.readouterr().err
+    told = capfd.readouterr().err
+    assert "2 updates traced" in told
+    assert "profiler_start" not in told  # torch's own lines
 
 
 def test_a_run_that_ends_too_early_has_the_updates_that_it_made(tmp_path, tiny_run, capsys):
@@ -62,7 +65,7 @@ def test_a_run_that_ends_in_the_warm_up_has_no_trace_and_says_so(tmp_path, made)
     said = []
     trace = Trace(tmp_path, 3, 10, 0, torch.device("cpu"), said.append)
     for _ in range(made):
-        trace.after_update()
+        trace.after_update(nullcontext)
     trace.close()
     assert not (tmp_path / "trace").exists()
     assert said == [
@@ -75,11 +78,27 @@ def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path):
     said = []
     trace = Trace(tmp_path, 1, 0, 0, torch.device("cpu"), said.append)
     for _ in range(4):
-        trace.after_update()
+        trace.after_update(nullcontext)
     trace.close()
     assert len(said) == 1
     assert said[0].startswith("warning: the trace cannot be written (")
     assert said[0].endswith("training continues")
+
+
+def test_the_time_of_writing_is_no_time_of_training(tmp_path):
+    """Only that of writing: a pause waits for all updates before it, which would slow the others."""
+    pauses, made = [], 0
+
+    @contextmanager
+    def paused():
+        yield pauses.append((made, list((tmp_path / "trace").glob("*.txt"))))
+        assert list((tmp_path / "trace").glob("*.txt"))
+
+    trace = Trace(tmp_path, 2, 0, 0, torch.device("cpu"), lambda _: None)
+    for _ in range(6):
+        made += 1
+        trace.after_update(paused)
+    assert pauses == [(4, [])]
 
 
 @pytest.mark.gpu
@@ -88,7 +107,7 @@ def test_a_trace_on_a_gpu_has_kernels_and_a_memory_snapshot(tmp_path):
     trace = Trace(tmp_path, 1, 0, 0, device, lambda _: None)
     for _ in range(3):
         torch.ones(512, 512, device=device) @ torch.ones(512, 512, device=device)
-        trace.after_update()
+        trace.after_update(nullcontext)
     names = sorted(path.name.partition(".rank_0.")[2] for path in (tmp_path / "trace").iterdir())
     assert names == ["json.gz", "memory.pickle", "txt"]
     (path,) = (tmp_path / "trace").glob("*.json.gz")
