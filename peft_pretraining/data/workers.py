@@ -140,6 +140,8 @@ def prepare_process(parent: int, worker: int = 0) -> None:
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
+    if multiprocessing.get_start_method() == "forkserver":
+        parent = os.getppid()  # the server, which ends with the process that it forks for
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
