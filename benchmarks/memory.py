@@ -79,7 +79,8 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
     The host waits for the device before and after the updates only, as the trainer does.
     """
     module = build_module(args, plan, World(), device)
-    updates, generator = build_updates(args, module.model, World(), device), torch.Generator().manual_seed(args.seed)
+    updates = build_updates(args, module.model, World(), device, plan.gradient_accumulation)
+    generator = torch.Generator().manual_seed(args.seed)
     parts = RunParts(module.model, updates, NoData(), TrainState())  # type: ignore[arg-type]
 
     def update(count: int = 1) -> float:

@@ -44,6 +44,7 @@ WEIGHT_DTYPES = ("int8",)
 EMBEDDING_STATES = ("32bit", "8bit")
 ON_BAD_RECORD = ("skip", "fail")
 DATA_ORDERS = ("lanes", "global")
+ACCUMULATE = ("gradients", "moments")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -488,9 +489,15 @@ class OptimizationArguments:
         # Results are bit-identical to whole updates.
         freely(defines_run=True, synonyms="layerwise optim_layerwise"),
     )
+    accumulate: str = flag(
+        "gradients",
+        "what micro-batches are added up in, with per_layer: gradients | moments (no gradient of the whole model is kept; Adam's "
+        "second moments are those of micro-batches)",
+        never(warm_start=True, choices=ACCUMULATE, added_later=True),
+    )
     embedding_states: str | None = flag(
         None,
-        "moments of embedding and output head with adam8bit and adamw4bit: 32bit (default) | 8bit",
+        "moments of embedding and output head with optimizers named *8bit and *4bit: 32bit (default) | 8bit",
         never(
             warm_start=True,
             choices=EMBEDDING_STATES,

@@ -39,8 +39,9 @@ class Optimizer:
     step_count_bytes: int = 0
     # Moments are quantised: --embedding_states chooses those of embedding and head.
     low_bit: bool = False
-    # Bytes of state that all parameters share, if any of them has quantised moments.
+    # Bytes of state that all parameters share, if any of them has quantised moments; of matrices, see matrix_bytes.
     shared_bytes: int = 0
+    matrix_shared_bytes: int = 0
     # --beta1 has an effect; without beta1 the optimizer keeps no moment at all (moments_need_beta1).
     uses_beta1: bool = False
     moments_need_beta1: bool = False
@@ -57,6 +58,8 @@ class Optimizer:
     steps_pairs: bool = False
     # Updates between two resets of all moments, unless --reset_moments_every says otherwise.
     reset_every: int | None = None
+    # Why gradients of micro-batches cannot be added to its moments (--accumulate moments).
+    not_accumulating: str | None = None
     # torch.compile compiles its step.
     compiled: bool = False
     # Temporaries of a step, bytes per element of one slice of the tensor, or of the whole tensor if steps_whole.
@@ -112,6 +115,11 @@ def _muon8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     return 4 * elements if elements < BNB_MIN_ELEMENTS else elements + 4 * math.ceil(elements / BNB_BLOCK_ELEMENTS)
 
 
+def _muon4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
+    """One moment as adamw4bit's."""
+    return _adamw4bit(shape, width, beta1, 4) // 2
+
+
 def _spectron(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     """Muon's, and a float32 vector of a number per row."""
     return _muon(shape, width, beta1, bits) + 4 * shape[0]
@@ -119,6 +127,10 @@ def _spectron(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
 
 def _spectron8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     return _muon8bit(shape, width, beta1, bits) + 4 * shape[0]
+
+
+def _spectron4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
+    return _muon4bit(shape, width, beta1, bits) + 4 * shape[0]
 
 
 def _stable_spam(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
@@ -141,50 +153,63 @@ def _adamw4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
 _CODE_BOOK_BYTES = 4 * BNB_CODEBOOK_ENTRIES
 
 
-def _orthogonal(matrix_bytes: Callable[[Shape, int, float, int | None], int], **more: Any) -> Optimizer:
-    """Muon or Spectron: AdamW steps what is no matrix of attention and MLP linears."""
+# The temporaries of Adam's steps, bytes per element; on a GPU bitsandbytes' kernels need none.
+_ADAM8BIT: dict[str, Any] = {"low_bit": True, "shared_bytes": 2 * _CODE_BOOK_BYTES, "scratch_per_element": 24}
+_ADAMW4BIT: dict[str, Any] = {"low_bit": True, "compiled": True, "scratch_per_element": 64, "scratch_per_element_cuda": 64}
+
+
+def _orthogonal(
+    matrix_bytes: Callable[[Shape, int, float, int | None], int],
+    others: Callable[[Shape, int, float, int | None], int] = _adam,
+    **more: Any,
+) -> Optimizer:
+    """Muon or Spectron: AdamW with states of `others` steps what is no matrix of attention and MLP linears."""
     reason = "it orthogonalises whole matrices, of which a process has a part"
-    return Optimizer(_adam, uses_adam=True, step_count_bytes=4, not_shardable=reason, matrix_bytes=matrix_bytes, **more)
+    count = 4 if others is _adam else 0
+    return Optimizer(others, uses_adam=True, step_count_bytes=count, not_shardable=reason, matrix_bytes=matrix_bytes, **more)
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer(_adam, adam=True, decoupled_decay=False, step_count_bytes=4, prunable=True, smaller="adam8bit"),
     "adamw": Optimizer(_adam, adam=True, step_count_bytes=4, prunable=True, smaller="adam8bit"),
-    "sgd": Optimizer(_sgd, decoupled_decay=False, uses_beta1=True, moments_need_beta1=True, prunable=True),
+    "sgd": Optimizer(
+        _sgd,
+        decoupled_decay=False,
+        uses_beta1=True,
+        moments_need_beta1=True,
+        prunable=True,
+        not_accumulating="it keeps no moment unless --beta1 is given",
+    ),
     "adafactor": Optimizer(
         _adafactor,
         uses_beta1=True,
         not_shardable="its second moments are means over whole rows and columns, of which a process has a part",
+        not_accumulating="it clips its step by the size of the whole gradient",
         scratch_per_element=16,
         scratch_per_element_cuda=16,
         steps_whole=True,
     ),
-    "adam8bit": Optimizer(
-        _adam8bit,
-        adam=True,
-        low_bit=True,
-        # Two code books. On a GPU bitsandbytes' kernels need no temporaries.
-        shared_bytes=2 * _CODE_BOOK_BYTES,
-        scratch_per_element=24,
-        smaller="adamw4bit",
-    ),
-    "adamw4bit": Optimizer(
-        _adamw4bit, adam=True, low_bit=True, compiled=True, scratch_per_element=64, scratch_per_element_cuda=64
-    ),
+    "adam8bit": Optimizer(_adam8bit, adam=True, smaller="adamw4bit", **_ADAM8BIT),
+    "adamw4bit": Optimizer(_adamw4bit, adam=True, **_ADAMW4BIT),
     "stable_spam": Optimizer(
         _stable_spam,
         uses_adam=True,
         step_count_bytes=4,
         not_shardable="it needs the norm and the largest entry of whole gradients, of which a process has a part",
+        not_accumulating="it scales each gradient by the norm of the whole",
         reset_every=1000,
         # Absolute values, a mask, factors in float32 and in the gradient's dtype.
         scratch_per_element=9,
         scratch_per_element_cuda=9,
     ),
     "muon": _orthogonal(_muon, smaller="muon8bit"),
-    "muon8bit": _orthogonal(_muon8bit, shared_bytes=_CODE_BOOK_BYTES),
+    "muon8bit": _orthogonal(_muon8bit, _adam8bit, smaller="muon4bit", matrix_shared_bytes=_CODE_BOOK_BYTES, **_ADAM8BIT),
+    "muon4bit": _orthogonal(_muon4bit, _adamw4bit, **_ADAMW4BIT),
     "spectron": _orthogonal(_spectron, steps_pairs=True, smaller="spectron8bit"),
-    "spectron8bit": _orthogonal(_spectron8bit, steps_pairs=True, shared_bytes=_CODE_BOOK_BYTES),
+    "spectron8bit": _orthogonal(
+        _spectron8bit, _adam8bit, steps_pairs=True, smaller="spectron4bit", matrix_shared_bytes=_CODE_BOOK_BYTES, **_ADAM8BIT
+    ),
+    "spectron4bit": _orthogonal(_spectron4bit, _adamw4bit, steps_pairs=True, **_ADAMW4BIT),
 }
 
 # Published names of optimizers -> the flags they stand for. The suffix `_per_layer` of any name means --per_layer.

@@ -43,6 +43,8 @@ _GAPS = 0.3
 # rounding it, stochastically or to int8.
 _SLICE_ELEMENTS = 2**21
 _ROUNDING_SCRATCH = 36
+# The same of adding a gradient to quantised moments (optim/moments.py).
+_ACCUMULATION_SCRATCH = 40
 # Memory of torch.linalg.svd in float32, results included: elements per element of the matrix, and per element of a square of its
 # shorter side. Measured on a CPU (LAPACK's gesdd; 1024 x 1024 to 2736 x 1024): within 10 % for tall matrices, less for wide ones.
 _SVD_PER_ELEMENT, _SVD_PER_SQUARE = 3, 4
@@ -128,7 +130,8 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         optimizer=setting.optimizer,
         beta1=setting.beta1,
         embedding_bits=setting.embedding_bits,
-        stochastic_rounding=setting.stochastic_rounding,
+        # The step counts of the optimizers that accumulate are no tensors either.
+        stochastic_rounding=setting.stochastic_rounding or setting.accumulate == "moments",
         weight_dtype=setting.weight_dtype,
         proj_type=setting.proj_type,
         parts=setting.parts,
@@ -293,20 +296,20 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
         return per_element * largest
     rounds = setting.weight_dtype is not None or (setting.stochastic_rounding and setting.dtype == "bfloat16")
     rounding = _ROUNDING_SCRATCH if rounds else 0
-    if optimizer.matrix_bytes is not None:
-        return max(_orthogonal_scratch(setting), rounding * min(largest, _SLICE_ELEMENTS))
-    return (per_element + rounding) * min(largest, _SLICE_ELEMENTS)
+    accumulating = _ACCUMULATION_SCRATCH if setting.gradient_accumulation > 1 and setting.accumulate == "moments" else 0
+    of_slice = max(per_element + rounding, accumulating) * min(largest, _SLICE_ELEMENTS)
+    return of_slice if optimizer.matrix_bytes is None else max(_orthogonal_scratch(setting), of_slice)
 
 
 def _orthogonal_scratch(setting: Setting) -> int:
     """Returns bytes of temporaries of Muon's or Spectron's step of the largest matrix.
 
-    Newton-Schulz holds three matrices of its size and two of its shorter side; float32 momenta are dequantised. A pair's first
-    direction is kept while the second is computed.
+    Newton-Schulz holds three matrices of its size and two of its shorter side. A pair's first direction is kept while the second
+    is computed.
     """
     width, optimizer = DTYPE_BYTES[setting.dtype], OPTIMIZERS[setting.optimizer]
     groups = tensor_groups(setting.model, **setting.method_arguments)
     matrices = [group.shape for group in groups if group.trained and len(group.shape) == 2 and not group.embedding]
     one = max(width * (3 * math.prod(shape) + 2 * min(shape) ** 2) for shape in matrices)
     largest = max(map(math.prod, matrices))
-    return one + (4 * largest if optimizer.shared_bytes else 0) + (width * largest if optimizer.steps_pairs else 0)
+    return one + (width * largest if optimizer.steps_pairs else 0)

@@ -199,7 +199,7 @@ def static_bytes(
         dtype: bfloat16 | float32 | float64, dtype of parameters and gradients.
         optimizer: a name in OPTIMIZERS, with the libraries' layout of states.
         beta1: sgd's momentum and adafactor's first moment; 0 disables them.
-        embedding_bits: bits of the moments of embedding and head with adam8bit and adamw4bit; None: as for other parameters.
+        embedding_bits: bits of the moments of embedding and head with low-bit optimizers; None: as for other parameters.
         stochastic_rounding: Adam's step counts are then Python numbers instead of tensors, except for GaLore's matrices.
         weight_dtype: "int8" for parameters that are stored in int8, with the same step counts; None for `dtype`.
         proj_type: GaLore's side, see subspace_shapes; projections, in `dtype`, count as optimizer memory.
@@ -212,7 +212,7 @@ def static_bytes(
     groups = [replace(g, shape=first_part(g.shape, parts)) for g in whole]
     width, kind = _element_bytes(dtype), _optimizer(optimizer)
     trained = [g for g in groups if g.trained]
-    states, quantised = 0, False
+    states, shared = 0, set[int]()
     for g in trained:
         bits, stepped = embedding_bits if g.embedding else None, g.shape
         if g.projected:
@@ -222,10 +222,9 @@ def static_bytes(
         states += g.count * (of_matrix or kind.state_bytes)(stepped, width, beta1, bits)
         if (stochastic_rounding or weight_dtype is not None) and of_matrix is None and not g.projected:
             states -= kind.step_count_bytes * g.count
-        # Muon and Spectron quantise the momentum of matrices only.
-        quantised |= of_matrix is kind.matrix_bytes and math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32
-    if quantised:
-        states += kind.shared_bytes
+        if math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32:
+            shared.add(kind.shared_bytes if of_matrix is None else kind.matrix_shared_bytes)
+    states += sum(shared)
     return {
         "parameters": sum(g.count * parameter_bytes(g, width, weight_dtype) for g in groups),
         "support": sum(g.count * support_bytes(g.shape[0], g.support_entries) for g in whole if g.kind == "sparse"),

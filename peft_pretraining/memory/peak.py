@@ -46,7 +46,7 @@ def of_whole(setting: Setting, working: Working) -> list[Moment]:
     """Returns the moments of an unsharded run: loss, begin and end of the backward pass, optimizer step, restart."""
     # All gradients are allocated before the loss if DDP's buckets keep them or if they are accumulated.
     buckets = setting.world_size > 1 and not setting.per_layer
-    before = working.gradients if setting.gradient_accumulation > 1 or buckets else 0
+    before = working.gradients if (setting.gradient_accumulation > 1 and setting.gradients_stay) or buckets else 0
     head = DTYPE_BYTES[setting.dtype] * setting.model.vocab_size * setting.model.hidden_size
     one_layer = working.layers_left(1, setting.model.num_hidden_layers)
     at_loss = Moment(before, working.activations, working.loss, working.lasting)

@@ -39,6 +39,7 @@ class Setting:
     rebalance: bool = False
     per_layer: bool = False
     gradient_accumulation: int = 1
+    accumulate: str = "gradients"
     world_size: int = 1
     parallel: str = "ddp"
     compute_dtype: str | None = None
@@ -52,8 +53,8 @@ class Setting:
 
     @property
     def gradients_stay(self) -> bool:
-        """True if all gradients are allocated at once: always, except in per-layer updates of a single micro-batch."""
-        return not self.per_layer or self.gradient_accumulation > 1
+        """True if all gradients are allocated at once: always, except in per-layer updates that keep none for later."""
+        return not self.per_layer or (self.gradient_accumulation > 1 and self.accumulate == "gradients")
 
     @property
     def sharded(self) -> bool:
@@ -115,6 +116,7 @@ def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str
         batch_size=args.batch_size,
         max_length=args.max_length,
         gradient_accumulation=accumulation,
+        accumulate=args.accumulate,
         world_size=world.size,
         parallel=args.parallel,
         compute_dtype=args.compute_dtype,

@@ -9,13 +9,14 @@ import bitsandbytes.functional as kernels
 import torch
 
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS
+from peft_pretraining.optim.moments import AccumulatingAdam
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, rounding_noise, slices, store_, working_values
 
 # Code books (the values that codes stand for), filled by bitsandbytes and shared by all instances.
 _CODE_BOOKS: dict[str, torch.Tensor] = {}
 
 
-class SlicedAdam8bit(bitsandbytes.optim.Adam8bit):
+class SlicedAdam8bit(AccumulatingAdam, bitsandbytes.optim.Adam8bit):
     """bitsandbytes' Adam8bit, stepped in slices; a parameter group with `state_bits`: 32 has 32-bit moments.
 
     On a CPU bitsandbytes needs 24 bytes of temporaries per element of a tensor. Its kernels work block by block, so slices of

@@ -11,6 +11,7 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from peft_pretraining.optim.moments import AccumulatingAdam
 from peft_pretraining.optim.slices import (
     SLICE_ELEMENTS,
     SMALLEST_SLICE,
@@ -25,7 +26,7 @@ from peft_pretraining.optim.slices import (
 _KINDS: dict[int, tuple[Any, int, int]] = {4: (OptimState4bit, 128, 2), 8: (OptimState8bit, 256, 1)}
 
 
-class SlicedAdam(torch.optim.Optimizer):
+class SlicedAdam(AccumulatingAdam, torch.optim.Optimizer):
     """Adam or AdamW with moments of 4 bits (arXiv 2309.01507), 8 bits, 32 bits, or the parameter's dtype.
 
     Moments of an incomplete last block, and of tensors with fewer than 4,096 elements, stay in float32. The state consists of
@@ -59,6 +60,7 @@ class SlicedAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "state_bits": state_bits}
         super().__init__(params, defaults)
         self._names, self._decoupled, self._rounding = names, decoupled, rounding
+        self.decays_gradient = not decoupled
         self.quantises = any(group["state_bits"] in _KINDS for group in self.param_groups)
 
     @torch.no_grad()
@@ -107,18 +109,20 @@ def _parts(num_elements: int, quantised: int) -> Iterator[slice]:
 
 
 def _new_state(parameter: nn.Parameter, bits: int | None) -> dict[str, Any]:
-    """Returns zero moments: codes and scales for the whole blocks, plain numbers for the rest."""
-    device, quantised = parameter.device, quantised_elements(parameter.numel(), bits)
-    state: dict[str, Any] = {"step": 0}
-    for number, signed in ((1, True), (2, False)):
-        if bits is not None and quantised:
-            kind, block, _ = _KINDS[bits]
-            zeros = kind.zeros((quantised,), signed, block, device)
-            state |= {f"codes{number}": zeros.codes, f"scale{number}": zeros.scale, f"qmap{number}": zeros.qmap}
-        dtype = torch.float32 if bits else parameter.dtype
-        shape = (parameter.numel() - quantised,) if quantised else parameter.shape
-        state[f"moment{number}"] = torch.zeros(shape, dtype=dtype, device=device)
-    return state
+    return {"step": 0, **new_moment(parameter, 1, bits), **new_moment(parameter, 2, bits)}
+
+
+def new_moment(parameter: nn.Parameter, number: int, bits: int | None) -> dict[str, torch.Tensor]:
+    """Returns a first or second moment of zeros: codes and scales for the whole blocks, plain numbers for the rest."""
+    quantised = quantised_elements(parameter.numel(), bits)
+    moment: dict[str, torch.Tensor] = {}
+    if bits is not None and quantised:
+        kind, block, _ = _KINDS[bits]
+        zeros = kind.zeros((quantised,), number == 1, block, parameter.device)
+        moment |= {f"codes{number}": zeros.codes, f"scale{number}": zeros.scale, f"qmap{number}": zeros.qmap}
+    dtype = torch.float32 if bits else parameter.dtype
+    shape = (parameter.numel() - quantised,) if quantised else parameter.shape
+    return moment | {f"moment{number}": torch.zeros(shape, dtype=dtype, device=parameter.device)}
 
 
 def _moment(state: dict[str, Any], number: int, part: slice, quantised: int, bits: int | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ class Settings:
     and sgd, decoupled for the others (as in their libraries). beta1: sgd's momentum and adafactor's first moment; 0 turns it off.
     The Adam family has the published beta1 of 0.9, and beta2 and eps from here. embedding_bits: 32 for float32 moments of
     embedding and output head with low-bit optimizers; None: as for the rest. rounding: stochastic rounding of bfloat16
-    and int8 parameters. sliced: Adam and AdamW step in slices, as int8 parameters need, also without rounding. lr_ratios: rates
-    of parameter groups, divided by lr; 1 for the groups that are left out. undecayed: groups without weight decay.
-    Groups: see config.parameter_groups. momentum, factor_scale: muon's and spectron's momentum, and alpha / r for spectron.
+    and int8 parameters. sliced: Adam and AdamW step in slices, also without rounding, as int8 parameters and accumulation in
+    moments (optim.moments.Accumulating) need. lr_ratios: rates of parameter groups, divided by lr; 1 for the groups that are
+    left out. undecayed: groups without weight decay. Groups: see config.parameter_groups. momentum, factor_scale: muon's and
+    spectron's momentum, and alpha / r for spectron.
     """
 
     lr: float
@@ -180,7 +182,7 @@ def _adafactor(parameters: Mapping[str, nn.Parameter], settings: Settings) -> to
 # What a package is for, and what to use without it.
 _FOR_8BIT = ("8-bit moments", "bitsandbytes", "adamw, or muon and spectron without 8bit")
 _FOR_4BIT = (
-    "4-bit moments, --stochastic_rounding and --weight_dtype int8",
+    "4-bit moments, --stochastic_rounding, --weight_dtype int8 and --accumulate moments",
     "torchao",
     "--optimizer adam8bit without --stochastic_rounding",
 )
@@ -241,13 +243,15 @@ def _spectron(parameters: Mapping[str, nn.Parameter], settings: Settings, state_
 def _orthogonal(
     parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], **more: Any
 ) -> torch.optim.Optimizer:
-    """Muon or Spectron for the matrices, AdamW for all other parameters."""
+    """Muon or Spectron for the matrices, AdamW with moments of as many bits for all other parameters."""
     if more["state_bits"]:
-        with _needing(*_FOR_8BIT):
-            import bitsandbytes  # noqa: F401
+        needed = {8: _FOR_8BIT, 4: _FOR_4BIT}[more["state_bits"]]
+        with _needing(*needed):
+            import_module(needed[1])
     matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
-    members = [_adamw(others, settings)] if others else []
+    adam = {None: _adamw, 8: _adam8bit, 4: _adamw4bit}[more["state_bits"]]
+    members = [adam(others, settings)] if others else []
     if matrices:
         more |= {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
         members.append(kind(_groups(matrices, settings), names=_names(matrices), rounding=settings.rounding, **more))
@@ -265,6 +269,8 @@ BUILDERS: dict[str, Callable[[Mapping[str, nn.Parameter], Settings], torch.optim
     "stable_spam": _stable_spam,
     "muon": _muon,
     "muon8bit": partial(_muon, state_bits=8),
+    "muon4bit": partial(_muon, state_bits=4),
     "spectron": _spectron,
     "spectron8bit": partial(_spectron, state_bits=8),
+    "spectron4bit": partial(_spectron, state_bits=4),
 }

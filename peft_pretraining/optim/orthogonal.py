@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_MIN_ELEMENTS
+from peft_pretraining.optim.moments import Accumulating, moment_slices
 from peft_pretraining.optim.slices import (
     SLICE_ELEMENTS,
     StochasticRounding,
@@ -49,10 +50,12 @@ def scale_of_shape(shape: Iterable[int]) -> float:
     return 0.2 * math.sqrt(max(shape))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Accumulating, torch.optim.Optimizer):
     """Muon with Nesterov momentum; weight decay is decoupled. In bfloat16 its steps equal torch.optim.Muon's bit for bit.
 
     M <- mu M + (1 - mu) G;  W <- (1 - lr * decay) W - lr * .2 sqrt(max(out, in)) * orthogonalised(mu M + (1 - mu) G)
+
+    After `accumulate`, which leaves no G, the step is along orthogonalised(M): momentum without Nesterov's look ahead.
 
     Args:
         params: matrices, or groups of them.
@@ -60,8 +63,9 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: coefficient of weight decay.
         momentum: mu.
-        state_bits: 8 for a momentum of one byte per element with a float32 scale per 256 elements (bitsandbytes' code book; of
-            matrices with fewer than 4,096 elements it stays float32); None for the matrices' dtype.
+        state_bits: 8 for a momentum of one byte per element with a float32 scale per 256 elements (bitsandbytes' code book), 4
+            for half a byte and a scale per 128 (torchao's); of matrices with fewer than 4,096 elements it stays float32. None for
+            the matrices' dtype.
         rounding: stochastic rounding of bfloat16 matrices; None rounds to nearest.
     """
 
@@ -77,7 +81,7 @@ class Muon(torch.optim.Optimizer):
         rounding: StochasticRounding | None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.quantises = state_bits is not None
+        self.quantises, self._state_bits = state_bits is not None, state_bits
         self._names, self._momentum, self._rounding = names, momentum, rounding
 
     @torch.no_grad()
@@ -86,9 +90,22 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    direction = orthogonalised(self._next_momentum(matrix, nesterov=True))
-                    rate = group["lr"] * scale_of_shape(matrix.shape)
-                    self._move(matrix, direction, rate, 1 - group["lr"] * group["weight_decay"])
+                    self._step_along(matrix, self._next_momentum(matrix, nesterov=True), group)
+
+    def decays(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """Returns mu."""
+        return (self._momentum,)
+
+    @torch.no_grad()
+    def step_from_moments(self, num_micro_batches: int) -> None:
+        """Steps every matrix along its momentum, to which all micro-batches of the update were added."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                self._step_along(matrix, self._present_momentum(matrix), group)
+
+    def _step_along(self, matrix: nn.Parameter, momentum: torch.Tensor, group: Mapping[str, Any]) -> None:
+        rate = group["lr"] * scale_of_shape(matrix.shape)
+        self._move(matrix, orthogonalised(momentum), rate, 1 - group["lr"] * group["weight_decay"])
 
     def prepare_states(self) -> None:
         """Creates the momentum of every matrix now instead of in its first step."""
@@ -101,6 +118,10 @@ class Muon(torch.optim.Optimizer):
             return {"step": 0, "momentum_buffer": torch.zeros_like(matrix)}
         if matrix.numel() < BNB_MIN_ELEMENTS:
             return {"step": 0, "momentum_buffer": torch.zeros_like(matrix, dtype=torch.float32)}
+        if self._state_bits == 4:
+            from peft_pretraining.optim.adam_ao import new_moment
+
+            return {"step": 0, **new_moment(matrix, 1, 4)}
         blocks = -(-matrix.numel() // BNB_BLOCK_ELEMENTS)
         return {
             "step": 0,
@@ -119,21 +140,29 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state.update(self._new_state(matrix))
         state["step"] += 1
-        if "state1" in state:
-            import bitsandbytes.functional as kernels
-
-            scales, book = state["absmax1"], state["qmap1"]
-            momentum = kernels.dequantize_blockwise(state["state1"], absmax=scales, code=book, blocksize=BNB_BLOCK_ELEMENTS)
-            momentum.lerp_(matrix.grad.float(), 1 - self._momentum)
-            codes, quantised = kernels.quantize_blockwise(momentum, code=book, blocksize=BNB_BLOCK_ELEMENTS)
-            state["state1"].copy_(codes.view(matrix.shape))
-            scales.copy_(quantised.absmax)
-        else:
-            momentum = state["momentum_buffer"]
+        if "momentum_buffer" in state:
+            momentum: torch.Tensor = state["momentum_buffer"]
             momentum.lerp_(matrix.grad.to(momentum.dtype), 1 - self._momentum)
-        if nesterov:
-            momentum = matrix.grad.to(momentum.dtype).lerp(momentum, self._momentum)
-        return momentum.to(matrix.dtype)
+            if nesterov:
+                momentum = matrix.grad.to(momentum.dtype).lerp(momentum, self._momentum)
+            return momentum.to(matrix.dtype)
+        result = torch.empty_like(matrix)
+        for part, moment in moment_slices(state, 1):
+            gradient = matrix.grad.reshape(-1)[part].float()
+            numbers = moment.read().lerp(gradient, 1 - self._momentum)
+            moment.write_(numbers)
+            result.view(-1)[part] = gradient.lerp(numbers, self._momentum) if nesterov else numbers
+        return result
+
+    def _present_momentum(self, matrix: nn.Parameter) -> torch.Tensor:
+        """Returns the momentum in the matrix's dtype; the tensor of the state itself if it has that dtype."""
+        if "momentum_buffer" in self.state[matrix]:
+            momentum: torch.Tensor = self.state[matrix]["momentum_buffer"]
+            return momentum.to(matrix.dtype)
+        result = torch.empty_like(matrix)
+        for part, moment in moment_slices(self.state[matrix], 1):
+            result.view(-1)[part] = moment.read()
+        return result
 
     def _move(self, matrix: nn.Parameter, direction: torch.Tensor, rate: float | torch.Tensor, kept: float) -> None:
         """Sets matrix <- kept * matrix - rate * direction, in place; a rate that is a tensor stays on the device."""
@@ -168,16 +197,24 @@ class Spectron(Muon):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Steps every pair of factors that both have a gradient."""
+        for pair in self._pairs:
+            if all(factor.grad is not None for factor in pair):
+                self._step_pair(pair, [orthogonalised(self._next_momentum(factor, nesterov=False)) for factor in pair])
+
+    @torch.no_grad()
+    def step_from_moments(self, num_micro_batches: int) -> None:
+        """Steps every pair of factors along their momenta, to which all micro-batches of the update were added."""
+        for pair in self._pairs:
+            self._step_pair(pair, [orthogonalised(self._present_momentum(factor)) for factor in pair])
+
+    def _step_pair(self, pair: tuple[nn.Parameter, nn.Parameter], directions: list[torch.Tensor]) -> None:
         groups = {factor: group for group in self.param_groups for factor in group["params"]}
-        for lora_A, lora_B in self._pairs:
-            if lora_A.grad is None or lora_B.grad is None:
-                continue
-            directions = [orthogonalised(self._next_momentum(factor, nesterov=False)) for factor in (lora_A, lora_B)]
-            norms = sum(_spectral_norm(plain(factor), self.state[factor]["power_vector"]) for factor in (lora_A, lora_B))
-            for factor, direction in zip((lora_A, lora_B), directions, strict=True):
-                lr, weight_decay = groups[factor]["lr"], groups[factor]["weight_decay"]
-                largest_change = lr * scale_of_shape((lora_B.shape[0], lora_A.shape[1]))
-                self._move(factor, direction, largest_change / (self._scale * (norms + 1)), 1 - lr * weight_decay)
+        lora_A, lora_B = pair
+        norms = sum(_spectral_norm(plain(factor), self.state[factor]["power_vector"]) for factor in pair)
+        for factor, direction in zip(pair, directions, strict=True):
+            lr, weight_decay = groups[factor]["lr"], groups[factor]["weight_decay"]
+            largest_change = lr * scale_of_shape((lora_B.shape[0], lora_A.shape[1]))
+            self._move(factor, direction, largest_change / (self._scale * (norms + 1)), 1 - lr * weight_decay)
 
     def _new_state(self, matrix: nn.Parameter) -> dict[str, Any]:
         vector = torch.zeros(matrix.shape[0], dtype=torch.float32, device=matrix.device)

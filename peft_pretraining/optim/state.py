@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_CODEBOOK_ENTRIES
 from peft_pretraining.distributed.parallel import Part, local, part_of, rows_of_part, whole_of
 from peft_pretraining.distributed.world import World, gather_objects
+from peft_pretraining.optim.moments import moment_slices
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
 from sparse_lora import generator_for
 
@@ -38,6 +39,8 @@ Saved = dict["Part | None", dict[str, tuple[torch.Size, torch.dtype]]]
 Read = Callable[[dict[str, torch.Tensor]], None]
 
 _PARTIAL_NAME = re.compile(r"(.+)@(\d+)of(\d+)")
+# Names of moments in the state of torch's AdamW, and those in the states of optimizers that step in slices.
+_ADAMW_NAMES = {"exp_avg": "moment1", "exp_avg_sq": "moment2"}
 
 
 class SavedState(NamedTuple):
@@ -98,7 +101,11 @@ def load_optimizer_state(
     states = updates.optimizer.state
     states.clear()
     _prepare(updates.optimizer)
-    requantised = [name for name, parts in saved.items() if _has_other_parts(updates, parameters[name], parts)]
+    requantised = [
+        name
+        for name, parts in saved.items()
+        if _has_other_parts(updates, parameters[name], parts) or _has_other_form(parts, states.get(updates.stepped[name], {}))
+    ]
     targets: dict[str, torch.Tensor] = {}
     for name in sorted((set(saved) | set(scalars)) - set(requantised)):
         stepped = updates.stepped[name]
@@ -139,6 +146,13 @@ def _has_other_parts(updates: Updates, parameter: nn.Parameter, parts: Saved) ->
         return None not in parts
     # Compares numbers of parts and not this part, because an empty part is not saved and all processes must agree.
     return own_part.size not in {part.size for part in parts if part is not None}
+
+
+def _has_other_form(parts: Saved, state: Mapping[str, Any]) -> bool:
+    """Tells whether plain moments were saved that this optimizer quantises; muon8bit and spectron8bit left AdamW's plain once."""
+    saved = parts.get(None, {}).keys()
+    plain = "codes1" not in saved and any(set(names) <= saved for names in (_ADAMW_NAMES, _ADAMW_NAMES.values()))
+    return plain and not {key for key, value in state.items() if isinstance(value, torch.Tensor)} <= saved
 
 
 def _targets(name: str, parameter: nn.Parameter, parts: Saved, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -186,11 +200,13 @@ def _requantise(
         saved_name = _partial_name(name, part) if part else name
         tensors = {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in parts[part].items()}
         read({f"{saved_name}/{key}": tensor for key, tensor in tensors.items()})
-        pieces.append(plain_moments(tensors))
+        if "step" in tensors:
+            state["step"] = int(tensors.pop("step"))
+        pieces.append(plain_moments({_ADAMW_NAMES.get(key, key): tensor for key, tensor in tensors.items()}))
     whole = [torch.cat(moment).view(parameter.shape) for moment in zip(*pieces, strict=True)]
     if isinstance(parameter, DTensor):
         whole = [rows_of_part(moment, part_of(parameter)) for moment in whole]
-    set_moments_(state, [moment.flatten().to(parameter.device) for moment in whole])
+    set_moments_(state, [moment.flatten().to(parameter.device, torch.float32) for moment in whole])
 
 
 # --- Quantised moments as plain numbers and back ---
@@ -211,52 +227,17 @@ def set_moments_(state: Mapping[str, torch.Tensor], moments: list[torch.Tensor])
 
 
 def _dequantised(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
-    if f"state{number}" not in state:
-        rest = state[f"moment{number}"].flatten()
-        return torch.cat([_torchao(state, number).dequantize().float(), rest]) if f"codes{number}" in state else rest
-    values = state[f"state{number}"].flatten()
-    if values.dtype != torch.uint8:
-        return values
-    import bitsandbytes.functional as kernels
-
-    scales, codes = state[f"absmax{number}"], state[f"qmap{number}"]
-    if scales.numel() != -(-values.numel() // BNB_BLOCK_ELEMENTS) or codes.numel() != BNB_CODEBOOK_ENTRIES:
-        raise ValueError(f"{values.numel()} codes do not fit {scales.numel()} scales and a code book of {codes.numel()} entries")
-    plain: torch.Tensor = kernels.dequantize_blockwise(values, absmax=scales, code=codes, blocksize=BNB_BLOCK_ELEMENTS)
-    return plain
+    if state.get(f"state{number}", torch.empty(0)).dtype == torch.uint8:
+        count, scales, codes = (state[f"{part}{number}"].numel() for part in ("state", "absmax", "qmap"))
+        if scales != -(-count // BNB_BLOCK_ELEMENTS) or codes != BNB_CODEBOOK_ENTRIES:
+            raise ValueError(f"{count} codes do not fit {scales} scales and a code book of {codes} entries")
+    moments = [moment.read() for _, moment in moment_slices(state, number)]
+    return torch.cat(moments) if moments else torch.empty(0)
 
 
 def _quantise_(state: Mapping[str, torch.Tensor], number: int, values: torch.Tensor) -> None:
-    if f"state{number}" not in state:
-        rest = state[f"moment{number}"].view(-1)
-        quantised = values.numel() - rest.numel()
-        if quantised:
-            _torchao(state, number).copy_(values[:quantised])
-        rest.copy_(values[quantised:])
-        return
-    target = state[f"state{number}"].view(-1)
-    if target.dtype != torch.uint8:
-        target.copy_(values)
-        return
-    import bitsandbytes.functional as kernels
-
-    codes, scales = kernels.quantize_blockwise(values.contiguous(), code=state[f"qmap{number}"], blocksize=BNB_BLOCK_ELEMENTS)
-    target.copy_(codes.view(-1))
-    state[f"absmax{number}"].copy_(scales.absmax)
-
-
-def _torchao(state: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
-    """Returns the quantised elements of a moment as torchao's tensor class; shares storage with the state."""
-    from torchao.optim.subclass_4bit import OptimState4bit
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    codes, scale, qmap = (state[f"{part}{number}"] for part in ("codes", "scale", "qmap"))
-    moment: torch.Tensor
-    if qmap.numel() == 256:
-        moment = OptimState8bit(codes, scale, qmap, number == 1, dtype=torch.float32)
-    else:
-        moment = OptimState4bit(codes, scale, qmap, number == 1, (2 * codes.numel(),), dtype=torch.float32)
-    return moment
+    for part, moment in moment_slices(state, number):
+        moment.write_(values[part])
 
 
 # --- Moments of parameters whose values a restart replaced ---

@@ -196,7 +196,7 @@ class PerLayerUpdate:
         together = {name: names for names in joint for name in names}
         # In the order of the parameters; each of a unit's names leads to it.
         units = {
-            names: _Unit(build({name: self.stepped[name] for name in names}), len(names))
+            names: Unit(build({name: self.stepped[name] for name in names}), len(names))
             for names in (together.get(name, (name,)) for name in self.stepped)
         }
         self._units = [units[together.get(name, (name,))] for name in self.stepped]
@@ -236,11 +236,11 @@ class PerLayerUpdate:
             stepped.grad = gradient
         unit = self._units[number]
         # The norm is the same on every process, as the averaged gradient is, or (sharded) the norm over all parts.
-        unit.add(_Arrived(number, limited, stepped, parameter), ~torch.isfinite(norm))
+        unit.add(Arrived(number, limited, stepped, parameter), ~torch.isfinite(norm))
         if unit.complete:
             self._finish_unit(unit)
 
-    def _finish_unit(self, unit: _Unit) -> None:
+    def _finish_unit(self, unit: Unit) -> None:
         """Steps a complete unit and frees its gradients; one non-finite gradient leaves everything of the unit as it is."""
         if any(one.stepped.numel() for one in unit.arrived):
             step_unless(unit.optimizer, unit.bad)
@@ -267,7 +267,7 @@ class PerLayerUpdate:
         return _nothing_stepped(len(self._parameters), self._skipped.device)
 
 
-class _Arrived(NamedTuple):
+class Arrived(NamedTuple):
     """A parameter whose gradient is complete. norm: of the gradient after the growth limit; stepped: this process's part."""
 
     number: int
@@ -276,7 +276,7 @@ class _Arrived(NamedTuple):
     parameter: torch.Tensor
 
 
-class _Unit:
+class Unit:
     """Parameters that an optimizer steps together once all their gradients are complete; mostly a single one.
 
     arrived: those with a complete gradient. bad: whether a gradient is not finite.
@@ -284,7 +284,7 @@ class _Unit:
 
     def __init__(self, optimizer: torch.optim.Optimizer, size: int):
         self.optimizer, self.size = optimizer, size
-        self.arrived: list[_Arrived] = []
+        self.arrived: list[Arrived] = []
         self.bad = torch.zeros((), dtype=torch.bool)
 
     @property
@@ -292,7 +292,7 @@ class _Unit:
         """Whether all parameters have a complete gradient."""
         return len(self.arrived) == self.size
 
-    def add(self, arrived: _Arrived, bad: torch.Tensor) -> None:
+    def add(self, arrived: Arrived, bad: torch.Tensor) -> None:
         """Adds a parameter whose gradient is complete."""
         self.bad = self.bad | bad if self.arrived else bad
         self.arrived.append(arrived)

@@ -89,13 +89,17 @@ class Advisor:
         """Returns, for each flag that could lower memory, its options, leaving it first."""
         args = _applied(self.args, method)
         optimizers = list(_smaller_optimizers(args.optimizer))
+        per_layer: dict[str, Any] = {} if args.per_layer else {"per_layer": True}
+        if per_layer and args.grad_clipping:
+            per_layer["grad_clipping"] = None
+        accumulating = [{**per_layer, "accumulate": "moments"}] if args.accumulate == "gradients" else []
         options: list[list[dict[str, Any]]] = [
             [{"parallel": "fsdp"}] if self.plan.world_size > 1 and args.parallel != "fsdp" else [],
             [{"reshard_after_forward": True}] if not args.reshard_after_forward else [],
             [{"activation_checkpointing": "layer"}] if args.activation_checkpointing != "layer" else [],
             [{"dtype": "bfloat16"}] if self.plan.dtype != "bfloat16" else [],
             [{"async_save": False}] if args.async_save else [],
-            [{"per_layer": True, **({"grad_clipping": None} if args.grad_clipping else {})}] if not args.per_layer else [],
+            [per_layer, *accumulating] if per_layer else accumulating,
             [_optimizer_change(args, name) for name in optimizers],
             [{"embedding_states": "8bit"}] if args.embedding_states != "8bit" else [],
             [_int8_weights(args)] if args.weight_dtype is None else [],
@@ -232,7 +236,7 @@ def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[s
     single = _listed(advisor.single())
     alone = [f"peak in GiB with one change: {single}"] if single else []
     kept = f"{plan.bytes['gradients'] / GIB:.1f} GiB of gradients stay between the {plan.gradient_accumulation} micro-batches"
-    accumulates = plan.gradient_accumulation > 1
+    accumulates = plan.gradient_accumulation > 1 and args.accumulate == "gradients"
     if (found := advisor.fitting(limit)) is not None:
         reason = f", and {kept} although --per_layer frees them afterwards" if args.per_layer and accumulates else ""
         return [f"{needed} per process{reason}; it would fit with {found.text}", *alone]

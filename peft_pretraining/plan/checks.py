@@ -120,7 +120,7 @@ def combination_problems(args: Arguments) -> list[str]:
             f"--grad_clipping {args.grad_clipping} with --per_layer: the global norm is not known before the first parameter is "
             "stepped; use --grad_norm_growth 1.01, which limits each tensor's norm, or drop one of the two"
         )
-    problems += _parallel_problems(args)
+    problems += _parallel_problems(args) + _accumulation_problems(args)
     problems += METHODS[args.peft_model].problems(args)
     problems += _optimizer_problems(args)
     if args.weight_dtype is not None:
@@ -142,6 +142,37 @@ def _optimizer_problems(args: Arguments) -> list[str]:
     if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
         return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
     return []
+
+
+def _accumulation_problems(args: Arguments) -> list[str]:
+    """What --accumulate moments cannot work with."""
+    if args.accumulate == "gradients":
+        return []
+    what, way_out = f"--accumulate {args.accumulate}", "or leave --accumulate out"
+    problems = []
+    if not args.per_layer:
+        problems.append(
+            f"{what} without --per_layer: whole updates keep all gradients for their step anyway; add --per_layer, {way_out}"
+        )
+    if (reason := OPTIMIZERS[args.optimizer].not_accumulating) is not None:
+        known = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.not_accumulating is None])
+        problems.append(f"{what} with --optimizer {args.optimizer}: {reason}; use one of {known}, {way_out}")
+    if METHODS[args.peft_model].projected:
+        problems.append(
+            f"{what} with --peft_model {args.peft_model}: its projections come from whole gradients; use sltrain or full, "
+            f"{way_out}"
+        )
+    if args.grad_norm_growth is not None:
+        problems.append(
+            f"{what} with --grad_norm_growth {args.grad_norm_growth:g}: the norm of the update's gradient is not known, only "
+            "those of its micro-batches; drop one of the two"
+        )
+    if args.parallel == "fsdp":
+        problems.append(
+            f"{what} with --parallel fsdp: FSDP2 adds up micro-batches' gradients before it divides them; use --parallel ddp, "
+            f"{way_out}"
+        )
+    return problems
 
 
 def _stored_weights_problems(args: Arguments) -> list[str]:
@@ -276,11 +307,16 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
     return problems + METHODS[args.peft_model].model_problems(args, model)
 
 
-def _warnings(args: Arguments, world: World, model: ModelConfig) -> list[str]:
+def _warnings(args: Arguments, world: World, model: ModelConfig, accumulation: int) -> list[str]:
     lines = []
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is no other process to share with")
     lines += METHODS[args.peft_model].warnings(args, model)
+    if args.accumulate == "moments" and accumulation == 1:
+        lines.append(
+            "--accumulate moments has no effect with one micro-batch per update: there are no gradients to keep between "
+            "micro-batches; lower --batch_size, or raise --total_batch_size"
+        )
     resets = args.reset_moments_every
     if resets and args.max_train_tokens is None and resets >= args.num_training_steps:
         lines.append(

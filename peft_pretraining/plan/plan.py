@@ -80,7 +80,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
         warnings=(
             *rope_complaints,
-            *_warnings(args, world, model),
+            *_warnings(args, world, model, checked.gradient_accumulation),
             *_larger_than_dense(args, counts.total, full_rank_parameters),
             *_slow_save(num_bytes),
         ),
@@ -151,7 +151,10 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         ("", _peak_text(plan, memory_of_device)),
     ]
     if args.per_layer and plan.gradient_accumulation > 1:
-        kept = f"{plan.bytes['gradients'] / GIB:.2f} GiB of gradients stay between its {plan.gradient_accumulation} micro-batches"
+        number = plan.gradient_accumulation
+        kept = f"{plan.bytes['gradients'] / GIB:.2f} GiB of gradients stay between its {number} micro-batches"
+        if args.accumulate == "moments":
+            kept = f"gradients of its {number} micro-batches are added to the moments and freed"
         rows.append(("per-layer", f"steps in the last micro-batch of an update; {kept}"))
     if plan.world_size > 1:
         rows.append(("wire", format_wire(wire_figures(setting_of(plan, args, "cpu"), None, None))))

@@ -105,7 +105,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         print(f"notice: {problem}", file=sys.stderr)
     restored = folder.checkpoint is not None
     token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id, restored=restored)
-    updates = build_updates(args, token_loss.model, world, device)
+    updates = build_updates(args, token_loss.model, world, device, plan.gradient_accumulation)
     module: nn.Module = token_loss
     if not is_sharded(token_loss) and not updates.averages_gradients:
         module = replicate(token_loss, world, device, None if args.reduce_dtype is None else torch_dtype(args.reduce_dtype))

@@ -166,8 +166,11 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else torch_dtype(name)
 
 
-def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device) -> Updates:
-    """Builds the optimizer and its update procedure (whole or per layer). Raises OptimizerUnavailable."""
+def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device, num_micro_batches: int = 1) -> Updates:
+    """Builds the optimizer and its update procedure (whole or per layer). Raises OptimizerUnavailable.
+
+    num_micro_batches: of each update and process.
+    """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     settings: dict[str, Any] = {
         "lr": args.lr,
@@ -181,7 +184,7 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         "factor_scale": args.lora_alpha / args.rank,
         "embedding_bits": embedding_bits(args),
         "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,
-        "sliced": args.weight_dtype is not None,
+        "sliced": args.weight_dtype is not None or args.accumulate == "moments",
     }
     build = partial(build_optimizer, args.optimizer, **settings)
     if METHODS[args.peft_model].projected:
@@ -191,7 +194,12 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:
         joint = pairs_of_factors(parameters) if OPTIMIZERS[args.optimizer].steps_pairs else []
-        return PerLayerUpdate(build, parameters, world, growth=growth, reduce_dtype=_dtype(args.reduce_dtype), joint=joint)
+        common: dict[str, Any] = {"reduce_dtype": _dtype(args.reduce_dtype), "joint": joint}
+        if args.accumulate == "moments" and num_micro_batches > 1:
+            from peft_pretraining.optim.accumulation import AccumulatingUpdate
+
+            return AccumulatingUpdate(build, parameters, world, num_micro_batches=num_micro_batches, seed=args.seed, **common)
+        return PerLayerUpdate(build, parameters, world, growth=growth, **common)
     return WholeUpdate(
         build,
         parameters,

@@ -210,8 +210,8 @@ def _restore_moments(path: Path, parts: RunParts, index: Mapping[str, Any], docu
         raise checkpoint.CheckpointError(f"{path}: its optimizer state does not fit this run ({error})") from None
     if requantised and world.is_main:
         print(
-            f"{path.name}: its quantised moments were saved by {document['processes']} processes; they are dequantised, divided "
-            "among this run's processes and quantised again, which changes them by up to their rounding",
+            f"{path.name}: its moments were saved by {document['processes']} processes, or by a version that quantised fewer of "
+            "them; they are read as plain numbers, divided and quantised again, which changes them by up to their rounding",
             file=sys.stderr,
         )
 

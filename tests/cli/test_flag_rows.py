@@ -87,6 +87,7 @@ CHANGES = {
     "grad_clipping": "1",
     "grad_norm_growth": "1.01",
     "per_layer": "true",
+    "accumulate": "moments --per_layer",
     "embedding_states": "8bit",
     "stochastic_rounding": "true",
     "scheduler": "linear",

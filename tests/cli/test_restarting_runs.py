@@ -27,9 +27,13 @@ SLTRAIN = ("--peft_model", "sltrain", "--restart_every", "2", "--rebalance", "--
 # Optimizers with states of their own: after all updates and per layer, with accumulation, growth limit and a reset of moments.
 OWN_STATES = [
     ["--peft_model", "sltrain", "--optimizer", optimizer, "--embedding_lr", "0.01", "--reset_moments_every", "4", *per_layer]
-    for optimizer in ("muon", "muon8bit", "spectron", "spectron8bit", "stable_spam")
+    for optimizer in ("muon", "muon8bit", "spectron", "spectron4bit", "stable_spam")
     for per_layer in ([], ["--per_layer", "--grad_norm_growth", "1.01"])
 ]
+# Gradients accumulated in moments: plain ones in float32 and bfloat16, quantised ones, those of a method with restarts, of int8
+# parameters.
+IN_MOMENTS = ["--per_layer", "--accumulate", "moments"]
+INT8 = ["--weight_dtype", "int8"]
 
 
 @pytest.fixture
@@ -67,6 +71,12 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*SLTRAIN, "--restart_every", "3", "--init", "svd", "--support", "block", "--optimizer", "adam8bit"],
         [*SLTRAIN, "--peft_model", "lowrank", "--per_layer", "--init", "svd", "--train_scaling"],
         *OWN_STATES,
+        [*SLTRAIN, *IN_MOMENTS],
+        [*BF16, "--peft_model", "sltrain", *IN_MOMENTS, "--stochastic_rounding"],
+        [*RELORA, "--optimizer", "adam8bit", "--embedding_states", "8bit", *IN_MOMENTS],
+        [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "8bit", *IN_MOMENTS],
+        [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "8bit", *IN_MOMENTS, *INT8],
+        ["--peft_model", "full", "--optimizer", "adamw4bit", *IN_MOMENTS, *INT8, "--stochastic_rounding", "false"],
         [*BF16, "--stochastic_rounding", "--peft_model", "full", "--optimizer", "muon"],
         [*BF16, "--stochastic_rounding", *RELORA, "--optimizer", "spectron8bit_per_layer"],
         [*BF16, "--stochastic_rounding", *SLTRAIN, "--optimizer", "stable_spam"],

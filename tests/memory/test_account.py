@@ -61,7 +61,9 @@ def test_kernels_of_a_gpu_need_a_table_of_block_starts():
     assert more_than_on_a_cpu(support="block", linear_path="factored") == 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "stable_spam", "muon", "muon8bit", "spectron", "spectron8bit"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "stable_spam", "muon", "muon8bit", "muon4bit", "spectron", "spectron8bit", "spectron4bit"]
+)
 def test_stochastic_rounding_costs_its_temporaries_with_every_optimizer(optimizer):
     """Random bits and a float32 copy of a slice of 2M elements: the embedding has more elements than that."""
     plain = account(setting("60m", rank=128, optimizer=optimizer, embedding_bits=None))

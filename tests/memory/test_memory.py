@@ -145,7 +145,11 @@ STATES: list[tuple[str, dict[str, Any]]] = [
     ("muon", {}),
     ("muon8bit", {"stochastic_rounding": True}),
     ("spectron", {}),
-    ("spectron8bit", {}),
+    ("spectron8bit", {"embedding_bits": 8}),
+    ("muon8bit", {"embedding_bits": 32}),
+    ("muon4bit", {"embedding_bits": 8}),
+    ("muon4bit", {"embedding_bits": 32, "stochastic_rounding": True}),
+    ("spectron4bit", {}),
     ("stable_spam", {}),
     ("stable_spam", {"stochastic_rounding": True}),
     ("adam", {}),
@@ -163,6 +167,7 @@ STATES: list[tuple[str, dict[str, Any]]] = [
     ("adamw", {"weight_dtype": "int8"}),
     ("adam8bit", {"weight_dtype": "int8", "stochastic_rounding": True}),
     ("muon8bit", {"weight_dtype": "int8"}),
+    ("spectron4bit", {"weight_dtype": "int8"}),
 ]
 
 

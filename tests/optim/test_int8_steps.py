@@ -1,24 +1,30 @@
 """Steps of parameters stored in int8: those of plain float32 parameters, rounded; the same on every replica."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from peft_pretraining.distributed.world import World
 from peft_pretraining.model.int8 import Int8Tensor
-from peft_pretraining.optim import adam8bit, adam_ao, orthogonal
+from peft_pretraining.optim import adam8bit, adam_ao, moments, orthogonal
+from peft_pretraining.optim.accumulation import AccumulatingUpdate
 from peft_pretraining.optim.build import build_optimizer
+from peft_pretraining.optim.orthogonal import pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
 
-OPTIMIZERS = ["adam", "adamw", "adam8bit", "adamw4bit", "stable_spam", "muon", "muon8bit", "spectron", "spectron8bit"]
+ADAMS = ["adam", "adamw", "adam8bit", "adamw4bit"]
+ORTHOGONAL = ["muon", "muon8bit", "muon4bit", "spectron", "spectron8bit", "spectron4bit"]
+OPTIMIZERS = [*ADAMS, "stable_spam", *ORTHOGONAL]
 # Elements of the last slice beyond whole blocks of int8, and of 4- and 8-bit moments.
 SHAPES = {"lora_A": (48, 300), "lora_B": (130, 48), "sparse_value": (8192 * 2 + 128 + 60,)}
 
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    for module in (adam8bit, adam_ao, orthogonal):
+    for module in (adam8bit, adam_ao, moments, orthogonal):
         monkeypatch.setattr(module, "SLICE_ELEMENTS", 8192)
 
 
@@ -53,6 +59,29 @@ def test_a_step_is_the_plain_one_rounded(name, seed):
         plain[key].grad = parameter.grad.clone()
     ours.step()
     theirs.step()
+    for key, parameter in stored.items():
+        apart = (parameter.detach().dequantised() - plain[key].detach()).abs() / steps_of(parameter)
+        assert float(apart.max()) <= (0.5001 if seed is None else 1.0001), key
+        assert float(apart.mean()) > 0.1, key  # they were rounded
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("name", [*ADAMS, *ORTHOGONAL])
+def test_a_step_from_accumulated_moments_is_the_plain_one_rounded(name, seed):
+    """Two micro-batches; the moments of both are equal, as are the values that decay."""
+    both_of_them = both()
+    rounding = None if seed is None else StochasticRounding(seed)
+    for parameters in both_of_them:
+        build = partial(build_optimizer, name, lr=0.0, weight_decay=0.1, rounding=rounding, sliced=True)
+        joint = pairs_of_factors(parameters) if name.startswith("spectron") else []
+        updates = AccumulatingUpdate(build, parameters, World(), num_micro_batches=2, seed=0, joint=joint)
+        generator = torch.Generator().manual_seed(1)
+        updates.begin(0.01)
+        for last in (False, True):
+            updates.before_backward(last=last)
+            sum((p * torch.randn(p.shape, generator=generator)).sum() for p in parameters.values()).backward()
+        assert int(updates.finish(torch.zeros(())).skipped) == 0
+    stored, plain = both_of_them
     for key, parameter in stored.items():
         apart = (parameter.detach().dequantised() - plain[key].detach()).abs() / steps_of(parameter)
         assert float(apart.max()) <= (0.5001 if seed is None else 1.0001), key

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.build import OptimizerUnavailable, build_optimizer
-from peft_pretraining.optim.state import load_optimizer_state, optimizer_state
+from peft_pretraining.optim.state import load_optimizer_state, optimizer_state, plain_moments
 from peft_pretraining.optim.updates import WholeUpdate
 
 NAMES = ["adam", "adamw", "sgd", "adafactor", "adam8bit", "adamw4bit"]
@@ -72,6 +72,37 @@ def test_bfloat16_parameters_are_stepped_like_float32_ones(name, beta1):
             ends.append(parameter.detach().float())
         torch.testing.assert_close(*ends, rtol=0, atol=0.02)
         assert float(ends[0].max()) < 1.4
+
+
+@pytest.mark.parametrize("form", ["torch's AdamW", "sliced AdamW"])
+@pytest.mark.parametrize("name", ["muon8bit", "muon4bit", "spectron8bit"])
+def test_plain_moments_of_an_earlier_version_are_quantised(name, form):
+    """Those of what is no matrix, which was stepped by torch's AdamW, or (rounded stochastically) by a sliced one."""
+    shapes = {"x.lora_A": (8, 40), "x.lora_B": (40, 8), "x.sparse_value": (5000,), "norm.weight": (40,)}
+    ends = []
+    for kind, settings in (("adamw", {"sliced": form == "sliced AdamW"}), (name, {})):
+        generator = torch.Generator().manual_seed(0)
+        parameters = {key: nn.Parameter(torch.randn(shape, generator=generator)) for key, shape in shapes.items()}
+        updates = WholeUpdate(partial(build_optimizer, kind, lr=0.01, weight_decay=0.0, **settings), parameters, World())
+        for _ in range(3):
+            for parameter in parameters.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            updates.optimizer.step()
+        ends.append((parameters, updates))
+    (parameters, before), (others, updates) = ends
+    old, own = optimizer_state(before, parameters), optimizer_state(updates, others)
+    saved = {key: tensor.clone() for key, tensor in own.shared.items() if "lora" in key}
+    saved |= {key: tensor for key, tensor in old.shared.items() if "lora" not in key}
+    scalars = {key: old.scalars.get(key, {}) if "lora" not in key else value for key, value in own.scalars.items()}
+    index = {key: (tensor.shape, tensor.dtype) for key, tensor in saved.items()}
+    updates = WholeUpdate(partial(build_optimizer, name, lr=0.01, weight_decay=0.0), others, World())
+    assert load_optimizer_state(updates, others, index, scalars, partial(fill, saved))
+    for key, allowed in (("x.sparse_value", 0.25 if name == "muon4bit" else 0.02), ("norm.weight", 1e-6)):
+        state, expected = updates.optimizer.state[others[key]], before.optimizer.state[parameters[key]]
+        assert state["step"] == 3
+        for found, names in zip(plain_moments(state), (("exp_avg", "moment1"), ("exp_avg_sq", "moment2")), strict=True):
+            (moment,) = (expected[each].flatten() for each in names if each in expected)
+            assert float((found - moment).abs().max()) <= allowed * float(moment.abs().max()), key
 
 
 def fill(saved, targets):

@@ -73,12 +73,20 @@ def smallest_peak(line: str, world: World, device_type: str) -> int:
         "adam": ["adamw4bit", "adam8bit", "adam"],
         "adamw": ["adamw4bit", "adam8bit", "adamw"],
         "adam8bit": ["adamw4bit", "adam8bit"],
-        "muon": ["muon8bit", "muon"],
-        "spectron": ["spectron8bit", "spectron"],
+        "muon": ["muon4bit", "muon8bit", "muon"],
+        "muon8bit": ["muon4bit", "muon8bit"],
+        "spectron": ["spectron4bit", "spectron8bit", "spectron"],
+        "spectron8bit": ["spectron4bit", "spectron8bit"],
     }
     peaks = []
     for optimizer in optimizers.get(args.optimizer, [args.optimizer]):
-        for more in ("", " --parallel fsdp", " --weight_dtype int8"):
+        for more in (
+            "",
+            " --parallel fsdp",
+            " --accumulate moments",
+            " --weight_dtype int8",
+            " --accumulate moments --weight_dtype int8",
+        ):
             typed = (
                 f"{line} --optimizer {optimizer} --peft_model {args.peft_model} --grad_clipping 0 --per_layer {more} "
                 "--dtype bfloat16 --embedding_states 8bit --activation_checkpointing layer --async_save false --batch_size 1"

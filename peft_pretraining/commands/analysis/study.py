@@ -165,7 +165,7 @@ def train_sparse_parts(module: TokenLoss, args: Arguments, plan: Plan, data: Dat
     """
     world = World()
     initial_state = data.loader.state_dict()
-    updates = build_updates(args, module.model, world, device)
+    updates = build_updates(args, module.model, world, device, plan.gradient_accumulation)
     module.train()
     skipped = torch.zeros((), device=device)
     tokens = 0
