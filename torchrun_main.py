@@ -220,7 +220,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         row: dict[str, Any] | None = None
         if state.update_step % args.log_every == 0:
             counts = {"tokens_seen": state.tokens_seen, "max_memory": peak_memory_bytes(device), "bad_records": bad_records}
-            row = {**rates.row(lr), **counts, **run.data.loader.row(), **run.memory_row()}
+            row = {**rates.row(lr), **counts, **run.data_row(), **run.memory_row()}
         late_record.add(state.update_step, step, row)
         if trace is not None:
             trace.after_update(late_record.paused)

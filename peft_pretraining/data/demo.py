@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peft_pretraining.data import DataError
+from peft_pretraining.data.sentencepiece_training import train_sentencepiece
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy")
 TRAIN_SHARDS = 4
@@ -94,9 +95,6 @@ def _build_into_place(folder: Path, vocab_size: int) -> None:
         for index in range(TRAIN_SHARDS):
             _write_shard(building / f"demo-train.{index:05d}-of-{TRAIN_SHARDS:05d}.json.gz", train[index::TRAIN_SHARDS])
         _write_shard(building / "demo-validation.00000-of-00001.json.gz", validation)
-        # Imported here, because source.py, which that module reads with, imports this one.
-        from peft_pretraining.data.train_tokenizer import train_sentencepiece
-
         model = train_sentencepiece((text for _, text in train), "bpe", vocab_size)
         demo_tokenizer_path(building).write_bytes(model)
         counts = {

@@ -139,7 +139,7 @@ class _RankLanes:
             return streams[0]
         offsets = lane_offsets(self.order, fingerprints, lane)
         turns = mixed(streams, self.data.weights or (), offsets, start.drawn)
-        return (sequence._replace(source=number) for number, sequence in turns)
+        return (LaneSequence(ids, state, skipped, number) for number, (ids, state, skipped, _) in turns)
 
 
 class TrainLoader:

@@ -235,8 +235,10 @@ def mixed(
     more than a sequence of one of them adds, so that shares of the tokens converge to the weights.
     """
     tokens = list(drawn)
+    turns = [(taken + offset) / weight for taken, offset, weight in zip(tokens, offsets, weights, strict=True)]
     while True:
-        source = min(range(len(streams)), key=lambda number: (tokens[number] + offsets[number]) / weights[number])
+        source = turns.index(min(turns))
         sequence = next(streams[source])
         tokens[source] += len(sequence.ids)
+        turns[source] = (tokens[source] + offsets[source]) / weights[source]
         yield source, sequence

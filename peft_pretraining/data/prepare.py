@@ -172,6 +172,8 @@ def _continued(
             left = None if job.documents is None else job.documents - done[wanted]
             if left == 0:
                 continue
+            name = task.source.shards[task.shard_index].name
+            bar.set_description_str(f"file {task.number + 1} of {len(tasks)}, {wanted} {name}")
             preparation = _Preparation(out, task, encoders, Health(task.source, on_bad_record), left, bar)
             shards.append(preparation.finished() or preparation.run())
             done.update(shards[-1].counts)
@@ -315,7 +317,6 @@ class _Preparation:
         self._shard = task.source.shards[task.shard_index]
         self._limited = "train" if task.split == "both" else task.split
         self._done_file = out / f".{task.stem}.done.json"
-        bar.set_description(f"{self._limited} {self._shard.name}")
 
     def finished(self) -> PreparedShard | None:
         """Returns the result of an earlier call that finished the file, if its checksums still agree; otherwise None."""

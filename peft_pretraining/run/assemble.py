@@ -18,7 +18,7 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import Batch, merge_states
-from peft_pretraining.data.mixture import orders_text, source_lines
+from peft_pretraining.data.mixture import Mixture, orders_text, source_lines
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
@@ -64,6 +64,10 @@ class Run:
     stop: StopRequest
     saver: Saver
     memory_logged: bool = False
+
+    def data_row(self) -> dict[str, float]:
+        """What a mixture has given, for the record; {} of a single data set."""
+        return self.data.loader.row() if isinstance(self.data.source, Mixture) else {}
 
     def memory_row(self) -> dict[str, int]:
         """Returns measured and predicted memory for the record on the first call (after the first update), later {}."""

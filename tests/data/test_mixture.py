@@ -216,7 +216,10 @@ def test_the_plan_names_each_source_its_share_and_its_order(folders):
     lines = mixture.describe().splitlines()
     assert lines[0].startswith(f"70.0% {folders / 'a'} (train): 1 of 2 files")
     assert lines[-1] == "shares of the tokens as weighted"
-    assert f"{folders / 'a'}: global order" in orders_text(mixture, data_orders(mixture, False, None))
+    names = ", ".join(source.dataset for source in mixture.sources)
+    assert orders_text(mixture, data_orders(mixture, False, None)).startswith(f"{names}: global order")
+    by_one = orders_text(mixture, ("lanes", "global", "lanes"))
+    assert by_one.startswith(f"{mixture.sources[1].dataset}: global order")
 
 
 def test_without_weights_the_bytes_of_the_training_files_decide(folders):

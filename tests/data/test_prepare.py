@@ -438,7 +438,10 @@ def test_errors_of_the_data_are_the_same_with_processes(tmp_path):
 
 def test_the_bar_shows_tokens_per_second(tmp_path, capsys):
     prepare(str(corpus(tmp_path / "text", 1, True)), ByteTokenizer(), tmp_path / "tokens", processes=2)
-    assert re.search(r"[\d,]+ tokens/s", capsys.readouterr().err)
+    shown = capsys.readouterr().err
+    assert re.search(r"[\d,]+ tokens/s", shown)
+    assert "file 1 of 3, train c4-train.0.json: " in shown
+    assert ": : " not in shown
 
 
 def test_a_preparation_killed_at_random_times_writes_the_same_bytes(tmp_path):

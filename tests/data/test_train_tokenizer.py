@@ -8,11 +8,12 @@ import sentencepiece
 from peft_pretraining.__main__ import main as command
 from peft_pretraining.data import DataError
 from peft_pretraining.data.records import is_held_out
+from peft_pretraining.data.sentencepiece_training import _short_parts
 from peft_pretraining.data.source import open_source
 from peft_pretraining.data.tokenizer import load_tokenizer
-from peft_pretraining.data.train_tokenizer import _sample, _short_parts, train_tokenizer
+from peft_pretraining.data.train_tokenizer import _sample, train_tokenizer
 
-WORDS = "river stone cloud engine garden window paper bridge silver orange".split()
+WORDS = ["river", "stone", "cloud", "engine", "garden", "window", "paper", "bridge", "silver", "orange"]
 
 
 def corpus(folder, files=3, documents=60, words=WORDS):
@@ -26,7 +27,7 @@ def corpus(folder, files=3, documents=60, words=WORDS):
 
 
 def trained(dataset, out, *flags):
-    return command(["data", "tokenizer", "--dataset", str(dataset), "--vocab_size", "310", "--out", str(out), *flags])
+    return command(["data", "tokenizer", "--dataset", str(dataset), "--vocab_size", "290", "--out", str(out), *flags])
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])
@@ -34,14 +35,14 @@ def test_the_command_trains_the_same_bytes_twice_and_any_text_comes_back(tmp_pat
     folder = corpus(tmp_path / "text")
     for name in ("one", "two"):
         assert trained(folder, tmp_path / name, "--model", model) == 0
-    assert "310 pieces" in capsys.readouterr().out
+    assert "290 pieces" in capsys.readouterr().out
     content = (tmp_path / "one" / "tokenizer.model").read_bytes()
     assert content == (tmp_path / "two" / "tokenizer.model").read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    assert (processor.vocab_size(), processor.pad_id(), processor.eos_id(), processor.unk_id()) == (310, 0, 1, 2)
+    assert (processor.vocab_size(), processor.pad_id(), processor.eos_id(), processor.unk_id()) == (290, 0, 1, 2)
     for text in ("river stone", "two\nlines  and spaces ", "日本語 🙂 Ünïcode"):
         assert processor.decode(processor.encode(text)) == text
-    assert load_tokenizer(str(tmp_path / "one")).text_vocab_size <= 310
+    assert load_tokenizer(str(tmp_path / "one")).text_vocab_size <= 290
 
 
 def test_the_sample_has_no_held_out_text_keeps_its_bounds_and_takes_from_every_file(tmp_path):
@@ -80,6 +81,12 @@ def test_a_vocabulary_that_does_not_fit_is_named_with_the_way_out_and_leaves_not
     with pytest.raises(DataError, match=problem):
         train_tokenizer(str(corpus(tmp_path / "text")), tmp_path / "out", vocab_size=size)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_vocabulary_that_is_no_number_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command(["data", "tokenizer", "--dataset", "demo", "--out", str(tmp_path / "out"), "--vocab_size", "many"])
+    assert "--vocab_size: many is not a whole number" in capsys.readouterr().err
 
 
 def test_an_existing_folder_and_prepared_data_are_refused(tmp_path, capsys):
