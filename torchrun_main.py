@@ -71,7 +71,7 @@ def tell_torchrun(message: str) -> None:
 def dry_run(args: Arguments, world: World) -> int:
     """Prints the plan and returns the exit code; reads no data and uses no network."""
     from peft_pretraining.data import DataError, TokenizerError
-    from peft_pretraining.data.source import open_source, order_text
+    from peft_pretraining.data.mixture import data_orders, open_dataset, orders_text
     from peft_pretraining.data.tokenizer import tokenizer_path
     from peft_pretraining.distributed import device as devices
     from peft_pretraining.plan.advice import memory_problems
@@ -87,8 +87,8 @@ def dry_run(args: Arguments, world: World) -> int:
         plan = make_plan(args, world, dtype, memory.device_type)
         if args.tokenizer is not None:
             tokenizer_path(args.tokenizer)
-        source = open_source(args.dataset, "train", text_field=args.text_field, resolve=False)
-        order = order_text(source, source.data_order(args.packing, args.data_order))
+        source = open_dataset(args.dataset, "train", text_field=args.text_field, resolve=False)
+        order = orders_text(source, data_orders(source, args.packing, args.data_order))  # type: ignore[arg-type]
         lines = [format_plan(plan, args, source.describe(), memory, order)]
         lines += [f"warning: {problem}" for problem in memory_problems(plan, args, memory)]
     except (DataError, TokenizerError, devices.DeviceError) as error:
@@ -223,7 +223,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         row: dict[str, Any] | None = None
         if state.update_step % args.log_every == 0:
             counts = {"tokens_seen": state.tokens_seen, "max_memory": peak_memory_bytes(device), "bad_records": bad_records}
-            row = {**rates.row(lr), **counts, **run.memory_row()}
+            row = {**rates.row(lr), **counts, **run.data_row(), **run.memory_row()}
         late_record.add(state.update_step, step, row)
         if trace is not None:
             trace.after_update(late_record.paused)

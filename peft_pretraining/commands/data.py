@@ -8,19 +8,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_pretraining.config.command_line import parse_tokens
+from peft_pretraining.config.dataset_list import DatasetListError, split_datasets
 from peft_pretraining.data.demo import build_demo
 
 if TYPE_CHECKING:
     from peft_pretraining.data.tokenizer import Tokenizer
 
-HELP = "build, fetch, prepare and inspect data sets"
+HELP = "build, fetch, prepare and inspect data sets, and train tokenizers"
 
 
 def _at_least_one(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def _amount(text: str) -> int:
+    try:
+        value = parse_tokens(text)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text} is not a number such as 20M") from None
+    return _at_least_one(str(value))
 
 
 def _number_or_all(text: str) -> int | None:
@@ -37,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added.add_argument("--json", action="store_true", help="print the figures as JSON")
         return added
 
-    def add_source(added: argparse.ArgumentParser) -> None:
-        added.add_argument("--dataset", required=True, help="as for training: c4, demo, folder, file, glob, hub:NAME")
+    def add_source(added: argparse.ArgumentParser, name: str = "") -> None:
+        several = "; a list with weights, as for training" if name in ("inspect", "tokenizer") else ""
+        added.add_argument("--dataset", required=True, help=f"as for training: c4, demo, folder, file, glob, hub:NAME{several}")
         added.add_argument("--text_field", default="text", help="field of a record that holds the text (default: text)")
 
     demo = action("demo", "build the embedded corpus and its tokenizer, once, and print their folder")
@@ -61,14 +75,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--out", type=Path, required=True, help="folder to write; train with it as --dataset")
     prepare.add_argument("--documents", type=_at_least_one, help="largest number of documents per split (default: all)")
     prepare.add_argument(
+        "--processes",
+        type=_at_least_one,
+        default=1,
+        help="tokenising processes; the files are the same for any number (default: 1, which tokenises in threads)",
+    )
+    prepare.add_argument(
         "--on_bad_record",
         choices=("skip", "fail"),
         default="skip",
         help="records without text: skip (and count; more than a quarter of a file is an error) | fail (default: skip)",
     )
 
+    tokenizer = action("tokenizer", "train a tokenizer on the training documents of a data set")
+    add_source(tokenizer, "tokenizer")
+    _add_tokenizer_flags(tokenizer)
+
     inspect = action("inspect", "show counts, lengths, bad records and a few documents of a data set")
-    add_source(inspect)
+    add_source(inspect, "inspect")
     inspect.add_argument("--tokenizer", help="tokenizer for counting (default: the one of demo or prepared data)")
     inspect.add_argument(
         "--documents", type=_number_or_all, default=1000, help="documents of each split to read, or all (default: 1000)"
@@ -87,6 +111,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--verify", action="store_true", help="prepared data: verify every file's checksum first")
 
 
+def _add_tokenizer_flags(tokenizer: argparse.ArgumentParser) -> None:
+    tokenizer.add_argument("--vocab_size", type=_at_least_one, required=True, help="number of pieces, special ones included")
+    tokenizer.add_argument(
+        "--model", choices=("bpe", "unigram"), default="bpe", help="kind of SentencePiece model (default: bpe)"
+    )
+    tokenizer.add_argument("--out", type=Path, required=True, help="new folder for the tokenizer; train with it as --tokenizer")
+    tokenizer.add_argument("--max_documents", type=_at_least_one, help="largest number of training documents (default: no bound)")
+    tokenizer.add_argument(
+        "--max_bytes",
+        type=_amount,
+        default=50_000_000,
+        help="largest amount of text in bytes, such as 20M (default: 50M)",
+    )
+    tokenizer.add_argument("--seed", type=int, default=0, help="draws the order of the files that are read (default: 0)")
+
+
 def run(args: argparse.Namespace) -> int:
     """Performs the action and prints its figures; prints the list without an action. Exit code 0; errors are raised."""
     if args.action is None:
@@ -97,10 +137,23 @@ def run(args: argparse.Namespace) -> int:
         "fetch": _fetch,
         "prepare": _prepare,
         "inspect": _inspect,
+        "tokenizer": _tokenizer,
     }
+    if args.action in ("fetch", "prepare") and len(_names(args)) > 1:
+        raise ValueError(
+            f"--dataset {args.dataset}: `data {args.action}` takes one data set; call it once for each, then train on all"
+        )
     figures, text = actions[args.action](args)
     print(json.dumps(figures) if args.json else text)
     return 0
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """The data sets of --dataset. Raises ValueError: an invalid list."""
+    try:
+        return [name for name, _ in split_datasets(args.dataset)]
+    except DatasetListError as error:
+        raise ValueError(f"--dataset {args.dataset}: {error}") from None
 
 
 def _demo(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -138,6 +191,7 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text_field=args.text_field,
         documents=args.documents,
         on_bad_record=args.on_bad_record,
+        processes=args.processes,
     )
     bad_records: dict[str, int] = {}
     for shard in manifest.shards:
@@ -152,34 +206,56 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"folder": str(args.out), **totals, "bad_records": bad_records}, text
 
 
-def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from peft_pretraining.data.inspection import format_inspection, inspect_dataset, verify_prepared
+def _tokenizer(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from peft_pretraining.data.source import readable_bytes
+    from peft_pretraining.data.train_tokenizer import train_tokenizer
 
-    verified = verify_prepared(args.dataset) if args.verify else None
-    figures = inspect_dataset(
-        args.dataset,
-        _available_tokenizer(args),
-        documents=args.documents,
-        max_length=args.max_length,
-        text_field=args.text_field,
-        data_lanes=args.data_lanes,
+    names = ("vocab_size", "model", "text_field", "max_documents", "max_bytes", "seed")
+    figures = train_tokenizer(args.dataset, args.out, **{name: getattr(args, name) for name in names})
+    text = (
+        f"{figures['vocab_size']:,} pieces ({figures['model']}) from {figures['documents']:,} documents, "
+        f"{readable_bytes(figures['bytes'])} of text; train with --tokenizer {args.out}"
     )
-    text = format_inspection(figures)
+    return {"folder": str(args.out), **figures}, text
+
+
+def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from peft_pretraining.data.inspection import (
+        format_inspection,
+        format_mixture,
+        inspect_dataset,
+        inspect_mixture,
+        verify_prepared,
+    )
+    from peft_pretraining.data.mixture import Mixture, open_dataset
+
+    names = _names(args)
+    verified = sum(map(verify_prepared, names)) if args.verify else None
+    options = {name: getattr(args, name) for name in ("documents", "max_length", "text_field", "data_lanes")}
+    # A single data set may have one split that cannot be opened.
+    data = open_dataset(args.dataset, "train", text_field=args.text_field) if len(names) > 1 else None
+    if isinstance(data, Mixture):
+        figures = inspect_mixture(data, _available_tokenizer(args), **options)
+        text = format_mixture(figures)
+    else:
+        figures = inspect_dataset(names[0], _available_tokenizer(args), **options)
+        text = format_inspection(figures)
     if verified is not None:
         text = f"all {verified} files verified by their checksums\n{text}"
     return figures | {"verified_files": verified}, text
 
 
 def _tokenizer_for(args: argparse.Namespace) -> Tokenizer:
-    from peft_pretraining.data.source import open_source
+    from peft_pretraining.data.mixture import open_dataset
     from peft_pretraining.data.tokenizer import load_tokenizer
 
-    return load_tokenizer(args.tokenizer or open_source(args.dataset, "train").default_tokenizer)
+    return load_tokenizer(args.tokenizer or open_dataset(args.dataset, "train").default_tokenizer)
 
 
 def _available_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     """The tokenizer of --tokenizer, or the data set's; None if the latter would be loaded from the hub."""
     from peft_pretraining.data.source import prepared_folder
 
-    has_tokenizer = args.dataset == "demo" or prepared_folder(args.dataset) is not None
+    names = _names(args)
+    has_tokenizer = names == ["demo"] or any(prepared_folder(name) is not None for name in names)
     return _tokenizer_for(args) if args.tokenizer or has_tokenizer else None

@@ -142,7 +142,8 @@ def _tokenizer(loaded: Loaded, args: argparse.Namespace, path: Path) -> Tokenize
 def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, max_length: int, packing: bool) -> EvalSet:
     """The evaluation set: the one of the model's run, with given flags replacing the run's values."""
     from peft_pretraining.data.loader import EvalSet
-    from peft_pretraining.data.source import READING_RULES, open_source
+    from peft_pretraining.data.mixture import open_dataset
+    from peft_pretraining.data.source import READING_RULES
 
     run = loaded.args
     recorded = None if run is None else run.eval_dataset
@@ -152,7 +153,7 @@ def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, ma
     separate = recorded is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
     # What the run held out is told by its own rules.
     rules = loaded.rules if dataset in (recorded, run.dataset if run is not None else None) else READING_RULES
-    source = open_source(dataset, "validation", text_field=field, hold_out=not separate, rules=rules)
+    source = open_dataset(dataset, "validation", text_field=field, hold_out=not separate, rules=rules)
     return EvalSet(
         source,
         tokenizer,

@@ -287,14 +287,17 @@ class DataArguments:
     dataset: str = flag(
         "c4",
         "c4 (streamed from the hub) | demo (built from installed documentation) | folder, file, glob or URL | hub:NAME | folder "
-        "made by `python -m peft_pretraining data prepare`",
-        if_allowed(kind="place", synonyms="data dataset_name train_file data_path data_dir train_data"),
+        "made by `python -m peft_pretraining data prepare` | several of these with their shares of the tokens: "
+        '"c4:0.7, /data/code:0.3"; without shares their sizes decide',
+        if_allowed(kind="datasets", synonyms="data dataset_name train_file data_path data_dir train_data"),
     )
     eval_dataset: str | None = flag(
         None,
         "held-out data, named like --dataset (default: the validation split of --dataset)",
         # The trained model does not depend on it.
-        if_allowed(kind="place", defines_run=False, synonyms="validation_file val_data eval_data valid_data validation_dataset"),
+        if_allowed(
+            kind="datasets", defines_run=False, synonyms="validation_file val_data eval_data valid_data validation_dataset"
+        ),
     )
     text_field: str = flag(
         "text", "field of a record that holds the text", if_allowed(synonyms="text_column dataset_text_field text_key")

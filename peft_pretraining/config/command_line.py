@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from peft_pretraining.config.arguments import GROUPS, ROWS, Arguments, ConfigError
+from peft_pretraining.config.dataset_list import DatasetListError, joined_datasets, split_datasets
 from peft_pretraining.config.files import PathError, expanded, read_mapping
 from peft_pretraining.config.flag import Row, suggestion
 from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
@@ -72,6 +73,13 @@ def _checked_place(text: str) -> str:
     return text
 
 
+def _checked_datasets(text: str) -> str:
+    """The data sets as they were given. Raises DatasetListError: an invalid list; PathError as `_checked_place`."""
+    for name, _ in split_datasets(text):
+        expanded(name)
+    return text
+
+
 def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any], str, str]:
     """Returns the function that reads the flag's value, a description of valid values, and the value's name in --help."""
     if row.kind == "tokens":
@@ -82,6 +90,8 @@ def _kind(field: dataclasses.Field[Any], row: Row) -> tuple[Callable[[str], Any]
         return expanded, "a path", (row.unit or "path").upper()
     if row.kind == "place":
         return _checked_place, "a path or name", (row.unit or "text").upper()
+    if row.kind == "datasets":
+        return _checked_datasets, "a data set or a list", (row.unit or "text").upper()
     for name, read, wanted in (
         ("bool", _parse_bool, "true or false"),
         ("int", int, "a whole number"),
@@ -99,7 +109,7 @@ def _reader(field: dataclasses.Field[Any], row: Row) -> Callable[[str], Any]:
     def value_of(text: str) -> Any:
         try:
             return _chosen(field.name, row, read(text))
-        except PathError as error:
+        except (PathError, DatasetListError) as error:
             return Unreadable(f"--{field.name} {text}: {error}")
         except (ValueError, OverflowError):
             return Unreadable(f"--{field.name} {text}: must be {wanted}")
@@ -228,6 +238,11 @@ def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[st
     for key, value in values.items():
         if key not in ROWS or key == "config":
             problems[f"{path}: {key}"] = Unreadable(f"--config {path}: unknown name {key!r}{_hint(str(key), prefix='')}")
+        elif isinstance(value, (dict, list)) and ROWS[key].kind == "datasets":
+            try:
+                argv.append(f"--{key}={joined_datasets(value)}")
+            except DatasetListError as error:
+                problems[key] = Unreadable(f"--config {path}: {key}: {error}")
         elif isinstance(value, (dict, list)):
             problems[key] = Unreadable(f"--config {path}: {key} must be a single value, not {value!r}")
         elif isinstance(value, bool) and ROWS[key].const:

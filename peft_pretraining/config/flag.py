@@ -21,7 +21,7 @@ class Row:
     required: True if a run cannot start without the flag. choices: accepted names -> the value each stands for.
     const: the value of the flag given without a value. kind: "tokens" for counts such as 150M, "memory"
     for bytes such as 80GB, "path" for a path, expanded when it is read, "place" for a path or a name, expanded where it is
-    opened.
+    opened, "datasets" for one such name or a list of them with weights.
     minimum, maximum: the smallest and largest value. above, below: limits that are not allowed themselves.
     defines_run: True if the default save_dir depends on the flag.
     added_later: True if runs were made before the flag existed; the default save_dir does not depend on it at its default.

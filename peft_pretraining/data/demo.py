@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peft_pretraining.data import DataError
+from peft_pretraining.data.sentencepiece_training import train_sentencepiece
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy")
 TRAIN_SHARDS = 4
@@ -94,7 +95,8 @@ def _build_into_place(folder: Path, vocab_size: int) -> None:
         for index in range(TRAIN_SHARDS):
             _write_shard(building / f"demo-train.{index:05d}-of-{TRAIN_SHARDS:05d}.json.gz", train[index::TRAIN_SHARDS])
         _write_shard(building / "demo-validation.00000-of-00001.json.gz", validation)
-        _train_tokenizer([text for _, text in train], demo_tokenizer_path(building), vocab_size)
+        model = train_sentencepiece((text for _, text in train), "bpe", vocab_size)
+        demo_tokenizer_path(building).write_bytes(model)
         counts = {
             "train_documents": len(train),
             "train_bytes": sum(len(text.encode()) for _, text in train),
@@ -140,35 +142,6 @@ def _write_shard(path: Path, documents: list[tuple[str, str]]) -> None:
     # Without a time and a file name in gzip's header, the same text gives the same bytes.
     with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as file:
         file.write("".join(line + "\n" for line in lines).encode())
-
-
-def _train_tokenizer(texts: list[str], path: Path, vocab_size: int) -> None:
-    import sentencepiece
-
-    # A line break is a piece of its own and other pieces contain none, so that encoding loses no text.
-    lines = (line for text in texts for line in text.split("\n") if line)
-    with path.open("wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            byte_fallback=True,
-            user_defined_symbols=["\n"],
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            # One thread and a fixed order, so that the result depends only on the text.
-            shuffle_input_sentence=False,
-            num_threads=1,
-            minloglevel=2,
-        )
 
 
 # --- Collecting documents ---

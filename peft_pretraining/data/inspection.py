@@ -10,6 +10,7 @@ import numpy as np
 from peft_pretraining.data import DataError
 from peft_pretraining.data.lanes import Order, lane_units
 from peft_pretraining.data.loader import check_tokenizer
+from peft_pretraining.data.mixture import Mixture
 from peft_pretraining.data.prepared import TokenRecord, read_manifest, seals, verify
 from peft_pretraining.data.records import MAX_EXAMPLES, BadRecord, RawRecord, document_in_split, place_of, read_records
 from peft_pretraining.data.source import Source, Split, default_lanes, open_source, prepared_folder
@@ -64,6 +65,54 @@ def inspect_dataset(
     if len(errors) == 2:
         raise errors[0]
     return {"dataset": dataset, "tokenizer": tokenizer.name if tokenizer else None, "max_length": max_length} | splits
+
+
+def inspect_mixture(
+    mixture: Mixture, tokenizer: Tokenizer | None, *, text_field: str = "text", max_length: int = 256, **options: Any
+) -> dict[str, Any]:
+    """Figures of each data set of a mixture, and their shares of the training data, JSON-able; arguments as of `inspect_dataset`.
+
+    Shares: of the tokens, as the weights ask for, and of the documents that these are, packed (whole) and padded (cut at
+    max_length), by the mean lengths of the documents that were read; of characters without a tokenizer.
+    """
+    assert mixture.weights is not None
+    options |= {"text_field": text_field, "max_length": max_length}
+    sources = [inspect_dataset(source.dataset, tokenizer, **options) for source in mixture.sources]
+    tokens, documents = list(mixture.weights), dict[str, list[float]]()
+    for layout in ("packed", "padded"):
+        lengths = [_mean_length(figures["train"], max_length if layout == "padded" else None) for figures in sources]
+        if all(lengths):
+            amounts = [weight / length for weight, length in zip(tokens, lengths, strict=True)]
+            documents[layout] = [amount / sum(amounts) for amount in amounts]
+    return {
+        "dataset": mixture.dataset,
+        "weighed": mixture.weighed_by,
+        "shares_of_tokens": tokens,
+        "shares_of_documents": documents,
+        "max_length": max_length,
+        "fingerprint": mixture.fingerprint,
+        "sources": sources,
+    }
+
+
+def _mean_length(figures: dict[str, Any], max_length: int | None) -> float:
+    """Mean number of tokens (characters if these are not known) of a split's documents, eos included, cut at max_length."""
+    lengths = figures.get("tokens") or figures.get("characters")
+    if not lengths:
+        return 0.0
+    kept = 1.0 if max_length is None or figures.get("tokens") is None else 1 - figures["cut_tokens_share"]
+    return float((lengths["mean"] + 1) * kept)
+
+
+def format_mixture(figures: dict[str, Any]) -> str:
+    """Returns the figures of a mixture as text for the terminal: its shares, then each data set."""
+    documents, names = figures["shares_of_documents"], [source["dataset"] for source in figures["sources"]]
+    lines = [f"mixture of {len(names)} data sets, shares of the training tokens {figures['weighed']}"]
+    lines.append(f"  {'tokens':>7}  {'documents packed':>16}  {'padded at ' + str(figures['max_length']):>14}")
+    for number, name in enumerate(names):
+        packed, padded = (f"{documents[key][number]:.1%}" if key in documents else "?" for key in ("packed", "padded"))
+        lines.append(f"  {figures['shares_of_tokens'][number]:>7.1%}  {packed:>16}  {padded:>14}  {name}")
+    return "\n\n".join(["\n".join(lines), *(format_inspection(source) for source in figures["sources"])])
 
 
 def _inspect_split(

@@ -73,11 +73,15 @@ class Order:
 
 
 class LaneSequence(NamedTuple):
-    """A sequence of a lane. ids: (n,) int32, n <= max_length. state: position after it. skipped: records skipped before it."""
+    """A sequence of a lane. ids: (n,) int32, n <= max_length. state: position after it. skipped: records skipped before it.
+
+    source: number of the data set in a mixture, of which position and skipped records are.
+    """
 
     ids: np.ndarray
     state: LaneState
     skipped: SkippedRecords | None
+    source: int = 0
 
 
 class Unit(NamedTuple):
@@ -138,6 +142,15 @@ def lane_sequences(source: Source, tokenizer: Tokenizer, order: Order, lane: int
         sequences = padded_sequences(documents, eos_id=tokenizer.eos_id, max_length=order.max_length)
     for ids, state in sequences:
         yield LaneSequence(ids, state, reader.skipped.take() if reader.skipped.counts else None)
+
+
+def lane_offsets(order: Order, names: Sequence[str], lane: int) -> list[float]:
+    """Returns a lane's offsets for `mixture.mixed`, in tokens: for each source spread evenly over all lanes.
+
+    names: of the sources, on which the draw depends.
+    """
+    places = [_permutation(order.lanes, order.seed, 0, "mixture", name)[lane] for name in names]
+    return [(place + 0.5) / order.lanes * order.max_length for place in places]
 
 
 class _Lane:

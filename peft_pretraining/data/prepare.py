@@ -1,19 +1,22 @@
 """Tokenises a data set once into files that training maps into memory; resumable at any point, with bit-identical results.
 
-Source files are processed one after the other. A file in progress has two `.partial` files and a progress file with their valid
-lengths, a finished file has a `.done.json`. When all are finished, the manifest replaces these.
+This process reads and writes, in the order of the records; others may tokenise. Source files are processed one after the other. A
+file in progress has two `.partial` files and a progress file with their valid lengths, a finished one a `.done.json`. When all
+are finished, the manifest replaces these.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -48,8 +51,9 @@ from peft_pretraining.data.records import (
     is_held_out,
     read_records,
 )
-from peft_pretraining.data.source import READING_RULES, Source, open_source, prepared_folder
+from peft_pretraining.data.source import READING_RULES, Shard, Source, open_source, prepared_folder
 from peft_pretraining.data.tokenizer import Ids, Tokenizer, encode_documents
+from peft_pretraining.data.workers import prepare_process
 
 _INDEX_BYTES = np.dtype(INDEX).itemsize  # of one record
 _TOGETHER = 256  # records that are encoded in one call
@@ -80,6 +84,7 @@ def prepare(
     documents: int | None = None,
     on_bad_record: OnBadRecord = "skip",
     progress: bool = True,
+    processes: int = 1,
 ) -> Manifest:
     """Tokenises both splits of a data set into the folder `out`, or resumes an unfinished preparation there.
 
@@ -87,6 +92,7 @@ def prepare(
         documents: use only the first `documents` of each split; None for all.
         on_bad_record: "skip" records a bad record's place and kind; "fail" raises DataError at the first.
         progress: show a bar.
+        processes: that tokenise, 1 for this process alone. The result does not depend on it.
 
     Raises:
         DataError: the data cannot be read, or `out` holds other files or another preparation, or is in use by another process.
@@ -100,11 +106,12 @@ def prepare(
     job = Job(dataset, text_field, documents, tokenizer.name, tokenizer.fingerprint, *fingerprints, reading_rules=rules)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        # The processes begin before the lock: a copy of it would outlive this process, if it is killed, until they end.
+        with _Encoders(tokenizer, processes) as encoders, _locked(out):
             if is_prepared(out):
                 manifest = _finished(out, job)
             else:
-                manifest = _continued(out, job, _tasks(train, validation), tokenizer, on_bad_record, progress)
+                manifest = _continued(out, job, _tasks(train, validation), encoders, on_bad_record, progress)
             _remove_traces(out)
     except OSError as error:
         raise DataError(f"cannot write to {error.filename or out}: {error.strerror or error}") from error
@@ -145,7 +152,7 @@ def _refuse_other_job(out: Path, existing: Job, wanted: Job) -> None:
 
 
 def _continued(
-    out: Path, job: Job, tasks: list[_Task], tokenizer: Tokenizer, on_bad_record: OnBadRecord, progress: bool
+    out: Path, job: Job, tasks: list[_Task], encoders: "_Encoders", on_bad_record: OnBadRecord, progress: bool
 ) -> Manifest:
     if (out / JOB).is_file():
         existing = _read_job(out)
@@ -155,6 +162,7 @@ def _continued(
         raise DataError(f"--out {out} holds other files; name a new folder")
     else:
         _write_json(out / JOB, asdict(job))
+    tokenizer = encoders.tokenizer
     _save_tokenizer(tokenizer, out)
     shards: list[PreparedShard] = []
     done: Counter[str] = Counter()
@@ -164,7 +172,9 @@ def _continued(
             left = None if job.documents is None else job.documents - done[wanted]
             if left == 0:
                 continue
-            preparation = _Preparation(out, task, tokenizer, Health(task.source, on_bad_record), left, bar)
+            name = task.source.shards[task.shard_index].name
+            bar.set_description_str(f"file {task.number + 1} of {len(tasks)}, {wanted} {name}")
+            preparation = _Preparation(out, task, encoders, Health(task.source, on_bad_record), left, bar)
             shards.append(preparation.finished() or preparation.run())
             done.update(shards[-1].counts)
     if job.documents is not None:
@@ -218,19 +228,95 @@ def _bar(total: int | None, enabled: bool) -> Any:
     return tqdm(total=total, unit=" documents", desc="train", disable=not enabled, smoothing=0.05)
 
 
+# --- Tokenising, in this process or others ---
+
+
+class _Encoded(NamedTuple):
+    """A document. characters: of its text. held_out: by the hold-out rule, where it is asked for."""
+
+    ids: np.ndarray
+    characters: int
+    held_out: bool
+
+
+def _encode(
+    tokenizer: Tokenizer, records: list[RawRecord], shard: Shard, text_field: str, by_rule: bool
+) -> list[_Encoded | BadRecord]:
+    contents = [document_text(record, shard, text_field) for record in records]
+    ids = encode_documents(tokenizer, [text for text in contents if isinstance(text, str)])
+    return [
+        content
+        if isinstance(content, BadRecord)
+        else _Encoded(np.asarray(next(ids), np.int32), len(content), by_rule and is_held_out(content))
+        for content in contents
+    ]
+
+
+_OF_WORKER: dict[str, Tokenizer] = {}
+
+
+def _begin_worker(parent: int, tokenizer: Tokenizer) -> None:
+    prepare_process(parent)
+    _OF_WORKER["tokenizer"] = tokenizer
+
+
+def _encode_in_worker(*work: Any) -> list[_Encoded | BadRecord]:
+    return _encode(_OF_WORKER["tokenizer"], *work)
+
+
+class _Encoders:
+    """Tokenises records in several processes, or in this one; a context manager. tokens: made so far."""
+
+    def __init__(self, tokenizer: Tokenizer, processes: int):
+        self.tokenizer, self.tokens, self._processes = tokenizer, 0, processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "_Encoders":
+        if self._processes > 1:
+            self._pool = ProcessPoolExecutor(self._processes, initializer=_begin_worker, initargs=(os.getpid(), self.tokenizer))
+            self._pool.submit(int).result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encoded(
+        self, records: Iterator[RawRecord], shard: Shard, text_field: str, by_rule: bool
+    ) -> Iterator[tuple[list[RawRecord], list[_Encoded | BadRecord]]]:
+        """Yields the records, some together, with what they hold, in their order. Raises DataError: a process died."""
+        batches = iter(lambda: list(islice(records, _TOGETHER)), [])
+        settings = shard, text_field, by_rule
+        if self._pool is None:
+            yield from ((together, _encode(self.tokenizer, together, *settings)) for together in batches)
+            return
+        waiting: deque[tuple[list[RawRecord], Future[list[_Encoded | BadRecord]]]] = deque()
+        try:
+            for together in batches:
+                waiting.append((together, self._pool.submit(_encode_in_worker, together, *settings)))
+                # Enough that no process waits for this one, and few enough to be held in memory.
+                if len(waiting) > 2 * self._processes:
+                    yield waiting[0][0], waiting.popleft()[1].result()
+            while waiting:
+                yield waiting[0][0], waiting.popleft()[1].result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"a process that tokenised {shard.url} died; if memory ran out, lower --processes; the same command resumes"
+            ) from None
+
+
 # --- One file ---
 
 
 class _Preparation:
     """Tokenises one file of the source."""
 
-    def __init__(self, out: Path, task: _Task, tokenizer: Tokenizer, health: Health, documents: int | None, bar: Any):
-        self._out, self._task, self._tokenizer, self._health = out, task, tokenizer, health
+    def __init__(self, out: Path, task: _Task, encoders: "_Encoders", health: Health, documents: int | None, bar: Any):
+        self._out, self._task, self._encoders, self._health = out, task, encoders, health
         self._documents, self._bar = documents, bar
         self._shard = task.source.shards[task.shard_index]
         self._limited = "train" if task.split == "both" else task.split
         self._done_file = out / f".{task.stem}.done.json"
-        bar.set_description(f"{self._limited} {self._shard.name}")
 
     def finished(self) -> PreparedShard | None:
         """Returns the result of an earlier call that finished the file, if its checksums still agree; otherwise None."""
@@ -250,22 +336,24 @@ class _Preparation:
 
     def run(self) -> PreparedShard:
         """Tokenise the file, or the rest of it."""
-        with _Writer(self._out, self._task.stem, self._tokenizer.text_vocab_size) as writer:
+        with _Writer(self._out, self._task.stem, self._encoders.tokenizer.text_vocab_size) as writer:
             self._health.records, self._health.bad = writer.counts["records"], writer.bad_records.total()
             self._count(writer.counts[self._limited])
             records = read_records(self._shard, self._task.source, writer.counts["records"])
+            by_rule = self._task.split == "both"
             with contextlib.closing(records):
-                while not self._enough(writer) and (together := list(islice(records, _TOGETHER))):
-                    self._add(writer, together)
+                for together in self._encoders.encoded(records, self._shard, self._task.source.text_field, by_rule):
+                    self._add(writer, *together)
+                    if self._enough(writer):
+                        break
             shard = self._sealed(writer)
         _write_json(self._done_file, asdict(shard))
         self._put_into_place(shard)
         return shard
 
-    def _add(self, writer: "_Writer", records: list[RawRecord]) -> None:
-        contents = [document_text(record, self._shard, self._task.source.text_field) for record in records]
-        encoded = encode_documents(self._tokenizer, [text for text in contents if isinstance(text, str)])
-        before = writer.counts[self._limited]
+    def _add(self, writer: "_Writer", records: list[RawRecord], contents: "list[_Encoded | BadRecord]") -> None:
+        by_rule = self._task.split == "both"
+        before = writer.counts.copy()
         for record, content in zip(records, contents, strict=True):
             if self._enough(writer):
                 break
@@ -273,13 +361,12 @@ class _Preparation:
             if isinstance(content, BadRecord):
                 self._note_bad(writer, content, record)
             else:
-                writer.add_document(next(encoded), len(content), self._split_of(content), self._task.split == "both")
-        self._count(writer.counts[self._limited] - before)
-
-    def _split_of(self, text: str) -> Literal["train", "validation"]:
-        if self._task.split == "both":
-            return "validation" if is_held_out(text) else "train"
-        return self._task.split
+                split = self._task.split if self._task.split != "both" else "validation" if content.held_out else "train"
+                writer.add_document(content.ids, content.characters, split, by_rule)
+        self._count(writer.counts[self._limited] - before[self._limited])
+        self._encoders.tokens += sum(writer.counts[f"{split}_tokens"] - before[f"{split}_tokens"] for split in _SPLITS)
+        elapsed = self._bar.format_dict["elapsed"]
+        self._bar.set_postfix_str(f"{self._encoders.tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
 
     def _note_bad(self, writer: "_Writer", bad: BadRecord, record: RawRecord) -> None:
         if bad.kind == UNREADABLE_FILE:

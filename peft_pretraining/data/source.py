@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_pretraining.config.dataset_list import dataset_names
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.data import DataError
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
@@ -90,6 +91,11 @@ class Source:
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     @property
+    def sources(self) -> tuple["Source", ...]:
+        """This source alone; a mixture has several."""
+        return (self,)
+
+    @property
     def is_remote(self) -> bool:
         return any(is_remote(shard.url) for shard in self.shards)
 
@@ -120,7 +126,7 @@ class Source:
         if self.prepared is not None:
             return f"{self.dataset} ({self.split}): {self.prepared.summary}"
         sizes = [shard.size_bytes for shard in self.shards]
-        known_size = f", {_readable_bytes(sum(s for s in sizes if s is not None))}" if None not in sizes else ""
+        known_size = f", {readable_bytes(sum(s for s in sizes if s is not None))}" if None not in sizes else ""
         of_found = f" of {self.found}" if self.found not in (None, len(self.shards)) else ""
         plural = "s" if max(len(self.shards), self.found or 0) > 1 else ""
         files = f"{len(self.shards)}{of_found} file{plural}{known_size} in {self.location}"
@@ -143,9 +149,14 @@ def order_text(source: Source, order: DataOrder) -> str:
 def default_lanes(dataset: str) -> int:
     """Virtual readers where `--data_lanes` is not given: 64 divide C4's 1,024 files, 24 have many divisors.
 
-    Prepared data has as many as its original, so that the order is the same.
+    Prepared data has as many as its original, so that the order is the same. A list with C4 in it has 64.
     """
-    return 64 if original_dataset(dataset) == "c4" else 24
+    return 64 if holds_c4(dataset) else 24
+
+
+def holds_c4(dataset: str) -> bool:
+    """Whether a data set, or one of a list, is C4 or was prepared from it."""
+    return any(original_dataset(name) == "c4" for name in dataset_names(dataset))
 
 
 def original_dataset(dataset: str) -> str:
@@ -333,7 +344,8 @@ def refuse_if_offline(url: str) -> None:
             raise DataError(f"{url} is on the hub and {variable} is set: unset it, or give --dataset a local folder or demo")
 
 
-def _readable_bytes(count: int) -> str:
+def readable_bytes(count: int) -> str:
+    """Returns a number of bytes with its unit, in powers of 1000."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -88,7 +88,7 @@ class _Running:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=_PREFETCHED_ITEMS,
-            worker_init_fn=partial(_prepare_process, os.getpid()),
+            worker_init_fn=partial(prepare_process, os.getpid()),
             # A DataLoader without a generator draws from the default one, which belongs to the training run.
             generator=torch.Generator(),
         )
@@ -135,10 +135,13 @@ def _child_signals_kept() -> Iterator[None]:
     signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
 
 
-def _prepare_process(parent: int, worker: int) -> None:
+def prepare_process(parent: int, worker: int = 0) -> None:
+    """Makes this process a worker: it ignores signals that stop the run, tokenises in one thread and ends with its parent."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
+    if multiprocessing.get_start_method() == "forkserver":
+        parent = os.getppid()  # the server, which ends with the process that it forks for
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

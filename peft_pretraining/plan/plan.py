@@ -9,7 +9,7 @@ from pathlib import Path
 from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir, reset_interval
 from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, linear_shapes, rope_warnings
 from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, lr_ratios, undecayed_groups
-from peft_pretraining.data.source import original_dataset
+from peft_pretraining.data.source import holds_c4
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import CLASSES, account
@@ -88,7 +88,7 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
 
 
 def _default_eval_tokens(args: Arguments) -> int | None:
-    return _C4_EVAL_TOKENS if original_dataset(args.eval_dataset or args.dataset) == "c4" else None
+    return _C4_EVAL_TOKENS if holds_c4(args.eval_dataset or args.dataset) else None
 
 
 def setting_of(plan: Plan, args: Arguments, device_type: str) -> Setting:
@@ -158,7 +158,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         rows.append(("per-layer", f"steps in the last micro-batch of an update; {kept}"))
     if plan.world_size > 1:
         rows.append(("wire", format_wire(wire_figures(setting_of(plan, args, "cpu"), None, None))))
-    lines = [f"{name:<12}{text}" for name, text in rows]
+    lines = [f"{name:<12}{text}".replace("\n", "\n" + " " * 12) for name, text in rows]
     lines += [f"warning: {text}" for text in plan.warnings]
     if memory_of_device is not None and memory_of_device.device_type == "cpu" and args.memory is None:
         lines += [f"warning: {text}" for text in _slow_dtype(plan, args)]

@@ -18,7 +18,7 @@ from peft_pretraining.config.arguments import Arguments, ConfigError
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import Batch, merge_states
-from peft_pretraining.data.source import order_text
+from peft_pretraining.data.mixture import Mixture, orders_text, source_lines
 from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
@@ -65,6 +65,10 @@ class Run:
     saver: Saver
     memory_logged: bool = False
 
+    def data_row(self) -> dict[str, float]:
+        """What a mixture has given, for the record; {} of a single data set."""
+        return self.data.loader.row() if isinstance(self.data.source, Mixture) else {}
+
     def memory_row(self) -> dict[str, int]:
         """Returns measured and predicted memory for the record on the first call (after the first update), later {}."""
         if self.memory_logged:
@@ -95,7 +99,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         restore_data(folder.checkpoint, data.loader)
     if world.is_main:
         # Printed now, because a checkpoint decides the order of its run's data.
-        order = order_text(data.source, data.loader.data_order)
+        order = orders_text(data.source, data.loader.data_orders)
         print(format_plan(plan, args, data.source.describe(), memory, order), file=sys.stderr)
         for memory_problem in problems:
             print(f"warning: {memory_problem}", file=sys.stderr)
@@ -236,8 +240,11 @@ def print_finished(world: World, state: TrainState, folder: RunFolder) -> None:
 
 
 def print_skipped_records(record: Recorder, run: Run, world: World) -> None:
-    """Prints how many unusable records of the data were skipped, by kind; every process calls it."""
-    counts = merge_states(gather_objects(run.parts.loader.state_dict(), world))["bad_records"]
+    """Prints what each source of a mixture gave, and how many unusable records were skipped, by kind; every process calls it."""
+    state = merge_states(gather_objects(run.parts.loader.state_dict(), world))
+    for line in source_lines(state):
+        record.say(line)
+    counts = state["bad_records"]
     if counts:
         kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items())
         record.say(f"records skipped since the run began: {kinds}")

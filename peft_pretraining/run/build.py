@@ -15,8 +15,9 @@ from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import group_of, lr_ratios, undecayed_groups
 from peft_pretraining.data.loader import EvalSet, TrainLoader
+from peft_pretraining.data.mixture import Mixture, open_dataset
 from peft_pretraining.data.records import OnBadRecord
-from peft_pretraining.data.source import READING_RULES, Source, open_source
+from peft_pretraining.data.source import READING_RULES, Source
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
@@ -47,7 +48,7 @@ def default_workers(device: torch.device, world: World) -> int:
 class Data:
     """The data of a run: source, tokenizer, training loader and evaluation set."""
 
-    source: Source
+    source: Source | Mixture
     tokenizer: Tokenizer
     loader: TrainLoader
     eval_set: EvalSet
@@ -62,8 +63,8 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device, 
         DataError, TokenizerError: the data or the tokenizer cannot be opened.
         ConfigError: the tokenizer produces ids outside the model's vocabulary.
     """
-    source = open_source(args.dataset, "train", text_field=args.text_field, rules=rules)
-    held_out = open_source(
+    source = open_dataset(args.dataset, "train", text_field=args.text_field, rules=rules)
+    held_out = open_dataset(
         *(args.eval_dataset or args.dataset, "validation"),
         text_field=args.text_field,
         hold_out=args.eval_dataset is None,

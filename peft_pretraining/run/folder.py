@@ -23,7 +23,8 @@ from peft_pretraining.checkpoint import step_folder as checkpoint
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, as_dict
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.data import DataError
-from peft_pretraining.data.source import READING_RULES, DataOrder, Source, open_source, recorded_rules
+from peft_pretraining.data.mixture import Mixture, open_dataset
+from peft_pretraining.data.source import READING_RULES, Source, recorded_rules
 from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
@@ -209,6 +210,7 @@ def _read_record(path: Path) -> dict[str, Any]:
             raise TypeError("the plan has no model")
         package_versions, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
         fingerprint = str(record["dataset"]["fingerprint"])
+        sources = list(record["dataset"].get("sources", ()))
         wandb_id = str(record["wandb_id"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise checkpoint.CheckpointError(f"{path / 'run.json'}: not the record of a run ({error!r})") from None
@@ -219,6 +221,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         "world": world,
         "machine": machine,
         "fingerprint": fingerprint,
+        "sources": sources,
         "wandb_id": wandb_id,
         "warm_up": record.get("warm_up"),
     }
@@ -260,15 +263,18 @@ def _evaluate_command(path: Path, args: Arguments) -> str:
     return f"`python -m peft_pretraining evaluate --checkpoint {path} --dataset {args.eval_dataset or args.dataset}{tokens}`"
 
 
-def check_same_data(path: Path, args: Arguments, source: Source) -> None:
+def check_same_data(path: Path, args: Arguments, source: Source | Mixture) -> None:
     """Refuses to resume with data that differs from the checkpoint's; the same files at another path are accepted.
 
     Raises ConfigError.
     """
     before = _read_record(path)
     # --text_field is part of the fingerprint and is compared as an argument already.
-    fingerprint = replace(source, text_field=before["arguments"]["text_field"]).fingerprint
+    source = replace(source, text_field=before["arguments"]["text_field"])
+    fingerprint = source.fingerprint
     if fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
+        if (problem := _changed_weights(path, args, source, before["sources"])) is not None:
+            raise ConfigError([problem])
         raise ConfigError(
             [
                 f"--dataset {args.dataset}: its files (names, sizes, first and last bytes) differ from those of --dataset "
@@ -277,6 +283,25 @@ def check_same_data(path: Path, args: Arguments, source: Source) -> None:
                 "--allow_changes dataset"
             ]
         )
+
+
+def _changed_weights(path: Path, args: Arguments, source: Source | Mixture, before: list[dict[str, Any]]) -> str | None:
+    """What to say of a mixture of the same data sets with other weights than the checkpoint's; None if the data sets differ."""
+    if not isinstance(source, Mixture):
+        return None
+    weights = {each["fingerprint"]: float(each["weight"]) for each in before}
+    fingerprints = source.fingerprints()
+    if weights.keys() != set(fingerprints):
+        return None
+    changes = ", ".join(
+        f"{each.dataset} {now:.2%} instead of {weights[fingerprint]:.2%}"
+        for each, fingerprint, now in zip(source.sources, fingerprints, source.weights or (), strict=True)
+        if now != weights[fingerprint]
+    )
+    return (
+        f"--dataset {args.dataset}: its weights differ from those that {path} was made with: {changes}; restore them, or mix by "
+        "the new ones from here on: --allow_changes dataset"
+    )
 
 
 def reading_rules(path: Path | None, args: Arguments) -> int:
@@ -290,12 +315,12 @@ def reading_rules(path: Path | None, args: Arguments) -> int:
     return recorded_rules(checkpoint.read_json(path / "run.json"))
 
 
-def changed_reading(args: Arguments, source: Source) -> str | None:
+def changed_reading(args: Arguments, source: Source | Mixture) -> str | None:
     """What to say of a run that goes on with the files and splits of an earlier version's rules; None where nothing differs."""
     if source.rules == READING_RULES:
         return None
     try:
-        today = open_source(args.dataset, "train", text_field=args.text_field)
+        today = open_dataset(args.dataset, "train", text_field=args.text_field)
     except DataError as error:
         return f"this run goes on with the rules for files and splits with which it began; today's would refuse it: {error}"
     if replace(today, rules=source.rules).fingerprint == source.fingerprint:
@@ -330,7 +355,7 @@ def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan)
 
 
 def run_document(
-    args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source, order: DataOrder
+    args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source | Mixture, order: str
 ) -> dict[str, Any]:
     """Returns the contents of run.json: everything needed to reproduce the run, and no secrets. order: of the training data."""
     return {
@@ -340,10 +365,11 @@ def run_document(
         "continued_from": None if folder.checkpoint is None else str(folder.checkpoint),
         "warm_up": folder.warm_up,
         "dataset": {
-            "description": source.describe(),
+            "description": source.describe().replace("\n", "; "),
             "fingerprint": source.fingerprint,
             "order": order,
             "reading_rules": source.rules,
+            **({"sources": source.document()} if isinstance(source, Mixture) else {}),
         },
         "versions": versions(),
         "git_commit": _git_commit(),

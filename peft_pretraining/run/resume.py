@@ -128,8 +128,12 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
         state = checkpoint.read_json(path / "state.json")["data"]
         _check_counts([state["position"], *state["bad_records"].values(), *state.get("corpus", {}).values()])
         for numbers in state["lanes"].values():
-            _check_counts(LaneState(*numbers))
-        loader.load_state_dict(state)
+            for each in numbers if "sources" in state else [numbers]:
+                _check_counts([*LaneState(*each[:5]), *each[5:]])
+        for source in state.get("sources", ()):
+            _check_counts([source["tokens"], *source["bad_records"].values(), *(source["corpus"] or {}).values()])
+        record = checkpoint.read_json(path / "run.json")
+        loader.load_state_dict(state, (record["arguments"]["dataset"], record["dataset"]["fingerprint"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise checkpoint.CheckpointError(f"{path}: its data position cannot be restored: {error}") from None
 

@@ -18,7 +18,7 @@ from peft_pretraining.plan.checks import check
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "llama_60m.json")
 BASE = ["--model_config", CONFIG, "--batch_size", "8"]
 PATHS = [name for name, row in ROWS.items() if row.kind == "path"]
-PLACES = [name for name, row in ROWS.items() if row.kind == "place"]
+PLACES = [name for name, row in ROWS.items() if row.kind in ("place", "datasets")]
 SWEEP = "folder: runs\nbase: {model_config: " + CONFIG + ", batch_size: 8}\nseeds: [1]\nsettings: [{peft_model: full}]\n"
 
 

@@ -223,7 +223,7 @@ def test_two_processes_build_the_demo_data_once(tmp_path):
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PACKAGES", ())
-    monkeypatch.setattr(demo, "_train_tokenizer", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(demo, "train_sentencepiece", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="No space left on device; set SPARSE_LORA_CACHE"):
         build_demo(tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]

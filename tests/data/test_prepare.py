@@ -390,7 +390,62 @@ def test_a_preparation_interrupted_every_two_batches_writes_the_same_bytes(tmp_p
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("shards", "validation"), [(1, False), (3, True)])
+@pytest.mark.parametrize("documents", [None, 37])
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, shards, validation, documents):
+    folder = corpus(tmp_path / "text", shards, validation)
+    one = prepared(folder, tmp_path / "one", documents=documents)
+    many = prepared(folder, tmp_path / "many", documents=documents, processes=3)
+    assert many == one
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_an_interrupted_preparation_goes_on_with_another_number_of_processes(tmp_path):
+    """A finished file is kept: the second start tokenises none of its text again."""
+    folder = corpus(tmp_path / "text", 2, False)
+    prepared(folder, tmp_path / "whole")
+    first = len((folder / "c4-all.0.json").read_text(errors="replace").splitlines())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(folder), Interrupted(batches=first // 5 + 10), tmp_path / "tokens", progress=False)
+    assert (tmp_path / "tokens/00000.uint16").is_file()
+    inode = (tmp_path / "tokens/00000.uint16").stat().st_ino
+    prepared(folder, tmp_path / "tokens", processes=2)
+    assert (tmp_path / "tokens/00000.uint16").stat().st_ino == inode
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
+def test_a_tokenising_process_that_dies_is_an_error_and_the_same_call_goes_on(tmp_path):
+    class Dying(ByteTokenizer):
+        def encode_batch(self, texts):
+            if any("document 200 " in text for text in texts):
+                os._exit(1)
+            return super().encode_batch(texts)
+
+    folder = corpus(tmp_path / "text", 1, True)
+    with pytest.raises(DataError, match="died; if memory ran out, lower --processes; the same command resumes"):
+        prepare(str(folder), Dying(), tmp_path / "tokens", progress=False, processes=2)
+    prepared(folder, tmp_path / "tokens", processes=2)
+    prepared(folder, tmp_path / "whole")
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
+def test_errors_of_the_data_are_the_same_with_processes(tmp_path):
+    folder = corpus(tmp_path / "text", 3, True)
+    for processes in (1, 2):
+        with pytest.raises(DataError, match=r"bad record in .*c4-train\.0\.json, line 1: malformed json"):
+            prepared(folder, tmp_path / f"strict{processes}", on_bad_record="fail", processes=processes)
+
+
+def test_the_bar_shows_tokens_per_second(tmp_path, capsys):
+    prepare(str(corpus(tmp_path / "text", 1, True)), ByteTokenizer(), tmp_path / "tokens", processes=2)
+    shown = capsys.readouterr().err
+    assert re.search(r"[\d,]+ tokens/s", shown)
+    assert "file 1 of 3, train c4-train.0.json: " in shown
+    assert ": : " not in shown
+
+
 def test_a_preparation_killed_at_random_times_writes_the_same_bytes(tmp_path):
+    """Whatever the number of processes of each start; those of a killed one hold nothing that the next start needs."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -410,14 +465,14 @@ def test_a_preparation_killed_at_random_times_writes_the_same_bytes(tmp_path):
 
         prepare._COMMIT_RECORDS, prepare._TOGETHER = 7, 5
         print("ready", flush=True)
-        prepare.prepare({str(folder)!r}, Slow(), Path(sys.argv[1]), progress=False)
+        prepare.prepare({str(folder)!r}, Slow(), Path(sys.argv[1]), progress=False, processes=int(sys.argv[2]))
         """)
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
     kills = 0
     for _ in range(60):
         process = subprocess.Popen(
-            [sys.executable, script, tmp_path / "tokens"],
+            [sys.executable, script, tmp_path / "tokens", str(draw.choice([1, 2, 3]))],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
