@@ -20,8 +20,9 @@ FIGURES = "report.json"  # a report's figures, in its folder
 _PRINTED_FROM = 0.1  # 10^9 bytes; below this, the paper's two decimals round too much away
 
 
-def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def load_run(folder: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Reads run.json and the metrics of a run, with a notice of damaged lines. Raises ValueError naming what is missing."""
+    folder = Path(folder)
     document, record = _document(folder), read_record(folder)
     rows = record.rows
     if record.problem is not None:

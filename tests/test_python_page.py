@@ -1,0 +1,20 @@
+"""The example of docs/python.md, executed as in a notebook: with output streams that are no files."""
+
+import io
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_example_trains_and_reads_its_record(monkeypatch, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    folder = tmp_path / "notebook"
+    exec(compile(example.replace("runs/notebook", str(folder)), "docs/python.md", "exec"), {})
+    assert re.fullmatch(r"4 updates, last loss \d+\.\d\d, perplexity \d+\n", sys.stdout.getvalue().splitlines(True)[-1])
+    assert (folder / "step_00000004" / "manifest.json").is_file()
