@@ -48,9 +48,12 @@ def fits(advisor: Advisor, limit: int) -> list[Fit]:
             best[kind] = Fit(found, work, tuple(altering), size)
     if not best:
         return []
-    # Works within 2 % count as equal, and of equals the milder change, which `_altering` yields first, comes first.
+    # Works within 2 % count as equal. Of equals, accumulation in moments, which costs most in perplexity (docs/memory.md), comes
+    # last, and fewer altered flags come first.
     least = min(fit.work for fit in best.values())
-    return _undominated(sorted(best.values(), key=lambda fit: round(50 * fit.work / least)))
+    return _undominated(
+        sorted(best.values(), key=lambda fit: (round(50 * fit.work / least), "accumulate" in fit.altered, len(fit.altered)))
+    )
 
 
 def _undominated(ordered: Sequence[Fit]) -> list[Fit]:
