@@ -80,4 +80,4 @@ def test_without_a_command_the_commands_are_listed(capsys):
 def test_without_an_action_the_actions_are_listed(name, capsys):
     assert command([name]) == 0
     listed = capsys.readouterr().out
-    assert all(f"\n    {action} " in listed for action in children(children(build_parser())[name]))
+    assert all(re.search(rf"^    {action}\s", listed, re.MULTILINE) for action in children(children(build_parser())[name]))

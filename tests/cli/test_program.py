@@ -492,7 +492,7 @@ def test_every_process_saves_when_rank_0_says_that_the_time_has_come(tmp_path, m
 
 def test_a_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):
     train(tmp_path / "run", *flags)
-    monkeypatch.setattr("peft_pretraining.run.build.open_source", lambda *_, **__: pytest.fail("the data was opened"))
+    monkeypatch.setattr("peft_pretraining.run.build.open_dataset", lambda *_, **__: pytest.fail("the data was opened"))
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 0
     assert "finished 6 updates" in capsys.readouterr().out
 
