@@ -134,6 +134,8 @@ def refused_values(args: Arguments) -> dict[str, str]:
 def combination_problems(args: Arguments) -> list[str]:
     """Problems of values that are valid singly but not together."""
     problems: list[str] = []
+    if not args.dataset.strip():
+        problems.append("--dataset is empty, as a variable of the shell that is not set; name a data set")
     if args.single_gpu and "parallel" in args.given:
         problems.append(f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two")
     if args.per_layer and args.grad_clipping:

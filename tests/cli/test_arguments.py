@@ -99,6 +99,7 @@ BAD = [
     (["--wandb", "loud"], ["--wandb loud"]),
     (["--single_gpu", "--parallel", "ddp"], ["--single_gpu", "--parallel"]),
     (["stray"], ["stray"]),
+    (["--dataset", " "], ["--dataset is empty", "not set"]),
     (["--seed", "9" * 400], ["--seed 999", "2^63"]),
     (["--per_layer", "--grad_clipping", "1.0"], ["--grad_clipping 1.0", "--per_layer", "--grad_norm_growth"]),
     (["--grad_norm_growth", "0.5"], ["--grad_norm_growth 0.5", "at least 1"]),
