@@ -134,7 +134,7 @@ def restore_data(path: Path, loader: TrainLoader) -> None:
             _check_counts([source["tokens"], *source["bad_records"].values(), *(source["corpus"] or {}).values()])
         record = checkpoint.read_json(path / "run.json")
         loader.load_state_dict(state, (record["arguments"]["dataset"], record["dataset"]["fingerprint"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise checkpoint.CheckpointError(f"{path}: its data position cannot be restored: {error}") from None
 
 

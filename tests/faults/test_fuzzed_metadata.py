@@ -156,3 +156,12 @@ def test_changed_bytes_are_accepted_or_refused(case, name, where, change, length
     elif file.read_bytes() != content:
         with pytest.raises(CheckpointError, match=r"damaged: (.*/)?" + name.replace(".", r"\.")):
             case.resume()
+
+
+@pytest.mark.parametrize("numbers", [[], [[]], {}])
+def test_a_lane_without_its_numbers_is_refused(case, numbers):
+    file = case.restored() / "state.json"
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), ("data", "lanes", "0"), numbers)))
+    reseal(case.checkpoint)
+    with pytest.raises(CheckpointError, match="data position cannot be restored"):
+        case.resume()
