@@ -93,6 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     inspect = action("inspect", "show counts, lengths, bad records and a few documents of a data set")
     add_source(inspect, "inspect")
+    _add_inspect_flags(inspect)
+
+
+def _add_inspect_flags(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("--tokenizer", help="tokenizer for counting (default: the one of demo or prepared data)")
     inspect.add_argument(
         "--documents", type=_number_or_all, default=1000, help="documents of each split to read, or all (default: 1000)"

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_fits(values: Arguments, args: argparse.Namespace) -> int:
-    """Prints the choices of flags that fit; returns 1 if there is none. Raises ValueError."""
+    """Prints the combinations of flags that fit in --fit; returns 0, or 1 if none fits. Raises ValueError: --fit is no size."""
     from peft_pretraining.commands.fit import fits, format_fits
     from peft_pretraining.distributed.device import default_dtype
     from peft_pretraining.plan.advice import Advisor

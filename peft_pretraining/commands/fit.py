@@ -16,7 +16,7 @@ from peft_pretraining.plan.advice import Advisor, Proposal, int8_weights, smalle
 from peft_pretraining.plan.plan import GIB
 from sparse_lora.functional import cheaper_path, multiplications
 
-# The most tokens of a proposed micro-batch: those of an update in the published setting, 512 sequences of 256 tokens.
+# Upper limit of a proposed micro-batch, in tokens: a whole update of the published setting, 512 sequences of 256 tokens.
 _LARGEST_TOKENS = 512 * 256
 
 
@@ -42,7 +42,8 @@ def fits(advisor: Advisor, limit: int) -> list[Fit]:
         if found is None:
             continue
         work = multiplications_per_token(advisor.setting(found.changes))
-        kind, previous = tuple(altering.items()), best.get(tuple(altering.items()))
+        kind = tuple(altering.items())
+        previous = best.get(kind)
         if previous is None or (work, len(free)) < (previous.work, len(previous.proposal.changes)):
             size = found.changes.get("batch_size", advisor.args.batch_size)
             best[kind] = Fit(found, work, tuple(altering), size)
@@ -97,17 +98,9 @@ def _free(args: Arguments) -> Iterator[dict[str, Any]]:
 
 def _largest_batch(advisor: Advisor, changes: Mapping[str, Any], limit: int) -> Proposal | None:
     """Returns the proposal with the largest micro-batch that fits; None if not even one sequence does, or the checks refuse."""
-    args, plan = advisor.args, advisor.plan
-    given = "batch_size" in args.given
-    per_process = (plan.total_batch_size if given or "total_batch_size" in args.given else 0) // plan.world_size
-    largest = (
-        per_process if per_process and not given else args.batch_size if given else max(1, _LARGEST_TOKENS // args.max_length)
-    )
-    sizes = [size for size in (2**power for power in range(largest.bit_length())) if not per_process or per_process % size == 0]
-    sizes = [args.batch_size] if given else sizes
     found = None
-    for size in sizes:
-        batch = {"batch_size": size} if size != args.batch_size else {}
+    for size in _batch_sizes(advisor):
+        batch = {"batch_size": size} if size != advisor.args.batch_size else {}
         proposal = advisor.proposal({**changes, **batch})
         if proposal.peak > limit:
             break
@@ -115,6 +108,17 @@ def _largest_batch(advisor: Advisor, changes: Mapping[str, Any], limit: int) -> 
             return None
         found = proposal
     return found
+
+
+def _batch_sizes(advisor: Advisor) -> list[int]:
+    """Returns the micro-batches to try, the smallest first: the given one, or powers of two that divide a given total batch."""
+    args, plan = advisor.args, advisor.plan
+    if "batch_size" in args.given:
+        return [args.batch_size]
+    total_given = "total_batch_size" in args.given
+    most = plan.total_batch_size // plan.world_size if total_given else max(1, _LARGEST_TOKENS // args.max_length)
+    powers = [2**exponent for exponent in range(most.bit_length())]
+    return [size for size in powers if not total_given or most % size == 0]
 
 
 def multiplications_per_token(setting: Setting) -> float:

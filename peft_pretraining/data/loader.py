@@ -195,14 +195,7 @@ class TrainLoader:
             self._warn(workers)
         self._pin_memory = pin_memory
         self._taken = 0  # sequences that this rank has returned since the run began
-        count = len(self._sources)
-        # By lane and source; for the whole rank by source.
-        self._states = {lane: [LaneState()] * count for lane in self._lanes}
-        self._drawn = {lane: [0] * count for lane in self._lanes}
-        self._tokens = [0] * count
-        self._skipped: list[Counter[str]] = [Counter() for _ in range(count)]
-        self._corpora: list[Corpus | None] = [None] * count
-        self._corpus_sizes: list[dict[str, int] | None] = [None] * count
+        self._begin()
         # Hashing the names of many files takes milliseconds, and the state is taken before every update.
         self._fingerprints = source.fingerprints() if isinstance(source, Mixture) else []
         self._examples_shown = 0
@@ -211,6 +204,16 @@ class TrainLoader:
         check_tokenizer(source, tokenizer)
         for each in self._sources:
             check_source(each)
+
+    def _begin(self) -> None:
+        """Sets the state of each source at the beginning of a run: by lane and source, or for the whole rank by source."""
+        count = len(self._sources)
+        self._states = {lane: [LaneState()] * count for lane in self._lanes}
+        self._drawn = {lane: [0] * count for lane in self._lanes}
+        self._tokens = [0] * count
+        self._skipped: list[Counter[str]] = [Counter() for _ in range(count)]
+        self._corpora: list[Corpus | None] = [None] * count
+        self._corpus_sizes: list[dict[str, int] | None] = [None] * count
 
     @property
     def data_order(self) -> str:
@@ -395,7 +398,8 @@ class TrainLoader:
         The state's order is kept, unless other files took the place of its corpus and cannot be held in memory. A source that a
         mixture did not have before begins at its start, and changed weights begin their schedule anew.
 
-        began_with: name and fingerprint of the data set of a state without `sources`, which tell it among those of a mixture.
+        began_with: name and fingerprint of the run's data set when the state was saved. A state of a single data set does not
+            name it; with these it is found among the data sets of a mixture.
 
         Raises ValueError: the state belongs to another order, lacks lanes, or cannot be divided among the ranks.
         """

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class Mixture:
     """One split of several data sets. weights: shares of the tokens, above 0, of sum 1; None where they are not known yet.
 
-    weighed_by: where the weights come from, in words. text_field, rules: those of all sources; `dataclasses.replace` with others
-    gives the fingerprint that the mixture has with them.
+    weighed_by: where the weights come from, such as "by their tokens", for messages. text_field: name of the field with the text,
+    for all sources. rules: version of the rules by which records are read (source.READING_RULES). Both are part of the
+    fingerprint.
     """
 
     dataset: str

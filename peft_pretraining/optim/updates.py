@@ -26,7 +26,7 @@ from peft_pretraining.optim.slices import SLICE_ELEMENTS, StepsSlices, slices
 _NORM_ELEMENTS = 256
 # The square of a larger norm may overflow float32.
 _LARGEST_NORM = 1e18
-# Parameters from which freed host memory is returned to the system: of smaller models it is little, and takes 1 % of an update.
+# Number of parameters from which freed host memory is returned to the system; for smaller models it is not worth the time.
 _TRIM_ELEMENTS = 2**24
 
 

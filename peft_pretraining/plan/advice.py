@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError
+from peft_pretraining.config.arguments import EMBEDDING_STATES, ROWS, Arguments, ConfigError
 from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
 from peft_pretraining.distributed.device import DeviceMemory
 from peft_pretraining.distributed.world import World
@@ -93,6 +93,7 @@ class Advisor:
         if per_layer and args.grad_clipping:
             per_layer["grad_clipping"] = None
         accumulating = [{**per_layer, "accumulate": "moments"}] if args.accumulate == "gradients" else []
+        of_embedding = EMBEDDING_STATES[args.embedding_states or "32bit"]
         options: list[list[dict[str, Any]]] = [
             [{"parallel": "fsdp"}] if self.plan.world_size > 1 and args.parallel != "fsdp" else [],
             [{"reshard_after_forward": True}] if not args.reshard_after_forward else [],
@@ -101,7 +102,7 @@ class Advisor:
             [{"async_save": False}] if args.async_save else [],
             [per_layer, *accumulating] if per_layer else accumulating,
             [_optimizer_change(args, name) for name in optimizers],
-            [{"embedding_states": states} for states in ("8bit", "4bit") if args.embedding_states in (None, "32bit")],
+            [{"embedding_states": name} for name, bits in EMBEDDING_STATES.items() if bits < of_embedding],
             [{"head_gradient": "slices"}] if args.head_gradient != "slices" else [],
             [int8_weights(args)] if args.weight_dtype is None else [],
         ]

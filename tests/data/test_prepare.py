@@ -445,7 +445,7 @@ def test_the_bar_shows_tokens_per_second(tmp_path, capsys):
 
 
 def test_a_preparation_killed_at_random_times_writes_the_same_bytes(tmp_path):
-    """Whatever the number of processes of each start; those of a killed one hold nothing that the next start needs."""
+    """Each start has its own number of processes. Processes that a killed start leaves behind do not hinder the next one."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
