@@ -2,7 +2,7 @@
 
 `python benchmarks/memory_7b.py [--settings NAME ...] [--out FILE.json]`: r = 1024, delta = .05, bfloat16, 1 x 256 tokens, layer
 checkpointing and per-layer updates; with 8-bit and 4-bit moments, and with weights in int8 and gradients of embedding and head in
-slices. Prints GiB; a setting takes about a quarter of an hour on two cores, the first one 14 GiB.
+slices. Prints GiB; in bfloat16 a setting takes about a quarter of an hour on two cores, and the first one 14 GiB.
 """
 
 from __future__ import annotations
