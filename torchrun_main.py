@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -119,7 +118,6 @@ def run(args: Arguments, world: World) -> int:
         if args.tf32 and device.type == "cuda":
             allow_tf32()
         torch.manual_seed(args.seed)
-        random.seed(args.seed)
         with process_group(world, device, args.timeout_s):
             return train(args, world, device)
     except (DataError, TokenizerError, DeviceError, CheckpointError, OptimizerUnavailable, NothingToEvaluate) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     if not is_sharded(token_loss) and not updates.averages_gradients:
         module = replicate(token_loss, world, device, None if args.reduce_dtype is None else torch_dtype(args.reduce_dtype))
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
+    random.seed(args.seed)  # only now, because some libraries draw from Python's generator while they are imported
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
         world.say(_going_on(folder, parts.state, plan))

@@ -75,7 +75,9 @@ def test_the_models_own_operations_are_those_that_torch_counts(method, flags):
     own, dense = training_flops(model, BATCH, LENGTH)
     # Per layer two products of T^2 / 2 x width, two operations each, and twice as many in backward.
     attention = 2 * 3 * 2 * 2 * LENGTH**2 / 2 * 32
-    assert BATCH * (own[0] - attention) + TARGETS * own[1] == counted_by_torch(model)
+    # Older versions of transformers compute the rotary angles, of half a head's width, by a matrix product.
+    angles = 2 * LENGTH * 8 // 2
+    assert counted_by_torch(model) - (BATCH * (own[0] - attention) + TARGETS * own[1]) in (0, angles)
     # q and o, k and v (half as wide), gate, up and down; the head.
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     assert dense == (6 * LENGTH * weights + attention, 6 * 331 * 32)

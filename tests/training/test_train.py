@@ -1,19 +1,23 @@
 """One update of the trainer equals that of a hand-written dense model, for every gradient accumulation."""
 
 import math
+import random
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from outcomes import tensors_of
 
+import torchrun_main
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.distributed.world import World
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.updates import WholeUpdate
+from peft_pretraining.run import assemble
 from peft_pretraining.training.update import train_step
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
 
@@ -214,3 +218,19 @@ def test_an_update_without_targets_changes_nothing_and_stays_finite(config):
     result = train_step(TokenLoss(model), updates, [MicroBatch(ids, labels)], lr=1.0, world=World(), device=CPU)
     assert float(result.loss) == 0.0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_pythons_generator_starts_from_the_seed_even_if_imports_draw_from_it(tiny_run, tmp_path, monkeypatch):
+    build = assemble.build_module
+
+    def drawing(*arguments, **options):
+        random.random()
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(assemble, "build_module", drawing)
+    flags = [
+        *("--batch_size", "2", "--total_batch_size", "2", "--max_length", "16", "--seed", "5"),
+        *("--num_training_steps", "1", "--warmup_steps", "0", "--lr", "0.01"),
+    ]
+    assert torchrun_main.main([*tiny_run, *flags, "--wandb", "disabled", "--save_dir", str(tmp_path)]) == 0
+    assert tensors_of(tmp_path)["random/0/python"].tolist() == list(random.Random(5).getstate()[1])
