@@ -2,7 +2,7 @@
 
 `python benchmarks/supports.py [--patterns uniform block ...] [--seeds 42 1 2] [--updates 600] [--threads 1] --out FILE.json`
 
-Runs use the trainer with the quickstart's model and text (scripts/quickstart.yaml: learning rate .002, gradient norm clipped to
+Runs use the trainer with the demo's model and text (scripts/demo.yaml: learning rate .002, gradient norm clipped to
 1) in float32, one after another; runs that FILE.json already contains are skipped. S has int(delta * out * in) values in all
 patterns except "block", whose slices give up to 2 % more. Patterns, k = round(1 / delta):
 
@@ -151,7 +151,7 @@ def train(pattern: str, seed: int, updates: int, eval_tokens: int) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder, supports_of(pattern):
         argv = [
             "--config",
-            str(ROOT / "scripts/quickstart.yaml"),
+            str(ROOT / "scripts/demo.yaml"),
             "--model_config",
             str(ROOT / "configs/llama_demo.json"),
         ]

@@ -47,7 +47,7 @@ resolved() {
         *) value=/ ;;
     esac
     case "$value" in
-        "" | /* | "~"* | *://* | hub:* | c4 | demo) printf '%s' "$2" && return ;;
+        "" | /* | "~"* | *://* | hub:* | c4 | demo | demo-2k) printf '%s' "$2" && return ;;
     esac
     if [ "$PWD" = "$root" ]; then
         printf '%s' "$value"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.command_line import parse_tokens
-from peft_pretraining.config.dataset_list import DatasetListError, split_datasets
+from peft_pretraining.config.dataset_list import DEMOS, DatasetListError, split_datasets
 from peft_pretraining.data.demo import build_demo
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add_source(added: argparse.ArgumentParser, name: str = "") -> None:
         several = "; a list with weights, as for training" if name in ("inspect", "tokenizer") else ""
-        added.add_argument("--dataset", required=True, help=f"as for training: c4, demo, folder, file, glob, hub:NAME{several}")
+        added.add_argument("--dataset", required=True, help=f"as for training: c4, demo, demo-2k, folder, file, glob, hub:NAME{several}")
         added.add_argument("--text_field", default="text", help="field of a record that holds the text (default: text)")
 
     demo = action("demo", "build the embedded corpus and its tokenizer, once, and print their folder")
+    demo.add_argument("--name", choices=DEMOS, default="demo", help="its name as a data set (default: demo)")
     demo.add_argument("--cache_dir", type=Path, help="where to build (default: $SPARSE_LORA_CACHE or ~/.cache/sltrain)")
 
     fetch = action("fetch", "copy files of a data set from the network to a folder; repeat to continue")
@@ -161,7 +162,7 @@ def _names(args: argparse.Namespace) -> list[str]:
 
 
 def _demo(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    folder = build_demo(args.cache_dir)
+    folder = build_demo(args.cache_dir, DEMOS[args.name])
     figures = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     text = (
         f"{figures['train_documents']:,} documents to train on ({figures['train_bytes'] / 1e6:.1f} MB), "
@@ -261,5 +262,5 @@ def _available_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     from peft_pretraining.data.source import prepared_folder
 
     names = _names(args)
-    has_tokenizer = names == ["demo"] or any(prepared_folder(name) is not None for name in names)
+    has_tokenizer = (len(names) == 1 and names[0] in DEMOS) or any(prepared_folder(name) is not None for name in names)
     return _tokenizer_for(args) if args.tokenizer or has_tokenizer else None

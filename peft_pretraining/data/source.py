@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_pretraining.config.dataset_list import dataset_names
+from peft_pretraining.config.dataset_list import DEMOS, dataset_names
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.data import DataError
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
@@ -172,7 +172,7 @@ def original_dataset(dataset: str) -> str:
 
 def prepared_folder(dataset: str) -> Path | None:
     """The folder of a prepared data set, None for every other data set."""
-    if dataset in ("c4", "demo") or dataset.startswith("hub:") or is_remote(dataset):
+    if dataset == "c4" or dataset in DEMOS or dataset.startswith("hub:") or is_remote(dataset):
         return None
     try:
         folder = _local_path(dataset)
@@ -194,7 +194,7 @@ def open_source(
     """Finds the files of a data set.
 
     Args:
-        dataset: "c4" | "demo" | "hub:OWNER/NAME[/folder or pattern]" | local folder, file or glob | folder of prepared data | any
+        dataset: "c4" | one of DEMOS | "hub:OWNER/NAME[/folder or pattern]" | local folder, file or glob | folder of prepared data | any
             fsspec address.
         split: chosen by whole words in the names of files, or else of their folders: train; validation, valid, val, dev; test.
             Without validation files, 1 document in 100 of the training files is held out.
@@ -214,8 +214,8 @@ def open_source(
     tokenizer = "t5-base"
     if dataset == "c4":
         return Source(dataset, split, _c4_shards(split), "all", text_field, tokenizer, C4_URL, rules=rules)
-    if dataset == "demo":
-        folder = build_demo(cache_dir) if resolve else demo_folder(cache_dir)
+    if (pieces := DEMOS.get(dataset)) is not None:
+        folder = build_demo(cache_dir, pieces) if resolve else demo_folder(cache_dir, pieces)
         tokenizer, location = str(demo_tokenizer_path(folder)), str(folder)
         listing = local_listing(dataset, folder, rules) if folder.is_dir() else Listing()
     elif (prepared := prepared_folder(dataset)) is not None:
@@ -231,7 +231,7 @@ def open_source(
         *(dataset, split, chosen, keep if hold_out else "all", text_field, tokenizer, location),
         rules=rules,
         found=len(listing.shards),
-        left_out="" if dataset == "demo" else left_out_text(listing.left_out),
+        left_out="" if dataset in DEMOS else left_out_text(listing.left_out),
     )
 
 

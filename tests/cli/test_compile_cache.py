@@ -38,7 +38,7 @@ def start(folder: Path, cache: Path, *flags: str) -> tuple[list[dict], dict[str,
 
 def test_compiled_losses_agree_and_the_second_start_compiles_nothing(tmp_path, tiny_run):
     """With the quickstart's model and method. The 12 held-out documents are three full batches, so there is one shape."""
-    model = ["--model_config", "configs/llama_demo.json", *tiny_run[2:]]
+    model = ["--model_config", "configs/llama_quickstart.json", *tiny_run[2:]]
     flags = [
         *(*model, "--peft_model", "sltrain", "--rank", "64", "--sp_ratio", "0.03", "--lora_alpha", "16"),
         *("--optimizer", "adamw", "--lr", "0.003", "--warmup_steps", "1", "--num_training_steps", "3"),
