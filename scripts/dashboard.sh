@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Opens a live dashboard of this machine's runs in a browser (trackio): no account, no network. Ctrl-C closes it.
 #   bash scripts/dashboard.sh                 the runs made with --tracker trackio; trains the quickstart if there are none yet
-#   bash scripts/dashboard.sh --new [flags]   trains a new quickstart beside it; flags as for scripts/quickstart.sh
+#   bash scripts/dashboard.sh --new [flags]   trains a new quickstart beside it; flags as for scripts/quickstart.sh. The first
+#                                             Ctrl-C then stops the training, and the next one closes the dashboard.
 #   bash scripts/dashboard.sh RUN...          also these runs, made without --tracker trackio (folders, or folders of runs)
 # TRACKIO_DIR: the folder of trackio's database (default: ~/.cache/huggingface/trackio). GRADIO_SERVER_PORT: the port (7860).
 set -euo pipefail
@@ -25,9 +26,12 @@ elif ! "$python" -c 'import trackio; trackio.Api().runs("SLTrain")' 2>/dev/null;
     new=yes
 fi
 
-# A browser opens by itself where there is a screen; elsewhere the address is for the reader.
+# A browser opens by itself where there is a screen; elsewhere the address is for the reader. The page would be empty before the
+# first run is recorded.
 show='
-import os, sys, trackio
+import os, sys, time, trackio
+while not list(trackio.utils.TRACKIO_DIR.glob("SLTrain.db")):
+    time.sleep(1)
 screen = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
 trackio.show(project="SLTrain", open_browser=screen)
 '

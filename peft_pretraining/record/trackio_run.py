@@ -53,6 +53,7 @@ class TrackioRun:
         self._database = Path(SQLiteStorage.get_project_db_path(WANDB_PROJECT))
         self.run_name = self._earlier_name(settings["id"]) or "-".join(filter(None, (settings["name"], settings["id"])))
         self._num_rows = self._last_step = 0
+        self._once: dict[str, Any] = {}
         self._usual_show, self._package = warnings.showwarning, str(Path(trackio.__file__).parent)
         warnings.showwarning = self._show_warning
         given = {"project": WANDB_PROJECT, "name": self.run_name, "group": settings.get("group"), "resume": "allow"}
@@ -87,9 +88,8 @@ class TrackioRun:
     def log(self, row: Mapping[str, Any]) -> None:
         """Queues a row of metrics.jsonl, which a thread of trackio's writes within a second."""
         self._last_step = row["update_step"]
-        values = {f"{_SUMMARY}{key}" if key.startswith(ONCE) else key: value for key, value in shown(row).items()}
-        del values["update_step"]
-        self._send(values)
+        self._once |= {key: value for key, value in row.items() if key.startswith(ONCE)}
+        self._send({key: value for key, value in shown(row).items() if key != "update_step" and not key.startswith(ONCE)})
 
     def _send(self, values: dict[str, Any]) -> None:
         self._num_rows += 1
@@ -108,10 +108,12 @@ class TrackioRun:
                     known.add(key)
             database.executemany("DELETE FROM metrics WHERE id = ?", others)
         self._num_rows = len(known)
+        for row in rows:
+            self._once |= {key: value for key, value in row.items() if key.startswith(ONCE)}
+            self._last_step = row["update_step"]
         missing = [row for row in rows if _key(row) not in known]
         for row in missing:
             self.log(row)
-        self._last_step = rows[-1]["update_step"] if rows else 0
         return len(missing)
 
     def _recorded(self, database: sqlite3.Connection) -> list[tuple[int, int, int, int]]:
@@ -127,6 +129,7 @@ class TrackioRun:
         import trackio
 
         if figures.get("status") == "finished":
+            figures = {**self._once, **figures}
             self._send({f"{_SUMMARY}{name}": value for name, value in figures.items() if isinstance(value, int | float)})
         try:
             with contextlib.redirect_stdout(io.StringIO()):

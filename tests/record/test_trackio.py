@@ -16,6 +16,7 @@ from peft_pretraining.training.evaluate import EvalResult
 
 DOCUMENT = {"arguments": {"lr": 0.003, "tags": "a,b"}, "plan": {"num_training_steps": 8}, "wandb_id": "abc"}
 SUMMARY = "summary/updates"
+CLASSES = {f"memory_{name}_{kind}": 5 for name in ("parameters", "support", "optimizer") for kind in ("predicted", "measured")}
 
 
 def record(folder, start=0, name="run"):
@@ -72,12 +73,9 @@ def stored(store):
 
 def sent(rows):
     """What trackio has of the rows of a record."""
-    values = []
-    for row in rows:
-        kept = {key: value for key, value in row.items() if value is not None and key not in ("update_step", "bad_records")}
-        kept = {f"summary/{key}" if key.startswith("memory_") else key: value for key, value in kept.items()}
-        values.append((row["update_step"], kept))
-    return values
+    others = ("update_step", "bad_records", "gradnorm", "final_eval_bits_per_byte")
+    keys = [[key for key in row if key not in others and not key.startswith("memory_")] for row in rows]
+    return [(row["update_step"], {key: row[key] for key in kept}) for row, kept in zip(rows, keys, strict=True)]
 
 
 @pytest.mark.parametrize("mode", ["sqlite", "jsonl"])
@@ -99,6 +97,7 @@ def test_a_resumed_run_goes_on_with_every_row_once(tmp_path, store, monkeypatch,
     assert results[0] == 8
     assert results[1][SUMMARY] == 8
     assert results[1]["summary/final_perplexity"] == 2.7
+    assert results[1]["summary/memory_peak_measured"] == 8
     (run,) = trackio.Api().runs("SLTrain")
     assert run.config["arguments"] == DOCUMENT["arguments"]
 
