@@ -1,24 +1,20 @@
-"""`python -m peft_pretraining wandb-upload RUN...`: sends the records of runs to wandb, with the keys that training sends."""
+"""`python -m peft_pretraining wandb-upload RUN...`: sends the records of runs to wandb or trackio, as training sends them."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft_pretraining.commands.report.read import find_runs, load_run
+from peft_pretraining.config.arguments import TRACKERS
 from peft_pretraining.record.summary import read_stop, status, summary
-from peft_pretraining.record.wandb_run import (
-    OF_ONE_RUN,
-    finish_wandb,
-    one_line,
-    open_wandb,
-    send_missing,
-    wandb_mode,
-    wandb_settings,
-)
+from peft_pretraining.record.tracker import Tracker, WandbTracker
+from peft_pretraining.record.wandb_run import OF_ONE_RUN, one_line, open_wandb, wandb_mode, wandb_settings
 
-HELP = "send the metrics.jsonl of runs to wandb: the rows that wandb lacks, under the runs' own ids"
+HELP = "send the metrics.jsonl of runs to wandb, or trackio: the rows that it lacks, under the runs' own ids"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: online with a key, else offline (files for `wandb sync`) (default: %(default)s)",
     )
+    parser.add_argument(
+        "--tracker",
+        choices=TRACKERS,
+        default="wandb",
+        help="trackio: to the dashboard that scripts/dashboard.sh opens; not for a run in progress (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     for name in OF_ONE_RUN:
         if len(folders) > 1 and os.environ.get(name):
             raise ValueError(f"{name}={os.environ[name]} names one run, and {len(folders)} are given; unset it, or name one run")
-    mode = wandb_mode(args.wandb)
+    mode = None if args.tracker == "trackio" else wandb_mode(args.wandb)
     if mode == "disabled":
         raise ValueError("WANDB_MODE or WANDB_DISABLED turns wandb off; unset it, or give --wandb online or --wandb offline")
     for folder in folders:
@@ -46,15 +48,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _upload(folder: Path, mode: str) -> None:
+def _upload(folder: Path, mode: str | None) -> None:
     document, rows = load_run(folder)
     settings = wandb_settings(document, folder)
     settings["id"] = os.environ.get("WANDB_RUN_ID", "").strip() or settings["id"]
     try:
-        wandb_run = open_wandb(folder, settings, mode, limit_s=None)
-        count = send_missing(wandb_run, rows)
-        finish_wandb(wandb_run, {"status": status(document, rows, read_stop(folder)), **summary(document, rows)})
+        tracker = _open(folder, settings, mode)
+        count = tracker.send_missing(rows)
+        tracker.finish({"status": status(document, rows, read_stop(folder)), **summary(document, rows)})
     except Exception as error:  # a refused key, a lost network, an old version: wandb raises many types
-        raise ValueError(f"{folder}: {one_line(error)}; --wandb offline needs no network") from None
-    others = "" if count == len(rows) else "; wandb has the others"
-    print(f"{folder}: {count:,} of {len(rows):,} rows sent as run {wandb_run.id}{others}")
+        hint = "" if mode is None else "; --wandb offline needs no network"
+        raise ValueError(f"{folder}: {one_line(error)}{hint}") from None
+    others = "" if count == len(rows) else f"; {tracker.name} has the others"
+    print(f"{folder}: {count:,} of {len(rows):,} rows sent as run {tracker.run_name}{others}")
+
+
+def _open(folder: Path, settings: Mapping[str, Any], mode: str | None) -> Tracker:
+    """Opens the run at wandb in a mode of wandb's, or at trackio with None. Raises whatever the library raises."""
+    if mode is not None:
+        return WandbTracker(open_wandb(folder, settings, mode, limit_s=None))
+    from peft_pretraining.record.trackio_run import TrackioRun
+
+    return TrackioRun(settings)

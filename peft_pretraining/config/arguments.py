@@ -47,6 +47,11 @@ ON_BAD_RECORD = ("skip", "fail")
 DATA_ORDERS = ("lanes", "global")
 ACCUMULATE = ("gradients", "moments")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+TRACKERS = ("wandb", "trackio")
+
+
+def _without_tracker(args: Any) -> str | None:
+    return "with --wandb disabled" if args.tracker == "wandb" and args.wandb == "disabled" else None
 
 
 def _without_weight_decay(args: Any) -> str | None:
@@ -682,21 +687,30 @@ class RunArguments:
     )
     name: str | None = flag(
         None,
-        "the run's name in wandb (default: the run folder's name)",
-        freely(
-            no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None,
-            synonyms="run_name wandb_name exp_name",
-        ),
+        "the run's name in the dashboard (default: the run folder's name)",
+        freely(no_effect=_without_tracker, synonyms="run_name wandb_name exp_name"),
     )
     tags: str | None = flag(
         None,
-        "comma-separated tags in wandb",
-        freely(no_effect=lambda args: "with --wandb disabled" if args.wandb == "disabled" else None, synonyms="wandb_tags"),
+        "comma-separated tags in the dashboard",
+        freely(no_effect=_without_tracker, synonyms="wandb_tags"),
+    )
+    tracker: str = flag(
+        "wandb",
+        "the dashboard that gets the rows of metrics.jsonl: wandb | trackio (on this machine, without an account; "
+        "scripts/dashboard.sh opens it)",
+        freely(choices=TRACKERS, synonyms="log_with logger_type trackers"),
     )
     wandb: str = flag(
         "auto",
         "auto: online with a key, else offline | online | offline | disabled",
-        freely(choices=WANDB_MODES, synonyms="report_to wandb_mode"),
+        freely(
+            choices=WANDB_MODES,
+            no_effect=lambda args: (
+                f"with --tracker {args.tracker}" if args.tracker != "wandb" and args.wandb != "disabled" else None
+            ),
+            synonyms="report_to wandb_mode",
+        ),
     )
 
 

@@ -63,7 +63,7 @@ _TRAINER = {
     "save_strategy": _EVERY,
     "logging_strategy": _EVERY,
     "logging_dir": "leave it out, as metrics.jsonl is in --save_dir",
-    "report_to": "here --wandb online | offline | disabled",
+    "report_to": "here --wandb online | offline | disabled, or --tracker trackio",
     "deepspeed": "not here; --parallel fsdp shards parameters, gradients and moments",
     "fsdp": "here --parallel fsdp",
     "ddp": "leave it out, as it is the default (--parallel ddp)",

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, a progress bar, and wandb, whose failures never stop or block the training.
+"""The record of a run: metrics.jsonl, a progress bar, and a dashboard (`--tracker`), whose failures never stop the training.
 
 An update's numbers are read from the device one update late (LateRecord), so that the next update is queued before this process
 waits for anything.
@@ -26,7 +26,8 @@ from torch import nn
 from peft_pretraining.distributed.parallel import local, stored_parts
 from peft_pretraining.optim.updates import HasState
 from peft_pretraining.record.summary import METRICS_FILE, keep_record, read_metrics, read_record, read_stop, status, summary
-from peft_pretraining.record.wandb_run import finish_wandb, log_row, one_line, send_missing, start_wandb
+from peft_pretraining.record.tracker import Tracker, start_tracker
+from peft_pretraining.record.wandb_run import one_line
 from peft_pretraining.training.evaluate import EvalResult
 from peft_pretraining.training.update import SkippedUpdates, StepResult, TrainState
 from sparse_lora import Support
@@ -109,13 +110,13 @@ class LossSpikes:
 
 
 class Recorder:
-    """Writes one JSON line per logged update and evaluation, the same to wandb, and moves the progress bar.
+    """Writes one JSON line per logged update and evaluation, the same to the dashboard, and moves the progress bar.
 
     Every process has one; only rank 0's does anything (`enabled`).
     """
 
     def __init__(
-        self, run_folder: Path, *, enabled: bool, total_updates: int, start_step: int, wandb_settings: Mapping[str, Any]
+        self, run_folder: Path, *, enabled: bool, total_updates: int, start_step: int, tracker_settings: Mapping[str, Any]
     ):
         """Open the run's record at `start_step`, and remove later lines, which a crash after the checkpoint left."""
         self.enabled = enabled
@@ -125,7 +126,7 @@ class Recorder:
         evaluated = [row["update_step"] for row in rows if "final_eval_loss" in row]
         self.last_evaluated_step: int | None = evaluated[-1] if evaluated else None
         self._spikes = LossSpikes(row["loss"] for row in rows if "loss" in row)
-        self._wandb: Any = None
+        self._tracker: Tracker | None = None
         self._last_perplexity = ""
         if not enabled:
             return
@@ -135,10 +136,10 @@ class Recorder:
             print(f"notice: {run_folder}: {earlier.problem}; the file as it was is kept as {old.name}", file=sys.stderr)
         self._rewrite(rows)
         self._file = _Lines(run_folder / METRICS_FILE)
-        self._document = wandb_settings["config"]
-        self._wandb = start_wandb(run_folder, wandb_settings)
+        self._document = tracker_settings["config"]
+        self._tracker = start_tracker(run_folder, tracker_settings)
         self._bar = _progress_bar(total_updates, start_step)
-        self._tell_wandb(lambda run: self._catch_up(run, rows))
+        self._tell_tracker(lambda tracker: self._catch_up(tracker, rows))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         path = self.run_folder / METRICS_FILE
@@ -217,38 +218,38 @@ class Recorder:
         # JSON has no infinity and no NaN.
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
         self._tell(self._file.write(json.dumps(row, allow_nan=False)))
-        self._tell_wandb(lambda run: log_row(run, row))
+        self._tell_tracker(lambda tracker: tracker.log(row))
 
-    def _catch_up(self, run: Any, rows: list[dict[str, Any]]) -> None:
-        if rows and (count := send_missing(run, rows)):
-            self.say(f"wandb: {count:,} earlier rows of metrics.jsonl that it lacks are sent")
+    def _catch_up(self, tracker: Tracker, rows: list[dict[str, Any]]) -> None:
+        if count := tracker.send_missing(rows):
+            self.say(f"{tracker.name}: {count:,} earlier rows of metrics.jsonl that it lacks are sent")
 
-    def _tell_wandb(self, act: Callable[[Any], object]) -> None:
-        if self._wandb is None:
+    def _tell_tracker(self, act: Callable[[Tracker], object]) -> None:
+        if self._tracker is None:
             return
         try:
-            act(self._wandb)
+            act(self._tracker)
         except Exception as error:  # no failure of the dashboard may end the run
-            self.say(f"warning: wandb stopped recording ({one_line(error)}); training and metrics.jsonl continue")
-            self._wandb = None
+            name, self._tracker = self._tracker.name, None
+            self.say(f"warning: {name} stopped recording ({one_line(error)}); training and metrics.jsonl continue")
 
     def _tell(self, problem: str | None) -> None:
         if problem is not None:
             self.say(f"warning: {problem}; training continues, lines are kept in memory until the file can be written")
 
     def close(self, exit_code: int = 0) -> None:
-        """Flush everything and end the wandb run."""
+        """Flush everything and end the run at the dashboard."""
         if not self.enabled:
             return
         self._bar.close()
         self._tell(self._file.close())
-        if self._wandb is not None:
+        if self._tracker is not None:
             try:
                 rows = read_metrics(self.run_folder)
                 state = status(self._document, rows, read_stop(self.run_folder))
-                finish_wandb(self._wandb, {"status": state, **summary(self._document, rows)}, exit_code)
+                self._tracker.finish({"status": state, **summary(self._document, rows)}, exit_code)
             except Exception as error:
-                print(f"warning: wandb did not finish ({one_line(error)})", file=sys.stderr)
+                print(f"warning: {self._tracker.name} did not finish ({one_line(error)})", file=sys.stderr)
 
 
 def _perplexity_text(loss: float) -> str:

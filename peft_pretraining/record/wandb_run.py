@@ -20,7 +20,7 @@ _WANDB_TIMEOUT_S = 20
 # Each names a single run.
 OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_NAME")
 # Keys that are logged once, or zero in most runs: the first go to the run's summary, the others appear once they are not zero.
-_ONCE, _USUALLY_ZERO = "memory_", ("bad_records", "skipped_updates")
+ONCE, _USUALLY_ZERO = "memory_", ("bad_records", "skipped_updates")
 
 
 def one_line(error: BaseException) -> str:
@@ -212,17 +212,14 @@ def wandb_config(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def log_row(run: Any, row: Mapping[str, Any]) -> None:
     """Sends a row of metrics.jsonl to wandb, values that are logged once to the run's summary."""
-    if once := {key: value for key, value in row.items() if key.startswith(_ONCE)}:
+    if once := {key: value for key, value in row.items() if key.startswith(ONCE)}:
         run.summary.update(once)
-    run.log(_shown(row))
+    run.log({key: value for key, value in shown(row).items() if not key.startswith(ONCE)})
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in row.items()
-        if value is not None and not key.startswith(_ONCE) and not (key in _USUALLY_ZERO and value == 0)
-    }
+def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a row that a dashboard gets: not those that are missing, and counts once they are not zero."""
+    return {key: value for key, value in row.items() if value is not None and not (key in _USUALLY_ZERO and value == 0)}
 
 
 def send_missing(run: Any, rows: Iterable[Mapping[str, Any]]) -> int:

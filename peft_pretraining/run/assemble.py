@@ -217,7 +217,7 @@ def run_evaluation(run: Run, world: World) -> EvalResult:
 
 
 def open_record(args: Arguments, world: World, run: Run) -> Recorder:
-    """Writes run.json and the tokenizer, and opens metrics.jsonl, wandb and the progress bar at the run's position."""
+    """Writes run.json and the tokenizer, and opens metrics.jsonl, the dashboard and the progress bar at the run's position."""
     folder = run.folder
     if world.is_main:
         prepare_record(folder)
@@ -228,7 +228,9 @@ def open_record(args: Arguments, world: World, run: Run) -> Recorder:
         enabled=world.is_main,
         total_updates=run.plan.num_training_steps,
         start_step=run.parts.state.update_step,
-        wandb_settings={"mode": args.wandb, **wandb_settings(run.document, folder.path)} if world.is_main else {},
+        tracker_settings=(
+            {"tracker": args.tracker, "mode": args.wandb, **wandb_settings(run.document, folder.path)} if world.is_main else {}
+        ),
     )
     # All processes must agree whether an evaluation is due, and other machines may not have this folder.
     record.last_evaluated_step = broadcast_object(record.last_evaluated_step, world)

@@ -344,6 +344,12 @@ def test_name_and_tags_give_a_notice_without_wandb():
     assert [line.split()[0] for line in lines] == ["--name", "--tags"]
 
 
+def test_flags_of_wandb_give_a_notice_with_another_tracker():
+    given = ["--tracker", "trackio", "--name", "x"]
+    assert notices(parse_args([*BASE, *given, "--wandb", "online"])) == ["--wandb has no effect with --tracker trackio"]
+    assert notices(parse_args([*BASE, *given, "--wandb", "disabled"])) == []
+
+
 def test_a_flag_with_optional_value_is_read_from_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     for text, kind in (("true", "layer"), ("false", None), ("selective", "selective")):

@@ -119,6 +119,7 @@ CHANGES = {
     "name": "other",
     "tags": "other",
     "wandb": "offline",
+    "tracker": "trackio",
     "seed": "43",
     "device": "auto",
     "memory": "80GB",

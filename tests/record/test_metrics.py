@@ -31,7 +31,7 @@ ROW = {
 
 def recorder(folder, *, start_step=0, mode="disabled", enabled=True):
     settings = {"mode": mode, "id": "abc", "name": "run", "tags": [], "config": {}}
-    return Recorder(folder, enabled=enabled, total_updates=10, start_step=start_step, wandb_settings=settings)
+    return Recorder(folder, enabled=enabled, total_updates=10, start_step=start_step, tracker_settings=settings)
 
 
 def write_steps(folder, steps):
@@ -299,7 +299,7 @@ def test_dashboard_of_a_stopped_run_has_no_final_figure(tmp_path, monkeypatch):
     kept, _ = kept_by_dashboard(monkeypatch)
     kept.summary["final_perplexity"] = 5.0
     settings = {"mode": "offline", "id": "a", "name": "run", "tags": [], "config": {"plan": {"num_training_steps": 10}}}
-    record = Recorder(tmp_path, enabled=True, total_updates=10, start_step=0, wandb_settings=settings)
+    record = Recorder(tmp_path, enabled=True, total_updates=10, start_step=0, tracker_settings=settings)
     record.log_evaluation(0, EvalResult(loss=9.0, perplexity=8103.0, tokens=10, bits_per_byte=2.5))
     record.log_update({"update_step": 4, **ROW})
     # Update 5 is not logged.
@@ -318,7 +318,7 @@ def test_the_bar_fits_its_terminal_and_shows_what_matters(tmp_path, monkeypatch,
     with open(terminal, "w", buffering=1) as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         settings = {"mode": "disabled", "id": "abc", "name": "run", "tags": [], "config": {}}
-        record = Recorder(tmp_path, enabled=True, total_updates=20_000, start_step=12_345, wandb_settings=settings)
+        record = Recorder(tmp_path, enabled=True, total_updates=20_000, start_step=12_345, tracker_settings=settings)
         record.log_evaluation(12_345, EvalResult(loss=2.0, perplexity=7.389, tokens=10, bits_per_byte=0.5))
         record.log_update({"update_step": 12_346, **ROW, "throughput_tokens": 123_456.0})
         record.close()
@@ -342,7 +342,7 @@ def test_wandb_gets_group_and_summary(tmp_path, monkeypatch):
     kept, given = kept_by_dashboard(monkeypatch)
     config = {"plan": {"parameters": {"total": 7}, "full_rank_parameters": 9}}
     settings = {"mode": "offline", "id": "a", "name": "run", "tags": [], "config": config, "group": "llama_60m-sltrain"}
-    record = Recorder(tmp_path, enabled=True, total_updates=2, start_step=0, wandb_settings=settings)
+    record = Recorder(tmp_path, enabled=True, total_updates=2, start_step=0, tracker_settings=settings)
     record.log_update({"update_step": 1, **ROW})
     record.log_update({"update_step": 2, **ROW, "throughput_tokens": 20.0, "tokens_seen": 300, "max_memory": 2**21})
     record.log_evaluation(2, EvalResult(loss=1.0, perplexity=2.718, tokens=10, bits_per_byte=0.5), tokens_seen=300)

@@ -53,7 +53,7 @@ def write(folder, first, last, *, mode="offline", start=0):
     """Updates first to last, recorded as a run of id abc that starts at update `start`."""
     folder.mkdir(exist_ok=True)
     settings = {"mode": mode, "id": "abc", "name": "run", "tags": [], "config": {}}
-    record = Recorder(folder, enabled=True, total_updates=20, start_step=start, wandb_settings=settings)
+    record = Recorder(folder, enabled=True, total_updates=20, start_step=start, tracker_settings=settings)
     for step in range(first, last + 1):
         row = {"loss": 1 / step, "lr": 0.1, "tokens_seen": 9 * step, "throughput_tokens": 1.0, "bad_records": 0}
         record.log_update({"update_step": step, "max_memory": 5, "skipped_updates": 0, **row, **(MEMORY if step == 1 else {})})

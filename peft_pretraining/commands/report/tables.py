@@ -27,7 +27,7 @@ ARITHMETIC, MFU = "10⁹ operations/s: own / dense", "MFU, %: own / dense"
 COSTS = ("states measured, MiB", "peak measured, MiB", "tokens/s", ARITHMETIC, MFU, "updates", "tokens, 10⁶")
 GAP = "against the baseline, % [95 % interval]"
 # Arguments left out of the command that repeats a run: its folders, how it started, how it was watched.
-_NOT_REPEATED = ("save_dir", "continue_from", "resume", "allow_changes", "config", "name", "tags", "wandb", "dry_run")
+_NOT_REPEATED = ("save_dir", "continue_from", "resume", "allow_changes", "config", "name", "tags", "wandb", "tracker", "dry_run")
 
 
 @dataclass(frozen=True)
