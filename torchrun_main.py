@@ -110,6 +110,7 @@ def run(args: Arguments, world: World) -> int:
     from peft_pretraining.distributed.world import GroupError, process_group
     from peft_pretraining.optim.build import OptimizerUnavailable
     from peft_pretraining.run.ending import out_of_memory
+    from peft_pretraining.run.folder_lock import unlock_folders
     from peft_pretraining.training.evaluate import NothingToEvaluate
     from peft_pretraining.training.update import TrainingError
 
@@ -131,6 +132,8 @@ def run(args: Arguments, world: World) -> int:
         if problem is None:
             raise
         return fail(world, [problem], exit_code=1)
+    finally:
+        unlock_folders()
 
 
 def train(args: Arguments, world: World, device: torch.device) -> int:

@@ -10,7 +10,7 @@ eval "set -- $(from_start "$@")"
 cd "$root"
 
 echo "== data: the documentation of the installed packages, in C4's format"
-"$python" -m peft_pretraining data demo
+"$python" -m peft_pretraining data demo --name demo-2k
 
 run=runs/quickstart
 number=1

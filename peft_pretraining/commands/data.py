@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add_source(added: argparse.ArgumentParser, name: str = "") -> None:
         several = "; a list with weights, as for training" if name in ("inspect", "tokenizer") else ""
-        added.add_argument("--dataset", required=True, help=f"as for training: c4, demo, demo-2k, folder, file, glob, hub:NAME{several}")
+        added.add_argument("--dataset", required=True, help=f"as for training: c4, demo, folder, file, glob, hub:NAME{several}")
         added.add_argument("--text_field", default="text", help="field of a record that holds the text (default: text)")
 
     demo = action("demo", "build the embedded corpus and its tokenizer, once, and print their folder")

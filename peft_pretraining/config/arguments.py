@@ -291,9 +291,9 @@ class DataArguments:
 
     dataset: str = flag(
         "c4",
-        "c4 (streamed from the hub) | demo (built from installed documentation; demo-2k: with a tokenizer of 2,000 pieces) | folder, file, glob or URL | hub:NAME | folder "
-        "made by `python -m peft_pretraining data prepare` | several of these with their shares of the tokens: "
-        '"c4:0.7, /data/code:0.3"; without shares their sizes decide',
+        "c4 (streamed from the hub) | demo (built from installed documentation; demo-2k: with a tokenizer of 2,000 pieces) | "
+        "folder, file, glob or URL | hub:NAME | folder made by `python -m peft_pretraining data prepare` | several of these with "
+        'their shares of the tokens: "c4:0.7, /data/code:0.3"; without shares their sizes decide',
         if_allowed(kind="datasets", synonyms="data dataset_name train_file data_path data_dir train_data"),
     )
     eval_dataset: str | None = flag(

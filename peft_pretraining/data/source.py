@@ -194,8 +194,8 @@ def open_source(
     """Finds the files of a data set.
 
     Args:
-        dataset: "c4" | one of DEMOS | "hub:OWNER/NAME[/folder or pattern]" | local folder, file or glob | folder of prepared data | any
-            fsspec address.
+        dataset: "c4" | a name in DEMOS | "hub:OWNER/NAME[/folder or pattern]" | local folder, file or glob | folder of prepared
+            data | any fsspec address.
         split: chosen by whole words in the names of files, or else of their folders: train; validation, valid, val, dev; test.
             Without validation files, 1 document in 100 of the training files is held out.
         text_field: key (column) that holds a document's text in JSON and parquet files.

@@ -29,6 +29,7 @@ from peft_pretraining.distributed.world import World, broadcast_object
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.plan import Plan
 from peft_pretraining.record.summary import METRICS_FILE, keep_record, old_record
+from peft_pretraining.run.folder_lock import LOCK_FILE, lock_folder
 from peft_pretraining.run.resume import belongs_to, finished_state, train_state
 from peft_pretraining.training.stop import MARKER_FILE
 
@@ -71,7 +72,7 @@ def open_run_folder(args: Arguments, plan: Plan, world: World) -> RunFolder:
 
     Raises:
         CheckpointError: --continue_from names no checkpoint or a damaged one, or all checkpoints in the folder are damaged.
-        ConfigError: the checkpoint was made with other arguments, or the folder contains another run.
+        ConfigError: the checkpoint was made with other arguments, or the folder contains another run, or one that is in progress.
         OSError: the folder cannot be written.
     """
     choice: RunFolder | Exception | None = None
@@ -92,6 +93,8 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
     newest = None
     if args.resume == "never":
         path = _unused_path(path)
+    if path.is_dir():  # locked before anything in it is read or moved
+        lock_folder(path)
     if args.continue_from is not None:
         checkpoint.recover_replaced(Path(args.continue_from))
         newest = checkpoint.resolve(Path(args.continue_from))
@@ -122,6 +125,7 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         elif any(not one.samefile(newest) for one in checkpoint.list_checkpoints(path)):
             raise ConfigError([f"--continue_from {newest}: {_other_run(path, newest)}"])
     checkpoint.make_run_folder(path)
+    lock_folder(path)
     # Removed before anything can fail, so that a script never reads the marker of an earlier start.
     (path / MARKER_FILE).unlink(missing_ok=True)
     return RunFolder(path, newest, os.environ.get("WANDB_RUN_ID", "").strip() or wandb_id, warm_start, warm_up)
@@ -171,9 +175,9 @@ def prepare_record(folder: RunFolder) -> None:
 
 
 def _unused_path(path: Path) -> Path:
-    """Returns `path` if it is absent or empty, otherwise the first free one of path-2, path-3, ..."""
+    """Returns `path` if it is absent or has no file but a lock, otherwise the first free one of path-2, path-3, ..."""
     number, candidate = 1, path
-    while candidate.exists() and any(candidate.iterdir()):
+    while candidate.exists() and any(entry.name != LOCK_FILE for entry in candidate.iterdir()):
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
