@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from peft_pretraining.__main__ import main as command
 from peft_pretraining.data import DataError, demo
 from peft_pretraining.data.demo import build_demo, collect_documents, demo_folder, demo_tokenizer_path, prose
 from peft_pretraining.data.loader import EvalSet, TrainLoader
-from peft_pretraining.data.source import open_source
+from peft_pretraining.data.source import open_source, prepared_folder
 from peft_pretraining.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +187,18 @@ def test_building_again_changes_nothing(small_demo, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in small_demo.iterdir()}
     assert build_demo(small_demo.parent, vocab_size=2000) == small_demo
     assert {path: path.stat().st_mtime_ns for path in small_demo.iterdir()} == before
+
+
+def test_the_demo_with_fewer_pieces_is_a_data_set_with_a_tokenizer_of_its_own(small_demo, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "PACKAGES", ())
+    cache = small_demo.parent
+    source = open_source("demo-2k", "train", cache_dir=cache)
+    assert source.default_tokenizer == str(demo_tokenizer_path(small_demo))
+    assert source.default_tokenizer != open_source("demo", "train", cache_dir=cache, resolve=False).default_tokenizer
+    assert load_tokenizer(source.default_tokenizer).vocab_size == 2000
+    assert prepared_folder("demo-2k") is None
+    assert command(["data", "demo", "--name", "demo-2k", "--cache_dir", str(cache), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 2000
 
 
 def test_the_same_versions_give_the_same_bytes(small_demo, tmp_path, monkeypatch):
