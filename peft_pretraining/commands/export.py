@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--push",
         metavar="OWNER/MODEL",
-        help="also upload the export to this repository on the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN; a "
-        "new repository is private",
+        help="also upload the export to this repository on the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN; "
+        "a new repository is private",
     )
     parser.add_argument("--public", action="store_true", help="with --push: make a new repository public, or use a public one")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

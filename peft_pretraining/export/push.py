@@ -1,4 +1,4 @@
-"""Uploads an export to a repository on the Hugging Face hub, with the hub's own library. Never reads, writes or prints the token."""
+"""Uploads an export to a repository on the Hugging Face hub, with the hub's own library, which alone uses the token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def check_push(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ExportError(f"--push {name}: is no name of a repository on the hub ({first_line(error)}); use OWNER/MODEL") from None
+        raise ExportError(
+            f"--push {name}: is no name of a repository on the hub ({first_line(error)}); use OWNER/MODEL"
+        ) from None
     if "/" not in name:
         raise ExportError(f"--push {name}: names no owner; use OWNER/{name}, with your account or organisation as OWNER")
     if constants.HF_HUB_OFFLINE:
@@ -55,8 +57,8 @@ def push(folder: Path, name: str, *, public: bool) -> str:
         raise ExportError(f"--push {name}: the upload failed ({reason}); {complete}") from None
     if exposed:
         raise ExportError(
-            f"--push {name}: exists and is public, so everyone could read the model; the export in {folder} is complete. Make the "
-            f"repository private, name another, or publish it with: {shlex.join(['hf', 'upload', name, str(folder), '.'])}"
+            f"--push {name}: exists and is public, so everyone could read the model; the export in {folder} is complete. Make "
+            f"the repository private, name another, or publish it with: {shlex.join(['hf', 'upload', name, str(folder), '.'])}"
         )
     return page
 

@@ -49,12 +49,15 @@ def greedy(model: torch.nn.Module, ids: list[int], number: int, end: int) -> lis
 
 
 def test_the_pipeline_continues_a_text_as_the_runs_model_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block("python", "pipeline"), "docs/after_training.md", "exec"), {})
+    names: dict = {}
+    exec(compile(block("python", "pipeline"), "docs/after_training.md", "exec"), names)
     printed = capsys.readouterr().out
     model, tokenizer, _ = load_model(folder / "runs" / "quickstart", torch.device("cpu"))
     ids = greedy(model, tokenizer.encode_batch(["Return the"])[0], 20, tokenizer.eos_id)
     assert printed == tokenizer.decode(ids) + "\n"
-    assert len(printed) > len("Return the\n")
+    assert len(ids) > len(tokenizer.encode_batch(["Return the"])[0]) + 1
+    (plain,) = names["generate"]("Return the", max_new_tokens=20, do_sample=False)
+    assert plain["generated_text"].replace(" ", "") == printed.replace(" ", "").removesuffix("\n")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

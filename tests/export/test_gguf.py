@@ -32,7 +32,8 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 # What the converter takes from config.json for a LLaMA.
 READ = {
     "architectures", "num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_theta", "vocab_size", "head_dim", "eos_token_id", "pad_token_id",
+    "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_theta", "vocab_size", "head_dim", "eos_token_id",
+    "pad_token_id",
 }  # fmt: skip
 
 
@@ -57,12 +58,12 @@ def unigram(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_every_tensor_has_a_name_in_ggufs_llama_and_none_is_missing(dense: Path) -> None:
     config = json.loads((dense / "config.json").read_text())
-    assert READ <= config.keys()
+    assert config.keys() >= READ
     assert config["architectures"] == ["LlamaForCausalLM"]  # by this name the converter chooses LLaMA
     llama = gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(llama, config["num_hidden_layers"])
     found = {names.get_name(name, try_suffixes=(".weight",)) for name in load_file(dense / "model.safetensors")}
-    parts = "ATTN_NORM ATTN_Q ATTN_K ATTN_V ATTN_OUT FFN_NORM FFN_GATE FFN_DOWN FFN_UP".split()
+    parts = ["ATTN_NORM", "ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_OUT", "FFN_NORM", "FFN_GATE", "FFN_DOWN", "FFN_UP"]
     templates = [gguf.TENSOR_NAMES[getattr(gguf.MODEL_TENSOR, part)] for part in parts]
     layers = {f"{each.format(bid=number)}.weight" for number in range(config["num_hidden_layers"]) for each in templates}
     assert found == layers | {"token_embd.weight", "output_norm.weight", "output.weight"}
