@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,9 +33,9 @@ _BLANK_INSIDE = re.compile(r"(?<=\S)[ \n](?=\S)")
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 Ids = Sequence[int] | np.ndarray
-_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # What a fingerprint compares besides the vocabulary: spaces, line breaks, digits, rare characters, special-looking text.
-_PROBE = "A  probe:\n\tnaïve 123,456 — 你好 \U0001f600 </s> <extra_id_0> don't `x_1 = f(y)`"
+PROBE = "A  probe:\n\tnaïve 123,456 — 你好 \U0001f600 </s> <extra_id_0> don't `x_1 = f(y)`"
 
 
 class Tokenizer:
@@ -96,7 +96,7 @@ class Tokenizer:
                 continue
             if byte_level:
                 lengths[index] = len(piece)  # one printable character per byte
-            elif _BYTE_PIECE.fullmatch(piece):
+            elif BYTE_PIECE.fullmatch(piece):
                 lengths[index] = 1
             else:
                 lengths[index] = len(piece.removeprefix("##").replace("\u2581", " ").encode())
@@ -127,7 +127,8 @@ class Tokenizer:
             model_input_names=["input_ids", "attention_mask"],
             **{name: token for name, token in tokens.items() if token is not None},
         )
-        write_tokenizer(plain, folder)
+        # Said outright, because llama.cpp's default is to begin texts with a token.
+        write_tokenizer(plain, folder, {"add_bos_token": False, "add_eos_token": False})
 
     def _check_special_text_is_plain(self) -> None:
         special = [token for token, index in self._pretrained.get_vocab().items() if index in self._special_ids]
@@ -139,14 +140,15 @@ class Tokenizer:
 
     def _fingerprint(self, vocab: dict[str, int]) -> str:
         # Vocabulary and behaviour, not the file's bytes: these differ between library versions and after saving.
-        content = [sorted(vocab.items()), self.eos_id, self.pad_id, self.encode_batch([_PROBE])]
+        content = [sorted(vocab.items()), self.eos_id, self.pad_id, self.encode_batch([PROBE])]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def write_tokenizer(pretrained: Any, folder: str | Path) -> None:
+def write_tokenizer(pretrained: Any, folder: str | Path, more_settings: Mapping[str, Any] | None = None) -> None:
     """Writes a transformers tokenizer to a folder that AutoTokenizer of transformers 4 and 5 loads. Raises OSError.
 
     Version 4 knows neither version 5's class of tokenizers without a model's name nor its list of extra special tokens.
+    more_settings: added to tokenizer_config.json.
     """
     try:
         pretrained.save_pretrained(str(folder))
@@ -162,6 +164,7 @@ def write_tokenizer(pretrained: Any, folder: str | Path) -> None:
         settings |= {"add_bos_token": ids[0] == pretrained.bos_token_id, "add_eos_token": ids[-1] == pretrained.eos_token_id}
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings |= more_settings or {}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.export.card import model_card
 from peft_pretraining.export.load import checkpoint_record, load_parameters
+from peft_pretraining.export.sentencepiece_file import write_sentencepiece
 from peft_pretraining.export.shards import FACTORS_CONFIG, LLAMA_CONFIG, ExportError, ShardWriter
 from peft_pretraining.methods import METHODS
 from peft_pretraining.model.llama import both_spellings, meta_model
@@ -43,7 +44,13 @@ class Exported:
 
 
 def export(
-    path: Path, out: Path, *, keep_factors: bool = False, dtype: str | None = None, shard_bytes: int = _SHARD_BYTES
+    path: Path,
+    out: Path,
+    *,
+    keep_factors: bool = False,
+    dtype: str | None = None,
+    name: str | None = None,
+    shard_bytes: int = _SHARD_BYTES,
 ) -> Exported:
     """Writes the checkpoint's model to the folder `out`, which is created only when complete.
 
@@ -51,6 +58,7 @@ def export(
         path: a checkpoint, or a run's folder, whose newest undamaged checkpoint is used.
         keep_factors: write B, A, the sparse values and the support instead of dense weights.
         dtype: dtype of the weights (default: the run's). Weights are merged in the wider of the two dtypes.
+        name: the model's name in its README.md (default: the folder's).
         shard_bytes: largest size of a file.
 
     Raises:
@@ -79,7 +87,7 @@ def export(
     _check_room(out, record, dtype, keep_factors)
     with new_folder(out) as partial:
         exported = _write(partial, folder, model, args, tokenizer, dtype, keep_factors, shard_bytes)
-        text = model_card(record, folder, out.name, factored=keep_factors, dtype=dtype)
+        text = model_card(record, folder, name or out.name, factored=keep_factors, dtype=dtype)
         (partial / "README.md").write_text(text, encoding="utf-8")
     return Exported(out, exported.num_bytes, dtype)
 
@@ -127,6 +135,7 @@ def _write(
         (out / FACTORS_CONFIG).write_text(json.dumps(_factors(args), indent=1) + "\n", encoding="utf-8")
     _generation_config(tokenizer).save_pretrained(out)
     tokenizer.save_for_inference(out, model.config.max_position_embeddings)
+    write_sentencepiece(tokenizer, out)
     return writer
 
 
