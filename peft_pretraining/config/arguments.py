@@ -81,6 +81,10 @@ def _without_momentum(args: Any) -> str | None:
     return None if used else f"with --optimizer {args.optimizer}: it belongs to muon and spectron"
 
 
+def _without_other_conditioning(args: Any) -> str | None:
+    return f"with --optimizer {args.optimizer}: it conditions all gradients" if OPTIMIZERS[args.optimizer].conditions else None
+
+
 def _without_uniform_support_on_a_gpu(args: Any) -> str | None:
     if args.kernels != "auto" and not SUPPORTS[args.support].stored:
         return f"with --support {args.support}, which has no kernels"
@@ -473,6 +477,16 @@ class OptimizationArguments:
         0.95,
         "momentum of muon and spectron, for the linears' matrices",
         if_allowed(warm_start=True, minimum=0, below=1, added_later=True, no_effect=_without_momentum),
+    )
+    condition_gradients: bool = flag(
+        False,
+        "with muon and spectron: clip the other parameters' gradients and steady their norms as stable_spam does",
+        never(
+            warm_start=True,
+            added_later=True,
+            no_effect=_without_other_conditioning,
+            synonyms="conditioned_gradients gradient_conditioning stable_spam",
+        ),
     )
     reset_moments_every: int | None = flag(
         None,

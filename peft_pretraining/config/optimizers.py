@@ -14,6 +14,10 @@ from typing import Any
 BNB_MIN_ELEMENTS = 4096
 BNB_BLOCK_ELEMENTS = 256
 BNB_CODEBOOK_ENTRIES = 256
+# Gradient conditioning (optim.combined.Conditioned): bytes of its state of a tensor, three float32 averages; and of its
+# temporaries per element of a slice, which are absolute values, a mask, factors in float32 and in the gradient's dtype.
+CONDITIONING_BYTES = 3 * 4
+CONDITIONING_SCRATCH = 9
 # torchao: bits -> (elements per float32 scale, elements per byte of codes, entries of a moment's code book).
 AO_KINDS = {4: (128, 2, 16), 8: (256, 1, 256)}
 AO_MIN_ELEMENTS = 4096
@@ -56,6 +60,8 @@ class Optimizer:
     matrix_bytes: Callable[[Shape, int, float, int | None], int] | None = None
     # The factors of a linear are stepped together.
     steps_pairs: bool = False
+    # It conditions the gradients of all parameters.
+    conditions: bool = False
     # Updates between two resets of all moments, unless --reset_moments_every says otherwise.
     reset_every: int | None = None
     # Why gradients of micro-batches cannot be added to its moments (--accumulate moments).
@@ -137,11 +143,6 @@ def _spectron4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> i
     return _muon4bit(shape, width, beta1, bits) + 4 * shape[0]
 
 
-def _stable_spam(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    """Adam's, and three float32 averages."""
-    return _adam(shape, width, beta1, bits) + 3 * 4
-
-
 def _adamw4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     """torchao's AdamW: codes, scales and a code book per moment for complete blocks; float32 for the rest and small tensors."""
     elements, bits = math.prod(shape), bits or 4
@@ -196,15 +197,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adam8bit": Optimizer(_adam8bit, adam=True, smaller="adamw4bit", **_ADAM8BIT),
     "adamw4bit": Optimizer(_adamw4bit, adam=True, **_ADAMW4BIT),
     "stable_spam": Optimizer(
-        _stable_spam,
+        _adam,
         uses_adam=True,
         step_count_bytes=4,
+        conditions=True,
         not_shardable="it needs the norm and the largest entry of whole gradients, of which a process has a part",
         not_accumulating="it scales each gradient by the norm of the whole",
         reset_every=1000,
-        # Absolute values, a mask, factors in float32 and in the gradient's dtype.
-        scratch_per_element=9,
-        scratch_per_element_cuda=9,
     ),
     "muon": _orthogonal(_muon, smaller="muon8bit"),
     "muon8bit": _orthogonal(_muon8bit, _adam8bit, smaller="muon4bit", matrix_shared_bytes=_CODE_BOOK_BYTES, **_ADAM8BIT),

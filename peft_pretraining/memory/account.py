@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 from peft_pretraining.config.model_config import linear_shapes
-from peft_pretraining.config.optimizers import OPTIMIZERS
+from peft_pretraining.config.optimizers import CONDITIONING_SCRATCH, OPTIMIZERS
 from peft_pretraining.config.supports import SUPPORTS, SupportKind
 from peft_pretraining.distributed.device import CUDA_CONTEXT_BYTES, LARGE_BLOCK_BYTES
 from peft_pretraining.memory.counts import (
@@ -140,6 +140,7 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
         dtype=setting.dtype,
         optimizer=setting.optimizer,
         beta1=setting.beta1,
+        condition_gradients=setting.condition_gradients,
         embedding_bits=setting.embedding_bits,
         # The step counts of the optimizers that accumulate are no tensors either.
         stochastic_rounding=setting.stochastic_rounding or setting.accumulate == "moments",
@@ -305,6 +306,8 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
     per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
     if optimizer.steps_whole:
         return per_element * largest
+    if setting.condition_gradients or optimizer.conditions:
+        per_element = max(per_element, CONDITIONING_SCRATCH)
     rounds = setting.weight_dtype is not None or (setting.stochastic_rounding and setting.dtype == "bfloat16")
     rounding = _ROUNDING_SCRATCH if rounds else 0
     accumulating = _ACCUMULATION_SCRATCH if setting.gradient_accumulation > 1 and setting.accumulate == "moments" else 0

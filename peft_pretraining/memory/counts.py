@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from peft_pretraining.config.arguments import PROJ_TYPES
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
-from peft_pretraining.config.optimizers import BNB_MIN_ELEMENTS, OPTIMIZERS, Optimizer
+from peft_pretraining.config.optimizers import BNB_MIN_ELEMENTS, CONDITIONING_BYTES, OPTIMIZERS, Optimizer
 from peft_pretraining.config.supports import SUPPORTS
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Method, TensorGroup
@@ -186,6 +186,7 @@ def static_bytes(
     dtype: str,
     optimizer: str,
     beta1: float = 0.0,
+    condition_gradients: bool = False,
     embedding_bits: int | None = None,
     stochastic_rounding: bool = False,
     weight_dtype: str | None = None,
@@ -201,6 +202,7 @@ def static_bytes(
         dtype: bfloat16 | float32 | float64, dtype of parameters and gradients.
         optimizer: a name in OPTIMIZERS, with the libraries' layout of states.
         beta1: sgd's momentum and adafactor's first moment; 0 disables them.
+        condition_gradients: muon's and spectron's other parameters have the state of gradient conditioning too.
         embedding_bits: bits of the moments of embedding and head with low-bit optimizers; None: as for other parameters.
         stochastic_rounding: Adam's step counts are then Python numbers instead of tensors, except for GaLore's matrices.
         weight_dtype: "int8" for parameters that are stored in int8, with the same step counts; None for `dtype`.
@@ -224,6 +226,8 @@ def static_bytes(
         states += g.count * (of_matrix or kind.state_bytes)(stepped, width, beta1, bits)
         if (stochastic_rounding or weight_dtype is not None) and of_matrix is None and not g.projected:
             states -= kind.step_count_bytes * g.count
+        if of_matrix is None and (condition_gradients or kind.conditions):
+            states += CONDITIONING_BYTES * g.count
         if math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32:
             shared.add(kind.shared_bytes if of_matrix is None else kind.matrix_shared_bytes)
     states += sum(shared)

@@ -34,6 +34,7 @@ class Setting:
     linear_path: str = "auto"
     kernels: str = "auto"
     beta1: float = 0.0
+    condition_gradients: bool = False
     embedding_bits: int | None = None
     stochastic_rounding: bool = False
     proj_type: str = "std"
@@ -65,7 +66,9 @@ class Setting:
         """True if embedding and head are stepped slice by slice, without a gradient of their size (optim.updates)."""
         if self.head_gradient != "slices" or self.gradients_stay or self.gradient_accumulation > 1:
             return False
-        alone = self.world_size == 1 and self.grad_norm_growth is None and not self.model.tie_word_embeddings
+        # A gradient is conditioned, or its growth limited, as a whole.
+        whole = self.grad_norm_growth is not None or self.condition_gradients
+        alone = self.world_size == 1 and not whole and not self.model.tie_word_embeddings
         return alone and OPTIMIZERS[self.optimizer].steps_slices(self.stochastic_rounding or self.weight_dtype is not None)
 
     @property
@@ -118,6 +121,7 @@ def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str
         kernels=args.kernels,
         optimizer=args.optimizer,
         beta1=args.beta1,
+        condition_gradients=args.condition_gradients,
         embedding_bits=embedding_bits(args),
         stochastic_rounding=args.stochastic_rounding,
         proj_type=args.proj_type,

@@ -16,7 +16,7 @@ from torch import nn
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import group_of
 from peft_pretraining.distributed.world import World
-from peft_pretraining.optim.combined import Combined, StableSpam
+from peft_pretraining.optim.combined import Combined, Conditioned
 from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.orthogonal import Muon, Spectron, pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
@@ -40,7 +40,8 @@ class Settings:
     and int8 parameters. sliced: Adam and AdamW step in slices, also without rounding, as int8 parameters and accumulation in
     moments (optim.moments.Accumulating) need. lr_ratios: rates of parameter groups, divided by lr; 1 for the groups that are
     left out. undecayed: groups without weight decay. Groups: see config.parameter_groups. momentum, factor_scale: muon's and
-    spectron's momentum, and alpha / r for spectron.
+    spectron's momentum, and alpha / r for spectron. condition_gradients: condition the gradients of muon's and spectron's other
+    parameters.
     """
 
     lr: float
@@ -55,6 +56,7 @@ class Settings:
     undecayed: Collection[str] = ()
     momentum: float = 0.95
     factor_scale: float = 1.0
+    condition_gradients: bool = False
 
     @property
     def adam(self) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def _sliced_adam(
 
 
 def _stable_spam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    optimizer = StableSpam(_adamw(parameters, settings))
+    optimizer = Conditioned(_adamw(parameters, settings))
     for group in optimizer.param_groups:
         group["first_beta1"] = ADAM_BETA1
     return optimizer
@@ -252,6 +254,8 @@ def _orthogonal(
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
     adam = {None: _adamw, 8: _adam8bit, 4: _adamw4bit}[more["state_bits"]]
     members = [adam(others, settings)] if others else []
+    if settings.condition_gradients:
+        members = [Conditioned(member) for member in members]
     if matrices:
         more |= {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
         members.append(kind(_groups(matrices, settings), names=_names(matrices), rounding=settings.rounding, **more))

@@ -37,8 +37,8 @@ class Combined(torch.optim.Optimizer):
                 member.prepare_states()
 
 
-class StableSpam(Combined):
-    """Conditions each tensor's gradient as Stable-SPAM does (arXiv 2502.17055), then steps an Adam.
+class Conditioned(Combined):
+    """An Adam behind gradient conditioning: conditions each tensor's gradient as Stable-SPAM does (arXiv 2502.17055), then steps.
 
     Entries above a running maximum are clipped to it; then the gradient is scaled to the size of its norm's running mean, divided
     by the root of the norm's running mean square. Both work on one tensor at a time. Resets of the moments, and the decay of

@@ -165,6 +165,13 @@ def _optimizer_problems(args: Arguments) -> list[str]:
     if args.embedding_states == "4bit" and optimizer.low_bit and not args.optimizer.endswith("4bit"):
         known = _listed([name for name in OPTIMIZERS if name.endswith("4bit")])
         return [f"--embedding_states 4bit with --optimizer {args.optimizer}: works with {known}; use 8bit or 32bit"]
+    if args.condition_gradients and optimizer.matrix_bytes is None and not optimizer.conditions:
+        known = _listed([name for name, one in OPTIMIZERS.items() if one.matrix_bytes is not None])
+        all_of_them = _listed([name for name, one in OPTIMIZERS.items() if one.conditions])
+        return [
+            f"--condition_gradients with --optimizer {args.optimizer}: it works with {known}, in front of the Adam beside them; "
+            f"use --optimizer {all_of_them}, which conditions all gradients, or leave --condition_gradients out"
+        ]
     if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
         return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
     return []
@@ -183,6 +190,11 @@ def _accumulation_problems(args: Arguments) -> list[str]:
     if (reason := OPTIMIZERS[args.optimizer].not_accumulating) is not None:
         known = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.not_accumulating is None])
         problems.append(f"{what} with --optimizer {args.optimizer}: {reason}; use one of {known}, {way_out}")
+    if args.condition_gradients:
+        problems.append(
+            f"{what} with --condition_gradients: a micro-batch's gradient cannot be scaled by the norm of the update's; drop one "
+            "of the two"
+        )
     if METHODS[args.peft_model].projected:
         problems.append(
             f"{what} with --peft_model {args.peft_model}: its projections come from whole gradients; use sltrain or full, "

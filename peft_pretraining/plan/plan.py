@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir, reset_interval
 from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, linear_shapes, rope_warnings
+from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS, lr_ratios, undecayed_groups
 from peft_pretraining.data.source import holds_c4
 from peft_pretraining.distributed.device import DeviceMemory, cpu_has_bfloat16
@@ -141,7 +142,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         (
             "optimizer",
             f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}"
-            f"{_reset_text(args)}",
+            f"{_conditioning_text(args)}{_reset_text(args)}",
         ),
         *(("", text) for text in (_rates_text(args), _decay_text(args)) if text),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
@@ -176,6 +177,12 @@ def _rates_text(args: Arguments) -> str:
     """Peak learning rates of the parameter groups that have their own, e.g. "peak lr of embedding 0.004, matrix 0.001"."""
     text = ", ".join(f"{group} {getattr(args, f'{group}_lr'):g}" for group in _own_ratios(args))
     return f"peak lr of {text}" if text else ""
+
+
+def _conditioning_text(args: Arguments) -> str:
+    """The conditioning of what muon or spectron leave to Adam, if there is any."""
+    conditioned = args.condition_gradients and OPTIMIZERS[args.optimizer].matrix_bytes is not None
+    return "; gradients of what Adam steps conditioned" if conditioned else ""
 
 
 def _reset_text(args: Arguments) -> str:

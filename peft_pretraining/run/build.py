@@ -183,6 +183,7 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
         "lr_ratios": lr_ratios(args),
         "undecayed": undecayed_groups(args),
         "momentum": args.muon_momentum,
+        "condition_gradients": args.condition_gradients,
         "factor_scale": args.lora_alpha / args.rank,
         "embedding_bits": embedding_bits(args),
         "rounding": StochasticRounding(args.seed) if args.stochastic_rounding else None,

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.build import build_optimizer
-from peft_pretraining.optim.combined import StableSpam
+from peft_pretraining.optim.combined import Conditioned
 from peft_pretraining.optim.orthogonal import orthogonalised, pairs_of_factors, scale_of_shape
 from peft_pretraining.optim.state import reset_moments_
 from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
@@ -270,7 +270,7 @@ def test_eight_bit_momentum_is_near_the_plain_one(name):
 
 def test_stable_spam_makes_no_temporary_of_a_gradients_size(monkeypatch):
     parameter = nn.Parameter(torch.ones(16, 4))
-    optimizer = StableSpam(torch.optim.SGD([parameter], lr=0.0))
+    optimizer = Conditioned(torch.optim.SGD([parameter], lr=0.0))
     made = []
 
     class Watch(TorchDispatchMode):
