@@ -104,6 +104,8 @@ BAD = [
     (["--per_layer", "--grad_clipping", "1.0"], ["--grad_clipping 1.0", "--per_layer", "--grad_norm_growth"]),
     (["--grad_norm_growth", "0.5"], ["--grad_norm_growth 0.5", "at least 1"]),
     (["--optimizer", "sgd", "--stochastic_rounding"], ["--stochastic_rounding", "--optimizer sgd", "adamw"]),
+    (["--optimizer", "adamw", "--condition_gradients"], ["--condition_gradients", "--optimizer adamw", "muon", "stable_spam"]),
+    (["--optimizer", "muon", "--condition_gradients", "--parallel", "fsdp"], ["--parallel fsdp", "--optimizer muon", "adam8bit"]),
     (["--embedding_states", "16bit"], ["--embedding_states 16bit", "32bit"]),
     (["--optimizer", "muon8bit", "--embedding_states", "4bit"], ["--embedding_states 4bit", "muon8bit", "adamw4bit"]),
     (["--optimizer", "galore_adamw8bit_per_layer", "--stochastic_rounding", "--parallel", "fsdp"], ["--parallel fsdp"]),

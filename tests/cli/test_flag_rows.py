@@ -83,6 +83,7 @@ CHANGES = {
     "decay_norms": "false",
     "beta1": "0.5",
     "muon_momentum": "0.9",
+    "condition_gradients": "true --optimizer muon",
     "reset_moments_every": "4",
     "beta2": "0.95",
     "eps": "1e-6",

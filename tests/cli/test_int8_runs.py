@@ -34,7 +34,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     "flags",
     [
         ["--optimizer", "adamw4bit", "--dtype", "bfloat16"],
-        ["--optimizer", "spectron8bit", "--support", "block", "--async_save"],
+        ["--optimizer", "spectron8bit", "--support", "block", "--async_save", "--condition_gradients"],
         ["--optimizer", "muon", "--peft_model", "lowrank", "--init", "svd", "--restart_every", "4", "--rebalance"],
         ["--optimizer", "stable_spam", "--peft_model", "full", "--stochastic_rounding", "false"],
     ],

@@ -30,6 +30,7 @@ OWN_STATES = [
     for optimizer in ("muon", "muon8bit", "spectron", "spectron4bit", "stable_spam")
     for per_layer in ([], ["--per_layer", "--grad_norm_growth", "1.01"])
 ]
+CONDITIONED = ["--condition_gradients", "--reset_moments_every", "4"]
 # Gradients accumulated in moments: plain ones in float32 and bfloat16, quantised ones, those of a method with restarts, of int8
 # parameters.
 IN_MOMENTS = ["--per_layer", "--accumulate", "moments"]
@@ -72,6 +73,18 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*SLTRAIN, "--restart_every", "3", "--init", "svd", "--support", "block", "--optimizer", "adam8bit"],
         [*SLTRAIN, "--peft_model", "lowrank", "--per_layer", "--init", "svd", "--train_scaling"],
         *OWN_STATES,
+        [*SLTRAIN, "--optimizer", "muon", *CONDITIONED],
+        [
+            *BF16,
+            *SLTRAIN,
+            "--optimizer",
+            "spectron4bit_per_layer",
+            "--stochastic_rounding",
+            "--grad_norm_growth",
+            "1.01",
+            *CONDITIONED,
+        ],
+        [*BF16, "--peft_model", "full", "--optimizer", "muon8bit_per_layer", "--embedding_states", "8bit", *SLICES, *CONDITIONED],
         [*SLTRAIN, *IN_MOMENTS],
         [*BF16, "--peft_model", "sltrain", *IN_MOMENTS, "--stochastic_rounding"],
         [*RELORA, "--optimizer", "adam8bit", "--embedding_states", "8bit", *IN_MOMENTS],

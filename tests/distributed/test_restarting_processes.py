@@ -76,6 +76,8 @@ def assert_near(one: Path, other: Path) -> None:
         ("ddp", [*PLAIN, "--optimizer", "muon"]),
         ("ddp", [*PLAIN, "--optimizer", "spectron8bit_per_layer"]),
         ("ddp", [*PLAIN, "--optimizer", "stable_spam_per_layer", "--reset_moments_every", "4"]),
+        ("ddp", [*PLAIN, "--optimizer", "muon_per_layer", "--condition_gradients", "--reset_moments_every", "4"]),
+        pytest.param("ddp", [*PLAIN, "--optimizer", "spectron8bit", "--condition_gradients"], marks=pytest.mark.full),
         *(
             pytest.param("ddp", [*PLAIN, "--optimizer", name], marks=pytest.mark.full)
             for name in (

@@ -24,8 +24,13 @@ PLAIN_KERNELS = {
     "MKL_NUM_THREADS": "1",
 }
 METHODS = ("full", "galore", "lowrank", "relora", "sltrain", "sltrain_scaled", "sltrain_block", "sltrain_int8")
-# Runs of SLTrain with other optimizers than adamw.
-OPTIMIZERS = ("muon", "spectron", "stable_spam")
+# Runs of SLTrain with other optimizers than adamw: what follows --optimizer.
+OPTIMIZERS = {
+    "muon": ["muon"],
+    "muon_conditioned": ["muon", "--condition_gradients"],
+    "spectron": ["spectron"],
+    "stable_spam": ["stable_spam"],
+}
 NUM_UPDATES = 20
 
 
@@ -38,7 +43,7 @@ def flags(method: str, per_layer: bool) -> list[str]:
         *("--num_training_steps", str(NUM_UPDATES), "--batch_size", "4", "--gradient_accumulation", "2"),
         *("--eval_every", str(NUM_UPDATES), "--save_every", str(NUM_UPDATES), "--wandb", "disabled"),
         *("--device", "cpu", "--workers", "0", *(["--per_layer"] if per_layer else [])),
-        *(FLAGS[method] if method in FLAGS else [*FLAGS["sltrain"], "--optimizer", method]),
+        *(FLAGS[method] if method in FLAGS else [*FLAGS["sltrain"], "--optimizer", *OPTIMIZERS[method]]),
     ]
 
 

@@ -79,6 +79,24 @@ def test_stochastic_rounding_costs_its_temporaries_with_every_optimizer(optimize
     assert rounding["scratch"] >= plain["scratch"]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "spectron8bit"])
+def test_conditioning_costs_three_numbers_per_tensor_and_whole_gradients(optimizer):
+    """Of all tensors but the 7 x 8 pairs of factors at 60m: embedding, head, 17 norms and 56 sparse parts."""
+
+    def accounts(**changes) -> tuple[dict[str, int], dict[str, int]]:
+        here = setting("60m", rank=128, optimizer=optimizer, embedding_bits=None, **changes)
+        return account(here), account(replace(here, condition_gradients=True))
+
+    for device_type in ("cpu", "cuda"):
+        plain, conditioned = accounts(device_type=device_type)
+        assert conditioned["optimizer"] - plain["optimizer"] == 12 * (2 + 17 + 56)
+        assert conditioned["scratch"] >= max(9 * 2**21, plain["scratch"])
+    slices = {"per_layer": True, "head_gradient": "slices", "stochastic_rounding": True}
+    plain, conditioned = accounts(**slices)
+    assert conditioned["gradients"] == 2 * 32_000 * 512
+    assert plain["gradients"] < conditioned["gradients"]
+
+
 def test_a_save_in_the_background_costs_a_copy_of_the_state():
     """On a GPU the copy is in host memory."""
     for device_type, copies in (("cpu", 1), ("cuda", 0)):

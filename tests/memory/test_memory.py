@@ -152,6 +152,9 @@ STATES: list[tuple[str, dict[str, Any]]] = [
     ("spectron4bit", {}),
     ("stable_spam", {}),
     ("stable_spam", {"stochastic_rounding": True}),
+    ("muon", {"condition_gradients": True}),
+    ("muon8bit", {"condition_gradients": True, "embedding_bits": 32}),
+    ("spectron4bit", {"condition_gradients": True, "stochastic_rounding": True}),
     ("adam", {}),
     ("adamw", {}),
     ("adamw", {"stochastic_rounding": True}),
@@ -206,7 +209,7 @@ def test_static_bytes_equal_the_tensors_of_a_training_step(
         pytest.skip("no pairs of factors")
     cfg = tiny()
     model = build(cfg, method, getattr(torch, dtype))
-    choice = {name: settings[name] for name in ("beta1", "embedding_bits") if name in settings}
+    choice = {name: settings[name] for name in ("beta1", "embedding_bits", "condition_gradients") if name in settings}
     if "weight_dtype" in settings:
         if method == "relora":
             pytest.skip("refused")

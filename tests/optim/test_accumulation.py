@@ -305,6 +305,7 @@ BASE = "--model_config configs/llama_60m.json --batch_size 2 --total_batch_size 
         ("--per_layer --optimizer sgd", ["--optimizer sgd", "no moment", "adamw4bit"]),
         ("--per_layer --optimizer adafactor", ["--optimizer adafactor"]),
         ("--per_layer --optimizer stable_spam", ["--optimizer stable_spam", "norm of the whole"]),
+        ("--per_layer --optimizer muon --condition_gradients", ["--condition_gradients", "norm", "drop one"]),
         ("--per_layer --optimizer adamw --peft_model galore", ["--peft_model galore", "sltrain"]),
         ("--per_layer --optimizer adamw --grad_norm_growth 1.01", ["--grad_norm_growth 1.01", "drop one"]),
         ("--per_layer --optimizer adamw --parallel fsdp", ["--parallel fsdp", "ddp"]),

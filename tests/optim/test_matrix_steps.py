@@ -210,6 +210,17 @@ def test_a_pair_of_which_one_has_no_gradient_is_not_stepped_and_keeps_no_gradien
     assert not updates.growth.previous.any()
 
 
+def conditioned(gradient, averages, number):
+    """A gradient behind Stable-SPAM's conditioning, in float64. averages: three numbers, changed in place; number: from 1."""
+    averages[0] = 0.999 * averages[0] + 0.001 * float(gradient.abs().max())
+    limit = averages[0] / (1 - 0.999**number)
+    clipped = torch.where(gradient.abs() > limit, gradient * limit / gradient.abs().max(), gradient)
+    norm = float(clipped.norm())
+    averages[1:] = 0.7 * averages[1] + 0.3 * norm, 0.9 * averages[2] + 0.1 * norm**2
+    size = averages[1] / (1 - 0.7**number) / (math.sqrt(averages[2] / (1 - 0.9**number)) + 1e-8)
+    return clipped * size / norm
+
+
 def test_stable_spam_follows_its_formula_through_a_reset():
     parameters = {"a_proj.weight": nn.Parameter(torch.ones(6, 5)), "norm.weight": nn.Parameter(torch.ones(5))}
     exact = {name: p.detach().double() for name, p in parameters.items()}
@@ -218,7 +229,6 @@ def test_stable_spam_follows_its_formula_through_a_reset():
     build = partial(build_optimizer, "stable_spam", lr=0.0, weight_decay=0.1)
     updates = WholeUpdate(build, parameters, World())
     lr, num_updates, reset_after = 0.02, 12, 7
-    clipped = 0
     for update in range(1, num_updates + 1):
         progress = (update - 1) / num_updates
         updates.begin(lr, progress)
@@ -232,23 +242,119 @@ def test_stable_spam_follows_its_formula_through_a_reset():
             moments = {name: [torch.zeros_like(v), torch.zeros_like(v)] for name, v in exact.items()}
         for name, parameter in parameters.items():
             parameter.grad = found[name].clone()
-            gradient, (maximum, mean, square) = found[name].double(), averages[name]
-            maximum = 0.999 * maximum + 0.001 * float(gradient.abs().max())
-            limit = maximum / (1 - 0.999**update)
-            above = gradient.abs() > limit
-            clipped += int(above.sum())
-            gradient = torch.where(above, gradient * limit / gradient.abs().max(), gradient)
-            norm = float(gradient.norm())
-            mean, square = 0.7 * mean + 0.3 * norm, 0.9 * square + 0.1 * norm**2
-            averages[name] = [maximum, mean, square]
-            size = mean / (1 - 0.7**update) / (math.sqrt(square / (1 - 0.9**update)) + 1e-8)
+            gradient = conditioned(found[name].double(), averages[name], update)
             beta1 = 0.9 * (0.5 + 0.25 * (1 + math.cos(math.pi * progress)))
             number = update if update <= reset_after else update - reset_after
-            exact[name] = adamw(exact[name], gradient * size / norm, moments[name], number, lr, 0.1, beta1)
+            exact[name] = adamw(exact[name], gradient, moments[name], number, lr, 0.1, beta1)
         updates.finish(torch.zeros(()))
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter.detach().double(), exact[name], rtol=2e-5, atol=1e-6)
-    assert clipped
+
+
+def test_the_reference_of_conditioning_clips_a_spike():
+    averages, spike = [0.0, 0.0, 0.0], torch.ones(4, dtype=torch.float64)
+    assert conditioned(spike.clone(), averages, 1).tolist() == pytest.approx([0.5] * 4)
+    spike[0] = 50.0
+    # The largest entry's running mean is (.999 * .001 + .001 * 50) / (1 - .999^2) = 25.51.
+    result = conditioned(spike, averages, 2)
+    assert float(result[0] / result[1]) == pytest.approx(25.51, abs=0.01)
+
+
+ADAMS_PART = {"model.embed_tokens.weight": (40, 6), "lm_head.weight": (40, 6), "norm.weight": (6,)}
+
+
+def conditioned_run(kind, *, per_layer=False, growth=None, flag=True, large=False):
+    """Parameters and updates of `kind`, with the flag or without; large: embedding and head have quantised moments."""
+    parameters = matrices() if kind.startswith("muon") else factors()
+    shapes = {name: (800, *shape[1:]) if large and len(shape) > 1 else shape for name, shape in ADAMS_PART.items()}
+    parameters |= {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    build = partial(build_optimizer, kind, lr=0.0, weight_decay=0.1, condition_gradients=flag)
+    joint = pairs_of_factors(parameters) if kind.startswith("spectron") else ()
+    limit = None if growth is None else GrowthLimit(growth, len(parameters), torch.device("cpu"))
+    if per_layer:
+        return parameters, PerLayerUpdate(build, parameters, World(), growth=limit, joint=joint)
+    return parameters, WholeUpdate(build, parameters, World(), growth=limit)
+
+
+def make_update(parameters, updates, found, lr, progress=0.0):
+    """One update of two micro-batches, whose gradients' sum is `found`."""
+    updates.begin(lr, progress)
+    for share, last in ((0.25, False), (0.75, True)):
+        updates.before_backward(last=last)
+        sum((p * share * found[name]).sum() for name, p in parameters.items()).backward()
+    return updates.finish(torch.zeros(()))
+
+
+@pytest.mark.parametrize("growth", [None, 1.01])
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("kind", ["muon", "spectron"])
+def test_conditioning_is_in_front_of_adamw_and_of_nothing_else(kind, per_layer, growth):
+    """Its formula in float64, through accumulation, a spike, an update without a finite gradient, and a reset of all moments."""
+    parameters, updates = conditioned_run(kind, per_layer=per_layer, growth=growth)
+    plain, plain_updates = conditioned_run(kind, per_layer=per_layer, growth=growth, flag=False)
+    others = [name for name in parameters if name in ADAMS_PART or "sparse" in name]
+    exact = {name: parameters[name].detach().double() for name in others}
+    moments, averages = {name: [0.0, 0.0] for name in others}, {name: [0.0, 0.0, 0.0] for name in others}
+    steps, previous = 0, dict.fromkeys(others, math.inf)
+    for update in range(1, 11):
+        found = gradients(parameters, update)
+        found["lm_head.weight"][0, 0] *= 50 if update == 5 else 1
+        if update == 4:
+            for gradient in found.values():
+                gradient.view(-1)[0] = torch.nan
+        if update == 8:
+            steps, moments = 0, {name: [0.0, 0.0] for name in others}
+            for state in (*updates.optimizer.state.values(), *plain_updates.optimizer.state.values()):
+                reset_moments_(state)
+        skipped = make_update(parameters, updates, found, 0.02, update / 10).skipped
+        make_update(plain, plain_updates, found, 0.02, update / 10)
+        assert int(skipped) == (len(parameters) if update == 4 else 0)
+        steps += update != 4
+        for name in others if update != 4 else ():
+            gradient = found[name].double()
+            if growth is not None:
+                gradient *= min(1.0, growth * previous[name] / float(gradient.norm()))
+                previous[name] = float(gradient.norm())
+            gradient = conditioned(gradient, averages[name], update - (update > 4))
+            exact[name] = adamw(exact[name], gradient, moments[name], steps, 0.02, 0.1)
+        for name, parameter in parameters.items():
+            if name in others:
+                torch.testing.assert_close(parameter.detach().double(), exact[name], rtol=2e-5, atol=1e-6)
+                assert update < 3 or not torch.equal(parameter, plain[name]), name
+            else:
+                assert torch.equal(parameter, plain[name]), name
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("kind", ["muon8bit", "muon4bit", "spectron8bit", "spectron4bit"])
+def test_low_bit_kinds_step_the_conditioned_gradients(kind, per_layer):
+    """As without the flag by gradients that were conditioned in float64, with quantised moments of embedding and head."""
+    parameters, updates = conditioned_run(kind, per_layer=per_layer, large=True)
+    plain, plain_updates = conditioned_run(kind, per_layer=per_layer, large=True, flag=False)
+    averages = {name: [0.0, 0.0, 0.0] for name in parameters}
+    for update in range(1, 5):
+        found = gradients(parameters, update)
+        others = [name for name in parameters if name in ADAMS_PART or "sparse" in name]
+        ready = {name: conditioned(found[name].double(), averages[name], update).float() for name in others}
+        make_update(parameters, updates, found, 0.02)
+        make_update(plain, plain_updates, found | ready, 0.02)
+    moments = updates.optimizer.state[parameters["lm_head.weight"]].values()
+    assert any(value.dtype == torch.uint8 for value in moments if isinstance(value, torch.Tensor))
+    for name, parameter in parameters.items():
+        if name in others:
+            # A code may be the next one where a gradient differs in its last digit.
+            assert float((parameter - plain[name]).detach().norm() / (plain[name] - 1).detach().norm()) < 1e-3, name
+        else:
+            assert torch.equal(parameter, plain[name]), name
+
+
+def test_a_conditioned_gradient_is_not_taken_in_slices():
+    """Per-layer updates ask an optimizer that steps slices for them; conditioning needs the norm of the whole."""
+    for flag in (False, True):
+        parameters = {"lm_head.weight": nn.Parameter(torch.ones(800, 6))}
+        build = partial(build_optimizer, "muon8bit", lr=0.0, weight_decay=0.0, condition_gradients=flag)
+        PerLayerUpdate(build, parameters, World(), by_rows=list(parameters))
+        assert hasattr(parameters["lm_head.weight"], "take_rows") != flag
 
 
 @pytest.mark.parametrize("name", ["muon8bit", "spectron8bit"])

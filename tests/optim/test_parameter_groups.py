@@ -47,6 +47,7 @@ PAIRS = [
     *(("sltrain", optimizer) for optimizer in OPTIMIZERS),
     *(("full", optimizer) for optimizer in ("adamw", "adam8bit", "muon", "stable_spam")),
     *(("relora", optimizer) for optimizer in ("adamw", "spectron")),
+    ("sltrain", "muon --condition_gradients"),
     *(("galore", optimizer) for optimizer in ("adamw", "sgd", "adam8bit")),
 ]
 
@@ -55,7 +56,7 @@ PAIRS = [
 @pytest.mark.parametrize(("method", "optimizer"), PAIRS)
 def test_a_rate_moves_its_group_and_no_other(tiny_run, method, optimizer, per_layer):
     """With rate r and with 3 r; every optimizer's first step is proportional to its rate."""
-    flags = ["--optimizer", optimizer, *(["--per_layer"] if per_layer else [])]
+    flags = ["--optimizer", *optimizer.split(), *(["--per_layer"] if per_layer else [])]
     groups_of_method = [group for group in PARAMETER_GROUPS if group != "sparse" or method == "sltrain"]
     _, plain = after_one_update(tiny_run, method, *flags)
     for group in groups_of_method:
@@ -158,6 +159,10 @@ def test_the_plan_says_when_all_moments_are_reset(tiny_run):
     assert "--reset_moments_every 900 with --num_training_steps" in text("--reset_moments_every", "900")
     assert "all moments" not in text("--optimizer", "stable_spam", "--reset_moments_every", "0")
     assert "--reset_moments_every has no effect with --optimizer sgd" in text("--optimizer", "sgd", "--reset_moments_every", "3")
+    assert "gradients of what Adam steps conditioned" in text("--optimizer", "muon", "--condition_gradients")
+    ineffective = text("--optimizer", "stable_spam", "--condition_gradients")
+    assert "--condition_gradients has no effect with --optimizer stable_spam: it conditions all gradients" in ineffective
+    assert "gradients of what" not in ineffective
     assert "--beta1 has no effect with --optimizer muon: its momentum is --muon_momentum" in text(
         "--optimizer", "muon", "--beta1", "0.9"
     )
