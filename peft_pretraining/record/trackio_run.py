@@ -56,7 +56,12 @@ class TrackioRun:
         self._once: dict[str, Any] = {}
         self._usual_show, self._package = warnings.showwarning, str(Path(trackio.__file__).parent)
         warnings.showwarning = self._show_warning
-        given = {"project": WANDB_PROJECT, "name": self.run_name, "group": settings.get("group"), "resume": "allow"}
+        given: dict[str, Any] = {
+            "project": WANDB_PROJECT,
+            "name": self.run_name,
+            "group": settings.get("group"),
+            "resume": "allow",
+        }
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 self._run = trackio.init(**given, config=dict(settings["config"]), embed=False)
