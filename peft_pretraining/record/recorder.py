@@ -283,9 +283,11 @@ def _progress_bar(total_updates: int, start_step: int) -> Any:
 def _columns() -> int | None:
     """Returns the columns that the bar may fill, with room for the terminal's `^C`; None where lines may have any length."""
     try:
-        return max(os.get_terminal_size(sys.stderr.fileno()).columns - 3, 1)
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):
         return None
+    # Serial consoles and terminals of programs may report 0 columns.
+    return max((columns or 80) - 3, 1)
 
 
 def _show(bar: Any, figures: list[str]) -> None:

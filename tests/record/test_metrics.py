@@ -310,9 +310,10 @@ def test_dashboard_of_a_stopped_run_has_no_final_figure(tmp_path, monkeypatch):
     assert all(kept.summary.get(name) is None for name in kept.summary if name.startswith("final_"))
 
 
-@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("columns", [0, 60, 80, 200])
 def test_the_bar_fits_its_terminal_and_shows_what_matters(tmp_path, monkeypatch, columns):
-    """A bar of ten columns or more, whole figures, and room for the `^C` that a terminal writes behind the bar."""
+    """A bar of ten columns or more, whole figures, and room for the `^C` that a terminal writes behind the bar. A terminal of
+    unknown width, 0, counts as one of 80 columns."""
     other_side, terminal = pty.openpty()
     fcntl.ioctl(other_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     with open(terminal, "w", buffering=1) as stream:
@@ -328,6 +329,7 @@ def test_the_bar_fits_its_terminal_and_shows_what_matters(tmp_path, monkeypatch,
             shown += os.read(other_side, 4096).decode()
     os.close(other_side)
     bar = [line for line in re.split(r"[\r\n]+", shown) if "loss 2.500" in line][-1]
+    columns = columns or 80
     assert len(bar) <= columns - 2
     if columns >= 80:
         assert bar.count("|") == 2
