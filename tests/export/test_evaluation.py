@@ -135,7 +135,7 @@ def test_invalid_arguments_of_evaluate_are_named(trained: Trained, capsys: Captu
 def test_missing_data_tokenizer_or_model_is_reported(forms: list[Path], tmp_path: Path, capsys: Captured) -> None:
     assert main(["evaluate", "--checkpoint", str(forms[2])]) == 2
     assert "--dataset is required for" in capsys.readouterr().err
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):  # each suffices
         (forms[2] / name).unlink()
     assert main(["evaluate", "--checkpoint", str(forms[2]), "--dataset", "demo"]) == 2
     assert "the folder has no tokenizer; name one with --tokenizer" in capsys.readouterr().err
