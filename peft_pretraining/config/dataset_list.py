@@ -16,6 +16,8 @@ from peft_pretraining.config.files import PathError, expanded
 
 # Names of the corpus that is built from installed documentation, with the number of pieces of its tokenizer.
 DEMOS = {"demo": 8000, "demo-2k": 2000}
+# Data sets that are neither files nor addresses.
+NAMED = ("c4", *DEMOS)
 _BRACKETS = {"{": 1, "[": 1, "}": -1, "]": -1}
 # What may follow a comma that ends an address, which may contain commas itself.
 _NEXT_NAME = re.compile(r"\s|\w+://|hub:|[/~.]")
@@ -151,7 +153,7 @@ def _refuse_invalid(found: list[tuple[str, float | None]]) -> None:
     seen: dict[str, str] = {}
     for name, _ in found:
         place = name.removeprefix("file://").removeprefix("local://")
-        remote = "://" in place or name.startswith("hub:") or name == "c4" or name in DEMOS
+        remote = "://" in place or name.startswith("hub:") or name in NAMED
         key = name.rstrip("/") if remote else os.path.realpath(expanded(place))
         if key in seen:
             raise DatasetListError(f"names {name} twice{_also(seen[key], name)}; name it once, with the sum of the weights")

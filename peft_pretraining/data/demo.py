@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from peft_pretraining.config.dataset_list import DEMOS
 from peft_pretraining.data import DataError
 from peft_pretraining.data.sentencepiece_training import train_sentencepiece
 
@@ -47,7 +48,7 @@ def default_cache_dir() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "sltrain"
 
 
-def demo_folder(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> Path:
+def demo_folder(cache_dir: str | Path | None = None, vocab_size: int = DEMOS["demo"]) -> Path:
     """Returns the folder that `build_demo` creates for the installed versions; it may not exist yet."""
     versions = [f"format {FORMAT_VERSION}", f"python {platform.python_version()}", f"vocabulary {vocab_size}"]
     for package in (*PACKAGES, "sentencepiece"):
@@ -62,7 +63,7 @@ def demo_tokenizer_path(folder: str | Path) -> Path:
     return Path(folder) / "demo.model"
 
 
-def build_demo(cache_dir: str | Path | None = None, vocab_size: int = 8000) -> Path:
+def build_demo(cache_dir: str | Path | None = None, vocab_size: int = DEMOS["demo"]) -> Path:
     """Builds the demo shards and tokenizer if they do not exist yet, and returns their folder.
 
     The folder holds `demo-train.0000i-of-00004.json.gz`, `demo-validation.00000-of-00001.json.gz`, `demo.model`

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_pretraining.config.dataset_list import DEMOS, dataset_names
+from peft_pretraining.config.dataset_list import DEMOS, NAMED, dataset_names
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.data import DataError
 from peft_pretraining.data.demo import build_demo, demo_folder, demo_tokenizer_path
@@ -172,7 +172,7 @@ def original_dataset(dataset: str) -> str:
 
 def prepared_folder(dataset: str) -> Path | None:
     """The folder of a prepared data set, None for every other data set."""
-    if dataset == "c4" or dataset in DEMOS or dataset.startswith("hub:") or is_remote(dataset):
+    if dataset in NAMED or dataset.startswith("hub:") or is_remote(dataset):
         return None
     try:
         folder = _local_path(dataset)

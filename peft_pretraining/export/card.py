@@ -18,18 +18,7 @@ _LOAD_FACTORED = """from peft_pretraining.export import load_factored
 
 model, tokenizer = load_factored("{name}")"""
 # Flags left out of the card's command: they only name folders and services. Values of --config appear as flags.
-_PLACES = (
-    "config",
-    "save_dir",
-    "continue_from",
-    "resume",
-    "dry_run",
-    "device",
-    "wandb",
-    "tracker",
-    "wandb_project",
-    "wandb_name",
-)
+_PLACES = ("config", "save_dir", "continue_from", "resume", "dry_run", "device", "wandb", "tracker")
 
 
 def model_card(record: dict[str, Any], folder: Path, name: str, *, factored: bool, dtype: str) -> str:

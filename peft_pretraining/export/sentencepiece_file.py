@@ -15,8 +15,8 @@ from typing import Any
 
 from peft_pretraining.data.tokenizer import BYTE_PIECE, PROBE, Tokenizer
 
-# The converter merges the pieces of a tokenizer.model by their scores. Those of a unigram model must not be merged, so its file
-# has the name that T5 gave it, which the converter reads for T5 only (docs/after_training.md).
+# The converter treats every tokenizer.model as BPE. A unigram model is no BPE, so its file has T5's name for it, spiece.model,
+# which the converter reads for T5 only (docs/after_training.md).
 BPE_FILE, UNIGRAM_FILE = "tokenizer.model", "spiece.model"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _UNIGRAM, _BPE = 1, 2
@@ -26,7 +26,7 @@ _PROBED_PIECES = 2000
 def write_sentencepiece(tokenizer: Tokenizer, folder: Path) -> bool:
     """Writes the file beside tokenizer.json in `folder`, if there is a SentencePiece model with the same ids for text.
 
-    There is none for byte-level BPE (GPT-2, Llama 3). Returns whether the file was written.
+    Byte-level BPE tokenizers (GPT-2, Llama 3) have no such model. Returns True if the file was written.
     """
     state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if (proto := _model(state, tokenizer)) is None:

@@ -79,7 +79,7 @@ class TrackioRun:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """Opens trackio's database; an empty one with trackio's table of rows where there is none yet."""
+        """Opens trackio's database. If there is none yet, opens an empty one in memory with the same table."""
         from trackio.fragments import import_inbox_dir
 
         # On a network file system trackio first writes rows to files, which its dashboard adds to the database.
