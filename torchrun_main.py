@@ -83,7 +83,7 @@ def dry_run(args: Arguments, world: World) -> int:
         else:
             memory = devices.planned_memory(args.device, args.memory, world)
             dtype = args.dtype or devices.default_dtype(memory.device_type)
-        plan = make_plan(args, world, dtype, memory.device_type)
+        plan = make_plan(args, world, dtype, memory.device_type, memory)
         if args.tokenizer is not None:
             tokenizer_path(args.tokenizer)
         source = open_dataset(args.dataset, "train", text_field=args.text_field, resolve=False)
@@ -212,7 +212,8 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         if run.restarts is not None:
             run.restarts.before_update(state.update_step)
         lr, progress = (part(state.update_step, state.tokens_seen) for part in (rates.at, rates.progress))
-        step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, progress=progress, world=world, device=device)
+        with run.weight_cache.filled() if run.weight_cache is not None else contextlib.nullcontext():
+            step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, progress=progress, world=world, device=device)
         # Reading step.skipped waits for the device, so it is read only if a non-finite update stops the run.
         if args.on_nonfinite == "stop" and bool(step.skipped):
             late_record.settle()

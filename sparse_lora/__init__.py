@@ -6,6 +6,7 @@ support.py         Support: the positions of S; SparsePart: the arithmetic of S;
 uniform.py         random positions over the whole matrix, as published, and their storage format
 block.py           positions in dense blocks of consecutive inputs and interleaved outputs
 kernels.py         W and the values' gradient by Triton kernels (kernels_triton.py), where they are measured faster
+cache.py           what linears may keep between passes: decoded positions, W during an update
 adapted.py         AdaptedLinear: a pretrained linear plus a low-rank plus sparse part, for fine-tuning
 relora.py          ReLoRALinear: a frozen dense weight plus factors that are merged into it
 reparameterize.py  SLTrainConfig, reparameterize(model, config), attach_relora(model), merge(model), prepare_for_inference(model)

@@ -33,6 +33,7 @@ def sparse_lowrank_linear(
     bias: Tensor | None = None,
     path: str = "auto",
     base: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Returns x W^T + bias with W = scaling * B A + S (arXiv 2406.02214, section 3.2); saves no dense weight for backward.
 
@@ -54,6 +55,7 @@ def sparse_lowrank_linear(
         path: "materialised", "factored", or "auto" for the path that `cheaper_path` estimates to be faster.
         base: (O, I), W0, or None. Its product is computed separately on the factored path, and in dtypes of fewer than 32 bits,
             in which adding to W0 would round away small changes of large entries.
+        weight: (O, I), W as `build_weight` returns it for these parameters, or None. Passes that build W use it instead.
 
     Returns:
         (..., O) in x's dtype, or in the autocast dtype under autocast.
@@ -73,11 +75,13 @@ def sparse_lowrank_linear(
         return F.linear(x, base, bias) + adapted
     if few:
         return _few_rows_output(x, lora_A, lora_B, sparse_value, support, scaling, bias)
-    code, blocks = (None, 0) if support is None else (support.code, support.blocks)
+    stored, blocks = (None, 0) if support is None else (support.stored, support.blocks)
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
     factored = path == "factored"
     y: Tensor
-    y, _ = _SparseLowRankLinear.apply(x, lora_A, lora_B, sparse_value, code, tensor, base, bias, number, dtype, blocks, factored)
+    weight = None if factored or weight is None else weight.to(dtype)
+    tensors = (x, lora_A, lora_B, sparse_value, stored, tensor, base, weight, bias)
+    y, _ = _SparseLowRankLinear.apply(*tensors, number, dtype, blocks, factored)
     return y
 
 
@@ -137,9 +141,10 @@ class _SparseLowRankLinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         values: Tensor | None,
-        code: Tensor | None,
+        stored: Tensor | None,
         scaling: Tensor | None,
         base: Tensor | None,
+        weight: Tensor | None,
         bias: Tensor | None,
         scaling_number: float,
         dtype: torch.dtype,
@@ -148,20 +153,20 @@ class _SparseLowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Calls `_output` with these arguments, as an operator under torch.compile."""
         compute = _output_op if torch.compiler.is_compiling() else _output
-        return compute(x, lora_A, lora_B, values, code, scaling, base, bias, scaling_number, dtype, blocks, factored)
+        return compute(x, lora_A, lora_B, values, stored, scaling, base, weight, bias, scaling_number, dtype, blocks, factored)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, lora_A, lora_B, values, code, scaling, base, bias, *ctx.settings = inputs
+        x, lora_A, lora_B, values, stored, scaling, base, weight, bias, *ctx.settings = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], x, lora_A, lora_B, values, code, scaling, base)
+        ctx.save_for_backward(output[1], x, lora_A, lora_B, values, stored, scaling, base, weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         compiling = torch.compiler.is_compiling()
         grad_output, grad_h = grad_outputs
-        need_x, need_A, need_B, need_values, _, need_scaling, need_base, need_bias, *_ = ctx.needs_input_grad
+        need_x, need_A, need_B, need_values, _, need_scaling, need_base, _, need_bias, *_ = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 6
         grad_bias = None
         if grad_output is not None:
@@ -178,7 +183,7 @@ class _SparseLowRankLinear(torch.autograd.Function):
             grads[0] = of_x if grads[0] is None else grads[0] + of_x
             grads[1] = of_A if grads[1] is None else grads[1] + of_A
         grad_x, grad_A, grad_B, grad_values, grad_scaling, grad_base = grads
-        return grad_x, grad_A, grad_B, grad_values, None, grad_scaling, grad_base, grad_bias, None, None, None, None
+        return grad_x, grad_A, grad_B, grad_values, None, grad_scaling, grad_base, None, grad_bias, None, None, None, None
 
 
 def _output(
@@ -186,9 +191,10 @@ def _output(
     lora_A: Tensor,
     lora_B: Tensor,
     values: Tensor | None,
-    code: Tensor | None,
+    stored: Tensor | None,
     scaling: Tensor | None,
     base: Tensor | None,
+    weight: Tensor | None,
     bias: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
@@ -196,13 +202,16 @@ def _output(
     factored: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns y, (..., O), and x A^T, (T, R), in the given dtype; if W is built, an empty tensor instead of x A^T."""
-    scaled_B = (plain(lora_B) * (scaling_number if scaling is None else scaling)).to(dtype)
     out_shape = (*x.shape[:-1], lora_B.shape[0])
-    x_TI, A = x.reshape(-1, x.shape[-1]).to(dtype), plain(lora_A).to(dtype)
+    x_TI, bias = x.reshape(-1, x.shape[-1]).to(dtype), None if bias is None else bias.to(dtype)
+    if weight is not None:
+        with without_autocast(x):
+            return F.linear(x_TI, weight, bias).view(out_shape), x_TI.new_empty(0)
+    scaled_B = (plain(lora_B) * (scaling_number if scaling is None else scaling)).to(dtype)
+    A = plain(lora_A).to(dtype)
     values = None if values is None else plain(values).to(dtype)
-    bias = None if bias is None else bias.to(dtype)
     base = None if base is None else base.to(dtype)
-    part = _part(values, code, blocks, lora_B, lora_A)
+    part = _part(values, stored, blocks, lora_B, lora_A)
     with without_autocast(x):
         if not factored:
             weight = build_weight(A, scaled_B, values, part, scratch=True, base=base)
@@ -226,6 +235,7 @@ class _Operands:
     part: SparsePart | None
     h_TR: Tensor
     base: Tensor | None
+    weight: Tensor | None
 
 
 def _gradients(
@@ -235,9 +245,10 @@ def _gradients(
     lora_A: Tensor,
     lora_B: Tensor,
     values: Tensor | None,
-    code: Tensor | None,
+    stored: Tensor | None,
     scaling: Tensor | None,
     base: Tensor | None,
+    weight: Tensor | None,
     scaling_number: float,
     dtype: torch.dtype,
     blocks: int,
@@ -254,9 +265,11 @@ def _gradients(
         lora_B.to(dtype),
         (lora_B * factor).to(dtype),
         None if values is None else values.to(dtype),
-        _part(values, code, blocks, lora_B, lora_A),
+        _part(values, stored, blocks, lora_B, lora_A),
         h_TR,
         None if base is None else base.to(dtype),
+        # Higher derivatives need W as a function of its parts.
+        None if torch.is_grad_enabled() else weight,
     )
     need_x, need_A, need_B, need_values, need_scaling, need_base = needed
     compute = _factored_gradients if factored else _materialised_gradients
@@ -291,7 +304,10 @@ def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
     need_x, need_A, need_B, need_values, need_base = needed
     grad_x = None
     if need_x:
-        grad_x = o.g_TO @ build_weight(o.A, o.scaled_B, o.values, o.part, scratch=True, base=o.base)
+        weight = o.weight
+        if weight is None:
+            weight = build_weight(o.A, o.scaled_B, o.values, o.part, scratch=True, base=o.base)
+        grad_x = o.g_TO @ weight
     if not (need_A or need_B or need_values or need_base):
         return _Gradients(grad_x)
     num_rows, rank = o.x_TI.shape[0], o.A.shape[0]
@@ -327,22 +343,22 @@ def _gradients_of_h(grad_h: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, 
     return of_x, (grad_h.t() @ x_TI).to(lora_A.dtype)
 
 
-def _part(values: Tensor | None, code: Tensor | None, blocks: int, lora_B: Tensor, lora_A: Tensor) -> SparsePart | None:
-    return None if values is None else sparse_part(code, blocks, values.numel(), lora_B.shape[0], lora_A.shape[1])
+def _part(values: Tensor | None, stored: Tensor | None, blocks: int, lora_B: Tensor, lora_A: Tensor) -> SparsePart | None:
+    return None if values is None else sparse_part(stored, blocks, values.numel(), lora_B.shape[0], lora_A.shape[1])
 
 
-def sparse_part(code: Tensor | None, blocks: int, nnz: int, out_features: int, in_features: int) -> SparsePart:
+def sparse_part(stored: Tensor | None, blocks: int, nnz: int, out_features: int, in_features: int) -> SparsePart:
     """Returns the arithmetic of a support with these attributes; see Support."""
     if blocks:
         return BlockPart(blocks, out_features, in_features)
-    if code is None:
+    if stored is None:
         raise ValueError("a support needs stored positions or blocks")
-    return UniformPart(code, nnz, out_features, in_features)
+    return UniformPart(stored, nnz, out_features, in_features)
 
 
 def part_of(support: Support) -> SparsePart:
     """Returns the arithmetic of `support`."""
-    return sparse_part(support.code, support.blocks, support.nnz, support.out_features, support.in_features)
+    return sparse_part(support.stored, support.blocks, support.nnz, support.out_features, support.in_features)
 
 
 # Opaque operators for torch.compile. If it traced through them, forward and backward would both compute B A in one joint graph;
@@ -360,7 +376,7 @@ def _output_fake(x: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any) -> tup
 
 @_gradients_op.register_fake
 def _gradients_fake(_g: Tensor, _h: Tensor, *inputs_and_settings: Any) -> list[Tensor]:
-    x, lora_A, lora_B, values, _code, scaling, base, *_, needed = inputs_and_settings
+    x, lora_A, lora_B, values, _stored, scaling, base, *_, needed = inputs_and_settings
     inputs = (x, lora_A, lora_B, values, scaling, base)
     return [t.new_empty(t.shape) for t, need in zip(inputs, needed, strict=True) if need and t is not None]
 

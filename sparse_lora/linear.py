@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import BlockSupport, block_count
-from .functional import PATHS, build_weight, part_of, sparse_lowrank_linear, without_autocast
+from .functional import PATHS, build_weight, cheaper_path, part_of, sparse_lowrank_linear, without_autocast
 from .support import Support, generator_for, plain
 from .uniform import UniformSupport
 
@@ -77,6 +77,8 @@ class SparseLowRankLinear(nn.Module):
         self.sparse_value = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype)) if nnz else None
         self.scaling = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if trainable_scaling else None
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.cached_weight: Tensor | None  # W during an update, if a cache.WeightCache holds it
+        self.register_buffer("cached_weight", None, persistent=False)
         if not self.lora_A.is_meta:
             if seed is None:
                 seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -132,8 +134,16 @@ class SparseLowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
-        scaling = self.effective_scaling()
-        return sparse_lowrank_linear(x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path)
+        factors = (self.lora_A, self.lora_B, self.sparse_value, self.support, self.effective_scaling())
+        return sparse_lowrank_linear(x, *factors, self.bias, self.path, weight=self.cached_weight)
+
+    def builds_weight(self, num_rows: int) -> bool:
+        """Tells whether products with `num_rows` rows build W, in passes with gradients."""
+        if self.path != "auto":
+            return self.path == "materialised"
+        kind, nnz = ("none", 0) if self.support is None else (self.support.kind, self.support.nnz)
+        sizes = (num_rows, self.out_features, self.in_features, self.rank)
+        return cheaper_path(*sizes, kind, nnz, self.lora_A.device.type) == "materialised"
 
     @property
     def weight(self) -> Tensor:

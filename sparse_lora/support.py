@@ -60,6 +60,11 @@ class Support(nn.Module, ABC):
         return self.out_features * self.in_features
 
     @property
+    def stored(self) -> Tensor | None:
+        """What `functional.sparse_part` reads the positions from; None if they are not stored."""
+        return self.code
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the stored positions take."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -206,6 +207,7 @@ class UniformSupport(Support):
 
     kind = "uniform"
     code: Tensor
+    decoded: Tensor | None  # the sorted positions after `cache_positions`: (nnz,), int32 or int64
     columns: Tensor | None  # columns of the positions, row by row: (nnz,), int16 if in_features allows, else int32
     starts: Tensor | None  # index in `columns` at which each row starts: (out,), int32
 
@@ -214,6 +216,7 @@ class UniformSupport(Support):
         super().__init__(out_features, in_features, nnz)
         # Stored as bytes, because gloo does not broadcast int16; every part is a view.
         self.register_buffer("code", torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device))
+        self.register_buffer("decoded", None, persistent=False)
         self.register_buffer("columns", None, persistent=False)
         self.register_buffer("starts", None, persistent=False)
 
@@ -226,6 +229,16 @@ class UniformSupport(Support):
     def nbytes(self) -> int:
         """Bytes that the stored positions take."""
         return self.code.numel()
+
+    @property
+    def stored(self) -> Tensor:
+        """The decoded positions if they are cached, else the stored tensor."""
+        return self.code if self.decoded is None else self.decoded
+
+    @torch.no_grad()
+    def cache_positions(self) -> None:
+        """Keeps the decoded positions, 4 or 8 bytes each, so that no pass decodes them again; until positions change."""
+        self.decoded = decode(self.code, self.nnz, self.numel)
 
     def flat_indices(self) -> Tensor:
         """Sorted int64 positions (nnz,) in the row-major weight."""
@@ -294,11 +307,16 @@ class UniformSupport(Support):
         self._store(code)
 
     def _store(self, code: Tensor) -> None:
-        """Copies `code` to the existing storage, or replaces the storage if the sizes differ."""
+        """Copies `code` to the existing storage, or replaces the storage if the sizes differ; drops cached positions."""
+        self.decoded = None
         if code.shape == self.code.shape:
             self.code.copy_(code)
         else:
             self.code = code.to(self.code.device)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.decoded = None
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class UniformPart(SparsePart):
@@ -308,15 +326,15 @@ class UniformPart(SparsePart):
     sparse kernel.
     """
 
-    def __init__(self, code: Tensor, nnz: int, out_features: int, in_features: int) -> None:
-        """code: as stored by UniformSupport."""
-        self.code, self.nnz, self.shape = code, nnz, (out_features, in_features)
-        self._positions: Tensor | None = None
+    def __init__(self, stored: Tensor, nnz: int, out_features: int, in_features: int) -> None:
+        """stored: UniformSupport's stored tensor, uint8, or its decoded positions."""
+        self.stored, self.nnz, self.shape = stored, nnz, (out_features, in_features)
+        self._positions = None if stored.dtype == torch.uint8 else stored
 
     def positions(self) -> Tensor:
         """Returns sorted row-major positions (N,), int32 or int64; cached, because a backward pass needs them twice."""
         if self._positions is None:
-            self._positions = decode(self.code, self.nnz, math.prod(self.shape))
+            self._positions = decode(self.stored, self.nnz, math.prod(self.shape))
         return self._positions
 
     def add_to_(self, weight: Tensor, values: Tensor) -> None:

@@ -39,6 +39,7 @@ SCHEDULERS = ("linear", "cosine", "cosine_restarts")
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
 INITS = ("default", "svd")
 LINEAR_PATHS = ("auto", "materialised", "factored")
+LINEAR_CACHES = ("auto", "none", "positions", "weights")
 HEAD_GRADIENTS = ("whole", "slices")
 PARALLEL = ("ddp", "fsdp")
 WEIGHT_DTYPES = ("int8",)
@@ -89,6 +90,14 @@ def _without_uniform_support_on_a_gpu(args: Any) -> str | None:
     if args.kernels != "auto" and not SUPPORTS[args.support].stored:
         return f"with --support {args.support}, which has no kernels"
     return "on a CPU" if args.kernels != "auto" and args.device == "cpu" else None
+
+
+def _without_uniform_support(args: Any) -> str | None:
+    if args.linear_cache == "positions" and (args.peft_model != "sltrain" or not SUPPORTS[args.support].stored):
+        return "without a uniform support, which alone stores positions"
+    if args.linear_cache == "weights" and args.linear_path == "factored":
+        return "with --linear_path factored, which builds no weights"
+    return None
 
 
 def _without_float32_on_a_gpu(args: Any) -> str | None:
@@ -195,6 +204,13 @@ class MethodArguments:
         "auto",
         "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (whichever is faster)",
         freely(choices=LINEAR_PATHS, methods=_REPARAMETERIZED),
+    )
+    linear_cache: str = flag(
+        "auto",
+        "what factored linears keep so as not to compute it in every pass; results stay the same: none | positions (of a uniform "
+        "support, 4 bytes per entry) | weights (also W during an update, as large as the dense weights) | auto (positions on a "
+        "GPU, if the peak stays below 80 % of its memory; else none)",
+        freely(choices=LINEAR_CACHES, methods=_REPARAMETERIZED, no_effect=_without_uniform_support),
     )
     kernels: str = flag(
         "auto",

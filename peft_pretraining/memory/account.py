@@ -31,7 +31,7 @@ from peft_pretraining.memory.setting import Setting
 from peft_pretraining.methods.method import TensorGroup
 
 CLASSES = (
-    *("parameters", "support", "gradients", "optimizer"),
+    *("parameters", "support", "cache", "gradients", "optimizer"),
     *("activations", "loss", "scratch", "runtime"),
 )
 # On a CPU: 0.51e9 resident for Python and the imported libraries (torch, transformers, datasets, wandb; pinned versions) plus
@@ -73,7 +73,7 @@ def account(setting: Setting) -> dict[str, int]:
     units = units_of(setting.model, groups, setting.parts)
     stepped = [group for group in groups if group.trained]
     trained = units_of(setting.model, stepped, setting.parts)
-    static = _static_bytes(setting)
+    static = _static_bytes(setting) | {"cache": _cache_bytes(setting)}
     kept = activation_bytes(
         setting.model,
         batch_size=setting.batch_size,
@@ -110,7 +110,7 @@ def account(setting: Setting) -> dict[str, int]:
     copy = _copy_of_state(setting, static)
     scratch = max(moment.scratch for moment in moments) + copy
     sizes = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
-    constant = sum(sizes[name] for name in ("parameters", "support", "optimizer", "runtime"))
+    constant = sum(sizes[name] for name in ("parameters", "support", "cache", "optimizer", "runtime"))
     sizes["total"] = sum(sizes[name] for name in CLASSES)
     sizes["peak"] = constant + max(sum(moment) for moment in moments) + copy
     return sizes
@@ -163,6 +163,26 @@ def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
         return 0
     bucket = max(_BUCKET_BYTES // DTYPE_BYTES[setting.dtype], largest)
     return DTYPE_BYTES[setting.reduces_in] * (largest if setting.per_layer else min(bucket, units.whole))
+
+
+def _cache_bytes(setting: Setting) -> int:
+    """Returns bytes of what --linear_cache keeps between passes: decoded positions, and weights that linears would build."""
+    shapes = linear_shapes(setting.model) * setting.model.num_hidden_layers
+    if setting.linear_cache == "none" or not setting.method.factored:
+        return 0
+    positions = sum(_position_bytes(setting, shape) for shape in shapes)
+    if setting.linear_cache == "positions":
+        return positions
+    built = [shape for shape in shapes if not _is_factored(setting, shape)]
+    return positions + DTYPE_BYTES[setting.computes_in] * sum(map(math.prod, built))
+
+
+def _position_bytes(setting: Setting, shape: tuple[int, int]) -> int:
+    """Returns bytes of the decoded positions of a linear (out, in); 0 for a support that stores none."""
+    support = _support(setting)
+    if support is None or not support.stored:
+        return 0
+    return support.nonzeros(*shape, setting.sp_ratio) * (4 if math.prod(shape) <= 2**31 else 8)
 
 
 def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
@@ -236,7 +256,7 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     support = _support(setting)
     nnz = support.nonzeros(rows, columns, setting.sp_ratio) if support else 0
     stored = support is not None and support.stored
-    positions = nnz * (4 if rows * columns <= 2**31 else 8) if stored else 0
+    positions = _position_bytes(setting, shape) if setting.linear_cache == "none" else 0
     dense = rows * columns * width if _builds_matrix(setting, shape) else 0
     if stored and setting.device_type == "cuda" and width == 2 and setting.kernels != "torch":
         from sparse_lora.kernels import may_be_used, scratch_bytes

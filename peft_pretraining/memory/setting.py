@@ -32,6 +32,7 @@ class Setting:
     train_scaling: bool = False
     support: str = "uniform"
     linear_path: str = "auto"
+    linear_cache: str = "none"
     kernels: str = "auto"
     beta1: float = 0.0
     condition_gradients: bool = False
@@ -118,6 +119,8 @@ def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str
         train_scaling=args.train_scaling,
         support=args.support,
         linear_path=args.linear_path,
+        # What auto keeps is decided by the plan, which adds it where it fits.
+        linear_cache="none" if args.linear_cache == "auto" else args.linear_cache,
         kernels=args.kernels,
         optimizer=args.optimizer,
         beta1=args.beta1,

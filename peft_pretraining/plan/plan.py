@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_pretraining.config.arguments import Arguments, ConfigError, default_save_dir, reset_interval
@@ -33,6 +33,7 @@ class Plan:
     parameters: dict[str, int]  # total, dense, low_rank, sparse
     full_rank_parameters: int
     bytes: dict[str, int]  # by class, total and peak, as `account` has them
+    linear_cache: str  # none, positions or weights
     dtype: str
     world_size: int
     batch_size: int
@@ -47,8 +48,14 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def make_plan(args: Arguments, world: World, dtype: str | None = None, device_type: str = "cpu") -> Plan:
-    """Derives the plan. dtype: what --dtype resolves to if it was not given. device_type: cpu or cuda.
+# Share of a device's memory up to which --linear_cache auto may raise the predicted peak.
+_CACHE_UP_TO = 0.8
+
+
+def make_plan(
+    args: Arguments, world: World, dtype: str | None = None, device_type: str = "cpu", memory: DeviceMemory | None = None
+) -> Plan:
+    """Derives the plan. dtype: what --dtype resolves to if it was not given. device_type: cpu or cuda. memory: if known.
 
     Raises:
         ConfigError: all problems at once, each with the values, the reason and the flag to change.
@@ -62,12 +69,13 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **setting.method_arguments)
     full_rank_parameters = parameter_counts(model, method="full", rank=1, sparsity=0.0).total
-    num_bytes = account(setting)
+    setting, num_bytes = _with_cache(setting, args, memory)
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
         full_rank_parameters=full_rank_parameters,
         bytes=num_bytes,
+        linear_cache=setting.linear_cache,
         dtype=dtype,
         world_size=world.size,
         batch_size=args.batch_size,
@@ -88,6 +96,20 @@ def make_plan(args: Arguments, world: World, dtype: str | None = None, device_ty
     )
 
 
+def _with_cache(setting: Setting, args: Arguments, memory: DeviceMemory | None) -> tuple[Setting, dict[str, int]]:
+    """Returns the setting with what --linear_cache auto chooses, and its account.
+
+    auto keeps positions on a GPU that has room for them. It never keeps weights, which take the memory that the method saves.
+    """
+    num_bytes = account(setting)
+    if args.linear_cache == "auto" and memory is not None and memory.device_type == "cuda":
+        cached = replace(setting, linear_cache="positions")
+        with_positions = account(cached)
+        if with_positions["cache"] and with_positions["peak"] <= _CACHE_UP_TO * memory.num_bytes:
+            return cached, with_positions
+    return setting, num_bytes
+
+
 def _default_eval_tokens(args: Arguments) -> int | None:
     return _C4_EVAL_TOKENS if holds_c4(args.eval_dataset or args.dataset) else None
 
@@ -95,7 +117,8 @@ def _default_eval_tokens(args: Arguments) -> int | None:
 def setting_of(plan: Plan, args: Arguments, device_type: str) -> Setting:
     """The settings that memory and communication of a planned run depend on."""
     world = World(size=plan.world_size)
-    return memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
+    setting = memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)
+    return replace(setting, linear_cache=plan.linear_cache)
 
 
 def learning_rates(args: Arguments, plan: Plan) -> LearningRates:

@@ -442,11 +442,11 @@ def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
     """
     parameters = [part for parameter in model.parameters() for part in stored_parts("", parameter.detach()).values()]
     gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    supports = [buffer for module in model.modules() if isinstance(module, Support) for buffer in module.buffers()]
+    codes = [module.code for module in model.modules() if isinstance(module, Support)]
     states = [value for state in optimizer.state.values() for value in state.values()]
     return {
         "parameters": _storage_bytes(parameters),
-        "support": _storage_bytes(supports),
+        "support": _storage_bytes(code for code in codes if code is not None),
         "gradients": _storage_bytes(gradients),
         "optimizer": _storage_bytes(value for value in states if isinstance(value, torch.Tensor)),
     }

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -44,6 +44,9 @@ from peft_pretraining.training.restarts import Restarts
 from peft_pretraining.training.stop import Stopped, StopRequest, StopRun
 from peft_pretraining.training.update import TrainState
 
+if TYPE_CHECKING:
+    from sparse_lora.cache import WeightCache
+
 
 @dataclass
 class Run:
@@ -64,6 +67,7 @@ class Run:
     document: dict[str, Any]
     stop: StopRequest
     saver: Saver
+    weight_cache: WeightCache | None  # None without --linear_cache weights
     memory_logged: bool = False
 
     def data_row(self) -> dict[str, float]:
@@ -81,8 +85,8 @@ class Run:
 
 def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     """Builds a run and restores the checkpoint it resumes from; returns None if the run is finished already."""
-    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
     memory = device_memory(device, world)
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type, memory)
     problems = memory_problems(plan, args, memory)
     if problems and not args.force:
         raise ConfigError([*problems, "--force starts the run anyway"])
@@ -132,11 +136,21 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         timeout_s=args.timeout_s,
     )
     restarts = Restarts(args, token_loss.model, updates, world)
+    weight_cache = _cached(plan, token_loss.model, args) if plan.linear_cache != "none" else None
     return Run(
         *(plan, device, folder, data, batches, module, parts),
         restarts if restarts.any else None,
         *(document, StopRequest(speaks=world.local_rank == 0), saver),
+        weight_cache,
     )
+
+
+def _cached(plan: Plan, model: nn.Module, args: Arguments) -> WeightCache | None:
+    """Caches positions (of a restored run after loading, which drops cached ones); returns the cache of weights, if any."""
+    from sparse_lora.cache import WeightCache, cache_positions
+
+    cache_positions(model)
+    return WeightCache(model, args.batch_size * args.max_length) if plan.linear_cache == "weights" else None
 
 
 def _going_on(folder: RunFolder, state: TrainState, plan: Plan) -> str:

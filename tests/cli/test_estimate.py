@@ -112,7 +112,7 @@ def test_the_classes_add_up_to_the_total_which_bounds_the_peak(capsys):
     sizes = found["bytes"]
     classes = set(sizes) - {"total", "peak"}
     assert classes == {
-        *("parameters", "support", "gradients", "optimizer", "activations", "loss", "scratch", "runtime"),
+        *("parameters", "support", "cache", "gradients", "optimizer", "activations", "loss", "scratch", "runtime"),
     }
     assert sizes["total"] == sum(sizes[name] for name in classes)
     assert sizes["peak"] <= sizes["total"]

@@ -41,6 +41,7 @@ CHANGES = {
     "train_scaling": "true",
     "support": "block",
     "linear_path": "factored",
+    "linear_cache": "weights",
     "kernels": "torch",
     "lora_dropout": "0.1",
     "update_proj_gap": "100",

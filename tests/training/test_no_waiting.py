@@ -5,6 +5,7 @@ torch tags these operators, so a run on the CPU detects them. The "meta" device 
 values, and an operator that needs one fails.
 """
 
+import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -28,6 +29,7 @@ from peft_pretraining.record import recorder
 from peft_pretraining.run import assemble
 from peft_pretraining.training.update import StepResult, train_step
 from sparse_lora import SLTrainConfig, SparseLowRankLinear, reparameterize
+from sparse_lora.cache import WeightCache, cache_positions
 
 ROOT = Path(__file__).resolve().parents[2]
 WAITING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -203,10 +205,31 @@ DECODING = 11
 )
 def test_a_linear_launches_few_kernels(support, path, forward, backward):
     """nn.Linear: 1 and 2."""
-    kind = {"sparsity": 0.0} if support == "none" else {"sparsity": 1 / 32, "support": support}
-    linear = SparseLowRankLinear(1024, 2736, 256, alpha=16.0, path=path, device="meta", dtype=torch.bfloat16, **kind)
-    launches = launches_of_a_linear(linear, 16_384)
+    launches = launches_of_a_linear(large_linear(support, path), 16_384)
     assert (launches[0] <= forward, launches[1] <= backward) == (True, True), launches
+
+
+@pytest.mark.parametrize(
+    ("path", "kept", "forward", "backward"),
+    [
+        # B scaled, W = B A, S added, x W^T; B scaled, W, S added, dx, dW, dA, dB, dB scaled, the values' gradient
+        ("materialised", "positions", 4, 9),
+        ("factored", "positions", 6, 11),
+        # x W^T; dx, B scaled, dW, dA, dB, dB scaled, the values' gradient
+        ("materialised", "weights", 1, 7),
+    ],
+)
+def test_a_linear_launches_fewer_kernels_with_cached_positions_and_weights(path, kept, forward, backward):
+    """--linear_cache; without it a uniform support's linear launches 15 and 20 on the materialised path."""
+    linear = large_linear("uniform", path)
+    cache_positions(linear)
+    with WeightCache(linear, 16_384).filled() if kept == "weights" else contextlib.nullcontext():
+        assert launches_of_a_linear(linear, 16_384) == (forward, backward)
+
+
+def large_linear(support: str, path: str) -> SparseLowRankLinear:
+    kind = {"sparsity": 0.0} if support == "none" else {"sparsity": 1 / 32, "support": support}
+    return SparseLowRankLinear(1024, 2736, 256, alpha=16.0, path=path, device="meta", dtype=torch.bfloat16, **kind)
 
 
 def launches_of_a_linear(linear: torch.nn.Module, num_rows: int) -> tuple[int, int]:
