@@ -239,6 +239,12 @@ def layers(results: Results) -> list[str]:
             parts = row["weights"][kind]
             decode = f"{1e6 * parts['decode_seconds']:.0f}" if "decode_seconds" in parts else "-"
             rows.append((row["name"], kind, *figures, f"{launched['forward']} + {launched['backward']}", decode))
+            for kept, spread in own.get("cached", {}).items():
+                launched, graph = row["launches"][f"{kind} {kept}"], replayed.get(f"{kind} {kept}")
+                relative = f"{graph / pair[1]:.2f}" if isinstance(graph, float) and isinstance(pair[1], float) else "-"
+                figures = (f"{spread['median']:.2f}", relative, f"{own['floor']:.2f}", "materialised", "-")
+                number = f"{launched['forward']} + {launched['backward']}"
+                rows.append((row["name"], f"{kind}, {kept} cached", *figures, number, "-"))
     columns = ("weight", "support", "of nn.Linear", "replayed", "floor", "chosen", "faster", "launches", "decode, us")
     return table(columns, rows)
 

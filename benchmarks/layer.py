@@ -7,13 +7,14 @@ All variants of a shape take turns in one process; a round's times are divided b
 the median ratio and, in the JSON, quartiles. On a GPU a variant's turn is as many calls as take about 50 ms, without waiting
 between them, because a single call would measure how fast the host launches kernels. "floor" is the ratio of multiplications to
 the dense layer's, for T tokens, rank r, weight d x p: 1 + 8 r / (6 T) if W is built, 1 + r (d + p) / (d p) if S is multiplied as
-a dense matrix, and (r (d + p) + nnz) / (d p) if S is blocks. "chosen" is the path of `--linear_path auto`, "slower" its excess
-over the fastest path. "all" is the seven linears of a decoder layer together.
+a dense matrix, and (r (d + p) + nnz) / (d p) if S is blocks. "cached": with what --linear_cache keeps. "chosen" is the path of
+`--linear_path auto`, "slower" its excess over the fastest path. "all" is the seven linears of a decoder layer together.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -33,6 +34,7 @@ from peft_pretraining.config.model_config import linear_shapes, load_model_confi
 from peft_pretraining.distributed.device import set_allocator
 from peft_pretraining.run.folder import versions
 from sparse_lora import SparseLowRankLinear
+from sparse_lora.cache import cache_positions
 from sparse_lora.functional import PATHS, cheaper_path
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -47,6 +49,8 @@ SETTINGS = {
 # Rows of the input on a GPU, for which 4,096 are too few to keep it busy.
 GPU_TOKENS = 16384
 SUPPORTS = ("uniform", "block", "none")
+# What --linear_cache keeps for uniform supports; measured with W built, without the time in which it is filled.
+CACHES = ("positions", "weights")
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,12 @@ def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[tup
                 device=device,
             )
             steps[support, path] = Passes(layer, x, grad)
+    for kept in CACHES:
+        layer = copy.deepcopy(steps["uniform", "materialised"].layer)
+        cache_positions(layer)
+        if kept == "weights":
+            layer.cached_weight = layer.dense_weight().detach()
+        steps["uniform", kept] = Passes(layer, x, grad)
     return steps
 
 
@@ -157,6 +167,8 @@ def measure(
             "paths": {path: _spread(ratios[path]) for path in PATHS},
             "seconds": {path: seconds[support, path] for path in PATHS},
         }
+    cached = {kept: [one / whole for one, whole in zip(seconds["uniform", kept], dense, strict=True)] for kept in CACHES}
+    row["uniform"]["cached"] = {kept: _spread(ratios) for kept, ratios in cached.items()}
     return row
 
 
@@ -197,6 +209,8 @@ def print_config(config: str, rows: list[dict[str, Any]], together: dict[str, An
                 f"  {support:<8} {figures['ratio']:.3f} of nn.Linear (floor {figures['floor']:.3f}), chosen {figures['chosen']}, "
                 f"slower by {100 * figures['slower_than_best']:.0f} %: {paths}"
             )
+        cached = row["uniform"]["cached"]
+        print("  uniform, materialised, with cached " + ", ".join(f"{kept} {cached[kept]['median']:.3f}" for kept in CACHES))
     print(
         f"{config} all: " + ", ".join(f"{s} {together[s]['ratio']:.3f} (floor {together[s]['floor']:.3f})" for s in SUPPORTS),
         flush=True,

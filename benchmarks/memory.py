@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.advice import memory_problems
 from peft_pretraining.plan.plan import Plan, make_plan
 from peft_pretraining.record.recorder import measured_bytes, peak_memory_bytes
-from peft_pretraining.run.build import build_module, build_updates
+from peft_pretraining.run.build import build_module, build_updates, start_cache
 from peft_pretraining.run.folder import versions
 from peft_pretraining.run.resume import RunParts
 from peft_pretraining.training.update import TrainState, train_step
@@ -80,13 +79,18 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
     """
     module = build_module(args, plan, World(), device)
     updates = build_updates(args, module.model, World(), device, plan.gradient_accumulation)
+    cache = start_cache(args, plan, module.model)
     generator = torch.Generator().manual_seed(args.seed)
     parts = RunParts(module.model, updates, NoData(), TrainState())  # type: ignore[arg-type]
 
     def update(count: int = 1) -> float:
         size = (args.batch_size, args.max_length, plan.model.vocab_size)
         batches = [random_batch(*size, generator, device) for _ in range(plan.gradient_accumulation)]
-        step = partial(train_step, module, updates, batches, lr=args.lr, world=World(), device=device)
+
+        def step() -> None:
+            with cache.filled() if cache is not None else contextlib.nullcontext():
+                train_step(module, updates, batches, lr=args.lr, world=World(), device=device)
+
         parts.state.update_step += count
         return pipelined_seconds(step, device, count)
 

@@ -64,6 +64,7 @@ def cases() -> list[Case]:
     others = [
         *(Case("350m", 16384, "uniform", name) for name in ("adam8bit", "adam8bit_per_layer", "adamw_per_layer", "adamw4bit")),
         Case("350m", 16384, "uniform", "adamw", flags=("--stochastic_rounding",)),
+        *(Case("350m", 16384, "uniform", flags=("--linear_cache", kept)) for kept in ("positions", "weights")),
         Case("350m", 16384, "lowrank"),
         *(Case("60m", 16384, method) for method in ("full", "uniform")),
     ]

@@ -28,7 +28,7 @@ from peft_pretraining.plan.advice import memory_problems
 from peft_pretraining.plan.plan import Plan, format_plan, make_plan
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.record.wandb_run import wandb_settings
-from peft_pretraining.run.build import Data, build_data, build_module, build_updates
+from peft_pretraining.run.build import Data, build_data, build_module, build_updates, start_cache
 from peft_pretraining.run.folder import (
     RunFolder,
     changed_reading,
@@ -136,21 +136,14 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         timeout_s=args.timeout_s,
     )
     restarts = Restarts(args, token_loss.model, updates, world)
-    weight_cache = _cached(plan, token_loss.model, args) if plan.linear_cache != "none" else None
+    # After a checkpoint is restored, because loading positions drops cached ones.
+    weight_cache = start_cache(args, plan, token_loss.model)
     return Run(
         *(plan, device, folder, data, batches, module, parts),
         restarts if restarts.any else None,
         *(document, StopRequest(speaks=world.local_rank == 0), saver),
         weight_cache,
     )
-
-
-def _cached(plan: Plan, model: nn.Module, args: Arguments) -> WeightCache | None:
-    """Caches positions (of a restored run after loading, which drops cached ones); returns the cache of weights, if any."""
-    from sparse_lora.cache import WeightCache, cache_positions
-
-    cache_positions(model)
-    return WeightCache(model, args.batch_size * args.max_length) if plan.linear_cache == "weights" else None
 
 
 def _going_on(folder: RunFolder, state: TrainState, plan: Plan) -> str:

@@ -37,6 +37,8 @@ from sparse_lora import kernels
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+    from sparse_lora.cache import WeightCache
+
 
 def default_workers(device: torch.device, world: World) -> int:
     """Returns the number of tokenising processes per rank: at most 8, leaving one core to each training process."""
@@ -166,6 +168,16 @@ def build_module(
 
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else torch_dtype(name)
+
+
+def start_cache(args: Arguments, plan: Plan, model: nn.Module) -> WeightCache | None:
+    """Caches positions as planned (--linear_cache); returns the cache that holds weights during an update, if they are cached."""
+    if plan.linear_cache == "none":
+        return None
+    from sparse_lora.cache import WeightCache, cache_positions
+
+    cache_positions(model)
+    return WeightCache(model, args.batch_size * args.max_length) if plan.linear_cache == "weights" else None
 
 
 def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device, num_micro_batches: int = 1) -> Updates:
