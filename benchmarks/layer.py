@@ -1,7 +1,7 @@
 """Times the forward and backward pass of single linears relative to nn.Linear, for every path, support and shape of the configs.
 
-`python benchmarks/layer.py [--configs 60m 350m 1b 7b] [--tokens N] [--threads 1] [--dtype bfloat16] [--rounds 5] [--device cpu]
-[--out FILE.json]`
+`python benchmarks/layer.py [--configs 60m 350m 1b 7b] [--tokens N] [--sp_ratio S] [--threads 1] [--dtype bfloat16] [--rounds 5]
+[--device cpu] [--out FILE.json]`
 
 All variants of a shape take turns in one process; a round's times are divided by nn.Linear's time of that round. The output is
 the median ratio and, in the JSON, quartiles. On a GPU a variant's turn is as many calls as take about 50 ms, without waiting
@@ -70,11 +70,15 @@ class Shape:
         return self.out_features * self.in_features
 
 
-def shapes_of(config: str, tokens: int | None) -> list[Shape]:
-    """Returns the distinct linears of a config's decoder layer. Raises KeyError for a config without settings."""
-    rank, sparsity, usual = SETTINGS[config]
+def shapes_of(config: str, tokens: int | None, sparsity: float | None = None) -> list[Shape]:
+    """Returns the distinct linears of a config's decoder layer. Raises KeyError for a config without settings.
+
+    tokens, sparsity: None for those of SETTINGS.
+    """
+    rank, usual_sparsity, usual = SETTINGS[config]
     all_shapes = linear_shapes(load_model_config(str(CONFIGS / f"llama_{config}.json")))
-    return [Shape(*shape, all_shapes.count(shape), rank, sparsity, tokens or usual) for shape in dict.fromkeys(all_shapes)]
+    others = (rank, sparsity or usual_sparsity, tokens or usual)
+    return [Shape(*shape, all_shapes.count(shape), *others) for shape in dict.fromkeys(all_shapes)]
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--configs", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default: all")
     parser.add_argument("--tokens", type=int, help="rows of the input (default: 4096, 2048 for 7b; 16384 on a GPU)")
+    parser.add_argument("--sp_ratio", type=float, help="share of nonzeros (default: as published)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
@@ -246,7 +251,7 @@ def main() -> int:
     }
     for config in args.configs:
         rows = []
-        for shape in shapes_of(config, args.tokens or (GPU_TOKENS if args.device == "cuda" else None)):
+        for shape in shapes_of(config, args.tokens or (GPU_TOKENS if args.device == "cuda" else None), args.sp_ratio):
             rows.append(measure(shape, variants(shape, getattr(torch, args.dtype), device), device, args.rounds))
         figures["configs"][config] = {"shapes": rows, "all": whole_layer(rows)}
         print_config(config, rows, figures["configs"][config]["all"])

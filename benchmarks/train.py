@@ -1,7 +1,7 @@
 """Compares whole updates of every method with full-rank ones, or (--steps) the steps of several optimizers.
 
 `python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank galore] [--optimizers adamw] [--batch_size 8]
-[--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--dtype bfloat16] [--compile] [--steps] [--out FILE.json]`
+[--sp_ratio S] [--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--dtype bfloat16] [--compile] [--steps] [--out FILE.json]`
 
 Each update has one micro-batch of random tokens and uses the trainer's model, loss and optimizer. The method and
 full-rank training run in two processes that take turns, --updates_per_round updates each, without waiting between them.
@@ -89,7 +89,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
     if method != "full":
         flags += ["--rank", str(rank)]
     if method in ("uniform", "block"):
-        flags += ["--sp_ratio", str(sparsity)]
+        flags += ["--sp_ratio", str(getattr(own, "sp_ratio", None) or sparsity)]
     return [*flags, "--compile"] if own.compile else flags
 
 
@@ -146,14 +146,14 @@ class Worker:
         self._process.join()
 
 
-def seconds_of_linears(config: str, rows: int, device: torch.device, rounds: int) -> float:
+def seconds_of_linears(config: str, rows: int, dtype: torch.dtype, device: torch.device, rounds: int) -> float:
     """Returns the seconds of forward and backward pass of all dense linears in the model's decoder layers."""
     total = 0.0
     layers = load_model_config(str(ROOT / f"configs/llama_{config}.json")).num_hidden_layers
     for shape in shapes_of(config, rows):
-        x = torch.randn(rows, shape.in_features, dtype=torch.bfloat16, device=device, requires_grad=True)
-        grad = torch.randn(rows, shape.out_features, dtype=torch.bfloat16, device=device)
-        layer = torch.nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=torch.bfloat16, device=device)
+        x = torch.randn(rows, shape.in_features, dtype=dtype, device=device, requires_grad=True)
+        grad = torch.randn(rows, shape.out_features, dtype=dtype, device=device)
+        layer = torch.nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device)
         step = Passes(layer, x, grad)
         repeats = repeats_for(step, device, 0.05) if device.type == "cuda" else 1
         times = [pipelined_seconds(step, device, repeats) for _ in range(rounds + 1)]
@@ -161,9 +161,9 @@ def seconds_of_linears(config: str, rows: int, device: torch.device, rounds: int
     return total
 
 
-def floor_of_linears(config: str, method: str, rows: int) -> float:
+def floor_of_linears(config: str, method: str, rows: int, sparsity: float | None) -> float:
     """Returns the floor of a decoder layer's seven linears together, relative to dense ones; see benchmarks/layer.py."""
-    shapes = shapes_of(config, rows)
+    shapes = shapes_of(config, rows, sparsity)
     work_of = {shape: shape.count * shape.entries for shape in shapes}
     return sum(floor(shape, SUPPORT_OF[method], _nnz(method, shape)) * work_of[shape] for shape in shapes) / sum(work_of.values())
 
@@ -205,13 +205,14 @@ def compare(config: str, method: str, optimizer: str, full: Worker, own: argpars
         for name, process in (("full", full), ("method", worker)):
             times[name].append(process.update(own.updates_per_round))
         if method in SUPPORT_OF and not optimizer.endswith("_per_layer"):
-            linears.append(seconds_of_linears(config, own.batch_size * own.max_length, device, 1))
+            rows, dtype = own.batch_size * own.max_length, getattr(torch, own.dtype)
+            linears.append(seconds_of_linears(config, rows, dtype, device, 1))
     if "update_proj_gap" in worker.facts:
         times["method"] = _with_projections(first, times["method"], worker.facts["update_proj_gap"])
     row = _figures(config, method, own, times, peak_flops)
     if linears:
         share = worker.facts["parameters"]["total"] / full.facts["parameters"]["total"]
-        floors = floor_of_linears(config, method, own.batch_size * own.max_length)
+        floors = floor_of_linears(config, method, own.batch_size * own.max_length, own.sp_ratio)
         row |= {"seconds_of_linears": linears, "floor_of_linears": floors}
         least = [
             whole - alone - step + alone * floors + step * share
@@ -354,6 +355,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], help="as --optimizer of the trainer")
     parser.add_argument("--steps", action="store_true", help="compare the steps of --optimizers, each with the first one's")
     parser.add_argument("--batch_size", type=int, help="sequences per micro-batch (default: 8; 64 on a GPU)")
+    parser.add_argument("--sp_ratio", type=float, help="share of nonzeros (default: as published)")
     parser.add_argument("--max_length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     parser.add_argument("--updates_per_round", type=int, help="updates in a row, timed together (default: 1; 10 on a GPU)")

@@ -416,8 +416,10 @@ def _few_rows_output(
 # --- Which path takes less time ---
 
 # Products of thin blocks are limited by memory bandwidth. These are the multiplications that a large product makes while one
-# element is moved; measured with blocks of 15 x 15 to 550 x 204 on a CPU (docs/speed.md), assumed for a GPU.
-_PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 200.0}
+# element is moved. On a CPU measured with blocks of 15 x 15 to 550 x 204 (docs/speed.md). For a GPU computed, not measured: an
+# H100 multiplies 400e12 times while it moves 1.5e12 16-bit elements (3 TB/s), 267 per element, and the factored path moves
+# 8 O + 4 I elements per row more than a dense layer, 4/3 of the 3 (2 O + I) that `multiplications` counts.
+_PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 356.0}
 
 
 def multiplications(
@@ -445,7 +447,7 @@ def multiplications(
     dense = out_features * in_features
     if path == "materialised":
         return 3 * num_rows * dense + 4 * rank * dense
-    per_moved_element = 0.0 if device_type is None else _PER_MOVED_ELEMENT.get(device_type, 200.0)
+    per_moved_element = 0.0 if device_type is None else _PER_MOVED_ELEMENT.get(device_type, 356.0)
     sparse = {
         "none": 0.0,
         "block": nnz + per_moved_element * (2 * out_features + in_features),
