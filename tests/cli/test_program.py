@@ -248,9 +248,9 @@ def test_a_run_whose_terminal_is_closed_saves_and_goes_on(tmp_path, flags, monke
     capsys.readouterr()
     again = train(tmp_path / "run", *flags, "--save_every", "100")
     assert without_times(again) == without_times(rows_in(tmp_path / "ignored"))
-    told = capsys.readouterr().err
-    assert "going on from step_00000003" in told
-    assert "saved step_00000006" in told
+    printed = capsys.readouterr().err
+    assert "going on from step_00000003" in printed
+    assert "saved step_00000006" in printed
 
 
 def test_random_states_and_skipped_updates_go_on(tmp_path, flags, monkeypatch):

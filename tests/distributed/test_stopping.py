@@ -57,8 +57,8 @@ def test_three_processes_stopped_by_a_signal_resume_exactly(tmp_path, flags):
     marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert marker["signal"] == "SIGUSR1", output
     assert 5 <= marker["update_step"] < 60
-    told = ("SIGUSR1: stopping", "saved step_", "stopped on request")
-    assert [output.count(text) for text in told] == [1, 1, 1]
+    messages = ("SIGUSR1: stopping", "saved step_", "stopped on request")
+    assert [output.count(text) for text in messages] == [1, 1, 1]
     assert "SignalException" not in output  # in torchrun's own traceback
     assert not ranks_below(running.pid)
 

@@ -322,9 +322,9 @@ def test_what_cannot_accumulate_in_moments_is_refused(flags, words, monkeypatch)
 
 def test_one_micro_batch_per_update_is_told_that_the_flag_has_no_effect(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for batch, told in (("8", True), ("4", False)):
+    for batch, warned in (("8", True), ("4", False)):
         line = f"{BASE} --per_layer --optimizer adamw --batch_size {batch}".split()
-        assert any("--accumulate moments has no effect" in text for text in make_plan(parse_args(line), World()).warnings) == told
+        assert any("--accumulate moments has no effect" in text for text in make_plan(parse_args(line), World()).warnings) == warned
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "spectron4bit"])

@@ -205,8 +205,8 @@ def test_on_a_narrow_screen_only_figures_scroll_sideways(report, tmp_path, brows
         "document.title = [innerWidth, document.documentElement.scrollWidth, Math.round(image.width)]</script></body>"
     )
     (tmp_path / "page.html").write_text((report / "report.html").read_text().replace("</body>", measure))
-    told = browse(browser, (tmp_path / "page.html").as_uri(), tmp_path, "--window-size=400,900", "--dump-dom").stdout
-    window, page, image = map(int, re.search(r"<title>(\d+),(\d+),(\d+)<", told).groups())
+    dumped = browse(browser, (tmp_path / "page.html").as_uri(), tmp_path, "--window-size=400,900", "--dump-dom").stdout
+    window, page, image = map(int, re.search(r"<title>(\d+),(\d+),(\d+)<", dumped).groups())
     assert page == window < image
 
 

@@ -120,9 +120,9 @@ def test_a_failed_run_does_not_end_the_sweep(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"weight_decay": [0, 1, 0.5]}])
     assert command(["sweep", str(path)]) == 1
     assert len(starts(tmp_path)) == 3
-    told = capfd.readouterr().out
-    assert "failed: weight_decay1-seed42: exit code 1: stub: error: asked to fail" in told
-    assert "1 of 3 runs failed" in told
+    printed = capfd.readouterr().out
+    assert "failed: weight_decay1-seed42: exit code 1: stub: error: asked to fail" in printed
+    assert "1 of 3 runs failed" in printed
     assert (tmp_path / "runs" / "report" / "report.html").is_file()
     assert command(["sweep", str(path)]) == 1  # only the failed run is started again
     assert starts(tmp_path)[3:] == ["weight_decay1-seed42"]
@@ -143,10 +143,10 @@ def test_no_run_starts_from_an_unfinished_one(tmp_path, stub, capfd):
     entry = {"peft_model": "relora", "relora": 2, "lr": 0.1, "warm_up": {"weight_decay": 3, "num_training_steps": 2}}
     path = write_sweep(tmp_path, [entry, {"peft_model": "full"}])
     assert command(["sweep", str(path)]) == 1
-    told = capfd.readouterr().out
+    printed = capfd.readouterr().out
     warm = "num_training_steps2-weight_decay3-seed42"
-    assert f"it starts from warm_up/{warm}, which did not finish" in told
-    assert "2 of 3 runs failed" in told
+    assert f"it starts from warm_up/{warm}, which did not finish" in printed
+    assert "2 of 3 runs failed" in printed
     assert starts(tmp_path) == ["full-seed42"]
     assert command(["sweep", str(path)]) == 0  # the stub finishes it at the second start
     relora = "relora-lr0.1-relora2-warm_up-num_training_steps2-weight_decay3-seed42"
@@ -186,9 +186,9 @@ def test_a_run_with_a_non_finite_perplexity_counts_as_finished(tmp_path, stub, c
     """For example with a much too high learning rate: it is not started again, and the report has a note."""
     path = write_sweep(tmp_path, [{"weight_decay": [0, 4]}])
     assert command(["sweep", str(path)]) == 0
-    told = capfd.readouterr().out
-    assert "weight_decay4-seed42: finished with a non-finite perplexity" in told
-    assert "1 evaluations gave no finite perplexity" in told
+    printed = capfd.readouterr().out
+    assert "weight_decay4-seed42: finished with a non-finite perplexity" in printed
+    assert "1 evaluations gave no finite perplexity" in printed
     assert command(["sweep", str(path)]) == 0
     assert starts(tmp_path) == ["weight_decay0-seed42", "weight_decay4-seed42"]
 
@@ -199,9 +199,9 @@ def test_a_folder_made_with_other_arguments_is_not_changed(tmp_path, stub, capfd
     assert command(["sweep", str(write_sweep(tmp_path, settings))]) == 0
     path = write_sweep(tmp_path, settings, base={**BASE, "num_training_steps": 6, "total_batch_size": 8})
     assert command(["sweep", str(path)]) == 1
-    told = capfd.readouterr().out
-    assert "num_training_steps 4 (now 6)" in told
-    assert "total_batch_size 4 (now 8)" in told
+    printed = capfd.readouterr().out
+    assert "num_training_steps 4 (now 6)" in printed
+    assert "total_batch_size 4 (now 8)" in printed
     assert starts(tmp_path) == ["lr0.1-seed42"]
 
 
@@ -219,9 +219,9 @@ def test_runs_that_started_from_another_folder_are_not_changed(tmp_path, stub, c
 def test_a_dry_run_of_a_sweep_starts_nothing(tmp_path, stub, capfd):
     path = write_sweep(tmp_path, [{"lr": [0.1, 0.2]}])
     assert command(["sweep", str(path), "--dry_run"]) == 0
-    told = capfd.readouterr().out
-    assert told.startswith("2 runs: 2 not started")
-    assert "--lr=0.2" in told
+    printed = capfd.readouterr().out
+    assert printed.startswith("2 runs: 2 not started")
+    assert "--lr=0.2" in printed
     assert not (tmp_path / "runs").exists()
 
 
@@ -237,13 +237,13 @@ def test_runs_at_a_time_overlap_and_a_failed_one_does_not_end_the_others(tmp_pat
     assert command(["sweep", str(path), "--parallel_runs", "0"]) == 2
     assert "--parallel_runs 0: must be at least 1" in capfd.readouterr().err
     assert command(["sweep", str(path), "--parallel_runs", "2"]) == 1
-    told = capfd.readouterr().out
+    printed = capfd.readouterr().out
     names = ["lr0.1-weight_decay5-seed1", "lr0.2-weight_decay5-seed1", "weight_decay1-seed1", "weight_decay0-seed1"]
     assert sorted(starts(tmp_path)) == sorted(names)
-    assert "1 of 4 runs failed" in told
+    assert "1 of 4 runs failed" in printed
     # The last two end in either order, and a run that is not the last tells the time left.
-    assert re.search(r"\[4/4\] weight_decay0-seed1: finished, perplexity 20\.00(; about 1 min left)?\n", told)
-    assert re.search(r"weight_decay5-seed1: finished, perplexity 20\.\d+; about 1 min left", told)
+    assert re.search(r"\[4/4\] weight_decay0-seed1: finished, perplexity 20\.00(; about 1 min left)?\n", printed)
+    assert re.search(r"weight_decay5-seed1: finished, perplexity 20\.\d+; about 1 min left", printed)
     report = json.loads((tmp_path / "runs" / "report" / "report.json").read_text())
     assert len(report["groups"]) == 3
 
@@ -253,12 +253,12 @@ def test_runs_at_a_time_wait_for_the_run_that_they_start_from(tmp_path, stub, ca
     warm_ups = [{"weight_decay": 3, "num_training_steps": 2}, {"num_training_steps": 2}]
     path = write_sweep(tmp_path, [{"peft_model": "relora", "relora": 2, "warm_up": warm_up} for warm_up in warm_ups])
     assert command(["sweep", str(path), "--parallel_runs", "4"]) == 1
-    told = capfd.readouterr().out
-    assert told.count("which did not finish") == 2  # when it happens and at the end
+    printed = capfd.readouterr().out
+    assert printed.count("which did not finish") == 2  # when it happens and at the end
     (made,) = starts(tmp_path)
     assert made == "relora-relora2-warm_up-num_training_steps2-seed42"
-    begun = told.index(f"{made}: not started; output in")
-    assert told.index("warm_up/num_training_steps2-seed42: finished") < begun
+    begun = printed.index(f"{made}: not started; output in")
+    assert printed.index("warm_up/num_training_steps2-seed42: finished") < begun
     assert len(starts(tmp_path, "warm_up")) == 2
 
 
@@ -337,10 +337,10 @@ def test_a_signal_stops_the_run_and_the_sweep(tmp_path, number):
     while not record.exists() and sweep.poll() is None:
         time.sleep(0.05)
     sweep.send_signal(number)
-    told, _ = sweep.communicate()
+    printed, _ = sweep.communicate()
     assert sweep.returncode == 130
-    assert "0 of 2 runs are finished" in told
-    assert f"python -m peft_pretraining sweep {path}" in told
+    assert "0 of 2 runs are finished" in printed
+    assert f"python -m peft_pretraining sweep {path}" in printed
     assert starts(tmp_path) == ["weight_decay2-seed42"]
 
 
@@ -357,10 +357,10 @@ def test_a_signal_stops_all_runs_at_a_time_and_the_sweep_continues_later(tmp_pat
     while not all(record.exists() for record in records) and sweep.poll() is None:
         time.sleep(0.05)
     sweep.send_signal(signal.SIGINT)
-    told, _ = sweep.communicate()
+    printed, _ = sweep.communicate()
     assert sweep.returncode == 130
-    assert "0 of 3 runs are finished" in told
-    assert told.rstrip().endswith(f"sweep {path} --parallel_runs 2")
+    assert "0 of 3 runs are finished" in printed
+    assert printed.rstrip().endswith(f"sweep {path} --parallel_runs 2")
     assert len(starts(tmp_path)) == 2
     for record in records:
         assert list(record.parent.glob("step_*"))
@@ -419,9 +419,9 @@ def test_a_sweep_runs_and_resumes_the_real_program(tmp_path, tiny_run, capfd):
     missing.mkdir()
     path = write_sweep(tmp_path, [{"peft_model": "sltrain"}, {"peft_model": "full", "eval_dataset": str(missing)}], base=base)
     assert command(["sweep", str(path)]) == 1
-    told = capfd.readouterr().out
-    assert "failed: full" in told
-    assert "no-data" in told
+    printed = capfd.readouterr().out
+    assert "failed: full" in printed
+    assert "no-data" in printed
     run = tmp_path / "runs" / "sltrain-seed42"
     first = losses(run / "metrics.jsonl")
     assert len(first[0]) == 4

@@ -145,9 +145,9 @@ def test_invalid_sweeps_are_refused_by_name(tmp_path, changes, words):
 
 
 def test_all_problems_of_a_sweep_are_reported_at_once(tmp_path):
-    told = problems_of(tmp_path, settings=[{"lr": -1.0}, {"rank": 0}])
-    assert "--lr -1.0" in told
-    assert "--rank 0" in told
+    message = problems_of(tmp_path, settings=[{"lr": -1.0}, {"rank": 0}])
+    assert "--lr -1.0" in message
+    assert "--rank 0" in message
 
 
 @pytest.mark.parametrize("content", ["- 1", "a: [", "\x00"])

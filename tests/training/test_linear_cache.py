@@ -121,7 +121,7 @@ def test_sharded_factors_are_not_cached_as_weights():
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reason"),
     [
         ("--linear_cache positions --support block --sp_ratio 0.03125", "without a uniform support"),
         ("--linear_cache positions --peft_model lowrank", "without a uniform support"),
@@ -130,6 +130,6 @@ def test_sharded_factors_are_not_cached_as_weights():
         ("--linear_cache positions", None),
     ],
 )
-def test_a_cache_of_nothing_is_told(flags, told):
+def test_a_cache_of_nothing_is_a_notice(flags, reason):
     lines = [line for line in notices(parse_args([*ON_60M, *flags.split()])) if "--linear_cache" in line]
-    assert ([told in line for line in lines] == [True]) if told else lines == []
+    assert ([reason in line for line in lines] == [True]) if reason else lines == []

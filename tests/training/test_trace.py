@@ -47,9 +47,9 @@ def test_a_trace_has_the_updates_after_the_warm_up_and_changes_no_bit(tmp_path, 
     assert sum(name == "_SparseLowRankLinear" for name in names) == 2 * 14
     table = (folder / "updates_00000003-00000004.rank_0.txt").read_text()
     assert re.search(r"^ +_SparseLowRankLinear\w* ", table, re.MULTILINE)
-    told = capfd.readouterr().err
-    assert "2 updates traced" in told
-    assert "profiler_start" not in told  # torch's own lines
+    printed = capfd.readouterr().err
+    assert "2 updates traced" in printed
+    assert "profiler_start" not in printed  # torch's own lines
 
 
 def test_a_run_that_ends_too_early_has_the_updates_that_it_made(tmp_path, tiny_run, capsys):
