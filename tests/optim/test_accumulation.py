@@ -324,7 +324,8 @@ def test_one_micro_batch_per_update_is_told_that_the_flag_has_no_effect(monkeypa
     monkeypatch.chdir(ROOT)
     for batch, warned in (("8", True), ("4", False)):
         line = f"{BASE} --per_layer --optimizer adamw --batch_size {batch}".split()
-        assert any("--accumulate moments has no effect" in text for text in make_plan(parse_args(line), World()).warnings) == warned
+        warnings = make_plan(parse_args(line), World()).warnings
+        assert any("--accumulate moments has no effect" in text for text in warnings) == warned
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "spectron4bit"])

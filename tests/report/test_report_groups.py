@@ -103,10 +103,10 @@ def test_memory_is_that_of_the_run_not_of_its_warm_up(tmp_path):
     """Not that of the full-rank run whose record it continues."""
     folder = write_run(tmp_path / "a")
     rows = rows_of(folder)
-    measurements = {f"memory_{name}_{side}": 1 for name in ("parameters", "support", "optimizer") for side in ("measured", "predicted")}
+    memory = {f"memory_{name}_{side}": 1 for name in ("parameters", "support", "optimizer") for side in ("measured", "predicted")}
     own = [number for number, row in enumerate(rows) if "loss" in row]
-    rows[own[0]] |= dict.fromkeys(measurements, 100)
-    rows[own[-1]] |= dict.fromkeys(measurements, 7)
+    rows[own[0]] |= dict.fromkeys(memory, 100)
+    rows[own[-1]] |= dict.fromkeys(memory, 7)
     write_rows(folder, rows)
     run = read_run(folder)
     assert (run.measured("parameters"), run.predicted("optimizer"), run.figures["states_bytes"]) == (7, 7, 21)
