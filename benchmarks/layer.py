@@ -162,7 +162,7 @@ def measure(
         ratios = {path: [one / whole for one, whole in zip(seconds[support, path], dense, strict=True)] for path in PATHS}
         medians = {path: statistics.median(ratios[path]) for path in PATHS}
         sizes = (shape.tokens, shape.out_features, shape.in_features, shape.rank)
-        chosen = cheaper_path(*sizes, support, nnz, device.type)
+        chosen = cheaper_path(*sizes, support, nnz, device.type, steps["uniform", "factored"].x.dtype.itemsize)
         row[support] = {
             "floor": floor(shape, support, nnz),
             "chosen": chosen,

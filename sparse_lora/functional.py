@@ -69,7 +69,7 @@ def sparse_lowrank_linear(
     if path == "auto" and not few and (base is None or dtype.itemsize >= 4):
         kind, nnz = ("none", 0) if support is None else (support.kind, support.nnz)
         sizes = (x.shape[:-1].numel(), lora_B.shape[0], x.shape[-1], lora_B.shape[1])
-        path = cheaper_path(*sizes, kind, nnz, x.device.type, with_base=base is not None)
+        path = cheaper_path(*sizes, kind, nnz, x.device.type, dtype.itemsize, with_base=base is not None)
     if base is not None and (few or path == "factored" or dtype.itemsize < 4):
         adapted = sparse_lowrank_linear(x, lora_A, lora_B, sparse_value, support, scaling, None, path)
         return F.linear(x, base, bias) + adapted
@@ -299,15 +299,17 @@ class _Gradients(NamedTuple):
     base: Tensor | None = None
 
 
+def _built(o: _Operands) -> Tensor:
+    """Returns W; it must not stay referenced while W's gradient is computed."""
+    return build_weight(o.A, o.scaled_B, o.values, o.part, scratch=True, base=o.base)
+
+
 def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
     """Computes gradients from W and its gradient dW = G^T x."""
     need_x, need_A, need_B, need_values, need_base = needed
     grad_x = None
     if need_x:
-        weight = o.weight
-        if weight is None:
-            weight = build_weight(o.A, o.scaled_B, o.values, o.part, scratch=True, base=o.base)
-        grad_x = o.g_TO @ weight
+        grad_x = o.g_TO @ (o.weight if o.weight is not None else _built(o))
     if not (need_A or need_B or need_values or need_base):
         return _Gradients(grad_x)
     num_rows, rank = o.x_TI.shape[0], o.A.shape[0]
@@ -416,10 +418,12 @@ def _few_rows_output(
 # --- Which path takes less time ---
 
 # Products of thin blocks are limited by memory bandwidth. These are the multiplications that a large product makes while one
-# element is moved. On a CPU measured with blocks of 15 x 15 to 550 x 204 (docs/speed.md). For a GPU computed, not measured: an
-# H100 multiplies 400e12 times while it moves 1.5e12 16-bit elements (3 TB/s), 267 per element, and the factored path moves
-# 8 O + 4 I elements per row more than a dense layer, 4/3 of the 3 (2 O + I) that `multiplications` counts.
+# element is moved. On a CPU measured with blocks of 15 x 15 to 550 x 204: 100 in bfloat16 with AVX-512, 57 to 73 in float32 with
+# AVX2, where 80 is taken, as AVX-512 multiplies faster (docs/speed.md). For a GPU computed, not measured: an H100 multiplies
+# 400e12 times while it moves 1.5e12 16-bit elements (3 TB/s), 267 per element, and the factored path moves 8 O + 4 I elements per
+# row more than a dense layer, 4/3 of the 3 (2 O + I) that `multiplications` counts.
 _PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 356.0}
+_PER_MOVED_FLOAT32_ON_A_CPU = 80.0
 
 
 def multiplications(
@@ -431,6 +435,7 @@ def multiplications(
     kind: str,
     nnz: int,
     device_type: str | None,
+    width: int,
     with_base: bool = False,
 ) -> float:
     """Estimates the time of forward and backward of y = x W^T with all gradients, in multiplications of large products.
@@ -442,12 +447,15 @@ def multiplications(
       "none": 0.
     A frozen base adds 2 T d p to the factored path, for its own product and dx; the materialised path has the base in W.
     device_type: "cpu" or "cuda"; None leaves out the time to move elements, and the result is the number of multiplications.
+    width: bytes of an element in the products' dtype.
     Adding and gathering the nonzeros is left out: it takes much less time, and about the same on both paths.
     """
     dense = out_features * in_features
     if path == "materialised":
         return 3 * num_rows * dense + 4 * rank * dense
     per_moved_element = 0.0 if device_type is None else _PER_MOVED_ELEMENT.get(device_type, 356.0)
+    if device_type == "cpu" and width >= 4:
+        per_moved_element = _PER_MOVED_FLOAT32_ON_A_CPU
     sparse = {
         "none": 0.0,
         "block": nnz + per_moved_element * (2 * out_features + in_features),
@@ -465,6 +473,7 @@ def cheaper_path(
     kind: str,
     nnz: int,
     device_type: str,
+    width: int,
     with_base: bool = False,
 ) -> str:
     """Returns the path with fewer multiplications, in inference too, so that a recomputed forward pass takes the same path.
@@ -474,9 +483,10 @@ def cheaper_path(
         kind: kind of the support, "none" without a sparse part.
         nnz: number of S's entries.
         device_type: "cpu" or "cuda".
+        width: bytes of an element in the products' dtype.
         with_base: True if the weight also has a dense part W0.
     """
-    sizes = (num_rows, out_features, in_features, rank, kind, nnz, device_type, with_base)
+    sizes = (num_rows, out_features, in_features, rank, kind, nnz, device_type, width, with_base)
     # Written out for torch.compile, which traces through it.
     factored, materialised = (multiplications(path, *sizes) for path in ("factored", "materialised"))
     return "factored" if factored <= materialised else "materialised"

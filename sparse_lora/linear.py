@@ -143,7 +143,7 @@ class SparseLowRankLinear(nn.Module):
             return self.path == "materialised"
         kind, nnz = ("none", 0) if self.support is None else (self.support.kind, self.support.nnz)
         sizes = (num_rows, self.out_features, self.in_features, self.rank)
-        return cheaper_path(*sizes, kind, nnz, self.lora_A.device.type) == "materialised"
+        return cheaper_path(*sizes, kind, nnz, self.lora_A.device.type, self.lora_A.dtype.itemsize) == "materialised"
 
     @property
     def weight(self) -> Tensor:

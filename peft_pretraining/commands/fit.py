@@ -11,6 +11,7 @@ from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import linear_shapes
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.supports import SUPPORTS
+from peft_pretraining.memory.counts import DTYPE_BYTES
 from peft_pretraining.memory.setting import Setting
 from peft_pretraining.plan.advice import Advisor, Proposal, int8_weights, smaller_optimizers
 from peft_pretraining.plan.plan import GIB
@@ -142,7 +143,7 @@ def _of_linear(setting: Setting, shape: tuple[int, int], rows: int) -> float:
     kind, nnz = ("none", 0)
     if setting.method.sparse:
         kind, nnz = setting.support, SUPPORTS[setting.support].nonzeros(*shape, setting.sp_ratio)
-    sizes = (rows, *shape, setting.rank, kind, nnz, setting.device_type)
+    sizes = (rows, *shape, setting.rank, kind, nnz, setting.device_type, DTYPE_BYTES[setting.computes_in])
     path = cheaper_path(*sizes) if setting.linear_path == "auto" else setting.linear_path
     return multiplications(path, *sizes)
 

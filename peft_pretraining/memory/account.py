@@ -197,7 +197,8 @@ def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
     support = _support(setting)
     kind, nnz = (setting.support, support.nonzeros(*shape, setting.sp_ratio)) if support else ("none", 0)
     rows = setting.batch_size * setting.max_length
-    return cheaper_path(rows, *shape, setting.rank, kind, nnz, setting.device_type) == "factored"
+    width = DTYPE_BYTES[setting.computes_in]
+    return cheaper_path(rows, *shape, setting.rank, kind, nnz, setting.device_type, width) == "factored"
 
 
 def _support(setting: Setting) -> SupportKind | None:

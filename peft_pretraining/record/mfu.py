@@ -115,8 +115,9 @@ def _multiplications(layer: Any, rows: int) -> float:
         return float(sum((3 if matrix.requires_grad else 2) * rows * matrix.numel() for matrix in matrices))
     kind, nnz = ("none", 0) if layer.support is None else (layer.support.kind, layer.support.nnz)
     sizes = (rows, layer.out_features, layer.in_features, layer.rank, kind, nnz)
-    path = layer.path if layer.path != "auto" else cheaper_path(*sizes, layer.lora_A.device.type)
-    return multiplications(path, *sizes, device_type=None)
+    width = layer.lora_A.dtype.itemsize
+    path = layer.path if layer.path != "auto" else cheaper_path(*sizes, layer.lora_A.device.type, width)
+    return multiplications(path, *sizes, None, width)
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
