@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lora import SparseLowRankLinear
@@ -146,3 +147,17 @@ def test_compiled_layers_use_what_is_cached(kept):
         cache_positions(compiled)
     with WeightCache(compiled, ROWS).filled() if kept == "weights" else nullcontext():
         assert equal(passes(model), passes(compiled))
+
+
+def test_weights_of_the_next_update_are_not_compiled_again():
+    counter = CompileCounterWithBackend("aot_eager")
+    model = layer()
+    compiled, cache = torch.compile(model, backend=counter), WeightCache(model, ROWS)
+    counts = []
+    for _ in range(3):
+        with cache.filled():
+            compiled(torch.randn(ROWS, 48)).sum().backward()
+        with torch.no_grad():
+            compiled(torch.randn(ROWS, 48))
+        counts.append(counter.frame_count)
+    assert counts == [2, 2, 2]  # with and without gradients
