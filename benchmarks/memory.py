@@ -122,8 +122,8 @@ def measure(argv: list[str], num_updates: int) -> dict:
     set_allocator()
     world = World()
     device = pick_device(args.device, world)
-    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type)
     memory = device_memory(device, world)
+    plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type, memory)
     if not args.force and (problems := memory_problems(plan, args, memory)):
         raise ConfigError(problems)
     free(device)

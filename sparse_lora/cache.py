@@ -1,7 +1,7 @@
 """What linears keep so that they do not compute it in every pass: decoded positions of uniform supports, and W during an update.
 
-Neither changes a result. Positions take 4 bytes per nonzero (8 in weights of more than 2^31 entries) as long as they are kept.
-W takes as much memory as a dense weight, so keeping it gives up what the method saves there; only weights are kept, no gradients.
+Neither changes a result, but for roundings under autocast. Positions take 4 bytes per nonzero (8 in weights of more than 2^31
+entries). W takes as much memory as a dense weight, which gives up what the method saves there; its gradient is not kept.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,10 @@ from .uniform import UniformSupport
 
 
 def cache_positions(model: nn.Module) -> None:
-    """Keeps the decoded positions of every uniform support, until they are drawn or loaded again."""
+    """Keeps the decoded positions of every uniform support, until they are drawn or loaded by load_state_dict again.
+
+    Whoever writes into `support.code` directly must call this function afterwards.
+    """
     for module in model.modules():
         if isinstance(module, UniformSupport):
             module.cache_positions()
@@ -29,7 +32,8 @@ class WeightCache:
 
     def __init__(self, model: nn.Module, num_rows: int) -> None:
         """num_rows: rows of a micro-batch, which decide the path of a linear whose path is "auto"."""
-        layers = [module for module in model.modules() if isinstance(module, SparseLowRankLinear)]
+        # An AdaptedLinear is no exact instance; its weight has a dense part already.
+        layers = [module for module in model.modules() if type(module) is SparseLowRankLinear]
         self.layers = [layer for layer in layers if layer.builds_weight(num_rows)]
 
     @contextmanager

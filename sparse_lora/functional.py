@@ -39,10 +39,10 @@ def sparse_lowrank_linear(
 
     With a base, W = W0 + scaling * B A + S. W0's gradient, which is dense, is computed only if W0 requires one.
 
-    Saved for backward are x, A, B, the values, the stored support and, on the factored path, x A^T, (T, R). At most one matrix of
-    W's size exists at a time, in forward and in backward, compiled or not; the factored path needs none, except with a uniform
-    support. Under autocast the products run in the autocast dtype, as nn.Linear's do; x and the parameters are then saved in
-    their own dtype, without a copy.
+    Saved for backward are x, A, B, the values, the stored support, a given `weight` and, on the factored path, x A^T, (T, R). At
+    most one matrix of W's size exists at a time (besides a given `weight`), in forward and in backward, compiled or not; the
+    factored path needs none, except with a uniform support. Under autocast the products run in the autocast dtype, as nn.Linear's
+    do; x and the parameters are then saved in their own dtype, without a copy.
 
     Args:
         x: (..., I), any number of leading dimensions.
@@ -79,7 +79,7 @@ def sparse_lowrank_linear(
     tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
     factored = path == "factored"
     y: Tensor
-    weight = None if factored or weight is None else weight.to(dtype)
+    weight = None if factored else weight
     tensors = (x, lora_A, lora_B, sparse_value, stored, tensor, base, weight, bias)
     y, _ = _SparseLowRankLinear.apply(*tensors, number, dtype, blocks, factored)
     return y
@@ -206,7 +206,7 @@ def _output(
     x_TI, bias = x.reshape(-1, x.shape[-1]).to(dtype), None if bias is None else bias.to(dtype)
     if weight is not None:
         with without_autocast(x):
-            return F.linear(x_TI, weight, bias).view(out_shape), x_TI.new_empty(0)
+            return F.linear(x_TI, weight.to(dtype), bias).view(out_shape), x_TI.new_empty(0)
     scaled_B = (plain(lora_B) * (scaling_number if scaling is None else scaling)).to(dtype)
     A = plain(lora_A).to(dtype)
     values = None if values is None else plain(values).to(dtype)
@@ -269,7 +269,7 @@ def _gradients(
         h_TR,
         None if base is None else base.to(dtype),
         # Higher derivatives need W as a function of its parts.
-        None if torch.is_grad_enabled() else weight,
+        None if weight is None or torch.is_grad_enabled() else weight.to(dtype),
     )
     need_x, need_A, need_B, need_values, need_scaling, need_base = needed
     compute = _factored_gradients if factored else _materialised_gradients
@@ -418,12 +418,13 @@ def _few_rows_output(
 # --- Which path takes less time ---
 
 # Products of thin blocks are limited by memory bandwidth. These are the multiplications that a large product makes while one
-# element is moved. On a CPU measured with blocks of 15 x 15 to 550 x 204: 100 in bfloat16 with AVX-512, 57 to 73 in float32 with
-# AVX2, where 80 is taken, as AVX-512 multiplies faster (docs/speed.md). For a GPU computed, not measured: an H100 multiplies
-# 400e12 times while it moves 1.5e12 16-bit elements (3 TB/s), 267 per element, and the factored path moves 8 O + 4 I elements per
-# row more than a dense layer, 4/3 of the 3 (2 O + I) that `multiplications` counts.
+# element is moved. 16-bit elements on a CPU: 100, measured with blocks of 15 x 15 to 550 x 204 (AVX-512; docs/speed.md). On a GPU
+# 356, assumed: an H100 multiplies 400e12 times while it moves 1.5e12 elements (3 TB/s), 267 per element, and the
+# factored path moves 8 O + 4 I elements per row more than a dense layer, 4/3 of the 3 (2 O + I) that `multiplications` counts.
 _PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 356.0}
-_PER_MOVED_FLOAT32_ON_A_CPU = 80.0
+# Float32: 57 to 73 measured on a CPU with AVX2; more is taken, as AVX-512 multiplies faster. Assumed to be the same on a GPU
+# without TF32 (H100: 60 by the same arithmetic as above).
+_PER_MOVED_FLOAT32 = 80.0
 
 
 def multiplications(
@@ -453,9 +454,9 @@ def multiplications(
     dense = out_features * in_features
     if path == "materialised":
         return 3 * num_rows * dense + 4 * rank * dense
-    per_moved_element = 0.0 if device_type is None else _PER_MOVED_ELEMENT.get(device_type, 356.0)
-    if device_type == "cpu" and width >= 4:
-        per_moved_element = _PER_MOVED_FLOAT32_ON_A_CPU
+    per_moved_element = 0.0
+    if device_type is not None:
+        per_moved_element = _PER_MOVED_FLOAT32 if width >= 4 else _PER_MOVED_ELEMENT.get(device_type, 356.0)
     sparse = {
         "none": 0.0,
         "block": nnz + per_moved_element * (2 * out_features + in_features),

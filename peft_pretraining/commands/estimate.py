@@ -117,11 +117,12 @@ def estimate(
     from peft_pretraining.plan.plan import make_plan, setting_of
 
     world = World(size=world_size)
-    plan = make_plan(args, world, default_dtype(device_type), device_type)
+    memory = None if args.memory is None else planned_memory(device_type, args.memory, world)
+    plan = make_plan(args, world, default_dtype(device_type), device_type, memory)
     counts = parameter_counts(plan.model, method=args.peft_model, rank=args.rank, sparsity=args.sp_ratio, support=args.support)
     device: dict[str, Any] = {"type": device_type, "memory": args.memory, "fits": None, "problems": []}
-    if args.memory is not None:
-        device["problems"] = memory_problems(plan, args, planned_memory(device_type, args.memory, world))
+    if memory is not None:
+        device["problems"] = memory_problems(plan, args, memory)
         device["fits"] = not device["problems"]
     return {
         "parameters": plan.parameters,

@@ -92,7 +92,7 @@ def _without_uniform_support_on_a_gpu(args: Any) -> str | None:
     return "on a CPU" if args.kernels != "auto" and args.device == "cpu" else None
 
 
-def _without_uniform_support(args: Any) -> str | None:
+def _with_nothing_to_cache(args: Any) -> str | None:
     if args.linear_cache == "positions" and (args.peft_model != "sltrain" or not SUPPORTS[args.support].stored):
         return "without a uniform support, which alone stores positions"
     if args.linear_cache == "weights" and args.linear_path == "factored":
@@ -207,10 +207,10 @@ class MethodArguments:
     )
     linear_cache: str = flag(
         "auto",
-        "what factored linears keep so as not to compute it in every pass; results stay the same: none | positions (of a uniform "
-        "support, 4 bytes per entry) | weights (also W during an update, as large as the dense weights) | auto (positions on a "
-        "GPU, if the peak stays below 80 % of its memory; else none)",
-        freely(choices=LINEAR_CACHES, methods=_REPARAMETERIZED, no_effect=_without_uniform_support),
+        "what low-rank (plus sparse) linears keep instead of computing it in every pass; results stay the same: none | positions "
+        "(of a uniform support, 4 bytes per entry) | weights (also W during an update, as large as the dense weights; not with "
+        "fsdp) | auto (positions on a GPU, if the peak stays below 80 % of its memory; else none)",
+        freely(choices=LINEAR_CACHES, methods=_REPARAMETERIZED, no_effect=_with_nothing_to_cache),
     )
     kernels: str = flag(
         "auto",

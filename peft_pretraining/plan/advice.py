@@ -100,7 +100,7 @@ class Advisor:
             [{"activation_checkpointing": "layer"}] if args.activation_checkpointing != "layer" else [],
             [{"dtype": "bfloat16"}] if self.plan.dtype != "bfloat16" else [],
             [{"async_save": False}] if args.async_save else [],
-            [{"linear_cache": "none"}] if args.linear_cache in ("positions", "weights") else [],
+            [{"linear_cache": "none"}] if self.plan.linear_cache != "none" else [],
             [per_layer, *accumulating] if per_layer else accumulating,
             [_optimizer_change(args, name) for name in optimizers],
             [{"embedding_states": name} for name, bits in EMBEDDING_STATES.items() if bits < of_embedding],

@@ -283,10 +283,11 @@ def _parallel_problems(args: Arguments) -> list[str]:
             f"--compute_dtype {args.compute_dtype} with --parallel {args.parallel}: parameters are cast as they are gathered; "
             "use --parallel fsdp, or --dtype bfloat16"
         )
-    if args.parallel == "fsdp" and args.linear_cache == "weights":
+    caches_weights = args.linear_cache == "weights" and args.linear_path != "factored" and METHODS[args.peft_model].factored
+    if args.parallel == "fsdp" and caches_weights:
         problems.append(
-            "--parallel fsdp with --linear_cache weights: whole weights need all parts of their factors at once; use "
-            "--linear_cache positions"
+            "--parallel fsdp with --linear_cache weights: between layers a process has only a part of each factor, from which it "
+            "cannot build a weight; use --linear_cache positions"
         )
     return problems
 

@@ -69,7 +69,8 @@ def make_plan(
     setting = memory_setting(args, model, world, dtype, checked.gradient_accumulation, device_type)
     counts = parameter_counts(model, **setting.method_arguments)
     full_rank_parameters = parameter_counts(model, method="full", rank=1, sparsity=0.0).total
-    setting, num_bytes = _with_cache(setting, args, memory)
+    setting, cache_warnings = _with_cache(setting, args, memory)
+    num_bytes = account(setting)
     return Plan(
         model=model,
         parameters={"total": counts.total, "dense": counts.dense, "low_rank": counts.low_rank, "sparse": counts.sparse},
@@ -92,22 +93,35 @@ def make_plan(
             *_warnings(args, world, model, checked.gradient_accumulation),
             *_larger_than_dense(args, counts.total, full_rank_parameters),
             *_slow_save(num_bytes),
+            *cache_warnings,
         ),
     )
 
 
-def _with_cache(setting: Setting, args: Arguments, memory: DeviceMemory | None) -> tuple[Setting, dict[str, int]]:
-    """Returns the setting with what --linear_cache auto chooses, and its account.
+def _with_cache(setting: Setting, args: Arguments, memory: DeviceMemory | None) -> tuple[Setting, list[str]]:
+    """Returns the setting with what linears really cache, and a warning if --linear_cache weights keeps no weight.
 
     auto keeps positions on a GPU that has room for them. It never keeps weights, which take the memory that the method saves.
     """
-    num_bytes = account(setting)
-    if args.linear_cache == "auto" and memory is not None and memory.device_type == "cuda":
-        cached = replace(setting, linear_cache="positions")
-        with_positions = account(cached)
-        if with_positions["cache"] and with_positions["peak"] <= _CACHE_UP_TO * memory.num_bytes:
-            return cached, with_positions
-    return setting, num_bytes
+    none, positions = (replace(setting, linear_cache=kept) for kept in ("none", "positions"))
+    auto = args.linear_cache == "auto" and memory is not None and memory.device_type == "cuda"
+    if not setting.method.factored or (setting.linear_cache == "none" and not auto):
+        return none, []
+    sizes = account(positions)
+    fits = memory is None or sizes["peak"] <= _CACHE_UP_TO * memory.num_bytes
+    smaller = positions if sizes["cache"] and (fits or not auto) else none
+    if setting.linear_cache != "weights":
+        return smaller, []
+    if account(setting)["cache"] > sizes["cache"]:
+        return setting, []
+    # That --linear_path factored builds no weights is a notice.
+    if args.linear_path == "factored":
+        return smaller, []
+    rows = setting.batch_size * setting.max_length
+    return smaller, [
+        f"--linear_cache weights: with {rows:,} rows per micro-batch no linear builds its weight, as multiplying by the factors "
+        "takes less time; leave it out"
+    ]
 
 
 def _default_eval_tokens(args: Arguments) -> int | None:
@@ -170,6 +184,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
         *(("", text) for text in (_rates_text(args), _decay_text(args)) if text),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         *([("", order)] if order else []),
+        *([("linears", _cache_text(plan, args))] if plan.linear_cache != "none" else []),
         ("run folder", str(plan.save_dir)),
         ("memory", " + ".join(f"{name} {plan.bytes[name] / GIB:.2f}" for name in CLASSES if plan.bytes[name]) + " GiB"),
         ("", _peak_text(plan, memory_of_device)),
@@ -187,6 +202,12 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
     if memory_of_device is not None and memory_of_device.device_type == "cpu" and args.memory is None:
         lines += [f"warning: {text}" for text in _slow_dtype(plan, args)]
     return "\n".join(lines)
+
+
+def _cache_text(plan: Plan, args: Arguments) -> str:
+    """What linears keep between passes, and by which flag."""
+    kept = {"positions": "decoded positions", "weights": "decoded positions and, during an update, their weights"}
+    return f"keep {kept[plan.linear_cache]} (--linear_cache {args.linear_cache})"
 
 
 def _weights_text(args: Arguments) -> str:

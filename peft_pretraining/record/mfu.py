@@ -72,7 +72,8 @@ def flop_rates(args: Arguments, plan: Plan, world: World, model: LlamaForCausalL
     if not world.is_main:
         return {}
     dtype = torch_dtype(args.compute_dtype or plan.dtype)
-    own, dense = training_flops(model, args.batch_size, args.max_length)
+    builds = 1 / plan.gradient_accumulation if plan.linear_cache == "weights" else 2.0
+    own, dense = training_flops(model, args.batch_size, args.max_length, builds)
     rates = {"flops_per_second": own, "flops_per_second_dense": dense}
     peak = 1e12 * args.peak_tflops if args.peak_tflops is not None else device_peak(device, dtype)
     if peak is None:
@@ -85,16 +86,19 @@ def flop_rates(args: Arguments, plan: Plan, world: World, model: LlamaForCausalL
     return rates | mfu
 
 
-def training_flops(model: LlamaForCausalLM, batch_size: int, length: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def training_flops(
+    model: LlamaForCausalLM, batch_size: int, length: int, builds: float = 2.0
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the operations of the model itself and of its dense equivalent: (per sequence, per token of text) each.
 
-    batch_size: sequences per micro-batch, which share the work of building weights.
+    batch_size: sequences per micro-batch, which share the work of building weights. builds: how often a weight is built per
+    micro-batch, less than twice with --linear_cache weights.
     """
     rows, head, own, dense = batch_size * length, model.get_output_embeddings(), 0.0, 0.0
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "in_features") and layer is not head and not isinstance(layer, Support):
-            own += _multiplications(layer, rows)
+            own += _multiplications(layer, rows, builds)
             dense += 3 * rows * layer.out_features * layer.in_features
     config: Any = model.config
     width = config.num_attention_heads * config.head_dim
@@ -104,7 +108,7 @@ def training_flops(model: LlamaForCausalLM, batch_size: int, length: int) -> tup
     return (2 * (own / batch_size + attention), per_token), (2 * (dense / batch_size + attention), per_token)
 
 
-def _multiplications(layer: Any, rows: int) -> float:
+def _multiplications(layer: Any, rows: int, builds: float) -> float:
     """Returns the multiplications of a linear's forward and backward pass for this number of input rows.
 
     A layer other than SLTrain's multiplies its input by each of its matrices: once in forward, once for the input's gradient and,
@@ -117,7 +121,8 @@ def _multiplications(layer: Any, rows: int) -> float:
     sizes = (rows, layer.out_features, layer.in_features, layer.rank, kind, nnz)
     width = layer.lora_A.dtype.itemsize
     path = layer.path if layer.path != "auto" else cheaper_path(*sizes, layer.lora_A.device.type, width)
-    return multiplications(path, *sizes, None, width)
+    saved = (2 - builds) * layer.rank * layer.out_features * layer.in_features if path == "materialised" else 0.0
+    return multiplications(path, *sizes, None, width) - saved
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:

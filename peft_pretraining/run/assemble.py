@@ -136,7 +136,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         timeout_s=args.timeout_s,
     )
     restarts = Restarts(args, token_loss.model, updates, world)
-    # After a checkpoint is restored, because loading positions drops cached ones.
+    # After a checkpoint is restored, which writes positions in place, so that earlier cached ones would be out of date.
     weight_cache = start_cache(args, plan, token_loss.model)
     return Run(
         *(plan, device, folder, data, batches, module, parts),

@@ -45,7 +45,7 @@ def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
     settings = {
         "one": (1, ["--batch_size", "12", "--workers", "0"]),
         "one-accumulating": (1, ["--batch_size", "3", "--workers", "2"]),
-        "two": (2, ["--batch_size", "6", "--workers", "1"]),
+        "two": (2, ["--batch_size", "6", "--workers", "1", "--linear_cache", "weights", "--linear_path", "materialised"]),
         "three-accumulating": (3, ["--batch_size", "2", "--workers", "0"]),
     }
     run_all(tmp_path, settings, common)

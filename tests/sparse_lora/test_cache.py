@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from sparse_lora import SparseLowRankLinear
+from sparse_lora import AdaptedLinear, SparseLowRankLinear
 from sparse_lora.cache import WeightCache, cache_positions
 
 ROWS = 40
@@ -84,6 +84,25 @@ def test_a_cached_weight_is_what_the_passes_use():
     torch.testing.assert_close(doubled[1], 2 * plain[1])
 
 
+def test_large_cached_weights_change_no_bit():
+    """Passes build a W of more than 4 MiB in memory that they use again, by another call of the library."""
+    linear = SparseLowRankLinear(1100, 1024, 8, 0.02, path="materialised", seed=1)
+    model, cached = nn.Sequential(linear), nn.Sequential(copy.deepcopy(linear))
+    x = torch.randn(3, 1100)
+    with WeightCache(cached, 3).filled():
+        ours = cached(x)
+        ours.sum().backward()
+    theirs = model(x)
+    theirs.sum().backward()
+    assert torch.equal(ours, theirs)
+    assert torch.equal(cached[0].lora_A.grad, linear.lora_A.grad)
+
+
+def test_adapters_beside_a_dense_weight_are_left_alone():
+    model = nn.Sequential(AdaptedLinear(nn.Linear(48, 36), 4, 0.1, path="materialised", seed=1))
+    assert WeightCache(model, ROWS).layers == []
+
+
 def test_weights_are_held_inside_the_block_only_even_if_it_fails():
     model = layer()
 
@@ -138,15 +157,22 @@ def test_drawing_placing_and_loading_drop_cached_positions():
 
 @pytest.mark.parametrize("kept", ["positions", "weights"])
 def test_compiled_layers_use_what_is_cached(kept):
+    """Code that was compiled without a cache; a doubled cached weight, or moved positions, show in the output."""
     model = layer()
     compiled = copy.deepcopy(model)
     compiled[0].forward = torch.compile(compiled[0].forward, backend="aot_eager")
-    list(passes(compiled))  # without a cache first: the compiled code must notice the change
-    compiled.zero_grad()
-    if kept == "positions":
-        cache_positions(compiled)
-    with WeightCache(compiled, ROWS).filled() if kept == "weights" else nullcontext():
-        assert equal(passes(model), passes(compiled))
+    list(passes(compiled))
+    for changed in (False, True):
+        model.zero_grad()
+        compiled.zero_grad()
+        if kept == "positions":
+            cache_positions(compiled)
+        with WeightCache(compiled, ROWS).filled() if kept == "weights" else nullcontext():
+            if changed and kept == "positions":
+                compiled[0].support.decoded.copy_(torch.arange(compiled[0].support.nnz))
+            elif changed:
+                compiled[0].cached_weight.mul_(2)
+            assert equal(passes(model), passes(compiled)) != changed
 
 
 def test_weights_of_the_next_update_are_not_compiled_again():

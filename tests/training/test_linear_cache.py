@@ -7,17 +7,22 @@ import pytest
 import torch
 from outcomes import record, tensors_of
 from tiny_runs import flags_of
+from torch import nn
 
 import torchrun_main
+from peft_pretraining.commands.estimate import estimate
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import linear_shapes
 from peft_pretraining.distributed.device import DeviceMemory
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import account
+from peft_pretraining.plan.advice import out_of_memory_problem
 from peft_pretraining.plan.checks import check, notices
-from peft_pretraining.plan.plan import make_plan, setting_of
+from peft_pretraining.plan.plan import format_plan, make_plan, setting_of
+from peft_pretraining.record import mfu
 from peft_pretraining.run import assemble
+from sparse_lora import SparseLowRankLinear
 from sparse_lora.cache import WeightCache
 from sparse_lora.uniform import UniformSupport
 
@@ -56,6 +61,16 @@ def test_a_run_with_cached_weights_has_the_same_bits_and_resumes_without(tiny_ru
     assert_equal_runs(plain, cached)
     resumed = [*flags, "--continue_from", str(cached / "step_00000004"), "--linear_cache", "positions"]
     assert_equal_runs(plain, train(tmp_path / "resumed", resumed))
+
+
+def test_a_resumed_run_caches_the_positions_of_its_checkpoint(tiny_run, tmp_path, monkeypatch):
+    """The model of the resumed run is built with other positions, as that of an imported checkpoint is."""
+    flags = [*flags_of("sltrain", tiny_run), "--linear_cache", "positions", "--save_every", "4", "--keep_checkpoints", "9"]
+    whole = train(tmp_path / "whole", flags)
+    draw = UniformSupport.draw_
+    monkeypatch.setattr(UniformSupport, "draw_", lambda support, generator: draw(support, torch.Generator().manual_seed(5)))
+    resumed = train(tmp_path / "resumed", [*flags, "--continue_from", str(whole / "step_00000004")])
+    assert_equal_runs(whole, resumed)
 
 
 @pytest.mark.parametrize("kept", ["positions", "weights"])
@@ -116,8 +131,50 @@ def test_cached_weights_cost_the_dense_weights_and_save_the_decoding():
 
 
 def test_sharded_factors_are_not_cached_as_weights():
-    with pytest.raises(ConfigError, match="--linear_cache weights: whole weights need"):
+    with pytest.raises(ConfigError, match="--linear_cache weights: between layers a process has only a part"):
         check(parse_args([*ON_60M, "--parallel", "fsdp", "--linear_cache", "weights"]), World(size=2))
+
+
+def test_what_is_cached_is_a_line_of_the_plan():
+    for flags, memory, line in (
+        (("--linear_cache", "weights"), None, "decoded positions and, during an update, their weights (--linear_cache weights)"),
+        ((), 80e9, "decoded positions (--linear_cache auto)"),
+        (("--peft_model", "full", "--linear_cache", "weights"), None, None),
+        (("--linear_cache", "positions", "--support", "block", "--sp_ratio", "0.03125"), None, None),
+    ):
+        args, plan = plan_of(*flags, memory=memory)
+        lines = [text for text in format_plan(plan, args, "words", None).splitlines() if text.startswith("linears")]
+        assert lines == ([f"linears     keep {line}"] if line else [])
+
+
+def test_weights_that_no_linear_builds_are_a_warning():
+    """Without a sparse part all linears of this size are factored."""
+    _, plan = plan_of("--peft_model", "lowrank", "--linear_cache", "weights")
+    assert plan.linear_cache == "none"
+    assert [text for text in plan.warnings if text.startswith("--linear_cache weights: with 4,096 rows")]
+
+
+def test_running_out_of_memory_advises_to_drop_what_auto_keeps():
+    args, plan = plan_of(memory=80e9)
+    assert plan.linear_cache == "positions"
+    assert "--linear_cache none" in out_of_memory_problem(plan, args, "cuda", "full")
+
+
+def test_estimate_and_the_dry_run_agree_on_what_auto_keeps():
+    args = parse_args([*ON_60M, "--memory", "80GB"])
+    figures = estimate(args, "cuda", 1)
+    assert figures["bytes"] == plan_of(memory=80e9)[1].bytes
+    assert figures["bytes"]["cache"] > 0
+
+
+def test_cached_weights_count_fewer_operations():
+    """W is built once for 4 micro-batches instead of 8 times."""
+    args, plan = plan_of("--linear_cache", "weights", "--linear_path", "materialised", "--total_batch_size", "64")
+    with torch.device("meta"):
+        model = nn.Sequential(SparseLowRankLinear(512, 512, 128, 0.03, path="materialised"))
+    difference = mfu._multiplications(model[0], 4096, 2.0) - mfu._multiplications(model[0], 4096, 0.25)
+    assert difference == 1.75 * 128 * 512 * 512
+    assert (plan.linear_cache, plan.gradient_accumulation) == ("weights", 4)
 
 
 @pytest.mark.parametrize(
