@@ -93,7 +93,7 @@ def _without_uniform_support_on_a_gpu(args: Any) -> str | None:
 
 
 def _with_nothing_to_cache(args: Any) -> str | None:
-    if args.linear_cache == "positions" and (args.peft_model != "sltrain" or not SUPPORTS[args.support].stored):
+    if args.linear_cache == "positions" and not SUPPORTS[args.support].stored:
         return "without a uniform support, which alone stores positions"
     if args.linear_cache == "weights" and args.linear_path == "factored":
         return "with --linear_path factored, which builds no weights"

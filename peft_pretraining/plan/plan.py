@@ -99,7 +99,7 @@ def make_plan(
 
 
 def _with_cache(setting: Setting, args: Arguments, memory: DeviceMemory | None) -> tuple[Setting, list[str]]:
-    """Returns the setting with what linears really cache, and a warning if --linear_cache weights keeps no weight.
+    """Returns the setting with what linears really cache, and a warning if that is less than was asked for.
 
     auto keeps positions on a GPU that has room for them. It never keeps weights, which take the memory that the method saves.
     """
@@ -110,6 +110,8 @@ def _with_cache(setting: Setting, args: Arguments, memory: DeviceMemory | None) 
     sizes = account(positions)
     fits = memory is None or sizes["peak"] <= _CACHE_UP_TO * memory.num_bytes
     smaller = positions if sizes["cache"] and (fits or not auto) else none
+    if setting.linear_cache == "positions" and not setting.method.sparse:
+        return none, ["--linear_cache positions: without a sparse part there are no positions; leave it out"]
     if setting.linear_cache != "weights":
         return smaller, []
     if account(setting)["cache"] > sizes["cache"]:

@@ -147,11 +147,14 @@ def test_what_is_cached_is_a_line_of_the_plan():
         assert lines == ([f"linears     keep {line}"] if line else [])
 
 
-def test_weights_that_no_linear_builds_are_a_warning():
+def test_a_cache_that_keeps_nothing_is_a_warning():
     """Without a sparse part all linears of this size are factored."""
     _, plan = plan_of("--peft_model", "lowrank", "--linear_cache", "weights")
     assert plan.linear_cache == "none"
     assert [text for text in plan.warnings if text.startswith("--linear_cache weights: with 4,096 rows")]
+    _, plan = plan_of("--peft_model", "lowrank", "--linear_cache", "positions")
+    assert plan.linear_cache == "none"
+    assert [text for text in plan.warnings if text.startswith("--linear_cache positions: without a sparse part")]
 
 
 def test_running_out_of_memory_advises_to_drop_what_auto_keeps():
@@ -181,7 +184,6 @@ def test_cached_weights_count_fewer_operations():
     ("flags", "reason"),
     [
         ("--linear_cache positions --support block --sp_ratio 0.03125", "without a uniform support"),
-        ("--linear_cache positions --peft_model lowrank", "without a uniform support"),
         ("--linear_cache weights --linear_path factored", "which builds no weights"),
         ("--linear_cache weights", None),
         ("--linear_cache positions", None),
