@@ -74,23 +74,28 @@ def test_compiled_equals_eager_and_saves_no_dense_weight(backend: str, autocast:
         assert max(saved) <= max(2 * num_rows * 43, 4 * 43)
 
 
-@pytest.mark.parametrize(("factored", "with_base"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("factored", "with_base", "cached"), [(False, False, False), (True, False, False), (False, True, False), (False, False, True)]
+)
 @pytest.mark.parametrize(("sparsity", "kind"), [(0.0, "uniform"), (0.1, "uniform"), (0.2, "block")])
-def test_the_custom_operators_pass_torchs_checks(sparsity: float, kind: str, factored: bool, with_base: bool) -> None:
+def test_the_custom_operators_pass_torchs_checks(
+    sparsity: float, kind: str, factored: bool, with_base: bool, cached: bool
+) -> None:
     """torch's opcheck: no input is changed or returned, and shapes, dtypes and strides are predicted correctly."""
     layer = SparseLowRankLinear(13, 9, 4, sparsity, support=kind, bias=True, trainable_scaling=True, seed=0)
-    code, blocks = (None, 0) if layer.support is None else (layer.support.code, layer.support.blocks)
+    stored, blocks = (None, 0) if layer.support is None else (layer.support.stored, layer.support.blocks)
     scaling = torch.tanh(layer.scaling.detach())
     for x in (torch.randn(2, 30, 13), torch.randn(30, 2, 13).transpose(0, 1), torch.randn(13)):
-        tensors = [t if t is None else t.detach() for t in (x, layer.lora_A, layer.lora_B, layer.sparse_value, code)]
+        tensors = [t if t is None else t.detach() for t in (x, layer.lora_A, layer.lora_B, layer.sparse_value, stored)]
         base, bias = torch.randn(9, 13) if with_base else None, layer.bias.detach()
+        weight = layer.dense_weight().detach() if cached else None
         checks = ("test_schema", "test_faketensor")
         settings = (1.0, torch.float32, blocks, factored)
-        torch.library.opcheck(_output_op, (*tensors, scaling, base, bias, *settings), test_utils=checks)
-        _, kept = _output_op(*tensors, scaling, base, bias, *settings)
+        torch.library.opcheck(_output_op, (*tensors, scaling, base, weight, bias, *settings), test_utils=checks)
+        _, kept = _output_op(*tensors, scaling, base, weight, bias, *settings)
         needed = [True, True, True, sparsity > 0, True, with_base]
         grad_output = torch.randn(*x.shape[:-1], 9)
-        arguments = (grad_output, kept, *tensors, scaling, base, *settings, needed)
+        arguments = (grad_output, kept, *tensors, scaling, base, weight, *settings, needed)
         torch.library.opcheck(_gradients_op, arguments, test_utils=checks)
 
 
