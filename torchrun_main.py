@@ -212,7 +212,7 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         if run.restarts is not None:
             run.restarts.before_update(state.update_step)
         lr, progress = (part(state.update_step, state.tokens_seen) for part in (rates.at, rates.progress))
-        with run.weight_cache.filled() if run.weight_cache is not None else contextlib.nullcontext():
+        with run.cached_weights():
             step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, progress=progress, world=world, device=device)
         # Reading step.skipped waits for the device, so it is read only if a non-finite update stops the run.
         if args.on_nonfinite == "stop" and bool(step.skipped):

@@ -79,7 +79,7 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
     """
     module = build_module(args, plan, World(), device)
     updates = build_updates(args, module.model, World(), device, plan.gradient_accumulation)
-    cache = start_cache(args, plan, module.model)
+    cached_weights = start_cache(args, plan, module.model)
     generator = torch.Generator().manual_seed(args.seed)
     parts = RunParts(module.model, updates, NoData(), TrainState())  # type: ignore[arg-type]
 
@@ -88,7 +88,7 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
         batches = [random_batch(*size, generator, device) for _ in range(plan.gradient_accumulation)]
 
         def step() -> None:
-            with cache.filled() if cache is not None else contextlib.nullcontext():
+            with cached_weights():
                 train_step(module, updates, batches, lr=args.lr, world=World(), device=device)
 
         parts.state.update_step += count

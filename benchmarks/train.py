@@ -89,7 +89,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
     if method != "full":
         flags += ["--rank", str(rank)]
     if method in ("uniform", "block"):
-        flags += ["--sp_ratio", str(getattr(own, "sp_ratio", None) or sparsity)]
+        flags += ["--sp_ratio", str(own.sp_ratio or sparsity)]
     return [*flags, "--compile"] if own.compile else flags
 
 

@@ -32,7 +32,7 @@ class WeightCache:
 
     def __init__(self, model: nn.Module, num_rows: int) -> None:
         """num_rows: rows of a micro-batch, which decide the path of a linear whose path is "auto"."""
-        # An AdaptedLinear is no exact instance; its weight has a dense part already.
+        # An AdaptedLinear, which is a subclass, does not use a cached weight.
         layers = [module for module in model.modules() if type(module) is SparseLowRankLinear]
         self.layers = [layer for layer in layers if layer.builds_weight(num_rows)]
 

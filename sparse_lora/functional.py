@@ -418,9 +418,9 @@ def _few_rows_output(
 # --- Which path takes less time ---
 
 # Products of thin blocks are limited by memory bandwidth. These are the multiplications that a large product makes while one
-# element is moved. 16-bit elements on a CPU: 100, measured with blocks of 15 x 15 to 550 x 204 (AVX-512; docs/speed.md). On a GPU
-# 356, assumed: an H100 multiplies 400e12 times while it moves 1.5e12 elements (3 TB/s), 267 per element, and the
-# factored path moves 8 O + 4 I elements per row more than a dense layer, 4/3 of the 3 (2 O + I) that `multiplications` counts.
+# element is moved. For 16-bit elements on a CPU: measured with blocks of 15 x 15 to 550 x 204 (AVX-512; docs/speed.md). On a GPU:
+# assumed. An H100 multiplies 400e12 times while it moves 1.5e12 elements (3 TB/s), 267 per element, and the factored path moves
+# 8 O + 4 I elements per row more than a dense layer, 4/3 of the 3 (2 O + I) that `multiplications` counts.
 _PER_MOVED_ELEMENT = {"cpu": 100.0, "cuda": 356.0}
 # Float32: 57 to 73 measured on a CPU with AVX2; more is taken, as AVX-512 multiplies faster. Assumed to be the same on a GPU
 # without TF32 (H100: 60 by the same arithmetic as above).

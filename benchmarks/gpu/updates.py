@@ -102,6 +102,7 @@ def measured(case: Case, device: torch.device, smaller: list[str], tiny: bool) -
         max_length=length,
         device=device.type,
         dtype="bfloat16",
+        sp_ratio=None,
         compile=case.compile,
     )
     argv = [*trainer_flags(case.config, case.method, case.optimizer, own), *case.flags, *smaller]

@@ -22,7 +22,7 @@ from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import Plan
 from sparse_lora import SparseLowRankLinear, Support
-from sparse_lora.functional import cheaper_path, multiplications
+from sparse_lora.functional import multiplications
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -119,10 +119,9 @@ def _multiplications(layer: Any, rows: int, builds: float) -> float:
         return float(sum((3 if matrix.requires_grad else 2) * rows * matrix.numel() for matrix in matrices))
     kind, nnz = ("none", 0) if layer.support is None else (layer.support.kind, layer.support.nnz)
     sizes = (rows, layer.out_features, layer.in_features, layer.rank, kind, nnz)
-    width = layer.lora_A.dtype.itemsize
-    path = layer.path if layer.path != "auto" else cheaper_path(*sizes, layer.lora_A.device.type, width)
+    path = "materialised" if layer.builds_weight(rows) else "factored"
     saved = (2 - builds) * layer.rank * layer.out_features * layer.in_features if path == "materialised" else 0.0
-    return multiplications(path, *sizes, None, width) - saved
+    return multiplications(path, *sizes, None, layer.lora_A.dtype.itemsize) - saved
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,9 +45,6 @@ from peft_pretraining.training.restarts import Restarts
 from peft_pretraining.training.stop import Stopped, StopRequest, StopRun
 from peft_pretraining.training.update import TrainState
 
-if TYPE_CHECKING:
-    from sparse_lora.cache import WeightCache
-
 
 @dataclass
 class Run:
@@ -67,7 +65,7 @@ class Run:
     document: dict[str, Any]
     stop: StopRequest
     saver: Saver
-    weight_cache: WeightCache | None  # None without --linear_cache weights
+    cached_weights: Callable[[], AbstractContextManager[None]]  # the context of each update, see start_cache
     memory_logged: bool = False
 
     def data_row(self) -> dict[str, float]:
@@ -136,13 +134,12 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         timeout_s=args.timeout_s,
     )
     restarts = Restarts(args, token_loss.model, updates, world)
-    # After a checkpoint is restored, which writes positions in place, so that earlier cached ones would be out of date.
-    weight_cache = start_cache(args, plan, token_loss.model)
     return Run(
         *(plan, device, folder, data, batches, module, parts),
         restarts if restarts.any else None,
         *(document, StopRequest(speaks=world.local_rank == 0), saver),
-        weight_cache,
+        # Restoring a checkpoint writes positions in place, which would leave cached ones out of date.
+        start_cache(args, plan, token_loss.model),
     )
 
 

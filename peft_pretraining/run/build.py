@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,8 +38,6 @@ from sparse_lora import kernels
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-    from sparse_lora.cache import WeightCache
 
 
 def default_workers(device: torch.device, world: World) -> int:
@@ -170,14 +170,17 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else torch_dtype(name)
 
 
-def start_cache(args: Arguments, plan: Plan, model: nn.Module) -> WeightCache | None:
-    """Caches positions as planned (--linear_cache); returns the cache that holds weights during an update, if they are cached."""
+def start_cache(args: Arguments, plan: Plan, model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Caches positions as planned (--linear_cache).
+
+    Returns the context in which an update is made: it holds the linears' weights if they are cached, else it does nothing.
+    """
     if plan.linear_cache == "none":
-        return None
+        return nullcontext
     from sparse_lora.cache import WeightCache, cache_positions
 
     cache_positions(model)
-    return WeightCache(model, args.batch_size * args.max_length) if plan.linear_cache == "weights" else None
+    return WeightCache(model, args.batch_size * args.max_length).filled if plan.linear_cache == "weights" else nullcontext
 
 
 def build_updates(args: Arguments, model: nn.Module, world: World, device: torch.device, num_micro_batches: int = 1) -> Updates:

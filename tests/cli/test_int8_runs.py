@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcomes import record, tensors_of
+from outcomes import assert_equal_runs, tensors_of
 from tiny_runs import flags_of
 
 import torchrun_main
@@ -21,13 +21,6 @@ from peft_pretraining.plan.plan import make_plan
 def train(folder: Path, tiny_run: list[str], *flags: str) -> Path:
     assert torchrun_main.main([*flags_of("sltrain_int8", tiny_run), *flags, "--save_dir", str(folder)]) == 0
     return folder
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert record(one)[-2:] == record(other)[-2:]
-    left, right = tensors_of(one), tensors_of(other)
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 @pytest.mark.parametrize(
