@@ -93,6 +93,12 @@ def test_equal_full_rank_runs_are_made_once(tmp_path):
         ({"seeds": [1, 1]}, "seeds [1, 1]: must be a list of different whole numbers"),
         ({"seeds": 42}, "seeds 42"),
         ({"settings": []}, "settings: must be a list of mappings"),
+        ({"settings": [[]]}, "settings: must be a list of mappings"),
+        ({"settings": [[{"lr": 1.0}, 3]]}, "settings: must be a list of mappings"),
+        (
+            {"settings": [[{"lr": 1.0, "search": [{"keep": 1}]}, {"lr": 2.0, "search": [{"keep": 1}]}]]},
+            "search: give it to one of the mappings that compete as one entry, not to 2",
+        ),
         ({"folder": None}, "folder None: name the folder"),
         ({"nproc_per_node": 0}, "nproc_per_node 0"),
         ({"setings": [{}]}, "unknown key 'setings' (did you mean settings?)"),
@@ -189,3 +195,18 @@ def test_a_search_is_checked_before_the_first_run(tmp_path):
         ([{"keep": 1, "warmup_steps": 100}], "--warmup_steps 100"),
     ):
         assert said in problems_of(tmp_path, base=BASE | SHORT, settings=[{"lr": [0.1, 0.2]}], search=search)
+
+
+def test_a_list_of_mappings_competes_as_one_entry(tmp_path):
+    """A grid and a point outside it: as an entry of one mapping with the same combinations."""
+    search = [{"num_training_steps": 2, "keep": 1}]
+    found = sweep_of(
+        tmp_path,
+        base=BASE | SHORT | {"warmup_steps": 1},
+        settings=[[{"lr": [0.1, 0.2]}, {"lr": 0.4, "search": search}], {"lr": 0.8}],
+        seeds=[1, 2],
+    )
+    assert [[setting.flags["lr"] for setting in entry.settings] for entry in found.entries] == [[0.1, 0.2, 0.4], [0.8]]
+    rounds = found.search_round(0, [entry.settings for entry in found.entries])
+    assert [[runs[-1].name for runs in entry] for entry in rounds] == [["lr0.1-seed1", "lr0.2-seed1", "lr0.4-seed1"], []]
+    assert [run.name for run in found.runs] == [f"lr{lr}-seed{seed}" for seed in (1, 2) for lr in (0.1, 0.2, 0.4, 0.8)]

@@ -45,7 +45,8 @@ class PlannedRun:
 def load_sweep(path: Path) -> SweepFile:
     """Reads and checks a sweep's file. A list as a value makes one run for each of its items.
 
-    `search`, a list of rounds, chooses among the settings of each entry; an entry's own `search` replaces the file's.
+    An entry of `settings` is a mapping of flags to values, or a list of such mappings, whose combinations compete as one.
+    `search`, a list of rounds, chooses among the combinations of each entry; an entry's own `search` replaces the file's.
     Raises ConfigError with all problems, each naming the file, the setting and what to write instead.
     """
     try:
@@ -56,13 +57,7 @@ def load_sweep(path: Path) -> SweepFile:
     problems: list[str] = []
     folder, base, seeds, settings = (values.get(key) for key in _KEYS[:4])
     rounds = _rounds(path, values.get("search"), problems)
-    entries = [
-        Entry(
-            tuple(_combinations(path, base or {}, {name: entry[name] for name in entry if name != "search"}, problems)),
-            _rounds(path, entry["search"], problems) if "search" in entry else rounds,
-        )
-        for entry in settings or ()
-    ]
+    entries = [_entry(path, base or {}, item, rounds, problems) for item in settings or ()]
     _raise(problems)
     processes = values.get("nproc_per_node", 1)
     file = SweepFile(path, Path(expanded(str(folder))), processes, tuple(seeds or ()), tuple(entries))
@@ -92,15 +87,36 @@ def _check_keys(path: Path, values: Mapping[Any, Any]) -> None:
             problems.append(f"{path}: folder {folder}: {error}")
     if not _is_seeds(seeds):
         problems.append(f"{path}: seeds {seeds!r}: must be a list of different whole numbers, e.g. [42, 1, 2]")
-    if not isinstance(settings, list) or not settings or not all(isinstance(entry, dict) for entry in settings):
+    grids = [grid for item in settings for grid in _grids(item)] if isinstance(settings, list) else []
+    if not grids or not all(isinstance(grid, dict) for grid in grids):
         problems.append(
-            f"{path}: settings: must be a list of mappings of flags to values, e.g. - {{peft_model: full, lr: 0.001}}"
+            f"{path}: settings: must be a list of mappings of flags to values, e.g. - {{peft_model: full, lr: 0.001}} "
+            "(or of lists of such mappings, which a search compares as one)"
         )
     if base is not None and not isinstance(base, dict):
         problems.append(f"{path}: base: must map the flags of all runs to values, e.g. {{lr: 0.001}}")
     if type(processes) is not int or processes < 1:
         problems.append(f"{path}: nproc_per_node {processes!r}: must be a whole number of processes, at least 1")
     _raise(problems)
+
+
+def _grids(item: Any) -> list[Any]:
+    """The mappings of an item of `settings`."""
+    return item if isinstance(item, list) else [item]
+
+
+def _entry(path: Path, base: Mapping[str, Any], item: Any, rounds: tuple[Round, ...], problems: list[str]) -> Entry:
+    """Reads an item of `settings`; adds what cannot work to `problems`. rounds: those of the file."""
+    grids = _grids(item)
+    settings = [
+        setting
+        for grid in grids
+        for setting in _combinations(path, base, {name: grid[name] for name in grid if name != "search"}, problems)
+    ]
+    searches = [grid["search"] for grid in grids if "search" in grid]
+    if len(searches) > 1:
+        problems.append(f"{path}: search: give it to one of the mappings that compete as one entry, not to {len(searches)}")
+    return Entry(tuple(settings), _rounds(path, searches[0], problems) if searches else rounds)
 
 
 def compared(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
