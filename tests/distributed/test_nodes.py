@@ -35,7 +35,7 @@ def two_agents(folder: Path, flags: list[str]):
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{forked.free_port()}", "--rdzv_id", "two"]
     command += ["torchrun_main.py", "--save_dir", str(folder), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     agents, logs = [], []
     for number in range(2):
         logs.append(folder.with_name(f"{folder.name}-{number}.log"))

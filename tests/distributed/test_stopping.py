@@ -32,8 +32,7 @@ def flags(tiny_run) -> list[str]:
 def start(folder: Path, *flags: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "peft_pretraining.distributed.launch", "--standalone", "--nproc_per_node", str(processes)]
     command += ["--max-restarts", str(restarts), "torchrun_main.py", "--save_dir", str(folder), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for_updates(running: subprocess.Popen[str], folder: Path, number: int) -> None:
