@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             world = World.from_environment()
             args = parse_args(sys.argv[1:] if argv is None else argv)
             # Reports all problems at once, before torch is imported.
-            checked = check(args, world)
+            checked = check(args, world, inputs=True)
             for line in filter(None, [*checked.notices, *notices(args), torchrun_ignores_nohup(world)]):
                 world.say(f"notice: {line}")
             return dry_run(args, world) if args.dry_run else run(args, world)
@@ -87,6 +87,8 @@ def dry_run(args: Arguments, world: World) -> int:
         if args.tokenizer is not None:
             tokenizer_path(args.tokenizer)
         source = open_dataset(args.dataset, "train", text_field=args.text_field, resolve=False)
+        if args.eval_dataset is not None:
+            open_dataset(args.eval_dataset, "validation", text_field=args.text_field, hold_out=False, resolve=False)
         order = orders_text(source, data_orders(source, args.packing, args.data_order))  # type: ignore[arg-type]
         lines = [format_plan(plan, args, source.describe(), memory, order)]
         lines += [f"warning: {problem}" for problem in memory_problems(plan, args, memory)]

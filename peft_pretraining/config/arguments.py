@@ -368,7 +368,7 @@ class DataArguments:
         "order of the training data: lanes (each virtual reader has a share of the documents) | global (each pass reads every "
         "document once; tokenised at the start and held in memory) (default: global with --packing on files of at most "
         "32 MB together, else lanes; a run keeps its order when it is resumed)",
-        freely(choices=DATA_ORDERS),
+        never(choices=DATA_ORDERS, defines_run=False),
     )
     workers: int | None = flag(
         None,

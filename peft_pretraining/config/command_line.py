@@ -162,11 +162,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: Sequence[str]) -> Arguments:
     """Returns the Arguments of a command line; problems are in `refused`, and `plan.checks.check` raises them."""
     argv, missing = _without_missing_values(argv)
-    try:
-        parsed, unknown = build_parser().parse_known_args(argv)
-    # A word such as -x, which argparse reads as a flag.
-    except ConfigError as error:
-        return arguments_from({**missing, "command line": Unreadable(str(error))})
+    # argparse reads -hello as -h with a value, which it refuses.
+    stray = [word for word in argv if word.startswith("-h") and word != "-h"]
+    parsed, unknown = build_parser().parse_known_args([word for word in argv if word not in stray])
+    unknown += stray
     return arguments_from(with_config_file({**given_flags(parsed), **unknown_flags(unknown), **missing}))
 
 
@@ -177,7 +176,7 @@ def _without_missing_values(argv: Sequence[str]) -> tuple[list[str], dict[str, A
     """
     kept: list[str] = []
     missing: dict[str, Any] = {}
-    words = iter(zip(argv, [*argv[1:], "--"], strict=True))
+    words = iter(zip(argv, [*argv, "--"][1:], strict=True))
     for word, following in words:
         name = word.removeprefix("--")
         takes_value = word.startswith("--") and name in ROWS and name not in _BARE

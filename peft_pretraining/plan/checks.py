@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, flags_with
+from peft_pretraining.config.dataset_list import dataset_names
+from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.config.flag import suggested_flag
 from peft_pretraining.config.model_config import ModelConfig, ModelConfigError, load_model_config
 from peft_pretraining.config.optimizers import OPTIMIZERS
@@ -60,13 +64,15 @@ def check_packages() -> None:
         raise ConfigError(problems)
 
 
-def check(args: Arguments, world: World) -> Checked:
+def check(args: Arguments, world: World, inputs: bool = False) -> Checked:
     """Check everything that can be known without loading torch or data.
+
+    inputs: True to check also that local data sets and a local tokenizer exist, as a start needs them.
 
     Raises:
         ConfigError: all problems at once, each with the values, the reason and the flag to change.
     """
-    refused = refused_values(args)
+    refused = {**(missing_inputs(args) if inputs else {}), **refused_values(args)}
     safe = _with_stand_ins(args, refused)
     problems = combination_problems(safe)
     accumulation, total_batch_size = _batch_arithmetic(safe, world, problems)
@@ -128,6 +134,22 @@ def refused_values(args: Arguments) -> dict[str, str]:
     device, _, index = args.device.partition(":")
     if device not in ("auto", "cpu", "cuda") or (index and not (device == "cuda" and index.isdigit())):
         problems["device"] = f"--device {args.device}: must be auto, cpu, cuda or cuda:N"
+    return problems
+
+
+def missing_inputs(args: Arguments) -> dict[str, str]:
+    """Problems of local data sets and tokenizers that do not exist, by flag; names, addresses and patterns are left to opening."""
+    problems = {}
+    for name, row in ROWS.items():
+        value = getattr(args, name)
+        if row.kind not in ("place", "datasets") or value is None:
+            continue
+        for place in dataset_names(value) if row.kind == "datasets" else [value]:
+            is_local = place.startswith((".", "/", "~")) and not glob.has_magic(place)
+            # An unknown variable is reported where the path is opened.
+            with contextlib.suppress(PathError):
+                if is_local and not os.path.exists(expanded(place)):
+                    problems[name] = f"--{name} {value}: there is no file or folder {place}; name one that exists"
     return problems
 
 

@@ -210,6 +210,8 @@ def _read_record(path: Path) -> dict[str, Any]:
         # Arguments that an earlier version did not record, or recorded as None, had today's default values.
         recorded = {name: value for name, value in record["arguments"].items() if value is not None}
         arguments = {**as_dict(Arguments()), **recorded}
+        # The order that the run has, also if none was asked for; earlier versions had no other order than lanes.
+        arguments["data_order"] = record["dataset"].get("order", "lanes")
         if not isinstance(record["plan"]["model"], dict):
             raise TypeError("the plan has no model")
         package_versions, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
@@ -449,6 +451,9 @@ def differing_arguments(
     for name in _RESOLVED:
         then[name], now[name] = plan.get(name), getattr(new_plan, name)
     compared = {name for name, row in ROWS.items() if row.on_resume != "freely" and name not in _BY_CONTENT}
+    if args.data_order is None or "dataset" in allowed_changes(args):
+        # The resumed run keeps the order that it has; other data may have another order.
+        compared.remove("data_order")
     if args.max_train_tokens is not None and then["max_train_tokens"] is not None:
         # --num_training_steps has no effect in either run.
         compared.remove("num_training_steps")

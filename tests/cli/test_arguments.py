@@ -162,14 +162,20 @@ SEVERAL = [
         ["did you mean --lr", "--warmup_steps 20000", "--max_length 5000"],
     ),
     ("--model_config nowhere.json --batch_size x --config no.yaml", ["nowhere.json", "--batch_size x", "--config no.yaml"]),
+    ("", ["--model_config is required", "--batch_size is required"]),
+    (f"{' '.join(BASE)} -hello --rank 0 -x 3", ["unknown argument -hello", "--rank 0", "unknown argument -x 3"]),
+    (
+        f"{' '.join(BASE)} --dataset ./no --eval_dataset /no/such --tokenizer /no/such/tok.json --rank 0",
+        ["--dataset ./no:", "--eval_dataset /no/such:", "--tokenizer /no/such/tok.json:", "--rank 0"],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("line", "problems"), SEVERAL, ids=lambda value: value[-40:] if isinstance(value, str) else None)
 def test_all_problems_are_reported_at_once(line, problems):
     with pytest.raises(ConfigError) as refused:
-        check(parse_args(line.split()), World())
-    assert len(refused.value.problems) == len(problems)
+        check(parse_args(line.split()), World(), inputs=True)
+    assert len(refused.value.problems) == len(problems), refused.value.problems
     for words in problems:
         assert sum(words in problem for problem in refused.value.problems) == 1
 

@@ -1,18 +1,20 @@
 """A resumed run treats a changed flag as the flag's row says, for every flag."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from resealing import reseal
 from tiny_model import TINY_MODEL
 from tiny_runs import flags_of
 
 import torchrun_main
 from peft_pretraining.checkpoint.step_folder import list_checkpoints
-from peft_pretraining.config.arguments import ROWS, ConfigError
+from peft_pretraining.config.arguments import ROWS, ConfigError, DataArguments
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.flag import rows_of, suggested_flag
 from peft_pretraining.data.source import open_source
@@ -20,8 +22,9 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.methods import has_effect
 from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import make_plan
+from peft_pretraining.run.build import build_data
 from peft_pretraining.run.folder import RunFolder, check_same_data, open_run_folder
-from peft_pretraining.run.resume import finished_state
+from peft_pretraining.run.resume import finished_state, restore_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +67,7 @@ CHANGES = {
     "packing": "true",
     "document_mask": "true",
     "data_lanes": "8",
-    "data_order": "lanes",
+    "data_order": "global",
     "workers": "1",
     "on_bad_record": "fail",
     "batch_size": "4 --gradient_accumulation 2",
@@ -137,6 +140,10 @@ CHANGES = {
 }
 
 
+# These may always change, so the data has to open at the checkpoint's position with them.
+DATA_FLAGS = {field.name for field in dataclasses.fields(DataArguments) if ROWS[field.name].on_resume == "freely"}
+
+
 def test_this_file_changes_every_flag():
     assert CHANGES.keys() == ROWS.keys()
 
@@ -161,6 +168,9 @@ class Case:
         folder = open_run_folder(args, plan, World())
         if folder.checkpoint is not None and finished_state(folder.path, folder.checkpoint, args, plan) is None:
             check_same_data(folder.checkpoint, args, open_source(args.dataset, "train", text_field=args.text_field))
+            if name in DATA_FLAGS:
+                data = build_data(args, plan, world, torch.device("cpu"))
+                restore_data(folder.checkpoint, data.loader)
         return folder
 
 
