@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .linear import SparseLowRankLinear
-from .uniform import UniformSupport
+from .support import Support
 
 
 def cache_positions(model: nn.Module) -> None:
@@ -20,7 +20,7 @@ def cache_positions(model: nn.Module) -> None:
     Whoever writes into `support.code` directly must call this function afterwards.
     """
     for module in model.modules():
-        if isinstance(module, UniformSupport):
+        if isinstance(module, Support):
             module.cache_positions()
 
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from .linear import SparseLowRankLinear, hyperparameter_problems
 from .relora import ReLoRALinear
-from .support import LARGEST
-from .uniform import UniformSupport
+from .support import LARGEST, Support
 
 # Linears with one of these in their names stay dense (arXiv 2406.02214, section 5.1).
 KEPT_DENSE = ("lm_head", "embed", "norm")
@@ -273,7 +272,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
     update the table: call this function again. Returns the model.
     """
     for module in model.modules():
-        if isinstance(module, UniformSupport):
+        if isinstance(module, Support):
             module.keep_rows()
     return model.eval().requires_grad_(False)
 

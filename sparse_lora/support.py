@@ -77,6 +77,12 @@ class Support(nn.Module, ABC):
     def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:
         """Adds x S^T to y, contiguous, without gradients; reads the values once, which is fastest for few rows."""
 
+    def keep_rows(self) -> None:
+        """Makes what `add_few_rows_` needs; nothing for a kind that is always ready."""
+
+    def cache_positions(self) -> None:
+        """Keeps decoded positions so that no pass decodes them again; nothing for a kind that stores none."""
+
     @abstractmethod
     def draw_(self, generator: torch.Generator) -> None:
         """Draws the positions from a CPU generator; a kind with fixed positions ignores the generator."""

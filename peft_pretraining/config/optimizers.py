@@ -41,8 +41,8 @@ class Optimizer:
     adam: bool = False
     # Bytes of a parameter's step count if it is a tensor; with stochastic rounding it is a Python number.
     step_count_bytes: int = 0
-    # Moments are quantised: --embedding_states chooses those of embedding and head.
-    low_bit: bool = False
+    # Bits of a quantised moment, None if moments are not quantised.
+    moment_bits: int | None = None
     # Bytes of state that all parameters share, if any of them has quantised moments; of matrices, see matrix_bytes.
     shared_bytes: int = 0
     matrix_shared_bytes: int = 0
@@ -74,6 +74,11 @@ class Optimizer:
     steps_whole: bool = False
     # The optimizer to suggest if memory is too small.
     smaller: str | None = None
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether moments are quantised: --embedding_states chooses those of embedding and head."""
+        return self.moment_bits is not None
 
     @property
     def has_adam(self) -> bool:
@@ -159,8 +164,8 @@ _CODE_BOOK_BYTES = 4 * BNB_CODEBOOK_ENTRIES
 
 
 # The temporaries of Adam's steps, bytes per element; on a GPU bitsandbytes' kernels need none.
-_ADAM8BIT: dict[str, Any] = {"low_bit": True, "shared_bytes": 2 * _CODE_BOOK_BYTES, "scratch_per_element": 24}
-_ADAMW4BIT: dict[str, Any] = {"low_bit": True, "compiled": True, "scratch_per_element": 64, "scratch_per_element_cuda": 64}
+_ADAM8BIT: dict[str, Any] = {"moment_bits": 8, "shared_bytes": 2 * _CODE_BOOK_BYTES, "scratch_per_element": 24}
+_ADAMW4BIT: dict[str, Any] = {"moment_bits": 4, "compiled": True, "scratch_per_element": 64, "scratch_per_element_cuda": 64}
 
 
 def _orthogonal(

@@ -1,7 +1,7 @@
 """What flags of other programs are here: of ReLoRA's, GaLore's and SLTrain's published programs and of Hugging Face's Trainer.
 
-A flag that only has another name here is a synonym of its row (`flag.Row`); this table has those that differ in more, and is read
-first. It is imported only for a flag that does not exist.
+A flag that only has another name here is a synonym of its row (`flag.Row`); this table has those that differ in more, and is
+read first. It is imported only for a flag that does not exist.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ _RELORA = {
     "force_keep_original": "leave it out, as --peft_model relora always keeps the dense weights",
     "train_ln": "leave it out, as norms are always trained",
     "adam_beta1": "leave it out, as the Adam family keeps 0.9 (--beta1 is the momentum of sgd and adafactor)",
-    "quantize": "not here: weights are bfloat16 or float32; --optimizer adam8bit has 8-bit moments",
-    "use_double_quant": "not here: weights are bfloat16 or float32; --optimizer adam8bit has 8-bit moments",
+    "quantize": "here --weight_dtype int8 for weights; --optimizer adam8bit or adamw4bit for moments",
+    "use_double_quant": "not here: scales of --weight_dtype int8 are not quantised; leave it out",
     "distributed_type": "here --parallel ddp | fsdp",
     "svd_optimizer_on_relora": "not here: --optimizer_magnitude_pruning or --optimizer_random_pruning prune moments at merges",
     "keep_first_opt_rows": "not here: --optimizer_magnitude_pruning or --optimizer_random_pruning prune moments at merges",
     "skip_batches": "not here; a non-finite update is skipped by itself (--on_nonfinite)",
-    "profile": "not here",
     "comment": "here --tags or --name",
     "wandb_watch": "not here; metrics.jsonl has norms and memory of every update",
     "wandb_project": "here the environment variable WANDB_PROJECT",
@@ -50,7 +49,7 @@ _TRAINER = {
     "do_train": "leave it out, as a run trains, and evaluates with --eval_every",
     "do_eval": "leave it out, as a run evaluates with --eval_every and at its end",
     "overwrite_output_dir": "leave it out, as a run resumes; --resume never starts anew in a numbered folder",
-    "num_train_epochs": "here --num_training_steps (updates) or --max_train_tokens; --dry_run prints how many epochs that is",
+    "num_train_epochs": "here --num_training_steps (updates) or --max_train_tokens",
     "num_epochs": "here --num_training_steps (updates) or --max_train_tokens",
     "epochs": "here --num_training_steps (updates) or --max_train_tokens",
     "warmup_ratio": "here a number of updates, not a share of the run (did you mean --warmup_steps?)",
@@ -68,7 +67,7 @@ _TRAINER = {
     "fsdp": "here --parallel fsdp",
     "ddp": "leave it out, as it is the default (--parallel ddp)",
     "load_best_model_at_end": "not here; --keep_checkpoints N keeps the newest checkpoints",
-    "push_to_hub": "not here; `python -m peft_pretraining export` writes a folder that can be uploaded",
+    "push_to_hub": "here a step after training: python -m peft_pretraining export --push OWNER/MODEL",
     "streaming": "leave it out, as c4 and hub:NAME are always streamed",
     "dataset_config_name": "here a part of the name: --dataset hub:OWNER/NAME/FOLDER",
     "preprocessing_num_workers": "here --workers",

@@ -138,7 +138,7 @@ def refused_values(args: Arguments) -> dict[str, str]:
 
 
 def missing_inputs(args: Arguments) -> dict[str, str]:
-    """Problems of local data sets and tokenizers that do not exist, by flag; names, addresses and patterns are left to opening."""
+    """Local data sets and tokenizers that do not exist, by flag; names, addresses and patterns are left to opening."""
     problems = {}
     for name, row in ROWS.items():
         value = getattr(args, name)
@@ -184,8 +184,8 @@ def _optimizer_problems(args: Arguments) -> list[str]:
         return [f"{what}: it steps pairs of factors, and there are none; use --optimizer muon, or a method with factors"]
     if optimizer.steps_pairs and args.train_scaling:
         return [f"{what} and --train_scaling: its step needs the fixed scale alpha / rank; drop --train_scaling"]
-    if args.embedding_states == "4bit" and optimizer.low_bit and not args.optimizer.endswith("4bit"):
-        known = _listed([name for name in OPTIMIZERS if name.endswith("4bit")])
+    if args.embedding_states == "4bit" and optimizer.moment_bits not in (None, 4):
+        known = _listed([name for name, one in OPTIMIZERS.items() if one.moment_bits == 4])
         return [f"--embedding_states 4bit with --optimizer {args.optimizer}: works with {known}; use 8bit or 32bit"]
     if args.condition_gradients and optimizer.matrix_bytes is None and not optimizer.conditions:
         known = _listed([name for name, one in OPTIMIZERS.items() if one.matrix_bytes is not None])

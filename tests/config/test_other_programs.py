@@ -52,9 +52,9 @@ def test_every_flag_of_another_program_is_known_and_not_guessed(flags):
 
 def test_what_is_explained_does_not_exist_and_is_explained_by_flags_that_do():
     assert not MEANINGS.keys() & ROWS.keys()
-    of_torchrun = {"nproc_per_node"}
+    of_other_commands = {"nproc_per_node", "push"}  # torchrun and export
     for name, meaning in MEANINGS.items():
-        assert set(re.findall(r"--(\w+)", meaning)) <= ROWS.keys() | of_torchrun, name
+        assert set(re.findall(r"--(\w+)", meaning)) <= ROWS.keys() | of_other_commands, name
 
 
 @pytest.mark.parametrize(
@@ -111,3 +111,10 @@ def test_pruning_that_relora_turns_off_by_zero_is_off():
     args = parse_args([*flags, "--optimizer_random_pruning", "0.0", "--optimizer_magnitude_pruning", "0"])
     assert args.optimizer_random_pruning is None
     assert args.optimizer_magnitude_pruning is None
+
+
+def test_a_hint_for_a_synonym_names_the_flag_that_it_stands_for():
+    """A name may be in the table although it is a synonym, because its value differs; both must lead to the same flag."""
+    for name, row in ROWS.items():
+        for synonym in MEANINGS.keys() & set(row.synonyms):
+            assert f"--{name}" in MEANINGS[synonym], synonym
