@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("sparse_lora", "peft_pretraining", "configs", "scripts", "tests", "docs", "benchmarks", ".ci")
 
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"python - <<'(\w+)'\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 HEREDOC = re.compile(r"<<'(\w+)'\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
@@ -35,7 +35,22 @@ SOURCE_FILE = re.compile(r"(?<![\w./*<-])\w[\w./-]*\.(?:py|sh)(?![\w*])")
 PLACEHOLDER = re.compile(r"[<>{}$…]|\.\.\.")
 
 # Other programs, whose flags are not checked.
-OTHER_PROGRAMS = {"pip", "docker", "kubectl", "mkdir", "rm", "for", "cat", "git", "python3", "hf", "lm_eval", "llama-completion"}
+OTHER_PROGRAMS = {
+    "pip",
+    "docker",
+    "kubectl",
+    "mkdir",
+    "rm",
+    "for",
+    "cat",
+    "cd",
+    "echo",
+    "git",
+    "python3",
+    "hf",
+    "lm_eval",
+    "llama-completion",
+}
 OTHER_FLAGS = {"--model_args", "--tasks", "--include_path", "--output_path", "--outfile", "--temp", "--private"}
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -106,10 +121,15 @@ def command_lines(text: str) -> list[list[str]]:
             continue
         block = HEREDOC.sub("", block)
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            end = next((i for i, word in enumerate(words) if word in ("|", ">", "&&", ";")), len(words))
-            commands.append(words[:end])
-    return commands
+            commands.append([])
+            for word in shlex.split(line.replace(";", " ; "), comments=True):
+                if word in ("|", "&&", ";"):
+                    commands.append([])
+                else:
+                    commands[-1].append(word)
+    # The words of a loop, and what follows a redirection.
+    commands = [words[1:] if words[:1] == ["do"] else words for words in commands if words[:1] != ["done"]]
+    return [words[: words.index(">")] if ">" in words else words for words in commands]
 
 
 @every_document
@@ -165,10 +185,16 @@ def without_variables(words: list[str]) -> list[str]:
 def unknown_flags(words: list[str]) -> list[str]:
     """Returns the arguments that a command's parser does not know. Fails for a command without a check."""
     words = [word for word in without_variables(words) if word != "--help"]
-    if not words or words[0] in OTHER_PROGRAMS or words == ["python", "-"] or words[1].startswith("../llama.cpp/"):
+    if (
+        not words
+        or words[0] in OTHER_PROGRAMS
+        or words == ["python", "-"]
+        or words[1:2] == ["../llama.cpp/convert_hf_to_gguf.py"]
+    ):
         return []
     if "torchrun_main.py" in words:
-        return build_parser().parse_known_args(words[words.index("torchrun_main.py") + 1 :])[1]
+        own = words[words.index("torchrun_main.py") + 1 :]
+        return list(parse_args(own).refused) if own else []
     if words[1:3] == ["-m", "peft_pretraining"]:
         return command_parsers()[words[3]].parse_known_args(words[4:])[1]
     if words[:3] == ["python", "-m", "pytest"] or (words[0] == "python" and words[1].startswith(("benchmarks/", "tests/"))):
@@ -176,7 +202,7 @@ def unknown_flags(words: list[str]) -> list[str]:
     script = next((word for word in words if word.startswith("scripts/")), "")
     own = words[words.index(script) + 1 :] if script else []
     if script.startswith("scripts/llm_pretrain/") or script == "scripts/quickstart.sh":
-        return build_parser().parse_known_args(own)[1]
+        return list(parse_args([*own, "--model_config=m", "--batch_size=1"]).refused)
     if script == "scripts/sweep.sh":
         return command_parsers()["sweep"].parse_known_args(own)[1]
     if script == "scripts/finetune/glue.sh":
@@ -316,3 +342,15 @@ def test_the_patterns_match_what_they_search_for(tmp_path):
     assert "--no_such" not in known_flags()
     (tmp_path / "x.md").write_text("## A look inside: `all`\n")
     assert heading_anchors(tmp_path / "x.md") == {"a-look-inside-all"}
+
+
+def test_the_sweep_of_the_documentation_plans_all_its_runs(tmp_path, monkeypatch):
+    """The two YAML blocks of docs/report.md are one sweep's file."""
+    from peft_pretraining.commands.sweep.settings import load_sweep
+
+    monkeypatch.chdir(ROOT)
+    blocks = [block for language, block in FENCE.findall((ROOT / "docs/report.md").read_text()) if language == "yaml"]
+    assert len(blocks) == 2
+    (tmp_path / "sweep.yaml").write_text("".join(blocks))
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    assert (len(sweep.runs) > 3, sweep.num_rounds) == (True, 2)

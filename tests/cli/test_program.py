@@ -801,7 +801,7 @@ def test_an_empty_held_out_split_is_refused_before_training(tmp_path, flags, cap
 
 def test_a_tokenizer_that_does_not_exist_is_refused_by_a_dry_run(flags, capsys):
     assert torchrun_main.main([*flags, "--tokenizer", "./missing.model", "--dry_run"]) == 2
-    assert "tokenizer './missing.model' not found: no such file or folder" in capsys.readouterr().err
+    assert "--tokenizer ./missing.model: there is no file or folder ./missing.model" in capsys.readouterr().err
 
 
 def test_a_dry_run_does_not_build_the_demo_data(tmp_path, flags, capsys, monkeypatch):
