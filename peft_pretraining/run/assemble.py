@@ -98,7 +98,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     if world.is_main and (change := changed_reading(args, data.source)) is not None:
         print(f"notice: {change}", file=sys.stderr)
     if folder.checkpoint is not None:
-        check_same_data(folder.checkpoint, args, data.source)
+        check_same_data(folder.checkpoint, args, data.source, data.held_out)
         restore_data(folder.checkpoint, data.loader)
     if world.is_main:
         # Printed now, because a checkpoint decides the order of its run's data.
@@ -121,7 +121,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
         world.say(_going_on(folder, parts.state, plan))
-    document = run_document(args, plan, world, folder, data.source, data.loader.data_order)
+    document = run_document(args, plan, world, folder, data)
     saver = Saver(
         folder.path,
         lambda: run_content(folder.path, parts, world, document),

@@ -48,9 +48,10 @@ def default_workers(device: torch.device, world: World) -> int:
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a run: source, tokenizer, training loader and evaluation set."""
+    """The data of a run: training and held-out source, tokenizer, training loader and evaluation set."""
 
     source: Source | Mixture
+    held_out: Source | Mixture
     tokenizer: Tokenizer
     loader: TrainLoader
     eval_set: EvalSet
@@ -105,7 +106,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device, 
         pin_memory=device.type == "cuda",
         on_bad_record=on_bad_record,
     )
-    return Data(source, tokenizer, loader, eval_set)
+    return Data(source, held_out, tokenizer, loader, eval_set)
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from peft_pretraining.record.summary import METRICS_FILE, keep_record, old_recor
 from peft_pretraining.run.folder_lock import LOCK_FILE, lock_folder
 from peft_pretraining.run.resume import belongs_to, finished_state, train_state
 from peft_pretraining.training.stop import MARKER_FILE
+
+if TYPE_CHECKING:
+    from peft_pretraining.run.build import Data
 
 _PACKAGES = (
     "torch",
@@ -216,6 +219,8 @@ def _read_record(path: Path) -> dict[str, Any]:
             raise TypeError("the plan has no model")
         package_versions, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
         fingerprint = str(record["dataset"]["fingerprint"])
+        # Earlier versions did not record the held-out data.
+        held_out = record["dataset"].get("held_out_fingerprint")
         sources = list(record["dataset"].get("sources", ()))
         wandb_id = str(record["wandb_id"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -227,6 +232,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         "world": world,
         "machine": machine,
         "fingerprint": fingerprint,
+        "held_out": held_out,
         "sources": sources,
         "wandb_id": wandb_id,
         "warm_up": record.get("warm_up"),
@@ -269,14 +275,14 @@ def _evaluate_command(path: Path, args: Arguments) -> str:
     return f"`python -m peft_pretraining evaluate --checkpoint {path} --dataset {args.eval_dataset or args.dataset}{tokens}`"
 
 
-def check_same_data(path: Path, args: Arguments, source: Source | Mixture) -> None:
+def check_same_data(path: Path, args: Arguments, source: Source | Mixture, held_out: Source | Mixture) -> None:
     """Refuses to resume with data that differs from the checkpoint's; the same files at another path are accepted.
 
     Raises ConfigError.
     """
     before = _read_record(path)
     # --text_field is part of the fingerprint and is compared as an argument already.
-    source = replace(source, text_field=before["arguments"]["text_field"])
+    source, held_out = (replace(data, text_field=before["arguments"]["text_field"]) for data in (source, held_out))
     fingerprint = source.fingerprint
     if fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
         if (problem := _changed_weights(path, args, source, before["sources"])) is not None:
@@ -287,6 +293,15 @@ def check_same_data(path: Path, args: Arguments, source: Source | Mixture) -> No
                 f"{before['arguments']['dataset']} that {path} was made with: fingerprint {fingerprint} instead of "
                 f"{before['fingerprint']}; restore the files, or continue with the new ones from the same position: "
                 "--allow_changes dataset"
+            ]
+        )
+    names = {"eval_dataset"} if args.eval_dataset is not None else {"eval_dataset", "dataset"}
+    if before["held_out"] not in (None, held_out.fingerprint) and not names & allowed_changes(args):
+        raise ConfigError(
+            [
+                f"--eval_dataset {args.eval_dataset or args.dataset}: its held-out files (names, sizes, first and last bytes) "
+                f"differ from those that {path} was made with; restore them, or evaluate on the new ones from here on, "
+                "under the same key: --allow_changes eval_dataset"
             ]
         )
 
@@ -360,10 +375,9 @@ def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan)
         )
 
 
-def run_document(
-    args: Arguments, plan: Plan, world: World, folder: RunFolder, source: Source | Mixture, order: str
-) -> dict[str, Any]:
-    """Returns the contents of run.json: everything needed to reproduce the run, and no secrets. order: of the training data."""
+def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, data: Data) -> dict[str, Any]:
+    """Returns the contents of run.json: everything needed to reproduce the run, and no secrets."""
+    source = data.source
     return {
         "arguments": as_dict(args),
         "plan": plan_document(plan),
@@ -373,7 +387,8 @@ def run_document(
         "dataset": {
             "description": source.describe().replace("\n", "; "),
             "fingerprint": source.fingerprint,
-            "order": order,
+            "held_out_fingerprint": data.held_out.fingerprint,
+            "order": data.loader.data_order,
             "reading_rules": source.rules,
             **({"sources": source.document()} if isinstance(source, Mixture) else {}),
         },

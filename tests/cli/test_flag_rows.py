@@ -167,7 +167,9 @@ class Case:
         plan = make_plan(args, world)
         folder = open_run_folder(args, plan, World())
         if folder.checkpoint is not None and finished_state(folder.path, folder.checkpoint, args, plan) is None:
-            check_same_data(folder.checkpoint, args, open_source(args.dataset, "train", text_field=args.text_field))
+            held_out = open_source(args.eval_dataset or args.dataset, "validation", text_field=args.text_field)
+            source = open_source(args.dataset, "train", text_field=args.text_field)
+            check_same_data(folder.checkpoint, args, source, held_out)
             if name in DATA_FLAGS:
                 data = build_data(args, plan, world, torch.device("cpu"))
                 restore_data(folder.checkpoint, data.loader)

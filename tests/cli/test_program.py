@@ -566,6 +566,27 @@ def test_the_data_is_compared_by_content_not_by_path(tmp_path, flags, capsys):
     assert torchrun_main.main([*go_on, "--save_dir", str(tmp_path / "three"), "--allow_changes", "dataset"]) == 0
 
 
+def test_changed_held_out_files_are_refused(tmp_path, flags, capsys):
+    """Figures of two evaluation sets would stand under one key. A record of an earlier version, without a mark, goes on."""
+    corpus = tmp_path / "corpus"
+    shutil.copytree(Path(flags[flags.index("--dataset") + 1]), corpus)
+    flags = [*flags, "--dataset", str(corpus)]
+    train(tmp_path / "run", *flags)
+    middle = list_checkpoints(tmp_path / "run")[0]
+    with (corpus / "words-validation.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    go_on = [*flags, "--save_dir", str(tmp_path / "other"), "--continue_from", str(middle)]
+    assert torchrun_main.main(go_on) == 2
+    message = capsys.readouterr().err
+    assert f"--eval_dataset {corpus}: its held-out files" in message
+    assert torchrun_main.main([*go_on, "--allow_changes", "eval_dataset"]) == 0
+    record = json.loads((middle / "run.json").read_text())
+    del record["dataset"]["held_out_fingerprint"]
+    (middle / "run.json").write_text(json.dumps(record))
+    reseal(middle)
+    assert torchrun_main.main([*go_on, "--save_dir", str(tmp_path / "early")]) == 0
+
+
 def test_a_finished_run_is_not_reported_for_other_data(tmp_path, flags, capsys):
     train(tmp_path / "run", *flags)
     (tmp_path / "other").mkdir()

@@ -39,6 +39,7 @@ class Case:
     plan: Plan
     parts: RunParts
     source: object
+    held_out: object
     checkpoint: Path
     original: Path
 
@@ -52,7 +53,7 @@ class Case:
         """Reads everything that a resumed run reads from the checkpoint."""
         folder = open_run_folder(self.args, self.plan, World())
         finished_state(folder.path, folder.checkpoint, self.args, self.plan)
-        check_same_data(folder.checkpoint, self.args, self.source)
+        check_same_data(folder.checkpoint, self.args, self.source, self.held_out)
         restore_data(folder.checkpoint, self.parts.loader)
         restore_run(folder.checkpoint, self.parts, World())
 
@@ -73,7 +74,7 @@ def case(tmp_path_factory, tiny_run) -> Case:
     parts = RunParts(model, build_updates(args, model, World(), CPU), data.loader, TrainState())
     (path,) = list_checkpoints(folder / "run")
     shutil.copytree(path, folder / "original")
-    return Case(args, plan, parts, data.source, path, folder / "original")
+    return Case(args, plan, parts, data.source, data.held_out, path, folder / "original")
 
 
 def places(value, path=()):
