@@ -174,7 +174,14 @@ class MethodArguments:
     sp_ratio: float = flag(
         0.01,
         "sparsity delta: share of each weight's entries that the sparse part trains, in (0, 1)",
-        never(warm_start=True, unit="share", methods=("sltrain",), synonyms="sparsity delta density sparse_ratio"),
+        never(
+            warm_start=True,
+            minimum=0,
+            maximum=1,
+            unit="share",
+            methods=("sltrain",),
+            synonyms="sparsity delta density sparse_ratio",
+        ),
     )
     lora_alpha: float = flag(
         32.0,
@@ -296,12 +303,12 @@ class MethodArguments:
     optimizer_random_pruning: float | None = flag(
         None,
         "relora: share of the factors' moments, chosen at random, that a merge zeroes instead",
-        if_allowed(warm_start=True, unit="share", methods=("relora",)),
+        if_allowed(warm_start=True, above=0, maximum=1, unit="share", methods=("relora",)),
     )
     optimizer_magnitude_pruning: float | None = flag(
         None,
         "relora: share of the factors' moments, the smallest ones, that a merge zeroes instead",
-        if_allowed(warm_start=True, unit="share", methods=("relora",)),
+        if_allowed(warm_start=True, above=0, maximum=1, unit="share", methods=("relora",)),
     )
 
 

@@ -64,8 +64,9 @@ class Row:
             return "must be a finite number"
         too_low = (self.minimum is not None and value < self.minimum) or (self.above is not None and value <= self.above)
         too_high = (self.maximum is not None and value > self.maximum) or (self.below is not None and value >= self.below)
-        if self.minimum is not None and self.maximum is not None and (too_low or too_high):
-            return f"must lie between {self.minimum} and {self.maximum}"
+        if self.maximum is not None and (too_low or too_high):
+            between = f"lie between {self.minimum}" if self.above is None else f"be {self._lower_limit()}"
+            return f"must {between} and {'at most ' if self.above is not None else ''}{self.maximum}"
         if too_low:
             return "must not be negative" if self.minimum == 0 else f"must be {self._lower_limit()}"
         if too_high:

@@ -108,8 +108,6 @@ def _pruning_problems(args: Arguments) -> list[str]:
     prunings = {name: getattr(args, name) for name in _MOMENT_FLAGS[1:] if getattr(args, name) is not None}
     problems = []
     for name, share in prunings.items():
-        if not 0 < share <= 1:
-            problems.append(f"--{name} {share}: must be a share above 0 and at most 1, e.g. 0.9")
         if not OPTIMIZERS[args.optimizer].prunable:
             problems.append(
                 f"--{name} {share} with --optimizer {args.optimizer}: its state is no plain number per element that could be "
