@@ -167,7 +167,7 @@ class Saver:
     def _what_is_left(self) -> str:
         checkpoints = checkpoint.list_checkpoints(self._run_folder)
         newest = f"the newest checkpoint is {checkpoints[-1].name}" if checkpoints else "there is no checkpoint"
-        return f"{newest}; make {self._run_folder} writable and run the same command again to resume"
+        return f"{newest}; free disk space or restore write permission in {self._run_folder}, then run the same command to resume"
 
 
 class _Background(threading.Thread):

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=float, help="measured tokens per second of one device; needs --bandwidth, predicts scaling"
     )
-    parser.add_argument("--fit", metavar="MEMORY", help="list the flags that fit in this much memory, such as 8GB, fastest first")
+    parser.add_argument("--fit", metavar="MEMORY", help="list flags that fit in this much memory, such as 8GB, least work first")
     add_flags(parser)
 
 

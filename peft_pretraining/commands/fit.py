@@ -1,4 +1,4 @@
-"""`estimate --fit 8GB`: the flags with which a model can be trained in a given amount of memory, fastest first."""
+"""`estimate --fit 8GB`: the flags with which a model can be trained in a given amount of memory, least work first."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Fit:
 def fits(advisor: Advisor, limit: int) -> list[Fit]:
     """Returns choices of the flags that the user left open with a peak of at most `limit` bytes, the least work first.
 
-    Among choices that alter the same flags only the one with the least work is returned; of the rest none that takes more work
-    than another one whose altered flags are among its own.
+    For equal altered flags and values, only the choice with the least work is returned. A choice is left out if an earlier one in
+    the order alters only flags that this choice alters too.
     """
     best: dict[tuple[tuple[str, Any], ...], Fit] = {}
     for altering, free in itertools.product(_altering(advisor.args), _free(advisor.args)):

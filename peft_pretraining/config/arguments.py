@@ -202,7 +202,7 @@ class MethodArguments:
     )
     linear_path: str = flag(
         "auto",
-        "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (whichever is faster)",
+        "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (the lower estimated cost)",
         freely(choices=LINEAR_PATHS, methods=_REPARAMETERIZED),
     )
     linear_cache: str = flag(
@@ -580,8 +580,8 @@ class OptimizationArguments:
     )
     stochastic_rounding: bool = flag(
         False,
-        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost; with --weight_dtype "
-        "int8 new int8 values too, where it is on unless it is false",
+        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost; also new int8 "
+        "values with --weight_dtype int8, where the default is true",
         never(
             warm_start=True,
             no_effect=lambda args: (

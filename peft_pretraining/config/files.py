@@ -65,7 +65,7 @@ def encoding_problem(head: bytes) -> str | None:
 
 
 def lfs_problem(head: bytes) -> str | None:
-    """What to say of a file that begins with these bytes if it is a git-lfs pointer, with the way out; None if it is not."""
+    """Returns the problem and the way out if a file that begins with these bytes is a git-lfs pointer; else None."""
     if not head.startswith(_LFS_POINTER):
         return None
     size = re.search(rb"^size (\d+)", head, re.MULTILINE)

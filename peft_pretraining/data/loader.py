@@ -425,7 +425,7 @@ class TrainLoader:
             self._skipped, self._tokens = [Counter() for _ in self._sources], [0] * len(self._sources)
 
     def _order_of(self, source: Source, kept: Mapping[str, Any] | None, order: DataOrder) -> DataOrder:
-        """The order with which a source goes on: that of its state. Raises ValueError: --data_order asks for another."""
+        """Returns the order in which a source continues: its state's. Raises ValueError if --data_order asks for another."""
         if kept is None:
             return order
         recorded: DataOrder = "global" if kept["order_version"] == ORDER_VERSIONS["global"] else "lanes"

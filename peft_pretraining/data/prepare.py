@@ -463,7 +463,7 @@ class _Writer:
             self.commit()
 
     def commit(self) -> None:
-        """Bring what was added to the disk, and then the word that it is there."""
+        """Writes what was added to the disk, and then the progress file that counts it."""
         contents = b"".join(part.tobytes() for part in self._ids), np.array(self._index, dtype=INDEX).tobytes()
         for file, content, checksum in zip(self._files, contents, self._checksums, strict=True):
             file.write(content)
@@ -495,7 +495,7 @@ def _partial(out: Path, name: str) -> Path:
 
 
 def _reopened(path: Path, size: int, checksum: Any) -> IO[bytes]:
-    """The file, made where it is not there, cut to `size` bytes, which go into the checksum; positioned at its end."""
+    """Opens the file, created if missing, cut to `size` bytes, which are added to the checksum; positioned at its end."""
     path.touch()
     file = path.open("r+b")
     file.truncate(size)

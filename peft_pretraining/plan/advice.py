@@ -248,7 +248,7 @@ def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[s
         reason = f", and {kept} although --per_layer frees them afterwards" if args.per_layer and accumulates else ""
         return [f"{needed} per process{reason}; it would fit with {found.text}", *alone]
     reason = kept if accumulates else "smaller micro-batches keep their gradients until the last of an update"
-    another_batch = f"the batch is the reason: {reason}; with one micro-batch per update, which is another training,"
+    another_batch = f"the batch is the reason: {reason}; with one micro-batch per update, which changes the training,"
     changes = {
         another_batch: advisor.fitting(limit, one_micro_batch=True),
         "with another method": advisor.fitting(limit, other_method=True),
@@ -258,7 +258,9 @@ def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[s
             "with another method and one micro-batch per update": advisor.fitting(limit, other_method=True, one_micro_batch=True)
         }
     ways = [f"{change} it would fit with {found.text}" for change, found in changes.items() if found is not None]
-    missing = "no flags make it fit as it is" if ways else "no flag makes it fit: take a smaller model, or more processes' memory"
+    missing = (
+        "no flags make it fit as it is" if ways else "no flag makes it fit: take a smaller model or a device with more memory"
+    )
     return [f"{needed} per process; {missing}", *ways, *alone]
 
 

@@ -135,7 +135,7 @@ def combination_problems(args: Arguments) -> list[str]:
     """Problems of values that are valid singly but not together."""
     problems: list[str] = []
     if not args.dataset.strip():
-        problems.append("--dataset is empty, as a variable of the shell that is not set; name a data set")
+        problems.append("--dataset is empty, perhaps from a shell variable that is not set; name a data set, e.g. c4 or a folder")
     if args.single_gpu and "parallel" in args.given:
         problems.append(f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two")
     if args.per_layer and args.grad_clipping:
@@ -150,7 +150,8 @@ def combination_problems(args: Arguments) -> list[str]:
         problems += _stored_weights_problems(args)
     elif args.stochastic_rounding and not OPTIMIZERS[args.optimizer].has_adam:
         rounding = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.has_adam])
-        problems.append(f"--stochastic_rounding with --optimizer {args.optimizer}: works with {rounding}")
+        what = f"--stochastic_rounding with --optimizer {args.optimizer}"
+        problems.append(f"{what}: its step rounds to nearest; use one of {rounding}, or leave --stochastic_rounding out")
     return problems + _allow_changes_problems(args)
 
 
@@ -259,8 +260,8 @@ def _process_problems(args: Arguments, world: World, data_lanes: int) -> list[st
         problems.append(f"--single_gpu: torchrun started {world.size} processes; use --nproc_per_node 1")
     if args.compute_dtype is not None and world.size == 1:
         problems.append(
-            f"--compute_dtype {args.compute_dtype}: parameters are cast as several processes gather them, and this is one; use "
-            "--dtype bfloat16, or start more (torchrun --nproc_per_node N)"
+            f"--compute_dtype {args.compute_dtype}: parameters are cast when several processes gather them, and this run has "
+            "one; use --dtype bfloat16, or start more (torchrun --nproc_per_node N)"
         )
     if data_lanes % world.size:
         fitting = data_lanes + world.size - data_lanes % world.size
@@ -373,7 +374,10 @@ def _warnings(args: Arguments, world: World, model: ModelConfig, accumulation: i
         and args.workers is not None
         and args.workers * world.size > 24
     ):
-        lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
+        lines.append(
+            f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes; "
+            "lower --workers, or raise --data_lanes"
+        )
     return lines
 
 

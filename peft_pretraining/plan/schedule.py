@@ -172,7 +172,8 @@ def validate(
         return found
     if cycle_length is not None and (cycle_length < 1 or num_training_steps % cycle_length):
         found.append(
-            f"--cycle_length {cycle_length}: must divide --num_training_steps {num_training_steps} (the last cycle is whole)"
+            f"--cycle_length {cycle_length}: must divide --num_training_steps {num_training_steps}, as cycles are complete; "
+            "change one of the two"
         )
     if scheduler == "cosine" and cycle_length is not None and cycle_length < warmup_steps:
         found.append(f"--cycle_length {cycle_length}: must be at least --warmup_steps {warmup_steps} (each cycle warms up)")

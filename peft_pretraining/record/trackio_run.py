@@ -101,7 +101,7 @@ class TrackioRun:
         self._run.log(values, step=self._last_step)
 
     def send_missing(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Makes trackio's rows of the run those of the record: removes all others, sends what is missing, returns how many."""
+        """Makes trackio's rows of the run equal to the record's: removes others, sends missing ones, returns their number."""
         wanted = {_key(row) for row in rows}
         known, others = set(), []
         with self._connected() as database:
