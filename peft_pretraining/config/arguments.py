@@ -83,7 +83,11 @@ def _without_momentum(args: Any) -> str | None:
 
 
 def _without_other_conditioning(args: Any) -> str | None:
-    return f"with --optimizer {args.optimizer}: it conditions all gradients" if OPTIMIZERS[args.optimizer].conditions else None
+    return (
+        f"with --optimizer {args.optimizer}: it conditions all gradients"
+        if OPTIMIZERS[args.optimizer].conditions_all_gradients
+        else None
+    )
 
 
 def _without_uniform_support_on_a_gpu(args: Any) -> str | None:

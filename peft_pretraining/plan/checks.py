@@ -51,11 +51,11 @@ def check_packages() -> None:
     for name, oldest in _OLDEST.items():
         # Builds without metadata are used as they are.
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found = metadata.version(name)
-            numbers = re.match(r"(\d+)\.(\d+)", found)
+            installed = metadata.version(name)
+            numbers = re.match(r"(\d+)\.(\d+)", installed)
             if numbers and tuple(map(int, numbers.groups())) < tuple(map(int, oldest.split("."))):
                 way_out = f"python -m pip install --upgrade '{name}>={oldest}'"
-                problems.append(f"{name} {found} is too old, this program needs {oldest} or newer: {way_out}")
+                problems.append(f"{name} {installed} is too old, this program needs {oldest} or newer: {way_out}")
     if problems:
         raise ConfigError(problems)
 
@@ -84,7 +84,7 @@ def check(args: Arguments, world: World) -> Checked:
             problems += _model_problems(safe, model)
         except ModelConfigError as error:
             problems.append(str(error))
-    problems = [*refused.values(), *_about_others(problems, refused)]
+    problems = [*refused.values(), *_not_naming(problems, refused)]
     if problems or model is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     return Checked(model, accumulation, total_batch_size, num_training_steps, data_lanes, tuple(model_notices))
@@ -100,7 +100,7 @@ def _with_stand_ins(args: Arguments, refused: Iterable[str]) -> Arguments:
     return dataclasses.replace(args, **stand_ins)
 
 
-def _about_others(problems: Iterable[str], refused: Mapping[str, str]) -> list[str]:
+def _not_naming(problems: Iterable[str], refused: Mapping[str, str]) -> list[str]:
     """The problems whose statement (all before a "; " and the way out) names none of the refused flags."""
     named = re.compile(rf"--({'|'.join(map(re.escape, refused))})\b") if refused else None
     return [problem for problem in problems if named is None or not named.search(problem.split("; ")[0])]
@@ -109,7 +109,7 @@ def _about_others(problems: Iterable[str], refused: Mapping[str, str]) -> list[s
 def value_problems(args: Arguments) -> list[str]:
     """Problems that depend on neither the model nor the number of processes."""
     refused = refused_values(args)
-    return [*refused.values(), *_about_others(combination_problems(_with_stand_ins(args, refused)), refused)]
+    return [*refused.values(), *_not_naming(combination_problems(_with_stand_ins(args, refused)), refused)]
 
 
 def refused_values(args: Arguments) -> dict[str, str]:
@@ -166,9 +166,9 @@ def _optimizer_problems(args: Arguments) -> list[str]:
     if args.embedding_states == "4bit" and optimizer.low_bit and not args.optimizer.endswith("4bit"):
         known = _listed([name for name in OPTIMIZERS if name.endswith("4bit")])
         return [f"--embedding_states 4bit with --optimizer {args.optimizer}: works with {known}; use 8bit or 32bit"]
-    if args.condition_gradients and optimizer.matrix_bytes is None and not optimizer.conditions:
+    if args.condition_gradients and optimizer.matrix_bytes is None and not optimizer.conditions_all_gradients:
         known = _listed([name for name, one in OPTIMIZERS.items() if one.matrix_bytes is not None])
-        all_of_them = _listed([name for name, one in OPTIMIZERS.items() if one.conditions])
+        all_of_them = _listed([name for name, one in OPTIMIZERS.items() if one.conditions_all_gradients])
         return [
             f"--condition_gradients with --optimizer {args.optimizer}: it works with {known}, in front of the Adam beside them; "
             f"use --optimizer {all_of_them}, which conditions all gradients, or leave --condition_gradients out"
