@@ -50,7 +50,7 @@ def state_of(planned: PlannedRun) -> State:
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
     # The warm-up run lies in the sweep's folder, and its settings are part of this run's name.
-    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if planned.after is not None else [])}
+    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if planned.warm_up is not None else [])}
     requested = {
         name: getattr(planned.args, name)
         for name, row in ROWS.items()
