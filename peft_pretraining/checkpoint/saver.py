@@ -114,7 +114,7 @@ class Saver:
         else:
             self._in_flight.run()
             self._settle()
-        # Time in which nothing was trained cannot be lost; counted, a save longer than the interval would follow itself.
+        # The interval starts after the save; otherwise a save that takes longer than it would be due again at once.
         self._last_save = self._clock()
 
     def finish(self) -> None:

@@ -151,7 +151,7 @@ def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, ma
     field = args.text_field or (run.text_field if run is not None else "text")
     # An evaluation data set is used completely; of the training data, only the held-out part is used.
     separate = recorded is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
-    # What the run held out is told by its own rules.
+    # The run's own version of the split rules decides which documents it held out.
     rules = loaded.rules if dataset in (recorded, run.dataset if run is not None else None) else READING_RULES
     source = open_dataset(dataset, "validation", text_field=field, hold_out=not separate, rules=rules)
     return EvalSet(

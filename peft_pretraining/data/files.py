@@ -196,8 +196,8 @@ def _recursive_matches(pattern: Path, listing: Listing) -> list[str]:
     """The files that a pattern with ** matches. The library's glob walks circles of links up to 40 levels deep."""
     fixed = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
     wanted = pattern.parts[fixed:]
-    found = _folder_files(Path(*pattern.parts[:fixed]), listing)
-    return [path for path, name in found if _matches(tuple(name.split("/")), wanted)]
+    paths_and_names = _folder_files(Path(*pattern.parts[:fixed]), listing)
+    return [path for path, name in paths_and_names if _matches(tuple(name.split("/")), wanted)]
 
 
 def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:

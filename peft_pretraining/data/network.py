@@ -230,18 +230,18 @@ def remote_listing(url: str, rules: int) -> Listing:
         file_system, path = file_system_of(url)
         path = str(path).rstrip("/")
         if glob.has_magic(path):
-            found = file_system.glob(path, detail=True)
+            info_by_name = file_system.glob(path, detail=True)
             root = posixpath.dirname(re.split(r"[*?[]", path)[0])
         elif format_of(path, rules) is not None:
-            found, root = {path: file_system.info(path)}, posixpath.dirname(path)
+            info_by_name, root = {path: file_system.info(path)}, posixpath.dirname(path)
         else:
-            found, root = file_system.find(path, detail=True), path
+            info_by_name, root = file_system.find(path, detail=True), path
     except (ImportError, ValueError) as error:
         raise DataError(f"dataset {url!r}: {error}") from error
     except Exception as error:  # every file system has its own exceptions
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"dataset {url!r} cannot be listed ({reason}); check the address and the network") from error
-    files = {name: info for name, info in found.items() if info.get("type") == "file" and not is_hidden(name[len(root) :])}
+    files = {name: info for name, info in info_by_name.items() if info.get("type") == "file" and not is_hidden(name[len(root) :])}
     if not files:
         raise DataError(f"dataset {url!r}: no file at this address")
     names = [(name if "://" in name else f"{protocol}://{name.lstrip('/')}", name) for name in files]

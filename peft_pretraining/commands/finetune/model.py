@@ -117,7 +117,7 @@ def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tu
     logging.set_verbosity_error()  # missing weights are checked below
     logging.disable_progress_bar()
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=task.num_outputs,
             id2label=labels,
@@ -136,7 +136,7 @@ def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tu
             "save_pretrained or `export` wrote, or a model's name on the hub"
         ) from error
     head = [child for child, module in model.named_children() if module is not model.base_model and list(module.parameters())]
-    absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    absent = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     # Language models have no pooler: a new one is drawn, and trains with the classifier.
     head += sorted({key.partition(".pooler.")[0] + ".pooler" for key in absent if ".pooler." in key})
     missing = sorted(key for key in absent if not key.startswith(tuple(f"{module}." for module in head)))
