@@ -194,7 +194,8 @@ def _why_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...]) -> li
             reason = _ATTENTION
         elif isinstance(module, FACTORED):
             reason = _REPLACED
-        elif type(module).__name__ == "Conv1D":  # of transformers, in GPT-2
+        elif type(module).__name__ == "Conv1D":
+            # A class of transformers, used in GPT-2.
             reason = _TRANSPOSED
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and not name.startswith(attention):
             reason = _SUBCLASS

@@ -73,14 +73,16 @@ def run(args: argparse.Namespace) -> int:
     from peft_pretraining.distributed.world import World
     from peft_pretraining.export.load import holds_export
 
-    for path in args.checkpoint:  # check all before the first evaluation, which may take hours
+    # All are checked before the first evaluation, which may take hours.
+    for path in args.checkpoint:
         if holds_export(path) and args.dataset is None:
             raise ValueError(f"--dataset is required for {path}: an export records no data set; name one, such as c4 or a folder")
     device = pick_device(args.device, World())
     evaluated: list[Evaluated] = []
     try:
         for path in args.checkpoint:
-            evaluated.append(evaluate_one(path, device, args))  # printed even if a later model fails
+            # Kept at once, so that it is printed even if a later model fails.
+            evaluated.append(evaluate_one(path, device, args))
     finally:
         if evaluated:
             single = len(args.checkpoint) == 1

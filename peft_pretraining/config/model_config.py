@@ -490,7 +490,8 @@ def rope_warnings(cfg: ModelConfig) -> list[str]:
             frequencies = init(config, None, seq_len=length)[0].tolist()
             if not all(0 < frequency < math.inf for frequency in frequencies):
                 raise ValueError(f"its frequencies would be {frequencies[:4]}, ...")
-    except Exception as error:  # of many types, depending on the kind
+    except Exception as error:
+        # The type of error depends on the kind of rotary embedding.
         text = f"rope_scaling = {_show(dict(cfg.rope_scaling))}: {type(error).__name__}: {error}"
         raise ModelConfigError(f"model config {cfg.path}: transformers cannot use {text}; correct its values") from None
     finally:

@@ -218,7 +218,8 @@ def _locked(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise DataError(f"{out}: another process is preparing data there") from None
         except (ImportError, OSError):
-            pass  # no locks on this system or disk
+            # This system or disk has no locks.
+            pass
         yield
 
 
@@ -415,7 +416,8 @@ class _Writer:
         progress = self._read_progress()
         self.counts = Counter(dict.fromkeys(_COUNTS, 0) | progress["counts"])
         self.bad_records: Counter[str] = Counter(progress["bad_records"])
-        self._end = int(progress["ids"])  # ids written
+        # Number of ids written.
+        self._end = int(progress["ids"])
         sizes = self._end * self._dtype.itemsize, self.counts["records"] * _INDEX_BYTES
         self._checksums = new_checksum(), new_checksum()
         self._files: list[IO[bytes]] = []
@@ -440,7 +442,8 @@ class _Writer:
         for name, size in zip(self._names, sizes, strict=True):
             path = _partial(self._out, name)
             if not path.is_file() or path.stat().st_size < size:
-                return empty  # a partial file was removed or cut: start again
+                # A partial file was removed or cut: the preparation starts again.
+                return empty
         return progress
 
     def add_document(self, ids: Ids, characters: int, split: str, by_rule: bool) -> None:

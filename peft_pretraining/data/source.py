@@ -166,7 +166,8 @@ def original_dataset(dataset: str) -> str:
         return dataset
     try:
         return read_manifest(folder, check_sizes=False).job.dataset
-    except DataError:  # reported when the data is opened
+    except DataError:
+        # The error is reported when the data is opened.
         return dataset
 
 
@@ -176,7 +177,8 @@ def prepared_folder(dataset: str) -> Path | None:
         return None
     try:
         folder = _local_path(dataset)
-    except DataError:  # reported when the data is opened
+    except DataError:
+        # The error is reported when the data is opened.
         return None
     return folder if is_prepared(folder) else None
 

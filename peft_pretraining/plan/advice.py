@@ -209,7 +209,8 @@ def _text(args: Arguments, changes: Mapping[str, Any]) -> str:
     words = []
     for name, value in changes.items():
         if name == "stochastic_rounding" and "weight_dtype" in changes:
-            continue  # it follows
+            # It follows from --weight_dtype.
+            continue
         if name == "optimizer":
             published = _published(args, value) if _selects_method(args) and "peft_model" not in changes else None
             # Per-layer updates that the optimizer's name asked for stay.

@@ -31,7 +31,8 @@ def start_trackio(settings: Mapping[str, Any]) -> TrackioRun | None:
         return TrackioRun(settings)
     except ModuleNotFoundError as error:
         problem = f"it is not installed: {INSTALL}" if error.name == "trackio" else one_line(error)
-    except Exception as error:  # a database that cannot be written, another version's functions
+    except Exception as error:
+        # A database that cannot be written, or another version's functions.
         problem = one_line(error)
     print(f"warning: trackio is off ({problem}); all metrics are still written to metrics.jsonl", file=sys.stderr)
     return None

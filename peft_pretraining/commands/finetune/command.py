@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(describe(tuned, data))
     with new_folder(args.out) as partial:
-        from peft_pretraining.commands.finetune.trainer import fine_tune  # loads Trainer, which takes seconds
+        # Imported here because it loads Trainer, which takes seconds.
+        from peft_pretraining.commands.finetune.trainer import fine_tune
 
         record = fine_tune(tuned, data, args, partial, None if args.json else print)
         (partial / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

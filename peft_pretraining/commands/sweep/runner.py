@@ -129,7 +129,8 @@ class Stopping:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0, env=variables
         ) as process:
             self._processes.add(process)
-            if self.signal_name is not None:  # the signal arrived while the process was starting
+            # The signal may have arrived while the process was starting.
+            if self.signal_name is not None:
                 process.send_signal(getattr(signal, self.signal_name))
             try:
                 return process.wait()

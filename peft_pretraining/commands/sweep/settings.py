@@ -286,7 +286,8 @@ def _runs_of(file: SweepFile, folder: Path, setting: Setting, seed: int, problem
     if setting.warm_up is None:
         yield from [] if planned is None else [planned]
         return
-    name = f"{WARM_UP}/{run_name(setting.warm_up.shown, seed)}"  # one level deeper, so that a report on the folder leaves it out
+    # The warm-up is one level deeper, so that a report on the folder leaves it out.
+    name = f"{WARM_UP}/{run_name(setting.warm_up.shown, seed)}"
     warm_up = _planned_run(path, file.folder, setting.warm_up.flags, name, seed, processes, problems)
     if planned is not None and warm_up is not None:
         problems += [
