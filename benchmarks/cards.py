@@ -30,8 +30,8 @@ def first_fit(method: str, size: str, rank: int, sparsity: float, memory_gb: int
     fixed = ["--model_config", f"configs/llama_{size}.json", "--peft_model", method, "--lr", "0.001", "--batch_size", "1"]
     args = parse_args([*fixed, *flags, *(["--relora", "1000"] if method == "relora" else [])])
     plan = make_plan(args, World(), "bfloat16", "cuda")
-    found = fits(Advisor(args, plan, "cuda"), memory_gb * 10**9)
-    return found[0] if found else None
+    choices = fits(Advisor(args, plan, "cuda"), memory_gb * 10**9)
+    return choices[0] if choices else None
 
 
 def main() -> None:

@@ -60,14 +60,14 @@ def reads(source: Source, lengths: list[int], order: DataOrder) -> dict[int, np.
     options = {"max_length": MAX_LENGTH, "packing": True, "lanes": LANES, "seed": 1, "data_order": order}
     batches = iter(TrainLoader(source, NumberTokenizer(), **options))  # type: ignore[arg-type]
     tokens, done = sum(lengths) + len(lengths), 0
-    counts, found = np.zeros(len(lengths)), {}
+    counts, shares = np.zeros(len(lengths)), {}
     for number in (1, 3, 10):
         wanted = -(-number * tokens // MAX_LENGTH)
         for batch in itertools.islice(batches, wanted - done):
             ids = batch.input_ids.numpy().ravel()
             counts += np.bincount(ids[ids > 1] - 2, minlength=len(lengths))
-        done, found[number] = wanted, counts / lengths
-    return found
+        done, shares[number] = wanted, counts / lengths
+    return shares
 
 
 def main() -> None:

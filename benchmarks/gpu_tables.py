@@ -267,10 +267,10 @@ def memory(results: Results) -> list[str]:
     rows = []
     for row in results.rows("memory", "predicted_to_measured"):
         measured = row["measured"]
-        found = [
+        cells = [
             f"{measured[key] / 2**30:.2f}" if key in measured else "-" for key in ("allocated", "reserved", "card", "nvidia_smi")
         ]
-        rows.append((row["name"], f"{row['peak_predicted'] / 2**30:.2f}", *found))
+        rows.append((row["name"], f"{row['peak_predicted'] / 2**30:.2f}", *cells))
     return table(("setting", "GiB predicted", "allocated", "reserved", "in use on the card", "nvidia-smi"), rows)
 
 

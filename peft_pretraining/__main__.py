@@ -57,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_packages()
         vars(args).update({name: expanded_paths(value) for name, value in vars(args).items()})
         code = int(COMMANDS[args.command].run(args))
-        sys.stdout.flush()  # here, where a closed pipe can still be dealt with
+        # Here a closed pipe can still be dealt with.
+        sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+    except BrokenPipeError:
+        # `| head` has read enough. The interpreter flushes standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
         print(f"peft_pretraining {args.command}: error: {error}", file=sys.stderr)

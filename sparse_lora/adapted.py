@@ -71,7 +71,8 @@ class AdaptedLinear(SparseLowRankLinear):
     def weight(self) -> Tensor:
         """The pretrained weight W0, without the adapter."""
         if (weight := self._parameters.get("weight")) is None:
-            raise AttributeError("weight")  # what torch expects of a parameter that is not registered yet
+            # Torch expects this of a parameter that is not registered yet.
+            raise AttributeError("weight")
         return weight
 
     def draw_support(self, seed: int, name: str) -> None:

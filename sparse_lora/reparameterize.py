@@ -19,7 +19,7 @@ DEFAULT_TARGETS = ("attn", "mlp")
 # Targets all linears that may be replaced, for models with other names for attention and MLP.
 ALL_LINEARS = ("*",)
 
-# The layers that stand in a linear's place; AdaptedLinear is one of the first kind.
+# The layers that replace a linear; AdaptedLinear is a subclass of SparseLowRankLinear.
 FACTORED = (SparseLowRankLinear, ReLoRALinear)
 
 # How fine-tuning treats the pretrained weights: "frozen" keeps them unchanged, "trained" trains them too.
@@ -193,7 +193,8 @@ def _why_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...]) -> li
             reason = _ATTENTION
         elif isinstance(module, FACTORED):
             reason = _REPLACED
-        elif type(module).__name__ == "Conv1D":  # of transformers, in GPT-2
+        elif type(module).__name__ == "Conv1D":
+            # A class of transformers, used in GPT-2.
             reason = _TRANSPOSED
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and not name.startswith(attention):
             reason = _SUBCLASS
@@ -201,7 +202,7 @@ def _why_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...]) -> li
             continue
         if any(_matches(target, name) for target in targets) and not any(kept in name for kept in KEPT_DENSE):
             names.setdefault(f"{type(module).__name__} {reason}", []).append(name)
-    return [f"{_listed(found)}: {reason}" for reason, found in names.items()]
+    return [f"{_listed(of_reason)}: {reason}" for reason, of_reason in names.items()]
 
 
 def _warn_of_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...], left: list[str]) -> None:
@@ -211,7 +212,7 @@ def _warn_of_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...], l
     """
     linears = [name for name, module in modules.items() if type(module) is nn.Linear or isinstance(module, FACTORED)]
     unmatched = [target for target in targets if not any(_matches(target, name) for name in linears)]
-    # Attention with another name than the default target's is not named by it.
+    # A default target that matches no linear may miss attention or MLPs with other names, so all dense modules are listed.
     lines = [line for line in _why_dense(modules, ALL_LINEARS if unmatched else targets) if _REPLACED not in line]
     for target in unmatched:
         # Experts, for example, are parameters of their own.

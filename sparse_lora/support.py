@@ -175,7 +175,8 @@ def scratch_matrix(rows: int, columns: int, like: Tensor) -> Tensor:
     if like.device.type != "cpu" or num_bytes < LARGE_BYTES or torch.is_grad_enabled():
         return like.new_empty(rows, columns)
     if _kept.memory is None or _kept.memory.numel() < num_bytes:
-        _kept.memory = None  # frees the smaller block before allocating
+        # Frees the smaller block before allocating.
+        _kept.memory = None
         _kept.memory = torch.empty(num_bytes, dtype=torch.uint8)
     return _kept.memory[:num_bytes].view(like.dtype).view(rows, columns)
 

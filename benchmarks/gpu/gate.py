@@ -79,9 +79,9 @@ def errors(shape: Shape, support: str, path: str, triton: bool, device: torch.de
             for width in (shape.in_features, shape.out_features)
         )
         names = ["y", "x", *(name for name, _ in layer.named_parameters())]
-        found = _results(layer, layer(x.requires_grad_()), x, grad)
+        computed = _results(layer, layer(x.requires_grad_()), x, grad)
     exact = _exact_results(layer, x, grad)
-    row = {name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(names, found, exact, strict=True)}
+    row = {name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(names, computed, exact, strict=True)}
     # NaN is not above a number.
     if not all(error <= LARGEST_ERROR for error in row.values()):
         raise WrongNumbers(f"errors relative to float64 above {LARGEST_ERROR}: {row}")
@@ -118,9 +118,9 @@ def decoded(shape: Shape, device: torch.device) -> dict[str, Any]:
         support = layer.support
         assert support is not None
         expected = support.flat_indices()
-        found = support.to(device).flat_indices().cpu()
-    if not torch.equal(expected, found):
-        raise WrongNumbers(f"{int((expected != found).sum())} of {expected.numel()} positions differ from the CPU's")
+        on_device = support.to(device).flat_indices().cpu()
+    if not torch.equal(expected, on_device):
+        raise WrongNumbers(f"{int((expected != on_device).sum())} of {expected.numel()} positions differ from the CPU's")
     return {"positions": expected.numel(), "equal": True}
 
 

@@ -252,8 +252,8 @@ def card(device: torch.device) -> dict[str, Any]:
         return {}
     properties = torch.cuda.get_device_properties(device)
     names = ("name", "total_memory", "multi_processor_count", "L2_cache_size", "major", "minor")
-    found = {name: getattr(properties, name, None) for name in names}
-    return found | {"cuda": torch.version.cuda, "driver": nvidia_smi("driver_version"), "clocks": nvidia_smi("clocks.max.sm")}
+    values = {name: getattr(properties, name, None) for name in names}
+    return values | {"cuda": torch.version.cuda, "driver": nvidia_smi("driver_version"), "clocks": nvidia_smi("clocks.max.sm")}
 
 
 def context_bytes(device: torch.device) -> dict[str, int]:

@@ -114,7 +114,7 @@ class Saver:
         else:
             self._in_flight.run()
             self._settle()
-        # Time in which nothing was trained cannot be lost; counted, a save longer than the interval would follow itself.
+        # The interval starts after the save; otherwise a save that takes longer than it would be due again at once.
         self._last_save = self._clock()
 
     def finish(self) -> None:
@@ -167,7 +167,7 @@ class Saver:
     def _what_is_left(self) -> str:
         checkpoints = checkpoint.list_checkpoints(self._run_folder)
         newest = f"the newest checkpoint is {checkpoints[-1].name}" if checkpoints else "there is no checkpoint"
-        return f"{newest}; make {self._run_folder} writable and run the same command again to resume"
+        return f"{newest}; free disk space or restore write permission in {self._run_folder}, then run the same command to resume"
 
 
 class _Background(threading.Thread):

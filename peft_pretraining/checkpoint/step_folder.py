@@ -161,7 +161,9 @@ def resolve(path: Path) -> Path:
             f"{path}: all checkpoints are damaged: {'; '.join(damaged)}; restore one of them from a copy, or start a new run in "
             "a new folder with --resume never"
         )
-    raise CheckpointError(f"{path} is not a checkpoint and contains none (folders such as step_XXXXXXXX)")
+    raise CheckpointError(
+        f"{path} is not a checkpoint and contains none; name a step_XXXXXXXX folder, or a run's folder with one"
+    )
 
 
 def save_checkpoint(
@@ -371,7 +373,9 @@ def load_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     problems = list(_misfits(tensor_index(path), tensors))
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems[:5])}{more}")
+        raise CheckpointError(
+            f"{path} does not fit this model: {'; '.join(problems[:5])}{more}; use the --model_config and flags of its run"
+        )
     try:
         tensor_store.read_tensors(path / _TENSORS, tensors)
     except tensor_store.StoreError as error:

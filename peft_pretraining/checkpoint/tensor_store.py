@@ -55,7 +55,8 @@ def write_tensors(
     try:
         with no_single_process_warning():
             dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
-    except CheckpointException as error:  # torch wraps every failure in it and derives it from BaseException
+    except CheckpointException as error:
+        # Torch wraps every failure in it and derives it from BaseException.
         if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
             raise KeyboardInterrupt from None
         raise OSError(_first_failure(error)) from None
@@ -182,7 +183,8 @@ class _SafeReader(dcp.FileSystemReader):
             _check_index(metadata, Path(self.path))
         except StoreError:
             raise
-        except Exception as error:  # a manipulated pickle can raise any exception
+        except Exception as error:
+            # A manipulated pickle can raise any exception.
             raise StoreError(f"{INDEX}: not the index of a checkpoint ({type(error).__name__}: {error})") from None
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata  # type: ignore[no-any-return]
@@ -244,7 +246,8 @@ def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise
     except CheckpointException as error:
         raise StoreError(_first_failure(error)) from None
-    except Exception as error:  # DCP does not wrap errors caused by malformed files
+    except Exception as error:
+        # DCP does not wrap errors caused by malformed files.
         raise StoreError(f"{type(error).__name__}: {error}") from None
 
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=float, help="measured tokens per second of one device; needs --bandwidth, predicts scaling"
     )
-    parser.add_argument("--fit", metavar="MEMORY", help="list the flags that fit in this much memory, such as 8GB, fastest first")
+    parser.add_argument("--fit", metavar="MEMORY", help="list flags that fit in this much memory, such as 8GB, least work first")
     add_flags(parser)
 
 
@@ -82,16 +82,16 @@ def _print_fits(values: Arguments, args: argparse.Namespace) -> int:
         ) from None
     device = device_type(args.device_type, replace(values, memory=limit))
     plan = make_plan(values, World(size=args.world), default_dtype(device), device)
-    found = fits(Advisor(values, plan, device), limit)
+    choices = fits(Advisor(values, plan, device), limit)
     if args.json:
         rows = [
             {"work": fit.work, "peak": fit.proposal.peak, "batch_size": fit.batch_size, "flags": fit.proposal.text}
-            for fit in found
+            for fit in choices
         ]
         print(json.dumps(rows))
     else:
-        print(format_fits(found, values, limit))
-    return 0 if found else 1
+        print(format_fits(choices, values, limit))
+    return 0 if choices else 1
 
 
 def device_type(name: str | None, args: Arguments) -> str:

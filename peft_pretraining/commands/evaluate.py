@@ -73,14 +73,16 @@ def run(args: argparse.Namespace) -> int:
     from peft_pretraining.distributed.world import World
     from peft_pretraining.export.load import holds_export
 
-    for path in args.checkpoint:  # check all before the first evaluation, which may take hours
+    # All are checked before the first evaluation, which may take hours.
+    for path in args.checkpoint:
         if holds_export(path) and args.dataset is None:
             raise ValueError(f"--dataset is required for {path}: an export records no data set; name one, such as c4 or a folder")
     device = pick_device(args.device, World())
     evaluated: list[Evaluated] = []
     try:
         for path in args.checkpoint:
-            evaluated.append(evaluate_one(path, device, args))  # printed even if a later model fails
+            # Kept at once, so that it is printed even if a later model fails.
+            evaluated.append(evaluate_one(path, device, args))
     finally:
         if evaluated:
             single = len(args.checkpoint) == 1
@@ -151,7 +153,7 @@ def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, ma
     field = args.text_field or (run.text_field if run is not None else "text")
     # An evaluation data set is used completely; of the training data, only the held-out part is used.
     separate = recorded is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
-    # What the run held out is told by its own rules.
+    # The run's own version of the split rules decides which documents it held out.
     rules = loaded.rules if dataset in (recorded, run.dataset if run is not None else None) else READING_RULES
     source = open_dataset(dataset, "validation", text_field=field, hold_out=not separate, rules=rules)
     return EvalSet(

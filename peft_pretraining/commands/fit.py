@@ -1,4 +1,4 @@
-"""`estimate --fit 8GB`: the flags with which a model can be trained in a given amount of memory, fastest first."""
+"""`estimate --fit 8GB`: the flags with which a model can be trained in a given amount of memory, least work first."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class Fit:
 def fits(advisor: Advisor, limit: int) -> list[Fit]:
     """Returns choices of the flags that the user left open with a peak of at most `limit` bytes, the least work first.
 
-    Among choices that alter the same flags only the one with the least work is returned; of the rest none that takes more work
-    than another one whose altered flags are among its own.
+    For equal altered flags and values, only the choice with the least work is returned. A choice is left out if an earlier one in
+    the order alters only flags that this choice alters too.
     """
     best: dict[tuple[tuple[str, Any], ...], Fit] = {}
     for altering, free in itertools.product(_altering(advisor.args), _free(advisor.args)):
-        found = _largest_batch(advisor, {**altering, **free}, limit)
-        if found is None:
+        proposal = _largest_batch(advisor, {**altering, **free}, limit)
+        if proposal is None:
             continue
-        work = multiplications_per_token(advisor.setting(found.changes))
+        work = multiplications_per_token(advisor.setting(proposal.changes))
         kind = tuple(altering.items())
         previous = best.get(kind)
         if previous is None or (work, len(free)) < (previous.work, len(previous.proposal.changes)):
-            size = found.changes.get("batch_size", advisor.args.batch_size)
-            best[kind] = Fit(found, work, tuple(altering), size)
+            size = proposal.changes.get("batch_size", advisor.args.batch_size)
+            best[kind] = Fit(proposal, work, tuple(altering), size)
     if not best:
         return []
     # Works within 2 % count as equal. Of equals, accumulation in moments, which costs most in perplexity (docs/memory.md), comes
@@ -99,16 +99,16 @@ def _free(args: Arguments) -> Iterator[dict[str, Any]]:
 
 def _largest_batch(advisor: Advisor, changes: Mapping[str, Any], limit: int) -> Proposal | None:
     """Returns the proposal with the largest micro-batch that fits; None if not even one sequence does, or the checks refuse."""
-    found = None
+    largest = None
     for size in _batch_sizes(advisor):
         batch = {"batch_size": size} if size != advisor.args.batch_size else {}
         proposal = advisor.proposal({**changes, **batch})
         if proposal.peak > limit:
             break
-        if found is None and not advisor.accepted(proposal.changes):
+        if largest is None and not advisor.accepted(proposal.changes):
             return None
-        found = proposal
-    return found
+        largest = proposal
+    return largest
 
 
 def _batch_sizes(advisor: Advisor) -> list[int]:
@@ -148,13 +148,13 @@ def _of_linear(setting: Setting, shape: tuple[int, int], rows: int) -> float:
     return multiplications(path, *sizes)
 
 
-def format_fits(found: Sequence[Fit], args: Arguments, limit: int) -> str:
+def format_fits(choices: Sequence[Fit], args: Arguments, limit: int) -> str:
     """Formats the choices for a terminal."""
-    if not found:
+    if not choices:
         return f"no choice of flags fits in {limit / GIB:.2f} GiB; take a smaller model, a smaller rank, or more memory"
-    least = min(fit.work for fit in found)
+    least = min(fit.work for fit in choices)
     lines = [f"fits in {limit / GIB:.2f} GiB, least work first (work: matrix products per token, computed, not measured):"]
-    for fit in found:
+    for fit in choices:
         altered = [name for name in fit.altered if name != "stochastic_rounding"]
         results = f"other results, by {', '.join(altered)}" if altered else "same results but for rounding"
         lines.append(

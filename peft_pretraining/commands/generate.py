@@ -104,7 +104,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         else:
             prompts = [sys.stdin.read().removeprefix("\ufeff") if str(args.file) == "-" else read_text(args.file)]
         for prompt in prompts:
-            prompt.encode()  # Python reads invalid bytes of arguments and standard input as surrogates
+            # Python reads invalid bytes of arguments and standard input as surrogates.
+            prompt.encode()
     except UnicodeError as error:
         raise ValueError(f"{source}: is not UTF-8 text ({error}); convert it to UTF-8") from None
     except ValueError as error:

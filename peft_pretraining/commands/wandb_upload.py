@@ -56,7 +56,8 @@ def _upload(folder: Path, mode: str | None) -> None:
         tracker = _open(folder, settings, mode)
         count = tracker.send_missing(rows)
         tracker.finish({"status": status(document, rows, read_stop(folder)), **summary(document, rows)})
-    except Exception as error:  # a refused key, a lost network, an old version: wandb raises many types
+    except Exception as error:
+        # A refused key, a lost network, an old version: wandb raises many types.
         hint = "" if mode is None else "; --wandb offline needs no network"
         raise ValueError(f"{folder}: {one_line(error)}{hint}") from None
     others = "" if count == len(rows) else f"; {tracker.name} has the others"

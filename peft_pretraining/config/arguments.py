@@ -83,7 +83,11 @@ def _without_momentum(args: Any) -> str | None:
 
 
 def _without_other_conditioning(args: Any) -> str | None:
-    return f"with --optimizer {args.optimizer}: it conditions all gradients" if OPTIMIZERS[args.optimizer].conditions else None
+    return (
+        f"with --optimizer {args.optimizer}: it conditions all gradients"
+        if OPTIMIZERS[args.optimizer].conditions_all_gradients
+        else None
+    )
 
 
 def _without_uniform_support_on_a_gpu(args: Any) -> str | None:
@@ -209,7 +213,7 @@ class MethodArguments:
     )
     linear_path: str = flag(
         "auto",
-        "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (whichever is faster)",
+        "how a low-rank (plus sparse) linear is computed: materialised (builds W) | factored | auto (the lower estimated cost)",
         freely(choices=LINEAR_PATHS, methods=_REPARAMETERIZED),
     )
     linear_cache: str = flag(
@@ -587,8 +591,8 @@ class OptimizationArguments:
     )
     stochastic_rounding: bool = flag(
         False,
-        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost; with --weight_dtype "
-        "int8 new int8 values too, where it is on unless it is false",
+        "round new bfloat16 parameters up or down at random, unbiased, so that small updates are not lost; also new int8 "
+        "values with --weight_dtype int8, where the default is true",
         never(
             warm_start=True,
             no_effect=lambda args: (

@@ -38,12 +38,14 @@ def split_datasets(text: str) -> list[tuple[str, float | None]]:
     if _exists(text):
         return [(text, None)]
     pieces = _pieces(text)
-    found = [_name_and_weight(piece, alone=len(pieces) == 1) for piece in pieces]
-    if len(found) > 1:
-        _refuse_invalid(found)
-    elif found[0][1] is not None:
-        raise DatasetListError(f"has a weight and no second data set to weigh it against; write {found[0][0]}, or name more")
-    return found
+    names_and_weights = [_name_and_weight(piece, alone=len(pieces) == 1) for piece in pieces]
+    if len(names_and_weights) > 1:
+        _refuse_invalid(names_and_weights)
+    elif names_and_weights[0][1] is not None:
+        raise DatasetListError(
+            f"has a weight and no second data set to weigh it against; write {names_and_weights[0][0]}, or name more"
+        )
+    return names_and_weights
 
 
 def dataset_names(text: str) -> list[str]:
@@ -137,21 +139,21 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _refuse_invalid(found: list[tuple[str, float | None]]) -> None:
+def _refuse_invalid(names_and_weights: list[tuple[str, float | None]]) -> None:
     """Raises DatasetListError: a weight is missing or not above 0, or a data set is named twice."""
-    missing = [name for name, weight in found if weight is None]
-    if missing and len(missing) < len(found):
+    missing = [name for name, weight in names_and_weights if weight is None]
+    if missing and len(missing) < len(names_and_weights):
         raise DatasetListError(
             f"no weight for {', '.join(missing)}, though others have one; give all a weight (NAME:0.2), or none (then sizes "
             'decide), and put a name with a comma into double quotes: "a,b":0.2'
         )
-    for name, weight in found:
+    for name, weight in names_and_weights:
         if weight is not None and not (math.isfinite(weight) and weight > 0):
             raise DatasetListError(
                 f"the weight {weight:g} of {name} must be a finite number above 0; leave {name} out, or raise it"
             )
     seen: dict[str, str] = {}
-    for name, _ in found:
+    for name, _ in names_and_weights:
         place = name.removeprefix("file://").removeprefix("local://")
         remote = "://" in place or name.startswith("hub:") or name in NAMED
         key = name.rstrip("/") if remote else os.path.realpath(expanded(place))

@@ -65,7 +65,7 @@ def encoding_problem(head: bytes) -> str | None:
 
 
 def lfs_problem(head: bytes) -> str | None:
-    """What to say of a file that begins with these bytes if it is a git-lfs pointer, with the way out; None if it is not."""
+    """Returns the problem and the way out if a file that begins with these bytes is a git-lfs pointer; else None."""
     if not head.startswith(_LFS_POINTER):
         return None
     size = re.search(rb"^size (\d+)", head, re.MULTILINE)
@@ -153,9 +153,9 @@ def _from_yaml(text: str) -> Any:
             for key, _ in node.value:
                 lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
             repeated.extend(
-                f"{name} (line{'s' if len(set(found)) > 1 else ''} {' and '.join(map(str, dict.fromkeys(found)))})"
-                for name, found in lines.items()
-                if len(found) > 1
+                f"{name} (line{'s' if len(set(numbers)) > 1 else ''} {' and '.join(map(str, dict.fromkeys(numbers)))})"
+                for name, numbers in lines.items()
+                if len(numbers) > 1
             )
             return node
 

@@ -360,7 +360,7 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], problems: list[str]
     Reads rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5).
     """
     theta = raw.get("rope_theta", DEFAULT_ROPE_THETA)
-    found: dict[str, Mapping[str, Any] | None] = {}
+    scalings: dict[str, Mapping[str, Any] | None] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = raw.get(key)
         if value is None:
@@ -378,10 +378,10 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], problems: list[str]
             problems.append(f"{key}.rope_theta = {_show(inner_theta)} contradicts rope_theta = {_show(raw['rope_theta'])}")
         theta = inner_theta
         kept = {k: v for k, v in value.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
-        found[key] = None if kind == "default" else _with_length(kept | {"rope_type": kind}, key, raw, problems)
-    if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
+        scalings[key] = None if kind == "default" else _with_length(kept | {"rope_type": kind}, key, raw, problems)
+    if len(scalings) == 2 and scalings["rope_scaling"] != scalings["rope_parameters"]:
         problems.append("rope_scaling contradicts rope_parameters; keep one of the two")
-    scaling = next((scaling for scaling in found.values() if scaling is not None), None)
+    scaling = next((scaling for scaling in scalings.values() if scaling is not None), None)
     return (float(theta) if _positive_number(theta) is None else DEFAULT_ROPE_THETA), scaling
 
 
@@ -490,7 +490,8 @@ def rope_warnings(cfg: ModelConfig) -> list[str]:
             frequencies = init(config, None, seq_len=length)[0].tolist()
             if not all(0 < frequency < math.inf for frequency in frequencies):
                 raise ValueError(f"its frequencies would be {frequencies[:4]}, ...")
-    except Exception as error:  # of many types, depending on the kind
+    except Exception as error:
+        # The type of error depends on the kind of rotary embedding.
         text = f"rope_scaling = {_show(dict(cfg.rope_scaling))}: {type(error).__name__}: {error}"
         raise ModelConfigError(f"model config {cfg.path}: transformers cannot use {text}; correct its values") from None
     finally:

@@ -51,7 +51,7 @@ class Optimizer:
     moments_need_beta1: bool = False
     # Each element has its own, unquantised moment, so that ReLoRA can prune moments one by one.
     prunable: bool = False
-    # It is no Adam, but steps some parameters or all by one.
+    # The optimizer is not Adam itself, but Adam steps some or all of its parameters.
     uses_adam: bool = False
     # Why --parallel fsdp is impossible: the step of a part of a tensor is not that part of the whole tensor's step.
     not_shardable: str | None = None
@@ -60,8 +60,8 @@ class Optimizer:
     matrix_bytes: Callable[[Shape, int, float, int | None], int] | None = None
     # The factors of a linear are stepped together.
     steps_pairs: bool = False
-    # It conditions the gradients of all parameters.
-    conditions: bool = False
+    # The optimizer conditions the gradients of all parameters.
+    conditions_all_gradients: bool = False
     # Updates between two resets of all moments, unless --reset_moments_every says otherwise.
     reset_every: int | None = None
     # Why gradients of micro-batches cannot be added to its moments (--accumulate moments).
@@ -173,7 +173,7 @@ def _orthogonal(
     others: Callable[[Shape, int, float, int | None], int] = _adam,
     **more: Any,
 ) -> Optimizer:
-    """Muon or Spectron: AdamW with states of `others` steps what is no matrix of attention and MLP linears."""
+    """Muon or Spectron for the matrices of attention and MLP linears; AdamW, with states of `others`, for all else."""
     reason = "it orthogonalises whole matrices, of which a process has a part"
     count = 4 if others is _adam else 0
     return Optimizer(others, uses_adam=True, step_count_bytes=count, not_shardable=reason, matrix_bytes=matrix_bytes, **more)
@@ -205,7 +205,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         _adam,
         uses_adam=True,
         step_count_bytes=4,
-        conditions=True,
+        conditions_all_gradients=True,
         not_shardable="it needs the norm and the largest entry of whole gradients, of which a process has a part",
         not_accumulating="it scales each gradient by the norm of the whole",
         reset_every=1000,

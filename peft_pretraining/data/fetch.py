@@ -12,7 +12,8 @@ from peft_pretraining.data import DataError
 from peft_pretraining.data.network import network_file_info, open_network_file
 from peft_pretraining.data.source import RetryPolicy, Shard, is_remote, open_source, refuse_if_offline
 
-_BLOCK_BYTES = 2**24  # per request
+# Bytes of one request.
+_BLOCK_BYTES = 2**24
 _STEP_BYTES = 2**20
 _SHA256 = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
 

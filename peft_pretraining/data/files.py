@@ -131,7 +131,8 @@ def _folder_files(root: Path, listing: Listing) -> list[tuple[str, str]]:
     """(path, name) of the files below a folder and below the folders that links in it lead to, each folder once."""
     files: list[tuple[str, str]] = []
     seen: set[str] = set()
-    waiting = [""]  # names of folders: the root, then those that are links
+    # Names of folders: the root, then those that are links.
+    waiting = [""]
     while waiting:
         start = waiting.pop(0)
         for place, folders, names in os.walk(root / start, onerror=_raise):
@@ -196,8 +197,8 @@ def _recursive_matches(pattern: Path, listing: Listing) -> list[str]:
     """The files that a pattern with ** matches. The library's glob walks circles of links up to 40 levels deep."""
     fixed = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
     wanted = pattern.parts[fixed:]
-    found = _folder_files(Path(*pattern.parts[:fixed]), listing)
-    return [path for path, name in found if _matches(tuple(name.split("/")), wanted)]
+    paths_and_names = _folder_files(Path(*pattern.parts[:fixed]), listing)
+    return [path for path, name in paths_and_names if _matches(tuple(name.split("/")), wanted)]
 
 
 def _matches(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
@@ -251,7 +252,8 @@ def _tagged(shard: Shard, listing: Listing) -> Shard:
     size = os.path.getsize(shard.url)
     with open(shard.url, "rb") as file:
         head = file.read(_HEAD_BYTES)
-        file.seek(max(0, size - _HEAD_BYTES))  # holds the checksum of a .gz and .zst file and the footer of a .parquet one
+        # The end holds the checksum of a .gz and .zst file and the footer of a .parquet one.
+        file.seek(max(0, size - _HEAD_BYTES))
         tag = hashlib.blake2b(head + file.read(), digest_size=8).hexdigest()
     if (problem := content_problem(head, shard)) is not None:
         listing.problems[shard.name] = problem
@@ -303,7 +305,8 @@ def content_problem(head: bytes, shard: Shard) -> str | None:
     if shard.compression == "gzip":
         try:
             head = zlib.decompressobj(31).decompress(head, 1024)
-        except zlib.error:  # reported as damage when the file is read
+        except zlib.error:
+            # Damage is reported when the file is read.
             return None
     elif shard.compression is not None or shard.format not in ("json", "text"):
         return None
@@ -327,7 +330,8 @@ def split_files(listing: Listing, split: Split, dataset: str, hold_out: bool, ru
     for shard in listing.shards:
         by_role[_role(shard.name)].append(shard)
     validation, test = by_role["validation"], by_role["test"]
-    if len(test) == len(listing.shards):  # then the word tells nothing apart
+    # If all files are named test, the word does not tell them apart.
+    if len(test) == len(listing.shards):
         test = []
     # Files named train alone are no split: "train_travel" among other subjects.
     others_left_out = bool(by_role["train"] and (validation or test) and by_role[None])

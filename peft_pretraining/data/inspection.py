@@ -133,7 +133,7 @@ def _inspect_split(
         "description": source.describe(),
         "fingerprint": source.fingerprint,
         "files": len(source.shards),
-        "files_found": source.found,
+        "files_found": source.num_listed,
         "files_left_out": source.left_out.removeprefix("; "),
         "size_bytes": None if None in sizes else sum(size for size in sizes if size is not None),
         "documents": len(seen.characters),

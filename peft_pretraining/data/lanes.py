@@ -337,7 +337,8 @@ def packed_sequences(
     """
     sequence = np.empty(max_length, dtype=np.int32)
     filled = 0
-    last_position: Position  # bound before the first id is
+    # Assigned before the first id is added, so before it is read.
+    last_position: Position
     for document, here, after in documents:
         ids = _with_eos(document.ids, eos_id)
         used = document.start_token

@@ -405,8 +405,8 @@ class TrainLoader:
         """
         kept = _kept_sources(state, began_with)
         single = isinstance(self._data, Source) and "sources" not in state
-        found = kept if single else [same_source(source, kept) for source in self._sources]
-        orders = zip(self._sources, found, self.data_orders, strict=True)
+        states = kept if single else [same_source(source, kept) for source in self._sources]
+        orders = zip(self._sources, states, self.data_orders, strict=True)
         self.data_orders = tuple(self._order_of(*each) for each in orders)
         order = {**state["order"], "version": self._order_document()["version"]}
         if order != self._order_document() or any(each["order_version"] not in ORDER_VERSIONS.values() for each in kept):
@@ -419,13 +419,13 @@ class TrainLoader:
                 f"the data position {state['position']} is no multiple of the {self._world_size} processes; "
                 "resume on a number of processes that divides the total batch"
             )
-        self._take(state["position"], found, same_weights=_weights(kept) == _weights(self.state_dict().get("sources", ())))
+        self._take(state["position"], states, same_weights=_weights(kept) == _weights(self.state_dict().get("sources", ())))
         if self._rank:
             # The counts are those of all ranks together; only rank 0 keeps them, so that the next merge counts them once.
             self._skipped, self._tokens = [Counter() for _ in self._sources], [0] * len(self._sources)
 
     def _order_of(self, source: Source, kept: Mapping[str, Any] | None, order: DataOrder) -> DataOrder:
-        """The order with which a source goes on: that of its state. Raises ValueError: --data_order asks for another."""
+        """Returns the order in which a source continues: its state's. Raises ValueError if --data_order asks for another."""
         if kept is None:
             return order
         recorded: DataOrder = "global" if kept["order_version"] == ORDER_VERSIONS["global"] else "lanes"
@@ -439,11 +439,11 @@ class TrainLoader:
         """Return to an earlier `state_dict` of this rank; batches returned since then are returned again. Ends iterating."""
         self._take(state["position"], _kept_sources(state, ("", "")), same_weights=True)
 
-    def _take(self, position: int, found: Sequence[Mapping[str, Any] | None], same_weights: bool) -> None:
-        """Sets the state; found: the state of each source, None for one that begins."""
+    def _take(self, position: int, states: Sequence[Mapping[str, Any] | None], same_weights: bool) -> None:
+        """Sets the state; states: the state of each source, None for one that begins."""
         self.close()
         self._taken = position // self._world_size
-        for number, kept in enumerate(found):
+        for number, kept in enumerate(states):
             # Positions of another order say nothing.
             known = kept is not None and kept["order_version"] == ORDER_VERSIONS[self.data_orders[number]]
             for lane in self._lanes:
@@ -701,8 +701,8 @@ class EvalSet:
         assert self._data.weights is not None
         weights, most = self._data.weights, self._max_tokens
         wanted = [None if most is None else math.ceil(weight * most) for weight in weights]
-        found = [self._of_source(*each) for each in zip(self._data.sources, wanted, strict=True)]
-        targets = [np.cumsum([len(ids) - 1 for ids in sequences]) for sequences in found]
+        by_source = [self._of_source(*each) for each in zip(self._data.sources, wanted, strict=True)]
+        targets = [np.cumsum([len(ids) - 1 for ids in sequences]) for sequences in by_source]
         reached = [int(ends[-1]) / weight for ends, weight in zip(targets, weights, strict=True)]
         total = min(most or math.inf, *reached)
         shortest = reached.index(min(reached))
@@ -713,7 +713,7 @@ class EvalSet:
                 *(f"{total:,.0f}", self._data.sources[shortest].dataset, f"{targets[shortest][-1]:,}"),
             )
         counts = [1 + int(np.searchsorted(ends, weight * total)) for ends, weight in zip(targets, weights, strict=True)]
-        return [ids for sequences, count in zip(found, counts, strict=True) for ids in sequences[:count]]
+        return [ids for sequences, count in zip(by_source, counts, strict=True) for ids in sequences[:count]]
 
     def _of_source(self, source: Source, most: int | None) -> list[np.ndarray]:
         """The first sequences of a source, until they have `most` targets. Raises DataError: there are none."""

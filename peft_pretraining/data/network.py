@@ -48,7 +48,8 @@ class _NetworkFile(io.RawIOBase):
         self._size: int | None = None
         self._file: Any = None
         self._file_offset = 0
-        self._ranges = True  # the server sends parts of files, not whole ones only
+        # Whether the server sends parts of files, not only whole files.
+        self._ranges = True
 
     def readable(self) -> bool:
         return True
@@ -84,7 +85,8 @@ class _NetworkFile(io.RawIOBase):
                 if self._file is None:
                     self._file, self._file_offset = self._open(), 0
                 result = action(self._file)
-            except Exception as error:  # every file system and HTTP library has its own
+            except Exception as error:
+                # Every file system and HTTP library has its own exceptions.
                 self._drop()
                 if self._ranges and isinstance(error, ValueError) and "range request" in str(error):
                     self._ranges = False
@@ -118,7 +120,8 @@ class _NetworkFile(io.RawIOBase):
 
     def _drop(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(Exception):  # the connection may be broken already
+            # The connection may be broken already.
+            with contextlib.suppress(Exception):
                 self._file.close()
         self._file = None
 
@@ -146,14 +149,16 @@ def network_file_info(url: str, retry: RetryPolicy) -> dict[str, Any]:
         try:
             file_system, path = file_system_of(url)
             return dict(file_system.info(path))
-        except Exception as error:  # every file system and HTTP library has its own
+        except Exception as error:
+            # Every file system and HTTP library has its own exceptions.
             attempts.wait_or_raise(error)
 
 
 class _Attempts:
     """Counts failed attempts since the last success, waits before each retry, and raises NetworkGone after the last one."""
 
-    _contact_made = False  # in this process, with any file
+    # Whether this process has reached any file.
+    _contact_made = False
 
     def __init__(self, url: str, policy: RetryPolicy):
         self._url, self._policy = url, policy
@@ -230,18 +235,19 @@ def remote_listing(url: str, rules: int) -> Listing:
         file_system, path = file_system_of(url)
         path = str(path).rstrip("/")
         if glob.has_magic(path):
-            found = file_system.glob(path, detail=True)
+            info_by_name = file_system.glob(path, detail=True)
             root = posixpath.dirname(re.split(r"[*?[]", path)[0])
         elif format_of(path, rules) is not None:
-            found, root = {path: file_system.info(path)}, posixpath.dirname(path)
+            info_by_name, root = {path: file_system.info(path)}, posixpath.dirname(path)
         else:
-            found, root = file_system.find(path, detail=True), path
+            info_by_name, root = file_system.find(path, detail=True), path
     except (ImportError, ValueError) as error:
         raise DataError(f"dataset {url!r}: {error}") from error
-    except Exception as error:  # every file system has its own exceptions
+    except Exception as error:
+        # Every file system has its own exceptions.
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"dataset {url!r} cannot be listed ({reason}); check the address and the network") from error
-    files = {name: info for name, info in found.items() if info.get("type") == "file" and not is_hidden(name[len(root) :])}
+    files = {name: info for name, info in info_by_name.items() if info.get("type") == "file" and not is_hidden(name[len(root) :])}
     if not files:
         raise DataError(f"dataset {url!r}: no file at this address")
     names = [(name if "://" in name else f"{protocol}://{name.lstrip('/')}", name) for name in files]

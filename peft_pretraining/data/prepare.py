@@ -218,7 +218,8 @@ def _locked(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise DataError(f"{out}: another process is preparing data there") from None
         except (ImportError, OSError):
-            pass  # no locks on this system or disk
+            # This system or disk has no locks.
+            pass
         yield
 
 
@@ -415,7 +416,8 @@ class _Writer:
         progress = self._read_progress()
         self.counts = Counter(dict.fromkeys(_COUNTS, 0) | progress["counts"])
         self.bad_records: Counter[str] = Counter(progress["bad_records"])
-        self._end = int(progress["ids"])  # ids written
+        # Number of ids written.
+        self._end = int(progress["ids"])
         sizes = self._end * self._dtype.itemsize, self.counts["records"] * _INDEX_BYTES
         self._checksums = new_checksum(), new_checksum()
         self._files: list[IO[bytes]] = []
@@ -440,7 +442,8 @@ class _Writer:
         for name, size in zip(self._names, sizes, strict=True):
             path = _partial(self._out, name)
             if not path.is_file() or path.stat().st_size < size:
-                return empty  # a partial file was removed or cut: start again
+                # A partial file was removed or cut: the preparation starts again.
+                return empty
         return progress
 
     def add_document(self, ids: Ids, characters: int, split: str, by_rule: bool) -> None:
@@ -463,7 +466,7 @@ class _Writer:
             self.commit()
 
     def commit(self) -> None:
-        """Bring what was added to the disk, and then the word that it is there."""
+        """Writes what was added to the disk, and then the progress file that counts it."""
         contents = b"".join(part.tobytes() for part in self._ids), np.array(self._index, dtype=INDEX).tobytes()
         for file, content, checksum in zip(self._files, contents, self._checksums, strict=True):
             file.write(content)
@@ -495,7 +498,7 @@ def _partial(out: Path, name: str) -> Path:
 
 
 def _reopened(path: Path, size: int, checksum: Any) -> IO[bytes]:
-    """The file, made where it is not there, cut to `size` bytes, which go into the checksum; positioned at its end."""
+    """Opens the file, created if missing, cut to `size` bytes, which are added to the checksum; positioned at its end."""
     path.touch()
     file = path.open("r+b")
     file.truncate(size)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST = "prepared.json"
-JOB = "job.json"  # the Job of a preparation; without a manifest beside it the preparation is unfinished
+# File of a preparation's Job; without a manifest beside it the preparation is unfinished.
+JOB = "job.json"
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
 INDEX_SUFFIX = ".index"
@@ -236,8 +237,10 @@ def _mapped(path: Path, dtype: Any) -> np.ndarray:
     import numpy as np
 
     try:
-        if path.stat().st_size == 0:  # an empty file cannot be mapped
+        # An empty file cannot be mapped.
+        if path.stat().st_size == 0:
             return np.empty(0, dtype)
-        return np.asarray(np.memmap(path, dtype, mode="r"))  # slicing a plain array is faster
+        # Slicing a plain array is faster than slicing a memmap.
+        return np.asarray(np.memmap(path, dtype, mode="r"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be mapped into memory: {error}") from error

@@ -31,7 +31,8 @@ _ARROW_FILE = b"ARROW1"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Longer records, such as an endless line of a file of another kind, are skipped and never held in memory.
 MAX_RECORD_BYTES = 2**28
-MAX_EXAMPLES = 3  # bad records that are described in full
+# Number of bad records that are described in full.
+MAX_EXAMPLES = 3
 OnBadRecord = Literal["skip", "fail"]
 
 # A reader stops after this many bad records if they are more than this share of all: the data is probably of another kind.
@@ -107,8 +108,10 @@ class Health:
         self._source, self._on_bad_record = source, on_bad_record
         self.records = self.bad = 0
         self.first_bad = ""
-        self.tried: set[int] = set()  # numbers of the files that were opened
-        self.unreadable: set[int] = set()  # numbers of the files that could not be read
+        # Numbers of the files that were opened.
+        self.tried: set[int] = set()
+        # Numbers of the files that could not be read.
+        self.unreadable: set[int] = set()
 
     def bad_record(self, bad: BadRecord, shard_index: int, record: RawRecord) -> str:
         """Counts a bad record and returns a message about it. Raises DataError if it ends the run."""
@@ -178,7 +181,8 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
             present = ", ".join(sorted(map(repr, content))[:20]) or "none"
             return BadRecord("missing_text", f"no field {text_field!r}; the fields are {present}; see --text_field")
         content = content[text_field]
-    elif isinstance(content, bytes):  # a block of a text file, or a binary column
+    elif isinstance(content, bytes):
+        # A block of a text file, or a binary column.
         try:
             content = content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -188,7 +192,8 @@ def document_text(record: RawRecord, shard: Shard, text_field: str) -> str | Bad
         return BadRecord(kind, f"{text_field!r} is {_kind(content)}, not a text")
     try:
         content.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of a surrogate pair, as "\ud83d" in JSON
+    except UnicodeEncodeError as error:
+        # Half of a surrogate pair, as "\ud83d" in JSON.
         return BadRecord("invalid_unicode", str(error))
     return content
 
@@ -278,7 +283,8 @@ class WindowReader:
         self._shard_index: int | None = None
         self._records: Iterator[RawRecord] = iter(())
         self._next_window = 0
-        self._ahead: RawRecord | None = None  # the first record of the next window
+        # The first record of the next window.
+        self._ahead: RawRecord | None = None
         self._tokens: TokenFile | None = None
 
     def window(self, shard_index: int, start: int, span: int, parts: int, residue: int) -> list[RawRecord] | None:
@@ -455,7 +461,8 @@ def _text_blocks(stream: IO[bytes], shard: Shard, rules: int) -> Iterator[RawRec
     """Documents of a text file: blocks of lines between blank ones, without byte order marks and carriage returns."""
     index, first = 0, 1
     block: list[bytes] = []
-    size = 0  # past the limit, the block's lines are counted and no longer kept
+    # Beyond the limit, the block's lines are counted and no longer kept.
+    size = 0
     for number, line in enumerate(_lines(stream), start=1):
         if line is not None and rules > 1:
             if number == 1:
@@ -490,7 +497,8 @@ def _parquet_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) ->
         index = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
-            if index + rows > start:  # whole groups before the start are not even read
+            # Whole groups before the start are not read.
+            if index + rows > start:
                 for value in table.read_row_group(group, columns=[text_field]).column(0).to_pylist():
                     if index >= start:
                         yield RawRecord(index, index + 1, value)

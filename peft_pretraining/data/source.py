@@ -61,7 +61,7 @@ class Source:
     """Files of one split in their order, and the rule that says which of their documents belong to it.
 
     keep: "all" documents, or the "train" or "validation" side of the hold-out rule (records.is_held_out). prepared: set if the
-    files hold tokens. rules: READING_RULES, or those with which an earlier run began. found: data files of all splits.
+    files hold tokens. rules: READING_RULES, or those with which an earlier run began. num_listed: data files of all splits.
     left_out: the end of a sentence about the files that are not read. fingerprint: equal for equal files, names and rules,
     wherever they lie; for local files it covers names, sizes, and the first and last 4 kB (where a compressed file has its
     checksum), for prepared ones their checksums. Immutable and picklable.
@@ -77,7 +77,7 @@ class Source:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     prepared: PreparedWith | None = None
     rules: int = READING_RULES
-    found: int | None = None
+    num_listed: int | None = None
     left_out: str = ""
 
     @property
@@ -127,9 +127,9 @@ class Source:
             return f"{self.dataset} ({self.split}): {self.prepared.summary}"
         sizes = [shard.size_bytes for shard in self.shards]
         known_size = f", {readable_bytes(sum(s for s in sizes if s is not None))}" if None not in sizes else ""
-        of_found = f" of {self.found}" if self.found not in (None, len(self.shards)) else ""
-        plural = "s" if max(len(self.shards), self.found or 0) > 1 else ""
-        files = f"{len(self.shards)}{of_found} file{plural}{known_size} in {self.location}"
+        of_listed = f" of {self.num_listed}" if self.num_listed not in (None, len(self.shards)) else ""
+        plural = "s" if max(len(self.shards), self.num_listed or 0) > 1 else ""
+        files = f"{len(self.shards)}{of_listed} file{plural}{known_size} in {self.location}"
         rule = {
             "all": "",
             "train": f", 1 document in {HELD_OUT_ONE_IN} held out",
@@ -166,7 +166,8 @@ def original_dataset(dataset: str) -> str:
         return dataset
     try:
         return read_manifest(folder, check_sizes=False).job.dataset
-    except DataError:  # reported when the data is opened
+    except DataError:
+        # The error is reported when the data is opened.
         return dataset
 
 
@@ -176,7 +177,8 @@ def prepared_folder(dataset: str) -> Path | None:
         return None
     try:
         folder = _local_path(dataset)
-    except DataError:  # reported when the data is opened
+    except DataError:
+        # The error is reported when the data is opened.
         return None
     return folder if is_prepared(folder) else None
 
@@ -230,7 +232,7 @@ def open_source(
     return Source(
         *(dataset, split, chosen, keep if hold_out else "all", text_field, tokenizer, location),
         rules=rules,
-        found=len(listing.shards),
+        num_listed=len(listing.shards),
         left_out="" if dataset in DEMOS else left_out_text(listing.left_out),
     )
 

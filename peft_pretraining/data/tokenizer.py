@@ -95,7 +95,8 @@ class Tokenizer:
             if index in self._special_ids or index == self._unk_id:
                 continue
             if byte_level:
-                lengths[index] = len(piece)  # one printable character per byte
+                # The piece has one printable character per byte.
+                lengths[index] = len(piece)
             elif BYTE_PIECE.fullmatch(piece):
                 lengths[index] = 1
             else:
@@ -152,7 +153,8 @@ def write_tokenizer(pretrained: Any, folder: str | Path, more_settings: Mapping[
     """
     try:
         pretrained.save_pretrained(str(folder))
-    except Exception as error:  # the tokenizers package has no other class for a disk that is full
+    except Exception as error:
+        # The tokenizers package has no other class for a disk that is full.
         raise OSError(f"{folder}: the tokenizer could not be written ({error})") from None
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -221,7 +223,8 @@ def _from_folder(path: Path) -> Any:
             raise TokenizerError(f"{file} {problem}")
     try:
         pretrained = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file makes a parser raise
+    except Exception as error:
+        # Parsers raise many types for damaged files.
         raise TokenizerError(f"cannot load a tokenizer from {path}: {first_line(error)}") from error
     return pretrained if (path / "tokenizer_config.json").exists() else _with_end_token(pretrained, path)
 
@@ -237,7 +240,8 @@ def _from_json(path: Path) -> Any:
         raise TokenizerError(f"{path} {error}") from None
     try:
         backend = BackendTokenizer.from_str(text)
-    except Exception as error:  # the tokenizers package has no other class
+    except Exception as error:
+        # The tokenizers package has no other class.
         raise TokenizerError(
             f"{path} is not a tokenizer.json of the tokenizers library ({first_line(error)}); give that file, a folder with it, "
             "or a SentencePiece .model file"
@@ -272,7 +276,8 @@ def _from_hub(name: str) -> Any:
         # Without this, a hub that cannot be reached costs a minute of retries, even if the tokenizer is in the cache.
         local_only = offline or unreachable is not None
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
-    except Exception as error:  # connection errors come in many types, wrapped in an OSError or not
+    except Exception as error:
+        # Connection errors come in many types, wrapped in an OSError or not.
         chain = list(causes(error))
         local_way = "or give --tokenizer a local folder or SentencePiece .model file"
         if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in chain):
@@ -297,7 +302,8 @@ def hub_problem() -> str | None:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # the HTTP library's, which has changed between versions of huggingface_hub
+    except Exception as error:
+        # The HTTP library's exceptions; it has changed between versions of huggingface_hub.
         return first_line(error)
     return None
 
@@ -361,7 +367,8 @@ def _from_sentencepiece(path: Path) -> Any:
     proto: Any = sentencepiece_format.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, or an unreadable file
+    except Exception as error:
+        # Protobuf's DecodeError, or an unreadable file.
         raise TokenizerError(f"{path} is not a SentencePiece model: {first_line(error)}") from error
     if not proto.pieces:
         raise TokenizerError(f"{path} is not a SentencePiece model: it holds no pieces")
@@ -385,7 +392,8 @@ def _sentencepiece_backend(proto: Any) -> "Backend":
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as BackendTokenizer
 
-    normal, unknown, control, user_defined, unused = 1, 2, 3, 4, 5  # 6: byte pieces, found by their names
+    # Kind 6, byte pieces, is recognised by name.
+    normal, unknown, control, user_defined, unused = 1, 2, 3, 4, 5
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     kinds = [piece.type for piece in proto.pieces]
     unk = kinds.index(unknown)
@@ -413,7 +421,8 @@ def _sentencepiece_backend(proto: Any) -> "Backend":
     for (piece, _), kind in zip(pieces, kinds, strict=True):
         if kind in (control, unknown, unused):
             backend.add_special_tokens([AddedToken(piece, special=True, normalized=False)])
-        elif kind == user_defined and len(piece) > 1:  # one character stands for itself without help
+        elif kind == user_defined and len(piece) > 1:
+            # One character stands for itself without help.
             backend.add_tokens([AddedToken(piece, special=False, normalized=False)])
     return backend
 

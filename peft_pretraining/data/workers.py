@@ -22,7 +22,8 @@ from torch.utils.data._utils import signal_handling
 from peft_pretraining.data import DataError
 from peft_pretraining.distributed.world import stop_signals
 
-_PREFETCHED_ITEMS = 4  # per worker
+# Items that each worker reads ahead.
+_PREFETCHED_ITEMS = 4
 
 ItemT = TypeVar("ItemT", covariant=True)
 T = TypeVar("T")
@@ -45,7 +46,8 @@ class _WorkerItems(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        assert info is not None  # only ever iterated by a DataLoader with workers
+        # Only a DataLoader with workers iterates it.
+        assert info is not None
         try:
             yield from self._work.items(info.id, info.num_workers)
         except DataError as error:
@@ -139,9 +141,11 @@ def prepare_process(parent: int, worker: int = 0) -> None:
     """Makes this process a worker: it ignores signals that stop the run, tokenises in one thread and ends with its parent."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here
+    # The worker processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if multiprocessing.get_start_method() == "forkserver":
-        parent = os.getppid()  # the server, which ends with the process that it forks for
+        # The fork server, which ends with the process that it forks for.
+        parent = os.getppid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = ",".join(number.name for number in stop_signals())
     try:
         torchrun(["--signals-to-handle", signals, *(sys.argv[1:] if argv is None else argv)])
-    except SignalException:  # the processes have ended, and have told how
+    except SignalException:
+        # The processes have ended and have said why.
         return 1
     return 0
 

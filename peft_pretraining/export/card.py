@@ -65,7 +65,8 @@ def _perplexity(folder: Path, step: int) -> str:
     for line in content.split("\n"):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # a damaged line, or an incomplete last one
+        except (ValueError, RecursionError):
+            # The line is damaged, or the last one and incomplete.
             continue
         if not isinstance(row, dict):
             continue

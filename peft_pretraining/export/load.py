@@ -116,7 +116,8 @@ def load_model(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, Toke
             seed=args.seed,
             reparameterize=lambda model: METHODS[args.peft_model].apply(model, args),
         )
-    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # values that no run could have started with
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        # No run could have started with such values.
         raise checkpoint.CheckpointError(f"{folder}: no model can be built from its records ({error})") from None
     load_parameters(folder, args, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return model.eval(), load_tokenizer(str(folder / "tokenizer")), run

@@ -52,7 +52,8 @@ def push(folder: Path, name: str, *, public: bool) -> str:
         exposed = not public and not api.model_info(name).private
         if not exposed:
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload an exported model")
-    except Exception as error:  # the HTTP library's too, which has changed between versions of huggingface_hub
+    except Exception as error:
+        # The HTTP library's exceptions too; it has changed between versions of huggingface_hub.
         reason = _without_token(getattr(error, "server_message", None) or first_line(error))
         raise ExportError(f"--push {name}: the upload failed ({reason}); {complete}") from None
     if exposed:

@@ -59,8 +59,10 @@ class ShardWriter:
         file = self._partial(len(self._shards))
         try:
             save_file(self._waiting, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # safetensors makes files readable by their owner only
-        except SafetensorError as error:  # what safetensors raises when the disk is full
+            # Safetensors makes files readable by their owner only.
+            file.chmod(0o644)
+        except SafetensorError as error:
+            # Safetensors raises it when the disk is full.
             raise OSError(f"{self._folder}: cannot be written ({error})") from None
         self._shards.append(list(self._waiting))
         self._waiting = {}

@@ -26,7 +26,7 @@ from peft_pretraining.memory.counts import (
     tensor_groups,
     units_of,
 )
-from peft_pretraining.memory.peak import Working, of_parts, of_whole
+from peft_pretraining.memory.peak import Working, sharded_points, unsharded_points
 from peft_pretraining.memory.setting import Setting
 from peft_pretraining.methods.method import TensorGroup
 
@@ -106,13 +106,13 @@ def account(setting: Setting) -> dict[str, int]:
         step=_step_scratch(setting, largest),
         restart=max(_restart_scratch(setting), _start_scratch(setting) - static["optimizer"]),
     )
-    moments = of_parts(setting, working, units, trained) if setting.sharded else of_whole(setting, working)
+    points = sharded_points(setting, working, units, trained) if setting.sharded else unsharded_points(setting, working)
     copy = _copy_of_state(setting, static)
-    scratch = max(moment.scratch for moment in moments) + copy
+    scratch = max(point.scratch for point in points) + copy
     sizes = static | kept | {"scratch": scratch, "runtime": _runtime(setting, kept["activations"])}
     constant = sum(sizes[name] for name in ("parameters", "support", "cache", "optimizer", "runtime"))
     sizes["total"] = sum(sizes[name] for name in CLASSES)
-    sizes["peak"] = constant + max(sum(moment) for moment in moments) + copy
+    sizes["peak"] = constant + max(sum(point) for point in points) + copy
     return sizes
 
 
@@ -327,7 +327,7 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
     per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
     if optimizer.steps_whole:
         return per_element * largest
-    if setting.condition_gradients or optimizer.conditions:
+    if setting.condition_gradients or optimizer.conditions_all_gradients:
         per_element = max(per_element, CONDITIONING_SCRATCH)
     rounds = setting.weight_dtype is not None or (setting.stochastic_rounding and setting.dtype == "bfloat16")
     rounding = _ROUNDING_SCRATCH if rounds else 0

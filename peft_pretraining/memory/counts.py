@@ -226,7 +226,7 @@ def static_bytes(
         states += g.count * (of_matrix or kind.state_bytes)(stepped, width, beta1, bits)
         if (stochastic_rounding or weight_dtype is not None) and of_matrix is None and not g.projected:
             states -= kind.step_count_bytes * g.count
-        if of_matrix is None and (condition_gradients or kind.conditions):
+        if of_matrix is None and (condition_gradients or kind.conditions_all_gradients):
             states += CONDITIONING_BYTES * g.count
         if math.prod(stepped) >= BNB_MIN_ELEMENTS and bits != 32:
             shared.add(kind.shared_bytes if of_matrix is None else kind.matrix_shared_bytes)

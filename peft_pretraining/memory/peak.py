@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from peft_pretraining.memory.setting import Setting
 
 
-class Moment(NamedTuple):
-    """Bytes allocated at one point of an update, in addition to the memory that is always allocated."""
+class UpdatePoint(NamedTuple):
+    """Bytes allocated at one point in time of an update, in addition to the memory that is always allocated."""
 
     gradients: int
     activations: int
@@ -44,28 +44,28 @@ class Working:
         return self.activations if count >= num_layers else self.activations * count // num_layers
 
 
-def of_whole(setting: Setting, working: Working) -> list[Moment]:
-    """Returns the moments of an unsharded run: loss, begin and end of the backward pass, optimizer step, restart."""
+def unsharded_points(setting: Setting, working: Working) -> list[UpdatePoint]:
+    """Returns the points of an unsharded run: loss, begin and end of the backward pass, optimizer step, restart."""
     if setting.steps_rows:
-        return _of_rows(setting, working)
+        return _points_stepping_rows(setting, working)
     # All gradients are allocated before the loss if DDP's buckets keep them or if they are accumulated.
     buckets = setting.world_size > 1 and not setting.per_layer
     before = working.gradients if (setting.gradient_accumulation > 1 and setting.gradients_stay) or buckets else 0
     head = DTYPE_BYTES[setting.dtype] * setting.model.vocab_size * setting.model.hidden_size
     one_layer = working.layers_left(1, setting.model.num_hidden_layers)
-    at_loss = Moment(before, working.activations, working.loss, working.lasting)
-    backward_begins = Moment(before or head, working.activations, 0, working.layer)
+    at_loss = UpdatePoint(before, working.activations, working.loss, working.lasting)
+    backward_begins = UpdatePoint(before or head, working.activations, 0, working.layer)
     if setting.gradients_stay:
-        backward_ends = Moment(working.gradients, one_layer, 0, working.layer)
-        at_step = Moment(working.gradients, 0, 0, working.step + working.lasting)
+        backward_ends = UpdatePoint(working.gradients, one_layer, 0, working.layer)
+        at_step = UpdatePoint(working.gradients, 0, 0, working.step + working.lasting)
     else:
-        backward_ends = at_step = Moment(working.gradients, one_layer, 0, max(working.layer, working.step + working.lasting))
-    restart = Moment(working.gradients if buckets else 0, 0, 0, working.restart + working.lasting)
+        backward_ends = at_step = UpdatePoint(working.gradients, one_layer, 0, max(working.layer, working.step + working.lasting))
+    restart = UpdatePoint(working.gradients if buckets else 0, 0, 0, working.restart + working.lasting)
     return [at_loss, backward_begins, backward_ends, at_step, restart]
 
 
-def _of_rows(setting: Setting, working: Working) -> list[Moment]:
-    """Returns the moments of per-layer updates in which embedding and head are stepped slice by slice.
+def _points_stepping_rows(setting: Setting, working: Working) -> list[UpdatePoint]:
+    """Returns the points of per-layer updates in which embedding and head are stepped slice by slice.
 
     Loss, step of the head, begin and end of the layers' backward pass, step of the embedding, restart.
     """
@@ -76,18 +76,18 @@ def _of_rows(setting: Setting, working: Working) -> list[Moment]:
     step, one_layer = working.step + working.lasting, working.layers_left(1, model.num_hidden_layers)
     slice_of_embedding = width * min(SLICE_ELEMENTS, model.vocab_size * model.hidden_size)
     return [
-        Moment(0, working.activations, working.loss, working.lasting),
-        Moment(0, working.activations, states + slice_of_head, step),
-        Moment(0, working.activations, 0, working.layer),
-        Moment(working.layer_gradients, one_layer, 0, max(working.layer, step)),
+        UpdatePoint(0, working.activations, working.loss, working.lasting),
+        UpdatePoint(0, working.activations, states + slice_of_head, step),
+        UpdatePoint(0, working.activations, 0, working.layer),
+        UpdatePoint(working.layer_gradients, one_layer, 0, max(working.layer, step)),
         # The embedding's rows, as they come from the first layer and summed by token.
-        Moment(0, min(states, working.activations), 0, step + slice_of_embedding),
-        Moment(0, 0, 0, working.restart + working.lasting),
+        UpdatePoint(0, min(states, working.activations), 0, step + slice_of_embedding),
+        UpdatePoint(0, 0, 0, working.restart + working.lasting),
     ]
 
 
-def of_parts(setting: Setting, working: Working, units: Units, trained: Units) -> list[Moment]:
-    """Returns the moments of a run sharded by FSDP2, in the order of events of torch 2.13.
+def sharded_points(setting: Setting, working: Working, units: Units, trained: Units) -> list[UpdatePoint]:
+    """Returns the points of a run sharded by FSDP2, in the order of events of torch 2.13.
 
     Forward pass: the root's parameters are gathered and stay until the end of the backward pass. A unit is gathered into a flat
     buffer, copied out of it, and freed afterwards unless reshard_after_forward is off; the flat buffer stays until the next
@@ -99,9 +99,9 @@ def of_parts(setting: Setting, working: Working, units: Units, trained: Units) -
     """
     buffers, num_layers = _Buffers(setting, units, trained), units.num_layers
     before = min(working.gradients, buffers.gradients(0))
-    moments = [
-        Moment(before, 0, 0, buffers.gathering_embedding),
-        Moment(before, working.activations, working.loss, buffers.at_loss),
+    points = [
+        UpdatePoint(before, 0, 0, buffers.gathering_embedding),
+        UpdatePoint(before, working.activations, working.loss, buffers.at_loss),
     ]
     # Memory changes linearly over the layers except at the first (no reduce-scatter before it) and the last (the embedding
     # follows), so two layers at either end suffice.
@@ -111,13 +111,13 @@ def of_parts(setting: Setting, working: Working, units: Units, trained: Units) -
         if setting.device_type == "cpu":
             # malloc keeps the blocks below 4 MiB that a layer's backward pass frees between gradients that stay.
             left = below = working.activations
-        moments += [
-            Moment(gradients, left, 0, buffers.layer_begins(number, working.layer)),
-            Moment(gradients, below, 0, buffers.layer_ends(number, working.layer, working.step)),
+        points += [
+            UpdatePoint(gradients, left, 0, buffers.layer_begins(number, working.layer)),
+            UpdatePoint(gradients, below, 0, buffers.layer_ends(number, working.layer, working.step)),
         ]
     gradients = min(working.gradients, buffers.gradients(num_layers))
-    at_end = Moment(gradients, 0, 0, buffers.pass_ends(working.step))
-    return [*moments, at_end, Moment(working.gradients, 0, 0, working.step), Moment(0, 0, 0, working.restart)]
+    at_end = UpdatePoint(gradients, 0, 0, buffers.pass_ends(working.step))
+    return [*points, at_end, UpdatePoint(working.gradients, 0, 0, working.step), UpdatePoint(0, 0, 0, working.restart)]
 
 
 class _Buffers:

@@ -69,7 +69,8 @@ def both_spellings(document: Mapping[str, Any]) -> dict[str, Any]:
     rope = content.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return content
-    if "full_attention" in rope:  # one embedding for each kind of layer
+    # Each kind of layer has its own embedding.
+    if "full_attention" in rope:
         names = {"modernbert": ("global_rope_theta", "local_rope_theta"), "gemma3_text": ("rope_theta", "rope_local_base_freq")}
         for kind, name in zip(("full_attention", "sliding_attention"), names.get(content["model_type"], ()), strict=False):
             content[name] = (rope.get(kind) or {}).get("rope_theta")

@@ -62,8 +62,8 @@ class Advisor:
             ]
             changes = [{**method, **options[0].changes} for options in dimensions if options] + ([method] if method else [])
             lower = [one for one in map(self.proposal, changes) if one.peak < self.plan.bytes["peak"]]
-            if found := [one for one in lower if self.accepted(one.changes)]:
-                return sorted(found, key=lambda one: one.peak)
+            if accepted := [one for one in lower if self.accepted(one.changes)]:
+                return sorted(accepted, key=lambda one: one.peak)
         return []
 
     def fitting(self, limit: int, *, other_method: bool = False, one_micro_batch: bool = False) -> Proposal | None:
@@ -73,8 +73,8 @@ class Advisor:
         sequences as fit at once, so that no gradients are kept between micro-batches, instead of the user's batch.
         """
         methods = [method for method in self._methods() if bool(method) == other_method]
-        found = (self._first(limit, method, self._dimensions(method, one_micro_batch)) for method in methods)
-        return next(found, None)
+        by_method = (self._first(limit, method, self._dimensions(method, one_micro_batch)) for method in methods)
+        return next(by_method, None)
 
     def _methods(self) -> Iterator[dict[str, Any]]:
         """Yields the changes of the method: none, then the lighter method with the values it needs."""
@@ -140,9 +140,9 @@ class Advisor:
                 "embedding_states" in changes and not OPTIMIZERS[changes.get("optimizer", self.args.optimizer)].low_bit
             ):
                 continue
-            found = self.proposal(changes)
-            if found.peak <= limit and self.accepted(changes):
-                return found
+            proposal = self.proposal(changes)
+            if proposal.peak <= limit and self.accepted(changes):
+                return proposal
         return None
 
     def setting(self, changes: Mapping[str, Any]) -> Setting:
@@ -209,7 +209,8 @@ def _text(args: Arguments, changes: Mapping[str, Any]) -> str:
     words = []
     for name, value in changes.items():
         if name == "stochastic_rounding" and "weight_dtype" in changes:
-            continue  # it follows
+            # It follows from --weight_dtype.
+            continue
         if name == "optimizer":
             published = _published(args, value) if _selects_method(args) and "peft_model" not in changes else None
             # Per-layer updates that the optimizer's name asked for stay.
@@ -244,11 +245,11 @@ def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[s
     alone = [f"peak in GiB with one change: {single}"] if single else []
     kept = f"{plan.bytes['gradients'] / GIB:.1f} GiB of gradients stay between the {plan.gradient_accumulation} micro-batches"
     accumulates = plan.gradient_accumulation > 1 and args.accumulate == "gradients"
-    if (found := advisor.fitting(limit)) is not None:
+    if (proposal := advisor.fitting(limit)) is not None:
         reason = f", and {kept} although --per_layer frees them afterwards" if args.per_layer and accumulates else ""
-        return [f"{needed} per process{reason}; it would fit with {found.text}", *alone]
+        return [f"{needed} per process{reason}; it would fit with {proposal.text}", *alone]
     reason = kept if accumulates else "smaller micro-batches keep their gradients until the last of an update"
-    another_batch = f"the batch is the reason: {reason}; with one micro-batch per update, which is another training,"
+    another_batch = f"the batch is the reason: {reason}; with one micro-batch per update, which changes the training,"
     changes = {
         another_batch: advisor.fitting(limit, one_micro_batch=True),
         "with another method": advisor.fitting(limit, other_method=True),
@@ -257,8 +258,10 @@ def memory_problems(plan: Plan, args: Arguments, device: DeviceMemory) -> list[s
         changes = {
             "with another method and one micro-batch per update": advisor.fitting(limit, other_method=True, one_micro_batch=True)
         }
-    ways = [f"{change} it would fit with {found.text}" for change, found in changes.items() if found is not None]
-    missing = "no flags make it fit as it is" if ways else "no flag makes it fit: take a smaller model, or more processes' memory"
+    ways = [f"{change} it would fit with {proposal.text}" for change, proposal in changes.items() if proposal is not None]
+    missing = (
+        "no flags make it fit as it is" if ways else "no flag makes it fit: take a smaller model or a device with more memory"
+    )
     return [f"{needed} per process; {missing}", *ways, *alone]
 
 

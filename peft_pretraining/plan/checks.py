@@ -55,11 +55,11 @@ def check_packages() -> None:
     for name, oldest in _OLDEST.items():
         # Builds without metadata are used as they are.
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found = metadata.version(name)
-            numbers = re.match(r"(\d+)\.(\d+)", found)
+            installed = metadata.version(name)
+            numbers = re.match(r"(\d+)\.(\d+)", installed)
             if numbers and tuple(map(int, numbers.groups())) < tuple(map(int, oldest.split("."))):
                 way_out = f"python -m pip install --upgrade '{name}>={oldest}'"
-                problems.append(f"{name} {found} is too old, this program needs {oldest} or newer: {way_out}")
+                problems.append(f"{name} {installed} is too old, this program needs {oldest} or newer: {way_out}")
     if problems:
         raise ConfigError(problems)
 
@@ -90,7 +90,7 @@ def check(args: Arguments, world: World, inputs: bool = False) -> Checked:
             problems += _model_problems(safe, model)
         except ModelConfigError as error:
             problems.append(str(error))
-    problems = [*refused.values(), *_about_others(problems, refused)]
+    problems = [*refused.values(), *_not_naming(problems, refused)]
     if problems or model is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     return Checked(model, accumulation, total_batch_size, num_training_steps, data_lanes, tuple(model_notices))
@@ -106,7 +106,7 @@ def _with_stand_ins(args: Arguments, refused: Iterable[str]) -> Arguments:
     return dataclasses.replace(args, **stand_ins)
 
 
-def _about_others(problems: Iterable[str], refused: Mapping[str, str]) -> list[str]:
+def _not_naming(problems: Iterable[str], refused: Mapping[str, str]) -> list[str]:
     """The problems whose statement (all before a "; " and the way out) names none of the refused flags."""
     named = re.compile(rf"--({'|'.join(map(re.escape, refused))})\b") if refused else None
     return [problem for problem in problems if named is None or not named.search(problem.split("; ")[0])]
@@ -115,7 +115,7 @@ def _about_others(problems: Iterable[str], refused: Mapping[str, str]) -> list[s
 def value_problems(args: Arguments) -> list[str]:
     """Problems that depend on neither the model nor the number of processes."""
     refused = refused_values(args)
-    return [*refused.values(), *_about_others(combination_problems(_with_stand_ins(args, refused)), refused)]
+    return [*refused.values(), *_not_naming(combination_problems(_with_stand_ins(args, refused)), refused)]
 
 
 def refused_values(args: Arguments) -> dict[str, str]:
@@ -157,7 +157,7 @@ def combination_problems(args: Arguments) -> list[str]:
     """Problems of values that are valid singly but not together."""
     problems: list[str] = []
     if not args.dataset.strip():
-        problems.append("--dataset is empty, as a variable of the shell that is not set; name a data set")
+        problems.append("--dataset is empty, perhaps from a shell variable that is not set; name a data set, e.g. c4 or a folder")
     if args.single_gpu and "parallel" in args.given:
         problems.append(f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two")
     if args.per_layer and args.grad_clipping:
@@ -172,7 +172,8 @@ def combination_problems(args: Arguments) -> list[str]:
         problems += _stored_weights_problems(args)
     elif args.stochastic_rounding and not OPTIMIZERS[args.optimizer].has_adam:
         rounding = _listed([name for name, optimizer in OPTIMIZERS.items() if optimizer.has_adam])
-        problems.append(f"--stochastic_rounding with --optimizer {args.optimizer}: works with {rounding}")
+        what = f"--stochastic_rounding with --optimizer {args.optimizer}"
+        problems.append(f"{what}: its step rounds to nearest; use one of {rounding}, or leave --stochastic_rounding out")
     return problems + _allow_changes_problems(args)
 
 
@@ -187,9 +188,9 @@ def _optimizer_problems(args: Arguments) -> list[str]:
     if args.embedding_states == "4bit" and optimizer.moment_bits not in (None, 4):
         known = _listed([name for name, one in OPTIMIZERS.items() if one.moment_bits == 4])
         return [f"--embedding_states 4bit with --optimizer {args.optimizer}: works with {known}; use 8bit or 32bit"]
-    if args.condition_gradients and optimizer.matrix_bytes is None and not optimizer.conditions:
+    if args.condition_gradients and optimizer.matrix_bytes is None and not optimizer.conditions_all_gradients:
         known = _listed([name for name, one in OPTIMIZERS.items() if one.matrix_bytes is not None])
-        all_of_them = _listed([name for name, one in OPTIMIZERS.items() if one.conditions])
+        all_of_them = _listed([name for name, one in OPTIMIZERS.items() if one.conditions_all_gradients])
         return [
             f"--condition_gradients with --optimizer {args.optimizer}: it works with {known}, in front of the Adam beside them; "
             f"use --optimizer {all_of_them}, which conditions all gradients, or leave --condition_gradients out"
@@ -281,8 +282,8 @@ def _process_problems(args: Arguments, world: World, data_lanes: int) -> list[st
         problems.append(f"--single_gpu: torchrun started {world.size} processes; use --nproc_per_node 1")
     if args.compute_dtype is not None and world.size == 1:
         problems.append(
-            f"--compute_dtype {args.compute_dtype}: parameters are cast as several processes gather them, and this is one; use "
-            "--dtype bfloat16, or start more (torchrun --nproc_per_node N)"
+            f"--compute_dtype {args.compute_dtype}: parameters are cast when several processes gather them, and this run has "
+            "one; use --dtype bfloat16, or start more (torchrun --nproc_per_node N)"
         )
     if data_lanes % world.size:
         fitting = data_lanes + world.size - data_lanes % world.size
@@ -395,7 +396,10 @@ def _warnings(args: Arguments, world: World, model: ModelConfig, accumulation: i
         and args.workers is not None
         and args.workers * world.size > 24
     ):
-        lines.append(f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes")
+        lines.append(
+            f"--workers {args.workers}: 24 data lanes keep at most 24 workers busy over all processes; "
+            "lower --workers, or raise --data_lanes"
+        )
     return lines
 
 

@@ -116,7 +116,7 @@ def _with_cache(setting: Setting, args: Arguments, memory: DeviceMemory | None) 
         return smaller, []
     if account(setting)["cache"] > sizes["cache"]:
         return setting, []
-    # That --linear_path factored builds no weights is a notice.
+    # checks.notices already says that --linear_path factored builds no weights.
     if args.linear_path == "factored":
         return smaller, []
     rows = setting.batch_size * setting.max_length

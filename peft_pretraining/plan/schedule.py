@@ -159,46 +159,47 @@ def validate(
     """Problems of arguments that `lr_at` cannot compute with: one line each, with values, reason and the flag to change."""
     if scheduler not in SCHEDULERS:
         return [f"--scheduler {scheduler}: not one of {', '.join(SCHEDULERS)}"]
-    found: list[str] = []
+    problems: list[str] = []
     if num_training_steps < 1:
-        found.append(f"--num_training_steps {num_training_steps}: must be at least 1")
+        problems.append(f"--num_training_steps {num_training_steps}: must be at least 1")
     if not 0 <= warmup_steps <= num_training_steps:
-        found.append(f"--warmup_steps {warmup_steps}: must be between 0 and --num_training_steps {num_training_steps}")
+        problems.append(f"--warmup_steps {warmup_steps}: must be between 0 and --num_training_steps {num_training_steps}")
     if not 0 <= min_lr_ratio <= 1:
-        found.append(f"--min_lr_ratio {min_lr_ratio}: must be between 0 and 1 (it is a share of --lr)")
+        problems.append(f"--min_lr_ratio {min_lr_ratio}: must be between 0 and 1 (it is a share of --lr)")
     if adjust_step != 0 and scheduler != "cosine_restarts":
-        found.append(f"--adjust_step {adjust_step}: only --scheduler cosine_restarts shifts its restarts; leave it 0")
+        problems.append(f"--adjust_step {adjust_step}: only --scheduler cosine_restarts shifts its restarts; leave it 0")
     if scheduler == "linear":
-        return found
+        return problems
     if cycle_length is not None and (cycle_length < 1 or num_training_steps % cycle_length):
-        found.append(
-            f"--cycle_length {cycle_length}: must divide --num_training_steps {num_training_steps} (the last cycle is whole)"
+        problems.append(
+            f"--cycle_length {cycle_length}: must divide --num_training_steps {num_training_steps}, as cycles are complete; "
+            "change one of the two"
         )
     if scheduler == "cosine" and cycle_length is not None and cycle_length < warmup_steps:
-        found.append(f"--cycle_length {cycle_length}: must be at least --warmup_steps {warmup_steps} (each cycle warms up)")
+        problems.append(f"--cycle_length {cycle_length}: must be at least --warmup_steps {warmup_steps} (each cycle warms up)")
     if scheduler == "cosine_restarts":
-        found += _restart_problems(
+        problems += _restart_problems(
             num_training_steps, warmup_steps, min_lr_ratio, cycle_length, restart_warmup_steps, adjust_step
         )
-    return found
+    return problems
 
 
 def _restart_problems(
     total: int, warmup: int, floor: float, cycle_length: int | None, restart_warmup: int | None, adjust_step: int
 ) -> list[str]:
-    found: list[str] = []
+    problems: list[str] = []
     if cycle_length is None:
-        found.append("--scheduler cosine_restarts needs --cycle_length (updates between restarts)")
+        problems.append("--scheduler cosine_restarts needs --cycle_length (updates between restarts)")
     if restart_warmup is None:
-        found.append("--scheduler cosine_restarts needs --restart_warmup_steps (updates of warm-up after a restart)")
+        problems.append("--scheduler cosine_restarts needs --restart_warmup_steps (updates of warm-up after a restart)")
     elif restart_warmup < 0 or (cycle_length is not None and restart_warmup > cycle_length):
-        found.append(f"--restart_warmup_steps {restart_warmup}: must be between 0 and --cycle_length {cycle_length}")
+        problems.append(f"--restart_warmup_steps {restart_warmup}: must be between 0 and --cycle_length {cycle_length}")
     if floor <= 0:
-        found.append(f"--min_lr_ratio {floor}: --scheduler cosine_restarts needs a value above 0")
+        problems.append(f"--min_lr_ratio {floor}: --scheduler cosine_restarts needs a value above 0")
     shifted = adjust_step + warmup
     if adjust_step < 0 or shifted > total or (cycle_length is not None and shifted > cycle_length):
-        found.append(
+        problems.append(
             f"--adjust_step {adjust_step}: must be 0 or more, and with --warmup_steps {warmup} added at most "
             f"--cycle_length {cycle_length} and --num_training_steps {total}"
         )
-    return found
+    return problems

@@ -229,7 +229,8 @@ class Recorder:
             return
         try:
             act(self._tracker)
-        except Exception as error:  # no failure of the dashboard may end the run
+        except Exception as error:
+            # No failure of the dashboard may end the run.
             name, self._tracker = self._tracker.name, None
             self.say(f"warning: {name} stopped recording ({one_line(error)}); training and metrics.jsonl continue")
 
@@ -293,7 +294,8 @@ def _columns() -> int | None:
 def _show(bar: Any, figures: list[str]) -> None:
     """Shows as many of the figures, the most important first, as leave a bar of ten columns."""
     bar.ncols = _columns()
-    state = {**bar.format_dict, "ncols": None, "postfix": None}  # without ncols, tqdm's bar has ten columns
+    # Without ncols, tqdm's bar has ten columns.
+    state = {**bar.format_dict, "ncols": None, "postfix": None}
     room = math.inf if bar.ncols is None else bar.ncols - len(bar.format_meter(**state)) - len(", ")
     shown = figures[:1]
     for figure in figures[1:]:
@@ -381,7 +383,8 @@ class LateRecord:
         self._record, self._state, self._throughput = record, state, throughput
         self._skipped = SkippedUpdates(state.skipped_updates)
         self._waiting: deque[PendingUpdate] = deque()
-        self._num_tokens = self._num_updates = 0  # since the last row
+        # Sums since the last row.
+        self._num_tokens = self._num_updates = 0
 
     def add(self, update_step: int, result: StepResult, known: dict[str, Any] | None) -> None:
         """Take an update that is queued on the device, and read the one before it.
@@ -421,7 +424,8 @@ class LateRecord:
 
     def close(self) -> None:
         """Write what has arrived without waiting: the run may have failed, and the rest may never arrive."""
-        with contextlib.suppress(RuntimeError):  # a device that has failed raises its error at every call
+        # A device that has failed raises its error at every call.
+        with contextlib.suppress(RuntimeError):
             while self._waiting and self._waiting[0].arrived:
                 self._write(self._waiting.popleft())
 

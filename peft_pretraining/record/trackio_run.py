@@ -31,7 +31,8 @@ def start_trackio(settings: Mapping[str, Any]) -> TrackioRun | None:
         return TrackioRun(settings)
     except ModuleNotFoundError as error:
         problem = f"it is not installed: {INSTALL}" if error.name == "trackio" else one_line(error)
-    except Exception as error:  # a database that cannot be written, another version's functions
+    except Exception as error:
+        # A database that cannot be written, or another version's functions.
         problem = one_line(error)
     print(f"warning: trackio is off ({problem}); all metrics are still written to metrics.jsonl", file=sys.stderr)
     return None
@@ -101,7 +102,7 @@ class TrackioRun:
         self._run.log(values, step=self._last_step)
 
     def send_missing(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Makes trackio's rows of the run those of the record: removes all others, sends what is missing, returns how many."""
+        """Makes trackio's rows of the run equal to the record's: removes others, sends missing ones, returns their number."""
         wanted = {_key(row) for row in rows}
         known, others = set(), []
         with self._connected() as database:

@@ -59,7 +59,8 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
             record.ParseFromString(content)
             items = record.history.item
             row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-        except Exception:  # not written whole; protobuf's error class depends on its version
+        except Exception:
+            # The file was not written completely; protobuf's error class depends on its version.
             return
         if row:
             yield {"_step": record.history.step.num, **row}

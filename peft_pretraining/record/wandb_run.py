@@ -43,7 +43,8 @@ def _wandb_servers() -> list[str]:
         import wandb
 
         return [wandb.Settings().base_url, "https://api.wandb.ai"]
-    except Exception:  # wandb is missing or broken; start_wandb reports it
+    except Exception:
+        # Wandb is missing or broken; start_wandb reports it.
         return ["https://api.wandb.ai"]
 
 

@@ -110,14 +110,14 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     batches = iter(data.loader)
     if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
-    restored = folder.checkpoint is not None
-    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id, restored=restored)
+    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id, restored=folder.checkpoint is not None)
     updates = build_updates(args, token_loss.model, world, device, plan.gradient_accumulation)
     module: nn.Module = token_loss
     if not is_sharded(token_loss) and not updates.averages_gradients:
         module = replicate(token_loss, world, device, None if args.reduce_dtype is None else torch_dtype(args.reduce_dtype))
     parts = RunParts(token_loss.model, updates, data.loader, TrainState())
-    random.seed(args.seed)  # only now, because some libraries draw from Python's generator while they are imported
+    # Only now: some libraries draw from Python's generator while they are imported.
+    random.seed(args.seed)
     if folder.checkpoint is not None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
         world.say(_going_on(folder, parts.state, plan))

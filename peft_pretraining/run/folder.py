@@ -259,9 +259,10 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
         other = f"another --save_dir; to evaluate alone use {_evaluate_command(path, args)}"
         other = other if name in EVALUATION_FLAGS else "another --save_dir"
         given, back = "not given" if now is None else now, "leave it out" if then is None else f"use {then}"
-        problems.append(f"--{name} {given}: {path} was made with {then}; {back}, {way_out}or {other}")
+        made = "without it" if then is None else f"with {then}"
+        problems.append(f"--{name} {given}: {path} was made {made}; {back}, {way_out}or {other}")
     problems += [
-        f"{args.model_config}: {key} is {now}, {path} was made with {then}"
+        f"{args.model_config}: {key} is {now}, {path} was made with {then}; use that model file, or another --save_dir"
         for key, (then, now) in differing_shape(before["plan"], plan).items()
     ]
     if problems:
@@ -307,7 +308,7 @@ def check_same_data(path: Path, args: Arguments, source: Source | Mixture, held_
 
 
 def _changed_weights(path: Path, args: Arguments, source: Source | Mixture, before: list[dict[str, Any]]) -> str | None:
-    """What to say of a mixture of the same data sets with other weights than the checkpoint's; None if the data sets differ."""
+    """Returns the problem if a mixture has the checkpoint's data sets with other weights; None if the data sets differ."""
     if not isinstance(source, Mixture):
         return None
     weights = {each["fingerprint"]: float(each["weight"]) for each in before}
@@ -337,18 +338,18 @@ def reading_rules(path: Path | None, args: Arguments) -> int:
 
 
 def changed_reading(args: Arguments, source: Source | Mixture) -> str | None:
-    """What to say of a run that goes on with the files and splits of an earlier version's rules; None where nothing differs."""
+    """Returns a notice if a run keeps an earlier version's rules for files and splits, and today's choose others; else None."""
     if source.rules == READING_RULES:
         return None
     try:
         today = open_dataset(args.dataset, "train", text_field=args.text_field)
     except DataError as error:
-        return f"this run goes on with the rules for files and splits with which it began; today's would refuse it: {error}"
+        return f"this run keeps the rules for files and splits that it began with; today's rules refuse its data: {error}"
     if replace(today, rules=source.rules).fingerprint == source.fingerprint:
         return None
     return (
-        "this run goes on with the rules for files and splits with which it began (docs/data.md); a new run would read "
-        f"{today.describe()}; to go on so: --allow_changes dataset"
+        "this run keeps the rules for files and splits that it began with (docs/data.md); a new run would read "
+        f"{today.describe()}; to continue this run with these files instead: --allow_changes dataset"
     )
 
 

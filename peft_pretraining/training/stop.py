@@ -98,7 +98,7 @@ class StopRequest:
             raise Stopped
 
     def _leave(self, name: str, number: int) -> None:
-        self._answer(f"{name} again: ended immediately; run the same command again to resume from the newest checkpoint")
+        self._answer(f"{name} again: ended immediately; to resume, run the command without --continue_from and --resume never")
         # Data workers ignore stop signals.
         for child in multiprocessing.active_children():
             child.kill()

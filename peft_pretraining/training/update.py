@@ -15,8 +15,8 @@ from peft_pretraining.optim.updates import Updates
 
 MAX_SKIPPED_IN_A_ROW = 10
 WAY_OUT = (
-    "resume from the last checkpoint (--continue_from the run's folder) with a lower --lr or --grad_clipping 1.0, and "
-    "--allow_changes lr,grad_clipping"
+    "resume from the last checkpoint (--continue_from the run's folder) with a lower --lr or --grad_clipping 1.0 (with "
+    "--per_layer: --grad_norm_growth 1.01), and --allow_changes with the names of the flags that you change"
 )
 
 
@@ -101,7 +101,8 @@ def train_step(
     The loss is the sum of token losses divided by the number of target tokens of all micro-batches and processes. Therefore
     1 process x 4 micro-batches = 2 x 2 = 4 x 1, even if micro-batches have different numbers of tokens.
 
-    If the loss or a gradient is non-finite, nothing is stepped (per-layer updates: only tensors with a finite gradient).
+    If the loss is non-finite, nothing is stepped. If a gradient is non-finite, nothing is stepped, except that per-layer updates
+    step the tensors with finite gradients.
 
     Two cases wait for the device: each step of an optimizer that must know in Python whether to step (`step_unless`), and
     per-layer updates, which need the loss before the last backward pass.

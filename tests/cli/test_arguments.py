@@ -65,7 +65,7 @@ BAD = [
     (["--compute_dtype", "bf16"], ["--compute_dtype bfloat16", "--parallel fsdp"]),
     (
         ["--compute_dtype", "bf16", "--parallel", "fsdp"],
-        ["--compute_dtype bfloat16", "this is one", "--dtype bfloat16"],
+        ["--compute_dtype bfloat16", "this run has one", "--dtype bfloat16"],
     ),
     (["--reduce_dtype", "int8"], ["--reduce_dtype int8", "float32"]),
     (["--min_lr_ratio", "2"], ["--min_lr_ratio 2", "between 0 and 1"]),

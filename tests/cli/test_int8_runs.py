@@ -73,7 +73,7 @@ def test_a_corrupted_scale_is_found(trained, tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("method", "flags", "said"),
     [
-        ("sltrain", ["--weight_dtype", "int8"], "--weight_dtype int8: .* was made with None; leave it out"),
+        ("sltrain", ["--weight_dtype", "int8"], "--weight_dtype int8: .* was made without it; leave it out"),
         ("sltrain_int8", ["--stochastic_rounding", "false"], "--stochastic_rounding False: .* was made with True; use True"),
         ("sltrain_int8", None, "--weight_dtype not given: .* was made with int8; use int8"),
     ],

@@ -285,14 +285,14 @@ def test_every_run_has_its_gpus_or_its_share_of_the_cores(tmp_path, monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert parallel.places(1, 1, planned) == ([{}], None)
-    assert parallel.places(3, 2, planned) == ([{"OMP_NUM_THREADS": "2"}] * 3, None)
-    assert parallel.places(20, 1, planned) == ([{"OMP_NUM_THREADS": "1"}] * 20, None)
+    assert parallel.run_environments(1, 1, planned) == ([{}], None)
+    assert parallel.run_environments(3, 2, planned) == ([{"OMP_NUM_THREADS": "2"}] * 3, None)
+    assert parallel.run_environments(20, 1, planned) == ([{"OMP_NUM_THREADS": "1"}] * 20, None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
 
     def gpus(*arguments):
-        environments, notice = parallel.places(*arguments)
+        environments, notice = parallel.run_environments(*arguments)
         return [environment["CUDA_VISIBLE_DEVICES"] for environment in environments], notice is not None
 
     assert gpus(3, 1, planned) == (["0", "1", "2"], False)
@@ -300,9 +300,9 @@ def test_every_run_has_its_gpus_or_its_share_of_the_cores(tmp_path, monkeypatch)
     assert gpus(5, 1, planned) == (["0", "1", "2", "3", "0"], True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
     assert gpus(2, 2, planned) == (["7,5", "3,1"], False)
-    assert parallel.places(2, 1, on_cpu) == ([{"OMP_NUM_THREADS": "6"}] * 2, None)
+    assert parallel.run_environments(2, 1, on_cpu) == ([{"OMP_NUM_THREADS": "6"}] * 2, None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert parallel.places(2, 1, on_cpu) == ([{}] * 2, None)
+    assert parallel.run_environments(2, 1, on_cpu) == ([{}] * 2, None)
 
 
 def test_the_time_left_follows_from_the_work_left():

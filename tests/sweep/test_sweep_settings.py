@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peft_pretraining.commands.sweep.settings import compared, load_sweep
+from peft_pretraining.commands.sweep.settings import load_sweep, without_warm_ups
 from peft_pretraining.config.arguments import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_a_full_rank_run_comes_before_the_runs_that_start_from_it(tmp_path):
     assert {run.args.warmed_up_model for run in (first, second)} == {str(warm.folder)}
     assert f"--warmed_up_model={warm.folder}" in first.argv
     assert found.runs[3].folder != warm.folder  # each seed has its own
-    assert compared(found.runs) == [first, second, *found.runs[4:]]
+    assert without_warm_ups(found.runs) == [first, second, *found.runs[4:]]
 
 
 def test_full_rank_runs_differ_by_lists_of_the_base(tmp_path):

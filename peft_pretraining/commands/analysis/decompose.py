@@ -19,7 +19,8 @@ from peft_pretraining.methods.galore import projected_matrices
 from peft_pretraining.optim.updates import l2_norm
 from sparse_lora import SparseLowRankLinear
 
-_BINS = 100  # bins of the histogram of magnitudes
+# Bins of the histogram of magnitudes.
+_BINS = 100
 
 
 def target_linears(model: nn.Module, only: Sequence[str] = ()) -> dict[str, nn.Module]:

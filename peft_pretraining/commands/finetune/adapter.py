@@ -24,7 +24,8 @@ def save_adapter(model: nn.Module, config: SLTrainConfig, path: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
     try:
         save_file(state, path, metadata={_CONFIG_KEY: json.dumps(asdict(config))})
-    except SafetensorError as error:  # what safetensors raises when the disk is full
+    except SafetensorError as error:
+        # Safetensors raises it when the disk is full.
         raise OSError(f"{path}: cannot be written ({error})") from None
 
 

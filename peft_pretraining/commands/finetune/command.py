@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(describe(tuned, data))
     with new_folder(args.out) as partial:
-        from peft_pretraining.commands.finetune.trainer import fine_tune  # loads Trainer, which takes seconds
+        # Imported here because it loads Trainer, which takes seconds.
+        from peft_pretraining.commands.finetune.trainer import fine_tune
 
         record = fine_tune(tuned, data, args, partial, None if args.json else print)
         (partial / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -140,29 +141,29 @@ def run(args: argparse.Namespace) -> int:
 
 def problems(args: argparse.Namespace) -> list[str]:
     """One line for each flag value that cannot work; loads nothing."""
-    found = []
+    lines = []
     if (args.train_file is None) != (args.validation_file is None):
-        found.append("--train_file and --validation_file: only one is given; give both, or --task alone")
+        lines.append("--train_file and --validation_file: only one is given; give both, or --task alone")
     if args.task is None and args.train_file is None:
-        found.append(f"nothing to train on: give --task {' | '.join(TASKS)}, or --train_file and --validation_file")
+        lines.append(f"nothing to train on: give --task {' | '.join(TASKS)}, or --train_file and --validation_file")
     if (problem := folder_problem(args.out)) is not None:
-        found.append(problem)
+        lines.append(problem)
     for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("max_length", 2), ("warmup_steps", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
-            found.append(f"--{name} {value}: must be at least {least}")
+            lines.append(f"--{name} {value}: must be at least {least}")
     for name in ("lr", "lora_alpha"):
         if not 0 < getattr(args, name) < math.inf:
-            found.append(f"--{name} {getattr(args, name)}: must be above 0")
+            lines.append(f"--{name} {getattr(args, name)}: must be above 0")
     for name in ("weight_decay", "grad_clipping"):
         if not 0 <= getattr(args, name) < math.inf:
-            found.append(f"--{name} {getattr(args, name)}: must be at least 0")
+            lines.append(f"--{name} {getattr(args, name)}: must be at least 0")
     if args.checkpoints is not None and args.checkpoints.resolve().is_relative_to(args.out.resolve()):
-        found.append(f"--checkpoints {args.checkpoints}: lies inside --out, which is written at the end; name another folder")
+        lines.append(f"--checkpoints {args.checkpoints}: lies inside --out, which is written at the end; name another folder")
     if not 0 <= args.sp_ratio <= 1:
-        found.append(f"--sp_ratio {args.sp_ratio}: must be between 0 (low-rank alone) and 1")
+        lines.append(f"--sp_ratio {args.sp_ratio}: must be between 0 (low-rank alone) and 1")
     if not -(2**63) <= args.seed < 2**63:
-        found.append(f"--seed {args.seed}: must fit 64 bits")
+        lines.append(f"--seed {args.seed}: must fit 64 bits")
     if args.keep_adapter and (args.head_only or args.base == "trained"):
-        found.append("--keep_adapter: needs adapters on a frozen base; leave it out, or leave out --head_only and --base trained")
-    return found
+        lines.append("--keep_adapter: needs adapters on a frozen base; leave it out, or leave out --head_only and --base trained")
+    return lines

@@ -61,11 +61,13 @@ def load_glue(task_name: str) -> Dataset:
 
     task, problem = TASKS[task_name], hub_problem()
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if problem is not None:  # without offline mode, datasets retries for half a minute before it reads the cache
+    # Without offline mode, datasets retries for half a minute before it reads the cache.
+    if problem is not None:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         splits: Any = datasets.load_dataset(HUB_NAME, task_name)
-    except Exception as error:  # connection errors come in many types, wrapped or not
+    except Exception as error:
+        # Connection errors come in many types, wrapped or not.
         raise DataError(
             f"--task {task_name}: {HUB_NAME} is available neither from the hub ({problem or first_line(error)}) nor in the "
             "local cache; check the network, or give --train_file and --validation_file"

@@ -114,29 +114,32 @@ def _load_model(name: str, task: Task, local: bool) -> tuple[PreTrainedModel, tu
     from transformers.utils import logging
 
     labels = dict(enumerate(task.labels or ("score",)))
-    logging.set_verbosity_error()  # missing weights are checked below
+    # Missing weights are checked below.
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=task.num_outputs,
             id2label=labels,
             label2id={label: number for number, label in labels.items()},
             problem_type="single_label_classification" if task.labels else "regression",
-            ignore_mismatched_sizes=True,  # the checkpoint may have a head for another task
+            # The checkpoint may have a head for another task.
+            ignore_mismatched_sizes=True,
             dtype=torch.float32,
             trust_remote_code=False,
             local_files_only=local,
             output_loading_info=True,
         )
-    except Exception as error:  # parsers raise many types for damaged files
+    except Exception as error:
+        # Parsers raise many types for damaged files.
         _refuse_pointers(name)
         raise ValueError(
             f"--model {name}: cannot be loaded as a sequence classifier ({first_line(error)}); give a folder that "
             "save_pretrained or `export` wrote, or a model's name on the hub"
         ) from error
     head = [child for child, module in model.named_children() if module is not model.base_model and list(module.parameters())]
-    absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    absent = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     # Language models have no pooler: a new one is drawn, and trains with the classifier.
     head += sorted({key.partition(".pooler.")[0] + ".pooler" for key in absent if ".pooler." in key})
     missing = sorted(key for key in absent if not key.startswith(tuple(f"{module}." for module in head)))
@@ -200,7 +203,9 @@ def save(tuned: Tuned, folder: Path, *, keep_adapter: bool) -> None:
         content = both_spellings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_tokenizer(tuned.tokenizer, folder)
-    except Exception as error:  # safetensors and tokenizers raise their own classes when the disk is full
+    except Exception as error:
+        # Safetensors and tokenizers raise their own classes when the disk is full.
         raise OSError(f"{folder}: cannot be written ({first_line(error)})") from error
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors creates files that only their owner can read
+        # Safetensors creates files that only their owner can read.
+        file.chmod(0o644)

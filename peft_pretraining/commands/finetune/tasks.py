@@ -24,7 +24,8 @@ class Task:
         return max(1, len(self.labels))
 
 
-_MOST_CLASSES = 1000  # labels above this are values of a regression, not classes
+# Labels above this are values of a regression, not classes.
+_MOST_CLASSES = 1000
 _PAIR = ("sentence1", "sentence2")
 _ENTAILED = ("entailment", "not_entailment")
 

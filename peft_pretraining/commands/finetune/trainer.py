@@ -37,14 +37,16 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.updates import clip_, gradient_norms, l2_norm
 from peft_pretraining.record.wandb_run import start_wandb
 
-_WARMUP_SHARE = 0.06  # of all updates, as RoBERTa's authors had it on GLUE (arXiv 1907.11692, appendix C)
+# Share of all updates, as RoBERTa's authors had it on GLUE (arXiv 1907.11692, appendix C).
+_WARMUP_SHARE = 0.06
 
 
 def encode(tuned: Tuned, examples: Examples, split: str) -> list[dict[str, Any]]:
     """Token ids and label of each example, not yet padded. Raises ValueError for a text without a single token."""
     columns = tuned.tokenizer(*examples.columns, truncation=True, max_length=tuned.max_length)
     empty = next((row for row, ids in enumerate(columns["input_ids"], 1) if not ids), None)
-    if empty is not None:  # not every tokenizer puts a special token before or after the text
+    # Not every tokenizer puts a special token before or after the text.
+    if empty is not None:
         raise ValueError(f"{split} examples, row {empty}: its text has no tokens; remove the row")
     return [{**{key: columns[key][row] for key in columns}, "label": label} for row, label in enumerate(examples.labels)]
 
@@ -72,7 +74,8 @@ def fine_tune(
             trainer.remove_callback(WandbCallback)
         try:
             trainer.train(resume_from_checkpoint=newest)
-        except SafetensorError as error:  # what safetensors raises when the disk is full
+        except SafetensorError as error:
+            # Safetensors raises it when the disk is full.
             raise OSError(f"--checkpoints {args.checkpoints}: cannot be read or written ({error})") from error
     epochs = epoch_rows(trainer.state.log_history)
     metric = list(epochs[0])[2]
@@ -107,7 +110,8 @@ def make_trainer(
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
-        seed=args.seed % 2**32,  # numpy's largest
+        # Numpy's seeds have at most 32 bits.
+        seed=args.seed % 2**32,
         bf16=args.dtype == "bfloat16",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
@@ -131,7 +135,8 @@ def make_trainer(
         callbacks=[_EpochLines(args, len(data.validation) * len(data.task.metrics), say)],
     )
     trainer.accelerator.clip_grad_norm_ = _clip
-    for printer in (PrinterCallback, ProgressCallback):  # both print every log to standard output
+    # Both print every log to standard output.
+    for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if not settings.disable_tqdm:
         trainer.add_callback(_ProgressBar)
@@ -189,7 +194,8 @@ class _EpochLines(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         row = epoch_rows(state.log_history)[-1]
-        if self._say is not None and len(row) == 2 + self._num_metrics:  # the last of the epoch's validation splits
+        # True at the last of the epoch's validation splits.
+        if self._say is not None and len(row) == 2 + self._num_metrics:
             self._say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
@@ -223,7 +229,8 @@ def newest_checkpoint(folder: Path, settings: Mapping[str, Any], data: Dataset) 
         )
     record.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     for path in checkpoints:
-        if not (path / "trainer_state.json").exists():  # written last
+        # This file is written last.
+        if not (path / "trainer_state.json").exists():
             shutil.rmtree(path)
     newest: str | None = get_last_checkpoint(str(folder))
     return newest

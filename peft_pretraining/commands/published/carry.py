@@ -36,7 +36,8 @@ from peft_pretraining.run.assemble import Run, assemble
 from peft_pretraining.run.folder import prepare_record
 from peft_pretraining.run.resume import run_content
 
-MODEL_CONFIG = "model_config.json"  # in the run's folder, a copy of the published one
+# File in the run's folder: a copy of the published one.
+MODEL_CONFIG = "model_config.json"
 # Flags that an import refuses, and why.
 _REFUSED = {
     "continue_from": "the run continues the published checkpoint; leave it out",
@@ -184,7 +185,8 @@ def _carry(published: Published, args: Arguments, flags: dict[str, Any]) -> Impo
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     run = assemble(args, world, device)
-    assert run is not None  # None is for a finished run, which an empty folder does not hold
+    # It is None for a finished run, which an empty folder does not hold.
+    assert run is not None
     try:
         parts = run.parts
         fill(parts.model, published, tied=run.plan.model.tie_word_embeddings)
@@ -259,6 +261,7 @@ def _other_settings(published: Published, args: Arguments, run: Run) -> list[str
             continue
         then, now = recorded[published_name], getattr(args if name != "total_batch_size" else run.plan, name)
         then = then.lower() if isinstance(then, str) else then
-        if then != now and (then or now):  # 0 and None are both off
+        # 0 and None both mean off.
+        if then != now and (then or now):
             lines.append(f"{name} {now} (published: {then})")
     return lines

@@ -94,7 +94,8 @@ def _place(name: str, support: UniformSupport, index: Tensor) -> Iterator[str]:
         return
     size = support.nbytes
     support.place_(index.to(torch.int64))
-    if support.nbytes != size:  # stored uncompressed, which a resumed run has no room for
+    # It is stored uncompressed, for which a resumed run has no room.
+    if support.nbytes != size:
         yield (
             f"{name}: its positions are not uniformly distributed over the weight, so they do not fit the compressed support; "
             "merge the factors into dense weights with the published program, and import those"

@@ -20,8 +20,10 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.state import load_optimizer_state, set_moments_
 from peft_pretraining.optim.updates import Updates
 
-_WRAPPED = "__bnb_optimizer_quant_state__"  # key of a state's tensors in newer versions of bitsandbytes
-_BNB_BLOCKS = (256, 2048)  # elements per scale; 2048 in older versions of bitsandbytes
+# Key of a state's tensors in newer versions of bitsandbytes.
+_WRAPPED = "__bnb_optimizer_quant_state__"
+# Elements per scale; 2048 in older versions of bitsandbytes.
+_BNB_BLOCKS = (256, 2048)
 # Parameters of one module, in the order in which the published classes create them.
 _IN_LAYER = ("weight", "bias", "lora_A", "lora_B", "scaling", "sparse_value")
 _IN_RELORA_LAYER = ("weight", "bias", "scaling", "lora_A", "lora_B")
@@ -60,7 +62,8 @@ def carry_moments(published: Published, model: nn.Module, updates: Updates, args
         return f"the shapes of the {len(numbers)} tensors in {OPTIMIZER} fit no known order of the parameters"
     if len(matching_orders) > 1:
         return f"{OPTIMIZER} does not name its tensors, and the shapes of down_proj and up_proj are equal"
-    load_optimizer_state(updates, parameters, {}, {}, lambda _: None)  # creates empty states, if the optimizer supports it
+    # Creates empty states, if the optimizer supports it.
+    load_optimizer_state(updates, parameters, {}, {}, lambda _: None)
     for number, name in zip(numbers, matching_orders[0], strict=True):
         if number in states:
             parameter = updates.stepped[name]

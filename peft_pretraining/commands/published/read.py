@@ -25,7 +25,8 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CONFIG, SLTRAIN, RELORA = "config.json", "splora_config.json", "relora_config.json"
 OPTIMIZER, STATE = "optimizer.pt", "training_state.json"
 _WRAPPERS = ("module.", "_orig_mod.", "wrapped_model.")
-_LARGEST_STEP = 10**8 - 1  # a checkpoint's name has eight digits
+# A checkpoint's name has eight digits.
+_LARGEST_STEP = 10**8 - 1
 
 
 class PublishedError(ValueError):
@@ -93,7 +94,8 @@ def load_pickle(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # damaged files raise many types of error
+    except Exception as error:
+        # Damaged files raise many types of error.
         named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if named or "reduce" in str(error):
             code = named[1] if named else "a function"
@@ -204,7 +206,8 @@ def _read_optimizer(path: Path) -> tuple[Mapping[str, Any] | None, str | None]:
         return None, f"the checkpoint has no {OPTIMIZER}"
     try:
         loaded = load_pickle(path)
-    except NeedsCode as error:  # GaLore's projectors are objects of its own class
+    except NeedsCode as error:
+        # GaLore's projectors are objects of its own class.
         return None, str(error).partition(";")[0]
     except PublishedError as error:
         raise PublishedError(f"{error}, or move the file away to import the weights alone") from None

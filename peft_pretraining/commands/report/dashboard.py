@@ -43,7 +43,8 @@ def send(groups: Sequence[Group], out: Path, mode: Literal["online", "offline"],
             content |= {path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))}
             content["page"] = wandb.Html((out / "report.html").read_text(encoding="utf-8"))
             run.log(content)
-    except Exception as error:  # a refused key, a lost network, an old version: wandb raises many types
+    except Exception as error:
+        # A refused key, a lost network, an old version: wandb raises many types.
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"--wandb {mode}: {text}; the page is in {out}, and --wandb offline needs no network") from None
     if mode == "offline":

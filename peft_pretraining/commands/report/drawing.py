@@ -92,7 +92,8 @@ def plain_log_ticks(axis: Any) -> None:
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low) if low > 0 else 3.0
-    if decades < 0.5:  # a range this short may contain no power of ten
+    # A range this short may contain no power of ten.
+    if decades < 0.5:
         axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
         axis.set_minor_locator(NullLocator())
     else:

@@ -29,7 +29,8 @@ def draw_all(groups: Sequence[Group], out: Path) -> dict[str, Path]:
     with matplotlib.rc_context(STYLE):
         for name, draw in figures.items():
             file = out / f"{name}.png"
-            file.unlink(missing_ok=True)  # an earlier report may have drawn a figure that this one lacks
+            # An earlier report may have drawn a figure that this one lacks.
+            file.unlink(missing_ok=True)
             path = draw(groups, file)
             if path is not None:
                 paths[name] = path

@@ -62,14 +62,16 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     settings = {name: arguments[name] for name in names if has_effect(name, run.method)}
     settings |= {name: run.plan.get(name) for name in _RESOLVED}
     model = run.plan.get("model") or {}
-    if "warmed_up_model" in settings:  # each seed starts from its own full-rank run: compare those runs' settings
+    # Each seed starts from its own full-rank run: those runs' settings are compared.
+    if "warmed_up_model" in settings:
         settings["warmed_up_model"] = settings["warmed_up_model"] is not None
         settings |= _warm_up_of(run)
     # The content of a file matters, not its path.
     settings["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
     dataset = run.document.get("dataset") or {}
     settings["data"] = dataset.get("fingerprint") or arguments["dataset"]
-    settings["data_order"] = dataset.get("order", "lanes")  # earlier versions had no other order
+    # Earlier versions had no other order than lanes.
+    settings["data_order"] = dataset.get("order", "lanes")
     if arguments["max_train_tokens"] is not None:
         settings.pop("num_training_steps")
     return settings

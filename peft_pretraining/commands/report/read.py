@@ -16,8 +16,10 @@ from peft_pretraining.memory.counts import paper_bytes, paper_estimate, paramete
 from peft_pretraining.record import summary
 from peft_pretraining.record.summary import METRICS_FILE, Row, read_record, seconds_of
 
-FIGURES = "report.json"  # a report's figures, in its folder
-_PRINTED_FROM = 0.1  # 10^9 bytes; below this, the paper's two decimals round too much away
+# File of a report's figures, in its folder.
+FIGURES = "report.json"
+# In 10^9 bytes: below this, the paper's two decimals round too much away.
+_PRINTED_FROM = 0.1
 
 
 def load_run(folder: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

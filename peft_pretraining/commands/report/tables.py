@@ -235,7 +235,8 @@ def command_of(run: RunRecord) -> str:
 def _start_of(run: RunRecord) -> str:
     world = run.document.get("world") or {}
     processes = int(world.get("processes") or run.plan.get("world_size") or 1)
-    local = int(world.get("local_processes") or processes)  # older records lack it
+    # Older records lack local_processes.
+    local = int(world.get("local_processes") or processes)
     if processes > local:
         rendezvous = "--rdzv_backend c10d --rdzv_endpoint HOST:29400"
         return f"torchrun --nnodes {processes // local} --nproc_per_node {local} {rendezvous}"

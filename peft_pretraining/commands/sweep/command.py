@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_pretraining.commands.report.command import PAGE, format_groups, write_report
-from peft_pretraining.commands.sweep.parallel import TimeLeft, places, work_of
+from peft_pretraining.commands.sweep.parallel import TimeLeft, run_environments, work_of
 from peft_pretraining.commands.sweep.runner import (
     MADE,
     Outcome,
@@ -27,7 +27,7 @@ from peft_pretraining.commands.sweep.runner import (
     state_of,
 )
 from peft_pretraining.commands.sweep.search import stages
-from peft_pretraining.commands.sweep.settings import PlannedRun, SweepFile, compared, load_sweep
+from peft_pretraining.commands.sweep.settings import PlannedRun, SweepFile, load_sweep, without_warm_ups
 from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.distributed.world import lasting_output
 from peft_pretraining.record.wandb_run import OF_ONE_RUN
@@ -105,7 +105,7 @@ class _Stage:
     def __init__(self, runs: Sequence[PlannedRun], processes: int, at_a_time: int, stopping: Stopping):
         """processes: of each run. at_a_time: runs at the same time."""
         self._runs, self._processes, self._stopping = runs, processes, stopping
-        self._free, notice = places(min(at_a_time, max(1, len(runs))), processes, runs)
+        self._free, notice = run_environments(min(at_a_time, max(1, len(runs))), processes, runs)
         if notice is not None:
             print(f"notice: {notice}", file=sys.stderr)
         self._left = TimeLeft(len(self._free))
@@ -125,11 +125,11 @@ class _Stage:
                     self._end(future)
 
     def _start_ready(self, pool: ThreadPoolExecutor) -> None:
-        """Starts runs in their order while there is a place; settles those that need none."""
+        """Starts runs in their order while an environment is free; settles those that need none."""
         for planned in tuple(self._waiting):
             if self._stopped or self._stopping.signal_name is not None or not self._free:
                 return
-            if planned.after is not None and planned.after.name not in self._outcomes:
+            if planned.warm_up is not None and planned.warm_up.name not in self._outcomes:
                 continue
             self._waiting.remove(planned)
             state, head = state_of(planned), self._head(planned)
@@ -140,14 +140,14 @@ class _Stage:
                 print(f"{head}: {f'FAILED: {settled.text}' if failed else f'{settled.text}, skipped'}", flush=True)
                 continue
             print(f"{head}: {state.text}; output in {log_path(planned)}", flush=True)
-            place = self._free.pop(0)
-            future = pool.submit(make_run, planned, self._processes, self._stopping, place)
-            self._running[future] = _Running(planned, place, work_of(planned) * (1 - state.share), time.monotonic())
+            environment = self._free.pop(0)
+            future = pool.submit(make_run, planned, self._processes, self._stopping, environment)
+            self._running[future] = _Running(planned, environment, work_of(planned) * (1 - state.share), time.monotonic())
 
     def _end(self, future: Future[Outcome]) -> None:
         """Records and prints a run's outcome, and stops the others if it was stopped."""
         ended = self._running.pop(future)
-        self._free.append(ended.place)
+        self._free.append(ended.environment)
         now = time.monotonic()
         try:
             outcome = future.result()
@@ -175,7 +175,7 @@ class _Running:
     """A run under way: its environment variables, the tokens that it had left to compute, and when it began (time.monotonic)."""
 
     planned: PlannedRun
-    place: dict[str, str]
+    environment: dict[str, str]
     work: float
     since: float
 
@@ -192,7 +192,7 @@ def _settled(planned: PlannedRun, state: State, runs: Sequence[PlannedRun], outc
 
 def _is_needed(planned: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
     """False for a full-rank run that only serves as a start for other runs, if all of those are finished."""
-    dependents = [run for run in runs if run.after is not None and run.after.name == planned.name]
+    dependents = [run for run in runs if run.warm_up is not None and run.warm_up.name == planned.name]
     return not dependents or any(state_of(run).kind not in MADE for run in dependents)
 
 
@@ -200,16 +200,16 @@ def _start_problem(planned: PlannedRun, state: State, outcomes: Mapping[str, Out
     """The reason not to start an unfinished run; None if it may start."""
     if state.kind == "other":
         return f"{planned.folder} {state.text}"
-    if planned.after is None:
+    if planned.warm_up is None:
         return None
     # Started from an unfinished or diverged run, this run would look like any other in the report.
-    reason = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[planned.after.name].kind)
-    return None if reason is None else f"it starts from {planned.after.name}, which {reason}"
+    reason = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[planned.warm_up.name].kind)
+    return None if reason is None else f"it starts from {planned.warm_up.name}, which {reason}"
 
 
 def _report(file: SweepFile, runs: Sequence[PlannedRun], tables: Sequence[str]) -> None:
     """Writes the report on the final runs, and the search's tables beside it."""
-    folders = [run.folder for run in compared(runs) if (run.folder / "run.json").is_file()]
+    folders = [run.folder for run in without_warm_ups(runs) if (run.folder / "run.json").is_file()]
     if not folders:
         print("no run has a run.json: nothing to report")
         return

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from peft_pretraining.commands.sweep.settings import PlannedRun
 
 
-def places(num_runs: int, processes: int, runs: Sequence[PlannedRun]) -> tuple[list[dict[str, str]], str | None]:
+def run_environments(num_runs: int, processes: int, runs: Sequence[PlannedRun]) -> tuple[list[dict[str, str]], str | None]:
     """Returns the environment variables of each of `num_runs` runs that run at a time, and a notice about sharing GPUs or None.
 
     With GPUs, a run has `processes` of them to itself; where there are too few, several runs share them in turn. Otherwise, and

@@ -50,7 +50,7 @@ def state_of(planned: PlannedRun) -> State:
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
     # The warm-up run lies in the sweep's folder, and its settings are part of this run's name.
-    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if planned.after is not None else [])}
+    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if planned.warm_up is not None else [])}
     requested = {
         name: getattr(planned.args, name)
         for name, row in ROWS.items()
@@ -129,7 +129,8 @@ class Stopping:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0, env=variables
         ) as process:
             self._processes.add(process)
-            if self.signal_name is not None:  # the signal arrived while the process was starting
+            # The signal may have arrived while the process was starting.
+            if self.signal_name is not None:
                 process.send_signal(getattr(signal, self.signal_name))
             try:
                 return process.wait()

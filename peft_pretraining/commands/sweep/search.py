@@ -25,11 +25,11 @@ def stages(file: SweepFile, results: list[str]) -> Iterator[Stage]:
     """
     candidates: list[Sequence[Setting]] = [entry.settings for entry in file.entries]
     for number in range(file.num_rounds):
-        found = file.search_round(number, candidates)
+        runs_by_entry = file.search_round(number, candidates)
         title = f"search, round {number + 1} of {file.num_rounds}"
-        yield Stage(title, without_duplicates([run for entry in found for runs in entry for run in runs]))
-        kept = [_best(entry, runs, number) for entry, runs in zip(file.entries, found, strict=True)]
-        results.append(_table(title, found, kept))
+        yield Stage(title, without_duplicates([run for entry in runs_by_entry for runs in entry for run in runs]))
+        kept = [_best(entry, runs, number) for entry, runs in zip(file.entries, runs_by_entry, strict=True)]
+        results.append(_table(title, runs_by_entry, kept))
         candidates = [
             [setting for place, setting in enumerate(settings) if places is None or place in places]
             for settings, places in zip(candidates, kept, strict=True)
@@ -51,9 +51,9 @@ def _perplexity(run: PlannedRun) -> float:
     return math.inf if perplexity is None else perplexity
 
 
-def _table(title: str, found: Sequence[Sequence[Sequence[PlannedRun]]], kept: Sequence[set[int] | None]) -> str:
+def _table(title: str, runs_by_entry: Sequence[Sequence[Sequence[PlannedRun]]], kept: Sequence[set[int] | None]) -> str:
     lines = [f"## {title[0].upper()}{title[1:]}", "", "| run | perplexity | goes on |", "|---|---|---|"]
-    for entry, places in zip(found, kept, strict=True):
+    for entry, places in zip(runs_by_entry, kept, strict=True):
         for place, runs in enumerate(entry):
             goes_on = "yes" if places and place in places else ""
             lines.append(f"| {runs[-1].name} | {_perplexity(runs[-1]):,.2f} | {goes_on} |")

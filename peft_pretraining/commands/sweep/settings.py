@@ -32,14 +32,14 @@ _KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node", "search")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the sweep. argv: the arguments of torchrun_main.py; after: the full-rank run whose weights it starts from."""
+    """A run of the sweep. argv: the arguments of torchrun_main.py; warm_up: the full-rank run whose weights it starts from."""
 
     name: str
     folder: Path
     argv: tuple[str, ...]
     args: Arguments
     plan: Plan
-    after: PlannedRun | None = None
+    warm_up: PlannedRun | None = None
 
 
 def load_sweep(path: Path) -> SweepFile:
@@ -119,9 +119,9 @@ def _entry(path: Path, base: Mapping[str, Any], item: Any, rounds: tuple[Round, 
     return Entry(tuple(settings), _rounds(path, searches[0], problems) if searches else rounds)
 
 
-def compared(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+def without_warm_ups(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The runs that a report compares: all but the full-rank runs that other runs start from."""
-    warm_ups = {run.after.name for run in runs if run.after is not None}
+    warm_ups = {run.warm_up.name for run in runs if run.warm_up is not None}
     return [run for run in runs if run.name not in warm_ups]
 
 
@@ -191,18 +191,18 @@ class SweepFile:
         An entry with no more than `keep` candidates has none. Raises ConfigError with all problems.
         """
         problems: list[str] = []
-        found: list[list[list[PlannedRun]]] = []
+        runs_by_entry: list[list[list[PlannedRun]]] = []
         for entry, settings in zip(self.entries, candidates, strict=True):
             here = entry.rounds[number] if number < len(entry.rounds) else None
             if here is None or len(settings) <= here.keep:
-                found.append([])
+                runs_by_entry.append([])
                 continue
             # Runs without flags of their own are runs of the final comparison, which are not repeated there.
             folder = self.folder / f"search-{number + 1}" if here.flags else self.folder
             changed = [dataclasses.replace(setting, flags={**setting.flags, **here.flags}) for setting in settings]
-            found.append([self._runs(folder, setting, self.seeds[0], problems) for setting in changed])
+            runs_by_entry.append([self._runs(folder, setting, self.seeds[0], problems) for setting in changed])
         _raise(problems)
-        return found
+        return runs_by_entry
 
     def final_runs(self, candidates: Sequence[Sequence[Setting]]) -> list[PlannedRun]:
         """Returns the runs of all candidates with all seeds, those of the first seed first. Raises ConfigError."""
@@ -235,16 +235,16 @@ def _is_seeds(seeds: Any) -> bool:
 
 @dataclass(frozen=True)
 class Setting:
-    """Flags of a run. shown: the flags in the run's name; first: the full-rank run that it starts from, if any."""
+    """Flags of a run. shown: the flags in the run's name; warm_up: the full-rank run that it starts from, if any."""
 
     flags: dict[str, Any]
     shown: dict[str, Any]
-    first: Setting | None = None
+    warm_up: Setting | None = None
 
 
 def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]) -> Iterator[Setting]:
     """Yields the grid over all lists of an entry and of the base; adds what cannot work to `problems`."""
-    first = entry.get(WARM_UP)
+    warm_up = entry.get(WARM_UP)
     merged = {name: value for name, value in {**base, **entry}.items() if name != WARM_UP}
     unusable = _unusable(path, merged)
     if WARM_UP in base or WARM_UP in entry:
@@ -258,10 +258,10 @@ def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any],
     for values in itertools.product(*lists.values()):
         flags = dict(zip(lists, values, strict=True))
         shown = {name: value for name, value in flags.items() if name in named}
-        if first is None:
+        if warm_up is None:
             yield Setting(flags, shown)
             continue
-        warm_up_name = "-".join(f"{name}{value}" for name, value in sorted(first.items()))
+        warm_up_name = "-".join(f"{name}{value}" for name, value in sorted(warm_up.items()))
         yield Setting(flags, {**shown, f"{WARM_UP}-": warm_up_name}, Setting(*warm_up_flags(base, entry, flags)))
 
 
@@ -283,19 +283,21 @@ def _runs_of(file: SweepFile, folder: Path, setting: Setting, seed: int, problem
     """
     path, processes, name = file.path, file.nproc_per_node, run_name(setting.shown, seed)
     planned = _planned_run(path, folder, setting.flags, name, seed, processes, problems)
-    if setting.first is None:
+    if setting.warm_up is None:
         yield from [] if planned is None else [planned]
         return
-    name = f"{WARM_UP}/{run_name(setting.first.shown, seed)}"  # one level deeper, so that a report on the folder leaves it out
-    after = _planned_run(path, file.folder, setting.first.flags, name, seed, processes, problems)
-    if planned is not None and after is not None:
+    # The warm-up is one level deeper, so that a report on the folder leaves it out.
+    name = f"{WARM_UP}/{run_name(setting.warm_up.shown, seed)}"
+    warm_up = _planned_run(path, file.folder, setting.warm_up.flags, name, seed, processes, problems)
+    if planned is not None and warm_up is not None:
         problems += [
-            f"{path}, {planned.name}: {problem}" for problem in disagreements(planned.args, planned.plan, after.args, after.plan)
+            f"{path}, {planned.name}: {problem}"
+            for problem in disagreements(planned.args, planned.plan, warm_up.args, warm_up.plan)
         ]
         # The warm-up's folder does not exist yet: the flag would be refused if it were set before the checks.
-        args = dataclasses.replace(planned.args, warmed_up_model=str(after.folder))
-        argv = (*planned.argv, f"--warmed_up_model={after.folder}")
-        yield from (after, dataclasses.replace(planned, args=args, argv=argv, after=after))
+        args = dataclasses.replace(planned.args, warmed_up_model=str(warm_up.folder))
+        argv = (*planned.argv, f"--warmed_up_model={warm_up.folder}")
+        yield from (warm_up, dataclasses.replace(planned, args=args, argv=argv, warm_up=warm_up))
 
 
 def _planned_run(
@@ -318,7 +320,7 @@ def _planned_run(
 
 def without_duplicates(runs: list[PlannedRun]) -> list[PlannedRun]:
     """The runs without duplicates of full-rank runs that several runs start from."""
-    warm_ups = {run.after.name for run in runs if run.after is not None}
+    warm_ups = {run.warm_up.name for run in runs if run.warm_up is not None}
     seen: set[tuple[str, ...]] = set()
     kept = []
     for run in runs:
