@@ -17,7 +17,7 @@ import yaml
 from peft_pretraining.__main__ import main as command
 from peft_pretraining.commands.sweep import parallel, runner
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 STUB = Path(__file__).resolve().parent / "stub_program.py"
 BASE = {"model_config": str(ROOT / "configs/llama_demo.json"), "dataset": "demo", "batch_size": 4, "max_length": 64}
 BASE |= {"num_training_steps": 4, "warmup_steps": 1}

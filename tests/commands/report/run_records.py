@@ -10,7 +10,7 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import make_plan
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 UPDATES = 10
 
 

@@ -8,7 +8,7 @@ import yaml
 from peft_pretraining.commands.sweep.settings import load_sweep, without_warm_ups
 from peft_pretraining.config.arguments import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BASE = {"model_config": str(ROOT / "configs/llama_demo.json"), "dataset": "demo", "batch_size": 4, "max_length": 64}
 
 RELORA = {"peft_model": "relora", "relora": 4}

@@ -404,7 +404,7 @@ def test_invalid_published_checkpoints_are_refused_and_leave_no_files(
     more: list[str],
     message: str,
 ) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)
+    monkeypatch.chdir(Path(__file__).resolve().parents[3])
     published = write(tmp_path / "published", *intact)
     damage(published)
     assert main(["import", "--published", str(published), "--save_dir", str(tmp_path / "run"), *flags, *more]) == 2
