@@ -31,7 +31,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.advice import memory_problems
 from peft_pretraining.plan.plan import Plan, make_plan
 from peft_pretraining.record.recorder import measured_bytes, peak_memory_bytes
-from peft_pretraining.run.build import build_module, build_updates, start_cache
+from peft_pretraining.run.build import build_token_loss, build_updates, start_cache
 from peft_pretraining.run.folder import versions
 from peft_pretraining.run.resume import RunParts
 from peft_pretraining.training.update import TrainState, train_step
@@ -77,7 +77,7 @@ def updater(args: Arguments, plan: Plan, device: torch.device) -> tuple[RunParts
 
     The host waits for the device before and after the updates only, as the trainer does.
     """
-    module = build_module(args, plan, World(), device)
+    module = build_token_loss(args, plan, World(), device)
     updates = build_updates(args, module.model, World(), device, plan.gradient_accumulation)
     cached_weights = start_cache(args, plan, module.model)
     generator = torch.Generator().manual_seed(args.seed)

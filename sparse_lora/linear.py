@@ -193,7 +193,8 @@ def _block(out_features: int, in_features: int, sparsity: float, device: torch.d
     return BlockSupport(out_features, in_features, block_count(sparsity))
 
 
-# A new kind needs a row here, its arithmetic in functional.sparse_part, and a row in peft_pretraining.config.supports.
+# A new kind needs a row here and in peft_pretraining.config.supports, its arithmetic in functional.sparse_part and its cost in
+# functional.multiplications.
 SUPPORTS: dict[str, Callable[[int, int, float, torch.device | str | None], Support]] = {
     UniformSupport.kind: _uniform,
     BlockSupport.kind: _block,

@@ -1,6 +1,7 @@
 """Properties of the kinds of support that --support names, known before sparse_lora is loaded. Imports no torch.
 
-A new kind is one row of SUPPORTS, and its class and one row of sparse_lora.linear.
+A new kind is one row of SUPPORTS; its class, with one row in sparse_lora.linear; its
+arithmetic and cost in sparse_lora.functional.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from peft_pretraining.plan.advice import memory_problems
 from peft_pretraining.plan.plan import Plan, format_plan, make_plan
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.record.wandb_run import wandb_settings
-from peft_pretraining.run.build import Data, build_data, build_module, build_updates, start_cache
+from peft_pretraining.run.build import Data, build_data, build_token_loss, build_updates, start_cache
 from peft_pretraining.run.folder import (
     RunFolder,
     changed_reading,
@@ -110,7 +110,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     batches = iter(data.loader)
     if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
-    token_loss = build_module(args, plan, world, device, data.tokenizer.eos_id, restored=folder.checkpoint is not None)
+    token_loss = build_token_loss(args, plan, world, device, data.tokenizer.eos_id, restored=folder.checkpoint is not None)
     updates = build_updates(args, token_loss.model, world, device, plan.gradient_accumulation)
     module: nn.Module = token_loss
     if not is_sharded(token_loss) and not updates.averages_gradients:

@@ -121,7 +121,7 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def build_module(
+def build_token_loss(
     args: Arguments, plan: Plan, world: World, device: torch.device, eos_id: int | None = None, restored: bool = False
 ) -> TokenLoss:
     """Builds the model with its method and loss on the device, with initial values drawn from the seed; sharded with fsdp.

@@ -14,7 +14,7 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import make_plan, setting_of
 from peft_pretraining.record.mfu import training_flops
-from peft_pretraining.run.build import build_module
+from peft_pretraining.run.build import build_token_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_B = ["--model_config", str(ROOT / "configs/llama_1b.json"), "--peft_model", "sltrain", "--rank", "512", "--sp_ratio", "0.03"]
@@ -95,7 +95,7 @@ def test_work_equals_the_arithmetic_of_the_built_model(method):
     size = ["--batch_size", "2", "--max_length", "32", "--num_training_steps", "2", "--warmup_steps", "0", "--dataset", "demo"]
     args = parse_args([*flags, *layer, *size])
     plan = make_plan(args, World(), "float32", "cpu")
-    model = build_module(args, plan, World(), torch.device("cpu")).model
+    model = build_token_loss(args, plan, World(), torch.device("cpu")).model
     (per_sequence, per_token), _ = training_flops(model, 2, 32)
     work = multiplications_per_token(setting_of(plan, args, "cpu"))
     assert 2 * work == pytest.approx(per_sequence / 32 + per_token, rel=1e-9)

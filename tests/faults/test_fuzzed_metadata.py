@@ -21,7 +21,7 @@ from peft_pretraining.config.model_config import ModelConfigError
 from peft_pretraining.distributed.world import World
 from peft_pretraining.export.load import load_model
 from peft_pretraining.plan.plan import Plan, make_plan
-from peft_pretraining.run.build import build_data, build_module, build_updates
+from peft_pretraining.run.build import build_data, build_token_loss, build_updates
 from peft_pretraining.run.folder import check_same_data, open_run_folder
 from peft_pretraining.run.resume import RunParts, finished_state, restore_data, restore_run
 from peft_pretraining.training.update import TrainState
@@ -70,7 +70,7 @@ def case(tmp_path_factory, tiny_run) -> Case:
     args = parse_args(flags)
     plan = make_plan(args, World())
     data = build_data(args, plan, World(), CPU)
-    model = build_module(args, plan, World(), CPU).model
+    model = build_token_loss(args, plan, World(), CPU).model
     parts = RunParts(model, build_updates(args, model, World(), CPU), data.loader, TrainState())
     (path,) = list_checkpoints(folder / "run")
     shutil.copytree(path, folder / "original")

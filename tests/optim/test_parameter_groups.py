@@ -16,7 +16,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.checks import notices
 from peft_pretraining.plan.plan import format_plan, learning_rates, make_plan
 from peft_pretraining.record.summary import read_metrics
-from peft_pretraining.run.build import build_module, build_updates
+from peft_pretraining.run.build import build_token_loss, build_updates
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def model_and_updates(tiny_run, method: str, *flags: str):
     """A tiny model with its loss, its update procedure and the learning rate."""
     args = parse_args([*flags_of(method, tiny_run), *flags, "--save_dir", "unused"])
-    module = build_module(args, make_plan(args, World()), World(), CPU)
+    module = build_token_loss(args, make_plan(args, World()), World(), CPU)
     return module, build_updates(args, module.model, World(), CPU), args.lr
 
 

@@ -221,13 +221,13 @@ def test_an_update_without_targets_changes_nothing_and_stays_finite(config):
 
 
 def test_pythons_generator_starts_from_the_seed_even_if_imports_draw_from_it(tiny_run, tmp_path, monkeypatch):
-    build = assemble.build_module
+    build = assemble.build_token_loss
 
     def drawing(*arguments, **options):
         random.random()
         return build(*arguments, **options)
 
-    monkeypatch.setattr(assemble, "build_module", drawing)
+    monkeypatch.setattr(assemble, "build_token_loss", drawing)
     flags = [
         *("--batch_size", "2", "--total_batch_size", "2", "--max_length", "16", "--seed", "5"),
         *("--num_training_steps", "1", "--warmup_steps", "0", "--lr", "0.01"),
