@@ -39,6 +39,8 @@ for set in ${SETS:-native avx2 sse41}; do
         log="$results/$(date -u +%Y-%m-%d)-tests-$set-${threads}threads.log"
         # Two processes of tests have more threads than there are cores: a thread that waits should sleep, not spin.
         variables=(${instructions[@]+"${instructions[@]}"} OMP_NUM_THREADS="$threads" OMP_WAIT_POLICY=passive)
+        # Otherwise torch has at most as many threads as there are cores.
+        variables+=(MKL_DYNAMIC=false)
         header "$log" "${variables[@]}"
         code=0
         # Of the output only failures and the summary are kept.
