@@ -70,8 +70,7 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     settings["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
     dataset = run.document.get("dataset") or {}
     settings["data"] = dataset.get("fingerprint") or arguments["dataset"]
-    # Earlier versions had no other order than lanes.
-    settings["data_order"] = dataset.get("order", "lanes")
+    settings["data_order"] = run.data_order
     if arguments["max_train_tokens"] is not None:
         settings.pop("num_training_steps")
     return settings

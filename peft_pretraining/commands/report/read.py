@@ -87,6 +87,11 @@ class RunRecord:
         return str(self.arguments["peft_model"])
 
     @property
+    def data_order(self) -> str:
+        """The order of the training data, also if none was asked for; earlier versions had no other order than lanes."""
+        return str((self.document.get("dataset") or {}).get("order", "lanes"))
+
+    @property
     def seed(self) -> int:
         """The run's --seed."""
         return int(self.arguments["seed"])

@@ -50,7 +50,7 @@ def state_of(planned: PlannedRun) -> State:
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
     # The warm-up run lies in the sweep's folder, and its settings are part of this run's name.
-    not_compared = {*_PATHS, "total_batch_size", *(["warmed_up_model"] if planned.warm_up is not None else [])}
+    not_compared = {*_PATHS, "total_batch_size", "data_order", *(["warmed_up_model"] if planned.warm_up is not None else [])}
     requested = {
         name: getattr(planned.args, name)
         for name, row in ROWS.items()
@@ -63,6 +63,8 @@ def state_of(planned: PlannedRun) -> State:
     ]
     batch = record.plan.get("total_batch_size")
     differing += [f"total_batch_size {batch} (now {total})"] if batch != (total := planned.plan.total_batch_size) else []
+    if planned.args.data_order not in (None, record.data_order):
+        differing.append(f"data_order {record.data_order} (now {planned.args.data_order})")
     if differing:
         return State("other", f"was made with {', '.join(differing)}; remove that folder, or name another `folder`")
     if is_finished(planned.plan, record.reached, record.tokens_seen):

@@ -105,6 +105,18 @@ def test_a_diverged_run_is_the_last_of_its_round(tmp_path, stub):
     assert starts(tmp_path) == ["weight_decay0-seed42"]
 
 
+def test_a_run_is_known_again_by_the_order_that_its_data_has(tmp_path, stub, capfd):
+    """The stub's records name no order, as those of earlier versions: their data had the order by lanes."""
+    plain = write_sweep(tmp_path, [{"weight_decay": 0}])
+    assert command(["sweep", str(plain)]) == 0
+    for order, said in (("lanes", "finished, perplexity"), ("global", "was made with data_order lanes (now global)")):
+        text = yaml.safe_load(plain.read_text())
+        text["base"]["data_order"] = order
+        (tmp_path / f"{order}.yaml").write_text(yaml.safe_dump(text))
+        command(["sweep", str(tmp_path / f"{order}.yaml"), "--dry_run"])
+        assert said in capfd.readouterr().out
+
+
 def test_no_two_runs_are_recorded_under_one_id_or_name(tmp_path, stub, capfd, monkeypatch):
     """wandb reads both from the environment, which the runs of a sweep share."""
     seen = []
