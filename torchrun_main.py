@@ -19,7 +19,7 @@ from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.device import set_allocator
 from peft_pretraining.distributed.launch import torchrun_ignores_nohup
 from peft_pretraining.distributed.world import World, lasting_output
-from peft_pretraining.plan.checks import check, check_packages, notices
+from peft_pretraining.plan.checks import check, check_inputs, check_packages, notices
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             world = World.from_environment()
             args = parse_args(sys.argv[1:] if argv is None else argv)
             # Reports all problems at once, before torch is imported.
-            checked = check(args, world, inputs=True)
+            checked = check(args, world)
             for line in filter(None, [*checked.notices, *notices(args), torchrun_ignores_nohup(world)]):
                 world.say(f"notice: {line}")
             return dry_run(args, world) if args.dry_run else run(args, world)
@@ -76,6 +76,7 @@ def dry_run(args: Arguments, world: World) -> int:
     from peft_pretraining.plan.advice import memory_problems
     from peft_pretraining.plan.plan import format_plan, make_plan
 
+    check_inputs(args)
     try:
         if args.memory is None:
             device = devices.pick_device(args.device, world)

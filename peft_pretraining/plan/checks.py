@@ -64,15 +64,15 @@ def check_packages() -> None:
         raise ConfigError(problems)
 
 
-def check(args: Arguments, world: World, inputs: bool = False) -> Checked:
+def check(args: Arguments, world: World) -> Checked:
     """Check everything that can be known without loading torch or data.
 
-    inputs: True to check also that local data sets and a local tokenizer exist, as a start needs them.
+    Missing data is named beside other problems, but is no problem alone: a finished run needs none (see `check_inputs`).
 
     Raises:
         ConfigError: all problems at once, each with the values, the reason and the flag to change.
     """
-    refused = {**(missing_inputs(args) if inputs else {}), **refused_values(args)}
+    refused = refused_values(args)
     safe = _with_stand_ins(args, refused)
     problems = combination_problems(safe)
     accumulation, total_batch_size = _batch_arithmetic(safe, world, problems)
@@ -92,7 +92,7 @@ def check(args: Arguments, world: World, inputs: bool = False) -> Checked:
             problems.append(str(error))
     problems = [*refused.values(), *_not_naming(problems, refused)]
     if problems or model is None:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(list(dict.fromkeys([*problems, *_missing_inputs(args)])))
     return Checked(model, accumulation, total_batch_size, num_training_steps, data_lanes, tuple(model_notices))
 
 
@@ -137,9 +137,15 @@ def refused_values(args: Arguments) -> dict[str, str]:
     return problems
 
 
-def missing_inputs(args: Arguments) -> dict[str, str]:
-    """Local data sets and tokenizers that do not exist, by flag; names, addresses and patterns are left to opening."""
-    problems = {}
+def check_inputs(args: Arguments) -> None:
+    """Refuses local data sets and tokenizers that do not exist. Raises ConfigError with all of them."""
+    if missing := _missing_inputs(args):
+        raise ConfigError(missing)
+
+
+def _missing_inputs(args: Arguments) -> list[str]:
+    """Problems of local data sets and tokenizers that do not exist; names, addresses and patterns are left to opening."""
+    problems = []
     for name, row in ROWS.items():
         value = getattr(args, name)
         if row.kind not in ("place", "datasets") or value is None:
@@ -149,7 +155,7 @@ def missing_inputs(args: Arguments) -> dict[str, str]:
             # An unknown variable is reported where the path is opened.
             with contextlib.suppress(PathError):
                 if is_local and not os.path.exists(expanded(place)):
-                    problems[name] = f"--{name} {value}: there is no file or folder {place}; name one that exists"
+                    problems.append(f"--{name} {value}: there is no file or folder {place}; name one that exists")
     return problems
 
 

@@ -174,7 +174,7 @@ SEVERAL = [
 @pytest.mark.parametrize(("line", "problems"), SEVERAL, ids=lambda value: value[-40:] if isinstance(value, str) else None)
 def test_all_problems_are_reported_at_once(line, problems):
     with pytest.raises(ConfigError) as refused:
-        check(parse_args(line.split()), World(), inputs=True)
+        check(parse_args(line.split()), World())
     assert len(refused.value.problems) == len(problems), refused.value.problems
     for words in problems:
         assert sum(words in problem for problem in refused.value.problems) == 1

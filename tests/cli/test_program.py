@@ -490,11 +490,18 @@ def test_every_process_saves_when_rank_0_says_that_the_time_has_come(tmp_path, m
     assert sent == [1, 0]
 
 
-def test_a_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys, monkeypatch):
+def test_a_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(Path(flags[flags.index("--dataset") + 1]), corpus)
+    flags = [*flags, "--dataset", str(corpus)]
     train(tmp_path / "run", *flags)
-    monkeypatch.setattr("peft_pretraining.run.build.open_dataset", lambda *_, **__: pytest.fail("the data was opened"))
+    shutil.rmtree(corpus)
     assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 0
     assert "finished 6 updates" in capsys.readouterr().out
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "other"), "--tokenizer", "./missing.model"]) == 2
+    message = capsys.readouterr().err
+    assert f"--dataset {corpus}: there is no file or folder" in message
+    assert "--tokenizer ./missing.model: there is no file or folder" in message
 
 
 def test_resuming_into_a_folder_with_another_run_is_refused(tmp_path, flags, capsys):
@@ -519,8 +526,8 @@ def test_resuming_into_a_folder_with_another_run_is_refused(tmp_path, flags, cap
             ["--num_training_steps 9", "made with 6", "--allow_changes num_training_steps"],
         ),
         (["--scheduler", "linear", "--allow_changes", "lr"], ["--scheduler linear", "--allow_changes scheduler"]),
-        (["--grad_clipping", "1"], ["--grad_clipping 1.0", "made with None"]),
-        (["--max_train_tokens", "9000"], ["--max_train_tokens 9000", "made with None"]),
+        (["--grad_clipping", "1"], ["--grad_clipping 1.0", "made without it"]),
+        (["--max_train_tokens", "9000"], ["--max_train_tokens 9000", "made without it"]),
         (["--lr", "0.001", "--warmup_steps", "1", "--allow_changes", "lr"], ["--warmup_steps 1", "made with 2"]),
     ],
 )
