@@ -26,7 +26,6 @@ from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.llama import keep_compiled_code
 from peft_pretraining.plan.advice import memory_problems
-from peft_pretraining.plan.checks import check_inputs
 from peft_pretraining.plan.plan import Plan, format_plan, make_plan
 from peft_pretraining.record.recorder import Recorder, comparison, measured_bytes, peak_memory_bytes
 from peft_pretraining.record.wandb_run import wandb_settings
@@ -95,7 +94,6 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         return None
     if folder.warm_start and folder.checkpoint is not None:
         refuse_if_finished(folder.checkpoint, plan)
-    check_inputs(args)
     data = build_data(args, plan, world, device, reading_rules(folder.checkpoint, args))
     if world.is_main and (change := changed_reading(args, data.source)) is not None:
         print(f"notice: {change}", file=sys.stderr)

@@ -33,6 +33,7 @@ from peft_pretraining.optim.galore import Subspace
 from peft_pretraining.optim.orthogonal import pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, Updates, WholeUpdate
+from peft_pretraining.plan.checks import check_inputs
 from peft_pretraining.plan.plan import Plan
 from sparse_lora import kernels
 
@@ -64,8 +65,9 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device, 
 
     Raises:
         DataError, TokenizerError: the data or the tokenizer cannot be opened.
-        ConfigError: the tokenizer produces ids outside the model's vocabulary.
+        ConfigError: local inputs are missing, or the tokenizer produces ids outside the model's vocabulary.
     """
+    check_inputs(args)
     source = open_dataset(args.dataset, "train", text_field=args.text_field, rules=rules)
     held_out = open_dataset(
         *(args.eval_dataset or args.dataset, "validation"),

@@ -247,7 +247,7 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
     differing = differing_arguments(before["arguments"], before["plan"], args, plan)
     allowed = allowed_changes(args) | {name for name, row in ROWS.items() if warm_start and row.warm_start}
     # The data is compared later, by `check_same_data`.
-    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset"}):
+    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset", "eval_dataset"}):
         print(f"notice: --allow_changes {','.join(unused)} has no effect: {path} has the same values", file=sys.stderr)
     problems = []
     for name, (then, now) in differing.items():

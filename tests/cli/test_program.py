@@ -587,6 +587,7 @@ def test_changed_held_out_files_are_refused(tmp_path, flags, capsys):
     message = capsys.readouterr().err
     assert f"--eval_dataset {corpus}: its held-out files" in message
     assert torchrun_main.main([*go_on, "--allow_changes", "eval_dataset"]) == 0
+    assert "has no effect" not in capsys.readouterr().err
     record = json.loads((middle / "run.json").read_text())
     del record["dataset"]["held_out_fingerprint"]
     (middle / "run.json").write_text(json.dumps(record))
