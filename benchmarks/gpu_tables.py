@@ -210,7 +210,7 @@ def gate(results: Results) -> list[str]:
     lines = table(("linear", "largest error relative to float64", "of"), worst)
     for row in results.rows("gate", "failures"):
         numbers = ", ".join(f"{row[f'num_{kind}']} {kind}" for kind in ("passed", "failed", "skipped"))
-        lines += [f"Tests marked `gpu`: {numbers}.", ""]
+        lines += [f"Tests marked `gpu`: {numbers}{', ' + row['error'] if 'error' in row else ''}.", ""]
         lines += [f"- failed: `{failure['test']}`" for failure in row["failures"]] + ([""] if row["failures"] else [])
     return lines
 

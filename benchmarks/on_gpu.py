@@ -26,6 +26,8 @@ from typing import Any
 
 from gpu.record import WRONG_NUMBERS, Options, Record, WrongNumbers, read_json, write_json
 
+from peft_pretraining.distributed.device import set_allocator
+
 # Seconds for each section when there is time for all; its share of the time otherwise.
 SECONDS = {"env": 60, "gate": 150, "ceilings": 60, "layers": 150, "updates": 420, "memory": 120, "learn": 120}
 MODULES = {name: f"gpu.{name}" for name in SECONDS} | {"memory": "gpu.memory_7b"}
@@ -163,6 +165,8 @@ def run_section(name: str, args: argparse.Namespace) -> int:
     """Runs a section in this process; returns its exit code."""
     # Without tqdm's and the tokenizer's lines, and with the package's own folder for compiled code.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # As the trainer does, before torch is imported.
+    set_allocator()
     options = Options.of(args)
     record = Record(args.out / f"{name}.json", name, args.seconds, facts(args))
     try:
@@ -185,7 +189,8 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     from peft_pretraining.run.folder import versions
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    return {"tiny": args.tiny, "device": name, "versions": {**versions(), "torch": torch.__version__}}
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    return {"tiny": args.tiny, "device": name, "allocator": allocator, "versions": {**versions(), "torch": torch.__version__}}
 
 
 if __name__ == "__main__":

@@ -325,6 +325,28 @@ def test_recipe_table_agrees_with_scripts_estimates_and_published_figures(words_
     assert table.splitlines() == expected, "\n" + "\n".join(expected)
 
 
+SHARDED_FLAGS = ["--optimizer", "adamw", "--dtype", "bfloat16", "--batch_size", "16", "--activation_checkpointing"]
+SHARDED_RANKS = {"60m": 128, "350m": 256, "1b": 512, "7b": 1024}
+
+
+def test_table_of_sharded_memory_agrees_with_the_estimates(monkeypatch, capsys):
+    """To correct the table, paste the expected lines."""
+    monkeypatch.chdir(ROOT)
+    expected = []
+    for size, rank in SHARDED_RANKS.items():
+        for method, title in (("full", "full"), ("sltrain", "SLTrain")):
+            model = ["--model_config", f"configs/llama_{size}.json", "--peft_model", method]
+            model += [] if method == "full" else ["--rank", str(rank), "--sp_ratio", "0.05" if size == "7b" else "0.03"]
+            peaks = [
+                predicted([*model, *SHARDED_FLAGS, "--parallel", parallel], processes, capsys)["bytes"]["peak"] / 2**30
+                for parallel, processes in (("ddp", 8), ("fsdp", 8), ("fsdp", 64))
+            ]
+            expected.append(f"| {size} | {title} | {' | '.join(f'{peak:.2f}' for peak in peaks)} |")
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| model \| method \| ddp, N = 8 .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)[1]
+    assert table.splitlines() == expected, "\n" + "\n".join(expected)
+
+
 def test_every_page_of_docs_is_linked_from_the_readme():
     linked = set(LINK.findall(prose((ROOT / "README.md").read_text(encoding="utf-8"))))
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked

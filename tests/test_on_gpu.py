@@ -141,6 +141,26 @@ def test_a_wrong_result_ends_the_gate(run, tmp_path, monkeypatch, damage):
     assert "pytest -m gpu" not in [row["name"] for row in content["rows"]]
 
 
+def test_the_gate_runs_every_file_with_tests_for_a_gpu(request):
+    """Among the tests of this session, those that are marked, also by the fixture `device`."""
+    from gpu.gate import files_with_gpu_tests
+
+    files = files_with_gpu_tests()
+    marked = {item.path for item in request.session.items if item.get_closest_marker("gpu")}
+    assert marked <= set(files)
+    assert {"test_steps_on_devices.py", "test_fsdp_on_one_device.py"} <= {path.name for path in files}
+    assert [path.name for path in files if "kernels" in path.name] == [path.name for path in files][-1:]
+
+
+def test_tests_that_do_not_end_in_time_leave_the_outcomes_so_far():
+    from gpu.gate import outcomes_so_far
+
+    output = "a.py::test_one PASSED [ 1%]\na.py::test_two[x y] FAILED [ 2%]\nb.py::test_three SKIPPED (no) [ 3%]\nb.py::test_four"
+    found = outcomes_so_far(output)
+    assert [found[f"num_{kind}"] for kind in ("passed", "failed", "skipped")] == [1, 1, 1]
+    assert found["failures"] == [{"test": "a.py::test_two[x y]", "message": "", "text": ""}]
+
+
 def test_a_missing_package_is_named_and_the_next_step_runs(tmp_path, monkeypatch):
     from gpu.env import imported
     from gpu.record import Record

@@ -6,6 +6,7 @@ The command stops where an error exceeds LARGEST_ERROR.
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 import tempfile
@@ -124,10 +125,17 @@ def decoded(shape: Shape, device: torch.device) -> dict[str, Any]:
     return {"positions": expected.numel(), "equal": True}
 
 
+def files_with_gpu_tests() -> list[Path]:
+    """Returns the files that may have tests marked `gpu`: by a mark of their own, or by the fixture `device`."""
+    uses = re.compile(r"mark\.gpu|def test_\w+\([^)]*\bdevice\b")
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if uses.search(path.read_text(encoding="utf-8"))]
+    # The Triton kernels, which are off by default and compile for minutes, come last.
+    return sorted(files, key=lambda path: "kernels" in path.name)
+
+
 def tests(seconds: float, tiny: bool) -> dict[str, Any]:
     """Runs the tests marked `gpu` and returns their counts and failures."""
-    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
-    files = [path for path in files if path.name == "test_linear.py"] if tiny else files
+    files = [path for path in files_with_gpu_tests() if not tiny or path.name == "test_linear.py"]
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-m", "gpu", f"--junitxml={junit}"]
@@ -142,13 +150,21 @@ def tests(seconds: float, tiny: bool) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired as error:
             text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-            return {"error": f"not finished after {seconds:.0f} s", "output": text[-4000:]}
+            return {"error": f"not finished after {seconds:.0f} s", "output": text[-4000:]} | outcomes_so_far(text)
         row: dict[str, Any] = {"exit_code": ended.returncode}
         if "No module named pytest" in ended.stderr:
             return {"skipped": "pytest is not installed"}
         if not junit.exists():
             return row | {"error": "pytest wrote no results", "output": (ended.stdout + ended.stderr)[-4000:]}
         return row | outcomes(junit)
+
+
+def outcomes_so_far(output: str) -> dict[str, Any]:
+    """Returns what `outcomes` does, without messages, from what pytest -vv had printed before it was ended."""
+    ended = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
+    counts = Counter({"PASSED": "passed", "SKIPPED": "skipped"}.get(outcome, "failed") for _, outcome in ended)
+    failures = [{"test": name, "message": "", "text": ""} for name, outcome in ended if outcome in ("FAILED", "ERROR")]
+    return {**{f"num_{key}": counts[key] for key in ("passed", "failed", "skipped")}, "failures": failures, "skipped_because": {}}
 
 
 def outcomes(junit: Path) -> dict[str, Any]:

@@ -66,11 +66,14 @@ def trained(record: Record, options: Options) -> dict[str, Any]:
 
 def watch(record: Record, folder: Path, ended: threading.Event) -> None:
     """Writes the rows so far to the section's file every few seconds, and asks the trainer to stop when time is nearly over."""
+    asked = False
     while not ended.wait(2.0):
         record.rows[-1].update(rows_of(folder))
         record.write()
-        if record.seconds_left < _TO_SAVE:
+        # Once, when the trainer listens: a second signal would end it without a save.
+        if not asked and record.seconds_left < _TO_SAVE and signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
             os.kill(os.getpid(), signal.SIGUSR1)
+            asked = True
 
 
 def rows_of(folder: Path) -> dict[str, Any]:

@@ -66,8 +66,6 @@ class Optimizer:
     reset_every: int | None = None
     # Why gradients of micro-batches cannot be added to its moments (--accumulate moments).
     not_accumulating: str | None = None
-    # torch.compile compiles its step.
-    compiled: bool = False
     # Temporaries of a step, bytes per element of one slice of the tensor, or of the whole tensor if steps_whole.
     scratch_per_element: int = 0
     scratch_per_element_cuda: int = 0
@@ -165,7 +163,7 @@ _CODE_BOOK_BYTES = 4 * BNB_CODEBOOK_ENTRIES
 
 # The temporaries of Adam's steps, bytes per element; on a GPU bitsandbytes' kernels need none.
 _ADAM8BIT: dict[str, Any] = {"moment_bits": 8, "shared_bytes": 2 * _CODE_BOOK_BYTES, "scratch_per_element": 24}
-_ADAMW4BIT: dict[str, Any] = {"moment_bits": 4, "compiled": True, "scratch_per_element": 64, "scratch_per_element_cuda": 64}
+_ADAMW4BIT: dict[str, Any] = {"moment_bits": 4, "scratch_per_element": 64, "scratch_per_element_cuda": 64}
 
 
 def _orthogonal(

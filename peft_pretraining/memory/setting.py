@@ -65,12 +65,13 @@ class Setting:
     @property
     def steps_rows(self) -> bool:
         """True if embedding and head are stepped slice by slice, without a gradient of their size (optim.updates)."""
-        if self.head_gradient != "slices" or self.gradients_stay or self.gradient_accumulation > 1:
+        if self.head_gradient != "slices" or self.gradients_stay:
             return False
         # A gradient is conditioned, or its growth limited, as a whole.
         whole = self.grad_norm_growth is not None or self.condition_gradients
         alone = self.world_size == 1 and not whole and not self.model.tie_word_embeddings
-        return alone and OPTIMIZERS[self.optimizer].steps_slices(self.stochastic_rounding or self.weight_dtype is not None)
+        sliced = self.stochastic_rounding or self.weight_dtype is not None or self.accumulate == "moments"
+        return alone and OPTIMIZERS[self.optimizer].steps_slices(sliced)
 
     @property
     def sharded(self) -> bool:

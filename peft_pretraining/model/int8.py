@@ -130,6 +130,9 @@ class Int8Tensor(Tensor):
         kwargs = kwargs or {}
         if func in _OPERATIONS and (result := _OPERATIONS[func](*args, **kwargs)) is not NotImplemented:
             return result
+        if func.namespace == "c10d":
+            # These write to their arguments without saying so in their signature.
+            raise TypeError(f"{func} needs plain tensors: send codes and scales, or the dequantised values")
         written = [tensor for tensor in _written(func, args, kwargs) if isinstance(tensor, Int8Tensor)]
         if any(tensor is not args[0] for tensor in written):
             raise TypeError(f"{func} cannot write to a parameter that is stored as int8")
@@ -275,7 +278,9 @@ def _quantise_(codes: Tensor, scales: Tensor, values: Tensor, noise: torch.Gener
     if noise is None:
         steps.round_()
     else:
-        steps.add_(torch.rand(steps.shape, generator=noise, device=steps.device)).floor_()
+        # Compared with the part cut off: in a sum with it, float32 would lose the noise's last bits, always upwards.
+        below = steps.floor()
+        steps = below.add_(torch.rand(steps.shape, generator=noise, device=steps.device) < steps - below)
     steps.clamp_(-_LARGEST_CODE, _LARGEST_CODE)
     codes.copy_(torch.where(changed, steps.to(torch.int8), codes))
     scales.copy_(torch.where(changed, new_scales, scales))

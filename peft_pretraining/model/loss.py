@@ -138,7 +138,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 class HeadGradient(RowGradient):
     """The gradient of the output head (V, D) from N rows of hidden states, whose logits are recomputed for some rows of the head.
 
-    Rows of the head may be stepped as soon as their gradient is computed, because logits of other rows do not depend on them.
+    Rows of the head may be stepped as soon as `elements` has returned their gradient, because logits of other rows do not depend
+    on them.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, normalisers: Tensor, scale: Tensor, block_elements: int):

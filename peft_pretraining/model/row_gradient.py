@@ -27,16 +27,25 @@ class RowGradient:
 
     def __init__(self, matrix: Tensor, norm_bound: Tensor):
         self.shape, self.dtype, self.device, self.norm_bound = matrix.shape, matrix.dtype, matrix.device, norm_bound
+        # Number and gradient of the row that the last part's end cut, if it cut one.
+        self._cut: tuple[int, Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Returns rows start to stop of the gradient, (stop - start, D), in the matrix's dtype."""
         raise NotImplementedError
 
     def elements(self, part: slice) -> Tensor:
-        """Returns a part of the flattened gradient. Rows that the part cuts are computed whole."""
+        """Returns a part of the flattened gradient; parts are asked for in order.
+
+        Rows that a part cuts are computed whole. The row that its end cuts is kept for the next part: the first half of that row
+        of the matrix may be stepped before, and a gradient computed from such a row would be wrong.
+        """
         columns = self.shape[1]
-        first = part.start // columns
-        rows = self.rows(first, -(-part.stop // columns))
+        first, stop = part.start // columns, -(-part.stop // columns)
+        rows = self.rows(first, stop)
+        if self._cut is not None and self._cut[0] == first and part.start % columns:
+            rows[0] = self._cut[1]
+        self._cut = (stop - 1, rows[-1].clone()) if part.stop % columns else None
         return rows.view(-1)[part.start - first * columns : part.stop - first * columns]
 
     def whole(self) -> Tensor:

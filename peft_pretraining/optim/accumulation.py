@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 from peft_pretraining.distributed.parallel import average_
 from peft_pretraining.distributed.world import World
+from peft_pretraining.model.row_gradient import RowGradient
 from peft_pretraining.optim.moments import Accumulating
-from peft_pretraining.optim.slices import StochasticRounding
-from peft_pretraining.optim.updates import Arrived, Build, PerLayerUpdate, Unit, l2_norm
+from peft_pretraining.optim.slices import GradientSlices, StochasticRounding
+from peft_pretraining.optim.updates import Arrived, Build, PerLayerUpdate, Unit, l2_norm, use_in_slices
 
 
 class AccumulatingUpdate(PerLayerUpdate):
@@ -35,12 +37,13 @@ class AccumulatingUpdate(PerLayerUpdate):
         seed: int,
         reduce_dtype: torch.dtype | None = None,
         joint: Sequence[tuple[str, ...]] = (),
+        by_rows: Collection[str] = (),
     ):
         """num_micro_batches: of each update. seed: of the random rounding of moments. Others: as for PerLayerUpdate.
 
         build: makes an optimizer that is Accumulating.
         """
-        super().__init__(build, parameters, world, reduce_dtype=reduce_dtype, joint=joint)
+        super().__init__(build, parameters, world, reduce_dtype=reduce_dtype, joint=joint, by_rows=by_rows)
         self._names, self._num_micro_batches, self._noise = list(parameters), num_micro_batches, StochasticRounding(seed)
         self._micro_batch, self._last = 0, False
         # Numbers of the tensors that have a gradient in their moments in this update, and that had one that is not finite.
@@ -56,6 +59,7 @@ class AccumulatingUpdate(PerLayerUpdate):
 
     def before_backward(self, last: bool) -> None:
         """Adds this backward pass's gradients to the moments, and steps if it is the last one of the update."""
+        super().before_backward(last)
         self._armed, self._last = True, last
         self._micro_batch += 1
 
@@ -68,24 +72,40 @@ class AccumulatingUpdate(PerLayerUpdate):
         if self._world.size > 1:
             average_(gradient, self._world, self._reduce_dtype)
         norm = l2_norm(gradient).float()
-        self._norms[number] = torch.hypot(self._norms[number], norm)
-        unit = self._units[number]
-        optimizer = cast(Accumulating, unit.optimizer)
         # Waits for the device, as per-layer updates by these optimizers do anyway.
+        if bool(torch.isfinite(norm)):
+            self._accumulate(number, stepped, gradient.reshape(-1).__getitem__)
+        self._arrive(number, stepped, parameter, norm)
+
+    @torch.no_grad()
+    def _step_rows(self, number: int, parameter: nn.Parameter, gradient: RowGradient) -> bool:
+        """Adds a gradient to the moments of parameter `number` slice by slice; returns False if the whole gradient is needed."""
+        if not self._armed:
+            return False
+        self._trim()
+        norm = use_in_slices(gradient, partial(self._accumulate, number, parameter))
+        self._arrive(number, parameter, parameter, norm.float())
+        return True
+
+    def _accumulate(self, number: int, stepped: nn.Parameter, gradient: GradientSlices) -> None:
+        cast(Accumulating, self._units[number].optimizer).accumulate(
+            stepped,
+            gradient,
+            first=number not in self._started,
+            share=1 / self._num_micro_batches,
+            noise=self._noise,
+            key=f"{self._names[number]}/{self._micro_batch}",
+        )
+        self._started.add(number)
+
+    def _arrive(self, number: int, stepped: nn.Parameter, parameter: torch.Tensor, norm: torch.Tensor) -> None:
+        """Notes the norm of a gradient, which is in the moments now if it is finite; in the last micro-batch, steps."""
+        self._norms[number] = torch.hypot(self._norms[number], norm)
         if not bool(torch.isfinite(norm)):
             self._bad.add(number)
-        else:
-            optimizer.accumulate(
-                stepped,
-                gradient,
-                first=number not in self._started,
-                share=1 / self._num_micro_batches,
-                noise=self._noise,
-                key=f"{self._names[number]}/{self._micro_batch}",
-            )
-            self._started.add(number)
         if not self._last:
             return
+        unit = self._units[number]
         unit.add(Arrived(number, norm, stepped, parameter), torch.tensor(number in self._bad))
         if unit.complete:
             self._finish_unit(unit)

@@ -90,7 +90,7 @@ class SlicedAdam8bit(AccumulatingAdam, bitsandbytes.optim.Adam8bit):
         state["step"] += 1
         sliced = self._sliced.pop(p, None)
         gradient = sliced or p.grad.contiguous().view(-1).__getitem__
-        noise = rounding_noise(self._rounding, p, self._names[p], state["step"])
+        noise = rounding_noise(self._rounding, p, self._names[p], state)
         size = SLICE_ELEMENTS if p.device.type == "cpu" or noise is not None or sliced is not None else p.numel()
         for part in slices(p.numel(), size):
             values = working_values(p, part, noise)

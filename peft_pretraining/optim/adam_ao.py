@@ -95,7 +95,7 @@ class SlicedAdam(AccumulatingAdam, torch.optim.Optimizer):
         if not state:
             state.update(_new_state(parameter, bits))
         state["step"] += 1
-        noise = rounding_noise(self._rounding, parameter, self._names[parameter], state["step"])
+        noise = rounding_noise(self._rounding, parameter, self._names[parameter], state)
         hyperparameters = (*group["betas"], group["weight_decay"], group["eps"], self._decoupled, False)
         for part in _parts(parameter.numel(), quantised):
             moments = [_moment(state, number, part, quantised, bits) for number in (1, 2)]

@@ -15,7 +15,9 @@ from torch import nn
 from peft_pretraining.config.optimizers import AO_KINDS, BNB_BLOCK_ELEMENTS
 from peft_pretraining.optim.slices import (
     SLICE_ELEMENTS,
+    GradientSlices,
     StochasticRounding,
+    num_steps,
     round_stochastically_,
     rounding_noise,
     slices,
@@ -165,27 +167,30 @@ class Accumulating:
         raise NotImplementedError
 
     def accumulate(
-        self, parameter: nn.Parameter, gradient: torch.Tensor, *, first: bool, share: float, noise: StochasticRounding, key: str
+        self, parameter: nn.Parameter, gradient: GradientSlices, *, first: bool, share: float, noise: StochasticRounding, key: str
     ) -> None:
         """Adds a gradient to the moments of a parameter; the `first` one of an update lets them decay and counts the step.
 
-        share: of the update's weight decay, if that is added to gradients. noise, key: the source of random rounding, and what it
-        is keyed by besides the number of the step.
+        gradient: asked for each slice once, in order. share: of the update's weight decay, if that is added to gradients. noise,
+        key: the source of random rounding, and what it is keyed by besides the number of the step.
         """
         (group,) = (group for group in self.param_groups if any(parameter is member for member in group["params"]))
-        state, flat = self.state[parameter], gradient.reshape(-1)
+        state = self.state[parameter]
         state["step"] += int(first)
-        generator = noise.generator(key, state["step"], parameter.device)
+        generator = noise.generator(key, num_steps(state), parameter.device)
         weight_decay = share * group["weight_decay"] if self.decays_gradient else 0.0
-        for number, decay in enumerate(self.decays(group), 1):
-            for part, moment in moment_slices(state, number):
+        decays = self.decays(group)
+        for slices_of_moments in zip(*(moment_slices(state, number) for number in range(1, len(decays) + 1)), strict=True):
+            part = slices_of_moments[0][0]
+            added = _at_least_float32(gradient(part))
+            if weight_decay:
+                added = added.add(working_values(parameter, part, None).to(added.dtype), alpha=weight_decay)
+            for (_, moment), decay, power in zip(slices_of_moments, decays, (1, 2), strict=False):
                 numbers = _at_least_float32(moment.read())
-                added = flat[part].to(numbers.dtype)
-                if weight_decay:
-                    added = added.add(working_values(parameter, part, None).to(numbers.dtype), alpha=weight_decay)
                 if first:
                     numbers = numbers.mul_(decay)
-                numbers = numbers.add_(added, alpha=1 - decay) if number == 1 else numbers.addcmul_(added, added, value=1 - decay)
+                other = added.to(numbers.dtype)
+                numbers = numbers.add_(other, alpha=1 - decay) if power == 1 else numbers.addcmul_(other, other, value=1 - decay)
                 moment.write_(numbers, generator)
 
 
@@ -215,7 +220,7 @@ class AccumulatingAdam(Accumulating):
         state, lr = self.state[parameter], group["lr"]
         kept = 1.0 if self.decays_gradient else 1 - lr * group["weight_decay"]
         corrections = [1 - decay ** state["step"] for decay in self.decays(group)]
-        noise = rounding_noise(self._rounding, parameter, self._names[parameter], state["step"])
+        noise = rounding_noise(self._rounding, parameter, self._names[parameter], state)
         for (part, first), (_, second) in zip(moment_slices(state, 1), moment_slices(state, 2), strict=True):
             mean, square = (
                 _at_least_float32(moment.read()) / correction

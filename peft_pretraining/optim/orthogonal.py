@@ -166,7 +166,7 @@ class Muon(Accumulating, torch.optim.Optimizer):
 
     def _move(self, matrix: nn.Parameter, direction: torch.Tensor, rate: float | torch.Tensor, kept: float) -> None:
         """Sets matrix <- kept * matrix - rate * direction, in place; a rate that is a tensor stays on the device."""
-        noise = rounding_noise(self._rounding, matrix, self._names[matrix], self.state[matrix]["step"])
+        noise = rounding_noise(self._rounding, matrix, self._names[matrix], self.state[matrix])
         if noise is not None or is_stored(matrix):
             for part in slices(matrix.numel(), SLICE_ELEMENTS):
                 values = working_values(matrix, part, noise).mul_(kept)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 
@@ -70,11 +70,21 @@ def is_stored(parameter: object) -> TypeGuard[Stored]:
     return hasattr(parameter, "working_values")
 
 
-def rounding_noise(rounding: StochasticRounding | None, parameter: torch.Tensor, name: str, step: int) -> torch.Generator | None:
-    """Returns the generator for one update of a parameter; None if it is not rounded stochastically."""
+def num_steps(state: Mapping[str, Any]) -> int:
+    """Returns the number of steps that a parameter has made, before and after resets of its moments."""
+    return int(state["step"]) + int(state.get("steps_before_reset", 0))
+
+
+def rounding_noise(
+    rounding: StochasticRounding | None, parameter: torch.Tensor, name: str, state: Mapping[str, Any]
+) -> torch.Generator | None:
+    """Returns the generator for one update of a parameter; None if it is not rounded stochastically.
+
+    state: the parameter's optimizer state, whose step is counted already.
+    """
     if rounding is None or not (parameter.dtype == torch.bfloat16 or is_stored(parameter)):
         return None
-    return rounding.generator(name, step, parameter.device)
+    return rounding.generator(name, num_steps(state), parameter.device)
 
 
 def round_stochastically_(target: torch.Tensor, source: torch.Tensor, generator: torch.Generator) -> None:

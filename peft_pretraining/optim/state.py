@@ -27,6 +27,7 @@ from peft_pretraining.config.optimizers import BNB_BLOCK_ELEMENTS, BNB_CODEBOOK_
 from peft_pretraining.distributed.parallel import Part, local, part_of, rows_of_part, whole_of
 from peft_pretraining.distributed.world import World, gather_objects
 from peft_pretraining.optim.moments import moment_slices
+from peft_pretraining.optim.slices import num_steps
 from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
 from sparse_lora import generator_for
 
@@ -242,18 +243,22 @@ def _quantise_(state: Mapping[str, torch.Tensor], number: int, values: torch.Ten
 
 # --- Moments of parameters whose values a restart replaced ---
 
-# Prefixes of the keys that a reset leaves alone: code books, which are constants, and Stable-SPAM's averages of gradients.
-_KEPT = ("qmap", "conditioning", "num_conditioned")
-# What belongs to the parameter's values or to its gradients: Spectron's vector, and GaLore's projections with their count.
-_NO_MOMENTS = ("power_vector", "projection", "num_updates")
+# Prefixes of the keys that a reset leaves alone: code books, which are constants, and the number of steps before it.
+_KEPT = ("qmap", "steps_before_reset")
+# What describes the parameter's values or their gradients: Spectron's vector, GaLore's projections with their count, and
+# Stable-SPAM's averages of gradients with theirs.
+_NO_MOMENTS = ("power_vector", "projection", "num_updates", "conditioning", "num_conditioned")
 
 
 def reset_moments_(state: dict[str, Any], replaced: bool = True) -> None:
     """Resets a parameter's optimizer state, in place, to its state before the first step.
 
-    Every optimizer here starts from zeros, in codes and scales too. Step counts are reset, so bias correction starts again.
+    Every optimizer here starts from zeros, in codes and scales too. Step counts are reset, so bias correction starts again; the
+    noise of stochastic rounding does not, since the same noise in every period would move the same elements each time.
     replaced: whether the parameter has new values; if not, what is no moment stays.
     """
+    if isinstance(state.get("step"), int):
+        state["steps_before_reset"] = num_steps(state)
     kept = _KEPT if replaced else (*_KEPT, *_NO_MOMENTS)
     for key, value in state.items():
         if key.startswith(kept):

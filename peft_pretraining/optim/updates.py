@@ -19,7 +19,7 @@ from peft_pretraining.distributed.device import trim_heap
 from peft_pretraining.distributed.parallel import average_, local, local_parameters
 from peft_pretraining.distributed.world import World, all_reduce_sum_
 from peft_pretraining.model.row_gradient import RowGradient
-from peft_pretraining.optim.slices import SLICE_ELEMENTS, StepsSlices, slices
+from peft_pretraining.optim.slices import SLICE_ELEMENTS, GradientSlices, StepsSlices, slices
 
 # On a CPU torch adds up a norm's squares in 8 float32 sums, one after the other. For this many equal elements, the worst case,
 # the relative error is at most 3e-7; for 1,024, up to which the library's norm is called directly, 1e-6.
@@ -274,26 +274,11 @@ class PerLayerUpdate:
         if not self._armed or parameter.grad is not None:
             return False
         self._trim()
-        norms: list[torch.Tensor] = []
-
-        def measured(part: slice) -> torch.Tensor:
-            elements = gradient.elements(part)
-            norms.append(l2_norm(elements))
-            return elements
-
-        finite = True
-        # No slice may be stepped if any is not finite. The bound almost always rules that out; else all are computed in advance.
-        if not bool(gradient.norm_bound < _LARGEST_NORM):
-            for part in slices(parameter.numel(), SLICE_ELEMENTS):
-                measured(part)
-            finite = bool(torch.isfinite(l2_norm(torch.stack(norms))))
-        if finite:
-            norms.clear()
-            optimizer = self._units[number].optimizer
-            assert isinstance(optimizer, StepsSlices)
-            optimizer.step_slices(parameter, measured)
-        self._norms[number] = l2_norm(torch.stack(norms))
-        self._skipped += not finite
+        optimizer = self._units[number].optimizer
+        assert isinstance(optimizer, StepsSlices)
+        norm = use_in_slices(gradient, partial(optimizer.step_slices, parameter))
+        self._norms[number] = norm
+        self._skipped += float(not torch.isfinite(norm))
         return True
 
     def finish(self, loss: torch.Tensor) -> Outcome:
@@ -369,6 +354,30 @@ class _OptimizerSet:
             if isinstance(member, PreparesStates):
                 member.prepare_states()
         self.param_groups = [group for member in members for group in member.param_groups]
+
+
+def use_in_slices(gradient: RowGradient, use: Callable[[GradientSlices], None]) -> torch.Tensor:
+    """Calls `use` with a function that returns slices of the gradient, unless an element is not finite; returns its L2 norm.
+
+    No slice may be used if any is not finite. `use` asks for each slice once, in order.
+    """
+    norms: list[torch.Tensor] = []
+
+    def measured(part: slice) -> torch.Tensor:
+        elements = gradient.elements(part)
+        norms.append(l2_norm(elements))
+        return elements
+
+    # The bound almost always rules that out; else all slices are computed in advance.
+    if not bool(gradient.norm_bound < _LARGEST_NORM):
+        for part in slices(gradient.shape.numel(), SLICE_ELEMENTS):
+            measured(part)
+        norm = l2_norm(torch.stack(norms))
+        if not bool(torch.isfinite(norm)):
+            return norm
+        norms.clear()
+    use(measured)
+    return l2_norm(torch.stack(norms))
 
 
 def _nothing_stepped(num_tensors: int, device: torch.device) -> Outcome:

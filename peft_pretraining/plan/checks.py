@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, flags_with
+from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError, allowed_changes, flags_with, reset_interval
 from peft_pretraining.config.dataset_list import dataset_names
 from peft_pretraining.config.files import PathError, expanded
 from peft_pretraining.config.flag import suggested_flag
@@ -187,6 +187,8 @@ def _optimizer_problems(args: Arguments) -> list[str]:
     """Methods that an optimizer cannot work with."""
     optimizer, method = OPTIMIZERS[args.optimizer], METHODS[args.peft_model]
     what = f"--optimizer {args.optimizer} with --peft_model {args.peft_model}"
+    if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
+        return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
     if optimizer.steps_pairs and not method.replaces_linears:
         return [f"{what}: it steps pairs of factors, and there are none; use --optimizer muon, or a method with factors"]
     if optimizer.steps_pairs and args.train_scaling:
@@ -201,8 +203,6 @@ def _optimizer_problems(args: Arguments) -> list[str]:
             f"--condition_gradients with --optimizer {args.optimizer}: it works with {known}, in front of the Adam beside them; "
             f"use --optimizer {all_of_them}, which conditions all gradients, or leave --condition_gradients out"
         ]
-    if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
-        return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
     return []
 
 
@@ -390,11 +390,13 @@ def _warnings(args: Arguments, world: World, model: ModelConfig, accumulation: i
             "--accumulate moments has no effect with one micro-batch per update: there are no gradients to keep between "
             "micro-batches; lower --batch_size, or raise --total_batch_size"
         )
-    resets = args.reset_moments_every
+    resets = reset_interval(args)
     if resets and args.max_train_tokens is None and resets >= args.num_training_steps:
+        given = args.reset_moments_every is not None
+        what = f"--reset_moments_every {resets}" if given else f"the default of --optimizer {args.optimizer}, {resets:,} updates,"
         lines.append(
-            f"--reset_moments_every {resets} with --num_training_steps {args.num_training_steps}: the run ends before a reset; "
-            "lower it, or leave it out"
+            f"{what} with --num_training_steps {args.num_training_steps}: the run ends before a reset of the moments; "
+            + ("lower it, or leave it out" if given else "choose an interval with --reset_moments_every, or 0 for none")
         )
     if (
         args.data_lanes is None

@@ -142,7 +142,11 @@ def learning_rates(args: Arguments, plan: Plan) -> LearningRates:
     settings = {"lr": args.lr, **schedule_arguments(args, plan.num_training_steps)}
     tokens_per_update = None if plan.max_train_tokens is None else plan.tokens_per_update
     restart = METHODS[args.peft_model].restart(args)
-    return LearningRates(settings, tokens_per_update, restart.every if restart else None, _own_ratios(args))
+    own = _own_ratios(args)
+    # All groups that the model has are logged if one has a rate of its own, so that runs are compared under the same keys.
+    groups = [group for group in PARAMETER_GROUPS if has_effect(f"{group}_lr", args.peft_model)] if own else []
+    ratios = {group: own.get(group, 1.0) for group in groups if not (group == "head" and plan.model.tie_word_embeddings)}
+    return LearningRates(settings, tokens_per_update, restart.every if restart else None, ratios)
 
 
 def _own_ratios(args: Arguments) -> dict[str, float]:
@@ -183,7 +187,7 @@ def format_plan(plan: Plan, args: Arguments, source: str, memory_of_device: Devi
             f"{args.optimizer}{method.optimizer_text(args)}, {_schedule_text(args)}{restart.text if restart else ''}"
             f"{_conditioning_text(args)}{_reset_text(args)}",
         ),
-        *(("", text) for text in (_rates_text(args), _decay_text(args)) if text),
+        *(("", text) for text in (_rates_text(args, plan.model.tie_word_embeddings), _decay_text(args)) if text),
         ("data", f"{source}, {'packed' if args.packing else 'padded'}, {plan.data_lanes} lanes"),
         *([("", order)] if order else []),
         *([("linears", _cache_text(plan, args))] if plan.linear_cache != "none" else []),
@@ -219,9 +223,13 @@ def _weights_text(args: Arguments) -> str:
     return f", weights stored in {args.weight_dtype}, rounded {'stochastically' if args.stochastic_rounding else 'to nearest'}"
 
 
-def _rates_text(args: Arguments) -> str:
-    """Peak learning rates of the parameter groups that have their own, e.g. "peak lr of embedding 0.004, matrix 0.001"."""
-    text = ", ".join(f"{group} {getattr(args, f'{group}_lr'):g}" for group in _own_ratios(args))
+def _rates_text(args: Arguments, tied: bool) -> str:
+    """Peak learning rates of the parameter groups that have their own, e.g. "peak lr of embedding 0.004, matrix 0.001".
+
+    tied: whether the embedding is the output head too.
+    """
+    names = {"embedding": "embedding and output head (tied)"} if tied else {}
+    text = ", ".join(f"{names.get(group, group)} {getattr(args, f'{group}_lr'):g}" for group in _own_ratios(args))
     return f"peak lr of {text}" if text else ""
 
 

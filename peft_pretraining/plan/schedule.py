@@ -31,7 +31,7 @@ class LearningRates:
     settings: arguments of `lr_at` except the step. tokens_per_update: set if the run's length is counted in tokens. The schedule
     then advances by tokens, in units of full updates: padding makes the number of updates unknown beforehand, and the schedule
     must end with the run. restart_every: updates between restarts of the method, None without restarts. ratios: rates of
-    parameter groups that have their own, divided by the run's.
+    the parameter groups, divided by the run's; empty if no group has its own.
     """
 
     settings: dict[str, Any]
@@ -40,7 +40,7 @@ class LearningRates:
     ratios: Mapping[str, float] = field(default_factory=dict)
 
     def row(self, lr: float) -> dict[str, float]:
-        """The rates to log for an update with the rate `lr`: of the run, and of each parameter group that has its own."""
+        """The rates to log for an update with the rate `lr`: of the run, and of each parameter group if one has its own."""
         return {"lr": lr} | {f"lr/{group}": lr * ratio for group, ratio in self.ratios.items()}
 
     def at(self, update_step: int, tokens_seen: int) -> float:

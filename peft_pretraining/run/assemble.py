@@ -17,11 +17,10 @@ from torch import nn
 from peft_pretraining.checkpoint.saver import Saver
 from peft_pretraining.checkpoint.step_folder import write_json
 from peft_pretraining.config.arguments import Arguments, ConfigError
-from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.data import DataError
 from peft_pretraining.data.loader import Batch, merge_states
 from peft_pretraining.data.mixture import Mixture, orders_text, source_lines
-from peft_pretraining.distributed.device import device_memory, resolve_dtype, torch_dtype
+from peft_pretraining.distributed.device import DeviceMemory, device_memory, resolve_dtype, torch_dtype
 from peft_pretraining.distributed.parallel import is_sharded, replicate
 from peft_pretraining.distributed.world import World, all_reduce_sum_, broadcast_object, gather_objects, largest
 from peft_pretraining.model.llama import keep_compiled_code
@@ -81,9 +80,18 @@ class Run:
         return comparison(self.plan.bytes, measured, peak_memory_bytes(self.device), self.device.type)
 
 
+def least_memory(device: torch.device, world: World) -> DeviceMemory:
+    """Returns the smallest memory of all processes' devices, so that all plan and refuse alike; every process calls it.
+
+    Other programs may use some of the GPUs.
+    """
+    memories: list[DeviceMemory] = gather_objects(device_memory(device, world), world)
+    return min(memories, key=lambda memory: memory.num_bytes)
+
+
 def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
     """Builds a run and restores the checkpoint it resumes from; returns None if the run is finished already."""
-    memory = device_memory(device, world)
+    memory = least_memory(device, world)
     plan = make_plan(args, world, resolve_dtype(args.dtype, device), device.type, memory)
     problems = memory_problems(plan, args, memory)
     if problems and not args.force:
@@ -108,7 +116,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
             print(f"warning: {memory_problem}", file=sys.stderr)
     # Started here so that the loader's workers read and tokenise while the model is built.
     batches = iter(data.loader)
-    if (args.compile or OPTIMIZERS[args.optimizer].compiled) and (problem := keep_compiled_code()) and world.is_main:
+    if args.compile and (problem := keep_compiled_code()) and world.is_main:
         print(f"notice: {problem}", file=sys.stderr)
     token_loss = build_token_loss(args, plan, world, device, data.tokenizer.eos_id, restored=folder.checkpoint is not None)
     updates = build_updates(args, token_loss.model, world, device, plan.gradient_accumulation)

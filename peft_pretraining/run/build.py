@@ -215,15 +215,15 @@ def build_updates(args: Arguments, model: nn.Module, world: World, device: torch
     growth = None if args.grad_norm_growth is None else GrowthLimit(args.grad_norm_growth, len(parameters), device)
     if args.per_layer:
         joint = pairs_of_factors(parameters) if OPTIMIZERS[args.optimizer].steps_pairs else []
-        common: dict[str, Any] = {"reduce_dtype": _dtype(args.reduce_dtype), "joint": joint}
+        ends = [name for name, parameter in parameters.items() if group_of(name, parameter.dim()) in ("embedding", "head")]
+        # A tied matrix gets the sum of two gradients.
+        by_rows = ends if args.head_gradient == "slices" and len(ends) == 2 else []
+        common: dict[str, Any] = {"reduce_dtype": _dtype(args.reduce_dtype), "joint": joint, "by_rows": by_rows}
         if args.accumulate == "moments" and num_micro_batches > 1:
             from peft_pretraining.optim.accumulation import AccumulatingUpdate
 
             return AccumulatingUpdate(build, parameters, world, num_micro_batches=num_micro_batches, seed=args.seed, **common)
-        ends = [name for name, parameter in parameters.items() if group_of(name, parameter.dim()) in ("embedding", "head")]
-        # A tied matrix gets the sum of two gradients.
-        by_rows = ends if args.head_gradient == "slices" and len(ends) == 2 else []
-        return PerLayerUpdate(build, parameters, world, growth=growth, by_rows=by_rows, **common)
+        return PerLayerUpdate(build, parameters, world, growth=growth, **common)
     return WholeUpdate(
         build,
         parameters,

@@ -69,8 +69,11 @@ def keep_for_inspection(run: Run, args: Arguments, world: World, micro_batches: 
     if world.is_main:
         numbers = {"loss": str(float(step.loss)), "gradnorm": str(float(step.gradnorm)), "tensors": int(step.skipped)}
         write_json(record, {"update_step": number, **numbers, "input_ids": ids})
-    stepped = args.per_layer and bool(torch.isfinite(step.loss))
-    state = "State (other tensors already stepped)" if stepped else "State before the update"
+    state = "State before the update"
+    if args.per_layer and bool(torch.isfinite(step.loss)):
+        state = "State (other tensors already stepped)"
+    elif args.accumulate == "moments" and len(micro_batches) > 1:
+        state = "State (parameters from before the update, moments with earlier micro-batches of it)"
     raise TrainingError(
         f"update {number}: non-finite loss ({float(step.loss)}) or gradient norm ({float(step.gradnorm)}), so "
         f"{int(step.skipped)} tensors are not stepped. {state} saved to {path}, token ids to {record}; {WAY_OUT}, or use "

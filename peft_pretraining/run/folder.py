@@ -123,6 +123,8 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         if not changed.isdisjoint(EVALUATION_FLAGS) and finished_state(path, newest, args, plan) is not None:
             raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
         _warn_of_changed_environment(newest, before, plan)
+        if args.accumulate == "moments":
+            _warn_of_other_micro_batches(newest, before, plan)
         if belongs_to(newest, path):
             wandb_id = before["wandb_id"]
         elif any(not one.samefile(newest) for one in checkpoint.list_checkpoints(path)):
@@ -253,6 +255,12 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
     for name, (then, now) in differing.items():
         if name in allowed:
             continue
+        if name == "weight_dtype" and warm_start:
+            problems.append(
+                f"--warmed_up_model {path}: its weights are stored in {then}, ReLoRA's frozen weights are not; name a full-rank "
+                "run made without --weight_dtype"
+            )
+            continue
         way_out = f"--allow_changes {name}, " if ROWS[name].on_resume == "if_allowed" else ""
         if name == "peft_model" and _is_full_rank(then) and METHODS[str(now)].frozen_base:
             way_out = f"--warmed_up_model {path} instead of --continue_from to start from its weights, "
@@ -372,6 +380,18 @@ def _warn_of_changed_environment(path: Path, before: dict[str, Any], plan: Plan)
         print(
             f"notice: resuming from {path} with {', '.join(changes)}: data order and schedule are unchanged; results will not be "
             "bit-identical",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_other_micro_batches(path: Path, before: dict[str, Any], plan: Plan) -> None:
+    """Prints a notice if an update, accumulated in moments, has another number of micro-batches than before."""
+    then, now = before["plan"].get("gradient_accumulation"), plan.gradient_accumulation
+    if then not in (None, now):
+        print(
+            f"notice: resuming from {path} with {now} micro-batches per update (before: {then}): --accumulate moments makes "
+            "second moments from the gradients of micro-batches, so they change by more than rounding; to keep them choose "
+            f"--batch_size so that --batch_size times processes is {plan.total_batch_size // then}",
             file=sys.stderr,
         )
 

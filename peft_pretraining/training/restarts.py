@@ -24,6 +24,7 @@ from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, ro
 from peft_pretraining.optim.state import Pruning, reset_moments_
 from peft_pretraining.optim.updates import Updates
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
+from sparse_lora.support import plain
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -63,7 +64,7 @@ class Restarts:
             self._rebalance()
         names = self._factors() if restart.act is None else restart.act(self._model, number, self._world)
         for name in names:
-            self._reset(name)
+            self._reset(name, replaced=restart.rebalance or restart.act is not None)
         return True
 
     def _factors(self) -> list[str]:
@@ -93,7 +94,7 @@ class Restarts:
                 assign_(layer.get_parameter(factor), values)
                 qualified = f"{name}.{factor}"
                 if restart.moments == "zero":
-                    self._reset(qualified)
+                    self._reset(qualified, replaced=True)
                 elif restart.moments != "keep":
                     key = f"{qualified}/pruning/{number}"
                     state, parameter = self._state_of(qualified), parameters[qualified]
@@ -105,7 +106,8 @@ class Restarts:
         Process 0 computes and broadcasts them, since the signs of singular vectors are arbitrary.
         """
         for _, layer in self._layers(SparseLowRankLinear):
-            lora_B, lora_A = (_whole(factor) for factor in (layer.lora_B, layer.lora_A))
+            # As plain tensors, which is what processes can send each other.
+            lora_B, lora_A = (plain(_whole(factor)) for factor in (layer.lora_B, layer.lora_A))
             factors = balanced(lora_B, lora_A) if self._world.is_main else (lora_B.float(), lora_A.float())
             for factor, values in zip((layer.lora_B, layer.lora_A), factors, strict=True):
                 assign_(factor, broadcast_(values.contiguous(), self._world).to(factor.dtype))
@@ -120,9 +122,10 @@ class Restarts:
         state: dict[str, torch.Tensor] = self._updates.optimizer.state.get(self._updates.stepped[name], {})
         return state
 
-    def _reset(self, name: str) -> None:
-        reset_moments_(self._state_of(name))
-        if self._updates.growth is not None:
+    def _reset(self, name: str, replaced: bool) -> None:
+        """Sets a parameter's moments to zero. replaced: whether the parameter has new values."""
+        reset_moments_(self._state_of(name), replaced)
+        if replaced and self._updates.growth is not None:
             # A replaced factor has gradients of another magnitude, so the next gradient is not limited.
             self._updates.growth.previous[list(self._updates.stepped).index(name)] = 0
 

@@ -41,6 +41,15 @@ def test_whole_per_layer_and_resumed_runs_are_bit_identical(tiny_run, tmp_path, 
     assert_equal_runs(whole, train(tmp_path / "resumed", tiny_run, *flags, *start))
 
 
+def test_relora_names_the_full_rank_run_that_it_can_start_from(tiny_run, tmp_path, capsys):
+    full = train(tmp_path / "full", tiny_run, "--peft_model", "full", "--num_training_steps", "2")
+    flags = [*flags_of("relora", tiny_run), "--warmed_up_model", str(full), "--save_dir", str(tmp_path / "relora")]
+    assert torchrun_main.main(flags) == 2
+    message = capsys.readouterr().err
+    assert re.search(r"--warmed_up_model .*: its weights are stored in int8, .* made without --weight_dtype", message)
+    assert "--weight_dtype not given" not in message
+
+
 def test_the_account_is_exact_and_the_checkpoint_holds_codes_and_scales_only(trained):
     run = trained("sltrain_int8")
     (row,) = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if "memory_parameters_measured" in row]

@@ -227,7 +227,7 @@ def tuned_and_published(path: Path, words_of_torchrun: Callable[..., list[str]])
 
 
 @pytest.mark.parametrize("path", TUNED, ids=recipe_id)
-def test_a_tuned_recipe_changes_rates_start_and_clipping_only(path, words_of_torchrun, monkeypatch):
+def test_a_tuned_recipe_changes_rates_start_alpha_and_clipping_only(path, words_of_torchrun, monkeypatch):
     monkeypatch.chdir(ROOT)
     tuned, published = map(vars, tuned_and_published(path, words_of_torchrun))
     different = {name for name in tuned if tuned[name] != published[name]} - {"given"}

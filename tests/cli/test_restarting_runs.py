@@ -34,7 +34,8 @@ CONDITIONED = ["--condition_gradients", "--reset_moments_every", "4"]
 # Gradients accumulated in moments: plain ones in float32 and bfloat16, quantised ones, those of a method with restarts, of int8
 # parameters.
 IN_MOMENTS = ["--per_layer", "--accumulate", "moments"]
-SLICES = ["--head_gradient", "slices", "--total_batch_size", "4"]
+HEAD = ["--head_gradient=slices"]
+SLICES = [*HEAD, "--total_batch_size", "4"]
 INT8 = ["--weight_dtype", "int8"]
 
 
@@ -89,7 +90,18 @@ def losses(rows: list[dict]) -> dict[int, float]:
         [*BF16, "--peft_model", "sltrain", *IN_MOMENTS, "--stochastic_rounding"],
         [*RELORA, "--optimizer", "adam8bit", "--embedding_states", "8bit", *IN_MOMENTS],
         [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "8bit", *IN_MOMENTS],
-        [*BF16, "--peft_model", "sltrain", "--optimizer", "spectron4bit", "--embedding_states", "4bit", *IN_MOMENTS, *INT8],
+        [
+            *BF16,
+            "--peft_model",
+            "sltrain",
+            "--optimizer",
+            "spectron4bit",
+            "--embedding_states",
+            "4bit",
+            *IN_MOMENTS,
+            *INT8,
+            *HEAD,
+        ],
         ["--peft_model", "full", "--optimizer", "adamw4bit", *IN_MOMENTS, *INT8, "--stochastic_rounding", "false"],
         [*BF16, "--peft_model", "sltrain", "--optimizer", "adamw4bit_per_layer", "--embedding_states", "4bit", *SLICES, *INT8],
         [*BF16, "--peft_model", "full", "--optimizer", "adam8bit_per_layer", *SLICES],
@@ -113,6 +125,19 @@ def test_a_resumed_run_continues_exactly(tmp_path, flags, extra):
     assert account["memory_parameters_measured"] == account["memory_parameters_predicted"]
     if "adafactor" not in extra:  # it keeps one more number per parameter, for its log
         assert account["memory_optimizer_measured"] == account["memory_optimizer_predicted"]
+
+
+def test_other_micro_batches_are_told_to_change_second_moments(tmp_path, flags, capsys):
+    """Accumulated in moments, for which their number counts; the notice names the size that keeps it."""
+    flags = [*flags, "--peft_model", "sltrain", *IN_MOMENTS]
+    train(tmp_path / "run", *flags)
+    resumed = [*flags, "--num_training_steps", "7", "--allow_changes", "num_training_steps"]
+    capsys.readouterr()
+    train(tmp_path / "run", *resumed, "--batch_size", "2")
+    assert "4 micro-batches per update (before: 2)" in (said := capsys.readouterr().err)
+    assert "--batch_size times processes is 4" in said
+    train(tmp_path / "run", *resumed[:-4], "--num_training_steps", "8", *resumed[-2:], "--batch_size", "2")
+    assert "(before:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", [RELORA, SLTRAIN])

@@ -23,8 +23,10 @@ def train(folder: Path, flags: list[str]) -> Path:
         ("sltrain_bf16", ["--optimizer", "adamw4bit", "--stochastic_rounding"], "torchao"),
         ("sltrain_bf16", ["--optimizer", "adamw_per_layer", "--grad_norm_growth", "1.1", "--async_save"], "torch"),
         ("full_packed", ["--async_save"], "torch"),
+        ("sltrain_bf16", ["--optimizer", "adam8bit", "--workers", "1"], "bitsandbytes"),
+        ("galore", ["--optimizer", "adam8bit", "--dtype", "bfloat16"], "bitsandbytes"),
     ],
-    ids=["block", "4-bit", "per-layer", "masked"],
+    ids=["block", "4-bit", "per-layer", "masked", "8-bit", "galore"],
 )
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tiny_run, device, name, more, package):
     """Bit-identical on a CPU; on a GPU, where sums may be taken in another order, with nearly the same losses."""

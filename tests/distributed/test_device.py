@@ -11,6 +11,7 @@ from peft_pretraining.distributed.device import CUDA_CONTEXT_BYTES, DeviceMemory
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan import plan as planning
 from peft_pretraining.plan.plan import make_plan
+from peft_pretraining.run import assemble
 
 AVX2 = "processor : 0\nflags : fpu sse4_1 avx avx2 fma\n"
 AVX512 = "processor : 0\nflags : fpu avx2 avx512f avx512dq avx512bw avx512vl\n"
@@ -117,3 +118,10 @@ def test_memory_that_other_programs_use_on_a_gpu_is_not_available(monkeypatch, f
     memory = device.device_memory(torch.device("cuda", 0), World())
     assert memory.num_bytes / 2**30 == pytest.approx(available, abs=1e-3)
     assert memory.name == f"NVIDIA H100{named}"
+
+
+def test_all_processes_plan_with_the_smallest_memory(monkeypatch):
+    """Other programs may use some of the GPUs; a process that refused alone would leave the others waiting, without a message."""
+    found = [DeviceMemory(name, size, "cuda") for name, size in (("one", 80), ("other", 20), ("third", 20))]
+    monkeypatch.setattr(assemble, "gather_objects", lambda own, world: found)
+    assert assemble.least_memory(torch.device("cpu"), World(size=3)) == found[1]

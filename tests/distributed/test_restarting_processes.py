@@ -66,6 +66,7 @@ def assert_near(one: Path, other: Path) -> None:
         pytest.param("ddp", RELORA, marks=pytest.mark.full),
         ("ddp", [*RELORA, "--optimizer_magnitude_pruning", "0.9", "--per_layer"]),
         ("ddp", [*SLTRAIN, "--init", "svd"]),
+        ("ddp", [*SLTRAIN, "--weight_dtype", "int8"]),
         pytest.param("fsdp", RELORA, marks=pytest.mark.full),
         # Layers are still gathered by the evaluation just before each merge.
         ("fsdp", [*RELORA, "--reshard_after_forward", "false", "--eval_every", "2", "--eval_tokens", "200"]),

@@ -222,3 +222,13 @@ def test_nccls_buffers_are_counted_for_several_processes_on_gpus():
     assert account(replace(alone, world_size=2))["runtime"] - account(alone)["runtime"] == 256 * 2**20
     on_cpu = replace(alone, device_type="cpu")
     assert account(replace(on_cpu, world_size=2))["runtime"] == account(on_cpu)["runtime"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 512])
+def test_7b_fits_a_card_of_8_gb_at_any_batch(accumulation):
+    """docs/memory.md: at most 7.4e9 bytes are allocated; context and workspaces are apart."""
+    stored = {"weight_dtype": "int8", "stochastic_rounding": True, "embedding_bits": 4, "head_gradient": "slices"}
+    update = {"per_layer": True, "activation_checkpointing": "layer", "gradient_accumulation": accumulation}
+    sizes = account(setting(device_type="cuda", accumulate="moments", optimizer="adamw4bit", **stored, **update))
+    assert sizes["peak"] - sizes["runtime"] == pytest.approx(7.26e9, rel=1e-3)
+    assert sizes["peak"] == pytest.approx(7.83e9, rel=1e-3)

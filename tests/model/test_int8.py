@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
 from peft_pretraining.model.int8 import Int8Tensor, quantise_parameters
 from sparse_lora import SparseLowRankLinear
@@ -181,6 +181,16 @@ def test_writing_in_place_stores_new_values_and_other_writes_are_refused():
     assert torch.equal(plain, 1 + made.dequantised())
     with pytest.raises(TypeError, match="cannot write"):
         torch.add(plain, plain, out=made)
+
+
+def test_collectives_that_would_change_a_copy_are_refused():
+    """Their operators do not say that they write, so that a broadcast would leave the stored values as they are."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(TypeError, match="plain tensors"):
+            distributed.broadcast(stored(torch.ones(3, 100)), 0)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_copies_and_moves_keep_what_is_stored():

@@ -1,5 +1,6 @@
 """Gradients of embedding and head that come in rows equal the whole ones, and an optimizer steps from them as from those."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.model.loss import IGNORE_INDEX, HeadGradient, chunked_cross_entropy
 from peft_pretraining.model.row_gradient import EmbeddingGradient, embed
 from peft_pretraining.optim import updates as module
+from peft_pretraining.optim.accumulation import AccumulatingUpdate
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding
 from peft_pretraining.optim.updates import PerLayerUpdate
@@ -59,6 +61,23 @@ def test_rows_of_the_heads_gradient_do_not_depend_on_the_division(cuts):
     assert float(expected.norm()) <= float(gradient.norm_bound) < torch.inf
 
 
+def test_a_row_that_two_parts_share_has_the_gradient_of_its_values_before_the_first_step():
+    """The first half of the row is stepped before the gradient of the second half is asked for."""
+    hidden, head, labels = case(torch.float32)
+    normalisers = torch.logsumexp(hidden @ head.T, dim=1)
+    cuts = [0, 5 * WIDTH + 7, 9 * WIDTH + 3, 9 * WIDTH + 40, 20 * WIDTH, VOCABULARY * WIDTH]
+    found = []
+    for change in (0.0, 1.0):
+        weight = head.clone()
+        gradient = HeadGradient(hidden, weight, labels, normalisers, torch.tensor(1.0), 10**6)
+        found.append([])
+        for start, stop in pairwise(cuts):
+            found[-1].append(gradient.elements(slice(start, stop)).clone())
+            weight.view(-1)[start:stop] += change
+    for untouched, stepped in zip(*found, strict=True):
+        assert torch.equal(untouched, stepped)
+
+
 def test_all_labels_ignored_give_a_gradient_of_zero():
     hidden, head, labels = case(torch.float32)
     head.requires_grad_()
@@ -99,10 +118,18 @@ def optimizer_for(name: str, rounding: StochasticRounding | None):
     return lambda parameters: build_optimizer(name, parameters, lr=0.0, weight_decay=0.01, rounding=rounding)
 
 
-def train(model: Model, name: str, by_rows: tuple[str, ...], num_micro_batches: int = 1, factors: tuple[float, ...] = (1.0, 1.0)):
-    """Makes updates; returns their outcomes."""
+def train(
+    model: Model,
+    name: str,
+    by_rows: tuple[str, ...],
+    num_micro_batches: int = 1,
+    factors: tuple[float, ...] = (1.0, 1.0),
+    in_moments: bool = False,
+):
+    """Makes updates; returns their outcomes. in_moments: accumulate gradients in moments."""
     rounding = None if name == "adam8bit" else StochasticRounding(3)
-    updates = PerLayerUpdate(optimizer_for(name, rounding), dict(model.named_parameters()), World(), by_rows=by_rows)
+    kind = partial(AccumulatingUpdate, num_micro_batches=num_micro_batches, seed=0) if in_moments else PerLayerUpdate
+    updates = kind(optimizer_for(name, rounding), dict(model.named_parameters()), World(), by_rows=by_rows)
     outcomes = []
     for number, factor in enumerate(factors):
         updates.begin(lr=0.01)
@@ -135,6 +162,21 @@ def test_steps_from_rows_equal_those_from_whole_gradients(monkeypatch, name, num
     for ours, theirs in zip(outcomes, expected, strict=True):
         assert float(ours.gradnorm) == pytest.approx(float(theirs.gradnorm), rel=1e-5)
         assert float(ours.skipped) == 0
+
+
+@pytest.mark.parametrize("name", ["adam8bit", "adamw4bit", "adamw"])
+def test_moments_accumulate_rows_as_whole_gradients(monkeypatch, name):
+    """In every micro-batch no gradient of the matrix's size exists; one that is not finite is left out."""
+    rows, whole = Model("slices"), Model("slices")
+    factors = (1.0, 1.0, torch.inf)
+    _, expected = train(whole, name, (), 2, factors, in_moments=True)
+    monkeypatch.setattr(module.RowGradient, "whole", lambda self: pytest.fail("a whole gradient was assembled"))
+    _, outcomes = train(rows, name, BOTH, 2, factors, in_moments=True)
+    for left, right in zip(rows.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(left, right)
+    for ours, theirs in zip(outcomes[:2], expected[:2], strict=True):
+        assert float(ours.gradnorm) == pytest.approx(float(theirs.gradnorm), rel=1e-5)
+    assert [float(one.skipped) for one in outcomes] == [float(one.skipped) for one in expected] == [0, 0, 2]
 
 
 @pytest.mark.parametrize("factor", [torch.inf, 1e30])

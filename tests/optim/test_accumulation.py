@@ -14,12 +14,13 @@ from peft_pretraining.config.arguments import ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.distributed.world import World, process_group
 from peft_pretraining.memory.account import account
+from peft_pretraining.optim import updates as updates_module
 from peft_pretraining.optim.accumulation import AccumulatingUpdate
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.moments import Moment, moment_slices
 from peft_pretraining.optim.orthogonal import orthogonalised, pairs_of_factors, scale_of_shape
 from peft_pretraining.optim.slices import StochasticRounding
-from peft_pretraining.optim.state import plain_moments
+from peft_pretraining.optim.state import plain_moments, reset_moments_
 from peft_pretraining.optim.updates import PerLayerUpdate
 from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import make_plan, setting_of
@@ -281,6 +282,35 @@ def test_an_update_without_a_finite_gradient_changes_nothing_of_its_tensor(name)
     run_update(parameters, updates, 2, 2, change=lambda _, found: found[key].fill_(torch.nan))
     assert torch.equal(parameters[key], value)
     assert all(torch.equal(torch.as_tensor(v), states[k]) for k, v in updates.optimizer.state[parameters[key]].items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw4bit", "muon8bit"])
+def test_the_noise_of_moments_does_not_repeat_after_a_reset(name, monkeypatch):
+    keys, draw = [], StochasticRounding.generator
+
+    def recorded(self, key, step, device):
+        keys.append((key, step))
+        return draw(self, key, step, device)
+
+    monkeypatch.setattr(StochasticRounding, "generator", recorded)
+    parameters = parameters_of(LARGE | SMALL)
+    updates = accumulating(name, parameters, 2)
+    for update in range(4):
+        run_update(parameters, updates, update, 2)
+        if update == 1:
+            for state in updates.optimizer.state.values():
+                reset_moments_(state, replaced=False)
+    expected = [(f"{key}/{number}", step) for key in parameters for number in (1, 2) for step in range(1, 5)]
+    assert sorted(keys) == sorted(expected)
+
+
+def test_freed_memory_is_given_back_before_each_micro_batch(monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(updates_module, "_TRIM_ELEMENTS", 0)
+    monkeypatch.setattr(updates_module, "trim_heap", lambda: trimmed.append(None))
+    parameters = parameters_of(SMALL)
+    run_update(parameters, accumulating("adamw", parameters, 3), 1, 3)
+    assert len(trimmed) == 4
 
 
 def test_an_abandoned_update_steps_nothing():

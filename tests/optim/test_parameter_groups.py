@@ -32,6 +32,10 @@ def after_one_update(tiny_run, method: str, *flags: str) -> tuple[dict[str, torc
     """All trained parameters of a tiny model by name, before and after its first update."""
     module, updates, lr = model_and_updates(tiny_run, method, *flags)
     trained = {name: parameter for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        if name.endswith("lora_B") and not parameter.any():
+            # A would have no gradient.
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     tokens = torch.arange(32).view(2, 16) + 3
     updates.begin(lr)
@@ -48,6 +52,9 @@ PAIRS = [
     *(("full", optimizer) for optimizer in ("adamw", "adam8bit", "muon", "stable_spam")),
     *(("relora", optimizer) for optimizer in ("adamw", "spectron")),
     ("sltrain", "muon --condition_gradients"),
+    ("lowrank", "adamw"),
+    ("lowrank", "spectron"),
+    ("sltrain_scaled", "adamw"),
     *(("galore", optimizer) for optimizer in ("adamw", "sgd", "adam8bit")),
 ]
 
@@ -57,15 +64,15 @@ PAIRS = [
 def test_a_rate_moves_its_group_and_no_other(tiny_run, method, optimizer, per_layer):
     """With rate r and with 3 r; every optimizer's first step is proportional to its rate."""
     flags = ["--optimizer", *optimizer.split(), *(["--per_layer"] if per_layer else [])]
-    groups_of_method = [group for group in PARAMETER_GROUPS if group != "sparse" or method == "sltrain"]
+    groups_of_method = [group for group in PARAMETER_GROUPS if group != "sparse" or method.startswith("sltrain")]
     _, plain = after_one_update(tiny_run, method, *flags)
     for group in groups_of_method:
         before, changed = after_one_update(tiny_run, method, *flags, f"--{group}_lr", "0.03")
         for name, values in changed.items():
             if group_of(name, values.dim()) != group:
                 assert torch.equal(values, plain[name]), (group, name)
-            elif not torch.equal(plain[name], before[name]):
-                assert not torch.equal(values, plain[name]), (group, name)
+            else:
+                assert not torch.equal(plain[name], before[name]), (group, name)
                 moved, moved_plain = values - before[name], plain[name] - before[name]
                 torch.testing.assert_close(moved, 3 * moved_plain, rtol=1e-3, atol=1e-6)
 
@@ -84,15 +91,17 @@ def test_undecayed_groups_have_no_weight_decay(tiny_run, optimizer):
     assert not torch.equal(plain["lm_head.weight"], decayed["lm_head.weight"])
 
 
-@pytest.mark.parametrize("optimizer", [name for name, optimizer in OPTIMIZERS.items() if optimizer.adam])
+@pytest.mark.parametrize("optimizer", [name for name, optimizer in OPTIMIZERS.items() if optimizer.has_adam])
 def test_beta2_and_eps_reach_adam(tiny_run, optimizer):
-    _, plain = after_one_update(tiny_run, "full", "--optimizer", optimizer)
+    """Also where Adam steps only what muon and spectron leave to it."""
+    method = "sltrain" if OPTIMIZERS[optimizer].steps_pairs else "full"
+    _, plain = after_one_update(tiny_run, method, "--optimizer", optimizer)
     # With a large eps the first step is smaller.
-    before, damped = after_one_update(tiny_run, "full", "--optimizer", optimizer, "--eps", "1")
-    name = "model.layers.0.mlp.up_proj.weight"
+    before, damped = after_one_update(tiny_run, method, "--optimizer", optimizer, "--eps", "1")
+    name = "model.embed_tokens.weight"
     assert (damped[name] - before[name]).norm() < 0.5 * (plain[name] - before[name]).norm()
-    _, updates, _ = model_and_updates(tiny_run, "full", "--optimizer", optimizer, "--beta2", "0.5")
-    assert {group["betas"][1] for group in updates.optimizer.param_groups} == {0.5}
+    _, updates, _ = model_and_updates(tiny_run, method, "--optimizer", optimizer, "--beta2", "0.5")
+    assert {group["betas"][1] for group in updates.optimizer.param_groups if "betas" in group} == {0.5}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,8 +127,16 @@ def test_rates_of_groups_are_logged_planned_and_restored(tiny_run, tmp_path, cap
     for row in rows:
         assert row["lr/embedding"] == pytest.approx(2 * row["lr"])
         assert row["lr/sparse"] == pytest.approx(0.1 * row["lr"])
-        assert "lr/head" not in row
+        assert row["lr/head"] == row["lr/matrix"] == row["lr/norm"] == row["lr"]
     assert rows[3]["lr"] > 0
+    resumed = ["--continue_from", str(tmp_path / "whole" / "step_00000005"), "--embedding_lr", "0.04"]
+    assert torchrun_main.main([*flags, *resumed, "--save_dir", str(tmp_path / "resumed")]) == 2
+    flags += ["--allow_changes", "embedding_lr"]
+    assert torchrun_main.main([*flags, *resumed, "--save_dir", str(tmp_path / "resumed")]) == 0
+    after = [row for row in read_metrics(tmp_path / "resumed") if "lr" in row]
+    assert [row["lr"] for row in after] == [row["lr"] for row in rows]
+    ratios = [row["lr/embedding"] / row["lr"] for row in after if row["lr"]]
+    assert ratios == pytest.approx([2] * (len(ratios) - len(rows) + 5) + [4] * (len(rows) - 5))
 
 
 def test_a_tied_head_has_no_rate_of_its_own(tiny_run, tmp_path):
@@ -128,6 +145,10 @@ def test_a_tied_head_has_no_rate_of_its_own(tiny_run, tmp_path):
     args = parse_args([*flags_of("full", ["--model_config", str(tmp_path / "tied.json"), *tiny_run[2:]]), "--head_lr", "0.1"])
     with pytest.raises(ConfigError, match=r"--head_lr 0\.1: .* ties .*--embedding_lr"):
         make_plan(args, World())
+    args.head_lr, args.embedding_lr = None, 0.1
+    plan = make_plan(args, World())
+    assert "peak lr of embedding and output head (tied) 0.1" in format_plan(plan, args, "data", None)
+    assert learning_rates(args, plan).row(1.0).keys() == {"lr", "lr/embedding", "lr/matrix", "lr/norm"}
 
 
 def test_the_plan_says_what_weight_decay_applies_to(tiny_run):
@@ -145,7 +166,14 @@ def test_a_rate_that_has_no_effect_is_neither_planned_nor_logged(tiny_run):
     args = parse_args([*flags_of("full", tiny_run), "--sparse_lr", "0.1", "--head_lr", "0.2"])
     plan = make_plan(args, World())
     assert "peak lr of head 0.2\n" in format_plan(plan, args, "data", None)
-    assert learning_rates(args, plan).row(args.lr) == {"lr": args.lr, "lr/head": pytest.approx(0.2)}
+    row = learning_rates(args, plan).row(args.lr)
+    assert row == {
+        "lr/embedding": args.lr,
+        "lr/head": pytest.approx(0.2),
+        "lr/matrix": args.lr,
+        "lr/norm": args.lr,
+        "lr": args.lr,
+    }
 
 
 def test_the_plan_says_when_all_moments_are_reset(tiny_run):

@@ -306,13 +306,58 @@ def test_a_reset_keeps_code_books():
 def test_a_reset_of_all_moments_leaves_what_is_no_moment():
     """The values of the parameters stay, so Spectron's vectors and GaLore's projections go on to belong to them."""
     state = {"step": 5, "momentum_buffer": torch.ones(3, 2), "power_vector": torch.ones(3)}
-    state |= {"projection_left": torch.ones(3, 1), "num_updates": 5}
+    state |= {"projection_left": torch.ones(3, 1), "num_updates": 5, "conditioning": torch.ones(3), "num_conditioned": 5}
+    new_values = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
     reset_moments_(state, replaced=False)
     assert state["step"] == 0
     assert not state["momentum_buffer"].any()
     assert state["power_vector"].all()
     assert state["projection_left"].all()
-    assert state["num_updates"] == 5
+    assert state["conditioning"].all()
+    assert state["num_updates"] == state["num_conditioned"] == 5
+    reset_moments_(new_values)
+    assert not any(torch.as_tensor(value).any() for key, value in new_values.items() if key != "steps_before_reset")
+
+
+@pytest.mark.parametrize("rebalance", [False, True])
+def test_a_restart_forgets_what_describes_the_factors_only_if_it_replaces_them(rebalance):
+    """Spectron's vectors and the growth limit belong to values and gradients of the factors, which stay without balancing."""
+    args = arguments(peft_model="sltrain", restart_every=3, rebalance=rebalance, optimizer="spectron")
+    model = build(args)
+    updates = updates_of(model, "spectron", growth=True)
+    train(model, updates)
+    states = [state for state in updates.optimizer.state.values() if "power_vector" in state]
+    assert Restarts(args, model, updates, World()).before_update(3)
+    assert states
+    assert not any(state["momentum_buffer"].any() for state in states)
+    assert all(bool(state["power_vector"].any()) != rebalance for state in states)
+    limits = dict(zip(updates.stepped, updates.growth.previous.tolist(), strict=True))
+    assert all((limit == 0) == (rebalance and in_a_linear(name)) for name, limit in limits.items())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "per_layer"),
+    [("adamw", False), ("adam8bit", True), ("adamw4bit", True), ("adamw4bit", False), ("muon", True), ("spectron", False)],
+)
+def test_each_update_has_its_own_rounding_noise_also_after_a_reset_of_moments(optimizer, per_layer, monkeypatch):
+    """With the same noise in every period between two resets the same elements would move each time, and others never."""
+    keys, draw = [], StochasticRounding.generator
+
+    def recorded(self, name, step, device):
+        keys.append((name, step))
+        return draw(self, name, step, device)
+
+    monkeypatch.setattr(StochasticRounding, "generator", recorded)
+    args = arguments(peft_model="sltrain", optimizer=optimizer, reset_moments_every=2)
+    model = build(args, torch.bfloat16)
+    updates = updates_of(model, optimizer, rounding=StochasticRounding(3), per_layer=per_layer)
+    restarts = Restarts(args, model, updates, World())
+    for update in range(6):
+        assert restarts.before_update(update) == (update in (2, 4))
+        train(model, updates, numbers=[update])
+    names = {name for name, _ in keys}
+    assert names == {name for name, parameter in updates.stepped.items() if parameter.dtype == torch.bfloat16}
+    assert sorted(keys) == sorted((name, step) for name in names for step in range(1, 7))
 
 
 def test_a_run_that_resets_all_moments_keeps_spectrons_vectors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -149,8 +150,10 @@ def rank_delta_table(groups: Sequence[Group]) -> Table | None:
     """
     shown = [group for group in groups if _is_sparse(group.method) and group.perplexity is not None]
     pairs = {(group.settings["rank"], group.settings["sp_ratio"]) for group in shown}
-    tasks_and_rates = {(task_of(group.settings), group.settings["lr"]) for group in shown}
-    if len(pairs) < 2 or len(tasks_and_rates) > 1 or len(pairs) < len(shown):
+    # alpha may follow the rank.
+    varied = ("rank", "sp_ratio", "lora_alpha")
+    others = {json.dumps({k: v for k, v in group.settings.items() if k not in varied}, default=str) for group in shown}
+    if len(pairs) < 2 or len(others) > 1 or len(pairs) < len(shown):
         return None
     ranks, deltas = sorted({rank for rank, _ in pairs}), sorted({delta for _, delta in pairs})
     by_pair = {(group.settings["rank"], group.settings["sp_ratio"]): group for group in shown}

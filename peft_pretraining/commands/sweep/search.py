@@ -21,20 +21,26 @@ class Stage:
 def stages(file: SweepFile, results: list[str]) -> Iterator[Stage]:
     """Yields each stage; ask for the next one only when all runs of a stage are made, as their perplexities decide on it.
 
-    results: a Markdown table of each round is appended when it is over.
+    results: a Markdown table of each round is appended when it is over, and one of the whole search's work after the last.
     """
     candidates: list[Sequence[Setting]] = [entry.settings for entry in file.entries]
+    searched: list[list[PlannedRun]] = [[] for _ in file.entries]
     for number in range(file.num_rounds):
         runs_by_entry = file.search_round(number, candidates)
         title = f"search, round {number + 1} of {file.num_rounds}"
         yield Stage(title, without_duplicates([run for entry in runs_by_entry for runs in entry for run in runs]))
         kept = [_best(entry, runs, number) for entry, runs in zip(file.entries, runs_by_entry, strict=True)]
         results.append(_table(title, runs_by_entry, kept))
+        for runs, entry in zip(searched, runs_by_entry, strict=True):
+            runs += [of_candidate[-1] for of_candidate in entry]
         candidates = [
             [setting for place, setting in enumerate(settings) if places is None or place in places]
             for settings, places in zip(candidates, kept, strict=True)
         ]
-    yield Stage(None, file.final_runs(candidates))
+    final_runs = file.final_runs(candidates)
+    if file.num_rounds:
+        results.append(_work(searched, max(run.plan.num_training_steps for run in final_runs)))
+    yield Stage(None, final_runs)
 
 
 def _best(entry: Entry, runs: Sequence[Sequence[PlannedRun]], number: int) -> set[int] | None:
@@ -57,4 +63,14 @@ def _table(title: str, runs_by_entry: Sequence[Sequence[Sequence[PlannedRun]]], 
         for place, runs in enumerate(entry):
             goes_on = "yes" if places and place in places else ""
             lines.append(f"| {runs[-1].name} | {_perplexity(runs[-1]):,.2f} | {goes_on} |")
+    return "\n".join(lines)
+
+
+def _work(searched: Sequence[Sequence[PlannedRun]], updates_of_a_final_run: int) -> str:
+    """Returns a Markdown table of the runs that the search made for each entry, and of their updates."""
+    lines = ["## Work of the search", "", "| method | optimizer | runs | updates | in final runs |", "|---|---|---|---|---|"]
+    for runs in filter(None, searched):
+        args, updates = runs[0].args, sum(run.plan.num_training_steps for run in runs)
+        share = updates / updates_of_a_final_run
+        lines.append(f"| {args.peft_model} | {args.optimizer} | {len(runs)} | {updates:,} | {share:.1f} |")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# LLaMA 130M, SLTrain, tuned: ../sltrain130m.sh with other rates by group, on C4 at length 256, batch 512 sequences.
+# LLaMA 130M, SLTrain, tuned: ../sltrain130m.sh with other rates by group, alpha / rank and clipping,
+#   on C4 at length 256, batch 512 sequences.
 # Hardware: 1 GPU by default; NPROC=N sets another number (micro-batch x N must divide 512).
 # Predicted, not measured: 96,545,796 parameters; 27.7 GiB at the peak on each GPU.
 # Status: carried over from small scale, not run at this size. rates.sh has the rates and the rule; --dry_run prints them.

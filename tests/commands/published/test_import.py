@@ -175,6 +175,15 @@ def test_bfloat16_is_kept_or_widened_with_a_note(tmp_path: Path, capsys: Capture
         assert torch.equal(narrow[name].float(), widened[name])
 
 
+def test_weights_that_are_stored_in_int8_are_named_as_rounded(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
+    published = write(tmp_path / "published", reference("sltrain"))
+    done = imported(capsys, published, tmp_path / "run", *flags, "--weight_dtype", "int8")
+    assert any("rounded to --weight_dtype int8" in line for line in done["not_carried_over"])
+    tensors = tensors_of(tmp_path / "run")
+    assert tensors["model/model.embed_tokens.weight"].dtype == torch.int8
+    assert [row["update_step"] for row in resumed_rows(done)] == [4, 5, 6, 7, 8]
+
+
 def test_moments_of_another_optimizer_are_converted_or_named(tmp_path: Path, capsys: Captured, flags: list[str]) -> None:
     model = reference("sltrain")
     optimizer = trained_a_while(model)
