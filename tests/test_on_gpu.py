@@ -304,6 +304,19 @@ def test_a_section_that_hangs_is_killed_with_its_processes_and_keeps_its_rows(on
     assert content["running"] == "second"
 
 
+def test_a_sections_process_understands_its_command_line(on_gpu, tmp_path):
+    """For every section the words and their meaning; one is run as the command runs it."""
+    args = on_gpu.arguments(["--out", str(tmp_path / "out"), "--device", "cpu", "--tiny", "--tokenizer", "t5.model"])
+    for name in on_gpu.SECONDS:
+        parsed = on_gpu.arguments(on_gpu.command(name, args, 12.5)[2:])
+        assert (parsed.section, parsed.seconds, parsed.out, parsed.device, parsed.tiny) == (name, 12.5, args.out, "cpu", True)
+        assert parsed.tokenizer == "t5.model"
+    assert on_gpu.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--tiny", "--sections", "ceilings"]) == 0
+    content = json.loads((tmp_path / "out" / "ceilings.json").read_text())
+    assert content["state"] == "done"
+    assert content["allocator"] == "expandable_segments:True"
+
+
 FAILS_A_STEP = WRITES.replace('"name": "first"', '"name": "first", "error": "exit code 2"') + 'print("error: no such tokenizer")'
 
 

@@ -25,7 +25,7 @@ def generated(capsys: Captured, *flags: object) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["sltrain", "sltrain_block"])
+@pytest.mark.parametrize("name", ["sltrain", "sltrain_block", "sltrain_int8"])
 def test_every_form_of_a_model_generates_the_same_text(trained: Trained, tmp_path: Path, capsys: Captured, name: str) -> None:
     forms = [trained(name), tmp_path / "dense", tmp_path / "factored"]
     for form, more in zip(forms[1:], ([], ["--keep_factors"]), strict=True):

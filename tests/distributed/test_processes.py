@@ -56,7 +56,7 @@ def test_one_process_equals_two_and_three(tmp_path, tiny_run, layout):
     [
         ("adamw", ["sltrain"]),
         ("adam8bit", ["sltrain"]),
-        ("adamw", ["sltrain", "--weight_dtype", "int8"]),
+        ("spectron8bit", ["sltrain", "--weight_dtype", "int8"]),
         ("galore_adamw", ["galore", "--update_proj_gap", "3"]),
     ],
 )

@@ -66,7 +66,7 @@ def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
-        ("SIGKILL", "spectron8bit_per_layer --weight_dtype int8"),
+        ("SIGKILL", "spectron8bit_per_layer --weight_dtype int8 --batch_size 2 --total_batch_size 4 --accumulate moments"),
         ("SIGTERM", "adamw"),
         pytest.param("SIGKILL", "adamw", marks=pytest.mark.full),
     ],
