@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,21 +35,21 @@ def part(path: Path) -> str:
     return Path(inside[1]).stem
 
 
-def imports(path: Path):
-    """Yields (module, True if at the top of the file) for every import, including those for type checking."""
+@cache
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Returns (module, True if at the top of the file) for every import, including those for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: list[tuple[str, bool]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node in tree.body
+            found += [(alias.name, node in tree.body) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
             module = ".".join(filter(None, [package, node.module]))
-            yield module, node in tree.body
             # `from package import module`
-            for alias in node.names:
-                if (ROOT / module.replace(".", "/") / f"{alias.name}.py").exists():
-                    yield f"{module}.{alias.name}", node in tree.body
+            names = [alias.name for alias in node.names if (ROOT / module.replace(".", "/") / f"{alias.name}.py").exists()]
+            found += [(name, node in tree.body) for name in (module, *(f"{module}.{name}" for name in names))]
+    return found
 
 
 def target(module: str) -> str | None:

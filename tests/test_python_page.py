@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from peft_pretraining.data import demo
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -12,6 +14,9 @@ def test_the_example_trains_and_reads_its_record(monkeypatch, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    # A small corpus of its own, made in a second.
+    monkeypatch.setenv("SPARSE_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "PACKAGES", ("numpy",))
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     folder = tmp_path / "notebook"

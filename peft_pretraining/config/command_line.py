@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -133,6 +134,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([message])
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line, grouped by topic; flags that are not given are None."""
     parser = _Parser(

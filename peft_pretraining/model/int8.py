@@ -278,9 +278,9 @@ def _quantise_(codes: Tensor, scales: Tensor, values: Tensor, noise: torch.Gener
     if noise is None:
         steps.round_()
     else:
-        # Compared with the part cut off: in a sum with it, float32 would lose the noise's last bits, always upwards.
+        # Compared with the part cut off: in a sum with `steps`, float32 would lose the noise's last bits, always upwards.
         below = steps.floor()
-        steps = below.add_(torch.rand(steps.shape, generator=noise, device=steps.device) < steps - below)
+        steps = below.add_(torch.rand(steps.shape, generator=noise, device=steps.device) >= 1 - (steps - below))
     steps.clamp_(-_LARGEST_CODE, _LARGEST_CODE)
     codes.copy_(torch.where(changed, steps.to(torch.int8), codes))
     scales.copy_(torch.where(changed, new_scales, scales))

@@ -1,6 +1,7 @@
 """The names of methods, optimizers and supports are compared only in their own files; other code asks their objects."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peft_pretraining"
 
 
-def compared_names(text: str):
-    """Yields (line, string, source of the comparison) for every string constant in a comparison or a match of `text`."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare | ast.MatchValue):
-            for part in ast.walk(node):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    yield part.lineno, part.value, ast.unparse(node)
+@cache
+def compared_names(text: str) -> list[tuple[int, str, str]]:
+    """Returns (line, string, source of the comparison) of every string constant in a comparison or a match of `text`."""
+    return [
+        (part.lineno, part.value, ast.unparse(node))
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Compare | ast.MatchValue)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
 
 
 def comparisons_of(names, allowed):

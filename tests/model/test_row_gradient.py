@@ -9,15 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.distributed.world import World
+from peft_pretraining.model import row_gradient
 from peft_pretraining.model.loss import IGNORE_INDEX, HeadGradient, chunked_cross_entropy
 from peft_pretraining.model.row_gradient import EmbeddingGradient, embed
+from peft_pretraining.optim import adam8bit, adam_ao, moments
 from peft_pretraining.optim import updates as module
 from peft_pretraining.optim.accumulation import AccumulatingUpdate
 from peft_pretraining.optim.build import build_optimizer
-from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding
+from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.updates import PerLayerUpdate
 
 VOCABULARY, WIDTH, ROWS, CHUNK = 300, 48, 50, 16
+# Elements of a slice; small matrices would not have quantised moments.
+SLICE = 2**13
 
 
 def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,14 +103,22 @@ def test_the_embeddings_gradient_in_rows_has_the_bits_of_the_dense_one(dtype):
     assert float(rows.norm_bound) == pytest.approx(float(dense.float().norm()), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.fixture
+def small_slices(monkeypatch):
+    """Slices of 16 rows of the model below."""
+    for owner in (module, adam8bit, adam_ao, moments):
+        monkeypatch.setattr(owner, "SLICE_ELEMENTS", SLICE)
+    monkeypatch.setattr(row_gradient, "_ASSEMBLED_ELEMENTS", SLICE)
+
+
 class Model(nn.Module):
-    """An embedding of some millions of elements, so that it has several slices, and a head."""
+    """An embedding and a head of several slices."""
 
     def __init__(self, head_gradient: str):
         super().__init__()
         torch.manual_seed(0)
-        self.embed_tokens = nn.Parameter(torch.randn(2 * SLICE_ELEMENTS // 512 + 9, 512).bfloat16())
-        self.lm_head = nn.Parameter(torch.randn(2 * SLICE_ELEMENTS // 512 + 9, 512).bfloat16() / 20)
+        self.embed_tokens = nn.Parameter(torch.randn(2 * SLICE // 512 + 9, 512).bfloat16())
+        self.lm_head = nn.Parameter(torch.randn(2 * SLICE // 512 + 9, 512).bfloat16() / 20)
         self.head_gradient = head_gradient
 
     def forward(self, ids: Tensor, factor: float = 1.0) -> Tensor:
@@ -149,7 +161,7 @@ BOTH = ("embed_tokens", "lm_head")
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("name", ["adam8bit", "adamw4bit", "adamw"])
-def test_steps_from_rows_equal_those_from_whole_gradients(monkeypatch, name, num_micro_batches):
+def test_steps_from_rows_equal_those_from_whole_gradients(small_slices, monkeypatch, name, num_micro_batches):
     """With one micro-batch no gradient of the matrix's size exists; with several the whole one is accumulated as without it."""
     rows, whole = Model("slices"), Model("slices")
     _, expected = train(whole, name, (), num_micro_batches)
@@ -165,7 +177,7 @@ def test_steps_from_rows_equal_those_from_whole_gradients(monkeypatch, name, num
 
 
 @pytest.mark.parametrize("name", ["adam8bit", "adamw4bit", "adamw"])
-def test_moments_accumulate_rows_as_whole_gradients(monkeypatch, name):
+def test_moments_accumulate_rows_as_whole_gradients(small_slices, monkeypatch, name):
     """In every micro-batch no gradient of the matrix's size exists; one that is not finite is left out."""
     rows, whole = Model("slices"), Model("slices")
     factors = (1.0, 1.0, torch.inf)
@@ -180,7 +192,7 @@ def test_moments_accumulate_rows_as_whole_gradients(monkeypatch, name):
 
 
 @pytest.mark.parametrize("factor", [torch.inf, 1e30])
-def test_a_gradient_that_is_not_finite_steps_no_slice(factor):
+def test_a_gradient_that_is_not_finite_steps_no_slice(small_slices, factor):
     """1e30: hidden states are finite, the gradient's squares are not."""
     model = Model("slices")
     updates, _ = train(model, "adamw4bit", BOTH, factors=(1.0,))
@@ -199,7 +211,7 @@ def test_a_gradient_that_is_not_finite_steps_no_slice(factor):
         assert updates.optimizer.state[parameter]["step"] == 1
 
 
-def test_an_optimizer_that_needs_whole_gradients_gets_them():
+def test_an_optimizer_that_needs_whole_gradients_gets_them(small_slices):
     model = Model("slices")
     before = model.lm_head.detach().clone()
     updates = PerLayerUpdate(optimizer_for("adamw", None), dict(model.named_parameters()), World(), by_rows=BOTH)

@@ -137,7 +137,7 @@ def random_line(seed: int) -> tuple[str, float, World, str]:
     return " ".join(words), choose([0.2, 0.5, 0.8, 0.95]), World(size=processes, local_size=processes), choose(["cpu", "cuda"])
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(16), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(16, 40))])
 def test_advised_lines_parse_and_fit_and_change_no_more_than_they_must(seed):
     line, share, world, device_type = random_line(seed)
     peak = planned(line, world, device_type)[1].bytes["peak"]

@@ -32,8 +32,8 @@ SUPPORTS: dict[str, dict[str, Any]] = {
 every_support = pytest.mark.parametrize("options", SUPPORTS.values(), ids=SUPPORTS.keys())
 
 
-def linear(dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Linear:
-    made = nn.Linear(IN, OUT, bias=bias)
+def linear(dtype: torch.dtype = torch.float64, bias: bool = True, inputs: int = IN, outputs: int = OUT) -> nn.Linear:
+    made = nn.Linear(inputs, outputs, bias=bias)
     generator = generator_for(0, "linear")
     with torch.no_grad():
         for parameter in made.parameters():
@@ -83,8 +83,8 @@ def test_outputs_and_gradients_equal_those_of_the_dense_weight(
 
 
 def test_second_derivatives_include_the_base() -> None:
-    layer = trained(AdaptedLinear(linear(), 2, 0.1, path="materialised", seed=2))
-    tensors = [rows(3).requires_grad_(), *layer.adapter, layer.weight]
+    layer = trained(AdaptedLinear(linear(inputs=7, outputs=6), 2, 0.2, path="materialised", seed=2))
+    tensors = [rows(3)[:, :7].requires_grad_(), *layer.adapter, layer.weight]
 
     def function(x: Tensor, *_: Tensor) -> Tensor:
         return torch.tanh(layer(x))
