@@ -13,6 +13,7 @@ patterns except "block", whose slices give up to 2 % more. Patterns, k = round(1
   matched      like consecutive, but the pairing of row slices and column slices is drawn for each matrix
   permuted     k blocks after a random permutation of the rows and one of the columns, drawn for each matrix
   diagonals    4 k smaller blocks in each direction; each row of blocks has four of them, by random matchings
+  granules1    like block with k = 32, a power of two; granules2, granules4: 2 or 4 neighbouring rows read the same columns
   columns      the same delta * in columns in every row, drawn for each matrix (as in LOST, arXiv 2508.02668)
   balanced     delta * in random entries in each row
 
@@ -50,6 +51,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DELTA = 0.03
 # The patterns that the program has as --support.
 PROGRAM_SUPPORTS = ("uniform", "block")
+
+
+Pattern = Callable[[int, int, torch.Generator], Tensor]
 
 
 def consecutive(size: int, count: int) -> Tensor:
@@ -91,6 +95,15 @@ def diagonals(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return mask
 
 
+def granules(size: int) -> Pattern:
+    """Returns 32 blocks to which `size` neighbouring rows at a time belong in turn."""
+
+    def pattern(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+        return (torch.arange(rows) // size % 32)[:, None] == consecutive(columns, 32)[None, :]
+
+    return pattern
+
+
 def columns_alone(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     mask[:, torch.randperm(columns, generator=generator)[: math.ceil(DELTA * columns)]] = True
@@ -104,13 +117,15 @@ def balanced(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return mask
 
 
-Pattern = Callable[[int, int, torch.Generator], Tensor]
 PATTERNS: dict[str, Pattern] = {
     "consecutive": on_the_diagonal,
     "attention": attention,
     "matched": matched,
     "permuted": permuted,
     "diagonals": diagonals,
+    "granules1": granules(1),
+    "granules2": granules(2),
+    "granules4": granules(4),
     "columns": columns_alone,
     "balanced": balanced,
 }
