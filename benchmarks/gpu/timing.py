@@ -1,6 +1,7 @@
 """Measures times, launched kernels, waits and memory of a device: CUDA's way beside the equivalent on a CPU.
 
-The benchmarks' lines that only a GPU can execute are in this file, so that a test on a CPU executes everything else.
+The lines that only a GPU can execute are in this file, but for those that ask whether there is one and what it is called, so that
+a test on a CPU executes everything else.
 """
 
 from __future__ import annotations
