@@ -1,7 +1,8 @@
 """Compares whole updates of every method with full-rank ones, or (--steps) the steps of several optimizers.
 
 `python benchmarks/train.py [--configs 60m 350m] [--methods uniform block lowrank galore] [--optimizers adamw] [--batch_size 8]
-[--sp_ratio S] [--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--dtype bfloat16] [--compile] [--steps] [--out FILE.json]`
+[--sp_ratio S] [--linear_cache positions] [--rounds 5] [--warm_up 3] [--threads 1] [--device cpu] [--dtype bfloat16] [--compile]
+[--steps] [--out FILE.json]`
 
 Each update has one micro-batch of random tokens and uses the trainer's model, loss and optimizer. The method and
 full-rank training run in two processes that take turns, --updates_per_round updates each, without waiting between them.
@@ -89,7 +90,7 @@ def trainer_flags(config: str, method: str, optimizer: str, own: argparse.Namesp
     if method != "full":
         flags += ["--rank", str(rank)]
     if method in ("uniform", "block"):
-        flags += ["--sp_ratio", str(own.sp_ratio or sparsity)]
+        flags += ["--sp_ratio", str(own.sp_ratio or sparsity), "--linear_cache", own.linear_cache]
     return [*flags, "--compile"] if own.compile else flags
 
 
@@ -356,6 +357,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", action="store_true", help="compare the steps of --optimizers, each with the first one's")
     parser.add_argument("--batch_size", type=int, help="sequences per micro-batch (default: 8; 64 on a GPU)")
     parser.add_argument("--sp_ratio", type=float, help="share of nonzeros (default: as published)")
+    parser.add_argument("--linear_cache", default="auto", help="of uniform and block, as for the trainer (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     parser.add_argument("--updates_per_round", type=int, help="updates in a row, timed together (default: 1; 10 on a GPU)")
