@@ -26,7 +26,7 @@ SIZES = {
 }
 SLTRAIN = "--peft_model sltrain --lora_alpha 8 --dtype bfloat16 --embedding_states 8bit --activation_checkpointing --batch_size 1"
 PLAIN = "--peft_model sltrain --lora_alpha 8 --dtype bfloat16 --optimizer adamw --batch_size 4"
-EIGHT_GB = "--per_layer --weight_dtype int8 --head_gradient slices"
+EIGHT_GB = "--per_layer --weight_dtype int8 --head_gradient slices --embedding_states 4bit"
 FULL = "--peft_model full --dtype float32 --optimizer adamw --batch_size 4"
 
 
