@@ -104,6 +104,7 @@ def measured(case: Case, device: torch.device, smaller: list[str], tiny: bool) -
         dtype="bfloat16",
         sp_ratio=None,
         compile=case.compile,
+        linear_cache="auto",
     )
     argv = [*trainer_flags(case.config, case.method, case.optimizer, own), *case.flags, *smaller]
     args = parse_args(argv)

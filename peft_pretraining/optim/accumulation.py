@@ -73,9 +73,10 @@ class AccumulatingUpdate(PerLayerUpdate):
             average_(gradient, self._world, self._reduce_dtype)
         norm = l2_norm(gradient).float()
         # Waits for the device, as per-layer updates by these optimizers do anyway.
-        if bool(torch.isfinite(norm)):
+        finite = bool(torch.isfinite(norm))
+        if finite:
             self._accumulate(number, stepped, gradient.reshape(-1).__getitem__)
-        self._arrive(number, stepped, parameter, norm)
+        self._arrive(number, stepped, parameter, norm, finite)
 
     @torch.no_grad()
     def _step_rows(self, number: int, parameter: nn.Parameter, gradient: RowGradient) -> bool:
@@ -83,8 +84,8 @@ class AccumulatingUpdate(PerLayerUpdate):
         if not self._armed:
             return False
         self._trim()
-        norm = use_in_slices(gradient, partial(self._accumulate, number, parameter))
-        self._arrive(number, parameter, parameter, norm.float())
+        norm, finite = use_in_slices(gradient, partial(self._accumulate, number, parameter))
+        self._arrive(number, parameter, parameter, norm.float(), finite)
         return True
 
     def _accumulate(self, number: int, stepped: nn.Parameter, gradient: GradientSlices) -> None:
@@ -98,10 +99,10 @@ class AccumulatingUpdate(PerLayerUpdate):
         )
         self._started.add(number)
 
-    def _arrive(self, number: int, stepped: nn.Parameter, parameter: torch.Tensor, norm: torch.Tensor) -> None:
+    def _arrive(self, number: int, stepped: nn.Parameter, parameter: torch.Tensor, norm: torch.Tensor, finite: bool) -> None:
         """Notes the norm of a gradient, which is in the moments now if it is finite; in the last micro-batch, steps."""
         self._norms[number] = torch.hypot(self._norms[number], norm)
-        if not bool(torch.isfinite(norm)):
+        if not finite:
             self._bad.add(number)
         if not self._last:
             return

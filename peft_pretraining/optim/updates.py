@@ -276,9 +276,9 @@ class PerLayerUpdate:
         self._trim()
         optimizer = self._units[number].optimizer
         assert isinstance(optimizer, StepsSlices)
-        norm = use_in_slices(gradient, partial(optimizer.step_slices, parameter))
+        norm, finite = use_in_slices(gradient, partial(optimizer.step_slices, parameter))
         self._norms[number] = norm
-        self._skipped += float(not torch.isfinite(norm))
+        self._skipped += not finite
         return True
 
     def finish(self, loss: torch.Tensor) -> Outcome:
@@ -356,10 +356,14 @@ class _OptimizerSet:
         self.param_groups = [group for member in members for group in member.param_groups]
 
 
-def use_in_slices(gradient: RowGradient, use: Callable[[GradientSlices], None]) -> torch.Tensor:
-    """Calls `use` with a function that returns slices of the gradient, unless an element is not finite; returns its L2 norm.
+def use_in_slices(gradient: RowGradient, use: Callable[[GradientSlices], None]) -> tuple[torch.Tensor, bool]:
+    """Calls `use` with a function that returns slices of the gradient, unless an element is not finite.
 
-    No slice may be used if any is not finite. `use` asks for each slice once, in order.
+    No slice may be used if any is not finite. `use` asks for each slice once, in order. Waits for the device once, twice for a
+    gradient that may not be finite.
+
+    Returns:
+        The gradient's L2 norm, and whether it is finite.
     """
     norms: list[torch.Tensor] = []
 
@@ -374,10 +378,10 @@ def use_in_slices(gradient: RowGradient, use: Callable[[GradientSlices], None]) 
             measured(part)
         norm = l2_norm(torch.stack(norms))
         if not bool(torch.isfinite(norm)):
-            return norm
+            return norm, False
         norms.clear()
     use(measured)
-    return l2_norm(torch.stack(norms))
+    return l2_norm(torch.stack(norms)), True
 
 
 def _nothing_stepped(num_tensors: int, device: torch.device) -> Outcome:

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -86,7 +86,9 @@ def least_memory(device: torch.device, world: World) -> DeviceMemory:
     Other programs may use some of the GPUs.
     """
     memories: list[DeviceMemory] = gather_objects(device_memory(device, world), world)
-    return min(memories, key=lambda memory: memory.num_bytes)
+    rank = min(range(len(memories)), key=lambda rank: memories[rank].num_bytes)
+    name = memories[rank].name
+    return replace(memories[rank], name=f"{name} (process {rank})" if rank and name != memories[0].name else name)
 
 
 def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:

@@ -55,7 +55,7 @@ def how_to_resume(args: Arguments, folder: Path) -> str:
 
 
 def keep_for_inspection(run: Run, args: Arguments, world: World, micro_batches: Sequence[Batch], step: StepResult) -> NoReturn:
-    """Saves the state before a non-finite update, and the update's token ids, to nonfinite/ in the run's folder.
+    """Saves the state in which a non-finite update leaves the run, and the update's token ids, to nonfinite/ in the run's folder.
 
     The saved data position is after that update, so a run resumed from this state skips its sequences. With --per_layer the
     tensors with finite gradients have been stepped already. Raises TrainingError.
@@ -69,11 +69,11 @@ def keep_for_inspection(run: Run, args: Arguments, world: World, micro_batches: 
     if world.is_main:
         numbers = {"loss": str(float(step.loss)), "gradnorm": str(float(step.gradnorm)), "tensors": int(step.skipped)}
         write_json(record, {"update_step": number, **numbers, "input_ids": ids})
-    state = "State before the update"
-    if args.per_layer and bool(torch.isfinite(step.loss)):
-        state = "State (other tensors already stepped)"
-    elif args.accumulate == "moments" and len(micro_batches) > 1:
-        state = "State (parameters from before the update, moments with earlier micro-batches of it)"
+    stepped = args.per_layer and bool(torch.isfinite(step.loss))
+    in_moments = args.accumulate == "moments" and len(micro_batches) > 1
+    notes = ["other tensors already stepped"] if stepped else []
+    notes += ["moments may contain finite micro-batches of the update"] if in_moments else []
+    state = f"State ({'; '.join(notes)})" if notes else "State before the update"
     raise TrainingError(
         f"update {number}: non-finite loss ({float(step.loss)}) or gradient norm ({float(step.gradnorm)}), so "
         f"{int(step.skipped)} tensors are not stepped. {state} saved to {path}, token ids to {record}; {WAY_OUT}, or use "

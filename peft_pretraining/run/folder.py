@@ -123,7 +123,7 @@ def _choose(args: Arguments, plan: Plan) -> RunFolder:
         if not changed.isdisjoint(EVALUATION_FLAGS) and finished_state(path, newest, args, plan) is not None:
             raise ConfigError([f"{newest} is finished and is not evaluated again; use {_evaluate_command(newest, args)}"])
         _warn_of_changed_environment(newest, before, plan)
-        if args.accumulate == "moments":
+        if args.accumulate == "moments" and not warm_start:
             _warn_of_other_micro_batches(newest, before, plan)
         if belongs_to(newest, path):
             wandb_id = before["wandb_id"]
@@ -388,10 +388,11 @@ def _warn_of_other_micro_batches(path: Path, before: dict[str, Any], plan: Plan)
     """Prints a notice if an update, accumulated in moments, has another number of micro-batches than before."""
     then, now = before["plan"].get("gradient_accumulation"), plan.gradient_accumulation
     if then not in (None, now):
+        size, left = divmod(plan.total_batch_size, then)
+        keep = "" if left or not size else f"; to keep them choose --batch_size so that --batch_size times processes is {size}"
         print(
             f"notice: resuming from {path} with {now} micro-batches per update (before: {then}): --accumulate moments makes "
-            "second moments from the gradients of micro-batches, so they change by more than rounding; to keep them choose "
-            f"--batch_size so that --batch_size times processes is {plan.total_batch_size // then}",
+            "second moments from the gradients of micro-batches, so they change by more than rounding" + keep,
             file=sys.stderr,
         )
 

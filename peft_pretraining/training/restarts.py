@@ -64,7 +64,8 @@ class Restarts:
             self._rebalance()
         names = self._factors() if restart.act is None else restart.act(self._model, number, self._world)
         for name in names:
-            self._reset(name, replaced=restart.rebalance or restart.act is not None)
+            balanced_now = restart.rebalance and name.endswith(("lora_A", "lora_B"))
+            self._reset(name, replaced=balanced_now or restart.act is not None)
         return True
 
     def _factors(self) -> list[str]:

@@ -61,7 +61,7 @@ echo "$*" >>"$FAKE_SLURM/sleep"
 
 FLAGS = (
     "--peft_model sltrain --rank 8 --lora_alpha 2 --sp_ratio 0.1 --optimizer adamw --lr 0.001 --warmup_steps 2 "
-    "--num_training_steps 30 --batch_size 2 --total_batch_size 8 --data_lanes 4 --max_length 48 --eval_every 30 "
+    "--num_training_steps 60 --batch_size 2 --total_batch_size 8 --data_lanes 4 --max_length 48 --eval_every 30 "
     "--workers 1 --wandb disabled --device cpu --dtype float32 --save_every 1000"
 )
 
@@ -215,7 +215,7 @@ def test_two_machines_stop_are_requeued_and_resume_exactly(slurm, tmp_path, flag
     assert slurm.said("scontrol") == [f"requeue {slurm.environment['SLURM_JOB_ID']}"]
     marker = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert marker["signal"] == "SIGUSR1"
-    assert marker["update_step"] < 30
+    assert marker["update_step"] < 60
 
     code, output = slurm.run(str(tmp_path / "run"), *flags, restarts=1)
     assert code == 0, (output, slurm.logs())
@@ -326,11 +326,11 @@ def test_a_pods_exit_code_distinguishes_stop_end_and_failure(tmp_path, flags):
     running.send_signal(signal.SIGTERM)
     output = running.communicate()[0]
     assert running.returncode == 143, output
-    assert json.loads((tmp_path / "run" / "stopped.json").read_text())["update_step"] < 30
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text())["update_step"] < 60
     again = pod(tmp_path / "run", *flags)
     output = again.communicate()[0]
     assert again.returncode == 0, output
-    assert record(tmp_path / "run")[-1]["update_step"] == 30
+    assert record(tmp_path / "run")[-1]["update_step"] == 60
     failing = pod(tmp_path / "other", *flags, NPROC="")
     output = failing.communicate()[0]
     assert failing.returncode == 2, output

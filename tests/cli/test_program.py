@@ -738,7 +738,7 @@ def scalars_of(checkpoint: Path) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [([], "State before the update"), (["--per_layer", "--accumulate", "moments"], "moments with earlier micro-batches")],
+    [([], "State before the update"), (["--per_layer", "--accumulate", "moments"], "moments may contain finite micro-batches")],
 )
 def test_on_nonfinite_stop_saves_state_and_token_ids(tmp_path, flags, monkeypatch, capsys, more, words):
     poison_loss(monkeypatch, bad_calls={8})

@@ -67,10 +67,16 @@ def _table(title: str, runs_by_entry: Sequence[Sequence[Sequence[PlannedRun]]], 
 
 
 def _work(searched: Sequence[Sequence[PlannedRun]], updates_of_a_final_run: int) -> str:
-    """Returns a Markdown table of the runs that the search made for each entry, and of their updates."""
+    """Returns a Markdown table of the runs that the search made for each entry, and of their updates.
+
+    Runs that are repeated in the final comparison, as they have the same flags there, are included.
+    """
     lines = ["## Work of the search", "", "| method | optimizer | runs | updates | in final runs |", "|---|---|---|---|---|"]
     for runs in filter(None, searched):
-        args, updates = runs[0].args, sum(run.plan.num_training_steps for run in runs)
+        # Runs that start from a full-rank run share it, and continue its count of updates.
+        warm_ups = {run.warm_up.folder: run.warm_up.plan.num_training_steps for run in runs if run.warm_up is not None}
+        own = sum(run.plan.num_training_steps - (warm_ups[run.warm_up.folder] if run.warm_up else 0) for run in runs)
+        updates, args = own + sum(warm_ups.values()), runs[0].args
         share = updates / updates_of_a_final_run
         lines.append(f"| {args.peft_model} | {args.optimizer} | {len(runs)} | {updates:,} | {share:.1f} |")
     return "\n".join(lines)

@@ -243,6 +243,8 @@ def test_rank_and_delta_make_a_table(tmp_path):
         ("r = 128", "41.00 (n = 1); published 34.15", "42.00 (n = 1); published 33.41"),
     )
     assert rank_delta_table(groups_of(folders[0])) is None
+    other = write_run(tmp_path / "muon", "--rank", "96", "--sp_ratio", "0.05", "--optimizer", "muon", perplexity=30.0)
+    assert rank_delta_table(groups_of(*folders, other)) is None
 
 
 def test_the_printed_command_makes_the_same_run(tmp_path):
