@@ -77,7 +77,7 @@ def test_the_best_of_each_round_go_on(tmp_path, stub, capfd):
     table = (tmp_path / "runs" / "report" / "search.md").read_text()
     assert "| lr0.2-seed1 | 20.20 | yes |" in table
     assert "| lr0.4-seed1 | 20.40 |  |" in table
-    assert "| full | adamw | 6 | 16 | 4.0 |" in table  # four of two updates, two of four
+    assert "| full | adam | 6 | 16 | 4.0 |" in table  # four of two updates, two of four
     assert command(["sweep", str(path)]) == 0
     assert starts(tmp_path) == finals  # nothing was started again
 
@@ -91,7 +91,7 @@ def test_all_rounds_start_from_the_same_full_rank_run(tmp_path, stub):
     assert {str(folder): len(runs) for folder, runs in made} == {"search-1": 3, "search-2": 2, "warm_up": 2, ".": 2}
     assert starts(tmp_path, "warm_up") == ["lr0.5-num_training_steps1-seed1", "lr0.5-num_training_steps1-seed2"]
     # Three of two updates and two of three, less the one that each has from the full-rank run, which is made once.
-    assert "| relora | adamw | 5 | 8 |" in (tmp_path / "runs" / "report" / "search.md").read_text()
+    assert "| relora | adam | 5 | 8 |" in (tmp_path / "runs" / "report" / "search.md").read_text()
 
 
 def test_a_round_with_a_failed_run_is_made_to_its_end_and_chooses_nothing(tmp_path, stub, capfd):
