@@ -41,6 +41,16 @@ def test_typed_flags_of_every_choice_give_its_peak_and_fit(capsys, memory):
     assert all(later > 0.97 * earlier for earlier, later in itertools.pairwise(works))
 
 
+@pytest.mark.parametrize("total", ["1", "512"])
+def test_7b_fits_a_card_of_8_gb_with_the_published_batch_too(capsys, total):
+    model = ["--model_config", str(ROOT / "configs/llama_7b.json"), "--peft_model", "sltrain", "--rank", "1024"]
+    batch = ["--sp_ratio", "0.05", "--batch_size", "1", "--total_batch_size", total, "--device_type", "cuda"]
+    found = fits(capsys, *model, *batch, "--fit", "8GB")
+    assert found
+    assert all(choice["peak"] <= 8e9 for choice in found)
+    assert all(("--accumulate moments" in choice["flags"]) == (total == "512") for choice in found)
+
+
 def test_a_larger_micro_batch_than_proposed_would_not_fit(capsys):
     flags = [
         "--total_batch_size",
