@@ -185,7 +185,7 @@ class Accumulating:
             added = _at_least_float32(gradient(part))
             if weight_decay:
                 added = added.add(working_values(parameter, part, None).to(added.dtype), alpha=weight_decay)
-            for (_, moment), decay, power in zip(slices_of_moments, decays, (1, 2), strict=False):
+            for power, ((_, moment), decay) in enumerate(zip(slices_of_moments, decays, strict=True), 1):
                 numbers = _at_least_float32(moment.read())
                 if first:
                     numbers = numbers.mul_(decay)

@@ -226,9 +226,12 @@ def test_nccls_buffers_are_counted_for_several_processes_on_gpus():
 
 @pytest.mark.parametrize("accumulation", [1, 512])
 def test_7b_fits_a_card_of_8_gb_at_any_batch(accumulation):
-    """docs/memory.md: at most 7.4e9 bytes are allocated; context and workspaces are apart."""
+    """At most 7.4e9 bytes are allocated, context and workspaces apart; docs/memory.md has both figures."""
     stored = {"weight_dtype": "int8", "stochastic_rounding": True, "embedding_bits": 4, "head_gradient": "slices"}
     update = {"per_layer": True, "activation_checkpointing": "layer", "gradient_accumulation": accumulation}
     sizes = account(setting(device_type="cuda", accumulate="moments", optimizer="adamw4bit", **stored, **update))
-    assert sizes["peak"] - sizes["runtime"] == pytest.approx(7.26e9, rel=1e-3)
-    assert sizes["peak"] == pytest.approx(7.83e9, rel=1e-3)
+    allocated = sizes["peak"] - sizes["runtime"]
+    assert allocated <= 7.4e9
+    assert sizes["peak"] <= 8e9
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert f"{sizes['peak'] / 1e9:.2f}e9 bytes predicted, of which torch allocates {allocated / 1e9:.2f}e9" in page

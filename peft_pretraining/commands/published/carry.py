@@ -239,7 +239,7 @@ def _not_carried(published: Published, args: Arguments, moments_problem: str | N
     if f"torch.{args.dtype}" != str(weights):
         lines.append(f"dtype {str(weights).removeprefix('torch.')}: weights and moments are {args.dtype} from now on")
     if args.weight_dtype is not None:
-        lines.append(f"weights as they are: rounded to --weight_dtype {args.weight_dtype}")
+        lines.append(f"weights: rounded to --weight_dtype {args.weight_dtype}")
     if (dropout := published.settings.get("lora_dropout")) and published.by_relora:
         lines.append(f"lora_dropout {dropout}: not supported, dropout is 0 from now on")
     if METHODS[args.peft_model].projected:
