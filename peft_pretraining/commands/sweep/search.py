@@ -26,6 +26,7 @@ def stages(file: SweepFile, results: list[str]) -> Iterator[Stage]:
     candidates: list[Sequence[Setting]] = [entry.settings for entry in file.entries]
     searched: list[list[PlannedRun]] = [[] for _ in file.entries]
     for number in range(file.num_rounds):
+        candidates = file.candidates(number, candidates)
         runs_by_entry = file.search_round(number, candidates)
         title = f"search, round {number + 1} of {file.num_rounds}"
         yield Stage(title, without_duplicates([run for entry in runs_by_entry for runs in entry for run in runs]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from peft_pretraining.config.arguments import ROWS, Arguments, ConfigError
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.files import PathError, expanded, read_mapping
 from peft_pretraining.config.flag import suggestion
+from peft_pretraining.config.parameter_groups import PARAMETER_GROUPS
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.plan import Plan, make_plan
 
@@ -27,6 +29,7 @@ _SET_BY_SWEEP = {
     "continue_from": "a sweep always continues existing runs; leave it out",
     "dry_run": "give --dry_run to the sweep command",
 }
+_RATES = ("lr", *(f"{group}_lr" for group in PARAMETER_GROUPS))
 _KEYS = ("folder", "base", "seeds", "settings", "nproc_per_node", "search")
 
 
@@ -61,9 +64,10 @@ def load_sweep(path: Path) -> SweepFile:
     _raise(problems)
     processes = values.get("nproc_per_node", 1)
     file = SweepFile(path, Path(expanded(str(folder))), processes, tuple(seeds or ()), tuple(entries))
-    candidates = [entry.settings for entry in entries]
+    candidates: list[Sequence[Setting]] = [entry.settings for entry in entries]
     # Every run that could be made is checked before the first one starts.
     for number in range(file.num_rounds):
+        candidates = file.candidates(number, candidates)
         file.search_round(number, candidates)
     file.final_runs(candidates)
     return file
@@ -116,7 +120,10 @@ def _entry(path: Path, base: Mapping[str, Any], item: Any, rounds: tuple[Round, 
     searches = [grid["search"] for grid in grids if "search" in grid]
     if len(searches) > 1:
         problems.append(f"{path}: search: give it to one of the mappings that compete as one entry, not to {len(searches)}")
-    return Entry(tuple(settings), _rounds(path, searches[0], problems) if searches else rounds)
+    rounds = _rounds(path, searches[0], problems) if searches else rounds
+    if any(here.lr_factors != (1,) for here in rounds) and any(setting.flags.get("lr") is None for setting in settings):
+        problems.append(f"{path}: search: lr_factors: multiplies learning rates, but {item!r} has no lr; give it, or in `base`")
+    return Entry(tuple(settings), rounds)
 
 
 def without_warm_ups(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -138,23 +145,43 @@ def _rounds(path: Path, search: Any, problems: list[str]) -> tuple[Round, ...]:
                 f"its runs, e.g. - {{num_training_steps: 150, keep: 2}}, not {entry!r}"
             )
             continue
-        flags = {name: value for name, value in entry.items() if name != "keep"}
+        factors = entry.get("lr_factors", [1])
+        if not isinstance(factors, list) or not factors or not all(_is_factor(factor) for factor in factors):
+            problems.append(
+                f"{path}: search: lr_factors {factors!r}: must be a list of factors of the learning rates above 0, e.g. [1, 0.5]"
+            )
+            continue
+        flags = {name: value for name, value in entry.items() if name not in ("keep", "lr_factors")}
         problems += _unusable(path, flags)
         problems += [
             f"{path}: search: {name}: a round's runs have one value, not a list"
             for name in flags
             if isinstance(flags[name], list)
         ]
-        rounds.append(Round(keep, flags))
+        rounds.append(Round(keep, flags, tuple(factors)))
     return tuple(rounds)
+
+
+def _is_factor(value: Any) -> bool:
+    """True for a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 @dataclass(frozen=True)
 class Round:
-    """A round of a search: runs of the first seed with these flags, of which the `keep` best of each entry go on."""
+    """A round of a search: runs of the first seed with these flags, of which the `keep` best of each entry go on.
+
+    lr_factors: each setting competes with all its learning rates multiplied by each of these, as longer runs need lower ones.
+    """
 
     keep: int
     flags: Mapping[str, Any]
+    lr_factors: tuple[float, ...] = (1,)
+
+    def candidates(self, settings: Sequence[Setting]) -> list[Setting]:
+        """Returns the settings with each of the factors, without repetitions."""
+        scaled = [setting if factor == 1 else setting.scaled(factor) for setting in settings for factor in self.lr_factors]
+        return [setting for place, setting in enumerate(scaled) if setting not in scaled[:place]]
 
 
 @dataclass(frozen=True)
@@ -184,6 +211,13 @@ class SweepFile:
     def runs(self) -> list[PlannedRun]:
         """The runs of all settings with all seeds, as without a search."""
         return self.final_runs([entry.settings for entry in self.entries])
+
+    def candidates(self, number: int, settings: Sequence[Sequence[Setting]]) -> list[Sequence[Setting]]:
+        """Returns by entry what competes in a round (counted from 0). settings: those that the round before has kept."""
+        return [
+            entry.rounds[number].candidates(kept) if number < len(entry.rounds) else kept
+            for entry, kept in zip(self.entries, settings, strict=True)
+        ]
 
     def search_round(self, number: int, candidates: Sequence[Sequence[Setting]]) -> list[list[list[PlannedRun]]]:
         """Returns the runs of a round (counted from 0): by entry, by candidate, the candidate's own run last.
@@ -240,6 +274,19 @@ class Setting:
     flags: dict[str, Any]
     shown: dict[str, Any]
     warm_up: Setting | None = None
+
+    def scaled(self, factor: float) -> Setting:
+        """Returns the setting with all its learning rates multiplied. The full-rank run that it starts from keeps its own."""
+        changed = {name: _scaled(self.flags[name], factor) for name in _RATES if self.flags.get(name) is not None}
+        return Setting({**self.flags, **changed}, {**self.shown, **changed}, self.warm_up)
+
+
+def _scaled(rate: Any, factor: float) -> Any:
+    """Returns rate x factor, rounded so that it reads well in a run's name; what is no number as it is, to be refused later."""
+    try:
+        return float(f"{float(rate) * factor:.6g}")
+    except (TypeError, ValueError):
+        return rate
 
 
 def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]) -> Iterator[Setting]:
