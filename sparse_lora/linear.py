@@ -137,13 +137,16 @@ class SparseLowRankLinear(nn.Module):
         factors = (self.lora_A, self.lora_B, self.sparse_value, self.support, self.effective_scaling())
         return sparse_lowrank_linear(x, *factors, self.bias, self.path, weight=self.cached_weight)
 
-    def builds_weight(self, num_rows: int) -> bool:
-        """Tells whether products with `num_rows` rows build W, in passes with gradients."""
+    def builds_weight(self, num_rows: int, width: int | None = None) -> bool:
+        """Tells whether products with `num_rows` rows build W, in passes with gradients.
+
+        width: bytes per element of the products, where parameters are stored in another dtype.
+        """
         if self.path != "auto":
             return self.path == "materialised"
         kind, nnz = ("none", 0) if self.support is None else (self.support.kind, self.support.nnz)
         sizes = (num_rows, self.out_features, self.in_features, self.rank)
-        return cheaper_path(*sizes, kind, nnz, self.lora_A.device.type, self.lora_A.dtype.itemsize) == "materialised"
+        return cheaper_path(*sizes, kind, nnz, self.lora_A.device.type, width or self.lora_A.dtype.itemsize) == "materialised"
 
     @property
     def weight(self) -> Tensor:

@@ -307,7 +307,8 @@ def quickstart_row(capsys) -> str:
     plan = yaml.safe_load((ROOT / "scripts" / "quickstart.yaml").read_text(encoding="utf-8"))
     figures = predicted(flags, 1, capsys)
     tokens = f"{plan['num_training_steps'] * plan['total_batch_size'] * plan['max_length'] / 1e6:.1f}M"
-    cells = ["quickstart", METHODS[plan["peft_model"]], "`quickstart.sh`", f"{figures['parameters']['total'] / 1e6:,.1f}M", "-", tokens]
+    parameters = f"{figures['parameters']['total'] / 1e6:,.1f}M"
+    cells = ["quickstart", METHODS[plan["peft_model"]], "`quickstart.sh`", parameters, "-", tokens]
     cells += [str(plan["num_training_steps"]), f"1 x {plan['batch_size']}", f"{figures['bytes']['peak'] / 2**30:.1f}"]
     return f"| {' | '.join([*cells, 'run, on a CPU'])} |"
 

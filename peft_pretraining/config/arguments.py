@@ -546,7 +546,8 @@ class OptimizationArguments:
             warm_start=True,
             minimum=0,
             no_effect=lambda args: (
-                "with an optimizer named *_per_layer, as published; --grad_norm_growth 1.01 limits each tensor's gradient"
+                "with an optimizer named *_per_layer, as published"
+                + ("" if args.accumulate == "moments" else "; --grad_norm_growth 1.01 limits each tensor's gradient")
                 if args.per_layer and args.grad_clipping is None and "per_layer" not in args.given
                 else None
             ),

@@ -18,7 +18,10 @@ from peft_pretraining.memory.setting import Setting
 
 @dataclass(frozen=True)
 class Traffic:
-    """Payloads of one update, bytes. gathered_forward and gathered_backward are per micro-batch, the others per update."""
+    """Payloads of one update, bytes. gathered_forward and gathered_backward are per micro-batch, the others per update.
+
+    reductions: how many of the micro-batches sum their gradients over processes: the last one, or all.
+    """
 
     world_size: int
     micro_batches: int
@@ -26,6 +29,7 @@ class Traffic:
     gathered_forward: int = 0
     gathered_backward: int = 0
     reduce_scattered: int = 0
+    reductions: int = 1
 
     @property
     def all_gathered(self) -> int:
@@ -47,17 +51,18 @@ class Traffic:
         return self._share * self.gathered_forward
 
     def sent_backward(self, last: bool) -> float:
-        """Bytes that each process sends in a micro-batch's backward pass; only an update's `last` one exchanges gradients."""
-        gradients = 2 * self.all_reduced + self.reduce_scattered if last else 0
+        """Bytes that each process sends in a micro-batch's backward pass. last: whether it is the update's last one."""
+        reduces = last or self.reductions == self.micro_batches
+        gradients = (2 * self.all_reduced + self.reduce_scattered) / self.reductions if reduces else 0
         return self._share * (self.gathered_backward + gradients)
 
 
 def traffic(setting: Setting) -> Traffic:
     """Returns the traffic of an update, without evaluation, checkpoints and the few numbers for loss, token counts and norms.
 
-    DDP sums all gradients, in the last micro-batch, in the reduce dtype. FSDP2 gathers every unit in the forward pass, and all
-    but the root's again in the backward pass where reshard_after_forward freed them, in the dtype of the arithmetic; it reduces
-    and scatters gradients in the last micro-batch, in the reduce dtype.
+    DDP sums all gradients in the reduce dtype, in the last micro-batch, or in each one with accumulation in moments. FSDP2
+    gathers every unit in the forward pass, and all but the root's again in the backward pass where reshard_after_forward freed
+    them, in the dtype of the arithmetic; it reduces and scatters gradients in the last micro-batch, in the reduce dtype.
     """
     groups = parameter_groups(setting)
     units = units_of(setting.model, groups, setting.parts)
@@ -67,7 +72,8 @@ def traffic(setting: Setting) -> Traffic:
         return Traffic(1, accumulation)
     reduced = DTYPE_BYTES[setting.reduces_in] * trained.padded
     if not setting.sharded:
-        return Traffic(size, accumulation, all_reduced=reduced)
+        reductions = accumulation if setting.accumulate == "moments" else 1
+        return Traffic(size, accumulation, all_reduced=reductions * reduced, reductions=reductions)
     compute = DTYPE_BYTES[setting.computes_in]
     again = units.padded - units.root.padded if setting.reshard_after_forward else 0
     return Traffic(size, accumulation, 0, compute * units.padded, compute * again, reduced)

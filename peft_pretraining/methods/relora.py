@@ -68,9 +68,10 @@ class ReLoRA(Method):
         if args.scheduler != "cosine_restarts":
             if args.restart_warmup_steps or _cycles_warm_up(args):
                 return []
+            warmup_steps = max(1, min(100, args.relora // 10))
             return [
                 f"--relora {args.relora} with --scheduler {args.scheduler}: after a merge the new factors train at the full "
-                "rate immediately; use --restart_warmup_steps 100, or the published --scheduler cosine_restarts "
+                f"rate immediately; use --restart_warmup_steps {warmup_steps}, or the published --scheduler cosine_restarts "
                 f"--cycle_length {args.relora} too"
             ]
         if args.cycle_length != args.relora or args.adjust_step % args.relora:

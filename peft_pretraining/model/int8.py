@@ -6,6 +6,7 @@ where an optimizer stores them (`optim.slices`). Imported only by runs with --we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def _slice(tensor: Int8Tensor, dim: int = 0, start: int | None = None, end: int 
     first, last, _ = slice(start, end).indices(len(tensor))
     if dim != 0 or step != 1 or last <= first:
         return NotImplemented
-    row = tensor[0].numel() if tensor.dim() > 1 else 1
+    row = math.prod(tensor.shape[1:])
     return tensor._elements(first * row, last * row).view(last - first, *tensor.shape[1:])
 
 

@@ -250,23 +250,28 @@ _KEPT = ("qmap", "steps_before_reset")
 _NO_MOMENTS = ("power_vector", "projection", "num_updates", "conditioning", "num_conditioned")
 
 
-def reset_moments_(state: dict[str, Any], replaced: bool = True) -> None:
-    """Resets a parameter's optimizer state, in place, to its state before the first step.
+def reset_moments_(state: dict[str, Any]) -> None:
+    """Resets a parameter's moments and step count, in place, to those before the first step.
 
     Every optimizer here starts from zeros, in codes and scales too. Step counts are reset, so bias correction starts again; the
     noise of stochastic rounding does not, since the same noise in every period would move the same elements each time.
-    replaced: whether the parameter has new values; if not, what is no moment stays.
     """
     if isinstance(state.get("step"), int):
         state["steps_before_reset"] = num_steps(state)
-    kept = _KEPT if replaced else (*_KEPT, *_NO_MOMENTS)
-    for key, value in state.items():
-        if key.startswith(kept):
-            continue
-        if isinstance(value, torch.Tensor):
-            value.zero_()
-        elif isinstance(value, (int, float)):
-            state[key] = type(value)(0)
+    _zero_(state, [key for key in state if not key.startswith((*_KEPT, *_NO_MOMENTS))])
+
+
+def reset_descriptions_(state: dict[str, Any]) -> None:
+    """Resets, in place, what is no moment but describes the values, or their gradients, of a parameter that has new ones."""
+    _zero_(state, [key for key in state if key.startswith(_NO_MOMENTS)])
+
+
+def _zero_(state: dict[str, Any], keys: list[str]) -> None:
+    for key in keys:
+        if isinstance(state[key], torch.Tensor):
+            state[key].zero_()
+        elif isinstance(state[key], (int, float)):
+            state[key] = type(state[key])(0)
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,18 @@ class Advisor:
     def single(self) -> list[Proposal]:
         """Returns changes of single flags that lower the peak, the lowest peak first; the method only if nothing else does."""
         for method in self._methods():
+            # What does not lower the peak further than the change of the method does is no change worth naming.
+            highest = self.plan.bytes["peak"]
+            if method:
+                highest = min(highest, self.proposal(method).peak)
             dimensions = [
                 [option for option in options if option.changes][:1]
                 for options in self._dimensions(method, one_micro_batch=False)
             ]
-            changes = [{**method, **options[0].changes} for options in dimensions if options] + ([method] if method else [])
-            lower = [one for one in map(self.proposal, changes) if one.peak < self.plan.bytes["peak"]]
+            changes = [{**method, **options[0].changes} for options in dimensions if options]
+            lower = [one for one in map(self.proposal, changes) if one.peak < highest]
+            if method and highest < self.plan.bytes["peak"]:
+                lower.append(self.proposal(method))
             if accepted := [one for one in lower if self.accepted(one.changes)]:
                 return sorted(accepted, key=lambda one: one.peak)
         return []
@@ -151,7 +157,8 @@ class Advisor:
         per_micro_batch = args.batch_size * plan.world_size
         accumulation = args.gradient_accumulation or (args.total_batch_size or per_micro_batch) // per_micro_batch
         world = World(size=plan.world_size)
-        return memory_setting(args, plan.model, world, args.dtype or plan.dtype, accumulation, self.device_type)
+        setting = memory_setting(args, plan.model, world, args.dtype or plan.dtype, accumulation, self.device_type)
+        return replace(setting, linear_cache=plan.linear_cache) if args.linear_cache == "auto" else setting
 
     def proposal(self, changes: Mapping[str, Any]) -> Proposal:
         """Returns the proposal of these changes, whether or not they are accepted."""

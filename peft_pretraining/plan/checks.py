@@ -167,9 +167,10 @@ def combination_problems(args: Arguments) -> list[str]:
     if args.single_gpu and "parallel" in args.given:
         problems.append(f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two")
     if args.per_layer and args.grad_clipping:
+        other = "use --grad_norm_growth 1.01, which limits each tensor's norm, or "
         problems.append(
             f"--grad_clipping {args.grad_clipping} with --per_layer: the global norm is not known before the first parameter is "
-            "stepped; use --grad_norm_growth 1.01, which limits each tensor's norm, or drop one of the two"
+            f"stepped; {'' if args.accumulate == 'moments' else other}drop one of the two"
         )
     problems += _parallel_problems(args) + _accumulation_problems(args)
     problems += METHODS[args.peft_model].problems(args)
@@ -187,23 +188,24 @@ def _optimizer_problems(args: Arguments) -> list[str]:
     """Methods that an optimizer cannot work with."""
     optimizer, method = OPTIMIZERS[args.optimizer], METHODS[args.peft_model]
     what = f"--optimizer {args.optimizer} with --peft_model {args.peft_model}"
+    problems = []
     if method.projected and (optimizer.matrix_bytes is not None or optimizer.reset_every is not None):
-        return [f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw"]
-    if optimizer.steps_pairs and not method.replaces_linears:
-        return [f"{what}: it steps pairs of factors, and there are none; use --optimizer muon, or a method with factors"]
-    if optimizer.steps_pairs and args.train_scaling:
-        return [f"{what} and --train_scaling: its step needs the fixed scale alpha / rank; drop --train_scaling"]
+        problems.append(f"{what}: it needs whole gradients, which {method.title} projects; use --optimizer adamw")
+    elif optimizer.steps_pairs and not method.replaces_linears:
+        problems.append(f"{what}: it steps pairs of factors, and there are none; use --optimizer muon, or a method with factors")
+    elif optimizer.steps_pairs and args.train_scaling:
+        problems.append(f"{what} and --train_scaling: its step needs the fixed scale alpha / rank; drop --train_scaling")
     if args.embedding_states == "4bit" and optimizer.moment_bits not in (None, 4):
         known = _listed([name for name, one in OPTIMIZERS.items() if one.moment_bits == 4])
-        return [f"--embedding_states 4bit with --optimizer {args.optimizer}: works with {known}; use 8bit or 32bit"]
+        problems.append(f"--embedding_states 4bit with --optimizer {args.optimizer}: works with {known}; use 8bit or 32bit")
     if args.condition_gradients and optimizer.matrix_bytes is None and not optimizer.conditions_all_gradients:
         known = _listed([name for name, one in OPTIMIZERS.items() if one.matrix_bytes is not None])
         all_of_them = _listed([name for name, one in OPTIMIZERS.items() if one.conditions_all_gradients])
-        return [
+        problems.append(
             f"--condition_gradients with --optimizer {args.optimizer}: it works with {known}, in front of the Adam beside them; "
             f"use --optimizer {all_of_them}, which conditions all gradients, or leave --condition_gradients out"
-        ]
-    return []
+        )
+    return problems
 
 
 def _accumulation_problems(args: Arguments) -> list[str]:
@@ -380,8 +382,21 @@ def _model_problems(args: Arguments, model: ModelConfig) -> list[str]:
     return problems + METHODS[args.peft_model].model_problems(args, model)
 
 
-def _warnings(args: Arguments, world: World, model: ModelConfig, accumulation: int) -> list[str]:
+def _warnings(args: Arguments, world: World, model: ModelConfig, accumulation: int, dtype: str) -> list[str]:
+    """What the user should know about a run that can start. dtype: of the parameters, also where --dtype was not given."""
     lines = []
+    if args.dtype is None and args.stochastic_rounding and dtype == "float32" and args.weight_dtype is None:
+        lines.append(
+            "--stochastic_rounding has no effect with float32, the default dtype on this device: nothing is rounded; add "
+            "--dtype bfloat16, or leave it out"
+        )
+    if args.dtype is None and args.compute_dtype == dtype:
+        lines.append(
+            f"--compute_dtype {dtype} has no effect: parameters have that dtype by default on this device; add --dtype float32 "
+            "to keep them and their moments in float32"
+        )
+    if args.reduce_dtype is not None and world.size == 1:
+        lines.append(f"--reduce_dtype {args.reduce_dtype} has no effect in one process: there is nothing to sum over")
     if args.parallel == "fsdp" and world.size == 1:
         lines.append("--parallel fsdp has no effect in one process: there is no other process to share with")
     lines += METHODS[args.peft_model].warnings(args, model)

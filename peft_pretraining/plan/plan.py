@@ -90,7 +90,7 @@ def make_plan(
         save_dir=Path(args.save_dir) if args.save_dir else default_save_dir(args, checked.total_batch_size),
         warnings=(
             *rope_complaints,
-            *_warnings(args, world, model, checked.gradient_accumulation),
+            *_warnings(args, world, model, checked.gradient_accumulation, dtype),
             *_larger_than_dense(args, counts.total, full_rank_parameters),
             *_slow_save(num_bytes),
             *cache_warnings,

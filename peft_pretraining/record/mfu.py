@@ -73,7 +73,7 @@ def flop_rates(args: Arguments, plan: Plan, world: World, model: LlamaForCausalL
         return {}
     dtype = torch_dtype(args.compute_dtype or plan.dtype)
     builds = 1 / plan.gradient_accumulation if plan.linear_cache == "weights" else 2.0
-    own, dense = training_flops(model, args.batch_size, args.max_length, builds)
+    own, dense = training_flops(model, args.batch_size, args.max_length, builds, dtype)
     rates = {"flops_per_second": own, "flops_per_second_dense": dense}
     peak = 1e12 * args.peak_tflops if args.peak_tflops is not None else device_peak(device, dtype)
     if peak is None:
@@ -87,18 +87,18 @@ def flop_rates(args: Arguments, plan: Plan, world: World, model: LlamaForCausalL
 
 
 def training_flops(
-    model: LlamaForCausalLM, batch_size: int, length: int, builds: float = 2.0
+    model: LlamaForCausalLM, batch_size: int, length: int, builds: float = 2.0, dtype: torch.dtype | None = None
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the operations of the model itself and of its dense equivalent: (per sequence, per token of text) each.
 
     batch_size: sequences per micro-batch, which share the work of building weights. builds: how often a weight is built per
-    micro-batch, less than twice with --linear_cache weights.
+    micro-batch, less than twice with --linear_cache weights. dtype: of the products (default: that of each layer's parameters).
     """
     rows, head, own, dense = batch_size * length, model.get_output_embeddings(), 0.0, 0.0
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "in_features") and layer is not head and not isinstance(layer, Support):
-            own += _multiplications(layer, rows, builds)
+            own += _multiplications(layer, rows, builds, dtype)
             dense += 3 * rows * layer.out_features * layer.in_features
     config: Any = model.config
     width = config.num_attention_heads * config.head_dim
@@ -108,7 +108,7 @@ def training_flops(
     return (2 * (own / batch_size + attention), per_token), (2 * (dense / batch_size + attention), per_token)
 
 
-def _multiplications(layer: Any, rows: int, builds: float) -> float:
+def _multiplications(layer: Any, rows: int, builds: float, dtype: torch.dtype | None) -> float:
     """Returns the multiplications of a linear's forward and backward pass for this number of input rows.
 
     A layer other than SLTrain's multiplies its input by each of its matrices: once in forward, once for the input's gradient and,
@@ -119,9 +119,10 @@ def _multiplications(layer: Any, rows: int, builds: float) -> float:
         return float(sum((3 if matrix.requires_grad else 2) * rows * matrix.numel() for matrix in matrices))
     kind, nnz = ("none", 0) if layer.support is None else (layer.support.kind, layer.support.nnz)
     sizes = (rows, layer.out_features, layer.in_features, layer.rank, kind, nnz)
-    path = "materialised" if layer.builds_weight(rows) else "factored"
+    width = (dtype or layer.lora_A.dtype).itemsize
+    path = "materialised" if layer.builds_weight(rows, width) else "factored"
     saved = (2 - builds) * layer.rank * layer.out_features * layer.in_features if path == "materialised" else 0.0
-    return multiplications(path, *sizes, None, layer.lora_A.dtype.itemsize) - saved
+    return multiplications(path, *sizes, None, width) - saved
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:

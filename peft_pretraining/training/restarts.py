@@ -21,7 +21,7 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.method import Restart
 from peft_pretraining.model.llama import balanced
 from peft_pretraining.optim.slices import SLICE_ELEMENTS, StochasticRounding, round_stochastically_
-from peft_pretraining.optim.state import Pruning, reset_moments_
+from peft_pretraining.optim.state import Pruning, reset_descriptions_, reset_moments_
 from peft_pretraining.optim.updates import Updates
 from sparse_lora import ReLoRALinear, SparseLowRankLinear
 from sparse_lora.support import plain
@@ -51,7 +51,7 @@ class Restarts:
         resets = bool(self._reset_every and update_step and update_step % self._reset_every == 0)
         if resets:
             for name in self._updates.stepped:
-                reset_moments_(self._state_of(name), replaced=False)
+                reset_moments_(self._state_of(name))
         restart = self._restart
         if restart is None or update_step == 0 or update_step % restart.every:
             return resets
@@ -96,7 +96,9 @@ class Restarts:
                 qualified = f"{name}.{factor}"
                 if restart.moments == "zero":
                     self._reset(qualified, replaced=True)
-                elif restart.moments != "keep":
+                    continue
+                self._forget_old_values(qualified)
+                if restart.moments != "keep":
                     key = f"{qualified}/pruning/{number}"
                     state, parameter = self._state_of(qualified), parameters[qualified]
                     Pruning(restart.moments, restart.share).prune_(state, parameter, self._args.seed, key, self._world)
@@ -125,8 +127,14 @@ class Restarts:
 
     def _reset(self, name: str, replaced: bool) -> None:
         """Sets a parameter's moments to zero. replaced: whether the parameter has new values."""
-        reset_moments_(self._state_of(name), replaced)
-        if replaced and self._updates.growth is not None:
+        reset_moments_(self._state_of(name))
+        if replaced:
+            self._forget_old_values(name)
+
+    def _forget_old_values(self, name: str) -> None:
+        """Resets what is no moment, but describes the values that a parameter had before, or their gradients."""
+        reset_descriptions_(self._state_of(name))
+        if self._updates.growth is not None:
             # A replaced factor has gradients of another magnitude, so the next gradient is not limited.
             self._updates.growth.previous[list(self._updates.stepped).index(name)] = 0
 

@@ -16,7 +16,8 @@ from peft_pretraining.optim.updates import Updates
 MAX_SKIPPED_IN_A_ROW = 10
 WAY_OUT = (
     "resume from the last checkpoint (--continue_from the run's folder) with a lower --lr or --grad_clipping 1.0 (with "
-    "--per_layer: --grad_norm_growth 1.01), and --allow_changes with the names of the flags that you change"
+    "--per_layer: --grad_norm_growth 1.01, unless --accumulate moments), and --allow_changes with the names of the flags that "
+    "you change"
 )
 
 

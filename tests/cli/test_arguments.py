@@ -409,6 +409,49 @@ def test_max_train_tokens_ends_the_schedule_with_the_update_that_reaches_it():
     assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("flags", "default_dtype", "processes", "warned"),
+    [
+        ("--optimizer adamw --stochastic_rounding", "float32", 1, "--stochastic_rounding has no effect with float32"),
+        ("--optimizer adamw --stochastic_rounding", "bfloat16", 1, None),
+        ("--optimizer adamw --weight_dtype int8", "float32", 1, None),
+        ("--parallel fsdp --compute_dtype bfloat16", "bfloat16", 2, "add --dtype float32 to keep them"),
+        ("--parallel fsdp --compute_dtype bfloat16", "float32", 2, None),
+        ("--reduce_dtype float32", "bfloat16", 1, "--reduce_dtype float32 has no effect in one process"),
+        ("--reduce_dtype float32", "bfloat16", 2, None),
+    ],
+)
+def test_a_flag_that_the_devices_default_dtype_leaves_without_effect_gives_a_warning(flags, default_dtype, processes, warned):
+    plan = make_plan(parse_args([*BASE, *flags.split()]), World(size=processes), default_dtype)
+    assert len([line for line in plan.warnings if warned is None or warned in line]) == (warned is not None), plan.warnings
+
+
+@pytest.mark.parametrize(
+    ("flags", "not_proposed"),
+    [
+        ("--per_layer --accumulate moments --total_batch_size 64 --grad_clipping 1.0", "--grad_norm_growth"),
+        ("--optimizer adamw_per_layer --accumulate moments --total_batch_size 64 --grad_clipping 1.0", "--grad_norm_growth"),
+        ("--peft_model relora --relora 50 --scheduler linear --num_training_steps 2000", "--restart_warmup_steps 100"),
+    ],
+)
+def test_no_way_out_is_proposed_that_is_itself_refused(flags, not_proposed):
+    args = [*BASE, *flags.split()]
+    try:
+        lines = [*notices(parse_args(args)), *make_plan(parse_args(args), World()).warnings]
+    except ConfigError as error:
+        lines = error.problems
+    assert lines
+    assert not_proposed not in "\n".join(lines)
+
+
+def test_all_problems_of_an_optimizer_are_named_at_once():
+    flags = "--peft_model sltrain --optimizer spectron8bit --embedding_states 4bit --train_scaling"
+    with pytest.raises(ConfigError) as refused:
+        make_plan(parse_args([*BASE, *flags.split()]), World())
+    assert ["--train_scaling" in line for line in refused.value.problems] == [True, False]
+    assert "--embedding_states 4bit" in refused.value.problems[1]
+
+
 def test_a_scale_that_stalls_training_gives_a_warning():
     argv = [*BASE, "--peft_model", "sltrain", "--rank", "16", "--lora_alpha", "32", "--lr", "0.003"]
     assert any("stall" in line for line in make_plan(parse_args(argv), World()).warnings)

@@ -51,6 +51,18 @@ def test_ddp_sends_the_bytes_of_a_ring_all_reduce():
     assert traffic(setting(world_size=1)).sent == 0
 
 
+def test_accumulation_in_moments_sums_the_gradients_of_every_micro_batch():
+    """8 times the bytes of one reduction; in time, each backward pass of 8/3 s (as below) hides its own."""
+    one, eight = (traffic(setting(accumulate="moments", gradient_accumulation=number)) for number in (1, 8))
+    assert eight.sent == 8 * one.sent == 8 * 2 * (1 / 2) * 4 * TOTAL
+    assert eight.sent_backward(last=False) == eight.sent_backward(last=True) == one.sent_backward(last=True) == one.sent
+    sequential = Link(bytes_per_s=one.sent / 5, overlap=0)
+    found = setting(accumulate="moments", gradient_accumulation=3)
+    assert update_seconds(found, 25, sequential) == pytest.approx(3 * (4 + 5))
+    assert update_seconds(found, 25, replace(sequential, overlap=1)) == pytest.approx(3 * (4 / 3 + 5))
+    assert traffic(setting(accumulate="moments", gradient_accumulation=3, world_size=1)).sent == 0
+
+
 def test_fsdp_gathers_for_every_pass_and_reduces_once():
     """10, 4 and 6 rows are divided evenly by two processes, so nothing is padded."""
     one = traffic(setting(parallel="fsdp"))

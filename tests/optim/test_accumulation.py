@@ -299,7 +299,7 @@ def test_the_noise_of_moments_does_not_repeat_after_a_reset(name, monkeypatch):
         run_update(parameters, updates, update, 2)
         if update == 1:
             for state in updates.optimizer.state.values():
-                reset_moments_(state, replaced=False)
+                reset_moments_(state)
     expected = [(f"{key}/{number}", step) for key in parameters for number in (1, 2) for step in range(1, 5)]
     assert sorted(keys) == sorted(expected)
 

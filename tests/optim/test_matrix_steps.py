@@ -238,7 +238,7 @@ def test_stable_spam_follows_its_formula_through_a_reset():
             found["a_proj.weight"][0, 0] = 50.0
         if update == reset_after + 1:
             for state in updates.optimizer.state.values():
-                reset_moments_(state, replaced=False)
+                reset_moments_(state)
             moments = {name: [torch.zeros_like(v), torch.zeros_like(v)] for name, v in exact.items()}
         for name, parameter in parameters.items():
             parameter.grad = found[name].clone()
@@ -305,7 +305,7 @@ def test_conditioning_is_in_front_of_adamw_and_of_nothing_else(kind, per_layer, 
         if update == 8:
             steps, moments = 0, {name: [0.0, 0.0] for name in others}
             for state in (*updates.optimizer.state.values(), *plain_updates.optimizer.state.values()):
-                reset_moments_(state, replaced=False)
+                reset_moments_(state)
         skipped = make_update(parameters, updates, found, 0.02, update / 10).skipped
         make_update(plain, plain_updates, found, 0.02, update / 10)
         assert int(skipped) == (len(parameters) if update == 4 else 0)

@@ -14,6 +14,7 @@ from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.distributed.device import DeviceMemory
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan.advice import Advisor, memory_problems, out_of_memory_problem
+from peft_pretraining.plan.checks import notices
 from peft_pretraining.plan.plan import GIB, Plan, format_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,6 +220,32 @@ def test_changes_of_single_flags_lower_the_peak_and_come_in_their_order():
     }
     assert expected <= {proposal.text for proposal in found}
     assert all(proposal.text in out_of_memory_problem(plan, args, "cpu", "no more") for proposal in found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--model_config configs/llama_1b.json --peft_model sltrain --rank 512 --sp_ratio 0.03 --batch_size 8 --optimizer adam",
+        "--model_config configs/llama_130m.json --peft_model galore --optimizer sgd --per_layer --activation_checkpointing layer "
+        "--batch_size 1 --async_save --dtype bfloat16",
+    ],
+)
+def test_every_single_change_lowers_the_peak_when_it_is_typed(line):
+    """On a GPU where the run keeps decoded positions; with a method that only another one is lighter than."""
+    args, memory = parse_args(line.split()), DeviceMemory("a large one", 80 * 10**9, "cuda")
+    plan = make_plan(args, World(), "bfloat16", "cuda", memory)
+    found = Advisor(args, plan, "cuda").single()
+    assert found
+    method = 0
+    for proposal in found:
+        # Another method would keep positions too, but only where there is room.
+        other = " --linear_cache none" if "--peft_model" in proposal.text else ""
+        changed = parse_args(f"{line} {proposal.text}{other}".split())
+        typed = make_plan(changed, World(), "bfloat16", "cuda", memory)
+        assert typed.bytes["peak"] == proposal.peak < plan.bytes["peak"], proposal.text
+        assert not [text for text in notices(changed) if "no effect" in text and text.split()[0] in proposal.text], proposal.text
+        method += "--peft_model" in proposal.text
+    assert method in (0, len(found))
 
 
 def test_sharding_is_proposed_to_several_processes():

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,24 @@ def test_the_models_own_operations_are_those_that_torch_counts(method, flags):
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     assert dense == (6 * LENGTH * weights + attention, 6 * 331 * 32)
     assert own == dense or method != "full"
+
+
+def test_the_path_is_that_of_the_products_dtype_where_parameters_have_another():
+    """--parallel fsdp --compute_dtype bfloat16: 768 x 768 weights in blocks are built in bfloat16, and factored in float32."""
+    argv = ["--model_config", "configs/llama_130m.json", "--batch_size", "16", "--peft_model", "sltrain", "--rank", "256"]
+    args = parse_args([*argv, "--support", "block", "--sp_ratio", "0.03125"])
+    change = partial(METHODS["sltrain"].apply, args=args)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model(
+            load_model_config(ROOT / "configs" / "llama_130m.json"), dtype=dtype, device="meta", seed=3, reparameterize=change
+        )
+        found[dtype] = [
+            training_flops(model, 16, 256, dtype=products)[0][0] for products in (None, torch.float32, torch.bfloat16)
+        ]
+    of_float32, of_bfloat16 = found[torch.float32][0], found[torch.bfloat16][0]
+    assert of_float32 < of_bfloat16
+    assert list(found.values()) == [[of_float32, of_float32, of_bfloat16], [of_bfloat16, of_float32, of_bfloat16]]
 
 
 def test_rates_are_operations_per_sequence_and_token_times_their_number_per_second(monkeypatch):

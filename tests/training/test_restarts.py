@@ -18,7 +18,7 @@ from peft_pretraining.methods.relora import moments_at_a_merge
 from peft_pretraining.model.llama import balanced, best_low_rank, build_model, start_from_svd
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.slices import StochasticRounding
-from peft_pretraining.optim.state import Pruning, reset_moments_
+from peft_pretraining.optim.state import Pruning, reset_descriptions_, reset_moments_
 from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
 from peft_pretraining.plan.schedule import after_restart
 from peft_pretraining.training.restarts import Restarts
@@ -250,6 +250,29 @@ def test_the_flags_choose_what_a_merge_does_to_moments():
     assert moments_at_a_merge(arguments(reset_optimizer_on_relora=False, optimizer_magnitude_pruning=0.9))[0] == "magnitude"
 
 
+@pytest.mark.parametrize("choice", [{"reset_optimizer_on_relora": False}, {"optimizer_random_pruning": 0.5}])
+@pytest.mark.parametrize("optimizer", ["adamw", "spectron", "stable_spam"])
+def test_a_merge_forgets_what_describes_the_old_factors_whatever_happens_to_their_moments(optimizer, choice):
+    """The growth limit, Spectron's vectors and Stable-SPAM's averages: the new factors have gradients of another magnitude."""
+    if optimizer != "adamw" and "optimizer_random_pruning" in choice:
+        pytest.skip("pruning is refused for this optimizer")
+    args = arguments(peft_model="relora", relora=3, optimizer=optimizer, **choice)
+    model = build(args)
+    updates = updates_of(model, optimizer, growth=True)
+    train(model, updates)
+    assert updates.growth.previous.all()
+    Restarts(args, model, updates, World()).before_update(3)
+    limits = dict(zip(updates.stepped, updates.growth.previous.tolist(), strict=True))
+    assert all((limit == 0) == name.endswith(("lora_A", "lora_B")) for name, limit in limits.items())
+    described = 0
+    for name, parameter in updates.stepped.items():
+        for key, value in updates.optimizer.state[parameter].items():
+            if key.startswith(("power_vector", "conditioning", "num_conditioned")):
+                described += name.endswith("lora_A")
+                assert bool(torch.as_tensor(value).any()) != name.endswith(("lora_A", "lora_B")), (name, key)
+    assert bool(described) == (optimizer != "adamw")
+
+
 def test_moments_are_kept_if_asked():
     args = arguments(peft_model="relora", relora=3, reset_optimizer_on_relora=False)
     model = build(args)
@@ -307,16 +330,15 @@ def test_a_reset_of_all_moments_leaves_what_is_no_moment():
     """The values of the parameters stay, so Spectron's vectors and GaLore's projections go on to belong to them."""
     state = {"step": 5, "momentum_buffer": torch.ones(3, 2), "power_vector": torch.ones(3)}
     state |= {"projection_left": torch.ones(3, 1), "num_updates": 5, "conditioning": torch.ones(3), "num_conditioned": 5}
-    new_values = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-    reset_moments_(state, replaced=False)
+    reset_moments_(state)
     assert state["step"] == 0
     assert not state["momentum_buffer"].any()
     assert state["power_vector"].all()
     assert state["projection_left"].all()
     assert state["conditioning"].all()
     assert state["num_updates"] == state["num_conditioned"] == 5
-    reset_moments_(new_values)
-    assert not any(torch.as_tensor(value).any() for key, value in new_values.items() if key != "steps_before_reset")
+    reset_descriptions_(state)
+    assert not any(torch.as_tensor(value).any() for key, value in state.items() if key != "steps_before_reset")
 
 
 @pytest.mark.parametrize("rebalance", [False, True])
