@@ -35,7 +35,7 @@ def stages(file: SweepFile, results: list[str]) -> Iterator[Stage]:
         for runs, entry in zip(searched, runs_by_entry, strict=True):
             runs += [of_candidate[-1] for of_candidate in entry]
         candidates = [
-            [setting for place, setting in enumerate(settings) if places is None or place in places]
+            settings if places is None else [settings[place] for place in places]
             for settings, places in zip(candidates, kept, strict=True)
         ]
     final_runs = file.final_runs(candidates)
@@ -44,12 +44,12 @@ def stages(file: SweepFile, results: list[str]) -> Iterator[Stage]:
     yield Stage(None, final_runs)
 
 
-def _best(entry: Entry, runs: Sequence[Sequence[PlannedRun]], number: int) -> set[int] | None:
-    """Places of the candidates with the lowest perplexity, the earlier one of two equal ones; None if no round was needed."""
+def _best(entry: Entry, runs: Sequence[Sequence[PlannedRun]], number: int) -> list[int] | None:
+    """Places of the candidates with the lowest perplexity, the best first, the earlier of equal ones; None without a round."""
     if not runs:
         return None
     ranked = sorted(range(len(runs)), key=lambda place: _perplexity(runs[place][-1]))
-    return set(ranked[: entry.rounds[number].keep])
+    return ranked[: entry.rounds[number].keep]
 
 
 def _perplexity(run: PlannedRun) -> float:
@@ -58,7 +58,7 @@ def _perplexity(run: PlannedRun) -> float:
     return math.inf if perplexity is None else perplexity
 
 
-def _table(title: str, runs_by_entry: Sequence[Sequence[Sequence[PlannedRun]]], kept: Sequence[set[int] | None]) -> str:
+def _table(title: str, runs_by_entry: Sequence[Sequence[Sequence[PlannedRun]]], kept: Sequence[list[int] | None]) -> str:
     lines = [f"## {title[0].upper()}{title[1:]}", "", "| run | perplexity | goes on |", "|---|---|---|"]
     for entry, places in zip(runs_by_entry, kept, strict=True):
         for place, runs in enumerate(entry):

@@ -65,9 +65,9 @@ def load_sweep(path: Path) -> SweepFile:
     processes = values.get("nproc_per_node", 1)
     file = SweepFile(path, Path(expanded(str(folder))), processes, tuple(seeds or ()), tuple(entries))
     candidates: list[Sequence[Setting]] = [entry.settings for entry in entries]
-    # Every run that could be made is checked before the first one starts.
+    # Every run that could be made is checked before the first one starts: each setting could be the best of its round.
     for number in range(file.num_rounds):
-        candidates = file.candidates(number, candidates)
+        candidates = file.candidates(number, candidates, of_best=False)
         file.search_round(number, candidates)
     file.final_runs(candidates)
     return file
@@ -121,7 +121,7 @@ def _entry(path: Path, base: Mapping[str, Any], item: Any, rounds: tuple[Round, 
     if len(searches) > 1:
         problems.append(f"{path}: search: give it to one of the mappings that compete as one entry, not to {len(searches)}")
     rounds = _rounds(path, searches[0], problems) if searches else rounds
-    if any(here.lr_factors != (1,) for here in rounds) and any(setting.flags.get("lr") is None for setting in settings):
+    if any(here.lr_factors for here in rounds) and any(setting.flags.get("lr") is None for setting in settings):
         problems.append(f"{path}: search: lr_factors: multiplies learning rates, but {item!r} has no lr; give it, or in `base`")
     return Entry(tuple(settings), rounds)
 
@@ -136,7 +136,7 @@ def _rounds(path: Path, search: Any, problems: list[str]) -> tuple[Round, ...]:
     """Reads `search`, the rounds of a search; adds what cannot work to `problems`."""
     if search is None:
         return ()
-    rounds = []
+    rounds: list[Round] = []
     for entry in search if isinstance(search, list) else [search]:
         keep = entry.get("keep") if isinstance(entry, dict) else None
         if type(keep) is not int or keep < 1:
@@ -145,12 +145,14 @@ def _rounds(path: Path, search: Any, problems: list[str]) -> tuple[Round, ...]:
                 f"its runs, e.g. - {{num_training_steps: 150, keep: 2}}, not {entry!r}"
             )
             continue
-        factors = entry.get("lr_factors", [1])
-        if not isinstance(factors, list) or not factors or not all(_is_factor(factor) for factor in factors):
+        factors = entry.get("lr_factors", [])
+        if not isinstance(factors, list) or not all(_is_factor(factor) for factor in factors):
             problems.append(
-                f"{path}: search: lr_factors {factors!r}: must be a list of factors of the learning rates above 0, e.g. [1, 0.5]"
+                f"{path}: search: lr_factors {factors!r}: must be a list of factors of the learning rates above 0, e.g. [0.5]"
             )
             continue
+        if factors and not rounds:
+            problems.append(f"{path}: search: lr_factors: the first round has no best setting yet; give it to a later round")
         flags = {name: value for name, value in entry.items() if name not in ("keep", "lr_factors")}
         problems += _unusable(path, flags)
         problems += [
@@ -171,17 +173,13 @@ def _is_factor(value: Any) -> bool:
 class Round:
     """A round of a search: runs of the first seed with these flags, of which the `keep` best of each entry go on.
 
-    lr_factors: each setting competes with all its learning rates multiplied by each of these, as longer runs need lower ones.
+    lr_factors: the best setting of the round before competes with all its learning rates multiplied by each of these too, as
+    longer runs need lower ones.
     """
 
     keep: int
     flags: Mapping[str, Any]
-    lr_factors: tuple[float, ...] = (1,)
-
-    def candidates(self, settings: Sequence[Setting]) -> list[Setting]:
-        """Returns the settings with each of the factors, without repetitions."""
-        scaled = [setting if factor == 1 else setting.scaled(factor) for setting in settings for factor in self.lr_factors]
-        return [setting for place, setting in enumerate(scaled) if setting not in scaled[:place]]
+    lr_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,12 +210,18 @@ class SweepFile:
         """The runs of all settings with all seeds, as without a search."""
         return self.final_runs([entry.settings for entry in self.entries])
 
-    def candidates(self, number: int, settings: Sequence[Sequence[Setting]]) -> list[Sequence[Setting]]:
-        """Returns by entry what competes in a round (counted from 0). settings: those that the round before has kept."""
-        return [
-            entry.rounds[number].candidates(kept) if number < len(entry.rounds) else kept
-            for entry, kept in zip(self.entries, settings, strict=True)
-        ]
+    def candidates(self, number: int, settings: Sequence[Sequence[Setting]], of_best: bool = True) -> list[Sequence[Setting]]:
+        """Returns by entry what competes in a round (counted from 0), without repetitions.
+
+        settings: those that the round before has kept, the best first. of_best: only the best one's rates are multiplied.
+        """
+        found: list[Sequence[Setting]] = []
+        for entry, kept in zip(self.entries, settings, strict=True):
+            factors = entry.rounds[number].lr_factors if number < len(entry.rounds) else ()
+            scaled = [setting.scaled(factor) for setting in kept[: 1 if of_best else None] for factor in factors]
+            both = [*kept, *scaled]
+            found.append([setting for place, setting in enumerate(both) if setting not in both[:place]])
+        return found
 
     def search_round(self, number: int, candidates: Sequence[Sequence[Setting]]) -> list[list[list[PlannedRun]]]:
         """Returns the runs of a round (counted from 0): by entry, by candidate, the candidate's own run last.

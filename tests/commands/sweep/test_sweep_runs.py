@@ -83,12 +83,12 @@ def test_the_best_of_each_round_go_on(tmp_path, stub, capfd):
 
 
 def test_a_setting_with_lower_rates_that_wins_a_round_goes_on(tmp_path, stub):
-    """The stub's perplexity is 20 + lr, so half of the best rate wins."""
-    rounds = [{"num_training_steps": 2, "keep": 1}, {"keep": 1, "lr_factors": [1, 0.5]}]
-    assert command(["sweep", str(write_search(tmp_path, [{"lr": [0.4, 0.2]}], rounds, seeds=[1, 2]))]) == 0
-    assert starts(tmp_path, "search-1") == ["lr0.4-seed1", "lr0.2-seed1"]
-    assert starts(tmp_path) == ["lr0.2-seed1", "lr0.1-seed1", "lr0.1-seed2"]
-    assert "| full | adam | 4 | 12 | 3.0 |" in (tmp_path / "runs" / "report" / "search.md").read_text()
+    """The stub's perplexity is 20 + lr, so half of the best rate wins; of the second best none is tried."""
+    rounds = [{"num_training_steps": 2, "keep": 2}, {"keep": 1, "lr_factors": [0.5]}]
+    assert command(["sweep", str(write_search(tmp_path, [{"lr": [0.4, 0.2, 0.6]}], rounds, seeds=[1, 2]))]) == 0
+    assert starts(tmp_path, "search-1") == ["lr0.4-seed1", "lr0.2-seed1", "lr0.6-seed1"]
+    assert starts(tmp_path) == ["lr0.2-seed1", "lr0.4-seed1", "lr0.1-seed1", "lr0.1-seed2"]
+    assert "| full | adam | 6 | 18 | 4.5 |" in (tmp_path / "runs" / "report" / "search.md").read_text()
 
 
 def test_all_rounds_start_from_the_same_full_rank_run(tmp_path, stub):

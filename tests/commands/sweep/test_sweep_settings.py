@@ -193,32 +193,34 @@ def test_a_search_is_checked_before_the_first_run(tmp_path):
         ([{"keep": 1, "lr": [1, 2]}], "search: lr: a round's runs have one value"),
         ([{"keep": 1, "seed": 3}], "seed: give the seeds as `seeds`"),
         ([{"keep": 1, "warmup_steps": 100}], "--warmup_steps 100"),
-        ([{"keep": 1, "lr_factors": 0.5}], "lr_factors 0.5: must be a list of factors"),
-        ([{"keep": 1, "lr_factors": [1, 0]}], "lr_factors [1, 0]: must be a list of factors"),
-        ([{"keep": 1, "lr_factors": [-10]}], "lr_factors [-10]"),
+        ([{"keep": 2}, {"keep": 1, "lr_factors": 0.5}], "lr_factors 0.5: must be a list of factors"),
+        ([{"keep": 2}, {"keep": 1, "lr_factors": [1, 0]}], "lr_factors [1, 0]: must be a list of factors"),
+        ([{"keep": 2}, {"keep": 1, "lr_factors": [-10]}], "lr_factors [-10]"),
+        ([{"keep": 1, "lr_factors": [0.5]}], "lr_factors: the first round has no best setting yet"),
     ):
         assert said in problems_of(tmp_path, base=BASE | SHORT, settings=[{"lr": [0.1, 0.2]}], search=search)
 
 
-def test_a_round_tries_multiples_of_all_learning_rates(tmp_path):
+def test_a_round_tries_multiples_of_the_best_settings_learning_rates(tmp_path):
     """Of every group, also in the names of the runs; what is the same setting competes once; what is no number is refused."""
     entries = [
         {"lr": [0.4, 0.2], "sparse_lr": 0.003, "weight_decay": 0.1},
         {**RELORA, "lr": "1e-1", "relora": 2, "warm_up": {"lr": 0.5, "num_training_steps": 1}},
     ]
-    search = [{"num_training_steps": 2, "keep": 2}, {"keep": 1, "lr_factors": [1, 0.5]}]
+    search = [{"num_training_steps": 2, "keep": 2}, {"keep": 1, "lr_factors": [0.5, 0.25]}]
     found = sweep_of(tmp_path, base=BASE | SHORT | {"warmup_steps": 1}, settings=entries, search=search)
     candidates = found.candidates(1, [entry.settings for entry in found.entries])
     rates = [[(flags["lr"], flags.get("sparse_lr")) for flags in (each.flags for each in entry)] for entry in candidates]
-    assert rates == [[(0.4, 0.003), (0.2, 0.0015), (0.2, 0.003), (0.1, 0.0015)], [("1e-1", None), (0.05, None)]]
+    assert rates == [[(0.4, 0.003), (0.2, 0.003), (0.2, 0.0015), (0.1, 0.00075)], [("1e-1", None), (0.05, None), (0.025, None)]]
     assert all(setting.flags["weight_decay"] == 0.1 for setting in candidates[0])
     assert {setting.warm_up.flags["lr"] for setting in candidates[1]} == {0.5}
     names = [[runs[-1].name for runs in entry] for entry in found.search_round(1, candidates)]
-    assert names[0][1] == "lr0.2-sparse_lr0.0015-weight_decay0.1-seed42"
-    same = sweep_of(tmp_path, base=BASE | SHORT, settings=[{"lr": [0.4, 0.2]}], search=search[1:])
-    assert len(same.candidates(0, [entry.settings for entry in same.entries])[0]) == 3
-    assert "lr half" in problems_of(tmp_path, base=BASE | SHORT, settings=[{"lr": ["half", 0.2]}], search=search[1:])
-    assert "has no lr" in problems_of(tmp_path, base=BASE | SHORT, settings=[{"rank": [2, 4]}], search=search[1:])
+    assert names[0][2] == "lr0.2-sparse_lr0.0015-weight_decay0.1-seed42"
+    base = BASE | SHORT | {"warmup_steps": 1}
+    same = sweep_of(tmp_path, base=base, settings=[{"lr": [0.4, 0.2]}], search=search)
+    assert len(same.candidates(1, [entry.settings for entry in same.entries])[0]) == 3
+    assert "lr half" in problems_of(tmp_path, base=base, settings=[{"lr": ["half", 0.2]}], search=search)
+    assert "has no lr" in problems_of(tmp_path, base=base, settings=[{"rank": [2, 4]}], search=search)
 
 
 def test_a_list_of_mappings_competes_as_one_entry(tmp_path):
