@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_pretraining.checkpoint.step_folder import list_checkpoints
 from peft_pretraining.commands.report.command import PAGE, format_groups, write_report
 from peft_pretraining.commands.sweep.parallel import TimeLeft, run_environments, work_of
 from peft_pretraining.commands.sweep.runner import (
@@ -204,7 +205,13 @@ def _start_problem(planned: PlannedRun, state: State, outcomes: Mapping[str, Out
         return None
     # Started from an unfinished or diverged run, this run would look like any other in the report.
     reason = {"failed": "did not finish", "diverged": "has no finite perplexity"}.get(outcomes[planned.warm_up.name].kind)
-    return None if reason is None else f"it starts from {planned.warm_up.name}, which {reason}"
+    if reason is not None:
+        return f"it starts from {planned.warm_up.name}, which {reason}"
+    if not list_checkpoints(planned.folder) and not list_checkpoints(planned.warm_up.folder):
+        return (
+            f"it starts from {planned.warm_up.folder}, whose checkpoints are gone; remove that folder to make it again"
+        )
+    return None
 
 
 def _report(file: SweepFile, runs: Sequence[PlannedRun], tables: Sequence[str]) -> None:

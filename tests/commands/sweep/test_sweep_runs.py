@@ -103,6 +103,24 @@ def test_all_rounds_start_from_the_same_full_rank_run(tmp_path, stub):
     assert "| relora | adam | 5 | 8 |" in (tmp_path / "runs" / "report" / "search.md").read_text()
 
 
+def test_a_warm_up_whose_checkpoints_are_gone_is_named(tmp_path, stub, capfd):
+    """Its record says that it is finished, so it would be skipped, and the runs that start from it would fail one by one."""
+    entry = {"peft_model": "relora", "relora": 2, "lr": [0.1, 0.2], "warm_up": {"lr": 0.5, "num_training_steps": 1}}
+    path = write_sweep(tmp_path, [entry])
+    assert command(["sweep", str(path)]) == 0
+    (warm_up,) = (path.parent for path in (tmp_path / "runs" / "warm_up").rglob("run.json"))
+    shutil.rmtree(next(warm_up.glob("step_*")))
+    finished = sorted((tmp_path / "runs").glob("relora-*lr0.1*"))
+    for folder in finished:
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    capfd.readouterr()
+    assert command(["sweep", str(path)]) == 1
+    out = capfd.readouterr().out
+    assert f"{warm_up}, whose checkpoints are gone; remove that folder" in out
+    shutil.rmtree(warm_up)
+    assert command(["sweep", str(path)]) == 0
+
+
 def test_a_round_with_a_failed_run_is_made_to_its_end_and_chooses_nothing(tmp_path, stub, capfd):
     path = write_search(tmp_path, [{"weight_decay": [1, 0, 0.5]}], [{"num_training_steps": 2, "keep": 1}])
     assert command(["sweep", str(path)]) == 1
