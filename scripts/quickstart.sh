@@ -14,13 +14,18 @@ echo "== data: the documentation of the installed packages, in C4's format"
 
 run=runs/quickstart
 number=1
-while [ -e "$run" ]; do
+while [ -e "$run" ] && [ ! -e "$run/stopped.json" ]; do
     number=$((number + 1))
     run="runs/quickstart-$number"
 done
-echo "== training into $run"
+if [ -e "$run/stopped.json" ]; then
+    echo "== continuing $run, which was stopped; remove that folder to start anew"
+else
+    echo "== training into $run"
+fi
 "$python" torchrun_main.py --config scripts/quickstart.yaml "$@" --save_dir "$run"
 [ -e "$run/metrics.jsonl" ] || exit 0 # a dry run or --help
+[ ! -e "$run/stopped.json" ] || exit 0 # the same command continues
 
 echo "== result"
 "$python" -m peft_pretraining report "$run"

@@ -30,8 +30,8 @@ class Mixture:
     """One split of several data sets. weights: shares of the tokens, above 0, of sum 1; None where they are not known yet.
 
     weighed_by: where the weights come from, such as "by their tokens", for messages. text_field: name of the field with the text,
-    for all sources. rules: version of the rules by which records are read (source.READING_RULES). Both are part of the
-    fingerprint.
+    for all sources that are not prepared. rules: version of the rules by which records are read (source.READING_RULES). Both are
+    part of the fingerprint.
     """
 
     dataset: str
@@ -49,7 +49,11 @@ class Mixture:
 
     def fingerprints(self) -> list[str]:
         """The fingerprint of each source."""
-        return [replace(source, text_field=self.text_field, rules=self.rules).fingerprint for source in self.sources]
+        return [replace(source.with_text_field(self.text_field), rules=self.rules).fingerprint for source in self.sources]
+
+    def with_text_field(self, name: str) -> Mixture:
+        """The mixture with its sources read from this field."""
+        return replace(self, text_field=name)
 
     @property
     def default_tokenizer(self) -> str:
@@ -106,7 +110,7 @@ def open_dataset(dataset: str, split: Any, *, hold_out: bool = True, resolve: bo
         weighed_by, sizes = _sizes(dataset, weighed, resolve)
     # Rounded, so that 7 and 3 are the same weights as 0.7 and 0.3, in any order.
     weights = tuple(float(f"{size / math.fsum(sizes):.12g}") for size in sizes) or None
-    return Mixture(dataset, sources, weights, weighed_by, sources[0].text_field, sources[0].rules)
+    return Mixture(dataset, sources, weights, weighed_by, options.get("text_field", "text"), sources[0].rules)
 
 
 def _refuse_shared_files(dataset: str, sources: Sequence[Source]) -> None:

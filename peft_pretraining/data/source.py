@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,10 @@ class Source:
         if self.rules > 1 and any(shard.format == "text" for shard in self.shards):
             content.append(self.rules)
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+    def with_text_field(self, name: str) -> "Source":
+        """The source read from this field; prepared data keeps the field that it was prepared from."""
+        return self if self.prepared is not None else replace(self, text_field=name)
 
     @property
     def sources(self) -> tuple["Source", ...]:

@@ -291,7 +291,7 @@ def check_same_data(path: Path, args: Arguments, source: Source | Mixture, held_
     """
     before = _read_record(path)
     # --text_field is part of the fingerprint and is compared as an argument already.
-    source, held_out = (replace(data, text_field=before["arguments"]["text_field"]) for data in (source, held_out))
+    source, held_out = (data.with_text_field(before["arguments"]["text_field"]) for data in (source, held_out))
     fingerprint = source.fingerprint
     if fingerprint != before["fingerprint"] and "dataset" not in allowed_changes(args):
         if (problem := _changed_weights(path, args, source, before["sources"])) is not None:
@@ -498,10 +498,10 @@ def differing_arguments(
         # It follows from --weight_dtype.
         compared.remove("stochastic_rounding")
     differing = {name: (then[name], now[name]) for name in sorted(compared) if then[name] != now[name]}
-    return {name: values for name, values in differing.items() if name not in _PATHS or not _same_place(*values)}
+    return {name: values for name, values in differing.items() if name not in _PATHS or not same_place(*values)}
 
 
-def _same_place(one: Any, other: Any) -> bool:
+def same_place(one: Any, other: Any) -> bool:
     """Whether two paths lead to the same place; a path may contain ~ and variables that are not set here."""
     if not isinstance(one, str) or not isinstance(other, str):
         return False

@@ -8,6 +8,8 @@ here="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=SCRIPTDIR/request.sh
 source "$here/request.sh" "$@"
 
+# The marker of an earlier stop, so that a start that fails does not look like a stop.
+rm -f "$run_dir/stopped.json"
 signalled=""
 bash "$here/node.sh" "$run_dir" "${program[@]}" &
 node=$!

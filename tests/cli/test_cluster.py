@@ -327,6 +327,9 @@ def test_a_pods_exit_code_distinguishes_stop_end_and_failure(tmp_path, flags):
     output = running.communicate()[0]
     assert running.returncode == 143, output
     assert json.loads((tmp_path / "run" / "stopped.json").read_text())["update_step"] < 60
+    failing = pod(tmp_path / "run", *flags, NPROC="")
+    output = failing.communicate()[0]
+    assert failing.returncode == 2, output
     again = pod(tmp_path / "run", *flags)
     output = again.communicate()[0]
     assert again.returncode == 0, output

@@ -1,5 +1,6 @@
 """The whole program on prepared data and on data with bad records."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -63,6 +64,28 @@ def test_a_run_on_prepared_data_equals_the_run_on_its_source(tmp_path, tiny_run,
         assert [row[name] for row in prepared if name in row] == [row[name] for row in rows if name in row] != []
     monkeypatch.undo()
     assert command(["generate", "--checkpoint", str(tmp_path / "prepared"), "--prompt", "Fox", "--max_new_tokens", "3"]) == 0
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_run_on_data_prepared_from_another_field_resumes(tmp_path, tiny_run, capsys, mixed):
+    """The field is that of the preparation, whatever --text_field says; alone, and as the first of a mixture."""
+    text = Path(value(tiny_run, "--dataset"))
+    (tmp_path / "content").mkdir()
+    for path in text.iterdir() if text.is_dir() else [text]:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        lines = [json.dumps({"content": row["text"]}) for row in rows]
+        name = path.name.removesuffix(".gz")
+        (tmp_path / "content" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = ["--tokenizer", value(tiny_run, "--tokenizer")]
+    prepare = ["data", "prepare", "--dataset", str(tmp_path / "content"), "--text_field", "content", *tokenizer]
+    assert command([*prepare, "--out", str(tmp_path / "tokens")]) == 0
+    data = f"{tmp_path / 'tokens'}:0.5, {text}:0.5" if mixed else str(tmp_path / "tokens")
+    flags = ["--model_config", value(tiny_run, "--model_config"), "--dataset", data, *tokenizer, "--workers", "0"]
+    train(tmp_path / "run", *flags)
+    longer = ["--num_training_steps", "4", "--allow_changes", "num_training_steps"]
+    assert train(tmp_path / "run", *flags, *longer)[-1]["update_step"] == 4
 
 
 def test_a_tokenizer_or_model_that_does_not_fit_prepared_data_is_refused(tmp_path, tiny_run, tokens, capsys):

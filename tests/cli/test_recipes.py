@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -309,3 +310,23 @@ def test_a_recipe_resolves_given_paths_and_keeps_its_own(path, words_of_torchrun
     words = words_of_torchrun(path, "--save_dir", "a new run", "--name=it's")
     assert words[-3:] == ["--save_dir", "/a new run", "--name=it's"]
     assert re.fullmatch(r"configs/llama_\w+\.json", words[words.index("--model_config") + 1])
+
+
+def test_a_stopped_quickstart_is_continued_in_its_folder(tmp_path):
+    """With a stand-in for Python that is stopped by its first start, as by Ctrl-C, and finishes at the next one."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "python").write_text(
+        "#!/usr/bin/env bash\n"
+        '[ "$1" = torchrun_main.py ] || { echo "called $3"; exit 0; }\n'
+        'run="${*: -1}"; again="$(ls "$run" 2>/dev/null)"; mkdir -p "$run"; touch "$run/metrics.jsonl"\n'
+        'if [ -n "$again" ]; then rm -f "$run/stopped.json"; else touch "$run/stopped.json"; fi\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "SLTRAIN_PYTHON": str(tmp_path / "python")}
+    command = ["bash", str(tmp_path / "scripts" / "quickstart.sh")]
+    outputs = [subprocess.check_output(command, cwd=tmp_path, env=environment, text=True) for _ in range(3)]
+    assert "== training into runs/quickstart\n" in outputs[0]
+    assert "called report" not in outputs[0]
+    assert "== continuing runs/quickstart, which was stopped" in outputs[1]
+    assert "called report" in outputs[1]
+    assert "== training into runs/quickstart-2\n" in outputs[2]

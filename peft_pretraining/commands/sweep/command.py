@@ -208,9 +208,7 @@ def _start_problem(planned: PlannedRun, state: State, outcomes: Mapping[str, Out
     if reason is not None:
         return f"it starts from {planned.warm_up.name}, which {reason}"
     if not list_checkpoints(planned.folder) and not list_checkpoints(planned.warm_up.folder):
-        return (
-            f"it starts from {planned.warm_up.folder}, whose checkpoints are gone; remove that folder to make it again"
-        )
+        return f"it starts from {planned.warm_up.folder}, whose checkpoints are gone; remove that folder to make it again"
     return None
 
 

@@ -22,11 +22,12 @@ from peft_pretraining.config.arguments import ROWS
 from peft_pretraining.distributed.world import stop_signals
 from peft_pretraining.plan.schedule import is_finished
 from peft_pretraining.record.summary import read_metrics
+from peft_pretraining.run.folder import differing_shape, same_place
 from peft_pretraining.training.stop import MARKER_FILE
 
 PROGRAM = Path(__file__).resolve().parents[3] / "torchrun_main.py"
-# Paths to the same file may be written differently the next time.
-_PATHS = ("model_config", "tokenizer", "dataset")
+# Paths to the same place may be written differently the next time.
+_PATHS = ("tokenizer", "dataset")
 # Kinds of State and Outcome of runs that are not started again.
 MADE = ("finished", "diverged")
 
@@ -50,7 +51,9 @@ def state_of(planned: PlannedRun) -> State:
     except ValueError as error:
         return State("begun", f"its record cannot be read ({error})")
     # The warm-up run lies in the sweep's folder, and its settings are part of this run's name.
-    not_compared = {*_PATHS, "total_batch_size", "data_order", *(["warmed_up_model"] if planned.warm_up is not None else [])}
+    not_compared = {"model_config", "total_batch_size", "data_order"}
+    if planned.warm_up is not None:
+        not_compared.add("warmed_up_model")
     requested = {
         name: getattr(planned.args, name)
         for name, row in ROWS.items()
@@ -59,8 +62,11 @@ def state_of(planned: PlannedRun) -> State:
     differing = [
         f"{name} {record.arguments.get(name)} (now {value})"
         for name, value in requested.items()
-        if record.arguments.get(name) != value
+        if (then := record.arguments.get(name)) != value and not (name in _PATHS and same_place(then, value))
     ]
+    if "model" in record.plan:
+        shape = differing_shape(record.plan, planned.plan)
+        differing += [f"a model whose {key} is {then} (now {now})" for key, (then, now) in shape.items()]
     batch = record.plan.get("total_batch_size")
     differing += [f"total_batch_size {batch} (now {total})"] if batch != (total := planned.plan.total_batch_size) else []
     if planned.args.data_order not in (None, record.data_order):
@@ -153,6 +159,8 @@ def make_run(planned: PlannedRun, processes: int, stopping: Stopping, environmen
     path = log_path(planned)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = command_line(planned, processes)
+    # An earlier stop's: if the program fails before it removes it, this start would look like a stop on request.
+    (planned.folder / MARKER_FILE).unlink(missing_ok=True)
     with path.open("ab", buffering=0) as log:
         log.write(f"== {shlex.join(command)}\n".encode())
         begin = log.tell()

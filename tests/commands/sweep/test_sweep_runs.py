@@ -147,6 +147,38 @@ def test_a_run_is_known_again_by_the_order_that_its_data_has(tmp_path, stub, cap
         assert said in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset": "runs/other"}, "was made with dataset demo (now runs/other)"),
+        ({"tokenizer": "t5-base"}, "was made with tokenizer None (now t5-base)"),
+        ({"model_config": str(ROOT / "configs/llama_9m.json")}, "a model whose hidden_size is 256 (now 128)"),
+    ],
+)
+def test_a_run_on_other_data_or_of_another_model_is_not_the_sweeps_own(tmp_path, stub, capfd, changes, said):
+    path = write_sweep(tmp_path, [{"weight_decay": 0}])
+    assert command(["sweep", str(path)]) == 0
+    link = tmp_path / "demo.json"
+    link.symlink_to(BASE["model_config"])
+    write_sweep(tmp_path, [{"weight_decay": 0}], base=BASE | {"model_config": str(link)})
+    assert command(["sweep", str(path), "--dry_run"]) == 0
+    assert "finished, perplexity" in capfd.readouterr().out  # the same model at another path
+    write_sweep(tmp_path, [{"weight_decay": 0}], base=BASE | changes)
+    assert command(["sweep", str(path)]) == 1
+    assert said in capfd.readouterr().out
+
+
+def test_a_failure_after_a_stop_is_no_stop(tmp_path, stub, capfd):
+    """The marker of the stop is still there if the program fails before it removes it."""
+    path = write_sweep(tmp_path, [{"weight_decay": [1, 0]}])
+    marker = tmp_path / "runs" / "weight_decay1-seed42" / "stopped.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text('{"update_step": 1}')
+    assert command(["sweep", str(path)]) == 1
+    assert "failed: weight_decay1-seed42: exit code 1: stub: error: asked to fail" in capfd.readouterr().out
+    assert starts(tmp_path) == ["weight_decay1-seed42", "weight_decay0-seed42"]
+
+
 def test_no_two_runs_are_recorded_under_one_id_or_name(tmp_path, stub, capfd, monkeypatch):
     """wandb reads both from the environment, which the runs of a sweep share."""
     seen = []
