@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,12 +78,13 @@ def run(args: argparse.Namespace) -> int:
     for path in args.checkpoint:
         if holds_export(path) and args.dataset is None:
             raise ValueError(f"--dataset is required for {path}: an export records no data set; name one, such as c4 or a folder")
+    trained_on = _training_data([path for path in args.checkpoint if not holds_export(path)])
     device = pick_device(args.device, World())
     evaluated: list[Evaluated] = []
     try:
         for path in args.checkpoint:
             # Kept at once, so that it is printed even if a later model fails.
-            evaluated.append(evaluate_one(path, device, args))
+            evaluated.append(evaluate_one(path, device, args, trained_on))
     finally:
         if evaluated:
             single = len(args.checkpoint) == 1
@@ -90,12 +92,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _training_data(runs: Sequence[Path]) -> list[str]:
+    """The data sets that runs and checkpoints record as their training data."""
+    from peft_pretraining.checkpoint.step_folder import read_json
+
+    records = [read_json(path / "run.json") for path in runs if (path / "run.json").is_file()]
+    return [str(record["arguments"]["dataset"]) for record in records if "dataset" in record.get("arguments", {})]
+
+
 def _as_json(evaluated: Sequence[Evaluated], single: bool) -> str:
     return json.dumps(asdict(evaluated[0]) if single else [asdict(entry) for entry in evaluated])
 
 
-def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> Evaluated:
-    """Evaluates one model. Raises ValueError or OSError."""
+def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace, trained_on: Sequence[str] = ()) -> Evaluated:
+    """Evaluates one model. trained_on: training data of all models of the table. Raises ValueError or OSError."""
     from peft_pretraining.export.load import load_for_inference
     from peft_pretraining.model.loss import TokenLoss
     from peft_pretraining.training.evaluate import Batches, evaluate
@@ -110,7 +120,7 @@ def evaluate_one(path: Path, device: torch.device, args: argparse.Namespace) -> 
     masked = packing and loaded.args is not None and loaded.args.document_mask
     module = TokenLoss(loaded.model, document_end=tokenizer.eos_id if masked else None)
     batches: Batches = []
-    eval_set = _eval_set(loaded, tokenizer, args, max_length, packing)
+    eval_set = _eval_set(loaded, tokenizer, args, max_length, packing, trained_on)
     result = evaluate(module, eval_set, bytes_per_id=tokenizer.bytes_per_id(), each=batches)
     low, high = interval([(loss.item(), int(tokens)) for loss, tokens in batches])
     return Evaluated(
@@ -141,21 +151,36 @@ def _tokenizer(loaded: Loaded, args: argparse.Namespace, path: Path) -> Tokenize
     return tokenizer
 
 
-def _eval_set(loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, max_length: int, packing: bool) -> EvalSet:
-    """The evaluation set: the one of the model's run, with given flags replacing the run's values."""
+def _eval_set(
+    loaded: Loaded, tokenizer: Tokenizer, args: argparse.Namespace, max_length: int, packing: bool, trained_on: Sequence[str]
+) -> EvalSet:
+    """The evaluation set: the one of the model's run, with given flags replacing the run's values.
+
+    An evaluation data set is used completely; of data that any model of the table was trained on, only the held-out part is.
+    """
     from peft_pretraining.data.loader import EvalSet
     from peft_pretraining.data.mixture import open_dataset
     from peft_pretraining.data.source import READING_RULES
+    from peft_pretraining.run.folder import same_place
 
     run = loaded.args
     recorded = None if run is None else run.eval_dataset
     dataset = args.dataset or recorded or (run.dataset if run is not None else "")
     field = args.text_field or (run.text_field if run is not None else "text")
-    # An evaluation data set is used completely; of the training data, only the held-out part is used.
-    separate = recorded is not None or (args.dataset is not None and (run is None or args.dataset != run.dataset))
+    own = args.dataset is None and recorded is not None
+    training = next((each for each in trained_on if dataset == each or same_place(dataset, each)), None)
     # The run's own version of the split rules decides which documents it held out.
-    rules = loaded.rules if dataset in (recorded, run.dataset if run is not None else None) else READING_RULES
-    source = open_dataset(dataset, "validation", text_field=field, hold_out=not separate, rules=rules)
+    rules = loaded.rules if own or (run is not None and training == run.dataset) else READING_RULES
+    hold_out = training is not None and not own
+    source = open_dataset(dataset, "validation", text_field=field, hold_out=hold_out, rules=rules)
+    if run is None and not hold_out:
+        split = open_dataset(dataset, "validation", text_field=field)
+        if any(each.keep != "all" for each in split.sources):
+            print(
+                f"notice: {dataset}: all its documents are evaluated, as an export does not record what it was trained on; if it "
+                "was on these, evaluate its run or checkpoint too, so that only what was held out is used",
+                file=sys.stderr,
+            )
     return EvalSet(
         source,
         tokenizer,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import torchrun_main
 from peft_pretraining.__main__ import main
 from peft_pretraining.commands import evaluate as evaluation
 from peft_pretraining.commands.evaluate import interval
@@ -88,6 +89,26 @@ def test_the_table_has_one_line_per_model(forms: list[Path], tiny_run: list[str]
     assert len(lines) == 3
     assert [line.split()[0] for line in lines[1:]] == [str(forms[0]), str(forms[1])]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_of_training_data_only_the_held_out_part_is_evaluated(tiny_run: list[str], tmp_path: Path, capsys: Captured) -> None:
+    """However its path is written, and for an export beside the run; an export alone says that all documents are used."""
+    text = (Path(tiny_run[tiny_run.index("--dataset") + 1]) / "words-train.0.jsonl").read_text()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "all.jsonl").write_text(text * 20)
+    short = "--batch_size 2 --max_length 32 --num_training_steps 1 --warmup_steps 0 --eval_every 1 --wandb disabled --device cpu"
+    flags = [*tiny_run, "--dataset", str(tmp_path / "text"), *short.split(), "--save_dir", str(tmp_path / "run")]
+    assert torchrun_main.main(flags) == 0
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "export")]) == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    data = tmp_path / "text" / ".." / "text"
+    pair = evaluate(capsys, "--checkpoint", tmp_path / "export", tmp_path / "run", "--dataset", data, "--max_length", 32)
+    assert [each["tokens"] for each in pair] == [row["final_eval_tokens"]] * 2
+    alone = ["--checkpoint", str(tmp_path / "export"), "--dataset", str(data), "--max_length", "32", "--device", "cpu", "--json"]
+    assert main(["evaluate", *alone]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["tokens"] > 20 * row["final_eval_tokens"]
+    assert "all its documents are evaluated" in shown.err
 
 
 def test_the_interval_by_hand() -> None:
