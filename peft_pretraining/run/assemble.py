@@ -33,6 +33,7 @@ from peft_pretraining.run.folder import (
     RunFolder,
     changed_reading,
     check_same_data,
+    check_same_tokenizer,
     open_run_folder,
     prepare_record,
     reading_rules,
@@ -109,6 +110,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         print(f"notice: {change}", file=sys.stderr)
     if folder.checkpoint is not None:
         check_same_data(folder.checkpoint, args, data.source, data.held_out)
+        check_same_tokenizer(folder.checkpoint, args, data.tokenizer)
         restore_data(folder.checkpoint, data.loader)
     if world.is_main:
         # Printed now, because a checkpoint decides the order of its run's data.

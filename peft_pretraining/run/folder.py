@@ -34,6 +34,7 @@ from peft_pretraining.run.resume import belongs_to, finished_state, train_state
 from peft_pretraining.training.stop import MARKER_FILE
 
 if TYPE_CHECKING:
+    from peft_pretraining.data.tokenizer import Tokenizer
     from peft_pretraining.run.build import Data
 
 _PACKAGES = (
@@ -221,8 +222,9 @@ def _read_record(path: Path) -> dict[str, Any]:
             raise TypeError("the plan has no model")
         package_versions, world, machine = (dict(record.get(name) or {}) for name in ("versions", "world", "machine"))
         fingerprint = str(record["dataset"]["fingerprint"])
-        # Earlier versions did not record the held-out data.
+        # Earlier versions recorded neither the held-out data nor what the tokenizer does.
         held_out = record["dataset"].get("held_out_fingerprint")
+        tokenizer = record["dataset"].get("tokenizer_fingerprint")
         sources = list(record["dataset"].get("sources", ()))
         wandb_id = str(record["wandb_id"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -235,6 +237,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         "machine": machine,
         "fingerprint": fingerprint,
         "held_out": held_out,
+        "tokenizer": tokenizer,
         "sources": sources,
         "wandb_id": wandb_id,
         "warm_up": record.get("warm_up"),
@@ -248,8 +251,8 @@ def _check_same_run(path: Path, before: dict[str, Any], args: Arguments, plan: P
     """
     differing = differing_arguments(before["arguments"], before["plan"], args, plan)
     allowed = allowed_changes(args) | {name for name, row in ROWS.items() if warm_start and row.warm_start}
-    # The data is compared later, by `check_same_data`.
-    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset", "eval_dataset"}):
+    # Data and tokenizer are compared later, by their contents.
+    if unused := sorted(allowed_changes(args) - set(differing) - {"dataset", "eval_dataset", "tokenizer"}):
         print(f"notice: --allow_changes {','.join(unused)} has no effect: {path} has the same values", file=sys.stderr)
     problems = []
     for name, (then, now) in differing.items():
@@ -311,6 +314,18 @@ def check_same_data(path: Path, args: Arguments, source: Source | Mixture, held_
                 f"--eval_dataset {args.eval_dataset or args.dataset}: its held-out files (names, sizes, first and last bytes) "
                 f"differ from those that {path} was made with; restore them, or evaluate on the new ones from here on, "
                 "under the same key: --allow_changes eval_dataset"
+            ]
+        )
+
+
+def check_same_tokenizer(path: Path, args: Arguments, tokenizer: Tokenizer) -> None:
+    """Refuses to resume with a tokenizer that gives other ids than the checkpoint's, whatever its name. Raises ConfigError."""
+    before = _read_record(path)["tokenizer"]
+    if before not in (None, tokenizer.fingerprint) and "tokenizer" not in allowed_changes(args):
+        raise ConfigError(
+            [
+                f"--tokenizer {args.tokenizer or tokenizer.name}: gives other ids than the one that {path} was made with, which "
+                f"is in {path / 'tokenizer'}; restore it, or continue with the new one: --allow_changes tokenizer"
             ]
         )
 
@@ -412,6 +427,7 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, d
             "held_out_fingerprint": data.held_out.fingerprint,
             "order": data.loader.data_order,
             "reading_rules": source.rules,
+            "tokenizer_fingerprint": data.tokenizer.fingerprint,
             **({"sources": source.document()} if isinstance(source, Mixture) else {}),
         },
         "versions": versions(),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,31 @@ def test_a_tokenizer_or_model_that_does_not_fit_prepared_data_is_refused(tmp_pat
         said = capsys.readouterr().err
         assert "00001.index cannot be read" in said
         assert "Traceback" not in said
+
+
+def test_a_changed_tokenizer_at_the_same_path_is_refused(tmp_path, tiny_run, capsys):
+    """Another vocabulary would go on under the same name; an identical one at another path is accepted."""
+    data = ["--model_config", value(tiny_run, "--model_config"), "--dataset", value(tiny_run, "--dataset"), "--workers", "0"]
+
+    def make(vocab_size: int) -> None:
+        settings = ["--vocab_size", str(vocab_size), "--out", str(tmp_path / "mine")]
+        assert command(["data", "tokenizer", "--dataset", value(tiny_run, "--dataset"), *settings]) == 0
+
+    make(300)
+    train(tmp_path / "run", *data, "--tokenizer", str(tmp_path / "mine"))
+    longer = ["--num_training_steps", "4", "--allow_changes", "num_training_steps"]
+    shutil.rmtree(tmp_path / "mine")
+    make(296)
+    again = [*SHORT, *data, *longer, "--save_dir", str(tmp_path / "run"), "--tokenizer", str(tmp_path / "mine")]
+    capsys.readouterr()
+    assert torchrun_main.main(again) == 2
+    refusal = capsys.readouterr().err
+    checkpoint = tmp_path / "run" / "step_00000003"
+    assert "gives other ids" in refusal
+    assert str(checkpoint / "tokenizer") in refusal
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(checkpoint / "tokenizer", tmp_path / "mine")
+    assert torchrun_main.main(again) == 0
 
 
 def test_bad_records_are_counted_and_end_a_strict_run(tmp_path, tiny_run, capsys):
