@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -269,6 +270,18 @@ def arguments_from(given: dict[str, Any]) -> Arguments:
     if values.get("weight_dtype") is not None:
         values.setdefault("stochastic_rounding", True)
     return Arguments(**values, given=frozenset(given), refused=refused)
+
+
+def flags_for(arguments: Mapping[str, Any], left_out: Collection[str] = ()) -> list[str]:
+    """Returns the flags, quoted for a shell, that give these arguments; values that are the defaults are left out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
+    if arguments.get("weight_dtype") is not None:
+        defaults["stochastic_rounding"] = True
+    return [
+        f"--{name} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}"
+        for name, value in arguments.items()
+        if name not in left_out and value is not None and value != defaults.get(name)
+    ]
 
 
 def _published_optimizer(name: str) -> tuple[str, str | None, bool] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,8 @@ def _perplexity(folder: Path, step: int) -> str:
 
 def _command(args: dict[str, Any]) -> str:
     """The training command with all flags that differ from their defaults."""
-    import dataclasses
+    from peft_pretraining.config.arguments import ROWS
+    from peft_pretraining.config.command_line import flags_for
 
-    from peft_pretraining.config.arguments import Arguments
-
-    defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
-    flags = [
-        f"--{name} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}"
-        for name, value in args.items()
-        if name in defaults and name not in _PLACES and value is not None and value != defaults[name]
-    ]
+    flags = flags_for({name: value for name, value in args.items() if name in ROWS}, _PLACES)
     return " \\\n    ".join(["torchrun --nproc_per_node N torchrun_main.py", *flags])

@@ -106,8 +106,8 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "parameters": (plan.get("parameters") or {}).get("total"),
         "full_rank_parameters": plan.get("full_rank_parameters"),
-        "updates": updates[-1].get("update_step", 0) if updates else 0,
-        "tokens": updates[-1].get("tokens_seen", 0) if updates else 0,
+        "updates": reached(rows),
+        "tokens": tokens_seen(rows),
         "first_perplexity": first.get("final_eval_perplexity"),
         "first_evaluation_step": first.get("update_step"),
         "last_perplexity": last.get("final_eval_perplexity"),

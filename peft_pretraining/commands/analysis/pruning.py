@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from peft_pretraining.plan.plan import Plan
+    from peft_pretraining.run.build import Data
 
 HELP = "the pruning study: perplexity of a full-rank checkpoint's best low-rank part, with pruned and with trained sparse parts"
 _LABELS = {
@@ -155,7 +156,7 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
     check_rank(target_linears(model), values.rank)
     plan = make_plan(values, World(), values.dtype, device.type)
     data = build_data(values, plan, World(), device, READING_RULES if args.dataset else recorded_rules(record))
-    settings = study_settings(values, folder, plan, data.source.fingerprint, args.steps)
+    settings = study_settings(values, folder, plan, data, args.steps)
     rows = rows_of(args.out, settings)
     if args.out is not None:
         make_folder(args.out.parent)
@@ -174,16 +175,17 @@ def study(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[
     return document
 
 
-def study_settings(args: Arguments, folder: Path, plan: Plan, fingerprint: str, steps: int) -> dict[str, Any]:
+def study_settings(args: Arguments, folder: Path, plan: Plan, data: Data, steps: int) -> dict[str, Any]:
     """All that a study's figures depend on; a checkpoint is identified by the digest of its manifest, not by its path."""
     from peft_pretraining.checkpoint.step_folder import read_json
 
     names = ("rank", "sp_ratio", "seed", "dtype", "stochastic_rounding")
-    data = ("dataset", "eval_dataset", "text_field", "max_length", "packing", "document_mask")
+    of_data = ("dataset", "eval_dataset", "text_field", "max_length", "packing", "document_mask")
     return {
         "checkpoint": read_json(folder / MANIFEST)["sha256"],
-        **{name: getattr(args, name) for name in (*names, *data)},
-        "data_fingerprint": fingerprint,
+        **{name: getattr(args, name) for name in (*names, *of_data)},
+        "data_fingerprint": data.source.fingerprint,
+        "held_out_fingerprint": data.held_out.fingerprint,
         "eval_tokens": plan.eval_tokens,
         "steps": steps,
         **({"lr": args.lr, "warmup_steps": args.warmup_steps, "total_batch_size": plan.total_batch_size} if steps else {}),

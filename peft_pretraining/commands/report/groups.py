@@ -16,7 +16,7 @@ from peft_pretraining.record.intervals import Interval, mean_interval, ratio_int
 
 # Arguments that must be equal for perplexities to be comparable: all but the method and its tuning.
 _TASK = (
-    *("model", "data", "eval_dataset", "tokenizer", "text_field", "max_length", "packing", "document_mask"),
+    *("model", "data", "held_out", "eval_dataset", "tokenizer", "text_field", "max_length", "packing", "document_mask"),
     "total_batch_size",
 )
 _TASK_LENGTH = ("num_training_steps", "max_train_tokens")
@@ -59,7 +59,7 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     arguments = run.arguments
     names = list(_SETTINGS)
     names += sorted(set(run.document["arguments"]) - ROWS.keys())
-    settings = {name: arguments[name] for name in names if has_effect(name, run.method)}
+    settings = {name: arguments.get(name) for name in names if has_effect(name, run.method)}
     settings |= {name: run.plan.get(name) for name in _RESOLVED}
     model = run.plan.get("model") or {}
     # Each seed starts from its own full-rank run: those runs' settings are compared.
@@ -70,6 +70,7 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     settings["model"] = {name: value for name, value in model.items() if name != "path"} or run.model
     dataset = run.document.get("dataset") or {}
     settings["data"] = dataset.get("fingerprint") or arguments["dataset"]
+    settings["held_out"] = dataset.get("held_out_fingerprint")
     settings["data_order"] = run.data_order
     if arguments["max_train_tokens"] is not None:
         settings.pop("num_training_steps")
@@ -175,16 +176,17 @@ def _labels(members: list[tuple[RunRecord, dict[str, Any]]]) -> list[str]:
         """Whether a setting differs between the groups that have it; a rank that only one method has does not vary."""
         return len({json.dumps(values[name], sort_keys=True, default=str) for _, values in members if name in values}) > 1
 
-    differing = [name for name in names if varies(name) and name not in ("model", "data")]
+    differing = [name for name in names if varies(name) and name not in ("model", "data", "held_out")]
     order = ["rank", "sp_ratio", "lora_alpha", "lr"]
     differing.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
-    several_models, several_data = varies("model"), varies("data")
+    several_models, several_data, several_held_out = varies("model"), varies("data"), varies("held_out")
     labels = []
     for run, values in members:
         parts = [method_title(run.method)]
         parts += [run.model] if several_models else []
         parts += [text for name in differing if (text := _shown(name, values.get(name)))]
         parts += [f"data {str(values['data'])[:6]}"] if several_data else []
+        parts += [f"held-out data {str(values['held_out'])[:6]}"] if several_held_out and not several_data else []
         labels.append(", ".join(parts))
     folders: dict[str, list[str]] = {}
     for label, (run, _) in zip(labels, members, strict=True):

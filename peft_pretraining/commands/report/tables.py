@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from peft_pretraining.commands.report.groups import Group, against_baseline, baseline_of, method_title, task_of
 from peft_pretraining.commands.report.published import LATER, PEAKS, RANK_AND_DELTA, RANK_AND_DELTA_MODEL, SEVEN_B, TABLE
 from peft_pretraining.commands.report.read import RunRecord
-from peft_pretraining.config.arguments import Arguments
+from peft_pretraining.config.command_line import flags_for
 from peft_pretraining.memory.account import CLASSES
 from peft_pretraining.methods import METHODS
 from peft_pretraining.record.intervals import Interval
@@ -226,13 +225,7 @@ def command_of(run: RunRecord) -> str:
 
     For a run on several machines: the command for each machine, HOST being the name of one of them.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(Arguments)}
-    words = []
-    for name, value in run.document["arguments"].items():
-        if name in _NOT_REPEATED or value is None or value == defaults.get(name):
-            continue
-        words.append(f"--{name} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
-    return " ".join([_start_of(run), "torchrun_main.py", *words])
+    return " ".join([_start_of(run), "torchrun_main.py", *flags_for(run.document["arguments"], _NOT_REPEATED)])
 
 
 def _start_of(run: RunRecord) -> str:

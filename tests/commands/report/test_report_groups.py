@@ -120,6 +120,16 @@ def test_other_data_is_another_setting(tmp_path):
     assert any("differ in model, data, batch or length" in line for line in problems(groups))
 
 
+def test_other_held_out_files_are_another_task(tmp_path):
+    """Their number of evaluated tokens can be the same."""
+    folders = [write_run(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    for folder, fingerprint in zip(folders, ("a" * 32, "b" * 32), strict=True):
+        change_document(folder, lambda document, tag=fingerprint: document["dataset"].update(held_out_fingerprint=tag))
+    groups = groups_of(*folders)
+    assert [group.label for group in groups] == ["SLTrain, held-out data aaaaaa", "SLTrain, held-out data bbbbbb"]
+    assert any("differ in model, data, batch or length" in line for line in problems(groups))
+
+
 def test_another_order_of_the_data_is_another_setting(tmp_path):
     """Records of earlier versions name no order: they are by lanes."""
     folders = [write_run(tmp_path / str(seed), seed=seed) for seed in range(4)]
@@ -247,12 +257,20 @@ def test_rank_and_delta_make_a_table(tmp_path):
     assert rank_delta_table(groups_of(*folders, other)) is None
 
 
-def test_the_printed_command_makes_the_same_run(tmp_path):
-    """Parsed again, it gives the recorded arguments, except the folder."""
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--packing --activation_checkpointing --dtype bf16",
+        "--weight_dtype int8 --optimizer adamw --stochastic_rounding false",
+        "--weight_dtype int8 --optimizer adamw",
+    ],
+)
+def test_the_printed_command_makes_the_same_run(tmp_path, flags):
+    """Parsed again, it gives the recorded arguments, except the folder; also where a default depends on another flag."""
     from peft_pretraining.config.arguments import as_dict
     from peft_pretraining.config.command_line import parse_args
 
-    run = read_run(write_run(tmp_path / "a", "--packing", "--activation_checkpointing", "--dtype", "bf16"))
+    run = read_run(write_run(tmp_path / "a", *flags.split()))
     words = command_of(run).split()
     assert words[:2] == ["python", "torchrun_main.py"]
     again = as_dict(parse_args(words[2:]))

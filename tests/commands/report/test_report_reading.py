@@ -5,6 +5,7 @@ import json
 import pytest
 from run_records import UPDATES, change_document, evaluation, rows_of, write_rows, write_run
 
+from peft_pretraining.commands.report.groups import group_runs
 from peft_pretraining.commands.report.read import find_runs, load_run, read_run
 
 
@@ -87,10 +88,21 @@ def test_non_finite_losses_are_counted(tmp_path):
     assert "1 updates were skipped" in notes_of(folder)
 
 
-def test_arguments_of_a_later_version_are_named(tmp_path):
+@pytest.mark.parametrize("value", [9, None])
+def test_arguments_of_a_later_version_are_named(tmp_path, value):
     folder = write_run(tmp_path / "run")
-    change_document(folder, lambda document: document["arguments"].update(warp_factor=9))
+    change_document(folder, lambda document: document["arguments"].update(warp_factor=value))
     assert "arguments that this version does not know: warp_factor" in notes_of(folder)
+    assert len(group_runs([read_run(folder)])) == 1
+
+
+def test_the_length_of_a_run_includes_updates_that_were_not_logged(tmp_path):
+    """With --log_every 4: ten updates, the last logged one is the eighth; the evaluation at the end has the tokens."""
+    folder = write_run(tmp_path / "run")
+    rows = [row for row in rows_of(folder) if "loss" not in row or row["update_step"] % 4 == 0]
+    rows[-1] |= {"tokens_seen": 10_000}
+    write_rows(folder, rows)
+    assert [read_run(folder).figures[name] for name in ("updates", "tokens")] == [10, 10_000]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"arguments": {}, "plan": null}'])
