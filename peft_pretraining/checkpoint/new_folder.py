@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from peft_pretraining.checkpoint.manifest import MANIFEST
+
 
 def folder_problem(out: Path) -> str | None:
     """Returns why --out cannot become a new folder, or None. Writes nothing, so missing permissions are not detected."""
@@ -14,11 +16,21 @@ def folder_problem(out: Path) -> str | None:
         return f"--out {out}: exists and is not an empty folder; name another folder, or remove it"
     if out.resolve() == Path.cwd():
         return f"--out {out}: is the current working directory; name a folder inside it"
+    return inside_checkpoint(out)
+
+
+def inside_checkpoint(out: Path) -> str | None:
+    """Returns why nothing can be written to --out if it is inside a checkpoint, whose manifest allows no additional files."""
+    for folder in (out.resolve(), *out.resolve().parents):
+        if (folder / MANIFEST).is_file() and (folder / "run.json").is_file():
+            return f"--out {out}: is inside the checkpoint {folder}, which would then count as damaged; name another folder"
     return None
 
 
 def make_folder(out: Path) -> None:
-    """Creates the folder --out and its missing parents. Raises OSError that names the folder."""
+    """Creates the folder --out and its missing parents. Raises OSError that names the folder; ValueError inside a checkpoint."""
+    if (problem := inside_checkpoint(out)) is not None:
+        raise ValueError(problem)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal, NamedTuple, cast
 
@@ -22,7 +22,7 @@ from peft_pretraining.data import DataError, first_line
 from peft_pretraining.data.files import content_problem
 from peft_pretraining.data.network import ZstdStream, open_network_file
 from peft_pretraining.data.prepared import TokenFile, TokenRecord, damaged
-from peft_pretraining.data.source import HELD_OUT_ONE_IN, RetryPolicy, Shard, Source, refuse_if_offline
+from peft_pretraining.data.source import HELD_OUT_ONE_IN, RetryPolicy, Shard, Source, is_remote, refuse_if_offline
 
 UNREADABLE_FILE = "unreadable_file"
 _BUFFER_BYTES = 2**18
@@ -240,8 +240,9 @@ def check_source(source: Source) -> None:
     """Reads a first document of the split, to report a wrong address, field or format before anything is built.
 
     Raises DataError: the source is unreachable or empty, no file can be opened, the first 100 records of the first file with
-    records are bad, or all documents belong to the other split.
+    records are bad, all documents belong to the other split, or any local table has no column with the text.
     """
+    _check_local_tables(source)
     of_other_split = 0
     unreadable: str | None = None
     for shard in source.shards:
@@ -270,6 +271,23 @@ def check_source(source: Source) -> None:
             "chosen by a hash of the text if no file is named *validation*; name one so, or give --eval_dataset or more data"
         )
     raise DataError(f"dataset {source.dataset!r}: all {len(source.shards)} files are empty")
+
+
+def _check_local_tables(source: Source) -> None:
+    """Raises DataError for a Parquet or Arrow file without the column, which would end a run when its turn comes.
+
+    Files on the network are not opened for this, and damaged ones are reported when they are read.
+    """
+    tables = [shard for shard in source.shards if shard.format in ("parquet", "arrow") and not is_remote(shard.url)]
+    if not tables:
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    for shard in tables:
+        with contextlib.suppress(OSError, pyarrow.ArrowInvalid), _open_binary(shard.url, source.retry) as file:
+            table = pyarrow.parquet.read_schema(file) if shard.format == "parquet" else _arrow_table(file)[0].schema
+            _check_columns(table.names, shard, source.text_field)
 
 
 # --- Reading files ---
@@ -515,12 +533,7 @@ def _arrow_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) -> I
     import pyarrow
 
     try:
-        if file.read(len(_ARROW_FILE)) == _ARROW_FILE:
-            table = pyarrow.ipc.open_file(file)
-            batches = (table.get_batch(number) for number in range(table.num_record_batches))
-        else:
-            file.seek(0)
-            table = batches = pyarrow.ipc.open_stream(file)
+        table, batches = _arrow_table(file)
         _check_columns(table.schema.names, shard, text_field)
         index = 0
         for batch in batches:
@@ -534,6 +547,18 @@ def _arrow_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) -> I
     except pyarrow.ArrowInvalid as error:
         _refuse_pointer(file, shard)
         raise _DamagedFile(first_line(error)) from error
+
+
+def _arrow_table(file: IO[bytes]) -> tuple[Any, Iterable[Any]]:
+    """Opens an Arrow file or stream; returns what has its schema, and its batches. Raises pyarrow.ArrowInvalid."""
+    import pyarrow
+
+    if file.read(len(_ARROW_FILE)) == _ARROW_FILE:
+        table = pyarrow.ipc.open_file(file)
+        return table, (table.get_batch(number) for number in range(table.num_record_batches))
+    file.seek(0)
+    stream = pyarrow.ipc.open_stream(file)
+    return stream, stream
 
 
 def _check_columns(names: list[str], shard: Shard, text_field: str) -> None:

@@ -362,6 +362,17 @@ def test_an_arrow_file_is_read_like_an_arrow_stream(tmp_path):
             check_source(open_source(str(tmp_path / f"{name}.arrow"), "train", text_field="body"))
 
 
+def test_a_later_table_without_the_column_is_refused_before_the_start(tmp_path):
+    """When its turn comes, perhaps after hours, it would end the run; a damaged one is a bad record then."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, column in (("a", "text"), ("z", "content")):
+        parquet.write_table(pyarrow.table({column: texts(300)}), str(tmp_path / f"{name}.parquet"))
+    with pytest.raises(DataError, match=r"z\.parquet: no column 'text'; the columns are 'content'"):
+        check_source(open_source(str(tmp_path), "train"))
+    (tmp_path / "z.parquet").write_bytes(b"PAR1 and nothing more")
+    check_source(open_source(str(tmp_path), "train"))
+
+
 # --- The rules of earlier versions ---
 
 

@@ -210,6 +210,11 @@ def test_unusable_export_folders_and_flags_are_refused(
     assert "exists and is not an empty folder; name another folder" in capsys.readouterr().err
     assert export(trained("full"), tmp_path / "new", "--keep_factors") == 2
     assert "--peft_model full has no factors to keep; leave --keep_factors out" in capsys.readouterr().err
+    checkpoint = trained("sltrain") / "step_00000008"
+    assert export(trained("sltrain"), checkpoint / "hf") == 2
+    assert f"is inside the checkpoint {checkpoint}, which would then count as damaged" in capsys.readouterr().err
+    assert main(["report", str(trained("sltrain")), str(trained("full")), "--out", str(checkpoint / "report")]) == 2
+    assert not [path for path in checkpoint.iterdir() if path.name in ("hf", "report", ".hf.partial")]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert export(trained("sltrain"), Path()) == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.checkpoint.manifest import MANIFEST
-from peft_pretraining.checkpoint.new_folder import make_folder
+from peft_pretraining.checkpoint.new_folder import inside_checkpoint, make_folder
 from peft_pretraining.config.arguments import Arguments, ConfigError, arguments_of_record
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.checks import value_problems
@@ -78,12 +78,11 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 0:
         raise ValueError(f"--steps {args.steps}: must be 0 or more")
     from peft_pretraining.checkpoint.step_folder import resolve
-    from peft_pretraining.commands.analysis.spectra import refuse_inside_checkpoint
     from peft_pretraining.distributed.device import pick_device
     from peft_pretraining.distributed.world import World
 
-    if args.out is not None:
-        refuse_inside_checkpoint(args.out)
+    if args.out is not None and (problem := inside_checkpoint(args.out)) is not None:
+        raise ValueError(problem)
     device = pick_device(args.device, World())
     figures = study(args, resolve(args.checkpoint), device)
     print(json.dumps(figures) if args.json else format_rows(figures))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.checkpoint.new_folder import make_folder
+from peft_pretraining.checkpoint.new_folder import inside_checkpoint, make_folder
 from peft_pretraining.commands.analysis.figures import Images, drawn_names, plot_spectra
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = resolve(args.checkpoint)
     out = args.out or folder.parent / f"spectra-{folder.name}"
-    refuse_inside_checkpoint(out)
+    if (problem := inside_checkpoint(out)) is not None:
+        raise ValueError(problem)
     model, _, record = load_model(folder, pick_device(args.device, World()))
     linears = target_linears(model, args.only)
     method = record["arguments"]["peft_model"]
@@ -93,17 +94,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(format_figures(figures) + "\n\n" + "\n".join(str(file) for file in files))
     return 0
-
-
-def refuse_inside_checkpoint(path: Path) -> None:
-    """Raises ValueError for a path inside a checkpoint, whose manifest allows no additional files."""
-    from peft_pretraining.checkpoint.step_folder import is_checkpoint
-
-    for folder in (path.absolute(), *path.absolute().parents):
-        if is_checkpoint(folder):
-            raise ValueError(
-                f"--out {path}: is inside the checkpoint {folder}, which would then count as damaged; name another folder"
-            )
 
 
 def check_residual_flags(args: argparse.Namespace, method: str, linears: Mapping[str, nn.Module]) -> None:

@@ -67,7 +67,7 @@ def fine_tune(
     """
     splits = {name: len(examples) for name, examples in {"train": data.train, **data.validation}.items()}
     trainer = make_trainer(tuned, data, args, folder, say)
-    newest = None if args.checkpoints is None else newest_checkpoint(args.checkpoints, _settings(args), data)
+    newest = None if args.checkpoints is None else newest_checkpoint(args.checkpoints, _settings(args), data, args.model)
     with _recorded_by_wandb(args, folder) as recorded:
         # Without a run of ours the callback would start one by itself, with other settings.
         if not recorded:
@@ -206,21 +206,36 @@ class _ProgressBar(ProgressCallback):
         pass
 
 
-def newest_checkpoint(folder: Path, settings: Mapping[str, Any], data: Dataset) -> str | None:
+def _digest(folder: Path) -> str:
+    """A digest of the names, sizes, and first and last 64 KiB of a model's files; of no files for a name on the hub."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".model", ".bin", ".pt")):
+        with path.open("rb") as file:
+            first, size = file.read(2**16), path.stat().st_size
+            file.seek(max(0, size - 2**16))
+            digest.update(repr((str(path.relative_to(folder)), size, first, file.read())).encode())
+    return digest.hexdigest()
+
+
+def newest_checkpoint(folder: Path, settings: Mapping[str, Any], data: Dataset, model: str) -> str | None:
     """The newest complete checkpoint under --checkpoints, or None in a new folder, which is made.
+
+    model: the model that is fine-tuned; a folder is compared by its files, not only by its name.
 
     Raises:
         ValueError: the folder belongs to a run with other settings or examples.
         OSError: the folder cannot be made or read.
     """
     examples = hashlib.sha256(repr((data.train, data.validation)).encode()).hexdigest()
-    wanted, record = {**settings, "examples": examples}, folder / "finetune.json"
+    wanted = {**settings, "examples": examples, "model files": _digest(Path(model))}
+    record = folder / "finetune.json"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = list(folder.glob("checkpoint-*"))
     try:
         written = dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
     except (ValueError, TypeError):
         raise ValueError(f"{record}: not the settings of a run (damaged); name another folder for --checkpoints") from None
+    written.setdefault("model files", wanted["model files"])  # not recorded by earlier versions
     differing = [name for name, value in wanted.items() if written.get(name) != value]
     if checkpoints and differing:
         raise ValueError(

@@ -226,13 +226,15 @@ class SweepFile:
     def search_round(self, number: int, candidates: Sequence[Sequence[Setting]]) -> list[list[list[PlannedRun]]]:
         """Returns the runs of a round (counted from 0): by entry, by candidate, the candidate's own run last.
 
-        An entry with no more than `keep` candidates has none. Raises ConfigError with all problems.
+        An entry with no more than `keep` candidates has none, unless a later round needs to know the best of them. Raises
+        ConfigError with all problems.
         """
         problems: list[str] = []
         runs_by_entry: list[list[list[PlannedRun]]] = []
         for entry, settings in zip(self.entries, candidates, strict=True):
             here = entry.rounds[number] if number < len(entry.rounds) else None
-            if here is None or len(settings) <= here.keep:
+            ranked = len(settings) > 1 and any(later.lr_factors for later in entry.rounds[number + 1 :])
+            if here is None or (len(settings) <= here.keep and not ranked):
                 runs_by_entry.append([])
                 continue
             # Runs without flags of their own are runs of the final comparison, which are not repeated there.

@@ -271,6 +271,13 @@ def test_an_interrupted_training_continues_from_its_checkpoint(
     assert (whole / "results.json").read_bytes() == (continued / "results.json").read_bytes()
     weights, others = (load_file(folder / "model.safetensors") for folder in (whole, continued))
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+    # Another model at the same path is not continued either.
+    config = here / "model" / "config.json"
+    before = config.read_text()
+    config.write_text(before + " ")
+    said = refused(flags(here, "again", *settings, *kept, data="few"), capsys)
+    config.write_text(before)
+    assert "holds checkpoints of another run (differing: model files)" in said
 
 
 def test_training_from_files_uses_no_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

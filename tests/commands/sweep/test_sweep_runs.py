@@ -91,6 +91,16 @@ def test_a_setting_with_lower_rates_that_wins_a_round_goes_on(tmp_path, stub):
     assert "| full | adam | 6 | 18 | 4.5 |" in (tmp_path / "runs" / "report" / "search.md").read_text()
 
 
+def test_a_round_that_keeps_all_is_run_if_a_later_one_needs_the_best(tmp_path, stub):
+    rounds = [{"num_training_steps": 2, "keep": 2}, {"keep": 1, "lr_factors": [0.5]}]
+    entries = [{"lr": [0.4, 0.3]}, {"lr": 0.8, "scheduler": "linear"}]
+    assert command(["sweep", str(write_search(tmp_path, entries, rounds))]) == 0
+    assert starts(tmp_path, "search-1") == ["lr0.4-seed42", "lr0.3-seed42"]
+    assert "lr0.15-seed42" in starts(tmp_path)
+    assert "lr0.2-seed42" not in starts(tmp_path)
+    assert "lr0.4-schedulerlinear-seed42" in starts(tmp_path)
+
+
 def test_all_rounds_start_from_the_same_full_rank_run(tmp_path, stub):
     """A round's flags do not change the full-rank run, so it is made once, not once per round."""
     entry = {"peft_model": "relora", "relora": 2, "lr": [0.1, 0.2, 0.3], "warm_up": {"lr": 0.5, "num_training_steps": 1}}
