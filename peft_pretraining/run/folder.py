@@ -226,6 +226,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         held_out = record["dataset"].get("held_out_fingerprint")
         tokenizer = record["dataset"].get("tokenizer_fingerprint")
         sources = list(record["dataset"].get("sources", ()))
+        changes = list(record.get("changes", ()))
         wandb_id = str(record["wandb_id"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise checkpoint.CheckpointError(f"{path / 'run.json'}: not the record of a run ({error!r})") from None
@@ -239,6 +240,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         "held_out": held_out,
         "tokenizer": tokenizer,
         "sources": sources,
+        "changes": changes,
         "wandb_id": wandb_id,
         "warm_up": record.get("warm_up"),
     }
@@ -421,6 +423,7 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, d
         "wandb_id": folder.wandb_id,
         "continued_from": None if folder.checkpoint is None else str(folder.checkpoint),
         "warm_up": folder.warm_up,
+        "changes": _changes(args, plan, folder, data),
         "dataset": {
             "description": source.describe().replace("\n", "; "),
             "fingerprint": source.fingerprint,
@@ -446,6 +449,21 @@ def run_document(args: Arguments, plan: Plan, world: World, folder: RunFolder, d
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         },
     }
+
+
+def _changes(args: Arguments, plan: Plan, folder: RunFolder, data: Data) -> list[dict[str, Any]]:
+    """What resumed starts changed by --allow_changes, in order: the argument, both values, and the updates made before."""
+    if folder.checkpoint is None or folder.warm_start:
+        return []
+    before = _read_record(folder.checkpoint)
+    differing = differing_arguments(before["arguments"], before["plan"], args, plan)
+    if data.source.with_text_field(before["arguments"]["text_field"]).fingerprint != before["fingerprint"]:
+        differing["dataset"] = before["arguments"]["dataset"], args.dataset
+    if before["tokenizer"] not in (None, data.tokenizer.fingerprint):
+        differing["tokenizer"] = before["arguments"]["tokenizer"], args.tokenizer
+    step = train_state(folder.checkpoint).update_step
+    new = [{"after_update": step, "name": name, "then": then, "now": now} for name, (then, now) in differing.items()]
+    return [*before["changes"], *new]
 
 
 def _machine() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from peft_pretraining.__main__ import COMMANDS
 from peft_pretraining.__main__ import main as command
 from peft_pretraining.checkpoint.saver import Saver
 from peft_pretraining.checkpoint.step_folder import list_checkpoints
+from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan import checks
 from peft_pretraining.run import assemble
@@ -550,6 +551,15 @@ def test_allowed_changes_take_effect(tmp_path, flags, capsys):
     capsys.readouterr()
     assert train(tmp_path / "run", *longer, "--allow_changes", "lr")[-1]["update_step"] == 8
     assert "--allow_changes lr has no effect: " in capsys.readouterr().err
+    # The record says what the run did, once, although the change was made twice from the same checkpoint.
+    changes = json.loads((tmp_path / "run" / "run.json").read_text())["changes"]
+    step = changes[0]["after_update"]
+    assert changes == [
+        {"after_update": step, "name": "lr", "then": 0.003, "now": 0.001},
+        {"after_update": step, "name": "num_training_steps", "then": 6, "now": 8},
+    ]
+    note = f"resumed after update {step} with another lr (0.001 instead of 0.003): no single command repeats it"
+    assert note in read_run(tmp_path / "run").notes
 
 
 def test_the_data_is_compared_by_content_not_by_path(tmp_path, flags, capsys):
@@ -568,6 +578,9 @@ def test_the_data_is_compared_by_content_not_by_path(tmp_path, flags, capsys):
     assert f"--dataset {moved}: its files" in message
     assert "--allow_changes dataset" in message
     assert torchrun_main.main([*go_on, "--save_dir", str(tmp_path / "three"), "--allow_changes", "dataset"]) == 0
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["changes"] == []
+    (change,) = json.loads((tmp_path / "three" / "run.json").read_text())["changes"]
+    assert (change["name"], change["then"], change["now"]) == ("dataset", str(corpus), str(moved))
 
 
 def test_changed_held_out_files_are_refused(tmp_path, flags, capsys):

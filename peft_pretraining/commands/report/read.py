@@ -251,7 +251,7 @@ def _paper_memory(plan: dict[str, Any], arguments: dict[str, Any]) -> float | No
 
 
 def _notes(run: RunRecord) -> list[str]:
-    """What is missing in a run's record, one sentence each."""
+    """What a reader of the figures should know of a run's record, one sentence each."""
     if not run.rows:
         return [f"no update is logged yet ({METRICS_FILE} is missing or empty)"]
     notes = []
@@ -281,6 +281,9 @@ def _notes(run: RunRecord) -> list[str]:
         )
     if run.updates and run.figures["tokens_per_second"] is None:
         notes.append("no throughput is recorded, so the run is missing from plots against time")
+    for change in run.document.get("changes") or ():
+        name, then, now, step = (change.get(key) for key in ("name", "then", "now", "after_update"))
+        notes.append(f"resumed after update {step} with another {name} ({now} instead of {then}): no single command repeats it")
     unknown = sorted(set(run.document["arguments"]) - set(as_dict(Arguments())))
     if unknown:
         notes.append(f"recorded with arguments that this version does not know: {', '.join(unknown)}")
