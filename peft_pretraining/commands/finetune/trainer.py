@@ -209,7 +209,8 @@ class _ProgressBar(ProgressCallback):
 def _digest(folder: Path) -> str:
     """A digest of the names, sizes, and first and last 64 KiB of a model's files; of no files for a name on the hub."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".model", ".bin", ".pt")):
+    kinds = (".json", ".safetensors", ".model", ".bin", ".pt")
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file()):
         with path.open("rb") as file:
             first, size = file.read(2**16), path.stat().st_size
             file.seek(max(0, size - 2**16))
