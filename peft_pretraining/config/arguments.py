@@ -378,7 +378,7 @@ class DataArguments:
         None,
         "order of the training data: lanes (each virtual reader has a share of the documents) | global (each pass reads every "
         "document once; tokenised at the start and held in memory) (default: global with --packing on files of at most "
-        "32 MB together, else lanes; a run keeps its order when it is resumed)",
+        "32 MB together, and for each data set of a list of at most 32 MB; else lanes; a run keeps its order when it is resumed)",
         never(choices=DATA_ORDERS, defines_run=False),
     )
     workers: int | None = flag(
