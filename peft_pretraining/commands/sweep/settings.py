@@ -288,7 +288,7 @@ class Setting:
 
 
 def _scaled(rate: Any, factor: float) -> Any:
-    """Returns rate x factor, rounded so that it reads well in a run's name; what is no number as it is, to be refused later."""
+    """Returns rate x factor, rounded so that it reads well in a run's name; a value that is not a number is refused later."""
     try:
         return float(f"{float(rate) * factor:.6g}")
     except (TypeError, ValueError):

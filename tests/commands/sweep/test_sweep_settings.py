@@ -202,7 +202,7 @@ def test_a_search_is_checked_before_the_first_run(tmp_path):
 
 
 def test_a_round_tries_multiples_of_the_best_settings_learning_rates(tmp_path):
-    """Of every group, also in the names of the runs; what is the same setting competes once; what is no number is refused."""
+    """Of every group, also in the names of the runs; the same setting competes once; a rate that is not a number is refused."""
     entries = [
         {"lr": [0.4, 0.2], "sparse_lr": 0.003, "weight_decay": 0.1},
         {**RELORA, "lr": "1e-1", "relora": 2, "warm_up": {"lr": 0.5, "num_training_steps": 1}},
