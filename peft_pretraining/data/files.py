@@ -247,14 +247,20 @@ def _files_of_state(folder: Path, dataset: str) -> set[str] | None:
     return names
 
 
+def size_and_ends(path: str | Path) -> tuple[int, bytes, bytes]:
+    """Returns the size of a file and its first and last 4 kB, which tell most changes without reading all of it."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+        file.seek(max(0, size - _HEAD_BYTES))
+        return size, head, file.read()
+
+
 def _tagged(shard: Shard, listing: Listing) -> Shard:
     """The shard with its size and tag; what its first bytes say against it is noted in the listing."""
-    size = os.path.getsize(shard.url)
-    with open(shard.url, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-        # The end holds the checksum of a .gz and .zst file and the footer of a .parquet one.
-        file.seek(max(0, size - _HEAD_BYTES))
-        tag = hashlib.blake2b(head + file.read(), digest_size=8).hexdigest()
+    size, head, end = size_and_ends(shard.url)
+    # The end holds the checksum of a .gz and .zst file and the footer of a .parquet one.
+    tag = hashlib.blake2b(head + end, digest_size=8).hexdigest()
     if (problem := content_problem(head, shard)) is not None:
         listing.problems[shard.name] = problem
     return Shard(shard.url, shard.name, shard.format, shard.compression, size, tag)

@@ -56,18 +56,16 @@ class Advisor:
     def single(self) -> list[Proposal]:
         """Returns changes of single flags that lower the peak, the lowest peak first; the method only if nothing else does."""
         for method in self._methods():
-            # What does not lower the peak further than the change of the method does is no change worth naming.
-            highest = self.plan.bytes["peak"]
-            if method:
-                highest = min(highest, self.proposal(method).peak)
+            # A flag that lowers the peak no further than the change of the method alone is not worth naming.
+            alone = [self.proposal(method)] if method else []
+            lower = [one for one in alone if one.peak < self.plan.bytes["peak"]]
+            highest = lower[0].peak if lower else self.plan.bytes["peak"]
             dimensions = [
                 [option for option in options if option.changes][:1]
                 for options in self._dimensions(method, one_micro_batch=False)
             ]
             changes = [{**method, **options[0].changes} for options in dimensions if options]
-            lower = [one for one in map(self.proposal, changes) if one.peak < highest]
-            if method and highest < self.plan.bytes["peak"]:
-                lower.append(self.proposal(method))
+            lower += [one for one in map(self.proposal, changes) if one.peak < highest]
             if accepted := [one for one in lower if self.accepted(one.changes)]:
                 return sorted(accepted, key=lambda one: one.peak)
         return []

@@ -105,13 +105,7 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         return None
     if folder.warm_start and folder.checkpoint is not None:
         refuse_if_finished(folder.checkpoint, plan)
-    data = build_data(args, plan, world, device, reading_rules(folder.checkpoint, args))
-    if world.is_main and (change := changed_reading(args, data.source)) is not None:
-        print(f"notice: {change}", file=sys.stderr)
-    if folder.checkpoint is not None:
-        check_same_data(folder.checkpoint, args, data.source, data.held_out)
-        check_same_tokenizer(folder.checkpoint, args, data.tokenizer)
-        restore_data(folder.checkpoint, data.loader)
+    data = _open_data(args, plan, world, device, folder)
     if world.is_main:
         # Printed now, because a checkpoint decides the order of its run's data.
         order = orders_text(data.source, data.loader.data_orders)
@@ -153,6 +147,18 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         # Restoring a checkpoint writes positions in place, which would leave cached ones out of date.
         start_cache(args, plan, token_loss.model),
     )
+
+
+def _open_data(args: Arguments, plan: Plan, world: World, device: torch.device, folder: RunFolder) -> Data:
+    """Opens the data and the tokenizer; of a resumed run, refuses other ones and restores the position. Raises ConfigError."""
+    data = build_data(args, plan, world, device, reading_rules(folder.checkpoint, args))
+    if world.is_main and (change := changed_reading(args, data.source)) is not None:
+        print(f"notice: {change}", file=sys.stderr)
+    if folder.checkpoint is not None:
+        check_same_data(folder.checkpoint, args, data.source, data.held_out)
+        check_same_tokenizer(folder.checkpoint, args, data.tokenizer)
+        restore_data(folder.checkpoint, data.loader)
+    return data
 
 
 def _going_on(folder: RunFolder, state: TrainState, plan: Plan) -> str:

@@ -33,6 +33,7 @@ from peft_pretraining.commands.finetune.examples import Dataset, Examples
 from peft_pretraining.commands.finetune.metrics import METRICS
 from peft_pretraining.commands.finetune.model import Tuned
 from peft_pretraining.commands.finetune.tasks import Task
+from peft_pretraining.data.files import size_and_ends
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.updates import clip_, gradient_norms, l2_norm
 from peft_pretraining.record.wandb_run import start_wandb
@@ -207,14 +208,11 @@ class _ProgressBar(ProgressCallback):
 
 
 def _digest(folder: Path) -> str:
-    """A digest of the names, sizes, and first and last 64 KiB of a model's files; of no files for a name on the hub."""
+    """A digest of the names, sizes, and first and last 4 kB of a model's files; of no files for a name on the hub."""
     digest = hashlib.sha256()
     kinds = (".json", ".safetensors", ".model", ".bin", ".pt")
     for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file()):
-        with path.open("rb") as file:
-            first, size = file.read(2**16), path.stat().st_size
-            file.seek(max(0, size - 2**16))
-            digest.update(repr((str(path.relative_to(folder)), size, first, file.read())).encode())
+        digest.update(repr((str(path.relative_to(folder)), *size_and_ends(path))).encode())
     return digest.hexdigest()
 
 
