@@ -1,4 +1,4 @@
-"""Imports between rooms (folders) point down only; checked on the source text."""
+"""Imports between folders point to earlier ones only; checked on the source text."""
 
 import ast
 import subprocess
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The rooms from bottom to top. A module imports modules of its own room and of earlier rooms, never of later ones.
+# The folders in order. A module imports modules of its own folder and of earlier ones, never of later ones.
 ROOMS = [
     *("sparse_lora", "config", "distributed", "data", "checkpoint", "methods", "memory", "plan", "model", "optim"),
     *("training", "export", "record", "run", "commands"),
 ]
-# The two programs, which may import every room.
+# The two programs, which may import every folder.
 ENTRIES = ["__main__", "torchrun_main"]
 FLOOR_OF = {name: number for number, name in enumerate([*ROOMS, *ENTRIES])}
 # Modules that import a slow package at their top, so they themselves must be imported late.
