@@ -28,9 +28,11 @@ def block_count(sparsity: float) -> int:
     Raises:
         ValueError: no 1 / k is within 5 % of the share.
     """
-    blocks = max(1, round(1 / sparsity))
+    # Beyond any weight's number of blocks, so that tiny shares do not overflow.
+    inverse = min(1 / sparsity, 1e18)
+    blocks = max(1, round(inverse))
     if abs(1 / blocks - sparsity) > _TOLERANCE * sparsity:
-        below, above = 1 / (int(1 / sparsity) + 1), 1 / max(1, int(1 / sparsity))
+        below, above = 1 / (int(inverse) + 1), 1 / max(1, int(inverse))
         raise ValueError(
             f"sparsity {sparsity}: k blocks hold a share 1 / k of all entries, the nearest are {below:.4g} and {above:.4g}: "
             'choose one of these, or support "uniform"'

@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--rate {args.rate:g}: needs --bandwidth, in 10^9 bytes per second, to predict scaling")
     # Stand-ins fill required flags of the method that do not affect memory.
     method = METHODS.get(str(given.get("peft_model")).lower())
-    values = arguments_from({"batch_size": 1, **(method.stand_ins if method else {}), **given})
+    batch = {"batch_size": 1}
+    total, accumulation = given.get("total_batch_size"), given.get("gradient_accumulation")
+    if isinstance(total, int) and isinstance(accumulation, int) and accumulation > 0:
+        batch["batch_size"] = max(1, total // (accumulation * args.world))
+    values = arguments_from({**batch, **(method.stand_ins if method else {}), **given})
     for line in check(values, World(size=args.world)).notices:
         print(f"notice: {line}", file=sys.stderr)
     values = replace(values, given=frozenset(given))

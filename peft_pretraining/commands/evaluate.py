@@ -158,22 +158,21 @@ def _eval_set(
 
     An evaluation data set is used completely; of data that any model of the table was trained on, only the held-out part is.
     """
+    from peft_pretraining.config.dataset_list import shares_dataset
     from peft_pretraining.data.loader import EvalSet
     from peft_pretraining.data.mixture import open_dataset
     from peft_pretraining.data.source import READING_RULES
-    from peft_pretraining.run.folder import same_place
 
     run = loaded.args
     recorded = None if run is None else run.eval_dataset
     dataset = args.dataset or recorded or (run.dataset if run is not None else "")
     field = args.text_field or (run.text_field if run is not None else "text")
     own = args.dataset is None and recorded is not None
-    training = next((each for each in trained_on if dataset == each or same_place(dataset, each)), None)
     # The run's own version of the split rules decides which documents it held out.
-    rules = loaded.rules if own or (run is not None and training == run.dataset) else READING_RULES
-    hold_out = training is not None and not own
-    source = open_dataset(dataset, "validation", text_field=field, hold_out=hold_out, rules=rules)
-    if run is None and not hold_out:
+    rules = loaded.rules if run is not None and (own or shares_dataset(dataset, run.dataset)) else READING_RULES
+    trained = [run.dataset] if run is not None and own else trained_on
+    source = open_dataset(dataset, "validation", text_field=field, trained_on=trained, rules=rules)
+    if run is None and not any(shares_dataset(dataset, each) for each in trained_on):
         split = open_dataset(dataset, "validation", text_field=field)
         if any(each.keep != "all" for each in split.sources):
             print(

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from peft_pretraining.config.arguments import GROUPS, ROWS, Arguments, ConfigError
@@ -44,8 +44,12 @@ def parse_tokens(text: str) -> int:
     """Returns the number of tokens in a text such as `150M`, `1.1B`, `2k` or plain digits (powers of 1000). Raises ValueError."""
     units = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
     number, unit = (text[:-1], units.get(text[-1:].lower())) if text[-1:].lower() in units else (text, 1)
-    value = float(number) * (unit or 1)
-    if not math.isfinite(value) or value != int(value):
+    try:
+        # Exact, so that 8.2B is a whole number.
+        value = Decimal(number) * unit
+    except InvalidOperation:
+        raise ValueError(f"{text!r} is not a number of tokens") from None
+    if not value.is_finite() or value != int(value):
         raise ValueError(f"{text!r} is not a whole number of tokens")
     return int(value)
 
@@ -238,7 +242,9 @@ def _file_to_argv(path: str, values: dict[Any, Any]) -> tuple[list[str], dict[st
     argv: list[str] = []
     problems: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in ROWS or key == "config":
+        if key == "config":
+            problems[f"{path}: {key}"] = Unreadable(f"--config {path}: a config file cannot name another one; copy its entries")
+        elif key not in ROWS:
             problems[f"{path}: {key}"] = Unreadable(f"--config {path}: unknown name {key!r}{_hint(str(key), prefix='')}")
         elif isinstance(value, (dict, list)) and ROWS[key].kind == "datasets":
             try:

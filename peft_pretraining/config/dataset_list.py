@@ -56,6 +56,11 @@ def dataset_names(text: str) -> list[str]:
         return [text]
 
 
+def shares_dataset(one: str, other: str) -> bool:
+    """Whether two values of --dataset have a data set in common; a place may be written differently."""
+    return bool({_place(name) for name in dataset_names(one)} & {_place(name) for name in dataset_names(other)})
+
+
 def joined_datasets(value: list[Any] | dict[Any, Any]) -> str:
     """Returns the text for a list or mapping of a YAML or JSON file: names, NAME:WEIGHT, {NAME: WEIGHT}, or {dataset:, weight:}.
 
@@ -154,12 +159,21 @@ def _refuse_invalid(names_and_weights: list[tuple[str, float | None]]) -> None:
             )
     seen: dict[str, str] = {}
     for name, _ in names_and_weights:
-        place = name.removeprefix("file://").removeprefix("local://")
-        remote = "://" in place or name.startswith("hub:") or name in NAMED
-        key = name.rstrip("/") if remote else os.path.realpath(expanded(place))
+        key = _place(name)
         if key in seen:
             raise DatasetListError(f"names {name} twice{_also(seen[key], name)}; name it once, with the sum of the weights")
         seen[key] = name
+
+
+def _place(name: str) -> str:
+    """A local data set's real path, an address without its last slash, else the name itself."""
+    place = name.removeprefix("file://").removeprefix("local://")
+    if "://" in place or name.startswith("hub:") or name in NAMED:
+        return name.rstrip("/")
+    try:
+        return os.path.realpath(expanded(place))
+    except PathError:
+        return place
 
 
 def _also(first: str, second: str) -> str:

@@ -191,6 +191,12 @@ def _full_attention(value: Any) -> str | None:
     return None if ok else 'null or a list of "full_attention"'
 
 
+def _names(value: Any) -> str | None:
+    if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        return None
+    return "a list of names, or leave it out"
+
+
 def _anything(_: Any) -> str | None:
     return None
 
@@ -246,7 +252,7 @@ _OTHER_KEYS: dict[str, Callable[[Any], str | None]] = {
     "rope_scaling": _anything,  # checked in _rope
     "rope_parameters": _anything,  # checked in _rope
     # Carried by published and hub files; they say nothing about the shape of the model.
-    "architectures": _anything,  # without model_type checked in _check_relations
+    "architectures": _names,  # without model_type also checked in _check_relations
     "use_cache": _anything,
     "torch_dtype": _anything,
     "dtype": _anything,
@@ -504,7 +510,8 @@ def rope_warnings(cfg: ModelConfig) -> list[str]:
 def _check_relations(raw: Mapping[str, Any], values: Mapping[str, Any], problems: list[str]) -> None:
     """Checks sizes that depend on each other, except those that already have a problem; appends to `problems`."""
     architectures = raw.get("architectures") or []
-    if "model_type" not in raw and not all(str(name).casefold().startswith("llama") for name in architectures):
+    are_llama = _names(architectures) is not None or all(name.casefold().startswith("llama") for name in architectures)
+    if "model_type" not in raw and not are_llama:
         problems.append(f'architectures = {_show(architectures)}; allowed: ["LlamaForCausalLM"], or leave it out')
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     kv_heads, vocab = values.get("num_key_value_heads"), values.get("vocab_size")

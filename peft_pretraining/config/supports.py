@@ -6,6 +6,7 @@ arithmetic and cost in sparse_lora.functional.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,13 +38,24 @@ def _uniform_fit(sparsity: float, out_features: int, in_features: int) -> str | 
         return None
     return (
         f"--sp_ratio {sparsity}: leaves no entry in a weight of {out_features} x {in_features}; "
-        f"use more than {1 / (out_features * in_features):.1g}"
+        f"use at least {_rounded_up(1 / (out_features * in_features))}"
     )
+
+
+def _rounded_up(share: float) -> str:
+    """The share with two digits, never below it."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 1)
+    return f"{math.ceil(share / unit - 1e-9) * unit:.2g}"
 
 
 def block_count(sparsity: float) -> int:
     """Returns the number of blocks of a block support of about this sparsity, as sparse_lora.block.block_count."""
-    return max(1, round(1 / sparsity))
+    return max(1, round(_inverse(sparsity)))
+
+
+def _inverse(sparsity: float) -> float:
+    # A number of blocks beyond any weight's, so that tiny shares do not overflow.
+    return min(1 / sparsity, 1e18)
 
 
 def _block_nonzeros(out_features: int, in_features: int, sparsity: float) -> int:
@@ -58,7 +70,7 @@ def _block_problem(sparsity: float) -> str | None:
     blocks = block_count(sparsity)
     if abs(1 / blocks - sparsity) <= 0.05 * sparsity:
         return None
-    below, above = 1 / (int(1 / sparsity) + 1), 1 / int(1 / sparsity)
+    below, above = 1 / (int(_inverse(sparsity)) + 1), 1 / int(_inverse(sparsity))
     return (
         f"--sp_ratio {sparsity} with --support block: k blocks have a share 1/k of a weight's entries, the nearest are "
         f"{below:.4g} and {above:.4g}; choose one of them, or --support uniform"
@@ -71,7 +83,7 @@ def _block_fit(sparsity: float, out_features: int, in_features: int) -> str | No
         return None
     return (
         f"--sp_ratio {sparsity} with --support block: {blocks} blocks do not fit a weight with "
-        f"{smallest} rows or columns; use at least {1 / smallest:.2g}, or --support uniform"
+        f"{smallest} rows or columns; use at least {_rounded_up(1 / smallest)}, or --support uniform"
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from peft_pretraining.config.dataset_list import DatasetListError, split_datasets
+from peft_pretraining.config.dataset_list import DatasetListError, shares_dataset, split_datasets
 from peft_pretraining.config.files import PathError
 from peft_pretraining.data import DataError
 from peft_pretraining.data.prepared import read_manifest
@@ -87,26 +87,36 @@ class Mixture:
         ]
 
 
-def open_dataset(dataset: str, split: Any, *, hold_out: bool = True, resolve: bool = True, **options: Any) -> Source | Mixture:
-    """Opens a data set or a list of them as a mixture; the arguments and errors are those of `open_source`.
+def open_dataset(
+    dataset: str, split: Any, *, trained_on: Sequence[str] | None = None, resolve: bool = True, **options: Any
+) -> Source | Mixture:
+    """Opens a data set or a list of them as a mixture; the other arguments and the errors are those of `open_source`.
+
+    trained_on: None: the data is trained on, and the validation split is what is held out of it. For evaluation data: the values
+    of --dataset that were trained on; of a data set among them only what is held out is read, of others all (`hold_out`).
 
     Raises DataError too where a list is invalid, two data sets read the same file, or weights are left to sizes that are unknown.
     """
+
+    def opened(name: str, split: Any) -> Source:
+        hold_out = trained_on is None or any(shares_dataset(name, trained) for trained in trained_on)
+        return open_source(name, split, hold_out=hold_out, resolve=resolve, **options)
+
     try:
         wanted = split_datasets(dataset)
     except (DatasetListError, PathError) as error:
         raise DataError(f"dataset {dataset!r}: {error}") from None
     if len(wanted) == 1:
-        return open_source(wanted[0][0], split, hold_out=hold_out, resolve=resolve, **options)
-    sources = tuple(open_source(name, split, hold_out=hold_out, resolve=resolve, **options) for name, _ in wanted)
+        return opened(wanted[0][0], split)
+    sources = tuple(opened(name, split) for name, _ in wanted)
     _refuse_shared_files(dataset, sources)
     given = [weight for _, weight in wanted if weight is not None]
     weighed_by, sizes = "as weighted", given
     if not given:
         # A held-out split has the shares of its training split.
         weighed = sources
-        if split != "train" and hold_out:
-            weighed = tuple(open_source(name, "train", resolve=resolve, **options) for name, _ in wanted)
+        if split != "train" and trained_on is None:
+            weighed = tuple(opened(name, "train") for name, _ in wanted)
         weighed_by, sizes = _sizes(dataset, weighed, resolve)
     # Rounded, so that 7 and 3 are the same weights as 0.7 and 0.3, in any order.
     weights = tuple(float(f"{size / math.fsum(sizes):.12g}") for size in sizes) or None

@@ -124,6 +124,8 @@ def refused_values(args: Arguments) -> dict[str, str]:
     for name, row in ROWS.items():
         if name not in problems and (limit := row.out_of_range(getattr(args, name))) is not None:
             problems[name] = f"--{name} {getattr(args, name)}: {limit}"
+        if name not in problems and row.kind in ("path", "place", "datasets") and (getattr(args, name) or "").strip() == "" and getattr(args, name) is not None:
+            problems[name] = f"--{name} is empty, perhaps from a shell variable that is not set; give a value, or leave it out"
     for name, problem in METHODS[args.peft_model].value_problems(args).items():
         problems.setdefault(name, problem)
     for name, exists in (("model_config", Path.is_file), ("continue_from", Path.is_dir)):
@@ -131,8 +133,7 @@ def refused_values(args: Arguments) -> dict[str, str]:
         if name not in problems and value is not None and not exists(Path(value)):
             kind = "file (configs/ holds llama_9m.json to llama_13b.json)" if name == "model_config" else "folder"
             problems[name] = f"--{name} {value}: no such {kind}"
-    device, _, index = args.device.partition(":")
-    if device not in ("auto", "cpu", "cuda") or (index and not (device == "cuda" and index.isdigit())):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", args.device):
         problems["device"] = f"--device {args.device}: must be auto, cpu, cuda or cuda:N"
     return problems
 
@@ -162,8 +163,6 @@ def _missing_inputs(args: Arguments) -> list[str]:
 def combination_problems(args: Arguments) -> list[str]:
     """Problems of values that are valid singly but not together."""
     problems: list[str] = []
-    if not args.dataset.strip():
-        problems.append("--dataset is empty, perhaps from a shell variable that is not set; name a data set, e.g. c4 or a folder")
     if args.single_gpu and "parallel" in args.given:
         problems.append(f"--single_gpu with --parallel {args.parallel}: one process has nothing to share; drop one of the two")
     if args.per_layer and args.grad_clipping:

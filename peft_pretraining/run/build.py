@@ -72,7 +72,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device, 
     held_out = open_dataset(
         *(args.eval_dataset or args.dataset, "validation"),
         text_field=args.text_field,
-        hold_out=args.eval_dataset is None,
+        trained_on=None if args.eval_dataset is None else [args.dataset],
         rules=rules,
     )
     # Prepared data contains its tokenizer, used only for the run's folder and for bits per byte.

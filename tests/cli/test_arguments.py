@@ -100,6 +100,11 @@ BAD = [
     (["--single_gpu", "--parallel", "ddp"], ["--single_gpu", "--parallel"]),
     (["stray"], ["stray"]),
     (["--dataset", " "], ["--dataset is empty", "not set"]),
+    (["--eval_dataset", ""], ["--eval_dataset is empty", "not set"]),
+    (["--tokenizer", ""], ["--tokenizer is empty", "not set"]),
+    (["--save_dir", ""], ["--save_dir is empty", "not set"]),
+    (["--device", "cuda:\u00b2"], ["--device cuda:\u00b2", "cuda:N"]),
+    (["--peft_model", "sltrain", "--support", "block", "--sp_ratio", "1e-310"], ["--sp_ratio 1e-310", "1/k"]),
     (["--seed", "9" * 400], ["--seed 999", "2^63"]),
     (["--per_layer", "--grad_clipping", "1.0"], ["--grad_clipping 1.0", "--per_layer", "--grad_norm_growth"]),
     (["--grad_norm_growth", "0.5"], ["--grad_norm_growth 0.5", "at least 1"]),
@@ -268,6 +273,7 @@ def test_a_config_file_sets_flags_and_the_command_line_takes_precedence(tmp_path
     [
         ('{"batch_sizes": 4}', ["batch_sizes", "did you mean batch_size"]),
         ('{"lr": [1]}', ["lr", "single value"]),
+        ('{"config": "other.yaml"}', ["cannot name another one"]),
         ("[1]", ["names and values"]),
         ("{", ["not valid JSON"]),
     ],
@@ -281,7 +287,7 @@ def test_config_file_problems_name_the_file(tmp_path, content, words):
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000)])
+@pytest.mark.parametrize(("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000), ("8.2B", 82 * 10**8), ("2.01M", 2010000)])
 def test_token_counts_are_read(text, tokens):
     assert parse_tokens(text) == tokens
 

@@ -104,6 +104,12 @@ def test_of_training_data_only_the_held_out_part_is_evaluated(tiny_run: list[str
     data = tmp_path / "text" / ".." / "text"
     pair = evaluate(capsys, "--checkpoint", tmp_path / "export", tmp_path / "run", "--dataset", data, "--max_length", 32)
     assert [each["tokens"] for each in pair] == [row["final_eval_tokens"]] * 2
+    # A run that was trained on it and other data.
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["arguments"]["dataset"] = f"c4:0.5, {tmp_path / 'text'}:0.5"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    mixed = evaluate(capsys, "--checkpoint", tmp_path / "run", tmp_path / "export", "--dataset", data, "--max_length", 32)
+    assert [each["tokens"] for each in mixed] == [row["final_eval_tokens"]] * 2
     alone = ["--checkpoint", str(tmp_path / "export"), "--dataset", str(data), "--max_length", "32", "--device", "cpu", "--json"]
     assert main(["evaluate", *alone]) == 0
     shown = capsys.readouterr()

@@ -317,6 +317,9 @@ def test_harmless_keys_of_the_hub_are_passed_over_with_a_notice(tmp_path: Path) 
 def test_architectures_count_where_no_model_type_is_given(tmp_path: Path) -> None:
     with pytest.raises(ModelConfigError, match=r"architectures = .*Qwen2ForCausalLM.*LlamaForCausalLM"):
         load_model_config(write(tmp_path, {"architectures": ["Qwen2ForCausalLM"]}, drop=("model_type",)))
+    for value in (True, 3, [1]):
+        with pytest.raises(ModelConfigError, match=r"architectures = .*; allowed: a list of names"):
+            load_model_config(write(tmp_path, {"architectures": value}, drop=("model_type",)))
     assert load_model_config(write(tmp_path, {}, drop=("model_type",))).hidden_size == 64
 
 

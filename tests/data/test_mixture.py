@@ -335,8 +335,20 @@ def test_evaluation_has_the_same_shares(folders, byte_tokenizer, most, packing, 
 
 
 def test_a_separate_evaluation_set_may_be_a_mixture(folders, byte_tokenizer):
-    held_out = mixture_of(folders, (1, 1, 2), split="validation", hold_out=False)
+    held_out = mixture_of(folders, (1, 1, 2), split="validation", trained_on=[])
     assert set(letters_of(eval_set(held_out, byte_tokenizer, max_tokens=300), byte_tokenizer)) == set("abc")
+
+
+def test_of_an_evaluation_set_that_is_trained_on_only_the_held_out_part_is_read(tmp_path, write_shards, monkeypatch):
+    """However its place is written, and within a mixture; of the other evaluation sets everything is read."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "texts.jsonl").write_text("".join(json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(300)))
+    monkeypatch.chdir(tmp_path)
+    (alone,) = open_dataset("a/", "validation", trained_on=[f"c4:1, {tmp_path / 'a'}:3"]).sources
+    assert alone.keep == "validation"
+    both = open_dataset("a:1, b:1", "validation", trained_on=["c4", str(tmp_path / "a")])
+    assert [source.keep for source in both.sources] == ["validation", "all"]
 
 
 # --- The record ---

@@ -25,7 +25,7 @@ from peft_pretraining.commands.published.read import (
     read_published,
 )
 from peft_pretraining.config.arguments import Arguments, ConfigError
-from peft_pretraining.config.command_line import arguments_from
+from peft_pretraining.config.command_line import Unreadable, arguments_from
 from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.distributed.device import pick_device
 from peft_pretraining.distributed.world import World
@@ -110,6 +110,8 @@ def import_published(folder: Path, given: dict[str, Any]) -> Imported:
 
 
 def _new_folder(given: dict[str, Any]) -> Path:
+    if unreadable := [value.problem for value in given.values() if isinstance(value, Unreadable)]:
+        raise ConfigError(unreadable)
     if "save_dir" not in given:
         raise ConfigError(["--save_dir is required: name a new folder for the run, e.g. --save_dir runs/imported"])
     problems = [

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Imports a checkpoint; prints what was carried over, what was not, and how to continue. Raises ValueError or OSError."""
     given = with_config_file(given_flags(args))
-    given.pop("config", None)
+    if isinstance(given.get("config"), str):
+        given.pop("config")
 
     from peft_pretraining.commands.published.carry import import_published
 
