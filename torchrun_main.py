@@ -156,24 +156,24 @@ def train(args: Arguments, world: World, device: torch.device) -> int:
     late_record = LateRecord(record, run.parts.state, throughput)
     trace = start_trace(args, world, run, record)
     code = 1
-    try:
-        with run.stop.listening():
-            try:
-                loop(args, world, run, record, late_record, trace)
-                print_skipped_records(record, run, world)
-            except StopRun as stopped:
-                late_record.settle()
-                problem = end_early(run, args, world, stopped)
-                code = 0 if problem is None else fail(world, [problem], exit_code=1)
-                return code
-        code = 0
-    finally:
-        if trace is not None:
-            trace.close()
-        run.saver.close()
-        late_record.close()
-        record.close(code)
-        run.data.loader.close()
+    with run.stop.listening():
+        try:
+            loop(args, world, run, record, late_record, trace)
+            print_skipped_records(record, run, world)
+            code = 0
+        except StopRun as stopped:
+            late_record.settle()
+            problem = end_early(run, args, world, stopped)
+            code = 0 if problem is None else fail(world, [problem], exit_code=1)
+            return code
+        finally:
+            run.stop.task = "ending once the record is complete"
+            if trace is not None:
+                trace.close()
+            run.saver.close()
+            late_record.close()
+            record.close(code)
+            run.data.loader.close()
     print_finished(world, run.parts.state, run.folder)
     return 0
 
@@ -214,7 +214,8 @@ def loop(args: Arguments, world: World, run: Run, record: Recorder, late_record:
         micro_batches = next_micro_batches(run, world)
         if run.restarts is not None:
             run.restarts.before_update(state.update_step)
-        lr, progress = (part(state.update_step, state.tokens_seen) for part in (rates.at, rates.progress))
+        lr = rates.at(state.update_step, state.tokens_seen)
+        progress = rates.progress(state.update_step, state.tokens_seen)
         with run.cached_weights():
             step = train_step(run.module, run.parts.updates, micro_batches, lr=lr, progress=progress, world=world, device=device)
         # Reading step.skipped waits for the device, so it is read only if a non-finite update stops the run.

@@ -162,7 +162,12 @@ def largest_entries(weight: Tensor, count: int) -> Tensor:
 
     Args:
         count: 1 .. weight.numel().
+
+    Raises:
+        ValueError: an entry is NaN, which has no magnitude.
     """
+    if bool(weight.isnan().any()):
+        raise ValueError("the pretrained weight has entries that are NaN: use another checkpoint, or support 'uniform'")
     magnitudes = weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32)).abs().flatten()
     smallest = magnitudes.kthvalue(magnitudes.numel() - count + 1).values
     above, equal = (magnitudes > smallest).nonzero().squeeze(1), (magnitudes == smallest).nonzero().squeeze(1)
@@ -186,7 +191,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     names |= {
-        f"{name}.support.{buffer}"
+        f"{name}.support.{buffer}".lstrip(".")
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, AdaptedLinear) and module.support is not None
         for buffer in module.support.state_dict()

@@ -99,7 +99,7 @@ class BlockSupport(Support):
 
     def flat_indices(self) -> Tensor:
         """Sorted int64 positions (nnz,) in the row-major weight."""
-        numbers = torch.arange(self.numel).view(self.out_features, self.in_features)
+        numbers = torch.arange(self.numel, device="cpu").view(self.out_features, self.in_features)
         return BlockPart(self.blocks, self.out_features, self.in_features).gather(numbers)
 
     def add_few_rows_(self, y_TO: Tensor, x_TI: Tensor, values: Tensor) -> None:

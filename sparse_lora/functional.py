@@ -1,7 +1,8 @@
 """Computes y = x W^T + bias with W = scaling * B A + S (+ W0) without keeping W or its gradient; and the dense reference.
 
 Two paths compute the same result, and `cheaper_path` chooses one. The materialised path builds W, and in backward W's gradient.
-The factored path keeps x A^T and multiplies by the factors, and by S in the way that suits its support.
+The factored path keeps x A^T and multiplies by the factors, and by S in the way that suits its support. Up to MOST_FEW_ROWS rows
+without gradients have a third.
 
 Shapes: T rows (all leading dimensions of x together), I in_features, O out_features, R rank, N nonzeros of S.
 """
@@ -477,7 +478,9 @@ def cheaper_path(
     width: int,
     with_base: bool = False,
 ) -> str:
-    """Returns the path with fewer multiplications, in inference too, so that a recomputed forward pass takes the same path.
+    """Returns the path with fewer multiplications, with and without gradients, so that a recomputed forward pass takes the same.
+
+    Few rows without gradients have their own computation (`_few_rows_output`), equal to rounding.
 
     Args:
         num_rows: rows of the input, all leading dimensions together.
@@ -488,7 +491,6 @@ def cheaper_path(
         with_base: True if the weight also has a dense part W0.
     """
     sizes = (num_rows, out_features, in_features, rank, kind, nnz, device_type, width, with_base)
-    # Written out for torch.compile, which traces through it.
     factored, materialised = (multiplications(path, *sizes) for path in ("factored", "materialised"))
     return "factored" if factored <= materialised else "materialised"
 

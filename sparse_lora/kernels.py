@@ -105,14 +105,25 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     cuBLAS). The first call for a GPU compiles and runs a small trial in another process, and warns with the reason if it fails.
     On the CPU: if TRITON_INTERPRET=1 was set before Triton was imported (for tests; slow).
     """
-    if dtype not in DTYPES:
-        return False
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and dtype in DTYPES:
         kernels = _triton_kernels()
         return kernels is not None and kernels.INTERPRETED
-    if device.type != "cuda" or (dtype == torch.float32 and not _tf32_allowed()):
+    if why_unavailable(device, dtype) is not None:
         return False
     return _works(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why the kernels cannot run for these tensors, as far as that is known without a trial; None otherwise."""
+    if device.type != "cuda":
+        return f"they need a GPU, and the device is {device}"
+    if dtype not in DTYPES or (dtype == torch.float32 and not _tf32_allowed()):
+        return f"{dtype}: they take bfloat16, float16, and float32 if TF32 is allowed (--tf32)"
+    if _triton_kernels() is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need a GPU of compute capability 8.0 or higher"
+    return None
 
 
 def build_weight(lora_A: Tensor, scaled_B: Tensor, values: Tensor, positions: Tensor, *, tile: Tile | None = None) -> Tensor:
@@ -253,8 +264,6 @@ def _loaded_kernels() -> tuple[ModuleType, bool]:
 def _works(index: int) -> bool:
     """Tells whether a trial on this GPU gives the right numbers; Triton also needs a C compiler and a recent driver."""
     device = torch.device("cuda", index)
-    if _triton_kernels() is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
     problem = _trial_problem(index)
     if problem:
         warnings.warn(f"Triton kernels are not used on {device}, PyTorch is used instead: {problem}", stacklevel=3)

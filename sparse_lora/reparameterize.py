@@ -2,7 +2,8 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class SLTrainConfig:
         problems = hyperparameter_problems(self.rank, self.sparsity, self.alpha, drawn, self.path)
         problems += self._base_problems()
         targets = self.target_modules
-        if isinstance(targets, str) or not targets or not all(isinstance(t, str) and t for t in targets):
+        if not targets or not _are_names(targets):
             problems.append(f"target_modules is {targets!r}, but it must be names, such as {DEFAULT_TARGETS}")
         else:
             object.__setattr__(self, "target_modules", tuple(targets))
@@ -78,13 +79,17 @@ class SLTrainConfig:
         if self.base is None and self.support == LARGEST:
             problems.append("support 'largest' selects entries of a base weight: set base='frozen' or 'trained' too")
         modules = self.trained_modules
-        if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
+        if not _are_names(modules):
             problems.append(f"trained_modules is {modules!r}, but it must be names, such as ('classifier',)")
-        else:
-            object.__setattr__(self, "trained_modules", tuple(modules))
+            return problems
+        object.__setattr__(self, "trained_modules", tuple(modules))
         if self.base is None and modules:
             problems.append(f"trained_modules is {modules!r}, but without a base everything trains: leave it out")
         return problems
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(name, str) and name for name in value)
 
 
 def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
@@ -92,7 +97,8 @@ def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
 
     SparseLowRankLinear gets newly drawn weights and biases; AdaptedLinear keeps the linear's. Device, dtype, training mode and
     the presence of a bias are kept. Every new tensor is drawn with (config.seed, its qualified name); on the meta device nothing
-    is drawn. Embedding, lm_head, norms, weights tied to an embedding, and subclasses of nn.Linear are not replaced.
+    is drawn. Embedding, lm_head, norms, weights shared with an embedding or another linear, and subclasses of nn.Linear are not
+    replaced.
 
     Warns of targeted modules that stay dense, and of factors with more parameters than the dense weight.
 
@@ -181,6 +187,7 @@ def replace_targets(
 _ATTENTION = "reads its weights without calling its linears; use attention made of nn.Linear projections"
 _TRANSPOSED = "stores its weight transposed; put nn.Linear modules in their place first"
 _SUBCLASS = "a subclass of nn.Linear may use its weight differently; put plain nn.Linear modules in their place first"
+_SHARED = "shares its weight with another linear; give each its own weight first"
 _REPLACED = "is replaced already; call merge(model) first, or build the model anew"
 
 
@@ -188,6 +195,7 @@ def _why_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...]) -> li
     """One line for each kind of module that a target matches and that cannot be replaced: its names, and the way out."""
     attention = tuple(f"{name}." if name else "" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention))
     names: dict[str, list[str]] = {}
+    uses = _uses_of_weights(modules.values(), nn.Linear)
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
             reason = _ATTENTION
@@ -198,6 +206,8 @@ def _why_dense(modules: Mapping[str, nn.Module], targets: tuple[str, ...]) -> li
             reason = _TRANSPOSED
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear and not name.startswith(attention):
             reason = _SUBCLASS
+        elif type(module) is nn.Linear and uses[id(module.weight)] > 1:
+            reason = _SHARED
         else:
             continue
         if any(_matches(target, name) for target in targets) and not any(kept in name for kept in KEPT_DENSE):
@@ -269,8 +279,8 @@ def merge(model: nn.Module) -> list[str]:
 def prepare_for_inference(model: nn.Module) -> nn.Module:
     """Puts the model into eval mode without gradients, and makes the tables by row that products of few rows need.
 
-    A uniform support's table takes 2 bytes per nonzero (4 from 32,769 inputs on) and 4 per row. Loading other positions does not
-    update the table: call this function again. Returns the model.
+    A uniform support's table takes 2 bytes per nonzero (4 from 32,769 inputs on) and 4 per row. Drawing or loading other
+    positions drops the table, and few rows are computed like many until this function is called again. Returns the model.
     """
     for module in model.modules():
         if isinstance(module, Support):
@@ -282,17 +292,19 @@ def _eligible_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Returns the linears that may be replaced, by name.
 
     Subclasses of nn.Linear are excluded, because some use the weight differently (nn.MultiheadAttention reads it without calling
-    the module, quantised linears store it differently). A weight tied to an embedding stays dense.
+    the module, quantised linears store it differently). A weight that an embedding or another linear shares stays dense.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    uses = _uses_of_weights(model.modules(), nn.Embedding, nn.Linear)
     return {
         name: module
         for name, module in model.named_modules()
-        if name
-        and type(module) is nn.Linear
-        and id(module.weight) not in embeddings
-        and not any(kept in name for kept in KEPT_DENSE)
+        if name and type(module) is nn.Linear and uses[id(module.weight)] == 1 and not any(kept in name for kept in KEPT_DENSE)
     }
+
+
+def _uses_of_weights(modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> Counter[int]:
+    """Counts the modules of these kinds that have each weight, by the weight's id."""
+    return Counter(id(module.weight) for module in modules if isinstance(module, kinds))
 
 
 def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) -> SparseLowRankLinear:
@@ -329,7 +341,8 @@ def _linear_like(layer: SparseLowRankLinear | ReLoRALinear) -> nn.Linear:
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Puts replacements[id(module)] in the module's place in the model; a shared module is replaced under all of its names."""
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        # named_children() leaves out a child's second name.
+        for child_name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, child_name, replacements[id(child)])
     _switch_fast_paths(model)

@@ -177,7 +177,7 @@ def scratch_matrix(rows: int, columns: int, like: Tensor) -> Tensor:
     if _kept.memory is None or _kept.memory.numel() < num_bytes:
         # Frees the smaller block before allocating.
         _kept.memory = None
-        _kept.memory = torch.empty(num_bytes, dtype=torch.uint8)
+        _kept.memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     return _kept.memory[:num_bytes].view(like.dtype).view(rows, columns)
 
 

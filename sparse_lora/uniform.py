@@ -1,9 +1,9 @@
 """The uniform support: entries drawn at random over the whole matrix, and the format in which their positions are stored.
 
 Sorted positions are stored as the gaps between them, one byte each. With a share delta of all entries the mean gap is 1 / delta,
-and a gap is 256 or more with probability exp(-256 delta): 2e-6 at delta .05, 8 % at .01. Such an escaped gap keeps its lower byte
-in its place like any other gap; its upper byte and its place go to a separate list, whose sorted places are stored in the same
-way. For few positions, whose gaps are long, two bytes per gap or the plain positions take less memory.
+and about (1 - delta)^256 of the gaps are 256 or more: 2e-6 at delta 0.05, 8 % at 0.01. Such an escaped gap keeps its lower byte
+in its place like any other gap; its upper byte and its place go to a separate list, whose sorted places are stored alike.
+For few positions, whose gaps are long, two bytes per gap or the plain positions take less memory.
 
 Sizes follow from the shape alone, so that a tensor can be allocated, loaded and counted before anything is drawn. The list of
 escaped gaps has room for 12 standard deviations more than a uniform draw is expected to need.
@@ -307,15 +307,18 @@ class UniformSupport(Support):
         self._store(code)
 
     def _store(self, code: Tensor) -> None:
-        """Copies `code` to the existing storage, or replaces the storage if the sizes differ; drops cached positions."""
-        self.decoded = None
+        """Copies `code` to the existing storage, or replaces the storage if the sizes differ; drops what was made from it."""
+        self._drop_tables()
         if code.shape == self.code.shape:
             self.code.copy_(code)
         else:
             self.code = code.to(self.code.device)
 
+    def _drop_tables(self) -> None:
+        self.decoded = self.columns = self.starts = None
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.decoded = None
+        self._drop_tables()
         super()._load_from_state_dict(*args, **kwargs)
 
 

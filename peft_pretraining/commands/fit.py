@@ -92,8 +92,6 @@ def _free(args: Arguments) -> Iterator[dict[str, Any]]:
     for values in itertools.product(checkpointing, per_layer, head):
         wanted = dict(zip(("activation_checkpointing", "per_layer", "head_gradient"), values, strict=True))
         changes = {name: value for name, value in wanted.items() if value != getattr(args, name)}
-        if "per_layer" in changes and args.grad_clipping and "grad_clipping" not in args.given:
-            changes["grad_clipping"] = None
         yield changes
 
 

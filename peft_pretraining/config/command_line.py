@@ -46,7 +46,7 @@ def parse_tokens(text: str) -> int:
     number, unit = (text[:-1], units.get(text[-1:].lower())) if text[-1:].lower() in units else (text, 1)
     try:
         # Exact, so that 8.2B is a whole number.
-        value = Decimal(number) * unit
+        value = Decimal(number) * (unit or 1)
     except InvalidOperation:
         raise ValueError(f"{text!r} is not a number of tokens") from None
     if not value.is_finite() or value != int(value):

@@ -38,7 +38,6 @@ _LOST_PEER_SIGNS = (
     "communicator was aborted",
     "Watchdog caught collective operation timeout",
     "Timed out waiting",
-    "connectFullMesh failed",
     "Read error",
 )
 # Parts of NCCL's other error messages, and the way out.
@@ -135,7 +134,7 @@ def stop_signals() -> list[signal.Signals]:
 
 
 class _LastingStream:
-    """A text stream on which writing to a closed terminal or pipe has no effect, instead of raising OSError."""
+    """A text stream on which writing to a closed terminal or pipe, or a full disk, has no effect instead of raising OSError."""
 
     def __init__(self, stream: TextIO | None):
         """stream: None if the process was started without it, which leaves its descriptor to the next file that is opened."""
@@ -200,6 +199,11 @@ def _explained(error: RuntimeError, world: World) -> GroupError | None:
 
     text = str(error)
     reason = text.splitlines()[0][:200] if text else type(error).__name__
+    if "connectFullMesh failed" in text:
+        return LostProcess(
+            f"the processes cannot reach each other ({reason}): one has ended (see its error message), or gloo uses the wrong "
+            "network interface (set GLOO_SOCKET_IFNAME to one that `ip -brief address` lists on every machine)"
+        )
     if any(sign in text for sign in _LOST_PEER_SIGNS):
         return LostProcess(f"another process of this run has ended; see its error message ({reason})")
     if "NCCL" in text:

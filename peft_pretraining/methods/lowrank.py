@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from sparse_lora import SLTrainConfig
 
-# Runs with both values at or above these stalled at a high loss: the low-rank part moves too far per update.
+# Runs with a scale above the first and a rate of at least the second value stalled at a high loss: the low-rank part moves too
+# far per update.
 _STALLING_SCALE, _STALLING_LR = 0.5, 0.003
 
 
@@ -79,7 +80,7 @@ class LowRank(Method):
 
     def notices(self, args: Arguments) -> list[str]:
         """Notices for restarts with an optimizer that keeps no moments."""
-        does_more = args.rebalance or args.restart_warmup_steps or args.grad_norm_growth
+        does_more = args.rebalance or args.restart_warmup_steps
         return [] if does_more else moments_notices(args, ("restart_every",))
 
     def linear_groups(

@@ -120,7 +120,7 @@ class Int8Tensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and isinstance(args[1], Int8Tensor):
-            return _Linear.apply(*args, *([None] if len(args) == 2 else []), **(kwargs or {}))
+            return _Linear.apply(*(*args, (kwargs or {}).get("bias"))[:3])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

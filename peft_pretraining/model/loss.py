@@ -155,7 +155,8 @@ class HeadGradient(RowGradient):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Returns rows start to stop of the gradient, (stop - start, D), in the head's dtype."""
-        weight, total = self._weight[start:stop], None
+        weight = self._weight[start:stop]
+        total: Tensor | None = None
         size = max(1, self._block_elements // (stop - start))
         for h_CD, labels_C, normalisers_C in zip(
             *(tensor.split(size) for tensor in (self._hidden, self._labels, self._normalisers)), strict=True
@@ -165,8 +166,7 @@ class HeadGradient(RowGradient):
             total = product.to(_wide(product)) if total is None else total.add_(product)
             # Frees the memory before the next block's logits are computed.
             del log_p_CV, product
-        if total is None:
-            total = torch.zeros((stop - start, self.shape[1]), device=self.device)
+        assert total is not None  # an empty tensor is split into one empty chunk
         return total.mul_(self._scale).to(self.dtype)
 
 

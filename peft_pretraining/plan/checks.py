@@ -124,7 +124,8 @@ def refused_values(args: Arguments) -> dict[str, str]:
     for name, row in ROWS.items():
         if name not in problems and (limit := row.out_of_range(getattr(args, name))) is not None:
             problems[name] = f"--{name} {getattr(args, name)}: {limit}"
-        if name not in problems and row.kind in ("path", "place", "datasets") and (getattr(args, name) or "").strip() == "" and getattr(args, name) is not None:
+        is_empty = row.kind in ("path", "place", "datasets") and str(getattr(args, name)).strip() == ""
+        if name not in problems and is_empty:
             problems[name] = f"--{name} is empty, perhaps from a shell variable that is not set; give a value, or leave it out"
     for name, problem in METHODS[args.peft_model].value_problems(args).items():
         problems.setdefault(name, problem)

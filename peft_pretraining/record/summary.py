@@ -96,13 +96,16 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     moments together.
     """
     plan = document.get("plan") or {}
+    # ReLoRA's record begins with the rows of the full-rank run that it started from.
+    before = (document.get("warm_up") or {}).get("updates") or 0
     updates = [row for row in rows if row.get("loss") is not None]
+    own = [row for row in updates if int(row.get("update_step") or 0) > before]
     evaluations = [row for row in rows if row.get("final_eval_perplexity") is not None]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     at_end = is_finished(document, rows) and last.get("update_step") == reached(rows)
     final: Row = last if at_end else {}
-    tokens_per_second = _median(updates, "throughput_tokens")
-    states = [states_bytes(row) for row in updates]
+    tokens_per_second = _median(own, "throughput_tokens")
+    states = [states_bytes(row) for row in own]
     return {
         "parameters": (plan.get("parameters") or {}).get("total"),
         "full_rank_parameters": plan.get("full_rank_parameters"),
@@ -117,11 +120,10 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "final_bits_per_byte": final.get("final_eval_bits_per_byte"),
         "evaluation_tokens": last.get("final_eval_tokens"),
         "tokens_per_second": tokens_per_second,
-        **{name: _median(updates, name) for name in _RATES},
-        "training_seconds": None if tokens_per_second is None else seconds_of(updates)[-1],
-        # The newest value: ReLoRA's record begins with the rows of the full-rank run that it started from.
+        **{name: _median(own, name) for name in _RATES},
+        "training_seconds": seconds_of(updates)[-1] if _median(updates, "throughput_tokens") is not None else None,
         "states_bytes": next((value for value in reversed(states) if value is not None), None),
-        "peak_memory_bytes": max((row["max_memory"] for row in updates if row.get("max_memory")), default=None),
+        "peak_memory_bytes": max((row["max_memory"] for row in own if row.get("max_memory")), default=None),
     }
 
 

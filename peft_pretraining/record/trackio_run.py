@@ -145,7 +145,9 @@ class TrackioRun:
         with self._connected() as database:
             lost = self._num_rows - len(self._recorded(database))
         if lost > 0:
-            raise OSError(f"{lost:,} rows are missing; `wandb-upload RUN --tracker trackio` sends them")
+            raise OSError(
+                f"{lost:,} rows are missing; `python -m peft_pretraining wandb-upload RUN --tracker trackio` sends them"
+            )
 
     def _show_warning(self, message: Any, category: Any, filename: str, *rest: Any, **others: Any) -> None:
         """Shows trackio's warnings, such as of a full disk, as one line; it drops the rows that it cannot write."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -176,17 +175,15 @@ def next_micro_batches(run: Run, world: World) -> list[Batch]:
     position = loader.state_dict()
     micro_batches: list[Batch] = []
     try:
-        with _agreed(run, world):
-            micro_batches = [next(run.batches) for _ in range(run.plan.gradient_accumulation)]
+        _agreed(run, world, lambda: micro_batches.extend(next(run.batches) for _ in range(run.plan.gradient_accumulation)))
     except (StopRun, DataError):
         loader.take_back(position)
         raise
     return micro_batches
 
 
-@contextlib.contextmanager
-def _agreed(run: Run, world: World) -> Iterator[None]:
-    """Runs a block that waits for data, after which all processes agree whether to continue.
+def _agreed(run: Run, world: World, read: Callable[[], None]) -> None:
+    """Calls `read`, which waits for data, after which all processes agree whether to continue.
 
     Raises StopRun if any process was asked to stop or has no data; without data before the first update it raises DataError.
     In the same exchange rank 0 tells all that a save is due by its clock.
@@ -194,7 +191,7 @@ def _agreed(run: Run, world: World) -> Iterator[None]:
     problem: str | None = None
     try:
         with run.stop.waiting():
-            yield
+            read()
     except Stopped:
         pass
     except DataError as error:
@@ -214,8 +211,7 @@ def run_evaluation(run: Run, world: World) -> EvalResult:
 
     Raises StopRun if any process is asked to stop or cannot read its data, and NothingToEvaluate.
     """
-    with _agreed(run, world):
-        run.data.eval_set.prepare()
+    _agreed(run, world, run.data.eval_set.prepare)
     # Evaluation avoids DDP's wrapper, whose forward is collective. FSDP2's forward is collective too, so all processes must
     # stop at the same batch.
     inner = getattr(run.module, "module", run.module)

@@ -25,7 +25,7 @@ from peft_pretraining.distributed.device import torch_dtype
 from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import loss_chunk_rows
-from peft_pretraining.methods import METHODS
+from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.model.llama import build_model, scale_start, start_from_svd
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_galore, build_optimizer
@@ -131,6 +131,10 @@ def build_token_loss(
     eos_id: token id that ends a document, for --document_mask. restored: a checkpoint is loaded next, so --init svd is skipped.
     """
     kernels.choose(args.kernels)
+    # For --device cpu and other methods a notice has said so before.
+    wanted = args.kernels == "triton" and args.device != "cpu" and has_effect("kernels", args.peft_model)
+    if wanted and (reason := kernels.why_unavailable(device, torch_dtype(plan.dtype))) is not None:
+        world.say(f"notice: --kernels triton has no effect: {reason}")
     sharded = args.parallel == "fsdp" and world.size > 1
     modules: list[TokenLoss] = []
 

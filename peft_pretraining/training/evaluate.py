@@ -98,7 +98,7 @@ def evaluate(
     loss = loss_sum / tokens
     return EvalResult(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 709 else math.inf,
+        perplexity=math.inf if loss >= 709 else math.exp(loss),
         tokens=int(tokens),
         bits_per_byte=loss_sum / math.log(2) / num_bytes if num_bytes else None,
     )

@@ -55,6 +55,8 @@ class StopRequest:
         self._clock, self._exit_now = clock, exit_now
         self._since = 0.0
         self._waiting = False
+        # What a signal lets the process finish, in the words of its answer.
+        self.task = "stopping after this update"
 
     @property
     def requested(self) -> bool:
@@ -92,7 +94,7 @@ class StopRequest:
                 self._leave(name, number)
             return
         self.signal_name, self._since = name, self._clock()
-        self._answer(f"{name}: stopping after this update; send the signal again to end immediately")
+        self._answer(f"{name}: {self.task}; send the signal again after {_SAME_REQUEST_S:g} seconds to end immediately")
         if self._waiting:
             self._waiting = False
             raise Stopped

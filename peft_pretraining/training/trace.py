@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -93,6 +94,6 @@ class Trace:
             if self._device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")
         except (OSError, RuntimeError) as error:
-            self._say(f"warning: the trace cannot be written ({error}); training continues")
+            print(f"warning: the trace of process {self._rank} cannot be written ({error}); training continues", file=sys.stderr)
             return
         self._say(f"{self._made} updates traced: {path}.json.gz (docs/profiling.md)")

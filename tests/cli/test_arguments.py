@@ -287,7 +287,10 @@ def test_config_file_problems_name_the_file(tmp_path, content, words):
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000), ("8.2B", 82 * 10**8), ("2.01M", 2010000)])
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("150M", 150 * 10**6), ("1.1B", 11 * 10**8), ("2k", 2000), ("20000", 20000), ("8.2B", 82 * 10**8), ("2.01M", 2010000)],
+)
 def test_token_counts_are_read(text, tokens):
     assert parse_tokens(text) == tokens
 

@@ -482,8 +482,7 @@ def test_every_process_saves_when_rank_0_says_that_the_time_has_come(tmp_path, m
     seconds[0] = 60.0
     for saver, world in zip(savers, worlds, strict=True):
         assert not saver.due(scheduled=False)
-        with assemble._agreed(SimpleNamespace(stop=StopRequest(), saver=saver), world):
-            pass
+        assemble._agreed(SimpleNamespace(stop=StopRequest(), saver=saver), world, lambda: None)
         assert saver.due(scheduled=False)
     assert sent == [1, 0]
 

@@ -141,6 +141,9 @@ def test_a_dense_linear_keeps_codes_and_has_the_gradients_of_its_values(dtype, b
         found.append([y, inputs.grad, layer.weight.grad, *([layer.bias.grad] if bias else [])])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        named = F.linear(x, linear.weight, bias=linear.bias)
+    assert torch.equal(named, linear(x))
 
 
 @pytest.mark.parametrize("path", ["materialised", "factored"])

@@ -168,6 +168,18 @@ def test_the_gradient_of_a_trained_base_is_not_in_scratch_memory() -> None:
         assert torch.allclose(grad, 2 * (x @ layer.weight.t()).t() @ x, atol=1e-4)
 
 
+def test_a_weight_with_nan_has_no_largest_entries() -> None:
+    with pytest.raises(ValueError, match="entries that are NaN"):
+        largest_entries(torch.tensor([[1.0, torch.nan], [3.0, 4.0]]), 2)
+
+
+def test_the_state_of_a_single_adapted_layer_has_its_support() -> None:
+    model = nn.Sequential(linear())
+    reparameterize(model, SLTrainConfig(rank=RANK, sparsity=0.1, base="frozen", target_modules=ALL_LINEARS))
+    assert {f"0.{name}" for name in adapter_state(model[0])} == set(adapter_state(model))
+    assert "support.code" in adapter_state(model[0])
+
+
 def test_largest_entries_may_be_at_any_positions() -> None:
     """All of them are in one row, which the storage for drawn positions cannot represent."""
     plain = nn.Linear(1000, 300, bias=False)

@@ -131,3 +131,14 @@ def test_a_support_without_its_table_of_rows_is_refused() -> None:
     layer = layer_of(0.1, "uniform")
     with pytest.raises(RuntimeError, match=r"call keep_rows, or sparse_lora\.prepare_for_inference"):
         layer.support.add_few_rows_(torch.zeros(1, 37), torch.zeros(1, 46), layer.sparse_value.detach())
+
+
+def test_new_positions_are_used_for_few_rows_too(served: list[int]) -> None:
+    layer = prepare_for_inference(layer_of(0.1, "uniform"))
+    layer.draw_support(5, "")
+    x = torch.randn(3, 46, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-5, atol=1e-5)
+        assert served == []
+        torch.testing.assert_close(prepare_for_inference(layer)(x), reference(layer, x), rtol=1e-5, atol=1e-5)
+    assert served == [3]

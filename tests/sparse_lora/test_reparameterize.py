@@ -312,6 +312,32 @@ def test_a_module_shared_by_two_parents_stays_shared() -> None:
     assert model.layers[1].mlp["up_proj"] is model.layers[0].mlp["up_proj"]
 
 
+def test_a_module_with_two_names_in_one_parent_stays_shared() -> None:
+    model = nn.ModuleDict({"mlp": nn.ModuleList([nn.Linear(16, 24)] * 2)})
+    assert reparameterize(model, SLTrainConfig(rank=2, sparsity=0.1, target_modules=("mlp",))) == ["mlp.0"]
+    first, second = model["mlp"]
+    assert isinstance(first, SparseLowRankLinear)
+    assert second is first
+    merge(model)
+    first, second = model["mlp"]
+    assert type(first) is nn.Linear
+    assert second is first
+
+
+def test_linears_that_share_a_weight_stay_dense() -> None:
+    model = nn.ModuleDict({"attn": nn.Linear(16, 16), "mlp": nn.Linear(16, 16), "mlp_up": nn.Linear(16, 16)})
+    model["mlp"].weight = model["attn"].weight
+    with pytest.warns(UserWarning, match="attn"):
+        assert reparameterize(model, SLTrainConfig(rank=2, sparsity=0.1)) == ["mlp_up"]
+    assert model["mlp"].weight is model["attn"].weight
+
+
+@pytest.mark.parametrize("options", [{"target_modules": 5}, {"trained_modules": None}, {"target_modules": [1]}])
+def test_modules_that_are_not_named_are_refused_with_all_other_problems(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"rank.*{next(iter(options))} is .* must be names"):
+        SLTrainConfig(rank=0, **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_merging_keeps_the_outputs(dtype: torch.dtype) -> None:
     """Outputs are bit-identical if forward builds the weight (100 rows), and equal up to rounding if factored (1 row)."""

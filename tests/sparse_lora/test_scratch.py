@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_lora import SparseLowRankLinear, dense_reference, support
+from sparse_lora.block import BlockSupport
 from sparse_lora.functional import PATHS
 from sparse_lora.linear import SUPPORT_KINDS
 from sparse_lora.support import large_bytes, scratch_matrix, scratch_product
@@ -29,6 +30,13 @@ def test_large_matrices_of_a_thread_share_one_memory(every_size_is_large: None) 
     thread.start()
     thread.join()
     assert found != [scratch_matrix(60, 70, like).data_ptr()]
+
+
+@torch.no_grad()
+def test_memory_of_a_cpu_layer_is_on_the_cpu_whatever_the_default_device(every_size_is_large: None) -> None:
+    with torch.device("meta"):
+        assert scratch_matrix(6, 7, torch.zeros(1, device="cpu")).device.type == "cpu"
+        assert BlockSupport(20, 20, 10).flat_indices().device.type == "cpu"
 
 
 def test_small_matrices_and_products_with_gradients_have_their_own_memory() -> None:

@@ -1,5 +1,6 @@
 """Evaluation is a token-weighted mean over exactly counted targets; the published program's depends on the batch size."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -163,3 +164,13 @@ def test_the_perplexity_of_a_very_large_loss_is_infinite(sequences: list[Tensor]
     result = evaluate(Huge(), batches(sequences[1:2], 1))
     assert result.perplexity == math.inf
     assert math.isfinite(result.loss)
+
+
+def test_a_loss_that_is_not_a_number_has_no_perplexity(loss_module: TokenLoss) -> None:
+    broken = copy.deepcopy(loss_module)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    ids = torch.zeros(1, T, dtype=torch.long)
+    result = evaluate(broken, [Batch(ids, ids)])
+    assert math.isnan(result.loss)
+    assert math.isnan(result.perplexity)

@@ -73,16 +73,17 @@ def test_a_run_that_ends_in_the_warm_up_has_no_trace_and_says_so(tmp_path, made)
     ]
 
 
-def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path):
+def test_a_trace_that_cannot_be_written_costs_a_warning_of_its_process(tmp_path, capsys):
     (tmp_path / "trace").write_text("a file")
     said = []
-    trace = Trace(tmp_path, 1, 0, 0, torch.device("cpu"), said.append)
+    trace = Trace(tmp_path, 1, 0, 3, torch.device("cpu"), said.append)
     for _ in range(4):
         trace.after_update(nullcontext)
     trace.close()
-    assert len(said) == 1
-    assert said[0].startswith("warning: the trace cannot be written (")
-    assert said[0].endswith("training continues")
+    assert said == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the trace of process 3 cannot be written (")
+    assert line.endswith("training continues")
 
 
 def test_the_time_of_writing_is_no_time_of_training(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_pretraining.commands.report.published import Published, published_for
 from peft_pretraining.commands.report.read import RunRecord
-from peft_pretraining.config.arguments import ROWS
+from peft_pretraining.config.arguments import ROWS, Arguments
 from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.record.intervals import Interval, mean_interval, ratio_interval
 
@@ -204,19 +204,20 @@ def _own_part(name: str, names: Sequence[str]) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A setting as part of a label: "lr = 0.002", the name alone for a switch, "" if it is off or the default."""
-    if value is None or value is False or value == "default":
+    """A setting as part of a label: "lr = 0.002", the name alone for a switch that is on, "" for a switch's usual state."""
+    if value is None or value == "default":
         return ""
-    if value is True:
-        return name
+    if isinstance(value, bool):
+        usual = name in ROWS and getattr(Arguments, name, None) is value
+        return "" if usual else name if value else f"{name} = false"
     # Of a path, the last part.
     text = f"{value:g}" if isinstance(value, float) else str(value).rstrip("/").rpartition("/")[2]
     return text if name in _PLAIN else f"{_SHORT.get(name, name)} = {text}"
 
 
 def baseline_of(task: str, groups: Sequence[Group]) -> Group | None:
-    """The baseline of a task's groups: the full-rank setting with the lowest mean perplexity, or else the setting named first.
-    None if no group was evaluated at its end."""
+    """The baseline of a task's groups: the full-rank setting with the lowest mean perplexity, or else the first one of
+    these groups that was evaluated at its end; None without one."""
     evaluated = [
         (group.perplexity.mean, number, group)
         for number, group in enumerate(groups)

@@ -186,10 +186,10 @@ def find_runs(paths: list[Path]) -> list[Path]:
     Raises ValueError naming a path that holds no run.
     """
     folders: dict[Path, Path] = {}
-    skipped = {path.with_name(f"{path.name}.log") for path in paths}
+    skipped = {Path(f"{path.resolve()}.log") for path in paths}
     if len(paths) > 1:
-        skipped |= {path for path in paths if (path / FIGURES).is_file() and not (path / "run.json").is_file()}
-    for path in (path for path in paths if path not in skipped):
+        skipped |= {path.resolve() for path in paths if (path / FIGURES).is_file() and not (path / "run.json").is_file()}
+    for path in (path for path in paths if path.resolve() not in skipped):
         inside = [path] if (path / "run.json").is_file() else []
         if not inside and path.is_dir():
             inside = [child for child in path.iterdir() if (child / "run.json").is_file()]

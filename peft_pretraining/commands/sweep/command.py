@@ -79,12 +79,10 @@ def _make_and_report(file: SweepFile, at_a_time: int) -> int:
             if any(outcome.kind not in MADE for outcome in outcomes.values()) or stopping.signal_name is not None:
                 break
     if stopping.signal_name is not None or any(outcome.kind == "stopped" for outcome in outcomes.values()):
-        flags = f" --parallel_runs {at_a_time}" if at_a_time > 1 else ""
         finished = sum(outcome.kind in MADE for outcome in outcomes.values())
         print(
             f"stopped on request ({stopping.signal_name or 'of a run'}): {finished} of {len(stage.runs)} runs are finished; "
-            "what was under way has saved a checkpoint. Continue with the same command:\n"
-            f"  python -m peft_pretraining sweep {shlex.quote(str(file.path))}{flags}"
+            "what was under way has saved a checkpoint. The same command continues."
         )
         return 130
     if stage.title is None:
