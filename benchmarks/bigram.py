@@ -105,7 +105,11 @@ def main() -> int:
         layout = tuple(document["arguments"][name] for name in names)
     figures = score(*layout)
     if args.run is not None:
-        last = [row for row in rows if "final_eval_perplexity" in row][-1]
+        evaluations = [row for row in rows if row.get("final_eval_perplexity") is not None]
+        if not evaluations:
+            print(f"--run {args.run}: has no evaluation with a finite perplexity to compare with", file=sys.stderr)
+            return 1
+        last = evaluations[-1]
         if last["final_eval_tokens"] != figures["held_out_targets"]:
             print(
                 f"--run {args.run}: was evaluated on {last['final_eval_tokens']} targets, the bigram on "

@@ -7,6 +7,7 @@ the largest relative L2 distance of a parameter in the newest checkpoints.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def deviations(run: Path, other: Path) -> dict[str, float]:
     if [_step_and_keys(row) for row in rows] != [_step_and_keys(row) for row in other_rows]:
         raise ValueError(f"{run} and {other} did not log the same updates and evaluations")
     pairs = list(zip(rows, other_rows, strict=True))
-    largest = {key: max((abs(b[key] - a[key]) / abs(a[key]) for a, b in pairs if key in a), default=0.0) for key in KEYS}
+    largest = {key: max((_relative(a[key], b[key]) for a, b in pairs if key in a), default=0.0) for key in KEYS}
     left, right = parameters(run), parameters(other)
     if left.keys() != right.keys():
         raise ValueError(f"{run} and {other} have different parameters")
@@ -50,6 +51,13 @@ def deviations(run: Path, other: Path) -> dict[str, float]:
         for name, tensor in left.items()
     ]
     return largest | {"parameters": max(distances)}
+
+
+def _relative(figure: float | None, other: float | None) -> float:
+    """The relative difference of two figures, infinite if it is undefined; None is a figure that was not finite."""
+    if figure == other:
+        return 0.0
+    return abs(other - figure) / abs(figure) if figure and other is not None else math.inf
 
 
 def _step_and_keys(row: dict[str, Any]) -> tuple[int, set[str]]:

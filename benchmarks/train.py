@@ -13,7 +13,7 @@ of floor    the fastest possible time of an update divided by the measured time.
             its linears' time (measured separately) multiplied by the floor of benchmarks/layer.py and its optimizer step's time
             multiplied by the ratio of parameters. Not computed for GaLore, whose linears are dense.
 mfu         floating-point operations that the full-rank model needs for the tokens, per second, divided by those of the fastest
-            large matrix product timed on the device (on a GPU use --peak_flops, 989e12 for an H100's dense bfloat16).
+            large matrix product of --dtype timed on the device (on a GPU use --peak_flops, 989e12 for an H100's dense bfloat16).
 
 GaLore computes SVDs in the first update only, which is not counted. Its extra time, divided by --update_proj_gap, is added to
 each update. Peak memory is that of the method's process.
@@ -186,9 +186,9 @@ def model_flops(config: str, batch_size: int, length: int) -> float:
     return batch_size * length * (6 * weights + attention)
 
 
-def fastest_product(device: torch.device) -> float:
-    """Returns the floating-point operations per second of a 4096^3 product in bfloat16, the best of five timings."""
-    left, right = (torch.randn(4096, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
+def fastest_product(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the floating-point operations per second of a 4096^3 product, the best of five timings."""
+    left, right = (torch.randn(4096, 4096, dtype=dtype, device=device) for _ in range(2))
     times = [pipelined_seconds(lambda: left @ right, device, 20 if device.type == "cuda" else 1) for _ in range(5)]
     return 2 * 4096**3 / min(times)
 
@@ -393,7 +393,7 @@ def main() -> int:
         "rows": [],
     }
     if not own.steps:
-        figures["peak_flops"] = own.peak_flops or fastest_product(torch.device(own.device))
+        figures["peak_flops"] = own.peak_flops or fastest_product(torch.device(own.device), getattr(torch, own.dtype))
     try:
         for row in rows_of_steps(own) if own.steps else rows_of_updates(own, figures["peak_flops"]):
             figures["rows"].append(row)

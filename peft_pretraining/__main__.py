@@ -13,6 +13,7 @@ from peft_pretraining.commands.analysis import pruning, spectra
 from peft_pretraining.commands.published import command as published
 from peft_pretraining.config.command_line import unknown_flags
 from peft_pretraining.config.files import expanded_paths
+from peft_pretraining.distributed.device import allocation_failure
 from peft_pretraining.plan.checks import check_packages
 
 # Each module offers HELP, add_arguments(parser) and run(args) -> exit code.
@@ -66,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (ValueError, OSError) as error:
         print(f"peft_pretraining {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if (message := allocation_failure(error)) is None:
+            raise
+        way_out = "use a lower --batch_size if the command has it, or another device or machine"
+        print(f"peft_pretraining {args.command}: error: memory ran out ({message}); {way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

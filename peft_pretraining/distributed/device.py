@@ -108,6 +108,14 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset(line[1].split()) if line else frozenset()
 
 
+def allocation_failure(error: BaseException) -> str | None:
+    """Returns the allocator's message if memory ran out on a CPU or a GPU; None for other errors. Needs no torch."""
+    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if not (on_cpu or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+        return None
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def pick_device(name: str, world: World) -> torch.device:
     """Returns the torch device for `--device NAME`; auto is this rank's GPU if available, else the CPU. Raises DeviceError."""
     import torch

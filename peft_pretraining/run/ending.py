@@ -13,7 +13,7 @@ import torch
 from peft_pretraining.checkpoint.step_folder import save_checkpoint, write_json
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.data.loader import Batch
-from peft_pretraining.distributed.device import device_memory
+from peft_pretraining.distributed.device import allocation_failure, device_memory
 from peft_pretraining.distributed.world import LAUNCHED, World, gather_objects
 from peft_pretraining.plan.advice import out_of_memory_problem
 from peft_pretraining.plan.plan import make_plan
@@ -83,9 +83,7 @@ def keep_for_inspection(run: Run, args: Arguments, world: World, micro_batches: 
 
 def out_of_memory(error: Exception, args: Arguments, world: World, device: torch.device, dtype: str) -> str | None:
     """Returns the message for an out-of-memory error: the plan's largest entry and how to lower it; None for other errors."""
-    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    if not (on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+    if (message := allocation_failure(error)) is None:
         return None
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     plan = make_plan(args, world, dtype, device.type, device_memory(device, world))
     return out_of_memory_problem(plan, args, device.type, message)

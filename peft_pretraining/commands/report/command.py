@@ -60,17 +60,18 @@ def _one_run(args: argparse.Namespace) -> int:
     from peft_pretraining.commands.report.curves import draw_curves
 
     state = "" if record.finished else f", {record.status}"
-    curves = draw_curves(record, out / CURVES, title=f"{record.model}, {record.method}{state}")
-    if args.out is not None or args.wandb is not None:
+    # Printed first, so that it is not lost if the figures cannot be written.
+    print(json.dumps({"status": record.status, **record.figures}) if args.json else format_summary(record))
+    try:
+        curves = draw_curves(record, out / CURVES, title=f"{record.model}, {record.method}{state}")
+    except PermissionError as error:
+        raise OSError(f"{error.filename}: {error.strerror}; name another folder for the figures: --out DIR") from None
+    page = args.out is not None
+    if page or args.wandb is not None:
         args.out = out
         _write(args, [folder])
-    if args.json:
-        print(json.dumps({"status": record.status, **record.figures}))
-    else:
-        print(format_summary(record))
-        print(f"\nmetrics  {folder / 'metrics.jsonl'}\ncurves   {curves}")
-        if args.out is not None:
-            print(f"page     {out / PAGE}")
+    if not args.json:
+        print(f"\nmetrics  {folder / 'metrics.jsonl'}\ncurves   {curves}" + (f"\npage     {out / PAGE}" if page else ""))
     return 0
 
 

@@ -105,10 +105,12 @@ def test_memory_is_that_of_the_run_not_of_its_warm_up(tmp_path):
     rows = rows_of(folder)
     memory = {f"memory_{name}_{side}": 1 for name in ("parameters", "support", "optimizer") for side in ("measured", "predicted")}
     own = [number for number, row in enumerate(rows) if "loss" in row]
-    rows[own[0]] |= dict.fromkeys(memory, 100)
+    rows[own[0]] |= dict.fromkeys(memory, 100) | {"max_memory": 10**12, "throughput_tokens": 1.0}
     rows[own[-1]] |= dict.fromkeys(memory, 7)
     write_rows(folder, rows)
+    change_document(folder, lambda document: document.update(warm_up={"updates": rows[own[0]]["update_step"]}))
     run = read_run(folder)
+    assert (run.figures["peak_memory_bytes"], run.figures["tokens_per_second"]) == (2**30 + 10, 500.0)
     assert (run.measured("parameters"), run.predicted("optimizer"), run.figures["states_bytes"]) == (7, 7, 21)
 
 
@@ -208,6 +210,11 @@ def test_the_table_names_the_baseline(three):
 def test_default_values_are_not_part_of_a_label(tmp_path):
     groups = groups_of(*(write_run(tmp_path / init, "--init", init) for init in ("default", "svd")))
     assert [group.label for group in groups] == ["SLTrain", "SLTrain, init = svd"]
+
+
+def test_a_switch_that_is_usually_on_is_in_a_label_where_it_is_off(tmp_path):
+    groups = groups_of(*(write_run(tmp_path / value, "--decay_norms", value) for value in ("true", "false")))
+    assert [group.label for group in groups] == ["SLTrain", "SLTrain, decay_norms = false"]
 
 
 def test_measured_memory_is_the_mean_over_seeds(tmp_path):

@@ -1,6 +1,7 @@
 """Runs that were stopped, not evaluated, damaged or made by earlier versions are read, with notes on what they lack."""
 
 import json
+from pathlib import Path
 
 import pytest
 from run_records import UPDATES, change_document, evaluation, rows_of, write_rows, write_run
@@ -159,11 +160,13 @@ def test_the_setting_without_options_comes_first_in_a_folder(tmp_path):
     assert find_runs([tmp_path]) == runs
 
 
-def test_a_folder_of_runs_means_its_runs(tmp_path):
+def test_a_folder_of_runs_means_its_runs(tmp_path, monkeypatch):
     runs = [write_run(tmp_path / name) for name in ("a", "b")]
     (tmp_path / "report").mkdir()
     assert find_runs([tmp_path]) == runs
     assert find_runs([tmp_path / "a", tmp_path]) == runs  # each once
+    monkeypatch.chdir(tmp_path)
+    assert [run.resolve() for run in find_runs([Path(".")])] == [run.resolve() for run in runs]
     (tmp_path / "a.log").touch()
     assert find_runs([tmp_path / "a", tmp_path / "a.log"]) == [tmp_path / "a"]  # as a* names them
     with pytest.raises(ValueError, match=r"a\.log"):
