@@ -64,14 +64,33 @@ resolved() {
     fi
 }
 
+# resolved_value FLAG VALUE: the same, for every NAME or NAME:WEIGHT if the value is a list of data sets.
+resolved_value() {
+    local entry weight rest="$2," separator=""
+    case "$1:$2" in
+        --dataset:*,* | --eval_dataset:*,*) ;;
+        *) rest="" ;;
+    esac
+    # Commas inside quotes or braces separate nothing.
+    case "$2" in *[\{\"]*) rest="" ;; esac
+    if [ -z "$rest" ] || [ -e "$2" ]; then resolved "$1" "$2" && return; fi
+    while [ -n "$rest" ]; do
+        entry="${rest%%,*}" rest="${rest#*,}" weight=""
+        entry="${entry#"${entry%%[![:space:]]*}"}"
+        if [[ ! -e "$entry" && "$entry" =~ ^(.+)(:[0-9.]+)$ ]]; then entry="${BASH_REMATCH[1]}" weight="${BASH_REMATCH[2]}"; fi
+        printf '%s%s%s' "$separator" "$(resolved "$1" "$entry")" "$weight"
+        separator=", "
+    done
+}
+
 # from_start WORDS: prints the words with the paths among them resolved, quoted for eval: the scripts change to the checkout.
 from_start() {
     local word flag=""
     for word in "$@"; do
         case "$word" in
-            --*=*) printf '%q ' "${word%%=*}=$(resolved "${word%%=*}" "${word#*=}")" ;;
+            --*=*) printf '%q ' "${word%%=*}=$(resolved_value "${word%%=*}" "${word#*=}")" ;;
             --*) printf '%q ' "$word" ;;
-            *) printf '%q ' "$(resolved "$flag" "$word")" ;;
+            *) printf '%q ' "$(resolved_value "$flag" "$word")" ;;
         esac
         flag="$word"
     done

@@ -26,6 +26,7 @@ from peft_pretraining.checkpoint.step_folder import list_checkpoints
 from peft_pretraining.commands.report.read import read_run
 from peft_pretraining.distributed.world import World
 from peft_pretraining.plan import checks
+from peft_pretraining.record.recorder import Recorder
 from peft_pretraining.run import assemble
 from peft_pretraining.training.stop import StopRequest
 
@@ -39,6 +40,10 @@ EVALUATION_KEYS = {"update_step", "final_eval_loss", "final_eval_perplexity", "f
 
 @pytest.fixture
 def flags(tiny_run) -> list[str]:
+    return flags_of(tiny_run)
+
+
+def flags_of(tiny_run: list[str]) -> list[str]:
     return [
         *tiny_run,
         *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--optimizer", "adamw"),
@@ -431,10 +436,24 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_the_beginni
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == record
 
 
-@pytest.mark.parametrize("saving", [[], ["--async_save"]], ids=["waiting", "in the background"])
-def test_synchronous_and_background_saves_write_the_same_tensors(tmp_path, flags, saving):
+def test_ctrl_c_while_the_record_is_closed_loses_nothing_and_says_nothing_false(tmp_path, flags, capfd, monkeypatch):
+    close = Recorder.close
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        close(self, *arguments)
+
+    monkeypatch.setattr(Recorder, "close", interrupted)
+    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run")]) == 0
+    said = "".join(capfd.readouterr())
+    assert "SIGINT: ending once the record is complete" in said
+    assert "interrupted before training" not in said
+    assert not (tmp_path / "run" / "stopped.json").exists()
+
+
+def test_synchronous_and_background_saves_write_the_same_tensors(tmp_path, flags):
     whole = train(tmp_path / "whole", *flags, "--save_every", "1")
-    other = train(tmp_path / "other", *flags, "--save_every", "1", "--keep_checkpoints", "2", *saving)
+    other = train(tmp_path / "other", *flags, "--save_every", "1", "--keep_checkpoints", "2", "--async_save")
     assert without_times(other) == without_times(whole)
     paths = list_checkpoints(tmp_path / "other")
     assert [path.name for path in paths] == ["step_00000005", "step_00000006"]
@@ -509,6 +528,14 @@ def test_resuming_into_a_folder_with_another_run_is_refused(tmp_path, flags, cap
     assert "already contains another run" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def finished_run(tiny_run, tmp_path_factory) -> Path:
+    """The folder of a finished run, which no test changes."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert torchrun_main.main([*flags_of(tiny_run), "--save_dir", str(folder)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -528,10 +555,8 @@ def test_resuming_into_a_folder_with_another_run_is_refused(tmp_path, flags, cap
         (["--lr", "0.001", "--warmup_steps", "1", "--allow_changes", "lr"], ["--warmup_steps 1", "made with 2"]),
     ],
 )
-def test_resuming_with_other_arguments_is_refused(tmp_path, flags, change, words, capsys):
-    train(tmp_path / "run", *flags)
-    capsys.readouterr()
-    assert torchrun_main.main([*flags, "--save_dir", str(tmp_path / "run"), *change]) == 2
+def test_resuming_with_other_arguments_is_refused(finished_run, flags, change, words, capsys):
+    assert torchrun_main.main([*flags, "--save_dir", str(finished_run), *change]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
 

@@ -279,6 +279,8 @@ def test_relative_paths_start_where_the_script_was_started(tmp_path):
         ("--model_config", "own.json"): f"{here}/own.json",
         ("--dataset", "corpus one"): f"{here}/corpus one",
         ("--dataset", "shard-*.jsonl"): f"{here}/shard-*.jsonl",
+        ("--dataset", "c4:0.7, corpus one:0.3"): f"c4:0.7, {here}/corpus one:0.3",
+        ("--eval_dataset", "own.json, hub:allenai/c4"): f"{here}/own.json, hub:allenai/c4",
         ("--save_dir", "runs/new"): f"{here}/runs/new",
         ("--out", "../a new model"): f"{here}/../a new model",
         ("--eval_dataset", "/data"): "/data",

@@ -73,7 +73,7 @@ def test_every_path_of_the_command_line_and_of_a_config_file_is_expanded(home):
 
 @pytest.mark.parametrize("name", [*PATHS, *PLACES])
 def test_a_missing_variable_is_refused_with_its_flag(name):
-    given = [word for word in BASE if name != "model_config"] if name != "model_config" else BASE[2:]
+    given = BASE[2:] if name == "model_config" else BASE
     with pytest.raises(ConfigError, match=rf"--{name} \$\{{MISSING\}}/x: the environment variable MISSING is not set"):
         check(parse_args([*given, f"--{name}", "${MISSING}/x"]), World())
 

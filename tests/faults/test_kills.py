@@ -32,9 +32,8 @@ def wait_for(program: forked.Program, happened) -> None:
         time.sleep(0.0005)
 
 
-def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, number: int) -> bool:
-    """Sends a signal during a save, an update or the start, and waits for the end; returns True if a save was interrupted."""
-    kind = chance.choice(["save", "save", "update", "start"])
+def end_somewhere(program: forked.Program, folder: Path, chance: random.Random, number: int, kind: str) -> bool:
+    """Sends a signal in a "save", an "update" or the "start", and waits for the end; returns True if a save was interrupted."""
     lines = chance.randrange(1, 12)
     metrics = folder / "metrics.jsonl"
     before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
@@ -84,7 +83,10 @@ def test_a_killed_run_started_again_ends_bit_identical(tmp_path, flags, kills, n
     for number in range(kills):
         options = ["--workers", str(number % 2), *(["--async_save"] if chance.random() < 0.5 else [])]
         program = forked.start([*flags, *options, "--save_dir", str(folder)], tmp_path / f"log-{number}")
-        interrupted += end_somewhere(program, folder, chance, getattr(signal, name))
+        # The first one during a save, so that at least one is sent to a run that is not finished.
+        kind = chance.choice(["save", "save", "update", "start"]) if number else "save"
+        interrupted += end_somewhere(program, folder, chance, getattr(signal, name), kind)
+        assert number or len(record(folder)) < len(record(tmp_path / "whole"))
         # A killed trainer's data worker may be sending a batch: multiprocessing's thread then prints where it was.
         assert "Traceback" not in program.output or (name == "SIGKILL" and "resource_sharer" in program.output), program.output
         for path in list_checkpoints(folder):

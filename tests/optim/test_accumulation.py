@@ -18,7 +18,7 @@ from peft_pretraining.optim import updates as updates_module
 from peft_pretraining.optim.accumulation import AccumulatingUpdate
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.moments import Moment, moment_slices
-from peft_pretraining.optim.orthogonal import orthogonalised, pairs_of_factors, scale_of_shape
+from peft_pretraining.optim.orthogonal import pairs_of_factors, scale_of_shape
 from peft_pretraining.optim.slices import StochasticRounding
 from peft_pretraining.optim.state import plain_moments, reset_moments_
 from peft_pretraining.optim.updates import PerLayerUpdate
@@ -166,8 +166,10 @@ def test_quantised_moments_are_near_their_formulas_and_steps_follow_them(name, d
         found = [moment.double() for moment in plain_moments(updates.optimizer.state[parameter])]
         for number, (decay, added) in enumerate(zip((0.9, 0.999), sums(passes, key), strict=True)):
             expected = decay * before[number] + (1 - decay) * added.flatten()
-            # Three roundings, each by less than a spacing.
+            # Three roundings, each by less than a spacing. They are random and cancel in the projection on the expected moments,
+            # which is 2/3 where one of three micro-batches is lost.
             assert float((found[number] - expected).abs().max()) < 3 * COARSEST[name] * float(expected.abs().max())
+            assert float(found[number] @ expected / (expected @ expected)) == pytest.approx(1, abs=0.05)
         mean, of_squares = (m / (1 - d**update) for m, d in zip(found, (0.9, 0.999), strict=True))
         root = (of_squares + 2 / 3 * mean**2).sqrt() + 1e-8
         expected = value * (1 - LR * DECAY) - LR * (mean / root).view(value.shape)
@@ -411,8 +413,3 @@ def test_two_processes_average_each_micro_batchs_gradients(tmp_path):
     for name, parameter in parameters.items():
         assert torch.equal(ends[0][name], ends[1][name])
         assert torch.equal(ends[0][name], parameter.detach())
-
-
-def test_orthogonalising_is_what_the_test_above_assumes():
-    matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(orthogonalised(matrix).double(), newton_schulz(matrix), rtol=1e-4, atol=1e-5)

@@ -101,6 +101,11 @@ def make_trainer(
     """Trainer with the command's settings; evaluates, and with --checkpoints saves, after each epoch."""
     device = tuned.model.device
     updates = math.ceil(len(data.train) / args.batch_size) * args.epochs
+    if args.warmup_steps is not None and args.warmup_steps > updates:
+        raise ValueError(
+            f"--warmup_steps {args.warmup_steps}: the run has {updates} updates ({len(data.train)} examples, --batch_size "
+            f"{args.batch_size}, --epochs {args.epochs}) and would end before --lr is reached; use at most {updates}"
+        )
     settings = TrainingArguments(
         output_dir=str(args.checkpoints or folder),
         learning_rate=args.lr,

@@ -336,6 +336,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--keep_adapter", "--head_only"], ["--keep_adapter"]),
         (["--sp_ratio", "0.0001"], ["leaves no entry"]),
         (["--device", "cuda:77"], ["--device cuda:77"]),
+        (["--epochs", "1", "--warmup_steps", "100000"], ["--warmup_steps 100000: the run has", "use at most"]),
         (["--task", "rte"], ["no column sentence1, sentence2"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
