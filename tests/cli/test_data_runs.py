@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from resealing import reseal
 
 import torchrun_main
 from peft_pretraining.__main__ import main as command
 from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.run import folder as run_folder
 
 SHORT = [
     *("--peft_model", "sltrain", "--rank", "8", "--lora_alpha", "2", "--sp_ratio", "0.1", "--lr", "0.003"),
@@ -178,6 +180,39 @@ def test_counts_of_bad_records_continue_in_a_resumed_run(tmp_path, tiny_run):
     counts, later = ([row["bad_records"] for row in rows if "loss" in row] for rows in (whole, again))
     assert later == counts
     assert counts[-1] > counts[4] > 0
+
+
+def test_a_run_of_before_todays_rules_for_files_keeps_its_own(tmp_path, tiny_run, capsys, monkeypatch):
+    """By parts of words "retrained" is the training file; today both files are read. --allow_changes dataset takes today's."""
+    source = Path(value(tiny_run, "--dataset")) / "words-train.0.jsonl"
+    (tmp_path / "texts").mkdir()
+    for name in ("retrained", "other"):
+        shutil.copyfile(source, tmp_path / "texts" / f"{name}.jsonl")
+    run = [*tiny_run, "--dataset", str(tmp_path / "texts")]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(run_folder, "READING_RULES", 1)
+        train(tmp_path / "run", *run)
+    # The versions before did not record their rules.
+    checkpoint = tmp_path / "run" / "step_00000003"
+    for path in (tmp_path / "run" / "run.json", checkpoint / "run.json"):
+        document = json.loads(path.read_text())
+        assert document["dataset"].pop("reading_rules") == 1
+        path.write_text(json.dumps(document))
+    reseal(checkpoint)
+    longer = [*run, "--num_training_steps", "4", "--eval_every", "4"]
+    capsys.readouterr()
+    train(tmp_path / "run", *longer, "--allow_changes", "num_training_steps")
+    said = capsys.readouterr().err
+    assert "this run keeps the rules for files and splits that it began with" in said
+    assert "--allow_changes dataset" in said
+    assert "(train): 1 of 2 files" in described(tmp_path / "run")
+    train(tmp_path / "run", *longer, "--num_training_steps", "5", "--allow_changes", "num_training_steps, dataset")
+    assert "this run keeps" not in capsys.readouterr().err
+    assert "(train): 2 files" in described(tmp_path / "run")
+
+
+def described(folder: Path) -> str:
+    return json.loads((folder / "run.json").read_text())["dataset"]["description"]
 
 
 def test_a_packed_run_records_its_order_and_keeps_it(tmp_path, tiny_run, capsys):

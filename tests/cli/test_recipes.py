@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import torchrun_main
+from peft_pretraining.__main__ import build_parser
+from peft_pretraining.commands.finetune.command import problems as finetune_problems
+from peft_pretraining.commands.finetune.tasks import TASKS
 from peft_pretraining.config.arguments import ROWS, Arguments
 from peft_pretraining.config.command_line import parse_args
 from peft_pretraining.config.model_config import load_model_config
@@ -332,3 +335,38 @@ def test_a_stopped_quickstart_is_continued_in_its_folder(tmp_path):
     assert "== continuing runs/quickstart, which was stopped" in outputs[1]
     assert "called report" in outputs[1]
     assert "== training into runs/quickstart-2\n" in outputs[2]
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_the_script_for_glue_starts_a_valid_command(task, words_of_torchrun):
+    words = words_of_torchrun(ROOT / "scripts" / "finetune" / "glue.sh", task, "--lr", "1e-5")
+    assert words[:3] == ["-m", "peft_pretraining", "finetune"]
+    args = build_parser().parse_args(words[2:])
+    assert finetune_problems(args) == []
+    assert (args.task, args.base, args.lr, str(args.out)) == (task, "frozen", 1e-5, f"runs/glue/{task}")
+
+
+def test_the_dashboards_script_sends_named_runs_and_shows_the_page(words_of_torchrun):
+    words = words_of_torchrun(ROOT / "scripts" / "dashboard.sh", "runs/a")
+    assert words[:2] == ["-c", "import trackio"]
+    assert words[2:7] == ["-m", "peft_pretraining", "wandb-upload", "--tracker", "trackio"]
+    assert words[7] == "runs/a"
+    assert 'trackio.show(project="SLTrain"' in "\n".join(words[8:])
+
+
+def test_the_dashboards_script_trains_a_quickstart_with_the_flags_after_new(words_of_torchrun):
+    words = words_of_torchrun(ROOT / "scripts" / "dashboard.sh", "--new", "--seed", "1")
+    assert words[words.index("--tracker") :][:4] == ["--tracker", "trackio", "--seed", "1"]
+    assert any(word.endswith("quickstart.yaml") for word in words)
+
+
+def test_without_trackio_the_dashboards_script_says_how_to_install_it(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts" / "dashboard.sh")]
+    ended = subprocess.run(
+        command, env={**os.environ, "SLTRAIN_PYTHON": str(python)}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert f"{python} -m pip install trackio" in ended.stderr

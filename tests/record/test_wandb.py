@@ -233,6 +233,23 @@ def test_environment_variables_apply_where_no_flag_does(tmp_path, monkeypatch, g
     assert given[key] == (["a", "b"] if key == "tags" else value)
 
 
+def test_without_an_answer_of_the_server_the_run_is_recorded_offline(tmp_path, monkeypatch, given, capsys):
+    """After at most some 20 seconds for each of the two things that wandb waits for."""
+    accept, modes = sys.modules["wandb"].init, []
+
+    def init(**settings):
+        modes.append(settings["mode"])
+        if settings["mode"] == "online":
+            raise TimeoutError("no answer")
+        return accept(**settings)
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    assert start_wandb(tmp_path, {"mode": "online", **wandb_settings(DOCUMENT, tmp_path)}) is not None
+    assert modes == ["online", "offline"]
+    assert (given["login_timeout"], given["init_timeout"]) == (20, 20)
+    assert "wandb cannot be reached (TimeoutError: no answer); recording offline" in capsys.readouterr().err
+
+
 def test_a_flag_wins_over_its_environment_variable_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_NAME", "mine")
     document = {**DOCUMENT, "arguments": {**DOCUMENT["arguments"], "name": "of-the-flag"}}
