@@ -11,8 +11,9 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -512,17 +513,11 @@ def _parquet_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) ->
     try:
         table = pyarrow.parquet.ParquetFile(file)
         _check_columns(table.schema_arrow.names, shard, text_field)
-        index = 0
-        for group in range(table.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
-            # Whole groups before the start are not read.
-            if index + rows > start:
-                for value in table.read_row_group(group, columns=[text_field]).column(0).to_pylist():
-                    if index >= start:
-                        yield RawRecord(index, index + 1, value)
-                    index += 1
-            else:
-                index += rows
+        groups = (
+            (table.metadata.row_group(group).num_rows, partial(_column_of_group, table, group, text_field))
+            for group in range(table.num_row_groups)
+        )
+        yield from _rows_from(groups, start)
     except pyarrow.ArrowInvalid as error:
         _refuse_pointer(file, shard)
         raise _DamagedFile(first_line(error)) from error
@@ -535,18 +530,26 @@ def _arrow_rows(file: IO[bytes], shard: Shard, text_field: str, start: int) -> I
     try:
         table, batches = _arrow_table(file)
         _check_columns(table.schema.names, shard, text_field)
-        index = 0
-        for batch in batches:
-            if index + batch.num_rows > start:
-                for value in batch.column(table.schema.names.index(text_field)).to_pylist():
-                    if index >= start:
-                        yield RawRecord(index, index + 1, value)
-                    index += 1
-            else:
-                index += batch.num_rows
+        column = table.schema.names.index(text_field)
+        yield from _rows_from(((batch.num_rows, partial(batch.column, column)) for batch in batches), start)
     except pyarrow.ArrowInvalid as error:
         _refuse_pointer(file, shard)
         raise _DamagedFile(first_line(error)) from error
+
+
+def _column_of_group(table: Any, group: int, name: str) -> Any:
+    return table.read_row_group(group, columns=[name]).column(0)
+
+
+def _rows_from(groups: Iterable[tuple[int, Callable[[], Any]]], start: int) -> Iterator[RawRecord]:
+    """Yields the texts from row `start` on. groups: (number of rows, function that reads their texts), not read if before it."""
+    first = 0
+    for num_rows, column in groups:
+        if first + num_rows > start:
+            for index, value in enumerate(column().to_pylist(), start=first):
+                if index >= start:
+                    yield RawRecord(index, index + 1, value)
+        first += num_rows
 
 
 def _arrow_table(file: IO[bytes]) -> tuple[Any, Iterable[Any]]:

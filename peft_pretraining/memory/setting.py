@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from peft_pretraining.config.arguments import (
-    Arguments,
-    embedding_bits,
-)
+from peft_pretraining.config.arguments import ROWS, Arguments, embedding_bits
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.distributed.world import World
@@ -112,42 +109,18 @@ class Setting:
 
 def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str, accumulation: int, device_type: str) -> Setting:
     """Returns the memory setting of a run."""
+    same = {field.name: getattr(args, field.name) for field in fields(Setting) if field.name in ROWS}
     return Setting(
-        model=model,
-        peft_model=args.peft_model,
-        rank=args.rank,
-        sp_ratio=args.sp_ratio,
-        train_scaling=args.train_scaling,
-        support=args.support,
-        linear_path=args.linear_path,
-        # What auto keeps is decided by the plan, which adds it where it fits.
-        linear_cache="none" if args.linear_cache == "auto" else args.linear_cache,
-        kernels=args.kernels,
-        optimizer=args.optimizer,
-        beta1=args.beta1,
-        condition_gradients=args.condition_gradients,
-        embedding_bits=embedding_bits(args),
-        stochastic_rounding=args.stochastic_rounding,
-        proj_type=args.proj_type,
-        init=args.init,
-        rebalance=args.rebalance,
-        per_layer=args.per_layer,
-        head_gradient=args.head_gradient,
-        grad_norm_growth=args.grad_norm_growth,
-        dtype=dtype,
-        weight_dtype=args.weight_dtype,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        gradient_accumulation=accumulation,
-        accumulate=args.accumulate,
-        world_size=world.size,
-        parallel=args.parallel,
-        compute_dtype=args.compute_dtype,
-        reduce_dtype=args.reduce_dtype,
-        reshard_after_forward=args.reshard_after_forward,
-        activation_checkpointing=args.activation_checkpointing,
-        compile=args.compile,
-        document_mask=args.packing and args.document_mask,
-        async_save=args.async_save,
-        device_type=device_type,
+        **same
+        | {
+            "model": model,
+            "dtype": dtype,
+            # What auto keeps is decided by the plan, which adds it where it fits.
+            "linear_cache": "none" if args.linear_cache == "auto" else args.linear_cache,
+            "embedding_bits": embedding_bits(args),
+            "document_mask": args.packing and args.document_mask,
+            "gradient_accumulation": accumulation,
+            "world_size": world.size,
+            "device_type": device_type,
+        }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,14 +13,13 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from peft_pretraining.optim.moments import AccumulatingAdam
+from peft_pretraining.config.optimizers import AO_KINDS
+from peft_pretraining.optim.moments import AccumulatingAdam, moment_slices
 from peft_pretraining.optim.slices import (
-    SLICE_ELEMENTS,
     SMALLEST_SLICE,
     GradientSlices,
     StochasticRounding,
     rounding_noise,
-    slices,
     store_,
     working_values,
 )
@@ -28,8 +27,8 @@ from peft_pretraining.optim.slices import (
 if "dtype" not in inspect.signature(OptimState4bit.__new__).parameters:
     raise ImportError(f"torchao {torchao.__version__} is too old, 0.17 or newer is needed")
 
-# bits -> (torchao's quantised moment, elements per float32 scale, elements per byte of codes)
-_KINDS: dict[int, tuple[Any, int, int]] = {4: (OptimState4bit, 128, 2), 8: (OptimState8bit, 256, 1)}
+# bits -> torchao's quantised moment
+_CLASSES: dict[int, Any] = {4: OptimState4bit, 8: OptimState8bit}
 
 
 class SlicedAdam(AccumulatingAdam, torch.optim.Optimizer):
@@ -67,7 +66,7 @@ class SlicedAdam(AccumulatingAdam, torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._names, self._decoupled, self._rounding = names, decoupled, rounding
         self.decays_gradient = not decoupled
-        self.quantises = any(group["state_bits"] in _KINDS for group in self.param_groups)
+        self.quantises = any(group["state_bits"] in _CLASSES for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -91,33 +90,24 @@ class SlicedAdam(AccumulatingAdam, torch.optim.Optimizer):
 
     def _step_one(self, parameter: nn.Parameter, gradient: GradientSlices, group: dict[str, Any]) -> None:
         state, bits = self.state[parameter], group["state_bits"]
-        quantised = quantised_elements(parameter.numel(), bits)
         if not state:
             state.update(_new_state(parameter, bits))
         state["step"] += 1
         noise = rounding_noise(self._rounding, parameter, self._names[parameter], state)
         hyperparameters = (*group["betas"], group["weight_decay"], group["eps"], self._decoupled, False)
-        for part in _parts(parameter.numel(), quantised):
-            moments = [_moment(state, number, part, quantised, bits) for number in (1, 2)]
+        for (part, first), (_, second) in zip(moment_slices(state, 1), moment_slices(state, 2), strict=True):
             values = working_values(parameter, part, noise)
             # torchao's function takes step and learning rate as tensors; its sixth argument is AMSGrad's maximum.
             step, lr = torch.tensor(float(state["step"])), torch.tensor(group["lr"], dtype=torch.float32)
-            single_param_adam(values, gradient(part), step, *moments, None, lr, *hyperparameters)
+            single_param_adam(values, gradient(part), step, first.tensor(), second.tensor(), None, lr, *hyperparameters)
             store_(parameter, part, values, noise)
 
 
 def quantised_elements(num_elements: int, bits: int | None) -> int:
     """Returns how many elements of a tensor have quantised moments: those in whole blocks, none of a small tensor."""
-    if bits not in _KINDS or num_elements < SMALLEST_SLICE:
+    if bits not in AO_KINDS or num_elements < SMALLEST_SLICE:
         return 0
-    return num_elements - num_elements % _KINDS[bits][1]
-
-
-def _parts(num_elements: int, quantised: int) -> Iterator[slice]:
-    """Yields slices of the quantised elements, then slices of the remaining elements."""
-    yield from slices(quantised, SLICE_ELEMENTS)
-    for part in slices(num_elements - quantised, SLICE_ELEMENTS):
-        yield slice(part.start + quantised, part.stop + quantised)
+    return num_elements - num_elements % AO_KINDS[bits][0]
 
 
 def _new_state(parameter: nn.Parameter, bits: int | None) -> dict[str, Any]:
@@ -129,23 +119,8 @@ def new_moment(parameter: nn.Parameter, number: int, bits: int | None) -> dict[s
     quantised = quantised_elements(parameter.numel(), bits)
     moment: dict[str, torch.Tensor] = {}
     if bits is not None and quantised:
-        kind, block, _ = _KINDS[bits]
-        zeros = kind.zeros((quantised,), number == 1, block, parameter.device)
+        zeros = _CLASSES[bits].zeros((quantised,), number == 1, AO_KINDS[bits][0], parameter.device)
         moment |= {f"codes{number}": zeros.codes, f"scale{number}": zeros.scale, f"qmap{number}": zeros.qmap}
     dtype = torch.float32 if bits else parameter.dtype
     shape = (parameter.numel() - quantised,) if quantised else parameter.shape
     return moment | {f"moment{number}": torch.zeros(shape, dtype=dtype, device=parameter.device)}
-
-
-def _moment(state: dict[str, Any], number: int, part: slice, quantised: int, bits: int | None) -> torch.Tensor:
-    """Returns a writable view of the part of a moment that belongs to a slice of the parameter."""
-    if part.start >= quantised or bits is None:
-        plain: torch.Tensor = state[f"moment{number}"].view(-1)[part.start - quantised : part.stop - quantised]
-        return plain
-    kind, block, per_byte = _KINDS[bits]
-    codes = state[f"codes{number}"][part.start // per_byte : part.stop // per_byte]
-    scale = state[f"scale{number}"][part.start // block : part.stop // block]
-    if bits == 8:
-        return kind(codes, scale, state[f"qmap{number}"], number == 1, dtype=torch.float32)  # type: ignore[no-any-return]
-    shape = (part.stop - part.start,)
-    return kind(codes, scale, state[f"qmap{number}"], number == 1, shape, dtype=torch.float32)  # type: ignore[no-any-return]

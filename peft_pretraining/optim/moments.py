@@ -64,13 +64,28 @@ class Moment:
         elif noise is not None:
             self._write_at_random_(numbers, self.scale, self.book, noise)
         elif self.by_torchao:
-            _torchao_view(self, self.scale, self.book).copy_(numbers)
+            self.tensor().copy_(numbers)
         else:
             import bitsandbytes.functional as kernels
 
             codes, scales = kernels.quantize_blockwise(numbers.contiguous(), code=self.book, blocksize=BNB_BLOCK_ELEMENTS)
             self.values.copy_(codes.view(-1))
             self.scale.copy_(scales.absmax)
+
+    def tensor(self) -> torch.Tensor:
+        """Returns the plain numbers, or torchao's codes as its tensor class; shares storage."""
+        if self.scale is None or self.book is None:
+            return self.values
+        from torchao.optim.subclass_4bit import OptimState4bit
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        view: torch.Tensor
+        if self.bits == 8:
+            view = OptimState8bit(self.values, self.scale, self.book, self.signed, dtype=torch.float32)
+        else:
+            size = (2 * self.values.numel(),)
+            view = OptimState4bit(self.values, self.scale, self.book, self.signed, size, dtype=torch.float32)
+        return view
 
     @property
     def _block(self) -> int:
@@ -102,20 +117,6 @@ def _blocks(numbers: torch.Tensor, scale: torch.Tensor, size: int) -> Iterator[t
         yield numbers[:whole].view(-1, size), scale[: whole // size, None]
     if whole < numbers.numel():
         yield numbers[None, whole:], scale[-1:, None]
-
-
-def _torchao_view(moment: Moment, scale: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """Returns the codes as torchao's tensor class; shares storage."""
-    from torchao.optim.subclass_4bit import OptimState4bit
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    view: torch.Tensor
-    if moment.bits == 8:
-        view = OptimState8bit(moment.values, scale, book, moment.signed, dtype=torch.float32)
-    else:
-        size = (2 * moment.values.numel(),)
-        view = OptimState4bit(moment.values, scale, book, moment.signed, size, dtype=torch.float32)
-    return view
 
 
 def moment_slices(state: Mapping[str, Any], number: int) -> Iterator[tuple[slice, Moment]]:

@@ -12,7 +12,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.model import row_gradient
 from peft_pretraining.model.loss import IGNORE_INDEX, HeadGradient, chunked_cross_entropy
 from peft_pretraining.model.row_gradient import EmbeddingGradient, embed
-from peft_pretraining.optim import adam8bit, adam_ao, moments
+from peft_pretraining.optim import adam8bit, moments
 from peft_pretraining.optim import updates as module
 from peft_pretraining.optim.accumulation import AccumulatingUpdate
 from peft_pretraining.optim.build import build_optimizer
@@ -106,7 +106,7 @@ def test_the_embeddings_gradient_in_rows_has_the_bits_of_the_dense_one(dtype):
 @pytest.fixture
 def small_slices(monkeypatch):
     """Slices of 16 rows of the model below."""
-    for owner in (module, adam8bit, adam_ao, moments):
+    for owner in (module, adam8bit, moments):
         monkeypatch.setattr(owner, "SLICE_ELEMENTS", SLICE)
     monkeypatch.setattr(row_gradient, "_ASSEMBLED_ELEMENTS", SLICE)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_pretraining.distributed.world import World
 from peft_pretraining.model.int8 import Int8Tensor
-from peft_pretraining.optim import adam8bit, adam_ao, moments, orthogonal
+from peft_pretraining.optim import adam8bit, moments, orthogonal
 from peft_pretraining.optim.accumulation import AccumulatingUpdate
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.optim.orthogonal import pairs_of_factors
@@ -24,7 +24,7 @@ SHAPES = {"lora_A": (48, 300), "lora_B": (130, 48), "sparse_value": (8192 * 2 + 
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    for module in (adam8bit, adam_ao, moments, orthogonal):
+    for module in (adam8bit, moments, orthogonal):
         monkeypatch.setattr(module, "SLICE_ELEMENTS", 8192)
 
 

@@ -49,9 +49,9 @@ def test_adam8bit_in_slices_is_bit_identical_to_bitsandbytes(monkeypatch, dtype,
 def test_quantised_adam_in_slices_is_bit_identical_to_torchao(monkeypatch, dtype, name, bits):
     """For complete blocks: torchao does not quantise the moments of other tensors."""
     library = pytest.importorskip("torchao.optim")
-    from peft_pretraining.optim import adam_ao
+    from peft_pretraining.optim import moments
 
-    monkeypatch.setattr(adam_ao, "SLICE_ELEMENTS", 8192)
+    monkeypatch.setattr(moments, "SLICE_ELEMENTS", 8192)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiled arithmetic is not bit-identical
     torch.manual_seed(0)
     left = nn.Parameter(torch.randn(8192 * 2 + 5120).to(dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,11 @@ def draw_loss(groups: Sequence[Group], path: Path) -> Path | None:
     shown = [group for group in groups if any(run.updates for run in group.runs)]
     if not shown:
         return None
-    figure, panels = _axes_by_position(shown, 4.4)
-    handles = []
-    for group, style in zip(shown, line_styles(shown), strict=True):
-        for number, run in enumerate(run for run in group.runs if run.updates):
-            losses = smoothed([row["loss"] for row in run.updates])
-            for name, panel, unit in panels:
-                positions = [position / unit for position in run.axis(name)[0]]
-                (line,) = panel.plot(
-                    positions, losses, color=style["color"], linestyle=style["linestyle"], linewidth=1.5, alpha=0.9
-                )
-            if number == 0:
-                handles.append(line)
+    styles = [{"color": s["color"], "linestyle": s["linestyle"], "linewidth": 1.5} for s in line_styles(shown)]
+    figure, panels = _lines_by_position(shown, styles, 0, lambda run: smoothed([row["loss"] for row in run.updates]))
     ends = [row["loss"] for group in shown for run in group.runs for row in run.updates[-1:]]
-    _from_zero(panels)
-    _cut_above(panels[0][1], min(ends) + 3.0)
-    panels[0][1].set_ylabel("training loss (smoothed), nats per token")
-    legend(figure, handles, [name_of(group) for group in shown])
+    _cut_above(panels[0], min(ends) + 3.0)
+    panels[0].set_ylabel("training loss (smoothed), nats per token")
     return save(figure, path)
 
 
@@ -52,26 +40,39 @@ def draw_perplexity(groups: Sequence[Group], path: Path) -> Path | None:
     shown = [group for group in groups if any(run.evaluations for run in group.runs)]
     if not shown:
         return None
-    figure, panels = _axes_by_position(shown, 4.4)
-    handles = []
-    for group, style in zip(shown, line_styles(shown), strict=True):
-        for number, run in enumerate(run for run in group.runs if run.evaluations):
-            values = [row["final_eval_perplexity"] for row in run.evaluations]
-            for name, panel, unit in panels:
-                positions = [position / unit for position in run.axis(name)[1]]
-                (line,) = panel.plot(positions, values, **style, markersize=4, linewidth=1.4, alpha=0.9)
-            if number == 0:
-                handles.append(line)
+    styles = [{**style, "markersize": 4, "linewidth": 1.4} for style in line_styles(shown)]
+    figure, panels = _lines_by_position(shown, styles, 1, lambda run: [row["final_eval_perplexity"] for row in run.evaluations])
     ends = [row["final_eval_perplexity"] for group in shown for run in group.runs for row in run.evaluations[-1:]]
-    for _, panel, _ in panels:
+    for panel in panels:
         panel.set_yscale("log")
-    _from_zero(panels)
-    _cut_above(panels[0][1], 12 * min(ends))
-    for _, panel, _ in panels:
+    _cut_above(panels[0], 12 * min(ends))
+    for panel in panels:
         plain_log_ticks(panel.yaxis)
-    panels[0][1].set_ylabel("held-out perplexity")
-    legend(figure, handles, [name_of(group) for group in shown])
+    panels[0].set_ylabel("held-out perplexity")
     return save(figure, path)
+
+
+def _lines_by_position(
+    groups: Sequence[Group], styles: Sequence[dict[str, Any]], kind: int, values_of: Callable[[RunRecord], list[float]]
+) -> tuple[Any, list[Any]]:
+    """Draws a line for every run with values against update steps, tokens and time; returns the figure and its three panels.
+
+    kind: of the positions in RunRecord.axis, 0 of updates and 1 of evaluations.
+    """
+    figure, panels = _axes_by_position(groups, 4.4)
+    handles = []
+    for group, style in zip(groups, styles, strict=True):
+        lines = []
+        for run in group.runs:
+            if values := values_of(run):
+                for name, panel, unit in panels:
+                    lines += panel.plot([position / unit for position in run.axis(name)[kind]], values, alpha=0.9, **style)
+        handles.append(lines[0])
+    for _, panel, _ in panels:
+        # Also if the first evaluation came late.
+        panel.set_xlim(left=0)
+    legend(figure, handles, [name_of(group) for group in groups])
+    return figure, [panel for _, panel, _ in panels]
 
 
 def draw_curves(run: RunRecord, path: Path, title: str) -> Path:
@@ -144,12 +145,6 @@ def _axes_by_position(groups: Sequence[Group], height: float) -> tuple[Any, list
     whole_ticks(panels[0].xaxis)
     names = zip(("steps", "tokens", "seconds"), panels, (1.0, count, time), strict=True)
     return figure, list(names)
-
-
-def _from_zero(panels: Sequence[tuple[str, Any, float]]) -> None:
-    """Starts every horizontal axis at zero, also if the first evaluation came late."""
-    for _, panel, _ in panels:
-        panel.set_xlim(left=0)
 
 
 def _cut_above(panel: Any, limit: float) -> None:
