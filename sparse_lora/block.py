@@ -41,7 +41,7 @@ def block_count(sparsity: float) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class BlockRun:
     """A run of `count` neighbouring blocks of one shape (rows, columns), starting at block number `first`.
 
     column: number of columns of all blocks before the first one.
@@ -60,18 +60,18 @@ class Run:
 
 
 @functools.cache
-def runs(out_features: int, in_features: int, blocks: int) -> tuple[Run, ...]:
+def runs(out_features: int, in_features: int, blocks: int) -> tuple[BlockRun, ...]:
     """Returns all blocks in at most three runs.
 
     The first out % k blocks have one more row than the others, and the first in % k blocks one more column.
     """
-    result: list[Run] = []
+    result: list[BlockRun] = []
     column = 0
     bounds = sorted({0, out_features % blocks, in_features % blocks, blocks})
     for first, end in itertools.pairwise(bounds):
         rows = out_features // blocks + (first < out_features % blocks)
         columns = in_features // blocks + (first < in_features % blocks)
-        result.append(Run(first, end - first, rows, columns, column))
+        result.append(BlockRun(first, end - first, rows, columns, column))
         column += (end - first) * columns
     return tuple(result)
 
@@ -124,18 +124,18 @@ class BlockPart(SparsePart):
         self.runs = runs(out_features, in_features, blocks)
         self._room = -(-out_features // blocks)
 
-    def _in_values(self, values: Tensor, run: Run) -> Tensor:
+    def _in_values(self, values: Tensor, run: BlockRun) -> Tensor:
         """Returns a view (n, r, c) of the values; each k consecutive rows hold one value per column, I values together."""
         offset = values.storage_offset() + run.column
         return values.as_strided((run.count, run.rows, run.columns), (run.columns, self.in_features, 1), offset)
 
-    def _in_weight(self, weight: Tensor, run: Run) -> Tensor:
+    def _in_weight(self, weight: Tensor, run: BlockRun) -> Tensor:
         """Returns a view (n, r, c) of the run's blocks in a contiguous (O, I) matrix."""
         offset = weight.storage_offset() + run.first * self.in_features + run.column
         strides = (self.in_features + run.columns, self.blocks * self.in_features, 1)
         return weight.as_strided((run.count, run.rows, run.columns), strides, offset)
 
-    def _outputs(self, by_block: Tensor, run: Run) -> Tensor:
+    def _outputs(self, by_block: Tensor, run: BlockRun) -> Tensor:
         """Returns a view (n, T, r) of the run's outputs in a (T, k * room) matrix in by_block order."""
         return _slices(by_block, run.first * self._room, run.count, self._room)[..., : run.rows]
 
@@ -222,7 +222,7 @@ def _add_products_(result: Tensor, left: Tensor, right: Tensor, beta: float = 1)
         result[block].addmm_(left[block], right[block], beta=beta)
 
 
-def _inputs(tensor_TI: Tensor, run: Run) -> Tensor:
+def _inputs(tensor_TI: Tensor, run: BlockRun) -> Tensor:
     """Returns a view (n, T, c) of the slices of the inputs that the run's blocks read."""
     return _slices(tensor_TI, run.column, run.count, run.columns)
 

@@ -12,7 +12,7 @@ from peft_pretraining.config.model_config import linear_shapes
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.supports import SUPPORTS
 from peft_pretraining.memory.counts import DTYPE_BYTES
-from peft_pretraining.memory.setting import Setting
+from peft_pretraining.memory.setting import MemorySetting
 from peft_pretraining.plan.advice import Advisor, Proposal, int8_weights, smaller_optimizers
 from peft_pretraining.plan.plan import GIB
 from sparse_lora.functional import cheaper_path, multiplications
@@ -120,7 +120,7 @@ def _batch_sizes(advisor: Advisor) -> list[int]:
     return [size for size in powers if not total_given or most % size == 0]
 
 
-def multiplications_per_token(setting: Setting) -> float:
+def multiplications_per_token(setting: MemorySetting) -> float:
     """Returns the multiplications per token of an update's matrix products.
 
     Counted are linears, attention and output head, and what checkpointing and a head's gradient in slices compute again. The time
@@ -135,7 +135,7 @@ def multiplications_per_token(setting: Setting) -> float:
     return linears + attention + head + again
 
 
-def _of_linear(setting: Setting, shape: tuple[int, int], rows: int) -> float:
+def _of_linear(setting: MemorySetting, shape: tuple[int, int], rows: int) -> float:
     if not setting.method.factored:
         return 3.0 * rows * shape[0] * shape[1]
     kind, nnz = ("none", 0)

@@ -16,7 +16,7 @@ from peft_pretraining.distributed.device import CUDA_CONTEXT_BYTES, LARGE_BLOCK_
 from peft_pretraining.memory.counts import (
     DTYPE_BYTES,
     SLICE_ELEMENTS,
-    Units,
+    FsdpUnits,
     activation_bytes,
     first_part,
     loss_chunk_rows,
@@ -27,7 +27,7 @@ from peft_pretraining.memory.counts import (
     units_of,
 )
 from peft_pretraining.memory.peak import Working, sharded_points, unsharded_points
-from peft_pretraining.memory.setting import Setting
+from peft_pretraining.memory.setting import MemorySetting
 from peft_pretraining.methods.method import TensorGroup
 
 CLASSES = (
@@ -63,7 +63,7 @@ _START_PER_ELEMENT, _START_PER_SQUARE = 1, 5
 _BUCKET_BYTES = 25 * 2**20
 
 
-def account(setting: Setting) -> dict[str, int]:
+def account(setting: MemorySetting) -> dict[str, int]:
     """Returns bytes by class, "total" (their sum) and "peak" (the most that is allocated at one time).
 
     With --parallel fsdp the figures are those of process 0, whose parts are the largest. Gathered layers and buffers of
@@ -116,7 +116,7 @@ def account(setting: Setting) -> dict[str, int]:
     return sizes
 
 
-def _runtime(setting: Setting, activations: int) -> int:
+def _runtime(setting: MemorySetting, activations: int) -> int:
     """Returns bytes that are not tensors: libraries, a GPU's context and its libraries' buffers, and gaps between activations."""
     if setting.device_type == "cuda":
         return CUDA_CONTEXT_BYTES + _CUBLAS_WORKSPACES + (_NCCL_BUFFERS if setting.world_size > 1 else 0)
@@ -126,12 +126,12 @@ def _runtime(setting: Setting, activations: int) -> int:
     return _CPU_RUNTIME + (int(_GAPS * activations) if leaves_gaps else 0)
 
 
-def parameter_groups(setting: Setting) -> list[TensorGroup]:
+def parameter_groups(setting: MemorySetting) -> list[TensorGroup]:
     """Returns every parameter of the run, grouped by shape."""
     return tensor_groups(setting.model, **setting.method_arguments)
 
 
-def _static_bytes(setting: Setting) -> dict[str, int]:
+def _static_bytes(setting: MemorySetting) -> dict[str, int]:
     counts = parameter_counts(setting.model, **setting.method_arguments)
     return static_bytes(
         setting.model,
@@ -150,14 +150,14 @@ def _static_bytes(setting: Setting) -> dict[str, int]:
     )
 
 
-def _copy_of_state(setting: Setting, static: dict[str, int]) -> int:
+def _copy_of_state(setting: MemorySetting, static: dict[str, int]) -> int:
     """Returns bytes of --async_save's copy of the state, which stays allocated; on a GPU it is in host memory and counts 0."""
     if not setting.async_save or setting.device_type != "cpu":
         return 0
     return sum(static[name] for name in ("parameters", "support", "optimizer"))
 
 
-def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
+def _reduction_copy(setting: MemorySetting, units: FsdpUnits, largest: int) -> int:
     """Returns bytes of gradients converted for the all-reduce: a DDP bucket's, or one tensor's in per-layer updates."""
     if setting.world_size == 1 or setting.sharded or setting.reduces_in == setting.dtype:
         return 0
@@ -165,7 +165,7 @@ def _reduction_copy(setting: Setting, units: Units, largest: int) -> int:
     return DTYPE_BYTES[setting.reduces_in] * (largest if setting.per_layer else min(bucket, units.whole))
 
 
-def _cache_bytes(setting: Setting) -> int:
+def _cache_bytes(setting: MemorySetting) -> int:
     """Returns bytes of what --linear_cache keeps between passes: decoded positions, and weights that linears would build."""
     shapes = linear_shapes(setting.model) * setting.model.num_hidden_layers
     if setting.linear_cache == "none" or not setting.method.factored:
@@ -177,7 +177,7 @@ def _cache_bytes(setting: Setting) -> int:
     return positions + DTYPE_BYTES[setting.computes_in] * sum(map(math.prod, built))
 
 
-def _position_bytes(setting: Setting, shape: tuple[int, int]) -> int:
+def _position_bytes(setting: MemorySetting, shape: tuple[int, int]) -> int:
     """Returns bytes of the decoded positions of a linear (out, in); 0 for a support that stores none."""
     support = _support(setting)
     if support is None or not support.stored:
@@ -185,7 +185,7 @@ def _position_bytes(setting: Setting, shape: tuple[int, int]) -> int:
     return support.nonzeros(*shape, setting.sp_ratio) * (4 if math.prod(shape) <= 2**31 else 8)
 
 
-def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
+def _is_factored(setting: MemorySetting, shape: tuple[int, int]) -> bool:
     """Tells whether a linear (out, in) takes the factored path, as sparse_lora.functional decides for its own layers."""
     if not setting.method.factored:
         return setting.method.replaces_linears
@@ -201,12 +201,12 @@ def _is_factored(setting: Setting, shape: tuple[int, int]) -> bool:
     return cheaper_path(rows, *shape, setting.rank, kind, nnz, setting.device_type, width) == "factored"
 
 
-def _support(setting: Setting) -> SupportKind | None:
+def _support(setting: MemorySetting) -> SupportKind | None:
     """Returns the kind of support of the sparse part; None without a sparse part."""
     return SUPPORTS[setting.support] if setting.method.sparse else None
 
 
-def _layer_scratch(setting: Setting) -> int:
+def _layer_scratch(setting: MemorySetting) -> int:
     """Returns bytes of temporaries in a linear's backward pass, for the linear with the most."""
     # nn.Linear has none but a stored weight's values: its weight and gradient are counted in their own classes.
     if not setting.method.replaces_linears:
@@ -216,12 +216,12 @@ def _layer_scratch(setting: Setting) -> int:
     return max(_linear_scratch(setting, shape) for shape in linear_shapes(setting.model))
 
 
-def _dequantised(setting: Setting, elements: int) -> int:
+def _dequantised(setting: MemorySetting, elements: int) -> int:
     """Returns bytes of the values of parameters that are stored in int8, which exist while they are used; 0 for plain ones."""
     return 0 if setting.weight_dtype is None else DTYPE_BYTES[setting.computes_in] * elements
 
 
-def _lasting_scratch(setting: Setting) -> int:
+def _lasting_scratch(setting: MemorySetting) -> int:
     """Returns bytes of the CPU's reused scratch memory: the largest weight that is built, or the largest reordered outputs."""
     if not setting.method.replaces_linears or setting.device_type != "cpu":
         return 0
@@ -233,20 +233,20 @@ def _lasting_scratch(setting: Setting) -> int:
     return max(large_bytes(shape, width) for shape in used)
 
 
-def _builds_matrix(setting: Setting, shape: tuple[int, int]) -> bool:
+def _builds_matrix(setting: MemorySetting, shape: tuple[int, int]) -> bool:
     """Tells whether a linear (out, in) builds a dense matrix of its weight's size: W, or S as a dense matrix."""
     support = _support(setting)
     return (support is not None and support.stored) or not _is_factored(setting, shape)
 
 
-def _reordered(setting: Setting, shape: tuple[int, int]) -> tuple[int, int]:
+def _reordered(setting: MemorySetting, shape: tuple[int, int]) -> tuple[int, int]:
     """Returns (rows, columns) of the copy of a linear's outputs or gradients that a support reorders; 0 rows if none."""
     support = _support(setting)
     reordered = support is not None and support.reorders_outputs and _is_factored(setting, shape)
     return (setting.batch_size * setting.max_length if reordered else 0, shape[0])
 
 
-def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
+def _linear_scratch(setting: MemorySetting, shape: tuple[int, int]) -> int:
     """Returns bytes of temporaries in the backward pass of a linear (out, in).
 
     Counted: the dense weight or its gradient if it is built; the decoded support; values and factors with their gradients; on the
@@ -270,13 +270,13 @@ def _linear_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     return dense + 2 * positions + 2 * width * parameters + _dequantised(setting, parameters) + kept
 
 
-def _beside_weight(setting: Setting, shape: tuple[int, int]) -> int:
+def _beside_weight(setting: MemorySetting, shape: tuple[int, int]) -> int:
     """Returns bytes of temporaries of a linear's factors, beside a frozen weight or alone, in forward and backward pass."""
     rows = setting.batch_size * setting.max_length
     return DTYPE_BYTES[setting.computes_in] * (rows * (max(shape) + setting.rank) + setting.rank * sum(shape))
 
 
-def _restart_scratch(setting: Setting) -> int:
+def _restart_scratch(setting: MemorySetting) -> int:
     """Returns bytes of temporaries of a restart: of merging factors into a slice of a weight, or of rebalancing a layer."""
     shapes, rank = linear_shapes(setting.model), setting.rank
     if setting.method.frozen_base:
@@ -289,7 +289,7 @@ def _restart_scratch(setting: Setting) -> int:
     return 0
 
 
-def _start_scratch(setting: Setting) -> int:
+def _start_scratch(setting: MemorySetting) -> int:
     """Returns bytes of temporaries of --init svd, dense weight included; they are in host memory, before the optimizer exists."""
     if setting.init != "svd" or setting.device_type != "cpu" or not setting.method.factored:
         return 0
@@ -298,7 +298,7 @@ def _start_scratch(setting: Setting) -> int:
     return 4 * math.prod(largest) + decomposition
 
 
-def _step_scratch(setting: Setting, largest: int) -> int:
+def _step_scratch(setting: MemorySetting, largest: int) -> int:
     """Returns bytes of temporaries of the optimizer's step of the largest tensor, or of GaLore's most demanding matrix."""
     if not setting.method.projected:
         return _plain_step_scratch(setting, largest)
@@ -307,7 +307,7 @@ def _step_scratch(setting: Setting, largest: int) -> int:
     return max(ordinary, *(_subspace_scratch(setting, shape) for shape in linear_shapes(model)))
 
 
-def _subspace_scratch(setting: Setting, shape: tuple[int, int]) -> int:
+def _subspace_scratch(setting: MemorySetting, shape: tuple[int, int]) -> int:
     """Returns bytes of GaLore's temporaries for a matrix: its gradient's SVD, or its projected gradient, update and step."""
     width, elements = DTYPE_BYTES[setting.dtype], math.prod(shape)
     svd = 4 * (_SVD_PER_ELEMENT * elements + _SVD_PER_SQUARE * min(shape) ** 2) + (4 * elements if width < 4 else 0)
@@ -321,7 +321,7 @@ def _subspace_scratch(setting: Setting, shape: tuple[int, int]) -> int:
     return max(svd, inside)
 
 
-def _plain_step_scratch(setting: Setting, largest: int) -> int:
+def _plain_step_scratch(setting: MemorySetting, largest: int) -> int:
     optimizer = OPTIMIZERS[setting.optimizer]
     on_gpu = setting.device_type == "cuda"
     per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
@@ -336,7 +336,7 @@ def _plain_step_scratch(setting: Setting, largest: int) -> int:
     return of_slice if optimizer.matrix_bytes is None else max(_orthogonal_scratch(setting), of_slice)
 
 
-def _orthogonal_scratch(setting: Setting) -> int:
+def _orthogonal_scratch(setting: MemorySetting) -> int:
     """Returns bytes of temporaries of Muon's or Spectron's step of the largest matrix.
 
     Newton-Schulz holds three matrices of its size and two of its shorter side. A pair's first direction is kept while the second

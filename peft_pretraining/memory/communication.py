@@ -13,7 +13,7 @@ from typing import Any
 
 from peft_pretraining.memory.account import parameter_groups
 from peft_pretraining.memory.counts import DTYPE_BYTES, units_of
-from peft_pretraining.memory.setting import Setting
+from peft_pretraining.memory.setting import MemorySetting
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Traffic:
         return self._share * (self.gathered_backward + gradients)
 
 
-def traffic(setting: Setting) -> Traffic:
+def traffic(setting: MemorySetting) -> Traffic:
     """Returns the traffic of an update, without evaluation, checkpoints and the few numbers for loss, token counts and norms.
 
     DDP sums all gradients in the reduce dtype, in the last micro-batch, or in each one with accumulation in moments. FSDP2
@@ -79,7 +79,7 @@ def traffic(setting: Setting) -> Traffic:
     return Traffic(size, accumulation, 0, compute * units.padded, compute * again, reduced)
 
 
-def full_rank(setting: Setting) -> Setting:
+def full_rank(setting: MemorySetting) -> MemorySetting:
     """Returns the setting of the same run with dense weights."""
     return replace(setting, peft_model="full")
 
@@ -96,7 +96,7 @@ class Link:
     overlap: float = 1.0
 
 
-def backward_share(setting: Setting) -> float:
+def backward_share(setting: MemorySetting) -> float:
     """Returns the backward pass's share of a micro-batch's arithmetic.
 
     The backward pass has two products for each of the forward pass, and repeats the forward pass with activation checkpointing.
@@ -104,7 +104,7 @@ def backward_share(setting: Setting) -> float:
     return 3 / 4 if setting.activation_checkpointing else 2 / 3
 
 
-def update_seconds(setting: Setting, tokens_per_s: float, link: Link) -> float:
+def update_seconds(setting: MemorySetting, tokens_per_s: float, link: Link) -> float:
     """Predicts the seconds of an update. tokens_per_s: measured speed of one process that waits for no other.
 
     Forward and backward pass of every micro-batch take the maximum of arithmetic and communication (overlap 1) or their sum
@@ -127,7 +127,7 @@ def _pass_seconds(arithmetic: float, sent: float, link: Link) -> float:
     return arithmetic + communication - link.overlap * min(arithmetic, communication)
 
 
-def in_processes(setting: Setting, world_size: int) -> Setting:
+def in_processes(setting: MemorySetting, world_size: int) -> MemorySetting:
     """Returns the setting of an update of the same number of sequences in another number of processes.
 
     The micro-batch keeps its size unless a process's share is smaller; shares are rounded up.
@@ -152,14 +152,14 @@ class Scaling:
     efficiency: float
 
 
-def scaling(setting: Setting, world_size: int, tokens_per_s: float, link: Link) -> Scaling:
+def scaling(setting: MemorySetting, world_size: int, tokens_per_s: float, link: Link) -> Scaling:
     """Predicts the speed of the setting's update in `world_size` processes."""
     seconds = update_seconds(in_processes(setting, world_size), tokens_per_s, link)
     tokens = setting.batch_size * setting.gradient_accumulation * setting.world_size * setting.max_length
     return Scaling(world_size, seconds, tokens / seconds, tokens / seconds / (world_size * tokens_per_s))
 
 
-def stops_scaling_at(setting: Setting, tokens_per_s: float, link: Link) -> int | None:
+def stops_scaling_at(setting: MemorySetting, tokens_per_s: float, link: Link) -> int | None:
     """Returns the smallest number of processes that divides the sequences evenly and has an efficiency below one half.
 
     None if there is no such number up to one sequence per process.
@@ -169,14 +169,14 @@ def stops_scaling_at(setting: Setting, tokens_per_s: float, link: Link) -> int |
     return next((size for size in even if scaling(setting, size, tokens_per_s, link).efficiency < 0.5), None)
 
 
-def world_sizes(setting: Setting) -> Iterator[int]:
+def world_sizes(setting: MemorySetting) -> Iterator[int]:
     """Returns the powers of two, up to one sequence per process, that divide the sequences evenly, and the setting's own size."""
     sequences = setting.batch_size * setting.gradient_accumulation * setting.world_size
     powers = {2**exponent for exponent in range(sequences.bit_length()) if sequences % 2**exponent == 0}
     return iter(sorted(powers | {setting.world_size}))
 
 
-def wire_figures(setting: Setting, bandwidth: float | None, tokens_per_s: float | None) -> dict[str, Any]:
+def wire_figures(setting: MemorySetting, bandwidth: float | None, tokens_per_s: float | None) -> dict[str, Any]:
     """Returns the communication figures of the `estimate` command, JSON-serialisable.
 
     bandwidth: bytes that a process sends per second, in 10^9, None if unknown. tokens_per_s: measured speed of one process,

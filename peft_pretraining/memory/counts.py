@@ -365,7 +365,7 @@ def head_slice_bytes(cfg: ModelConfig, num_rows: int, dtype: str, chunk_rows: in
 
 
 @dataclass(frozen=True)
-class Unit:
+class FsdpUnit:
     """Elements of a unit's parameters: `whole`, and process 0's `part`, the size to which all parts are padded."""
 
     whole: int = 0
@@ -379,12 +379,12 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Units:
+class FsdpUnits:
     """The FSDP2 units of a model: the embedding (empty if tied to the head), `num_layers` equal layers, and the root."""
 
-    embedding: Unit
-    layer: Unit
-    root: Unit
+    embedding: FsdpUnit
+    layer: FsdpUnit
+    root: FsdpUnit
     num_layers: int
 
     @property
@@ -403,7 +403,7 @@ class Units:
         return self.embedding.padded + self.num_layers * self.layer.padded + self.root.padded
 
 
-def units_of(cfg: ModelConfig, groups: list[TensorGroup], processes: int) -> Units:
+def units_of(cfg: ModelConfig, groups: list[TensorGroup], processes: int) -> FsdpUnits:
     """Returns the units of a model whose parameters are `groups` (see memory.counts.tensor_groups)."""
     layers = cfg.num_hidden_layers
     embedding, layer, root = [], [], []
@@ -415,12 +415,12 @@ def units_of(cfg: ModelConfig, groups: list[TensorGroup], processes: int) -> Uni
             final_norm = group.count == 2 * layers + 1
             root.append((group.shape, int(final_norm)))
             layer.append((group.shape, (group.count - final_norm) // layers))
-    return Units(_unit(embedding, processes), _unit(layer, processes), _unit(root, processes), layers)
+    return FsdpUnits(_unit(embedding, processes), _unit(layer, processes), _unit(root, processes), layers)
 
 
-def _unit(shapes: list[tuple[tuple[int, ...], int]], processes: int) -> Unit:
+def _unit(shapes: list[tuple[tuple[int, ...], int]], processes: int) -> FsdpUnit:
     """Returns the unit of parameters given as (shape, number of parameters of this shape)."""
-    return Unit(
+    return FsdpUnit(
         whole=sum(count * math.prod(shape) for shape, count in shapes),
         part=sum(count * math.prod(first_part(shape, processes)) for shape, count in shapes),
         processes=processes,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_pretraining.memory.counts import DTYPE_BYTES, SLICE_ELEMENTS, Unit, Units, head_slice_bytes, loss_chunk_rows
+from peft_pretraining.memory.counts import DTYPE_BYTES, SLICE_ELEMENTS, FsdpUnit, FsdpUnits, head_slice_bytes, loss_chunk_rows
 
 if TYPE_CHECKING:
-    from peft_pretraining.memory.setting import Setting
+    from peft_pretraining.memory.setting import MemorySetting
 
 
 class UpdatePoint(NamedTuple):
@@ -44,7 +44,7 @@ class Working:
         return self.activations if count >= num_layers else self.activations * count // num_layers
 
 
-def unsharded_points(setting: Setting, working: Working) -> list[UpdatePoint]:
+def unsharded_points(setting: MemorySetting, working: Working) -> list[UpdatePoint]:
     """Returns the points of an unsharded run: loss, begin and end of the backward pass, optimizer step, restart."""
     if setting.steps_rows:
         return _points_stepping_rows(setting, working)
@@ -64,7 +64,7 @@ def unsharded_points(setting: Setting, working: Working) -> list[UpdatePoint]:
     return [at_loss, backward_begins, backward_ends, at_step, restart]
 
 
-def _points_stepping_rows(setting: Setting, working: Working) -> list[UpdatePoint]:
+def _points_stepping_rows(setting: MemorySetting, working: Working) -> list[UpdatePoint]:
     """Returns the points of per-layer updates in which embedding and head are stepped slice by slice.
 
     Loss, step of the head, begin and end of the layers' backward pass, step of the embedding, restart.
@@ -86,7 +86,7 @@ def _points_stepping_rows(setting: Setting, working: Working) -> list[UpdatePoin
     ]
 
 
-def sharded_points(setting: Setting, working: Working, units: Units, trained: Units) -> list[UpdatePoint]:
+def sharded_points(setting: MemorySetting, working: Working, units: FsdpUnits, trained: FsdpUnits) -> list[UpdatePoint]:
     """Returns the points of a run sharded by FSDP2, in the order of events of torch 2.13.
 
     Forward pass: the root's parameters are gathered and stay until the end of the backward pass. A unit is gathered into a flat
@@ -123,7 +123,7 @@ def sharded_points(setting: Setting, working: Working, units: Units, trained: Un
 class _Buffers:
     """Computes FSDP2's temporary buffers: gathered parameters, whole gradients, inputs of reduce-scatters. Bytes."""
 
-    def __init__(self, setting: Setting, units: Units, trained: Units):
+    def __init__(self, setting: MemorySetting, units: FsdpUnits, trained: FsdpUnits):
         self.units, self.trained, self.resharded = units, trained, setting.reshard_after_forward
         self.accumulates = setting.gradient_accumulation > 1
         self.per_layer, self.gloo = setting.per_layer, setting.device_type == "cpu"
@@ -131,14 +131,14 @@ class _Buffers:
         self._width = DTYPE_BYTES[setting.dtype]
         self.root, self.layer, self.embedding = map(self._gathered, (units.root, units.layer, units.embedding))
 
-    def _gathered(self, unit: Unit) -> int:
+    def _gathered(self, unit: FsdpUnit) -> int:
         return self._compute * unit.padded
 
-    def _gradient(self, unit: Unit, fresh: bool = True) -> int:
+    def _gradient(self, unit: FsdpUnit, fresh: bool = True) -> int:
         """Whole gradient of a unit in this micro-batch; with accumulation a gradient that is not `fresh` is part of the sum."""
         return self._compute * unit.whole if fresh or not self.accumulates else 0
 
-    def _reduced(self, unit: Unit) -> int:
+    def _reduced(self, unit: FsdpUnit) -> int:
         return self._reduce * unit.padded
 
     def _gathered_before(self, layers: int) -> int:

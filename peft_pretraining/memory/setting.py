@@ -14,7 +14,7 @@ from peft_pretraining.methods.method import Method
 
 
 @dataclass(frozen=True)
-class Setting:
+class MemorySetting:
     """All values that a run's memory depends on, named as on the command line."""
 
     model: ModelConfig
@@ -107,10 +107,12 @@ class Setting:
         return METHODS[self.peft_model]
 
 
-def memory_setting(args: Arguments, model: ModelConfig, world: World, dtype: str, accumulation: int, device_type: str) -> Setting:
+def memory_setting(
+    args: Arguments, model: ModelConfig, world: World, dtype: str, accumulation: int, device_type: str
+) -> MemorySetting:
     """Returns the memory setting of a run."""
-    same = {field.name: getattr(args, field.name) for field in fields(Setting) if field.name in ROWS}
-    return Setting(
+    same = {field.name: getattr(args, field.name) for field in fields(MemorySetting) if field.name in ROWS}
+    return MemorySetting(
         **same
         | {
             "model": model,

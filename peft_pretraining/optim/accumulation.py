@@ -14,7 +14,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.model.row_gradient import RowGradient
 from peft_pretraining.optim.moments import Accumulating
 from peft_pretraining.optim.slices import GradientSlices, StochasticRounding
-from peft_pretraining.optim.updates import Arrived, Build, PerLayerUpdate, Unit, l2_norm, use_in_slices
+from peft_pretraining.optim.updates import Arrived, Build, JointStep, PerLayerUpdate, l2_norm, use_in_slices
 
 
 class AccumulatingUpdate(PerLayerUpdate):
@@ -89,7 +89,7 @@ class AccumulatingUpdate(PerLayerUpdate):
         return True
 
     def _accumulate(self, number: int, stepped: nn.Parameter, gradient: GradientSlices) -> None:
-        cast(Accumulating, self._units[number].optimizer).accumulate(
+        cast(Accumulating, self._joint_steps[number].optimizer).accumulate(
             stepped,
             gradient,
             first=number not in self._started,
@@ -106,13 +106,13 @@ class AccumulatingUpdate(PerLayerUpdate):
             self._bad.add(number)
         if not self._last:
             return
-        unit = self._units[number]
-        unit.add(Arrived(number, norm, stepped, parameter), torch.tensor(number in self._bad))
-        if unit.complete:
-            self._finish_unit(unit)
+        joint = self._joint_steps[number]
+        joint.add(Arrived(number, norm, stepped, parameter), torch.tensor(number in self._bad))
+        if joint.complete:
+            self._finish_step(joint)
 
-    def _finish_unit(self, unit: Unit) -> None:
-        if not bool(unit.bad):
-            cast(Accumulating, unit.optimizer).step_from_moments(self._num_micro_batches)
-        self._skipped += float(unit.bad) * unit.size
-        unit.free()
+    def _finish_step(self, joint: JointStep) -> None:
+        if not bool(joint.bad):
+            cast(Accumulating, joint.optimizer).step_from_moments(self._num_micro_batches)
+        self._skipped += float(joint.bad) * joint.size
+        joint.free()

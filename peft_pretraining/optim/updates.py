@@ -206,13 +206,13 @@ class PerLayerUpdate:
         """
         self.stepped = local_parameters(parameters)
         together = {name: names for names in joint for name in names}
-        # In the order of the parameters; each of a unit's names leads to it.
-        units = {
-            names: Unit(build({name: self.stepped[name] for name in names}), len(names))
+        # In the order of the parameters; each name of parameters that are stepped together leads to the same step.
+        joint_steps = {
+            names: JointStep(build({name: self.stepped[name] for name in names}), len(names))
             for names in (together.get(name, (name,)) for name in self.stepped)
         }
-        self._units = [units[together.get(name, (name,))] for name in self.stepped]
-        self.optimizer = _OptimizerSet([unit.optimizer for unit in units.values()])
+        self._joint_steps = [joint_steps[together.get(name, (name,))] for name in self.stepped]
+        self.optimizer = _OptimizerSet([joint.optimizer for joint in joint_steps.values()])
         self.growth, self._world, self._reduce_dtype, self._armed = growth, world, reduce_dtype, False
         device = next(iter(parameters.values())).device
         self._parameters = list(parameters.values())
@@ -224,7 +224,7 @@ class PerLayerUpdate:
             for number, (name, parameter) in enumerate(parameters.items())
         ]
         for number, (name, parameter) in enumerate(parameters.items()):
-            slices_suffice = world.size == 1 and growth is None and isinstance(self._units[number].optimizer, StepsSlices)
+            slices_suffice = world.size == 1 and growth is None and isinstance(self._joint_steps[number].optimizer, StepsSlices)
             if name in by_rows and slices_suffice:
                 parameter.take_rows = partial(self._step_rows, number, parameter)  # type: ignore[attr-defined]
 
@@ -252,21 +252,21 @@ class PerLayerUpdate:
         limited = norm if self.growth is None else self.growth.limit_(number, gradient, norm)
         if stepped.numel():
             stepped.grad = gradient
-        unit = self._units[number]
+        joint = self._joint_steps[number]
         # The norm is the same on every process, as the averaged gradient is, or (sharded) the norm over all parts.
-        unit.add(Arrived(number, limited, stepped, parameter), ~torch.isfinite(norm))
-        if unit.complete:
-            self._finish_unit(unit)
+        joint.add(Arrived(number, limited, stepped, parameter), ~torch.isfinite(norm))
+        if joint.complete:
+            self._finish_step(joint)
 
-    def _finish_unit(self, unit: Unit) -> None:
-        """Steps a complete unit and frees its gradients; one non-finite gradient leaves everything of the unit as it is."""
-        if any(one.stepped.numel() for one in unit.arrived):
-            step_unless(unit.optimizer, unit.bad)
+    def _finish_step(self, joint: JointStep) -> None:
+        """Makes a complete joint step and frees its gradients; one non-finite gradient leaves all its parameters as they are."""
+        if any(one.stepped.numel() for one in joint.arrived):
+            step_unless(joint.optimizer, joint.bad)
         if self.growth is not None:
-            for one in unit.arrived:
-                self.growth.remember(one.number, one.norm, unit.bad)
-        self._skipped += unit.bad * float(unit.size)
-        unit.free()
+            for one in joint.arrived:
+                self.growth.remember(one.number, one.norm, joint.bad)
+        self._skipped += joint.bad * float(joint.size)
+        joint.free()
 
     @torch.no_grad()
     def _step_rows(self, number: int, parameter: nn.Parameter, gradient: RowGradient) -> bool:
@@ -274,7 +274,7 @@ class PerLayerUpdate:
         if not self._armed or parameter.grad is not None:
             return False
         self._trim()
-        optimizer = self._units[number].optimizer
+        optimizer = self._joint_steps[number].optimizer
         assert isinstance(optimizer, StepsSlices)
         norm, finite = use_in_slices(gradient, partial(optimizer.step_slices, parameter))
         self._norms[number] = norm
@@ -284,9 +284,9 @@ class PerLayerUpdate:
     def finish(self, loss: torch.Tensor) -> Outcome:
         """Returns the result; all tensors with finite gradients have been stepped in the backward pass."""
         self._armed = False
-        for unit in self._units:
-            # A unit is left incomplete if one of its parameters got no gradient.
-            unit.free()
+        for joint in self._joint_steps:
+            # A joint step is left incomplete if one of its parameters got no gradient.
+            joint.free()
         self._trim()
         return Outcome(l2_norm(self._norms), self._skipped.clone())
 
@@ -298,8 +298,8 @@ class PerLayerUpdate:
     def abandon(self) -> Outcome:
         """Frees the gradients of earlier micro-batches."""
         self._armed = False
-        for unit, parameter in zip(self._units, self._parameters, strict=True):
-            unit.free()
+        for joint, parameter in zip(self._joint_steps, self._parameters, strict=True):
+            joint.free()
             parameter.grad = None
         return _nothing_stepped(len(self._parameters), self._skipped.device)
 
@@ -313,8 +313,8 @@ class Arrived(NamedTuple):
     parameter: torch.Tensor
 
 
-class Unit:
-    """Parameters that an optimizer steps together once all their gradients are complete; mostly a single one.
+class JointStep:
+    """Parameters, mostly a single one, that an optimizer steps together once all their gradients are complete.
 
     arrived: those with a complete gradient. bad: whether a gradient is not finite.
     """

@@ -17,7 +17,7 @@ from peft_pretraining.config.optimizers import OPTIMIZERS, PUBLISHED_NAMES
 from peft_pretraining.distributed.device import DeviceMemory
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import CLASSES, account
-from peft_pretraining.memory.setting import Setting, memory_setting
+from peft_pretraining.memory.setting import MemorySetting, memory_setting
 from peft_pretraining.methods import METHODS
 from peft_pretraining.plan.checks import check
 from peft_pretraining.plan.plan import GIB, Plan
@@ -149,7 +149,7 @@ class Advisor:
                 return proposal
         return None
 
-    def setting(self, changes: Mapping[str, Any]) -> Setting:
+    def setting(self, changes: Mapping[str, Any]) -> MemorySetting:
         """Returns the memory setting of the run with these changes."""
         args, plan = _applied(self.args, changes), self.plan
         per_micro_batch = args.batch_size * plan.world_size

@@ -16,7 +16,7 @@ from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.account import CLASSES, account
 from peft_pretraining.memory.communication import format_wire, wire_figures
 from peft_pretraining.memory.counts import parameter_counts
-from peft_pretraining.memory.setting import Setting, memory_setting
+from peft_pretraining.memory.setting import MemorySetting, memory_setting
 from peft_pretraining.methods import METHODS, has_effect
 from peft_pretraining.plan.checks import _larger_than_dense, _slow_save, _warnings, check, schedule_arguments
 from peft_pretraining.plan.schedule import LearningRates
@@ -98,7 +98,7 @@ def make_plan(
     )
 
 
-def _with_cache(setting: Setting, args: Arguments, memory: DeviceMemory | None) -> tuple[Setting, list[str]]:
+def _with_cache(setting: MemorySetting, args: Arguments, memory: DeviceMemory | None) -> tuple[MemorySetting, list[str]]:
     """Returns the setting with what linears really cache, and a warning if that is less than was asked for.
 
     auto keeps positions on a GPU that has room for them. It never keeps weights, which take the memory that the method saves.
@@ -130,7 +130,7 @@ def _default_eval_tokens(args: Arguments) -> int | None:
     return _C4_EVAL_TOKENS if holds_c4(args.eval_dataset or args.dataset) else None
 
 
-def setting_of(plan: Plan, args: Arguments, device_type: str) -> Setting:
+def setting_of(plan: Plan, args: Arguments, device_type: str) -> MemorySetting:
     """The settings that memory and communication of a planned run depend on."""
     world = World(size=plan.world_size)
     setting = memory_setting(args, plan.model, world, plan.dtype, plan.gradient_accumulation, device_type)

@@ -20,7 +20,7 @@ from peft_pretraining.config.model_config import ModelConfig, load_model_config
 from peft_pretraining.distributed.world import World, process_group
 from peft_pretraining.memory.account import account
 from peft_pretraining.memory.communication import full_rank, traffic
-from peft_pretraining.memory.setting import Setting
+from peft_pretraining.memory.setting import MemorySetting
 from peft_pretraining.model.llama import build_model
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_optimizer
@@ -44,13 +44,13 @@ def tiny() -> ModelConfig:
     return replace(load_model_config(ROOT / "configs/llama_9m.json"), **sizes, num_attention_heads=4, num_key_value_heads=2)
 
 
-def setting(method: str, world_size: int, **changes) -> Setting:
+def setting(method: str, world_size: int, **changes) -> MemorySetting:
     base = {"optimizer": "adamw", "dtype": "float32", "batch_size": 2, "max_length": LENGTH}
     model = changes.pop("model", None) or tiny()
-    return Setting(model, method, RANK, SPARSITY, world_size=world_size, **(base | changes))
+    return MemorySetting(model, method, RANK, SPARSITY, world_size=world_size, **(base | changes))
 
 
-def token_loss(found: Setting) -> TokenLoss:
+def token_loss(found: MemorySetting) -> TokenLoss:
     def change(model):
         if found.peft_model == "sltrain":
             reparameterize(model, SLTrainConfig(rank=RANK, sparsity=SPARSITY))
@@ -65,7 +65,7 @@ def trained(module: TokenLoss) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in module.model.named_parameters() if parameter.requires_grad}
 
 
-def sharded(found: Setting) -> TokenLoss:
+def sharded(found: MemorySetting) -> TokenLoss:
     """Shards a model as `--parallel fsdp` does: embedding and layers separately, the rest with the root."""
     module = token_loss(found)
     dtypes = [None if name is None else getattr(torch, name) for name in (found.compute_dtype, found.reduce_dtype)]
@@ -76,13 +76,13 @@ def sharded(found: Setting) -> TokenLoss:
     return module
 
 
-def micro_batch(found: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+def micro_batch(found: MemorySetting) -> tuple[torch.Tensor, torch.Tensor]:
     size = (found.batch_size, found.max_length)
     ids = torch.randint(found.model.vocab_size, size, generator=torch.Generator().manual_seed(0))
     return ids, ids
 
 
-def bytes_held(found: Setting, world: World) -> dict[str, int]:
+def bytes_held(found: MemorySetting, world: World) -> dict[str, int]:
     """Returns this process's bytes of parameters, support, gradients before the step, and moments after it."""
     module = sharded(found)
     choice = {name: value for name in ("beta1", "embedding_bits") if (value := getattr(found, name))}
@@ -115,7 +115,7 @@ class Payloads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def bytes_exchanged(found: Setting) -> dict[str, int]:
+def bytes_exchanged(found: MemorySetting) -> dict[str, int]:
     """Returns the bytes exchanged in the first update (DDP's later updates have other buckets with the same bytes)."""
     if found.parallel == "fsdp":
         module = sharded(found)
@@ -151,7 +151,7 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-def working_peak(found: Setting, world: World) -> int:
+def working_peak(found: MemorySetting, world: World) -> int:
     """Returns an update's peak without parameters, supports and moments: the least of four, since gloo may free buffers late."""
     with PeakBytes() as measured:
         module = sharded(found)
@@ -170,7 +170,7 @@ def working_peak(found: Setting, world: World) -> int:
     return min(peaks[1:]) - sum(held[name] for name in ("parameters", "support", "optimizer"))
 
 
-def peak_settings(world_size: int) -> list[Setting]:
+def peak_settings(world_size: int) -> list[MemorySetting]:
     """Returns settings in which embedding and head dominate the model, and others in which its layers do."""
     wide = {"vocab_size": 4001, "hidden_size": 128, "intermediate_size": 352}
     deep = {"vocab_size": 301, "hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 6}
@@ -181,7 +181,7 @@ def peak_settings(world_size: int) -> list[Setting]:
     ]
 
 
-def held_settings(world_size: int) -> list[Setting]:
+def held_settings(world_size: int) -> list[MemorySetting]:
     return [
         setting(method, world_size, optimizer=optimizer, parallel="fsdp", dtype=dtype, per_layer=per_layer, **choice)
         for (optimizer, choice), method, (dtype, per_layer) in itertools.product(
@@ -190,7 +190,7 @@ def held_settings(world_size: int) -> list[Setting]:
     ]
 
 
-def exchanged_settings(world_size: int) -> list[Setting]:
+def exchanged_settings(world_size: int) -> list[MemorySetting]:
     fsdp = [
         {},
         {"reshard_after_forward": False},

@@ -9,16 +9,16 @@ import pytest
 from peft_pretraining.config.model_config import load_model_config
 from peft_pretraining.memory.account import CLASSES, _linear_scratch, account
 from peft_pretraining.memory.counts import parameter_counts
-from peft_pretraining.memory.setting import Setting
+from peft_pretraining.memory.setting import MemorySetting
 from sparse_lora import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 
-def setting(size: str = "7b", **changes) -> Setting:
+def setting(size: str = "7b", **changes) -> MemorySetting:
     model = load_model_config(str(ROOT / f"configs/llama_{size}.json"))
-    base = Setting(model, "sltrain", 1024, 0.05, "adam8bit", "bfloat16", 1, 256, embedding_bits=8)
+    base = MemorySetting(model, "sltrain", 1024, 0.05, "adam8bit", "bfloat16", 1, 256, embedding_bits=8)
     return replace(base, **changes)
 
 

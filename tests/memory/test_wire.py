@@ -21,7 +21,7 @@ from peft_pretraining.memory.communication import (
     wire_figures,
     world_sizes,
 )
-from peft_pretraining.memory.setting import Setting
+from peft_pretraining.memory.setting import MemorySetting
 from peft_pretraining.plan.plan import format_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,9 +36,9 @@ def small() -> ModelConfig:
     return replace(load_model_config(ROOT / "configs/llama_9m.json"), **sizes, **heads)
 
 
-def setting(**changes) -> Setting:
+def setting(**changes) -> MemorySetting:
     base = {"optimizer": "adamw", "dtype": "float32", "batch_size": 2, "max_length": 50, "world_size": 2}
-    return Setting(small(), "full", 2, 0.1, **(base | changes))
+    return MemorySetting(small(), "full", 2, 0.1, **(base | changes))
 
 
 def test_ddp_sends_the_bytes_of_a_ring_all_reduce():
@@ -88,7 +88,7 @@ def test_rows_that_do_not_divide_evenly_are_padded():
 @pytest.mark.parametrize("world_size", [2, 256])
 def test_sltrain_sends_in_proportion_to_its_parameters(size, rank, sparsity, world_size):
     model = load_model_config(ROOT / f"configs/llama_{size}.json")
-    ours = Setting(model, "sltrain", rank, sparsity, "adamw", "bfloat16", 1, 256, world_size=world_size)
+    ours = MemorySetting(model, "sltrain", rank, sparsity, "adamw", "bfloat16", 1, 256, world_size=world_size)
     shares = {"60m": (43_529_832, 58_073_600), "350m": (194_293_544, 367_969_280), "7b": (3_144_735_808, 6_738_415_616)}
     counted, whole = shares[size]
     assert traffic(ours).sent / traffic(full_rank(ours)).sent == pytest.approx(counted / whole, rel=1e-12)
@@ -98,7 +98,8 @@ def test_factors_of_fewer_rows_than_processes_are_padded():
     """With rank 128 and 256 processes, FSDP2 pads A to 256 rows and exchanges twice as much."""
     model = load_model_config(ROOT / "configs/llama_60m.json")
     few, many = (
-        Setting(model, "lowrank", 128, 0.0, "adamw", "bfloat16", 1, 256, world_size=size, parallel="fsdp") for size in (128, 256)
+        MemorySetting(model, "lowrank", 128, 0.0, "adamw", "bfloat16", 1, 256, world_size=size, parallel="fsdp")
+        for size in (128, 256)
     )
     rows_of_a = 128 * 8 * (6 * 512 + 1376)
     assert traffic(many).reduce_scattered - traffic(few).reduce_scattered >= 2 * rows_of_a

@@ -21,7 +21,7 @@ from peft_pretraining.commands.published.read import (
     RELORA,
     SLTRAIN,
     STATE,
-    Published,
+    PublishedCheckpoint,
     read_published,
 )
 from peft_pretraining.config.arguments import Arguments, ConfigError
@@ -125,7 +125,7 @@ def _new_folder(given: dict[str, Any]) -> Path:
     return save_dir
 
 
-def _implied(published: Published) -> dict[str, Any]:
+def _implied(published: PublishedCheckpoint) -> dict[str, Any]:
     """The flags that follow from the checkpoint."""
     if not METHODS[published.method].replaces_linears:
         return {}
@@ -139,7 +139,7 @@ def _implied(published: Published) -> dict[str, Any]:
     return flags
 
 
-def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
+def _arguments(published: PublishedCheckpoint, given: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
     """Returns the run's arguments, and the flags that produce them: those given, those that follow from the checkpoint, and its
     model and dtype as defaults. Raises ConfigError if given flags contradict the checkpoint."""
     if given.get("sp_ratio") == published.settings.get("sp_ratio"):
@@ -180,7 +180,7 @@ def _arguments(published: Published, given: dict[str, Any]) -> tuple[Arguments, 
     return args, flags
 
 
-def _carry(published: Published, args: Arguments, flags: dict[str, Any]) -> Imported:
+def _carry(published: PublishedCheckpoint, args: Arguments, flags: dict[str, Any]) -> Imported:
     """Builds the run, fills it with the published checkpoint and saves it."""
     world = World()
     device = pick_device(args.device, world)
@@ -215,7 +215,7 @@ def _carry(published: Published, args: Arguments, flags: dict[str, Any]) -> Impo
     )
 
 
-def _carried(published: Published, moments_problem: str | None) -> list[str]:
+def _carried(published: PublishedCheckpoint, moments_problem: str | None) -> list[str]:
     weights = {
         "sltrain": "weights: dense ones, B, A, values and positions of S",
         "relora": "weights: frozen ones, B and A",
@@ -230,7 +230,7 @@ def _carried(published: Published, moments_problem: str | None) -> list[str]:
     ]
 
 
-def _not_carried(published: Published, args: Arguments, moments_problem: str | None) -> list[str]:
+def _not_carried(published: PublishedCheckpoint, args: Arguments, moments_problem: str | None) -> list[str]:
     """Describes what is not carried over, and what replaces it."""
     lines = [f"moments: {moments_problem}; they start at zero"] if moments_problem else []
     if published.update_step is None:
@@ -256,7 +256,7 @@ def _not_carried(published: Published, args: Arguments, moments_problem: str | N
     ]
 
 
-def _other_settings(published: Published, args: Arguments, run: Run) -> list[str]:
+def _other_settings(published: PublishedCheckpoint, args: Arguments, run: Run) -> list[str]:
     """Lists arguments recorded by the published run that differ from this run's."""
     recorded = (published.optimizer or {}).get("config")
     lines = []

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.commands.published.read import SLTRAIN, Published, PublishedError
+from peft_pretraining.commands.published.read import SLTRAIN, PublishedCheckpoint, PublishedError
 from peft_pretraining.methods import METHODS
 from sparse_lora.uniform import UniformSupport
 
@@ -22,7 +22,7 @@ _SHOWN = 5
 
 
 @torch.no_grad()
-def fill(model: nn.Module, published: Published, *, tied: bool) -> None:
+def fill(model: nn.Module, published: PublishedCheckpoint, *, tied: bool) -> None:
     """Fills every parameter and support of the model with published values, in the model's dtype.
 
     Args:
@@ -60,7 +60,7 @@ def _published_name(name: str, relora: bool) -> str:
     return f"{name}.weight" if relora and name.endswith((".lora_A", ".lora_B")) else name
 
 
-def _name_problems(published: Published, expected: set[str], tied: bool) -> Iterator[str]:
+def _name_problems(published: PublishedCheckpoint, expected: set[str], tied: bool) -> Iterator[str]:
     head, embedding = (published.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if tied and head is not None and embedding is not None and not torch.equal(head, embedding):
         yield "config.json ties lm_head to the embedding, but their weights differ; set tie_word_embeddings to false there"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.commands.published.read import OPTIMIZER, Published, PublishedError
+from peft_pretraining.commands.published.read import OPTIMIZER, PublishedCheckpoint, PublishedError
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.methods import METHODS
@@ -31,7 +31,7 @@ _IN_RELORA_LAYER = ("weight", "bias", "scaling", "lora_A", "lora_B")
 State = Mapping[str, Any]
 
 
-def carry_moments(published: Published, model: nn.Module, updates: Updates, args: Arguments) -> str | None:
+def carry_moments(published: PublishedCheckpoint, model: nn.Module, updates: Updates, args: Arguments) -> str | None:
     """Sets the state of `updates` to that of the published optimizer; returns None if done, else the reason why not.
 
     Raises:
@@ -71,7 +71,7 @@ def carry_moments(published: Published, model: nn.Module, updates: Updates, args
     return None
 
 
-def other_betas(published: Published, args: Arguments) -> str | None:
+def other_betas(published: PublishedCheckpoint, args: Arguments) -> str | None:
     """A note if the published Adam had other betas than ours; else None."""
     groups = (published.optimizer or {}).get("optimizer", {}).get("param_groups") or [{}]
     betas = groups[0].get("betas") if isinstance(groups[0], dict) else None
@@ -80,7 +80,7 @@ def other_betas(published: Published, args: Arguments) -> str | None:
     return f"betas {tuple(betas)}: (0.9, {args.beta2:g}) from now on (--beta2 chooses the second)"
 
 
-def _numbered_states(published: Published) -> tuple[list[int], dict[int, State]]:
+def _numbered_states(published: PublishedCheckpoint) -> tuple[list[int], dict[int, State]]:
     """The numbers of all parameters in order, and the non-empty states by number. Raises PublishedError."""
     assert published.optimizer is not None
     document = published.optimizer["optimizer"]

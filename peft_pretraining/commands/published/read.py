@@ -38,7 +38,7 @@ class NeedsCode(PublishedError):
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedCheckpoint:
     """A published checkpoint.
 
     method: sltrain | relora | lowrank (ReLoRA without dense weights) | full (also GaLore's checkpoints).
@@ -69,7 +69,7 @@ class Published:
         return any(name.endswith(".scaling") for name in self.tensors)
 
 
-def read_published(folder: Path) -> Published:
+def read_published(folder: Path) -> PublishedCheckpoint:
     """Reads the folder of one checkpoint (published name: model_XXXX).
 
     Raises:
@@ -82,7 +82,9 @@ def read_published(folder: Path) -> Published:
     method, settings = _method(folder, tensors)
     optimizer, problem = _read_optimizer(folder / OPTIMIZER)
     counts = {**_counts(folder / OPTIMIZER, optimizer or {}), **_counts(folder / STATE, _read_json(folder / STATE))}
-    return Published(folder, method, tensors, settings, optimizer, problem, counts.get("update_step"), counts.get("tokens_seen"))
+    return PublishedCheckpoint(
+        folder, method, tensors, settings, optimizer, problem, counts.get("update_step"), counts.get("tokens_seen")
+    )
 
 
 def load_pickle(path: Path) -> Any:

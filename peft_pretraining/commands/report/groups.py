@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining.commands.report.published import Published, published_for
+from peft_pretraining.commands.report.published import PublishedResult, published_for
 from peft_pretraining.commands.report.read import RunRecord
 from peft_pretraining.config.arguments import ROWS, Arguments
 from peft_pretraining.methods import METHODS, has_effect
@@ -121,7 +121,7 @@ class Group:
         return mean_interval([value for value in values if value is not None]) if values else None
 
     @property
-    def published(self) -> Published | None:
+    def published(self) -> PublishedResult | None:
         """The published result for this configuration and method."""
         arguments = self.first.arguments
         return published_for(self.first.model, self.method, arguments["rank"], arguments["sp_ratio"])

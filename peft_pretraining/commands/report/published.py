@@ -23,7 +23,7 @@ ORIGINS = {
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """One published result. parameters: millions. memory: 10^9 bytes, None if not published."""
 
     method: str
@@ -49,17 +49,17 @@ _COMPARISON = {
     "sltrain": ((34.15, 44, 0.26), (26.04, 97, 0.60), (19.42, 194, 1.24), (16.14, 646, 4.16)),
 }
 TABLE = tuple(
-    Published(method, model, tokens, *figures, source=ORIGINS[method])
+    PublishedResult(method, model, tokens, *figures, source=ORIGINS[method])
     for method, row in _COMPARISON.items()
     for (model, tokens), figures in zip(_SIZES, row, strict=True)
 )
 LATER = (
-    Published("sltrain", "llama_1b", "13.1B", 14.37, 646, None, RESTARTS, "momentum reset every 200 updates, rebalanced"),
-    Published("full", "llama_1b", "13.1B", 13.97, 1339, None, RESTARTS, "full-rank, tuned"),
+    PublishedResult("sltrain", "llama_1b", "13.1B", 14.37, 646, None, RESTARTS, "momentum reset every 200 updates, rebalanced"),
+    PublishedResult("full", "llama_1b", "13.1B", 13.97, 1339, None, RESTARTS, "full-rank, tuned"),
 )
 SEVEN_B = (
-    Published("galore", "llama_7b", "1.4B", 26.87, None, None, ORIGINS["galore"], "GaLore, 8-bit, 62 G per GPU of four"),
-    Published("sltrain", "llama_7b", "1.4B", 27.59, None, None, SLTRAIN, "SLTrain, 8-bit, 46 G per GPU of four"),
+    PublishedResult("galore", "llama_7b", "1.4B", 26.87, None, None, ORIGINS["galore"], "GaLore, 8-bit, 62 G per GPU of four"),
+    PublishedResult("sltrain", "llama_7b", "1.4B", 27.59, None, None, SLTRAIN, "SLTrain, 8-bit, 46 G per GPU of four"),
 )
 # Measured on one A100-80G, batch 1, bfloat16, no activation checkpointing: GB at the peak (SLTrain's Fig. 3).
 _PEAK_MODELS = ("llama_350m", "llama_1b", "llama_7b")
@@ -90,7 +90,7 @@ MISPRINTS = (
 )
 
 
-def published_for(model: str, method: str, rank: int, delta: float) -> Published | None:
+def published_for(model: str, method: str, rank: int, delta: float) -> PublishedResult | None:
     """Returns the published result of a method at a size, rank and delta (if the method has them), or None."""
     result = next((entry for entry in TABLE if (entry.model, entry.method) == (model, method)), None)
     sparse = has_effect("sp_ratio", method)
@@ -101,4 +101,4 @@ def published_for(model: str, method: str, rank: int, delta: float) -> Published
     if perplexity is None:
         return None
     note = f"r = {rank}, delta = {delta:g} (Tables 6 and 7)"
-    return Published(method, model, result.tokens, perplexity, None, None, SLTRAIN, note)
+    return PublishedResult(method, model, result.tokens, perplexity, None, None, SLTRAIN, note)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from peft_pretraining.commands.report.read import read_run
-from peft_pretraining.commands.sweep.settings import Entry, PlannedRun, Setting, SweepFile, without_duplicates
+from peft_pretraining.commands.sweep.settings import Entry, PlannedRun, SweepFile, SweepSetting, without_duplicates
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ def stages(file: SweepFile, results: list[str]) -> Iterator[Stage]:
 
     results: a Markdown table of each round is appended when it is over, and one of the whole search's work after the last.
     """
-    candidates: list[Sequence[Setting]] = [entry.settings for entry in file.entries]
+    candidates: list[Sequence[SweepSetting]] = [entry.settings for entry in file.entries]
     searched: list[list[PlannedRun]] = [[] for _ in file.entries]
     for number in range(file.num_rounds):
         candidates = file.candidates(number, candidates)

@@ -64,7 +64,7 @@ def load_sweep(path: Path) -> SweepFile:
     _raise(problems)
     processes = values.get("nproc_per_node", 1)
     file = SweepFile(path, Path(expanded(str(folder))), processes, tuple(seeds or ()), tuple(entries))
-    candidates: list[Sequence[Setting]] = [entry.settings for entry in entries]
+    candidates: list[Sequence[SweepSetting]] = [entry.settings for entry in entries]
     # Every run that could be made is checked before the first one starts: each setting could be the best of its round.
     for number in range(file.num_rounds):
         candidates = file.candidates(number, candidates, of_best=False)
@@ -186,7 +186,7 @@ class Round:
 class Entry:
     """An entry of `settings`: its combinations, and the rounds that choose among them."""
 
-    settings: tuple[Setting, ...]
+    settings: tuple[SweepSetting, ...]
     rounds: tuple[Round, ...]
 
 
@@ -210,12 +210,14 @@ class SweepFile:
         """The runs of all settings with all seeds, as without a search."""
         return self.final_runs([entry.settings for entry in self.entries])
 
-    def candidates(self, number: int, settings: Sequence[Sequence[Setting]], of_best: bool = True) -> list[Sequence[Setting]]:
+    def candidates(
+        self, number: int, settings: Sequence[Sequence[SweepSetting]], of_best: bool = True
+    ) -> list[Sequence[SweepSetting]]:
         """Returns by entry what competes in a round (counted from 0), without repetitions.
 
         settings: those that the round before has kept, the best first. of_best: only the best one's rates are multiplied.
         """
-        found: list[Sequence[Setting]] = []
+        found: list[Sequence[SweepSetting]] = []
         for entry, kept in zip(self.entries, settings, strict=True):
             factors = entry.rounds[number].lr_factors if number < len(entry.rounds) else ()
             scaled = [setting.scaled(factor) for setting in kept[: 1 if of_best else None] for factor in factors]
@@ -223,7 +225,7 @@ class SweepFile:
             found.append([setting for place, setting in enumerate(both) if setting not in both[:place]])
         return found
 
-    def search_round(self, number: int, candidates: Sequence[Sequence[Setting]]) -> list[list[list[PlannedRun]]]:
+    def search_round(self, number: int, candidates: Sequence[Sequence[SweepSetting]]) -> list[list[list[PlannedRun]]]:
         """Returns the runs of a round (counted from 0): by entry, by candidate, the candidate's own run last.
 
         An entry with no more than `keep` candidates has none, unless a later round needs to know the best of them. Raises
@@ -244,7 +246,7 @@ class SweepFile:
         _raise(problems)
         return runs_by_entry
 
-    def final_runs(self, candidates: Sequence[Sequence[Setting]]) -> list[PlannedRun]:
+    def final_runs(self, candidates: Sequence[Sequence[SweepSetting]]) -> list[PlannedRun]:
         """Returns the runs of all candidates with all seeds, those of the first seed first. Raises ConfigError."""
         problems: list[str] = []
         runs = [
@@ -259,7 +261,7 @@ class SweepFile:
         _raise(problems)
         return runs
 
-    def _runs(self, folder: Path, setting: Setting, seed: int, problems: list[str]) -> list[PlannedRun]:
+    def _runs(self, folder: Path, setting: SweepSetting, seed: int, problems: list[str]) -> list[PlannedRun]:
         return list(_runs_of(self, folder, setting, seed, problems))
 
 
@@ -274,17 +276,17 @@ def _is_seeds(seeds: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SweepSetting:
     """Flags of a run. shown: the flags in the run's name; warm_up: the full-rank run that it starts from, if any."""
 
     flags: dict[str, Any]
     shown: dict[str, Any]
-    warm_up: Setting | None = None
+    warm_up: SweepSetting | None = None
 
-    def scaled(self, factor: float) -> Setting:
+    def scaled(self, factor: float) -> SweepSetting:
         """Returns the setting with all its learning rates multiplied. The full-rank run that it starts from keeps its own."""
         changed = {name: _scaled(self.flags[name], factor) for name in _RATES if self.flags.get(name) is not None}
-        return Setting({**self.flags, **changed}, {**self.shown, **changed}, self.warm_up)
+        return SweepSetting({**self.flags, **changed}, {**self.shown, **changed}, self.warm_up)
 
 
 def _scaled(rate: Any, factor: float) -> Any:
@@ -295,7 +297,7 @@ def _scaled(rate: Any, factor: float) -> Any:
         return rate
 
 
-def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]) -> Iterator[Setting]:
+def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any], problems: list[str]) -> Iterator[SweepSetting]:
     """Yields the grid over all lists of an entry and of the base; adds what cannot work to `problems`."""
     warm_up = entry.get(WARM_UP)
     merged = {name: value for name, value in {**base, **entry}.items() if name != WARM_UP}
@@ -312,10 +314,10 @@ def _combinations(path: Path, base: Mapping[str, Any], entry: Mapping[str, Any],
         flags = dict(zip(lists, values, strict=True))
         shown = {name: value for name, value in flags.items() if name in named}
         if warm_up is None:
-            yield Setting(flags, shown)
+            yield SweepSetting(flags, shown)
             continue
         warm_up_name = "-".join(f"{name}{value}" for name, value in sorted(warm_up.items()))
-        yield Setting(flags, {**shown, f"{WARM_UP}-": warm_up_name}, Setting(*warm_up_flags(base, entry, flags)))
+        yield SweepSetting(flags, {**shown, f"{WARM_UP}-": warm_up_name}, SweepSetting(*warm_up_flags(base, entry, flags)))
 
 
 def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
@@ -329,7 +331,7 @@ def _unusable(path: Path, flags: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _runs_of(file: SweepFile, folder: Path, setting: Setting, seed: int, problems: list[str]) -> Iterator[PlannedRun]:
+def _runs_of(file: SweepFile, folder: Path, setting: SweepSetting, seed: int, problems: list[str]) -> Iterator[PlannedRun]:
     """Yields the run of a setting with this seed, after the run that it starts from; adds what cannot work to `problems`.
 
     folder: of the run. The run that it starts from is in the sweep's folder, as a round's flags do not change it.
