@@ -16,27 +16,34 @@ def train(folder: Path, flags: list[str]) -> Path:
     return folder
 
 
+RESUMED = {
+    "block": ("sltrain_block", ["--async_save"], "torch"),
+    "4-bit": ("sltrain_bf16", ["--optimizer", "adamw4bit", "--stochastic_rounding"], "torchao"),
+    "per-layer": ("sltrain_bf16", ["--optimizer", "adamw_per_layer", "--grad_norm_growth", "1.1", "--async_save"], "torch"),
+    "masked": ("full_packed", ["--async_save"], "torch"),
+    "8-bit": ("sltrain_bf16", ["--optimizer", "adam8bit", "--workers", "1"], "bitsandbytes"),
+    "galore": ("galore", ["--optimizer", "adam8bit", "--dtype", "bfloat16"], "bitsandbytes"),
+}
+
+
+# On a CPU test_program.py resumes runs with most of these settings, without saving in the background.
 @pytest.mark.parametrize(
-    ("name", "more", "package"),
+    ("where", "case"),
     [
-        ("sltrain_block", ["--async_save"], "torch"),
-        ("sltrain_bf16", ["--optimizer", "adamw4bit", "--stochastic_rounding"], "torchao"),
-        ("sltrain_bf16", ["--optimizer", "adamw_per_layer", "--grad_norm_growth", "1.1", "--async_save"], "torch"),
-        ("full_packed", ["--async_save"], "torch"),
-        ("sltrain_bf16", ["--optimizer", "adam8bit", "--workers", "1"], "bitsandbytes"),
-        ("galore", ["--optimizer", "adam8bit", "--dtype", "bfloat16"], "bitsandbytes"),
+        *(pytest.param("cpu", case, marks=[] if case in ("per-layer", "masked") else pytest.mark.full) for case in RESUMED),
+        *(pytest.param("cuda", case, marks=pytest.mark.gpu) for case in RESUMED),
     ],
-    ids=["block", "4-bit", "per-layer", "masked", "8-bit", "galore"],
 )
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tiny_run, device, name, more, package):
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path, tiny_run, where, case):
     """Bit-identical on a CPU; on a GPU, where sums may be taken in another order, with nearly the same losses."""
+    name, more, package = RESUMED[case]
     pytest.importorskip(package)
-    flags = [*flags_of(name, tiny_run), *more, "--device", str(device), "--save_every", "4"]
+    flags = [*flags_of(name, tiny_run), *more, "--device", where, "--save_every", "4"]
     whole = train(tmp_path / "whole", flags)
     middle, end = list_checkpoints(whole)
     continued = train(tmp_path / "continued", [*flags, "--continue_from", str(middle)])
     expected, found = record(whole), record(continued)
-    if device.type == "cpu":
+    if where == "cpu":
         assert found == expected
         states = tensors_of(end), tensors_of(list_checkpoints(continued)[-1])
         assert states[0].keys() == states[1].keys()

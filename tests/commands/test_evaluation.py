@@ -29,15 +29,19 @@ def held_out(tiny_run: list[str]) -> Path:
     return Path(tiny_run[tiny_run.index("--dataset") + 1]) / "words-validation.jsonl"
 
 
-@pytest.fixture(params=["sltrain", "sltrain_int8"])
+stored_both_ways = pytest.mark.parametrize("forms", ["sltrain", "sltrain_int8"], indirect=True)
+
+
+@pytest.fixture
 def forms(request: pytest.FixtureRequest, trained: Trained, tmp_path: Path) -> list[Path]:
-    """Returns a run, its checkpoint, and its dense and factored exports."""
-    run = trained(request.param)
+    """Returns a run, its checkpoint, and its dense and factored exports; of SLTrain unless a test names another kind."""
+    run = trained(getattr(request, "param", "sltrain"))
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "dense")]) == 0
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "factored"), "--keep_factors"]) == 0
     return [run, run / "step_00000008", tmp_path / "dense", tmp_path / "factored"]
 
 
+@stored_both_ways
 def test_every_form_of_a_model_has_the_runs_perplexity(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
     last = json.loads((forms[0] / "metrics.jsonl").read_text().splitlines()[-1])
     found = evaluate(capsys, "--checkpoint", *forms, "--dataset", held_out(tiny_run), "--max_length", 64)
@@ -52,6 +56,7 @@ def test_every_form_of_a_model_has_the_runs_perplexity(forms: list[Path], tiny_r
     assert flat == found[0]
 
 
+@stored_both_ways
 def test_transformers_alone_gives_the_same_perplexity(forms: list[Path], tiny_run: list[str], capsys: Captured) -> None:
     """Evaluates documents one by one, as in padded training: with an end token, truncated to 64 tokens."""
     model, tokenizer = (kind.from_pretrained(forms[2]) for kind in (AutoModelForCausalLM, AutoTokenizer))
