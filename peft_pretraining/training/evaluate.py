@@ -1,25 +1,19 @@
 """Evaluation: computes the mean token loss over a data set, independent of batch size and number of processes."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from peft_pretraining.model.loss import IGNORE_INDEX
 
-
-class LabelledBatch(Protocol):
-    """The interface of an evaluation batch: token ids and labels, both (B, T), and the number of target tokens."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def num_targets(self) -> int: ...
+if TYPE_CHECKING:
+    from peft_pretraining.data.loader import Batch
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class NothingToEvaluate(ValueError):
 @torch.no_grad()
 def evaluate(
     loss_module: nn.Module,
-    batches: Iterable[LabelledBatch],
+    batches: Iterable[Batch],
     *,
     world_reduce: Callable[[Tensor], object] | None = None,
     bytes_per_id: Tensor | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch import nn
 from peft_pretraining.distributed.parallel import gradient_sync, is_sharded
 from peft_pretraining.distributed.world import World, all_reduce_sum_, totals
 from peft_pretraining.optim.updates import Updates
+
+if TYPE_CHECKING:
+    from peft_pretraining.data.loader import Batch
 
 MAX_SKIPPED_IN_A_ROW = 10
 WAY_OUT = (
@@ -50,21 +53,6 @@ class SkippedUpdates:
     def last_one(self) -> bool:
         """True if the newest update was skipped."""
         return self._in_a_row > 0
-
-
-class Batch(Protocol):
-    """A micro-batch with T tokens per sequence, and labels as in transformers (unshifted, -100 is ignored)."""
-
-    @property
-    def input_ids(self) -> torch.Tensor: ...  # (batch, T) int64
-    @property
-    def labels(self) -> torch.Tensor: ...  # (batch, T) int64
-    @property
-    def num_tokens(self) -> int: ...  # inputs that are text
-    @property
-    def num_targets(self) -> int: ...  # labels that are not ignored, after the shift
-    @property
-    def num_bad_records(self) -> int: ...  # bad records skipped since the micro-batch before
 
 
 @dataclass
@@ -109,7 +97,8 @@ def train_step(
     per-layer updates, which need the loss before the last backward pass.
 
     Args:
-        module: maps (input_ids, labels, num_targets) to the float32 sum of token losses; distributed by `parallel`.
+        module: maps (input_ids, labels, num_targets) to the float32 sum of token losses: a TokenLoss (model.loss), in
+            DistributedDataParallel or sharded where there are several processes.
         updates: steps the parameters, after the last backward pass or inside it.
         micro_batches: this process's share of the update.
         lr: learning rate of this update.
