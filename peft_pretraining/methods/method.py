@@ -73,7 +73,8 @@ class Method:
     """A training method: how it changes the attention and MLP linears, and its properties for the rest of the program.
 
     Each method is a subclass with one object, METHOD, in the file of this folder named after the method. The defaults below are
-    those of full-rank training; a subclass overrides what differs.
+    those of full-rank training; a subclass overrides what differs. A run is refused by `value_problems` (one value alone),
+    `problems` (values together) or `model_problems` (values with the model's shape), asked in this order.
     """
 
     # The value of --peft_model.

@@ -127,7 +127,26 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         restore_run(folder.checkpoint, parts, world, warm_start=folder.warm_start)
         world.say(_going_on(folder, parts.state, plan))
     document = run_document(args, plan, world, folder, data)
-    saver = Saver(
+    restarts = Restarts(args, token_loss.model, updates, world)
+    return Run(
+        plan=plan,
+        device=device,
+        folder=folder,
+        data=data,
+        batches=batches,
+        module=module,
+        parts=parts,
+        restarts=restarts if restarts.any else None,
+        document=document,
+        stop=StopRequest(speaks=world.local_rank == 0),
+        saver=_build_saver(args, folder, parts, world, document),
+        # Restoring a checkpoint writes positions in place, which would leave cached ones out of date.
+        cached_weights=start_cache(args, plan, token_loss.model),
+    )
+
+
+def _build_saver(args: Arguments, folder: RunFolder, parts: RunParts, world: World, document: dict[str, Any]) -> Saver:
+    return Saver(
         folder.path,
         lambda: run_content(folder.path, parts, world, document),
         world,
@@ -137,14 +156,6 @@ def assemble(args: Arguments, world: World, device: torch.device) -> Run | None:
         asynchronous=args.async_save,
         saved_step=parts.state.update_step if folder.resumes_in_place else None,
         timeout_s=args.timeout_s,
-    )
-    restarts = Restarts(args, token_loss.model, updates, world)
-    return Run(
-        *(plan, device, folder, data, batches, module, parts),
-        restarts if restarts.any else None,
-        *(document, StopRequest(speaks=world.local_rank == 0), saver),
-        # Restoring a checkpoint writes positions in place, which would leave cached ones out of date.
-        start_cache(args, plan, token_loss.model),
     )
 
 
