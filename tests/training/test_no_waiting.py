@@ -277,6 +277,13 @@ def test_more_tensors_cost_an_update_no_launches():
     assert more <= sum(sum(launches_of_a_linear(linear, 3 * 16)) - 3 for linear in linears)
 
 
+def test_an_update_launches_at_most_as_many_kernels_as_documented():
+    """docs/speed.md. 21 of a dense layer's are the products of its seven linears. Attention consists of single operators here."""
+    of_layer = launches_of_an_update(3, False) - launches_of_an_update(2, False)
+    assert of_layer <= 140
+    assert launches_of_an_update(2, False) - 2 * of_layer <= 119
+
+
 @pytest.mark.gpu
 def test_an_update_on_a_gpu_does_not_wait():
     """torch raises an error if an operator waits."""
