@@ -237,6 +237,7 @@ class _Operands:
     h_TR: Tensor
     base: Tensor | None
     weight: Tensor | None
+    scaling_number: float  # of B's gradient; 1 if the scaling is trained, which needs the gradient without it
 
 
 def _gradients(
@@ -271,27 +272,28 @@ def _gradients(
         None if base is None else base.to(dtype),
         # Higher derivatives need W as a function of its parts.
         None if weight is None or torch.is_grad_enabled() else weight.to(dtype),
+        scaling_number if scaling is None else 1.0,
     )
     need_x, need_A, need_B, need_values, need_scaling, need_base = needed
     compute = _factored_gradients if factored else _materialised_gradients
     with without_autocast(x):
-        grad_x, grad_A, unscaled_grad_B, grad_values, grad_base = compute(
+        grad_x, grad_A, grad_B, grad_values, grad_base = compute(
             operands, (need_x, need_A, need_B or need_scaling, need_values, need_base)
         )
         grads: list[tuple[Tensor | None, Tensor | None]] = [(grad_x, x), (grad_A, lora_A)]
-        if need_B and unscaled_grad_B is not None:
-            grads.append((unscaled_grad_B * factor, lora_B))
+        if need_B and grad_B is not None:
+            grads.append((grad_B if scaling is None else grad_B * scaling, lora_B))
         grads.append((grad_values, values))
-        if need_scaling and unscaled_grad_B is not None:
+        if need_scaling and grad_B is not None:
             # <dW, B A> = <dW A^T, B>, summed in float32 at least.
-            product = (unscaled_grad_B * operands.B).sum(dtype=torch.promote_types(dtype, torch.float32))
+            product = (grad_B * operands.B).sum(dtype=torch.promote_types(dtype, torch.float32))
             grads.append((product, scaling))
         grads.append((grad_base, base))
     return [grad.to(of.dtype).view(of.shape) for grad, of in grads if grad is not None and of is not None]
 
 
 class _Gradients(NamedTuple):
-    """Gradients of the operands, None if not needed; B's is not multiplied by the scaling yet."""
+    """Gradients of the operands, None if not needed; B's is not multiplied by a trained scaling yet."""
 
     x: Tensor | None = None
     A: Tensor | None = None
@@ -320,7 +322,7 @@ def _materialised_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
     # W is no longer needed here, so dW may reuse its scratch memory; as the base's gradient it is returned and needs new memory.
     grad_W = o.g_TO.t() @ o.x_TI if need_base else scratch_product(o.g_TO.t(), o.x_TI)
     grad_A = o.scaled_B.t() @ grad_W if need_A else None
-    grad_B = grad_W @ o.A.t() if need_B else None
+    grad_B = _scaled_product(grad_W, o.A.t(), o.scaling_number) if need_B else None
     grad_values = o.part.gather(grad_W) if need_values and o.part is not None else None
     return _Gradients(grad_x, grad_A, grad_B, grad_values, grad_W if need_base else None)
 
@@ -335,8 +337,13 @@ def _factored_gradients(o: _Operands, needed: Sequence[bool]) -> _Gradients:
         grad_A = grad_h_TR.t() @ o.x_TI if need_A else None
     if o.part is not None and (need_x or need_values):
         grad_values = o.part.gradients_(o.g_TO, o.x_TI, o.values, grad_x, need_values)
-    grad_B = o.g_TO.t() @ o.h_TR if need_B else None
+    grad_B = _scaled_product(o.g_TO.t(), o.h_TR, o.scaling_number) if need_B else None
     return _Gradients(grad_x, grad_A, grad_B, grad_values)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Returns scale left @ right, computed and rounded as one product."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _gradients_of_h(grad_h: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
