@@ -89,7 +89,8 @@ def dry_run(args: Arguments, world: World) -> int:
             tokenizer_path(args.tokenizer)
         source = open_dataset(args.dataset, "train", text_field=args.text_field, resolve=False)
         if args.eval_dataset is not None:
-            open_dataset(args.eval_dataset, "validation", text_field=args.text_field, hold_out=False, resolve=False)
+            of_training = [args.dataset]
+            open_dataset(args.eval_dataset, "validation", text_field=args.text_field, trained_on=of_training, resolve=False)
         order = orders_text(source, data_orders(source, args.packing, args.data_order))  # type: ignore[arg-type]
         lines = [format_plan(plan, args, source.describe(), memory, order)]
         lines += [f"warning: {problem}" for problem in memory_problems(plan, args, memory)]

@@ -248,15 +248,15 @@ def module_files(module: str, root: Path) -> list[Path]:
     return [path for path in [*around, root.joinpath(*parts).with_suffix(".py")] if path.is_file()]
 
 
-def lines_by_room(root: Path = ROOT) -> dict[str, int]:
-    """Returns the lines of all Python files of each room, imported by the entry program or not."""
-    rooms: dict[str, int] = {"torchrun_main": len((root / "torchrun_main.py").read_text().splitlines())}
+def lines_by_folder(root: Path = ROOT) -> dict[str, int]:
+    """Returns the lines of all Python files of each folder, imported by the entry program or not."""
+    folders: dict[str, int] = {"torchrun_main": len((root / "torchrun_main.py").read_text().splitlines())}
     for package in ("sparse_lora", "peft_pretraining"):
         for path in sorted((root / package).rglob("*.py")):
             inside = path.relative_to(root).parts
-            room = inside[0] if package == "sparse_lora" or len(inside) == 2 else inside[1]
-            rooms[room] = rooms.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
-    return dict(sorted(rooms.items()))
+            folder = inside[0] if package == "sparse_lora" or len(inside) == 2 else inside[1]
+            folders[folder] = folders.get(folder, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    return dict(sorted(folders.items()))
 
 
 def measure() -> dict[str, Any]:
@@ -269,7 +269,7 @@ def measure() -> dict[str, Any]:
     return {
         **{name: walks[name].figures() for name in ("update", "forward", "micro_batch", "window")},
         "closure": {"files": len(closure), "lines": sum(closure.values()), "imported": closure},
-        "lines_by_room": lines_by_room(),
+        "lines_by_folder": lines_by_folder(),
     }
 
 

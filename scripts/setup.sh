@@ -71,13 +71,15 @@ resolved_value() {
         --dataset:*,* | --eval_dataset:*,*) ;;
         *) rest="" ;;
     esac
-    # Commas inside quotes or braces separate nothing.
-    case "$2" in *[\{\"]*) rest="" ;; esac
+    # Commas in quotes, braces, brackets and addresses may separate nothing: such a list stays as it is.
+    case "$2" in *[\{\[\"]* | *://*) rest="" ;; esac
     if [ -z "$rest" ] || [ -e "$2" ]; then resolved "$1" "$2" && return; fi
     while [ -n "$rest" ]; do
         entry="${rest%%,*}" rest="${rest#*,}" weight=""
-        entry="${entry#"${entry%%[![:space:]]*}"}"
-        if [[ ! -e "$entry" && "$entry" =~ ^(.+)(:[0-9.]+)$ ]]; then entry="${BASH_REMATCH[1]}" weight="${BASH_REMATCH[2]}"; fi
+        entry="${entry#"${entry%%[![:space:]]*}"}" entry="${entry%"${entry##*[![:space:]]}"}"
+        if [[ ! -e "$entry" && "$entry" =~ ^(.*[^[:space:]])[[:space:]]*(:[[:space:]]*[0-9.]+)$ ]]; then
+            entry="${BASH_REMATCH[1]}" weight="${BASH_REMATCH[2]}"
+        fi
         printf '%s%s%s' "$separator" "$(resolved "$1" "$entry")" "$weight"
         separator=", "
     done

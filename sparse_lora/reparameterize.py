@@ -304,7 +304,7 @@ def _eligible_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _uses_of_weights(modules: Iterable[nn.Module], *kinds: type[nn.Module]) -> Counter[int]:
     """Counts the modules of these kinds that have each weight, by the weight's id."""
-    return Counter(id(module.weight) for module in modules if isinstance(module, kinds))
+    return Counter(id(getattr(module, "weight", None)) for module in modules if isinstance(module, kinds))
 
 
 def _sparse_lowrank_like(linear: nn.Linear, name: str, config: SLTrainConfig) -> SparseLowRankLinear:

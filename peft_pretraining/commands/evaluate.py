@@ -156,7 +156,7 @@ def _eval_set(
 ) -> EvalSet:
     """The evaluation set: the one of the model's run, with given flags replacing the run's values.
 
-    An evaluation data set is used completely; of data that any model of the table was trained on, only the held-out part is.
+    An evaluation data set is used completely; of data that any model of the table was trained on, none of the training documents.
     """
     from peft_pretraining.config.dataset_list import shares_dataset
     from peft_pretraining.data.loader import EvalSet
@@ -170,7 +170,7 @@ def _eval_set(
     own = args.dataset is None and recorded is not None
     # The run's own version of the split rules decides which documents it held out.
     rules = loaded.rules if run is not None and (own or shares_dataset(dataset, run.dataset)) else READING_RULES
-    trained = [run.dataset] if run is not None and own else trained_on
+    trained = trained_on if run is None or not own else [run.dataset] if loaded.rules > 2 else []
     source = open_dataset(dataset, "validation", text_field=field, trained_on=trained, rules=rules)
     if run is None and not any(shares_dataset(dataset, each) for each in trained_on):
         split = open_dataset(dataset, "validation", text_field=field)
@@ -207,7 +207,7 @@ def interval(batches: Sequence[tuple[float, int]]) -> tuple[float | None, float 
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 709 else math.inf
+    return math.inf if value >= 709 else math.exp(value)
 
 
 def format_table(evaluated: Sequence[Evaluated]) -> str:

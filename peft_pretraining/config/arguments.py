@@ -329,7 +329,8 @@ class DataArguments:
     )
     eval_dataset: str | None = flag(
         None,
-        "held-out data, named like --dataset (default: the validation split of --dataset)",
+        "evaluation data, named like --dataset; of a data set that is trained on, what is held out of it (default: the "
+        "validation split of --dataset)",
         # The trained model does not depend on it.
         if_allowed(
             kind="datasets", defines_run=False, synonyms="validation_file val_data eval_data valid_data validation_dataset"

@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, NoReturn
 
 from peft_pretraining.config.arguments import GROUPS, ROWS, Arguments, ConfigError
@@ -47,10 +47,10 @@ def parse_tokens(text: str) -> int:
     try:
         # Exact, so that 8.2B is a whole number.
         value = Decimal(number) * (unit or 1)
-    except InvalidOperation:
+    except ArithmeticError:
         raise ValueError(f"{text!r} is not a number of tokens") from None
-    if not value.is_finite() or value != int(value):
-        raise ValueError(f"{text!r} is not a whole number of tokens")
+    if not abs(value) < 2**63 or value != int(value):
+        raise ValueError(f"{text!r} is not a whole number of tokens below 2^63")
     return int(value)
 
 

@@ -57,7 +57,10 @@ def dataset_names(text: str) -> list[str]:
 
 
 def shares_dataset(one: str, other: str) -> bool:
-    """Whether two values of --dataset have a data set in common; a place may be written differently."""
+    """Whether two values of --dataset have a data set in common.
+
+    Names are compared, and paths by where they lead. A folder and a file inside it are different data sets.
+    """
     return bool({_place(name) for name in dataset_names(one)} & {_place(name) for name in dataset_names(other)})
 
 
@@ -166,7 +169,7 @@ def _refuse_invalid(names_and_weights: list[tuple[str, float | None]]) -> None:
 
 
 def _place(name: str) -> str:
-    """A local data set's real path, an address without its last slash, else the name itself."""
+    """Returns what tells a data set from others: a local one's real path, or its name or address without a last slash."""
     place = name.removeprefix("file://").removeprefix("local://")
     if "://" in place or name.startswith("hub:") or name in NAMED:
         return name.rstrip("/")

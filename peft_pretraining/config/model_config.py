@@ -510,8 +510,9 @@ def rope_warnings(cfg: ModelConfig) -> list[str]:
 def _check_relations(raw: Mapping[str, Any], values: Mapping[str, Any], problems: list[str]) -> None:
     """Checks sizes that depend on each other, except those that already have a problem; appends to `problems`."""
     architectures = raw.get("architectures") or []
-    are_llama = _names(architectures) is not None or all(name.casefold().startswith("llama") for name in architectures)
-    if "model_type" not in raw and not are_llama:
+    # Anything but a list of names has its own problem.
+    named = architectures if _names(architectures) is None else []
+    if "model_type" not in raw and not all(name.casefold().startswith("llama") for name in named):
         problems.append(f'architectures = {_show(architectures)}; allowed: ["LlamaForCausalLM"], or leave it out')
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
     kv_heads, vocab = values.get("num_key_value_heads"), values.get("vocab_size")

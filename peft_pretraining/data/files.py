@@ -26,8 +26,9 @@ Compression = Literal["gzip", "zstd"]
 
 # Raise it with any change of which files are read, as which split, or of what the documents of a text file are. run.json and
 # prepared data record it and go on with the rules they began with. 1: links to folders and .arrow files are passed over, splits
-# are told by parts of words, and text files keep byte order marks and carriage returns.
-READING_RULES = 2
+# are told by parts of words, and text files keep byte order marks and carriage returns. 2: evaluation data is read whole even if
+# it is trained on.
+READING_RULES = 3
 
 _FORMATS: dict[str, Format] = {".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}

@@ -84,7 +84,7 @@ class LaneSequence(NamedTuple):
     source: int = 0
 
 
-class FilePart(NamedTuple):
+class Unit(NamedTuple):
     """A file as a lane reads it: all of it, or the records whose number is `residue` modulo `parts`."""
 
     shard: int
@@ -92,7 +92,7 @@ class FilePart(NamedTuple):
     residue: int = 0
 
 
-def lane_units(shards: tuple[Shard, ...], lane: int, order: Order, epoch: int) -> list[FilePart]:
+def lane_units(shards: tuple[Shard, ...], lane: int, order: Order, epoch: int) -> list[Unit]:
     """The units that lane `lane` reads in an epoch, in order. Over all lanes, each record of each file exactly once.
 
     With at least as many files as lanes, about equally long, lanes take whole files (distributed anew in every epoch), and the
@@ -101,9 +101,9 @@ def lane_units(shards: tuple[Shard, ...], lane: int, order: Order, epoch: int) -
     num_lanes = order.lanes
     dealt = _permutation(len(shards), order.seed, epoch, "files")
     whole = len(shards) // num_lanes * num_lanes if _about_equal(shards) else 0
-    units = [FilePart(index) for index in dealt[:whole][lane::num_lanes]]
+    units = [Unit(index) for index in dealt[:whole][lane::num_lanes]]
     # Shifted by the file's number, so that many short files do not all give their first record to lane 0.
-    units += [FilePart(index, num_lanes, (lane - index) % num_lanes) for index in dealt[whole:]]
+    units += [Unit(index, num_lanes, (lane - index) % num_lanes) for index in dealt[whole:]]
     return [units[i] for i in _permutation(len(units), order.seed, epoch, "units", lane)]
 
 
@@ -180,7 +180,7 @@ class _Lane:
                     raise self._health.empty_lane(self.lane, self.order.lanes)
                 start = LaneState(start.epoch + 1)
 
-    def _unit_documents(self, unit: FilePart, at: LaneState) -> Iterator[tuple[Document, LaneState, LaneState]]:
+    def _unit_documents(self, unit: Unit, at: LaneState) -> Iterator[tuple[Document, LaneState, LaneState]]:
         span = WINDOW_RECORDS * unit.parts
         while (window := self._reader.window(unit.shard, at.window_start, span, unit.parts, unit.residue)) is not None:
             key = (self.lane, unit.shard, at.window_start)

@@ -92,15 +92,23 @@ def open_dataset(
 ) -> Source | Mixture:
     """Opens a data set or a list of them as a mixture; the other arguments and the errors are those of `open_source`.
 
-    trained_on: None: the data is trained on, and the validation split is what is held out of it. For evaluation data: the values
-    of --dataset that were trained on; of a data set among them only what is held out is read, of others all (`hold_out`).
+    trained_on: None: the data is trained on, and its validation split is what is held out of it. For evaluation data: the values
+    of --dataset that were trained on. Of a data set named there, none of the training documents is read; of others, every
+    document of the split.
 
     Raises DataError too where a list is invalid, two data sets read the same file, or weights are left to sizes that are unknown.
     """
 
+    def held_out(name: str) -> bool:
+        return trained_on is None or any(shares_dataset(name, trained) for trained in trained_on)
+
     def opened(name: str, split: Any) -> Source:
-        hold_out = trained_on is None or any(shares_dataset(name, trained) for trained in trained_on)
-        return open_source(name, split, hold_out=hold_out, resolve=resolve, **options)
+        source = open_source(name, split, hold_out=trained_on is None, resolve=resolve, **options)
+        if trained_on is None or not held_out(name):
+            return source
+        # Files that are named validation or test are read; without such files, what the rule holds out.
+        by_rule = open_source(name, split, hold_out=True, resolve=resolve, **options)
+        return by_rule if by_rule.shards == source.shards else source
 
     try:
         wanted = split_datasets(dataset)
@@ -115,8 +123,8 @@ def open_dataset(
     if not given:
         # A held-out split has the shares of its training split.
         weighed = sources
-        if split != "train" and trained_on is None:
-            weighed = tuple(opened(name, "train") for name, _ in wanted)
+        if split != "train" and all(held_out(name) for name, _ in wanted):
+            weighed = tuple(open_source(name, "train", resolve=resolve, **options) for name, _ in wanted)
         weighed_by, sizes = _sizes(dataset, weighed, resolve)
     # Rounded, so that 7 and 3 are the same weights as 0.7 and 0.3, in any order.
     weights = tuple(float(f"{size / math.fsum(sizes):.12g}") for size in sizes) or None

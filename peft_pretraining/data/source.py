@@ -146,7 +146,7 @@ def order_text(source: Source, order: DataOrder) -> str:
     """One line for the plan about the order of training data; empty for the order by lanes, which costs nothing at the start."""
     if order == "lanes":
         return ""
-    cost = "read" if source.prepared is not None else "tokenised (a core takes .5 s per MB of plain text, 1.5 s compressed)"
+    cost = "read" if source.prepared is not None else "tokenised (a core takes 0.5 s per MB of plain text, 1.5 s compressed)"
     return f"global order, every document once per pass: all text is {cost} first, and held in memory"
 
 

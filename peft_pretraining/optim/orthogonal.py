@@ -35,7 +35,7 @@ _SMALLEST_NORM = 1e-7
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     """Returns about U V^T for a matrix U S V^T, by Newton-Schulz iterations in its dtype; a zero matrix stays zero.
 
-    Singular values end between about .7 and 1.2. The operations are those of torch.optim.Muon, which always uses bfloat16.
+    Singular values end between about 0.7 and 1.2. The operations are those of torch.optim.Muon, which always uses bfloat16.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=_SMALLEST_NORM)
@@ -53,7 +53,7 @@ def scale_of_shape(shape: Iterable[int]) -> float:
 class Muon(Accumulating, torch.optim.Optimizer):
     """Muon with Nesterov momentum; weight decay is decoupled. In bfloat16 its steps equal torch.optim.Muon's bit for bit.
 
-    M <- mu M + (1 - mu) G;  W <- (1 - lr * decay) W - lr * .2 sqrt(max(out, in)) * orthogonalised(mu M + (1 - mu) G)
+    M <- mu M + (1 - mu) G;  W <- (1 - lr * decay) W - lr * 0.2 sqrt(max(out, in)) * orthogonalised(mu M + (1 - mu) G)
 
     After `accumulate`, which leaves no G, the step is along orthogonalised(M): momentum without Nesterov's look ahead.
 
@@ -181,7 +181,7 @@ class Spectron(Muon):
     """Steps the factors of s B A together, along their orthogonalised momenta O_B and O_A (arXiv 2602.12429).
 
     rho = eta / (s (|B| + |A| + 1)) with spectral norms |.|; B <- B - rho O_B, A <- A - rho O_A. The spectral norm of the change
-    of s B A is then at most about eta = lr * .2 sqrt(max(out, in)), the same as of Muon's step of a dense matrix (out, in).
+    of s B A is then at most about eta = lr * 0.2 sqrt(max(out, in)), the same as of Muon's step of a dense matrix (out, in).
     Spectral norms come from one power step per update from a kept vector.
 
     Args:

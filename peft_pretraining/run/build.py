@@ -72,7 +72,7 @@ def build_data(args: Arguments, plan: Plan, world: World, device: torch.device, 
     held_out = open_dataset(
         *(args.eval_dataset or args.dataset, "validation"),
         text_field=args.text_field,
-        trained_on=None if args.eval_dataset is None else [args.dataset],
+        trained_on=None if args.eval_dataset is None else [args.dataset] if rules > 2 else [],
         rules=rules,
     )
     # Prepared data contains its tokenizer, used only for the run's folder and for bits per byte.
@@ -133,9 +133,10 @@ def build_token_loss(
     kernels.choose(args.kernels)
     # For --device cpu and other methods a notice has said so before.
     wanted = args.kernels == "triton" and args.device != "cpu" and has_effect("kernels", args.peft_model)
-    if wanted and (reason := kernels.why_unavailable(device, torch_dtype(plan.dtype))) is not None:
-        world.say(f"notice: --kernels triton has no effect: {reason}")
     sharded = args.parallel == "fsdp" and world.size > 1
+    dtype = torch_dtype((sharded and args.compute_dtype) or plan.dtype)
+    if wanted and (reason := kernels.why_unavailable(device, dtype)) is not None:
+        world.say(f"notice: --kernels triton has no effect: {reason}")
     modules: list[TokenLoss] = []
 
     def apply_method(model: LlamaForCausalLM) -> None:

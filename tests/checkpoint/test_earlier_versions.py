@@ -1,4 +1,4 @@
-"""Checkpoints of an earlier version go on: written at commit 32d0810, before the program was divided into rooms."""
+"""Checkpoints of an earlier version go on: written at commit 32d0810, before the program was divided into folders."""
 
 import json
 import tarfile

@@ -106,6 +106,8 @@ BAD = [
     (["--device", "cuda:\u00b2"], ["--device cuda:\u00b2", "cuda:N"]),
     (["--peft_model", "sltrain", "--support", "block", "--sp_ratio", "1e-310"], ["--sp_ratio 1e-310", "1/k"]),
     (["--seed", "9" * 400], ["--seed 999", "2^63"]),
+    (["--max_train_tokens", "1e999"], ["--max_train_tokens", "1e999"]),
+    (["--max_train_tokens", "1e999999999"], ["--max_train_tokens", "1e999999999"]),
     (["--per_layer", "--grad_clipping", "1.0"], ["--grad_clipping 1.0", "--per_layer", "--grad_norm_growth"]),
     (["--grad_norm_growth", "0.5"], ["--grad_norm_growth 0.5", "at least 1"]),
     (["--optimizer", "sgd", "--stochastic_rounding"], ["--stochastic_rounding", "--optimizer sgd", "adamw"]),
@@ -222,9 +224,9 @@ def test_a_dry_run_loads_no_more_than_the_device_needs():
     code = (
         "import sys, torchrun_main\n"
         "code = torchrun_main.main([*sys.argv[1:], '--dry_run'])\n"
-        "rooms = ('model', 'optim', 'training', 'export', 'record', 'run', 'commands')\n"
+        "folders = ('model', 'optim', 'training', 'export', 'record', 'run', 'commands')\n"
         "heavy = [name for name in sys.modules if name in ('transformers', 'datasets', 'sparse_lora')\n"
-        "         or name.startswith(tuple(f'peft_pretraining.{room}' for room in rooms))]\n"
+        "         or name.startswith(tuple(f'peft_pretraining.{folder}' for folder in folders))]\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
     ended = subprocess.run([sys.executable, "-c", code, *BASE], cwd=ROOT, capture_output=True, text=True, check=False)

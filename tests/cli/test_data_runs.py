@@ -211,6 +211,21 @@ def test_a_run_of_before_todays_rules_for_files_keeps_its_own(tmp_path, tiny_run
     assert "(train): 2 files" in described(tmp_path / "run")
 
 
+def test_a_run_of_rules_2_goes_on_with_evaluation_data_that_it_is_trained_on(tmp_path, tiny_run, capsys, monkeypatch):
+    """It read all of it, which today's rules do not, and its record stays comparable."""
+    (tmp_path / "texts").mkdir()
+    text = (Path(value(tiny_run, "--dataset")) / "words-train.0.jsonl").read_text()
+    (tmp_path / "texts" / "all.jsonl").write_text(text * 20)
+    run = [*tiny_run, "--dataset", str(tmp_path / "texts"), "--eval_dataset", str(tmp_path / "texts")]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(run_folder, "READING_RULES", 2)
+        before = train(tmp_path / "run", *run)[-1]
+    longer = ["--num_training_steps", "4", "--eval_every", "4", "--allow_changes", "num_training_steps"]
+    after = train(tmp_path / "run", *run, *longer)[-1]
+    today = train(tmp_path / "today", *run)[-1]
+    assert after["final_eval_tokens"] == before["final_eval_tokens"] > 20 * today["final_eval_tokens"]
+
+
 def described(folder: Path) -> str:
     return json.loads((folder / "run.json").read_text())["dataset"]["description"]
 

@@ -520,6 +520,15 @@ def test_a_finished_run_needs_neither_data_nor_network(tmp_path, flags, capsys):
     assert "--tokenizer ./missing.model: there is no file or folder" in message
 
 
+def test_a_dry_run_opens_the_evaluation_data(tmp_path, flags, capsys):
+    (tmp_path / "other.jsonl").write_text('{"text": "a document"}\n')
+    assert torchrun_main.main([*flags, "--eval_dataset", str(tmp_path / "other.jsonl"), "--dry_run"]) == 0
+    assert "memory" in capsys.readouterr().out
+    (tmp_path / "wrong.csv").write_text("a, b")
+    assert torchrun_main.main([*flags, "--eval_dataset", str(tmp_path / "wrong.csv"), "--dry_run"]) == 2
+    assert "wrong.csv" in capsys.readouterr().err
+
+
 def test_resuming_into_a_folder_with_another_run_is_refused(tmp_path, flags, capsys):
     train(tmp_path / "one", *flags)
     train(tmp_path / "other", *flags, "--seed", "1")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -349,6 +350,21 @@ def test_of_an_evaluation_set_that_is_trained_on_only_the_held_out_part_is_read(
     assert alone.keep == "validation"
     both = open_dataset("a:1, b:1", "validation", trained_on=["c4", str(tmp_path / "a")])
     assert [source.keep for source in both.sources] == ["validation", "all"]
+    # Files named test are never trained on.
+    shutil.copyfile(tmp_path / "b" / "texts.jsonl", tmp_path / "a" / "test.jsonl")
+    (tested,) = open_dataset("a", "validation", trained_on=["a"]).sources
+    assert ([shard.name for shard in tested.shards], tested.keep) == (["test.jsonl"], "all")
+
+
+def test_a_mixture_without_weights_is_evaluated_with_the_shares_that_it_is_trained_with(tmp_path):
+    """Not with those of its validation files, also if it is opened as evaluation data."""
+    for name, records in (("a", 300), ("b", 100)):
+        (tmp_path / name).mkdir()
+        for split, number in (("train", records), ("validation", 10)):
+            text = "".join(json.dumps({"text": f"{name} {n:03}"}) + "\n" for n in range(number))
+            (tmp_path / name / f"{split}.jsonl").write_text(text)
+    text = f"{tmp_path / 'a'}, {tmp_path / 'b'}"
+    assert open_dataset(text, "validation", trained_on=[text]).weights == open_dataset(text, "train").weights == (0.75, 0.25)
 
 
 # --- The record ---

@@ -208,8 +208,8 @@ def _shown(name: str, value: Any) -> str:
     if value is None or value == "default":
         return ""
     if isinstance(value, bool):
-        usual = name in ROWS and getattr(Arguments, name, None) is value
-        return "" if usual else name if value else f"{name} = false"
+        usually_on = getattr(Arguments, name.removeprefix("warm-up "), None) is True
+        return "" if value is usually_on else name if value else f"{name} = false"
     # Of a path, the last part.
     text = f"{value:g}" if isinstance(value, float) else str(value).rstrip("/").rpartition("/")[2]
     return text if name in _PLAIN else f"{_SHORT.get(name, name)} = {text}"

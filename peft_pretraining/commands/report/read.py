@@ -186,10 +186,10 @@ def find_runs(paths: list[Path]) -> list[Path]:
     Raises ValueError naming a path that holds no run.
     """
     folders: dict[Path, Path] = {}
-    skipped = {Path(f"{path.resolve()}.log") for path in paths}
+    skipped = {Path(f"{path.absolute()}.log") for path in paths}
     if len(paths) > 1:
-        skipped |= {path.resolve() for path in paths if (path / FIGURES).is_file() and not (path / "run.json").is_file()}
-    for path in (path for path in paths if path.resolve() not in skipped):
+        skipped |= {path.absolute() for path in paths if (path / FIGURES).is_file() and not (path / "run.json").is_file()}
+    for path in (path for path in paths if path.absolute() not in skipped):
         inside = [path] if (path / "run.json").is_file() else []
         if not inside and path.is_dir():
             inside = [child for child in path.iterdir() if (child / "run.json").is_file()]
@@ -274,12 +274,15 @@ def _notes(run: RunRecord) -> list[str]:
     skipped = max((int(row.get("skipped_updates") or 0) for row in run.rows), default=0)
     if skipped:
         notes.append(f"{skipped:,} updates were skipped (non-finite gradients or loss)")
-    if run.updates and run.figures["states_bytes"] is None:
+    # After the full-rank updates that ReLoRA may start from, which are in its record too.
+    before = (run.document.get("warm_up") or {}).get("updates") or 0
+    has_own_updates = any(int(row.get("update_step") or 0) > before for row in run.updates)
+    if has_own_updates and run.figures["states_bytes"] is None:
         notes.append(
             "recorded by an earlier version: memory by class was not measured"
             + ("" if run.predicted("peak") else ", nor the peak predicted")
         )
-    if run.updates and run.figures["tokens_per_second"] is None:
+    if has_own_updates and run.figures["tokens_per_second"] is None:
         notes.append("no throughput is recorded, so the run is missing from plots against time")
     for change in run.document.get("changes") or ():
         name, then, now, step = (change.get(key) for key in ("name", "then", "now", "after_update"))
