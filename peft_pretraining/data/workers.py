@@ -18,10 +18,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peft_pretraining.data import DataError
 from peft_pretraining.distributed.world import stop_signals
 
+# A stop signal may interrupt its constructor before it has started workers, and its destructor reads this attribute.
+_MultiProcessingDataLoaderIter._shutdown = True
 # Items that each worker reads ahead.
 _PREFETCHED_ITEMS = 4
 

@@ -1,5 +1,6 @@
 """Worker processes always end when they are closed, or when their parent has ended."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from peft_pretraining.data import DataError
 from peft_pretraining.data.workers import Workers
@@ -81,3 +83,21 @@ def test_a_worker_that_starts_after_its_parent_was_killed_ends():
     # The standard output is shared with the worker, so it ends only when both have ended.
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+def test_a_signal_before_workers_are_started_leaves_no_traceback_behind(monkeypatch):
+    """Python prints what a destructor raises."""
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_, **__):
+        raise Interrupted
+
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    monkeypatch.setattr(torch.multiprocessing, "Queue", interrupt)
+    with pytest.raises(Interrupted):
+        next(Workers(Counting(), 2))
+    gc.collect()
+    assert printed == []
