@@ -196,6 +196,7 @@ def interval(batches: Sequence[tuple[float, int]]) -> tuple[float | None, float 
     Variance of a ratio estimator by linearisation (Cochran, Sampling Techniques, 6.4), Student's t for the number of batches.
     """
     from peft_pretraining.record.intervals import t_quantile
+    from peft_pretraining.training.evaluate import perplexity_of
 
     n, tokens = len(batches), sum(count for _, count in batches)
     if n < 2:
@@ -203,11 +204,7 @@ def interval(batches: Sequence[tuple[float, int]]) -> tuple[float | None, float 
     mean = sum(loss for loss, _ in batches) / tokens
     squares = sum((loss - mean * count) ** 2 for loss, count in batches)
     half = t_quantile(n - 1) * math.sqrt(squares * n / (n - 1)) / tokens
-    return _exp(mean - half), _exp(mean + half)
-
-
-def _exp(value: float) -> float:
-    return math.inf if value >= 709 else math.exp(value)
+    return perplexity_of(mean - half), perplexity_of(mean + half)
 
 
 def format_table(evaluated: Sequence[Evaluated]) -> str:

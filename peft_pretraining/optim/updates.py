@@ -212,7 +212,7 @@ class PerLayerUpdate:
             for names in (together.get(name, (name,)) for name in self.stepped)
         }
         self._joint_steps = [joint_steps[together.get(name, (name,))] for name in self.stepped]
-        self.optimizer = _OptimizerSet([joint.optimizer for joint in joint_steps.values()])
+        self.optimizer = _OptimizerSet([step.optimizer for step in joint_steps.values()])
         self.growth, self._world, self._reduce_dtype, self._armed = growth, world, reduce_dtype, False
         device = next(iter(parameters.values())).device
         self._parameters = list(parameters.values())

@@ -96,10 +96,8 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     moments together.
     """
     plan = document.get("plan") or {}
-    # ReLoRA's record begins with the rows of the full-rank run that it started from.
-    before = (document.get("warm_up") or {}).get("updates") or 0
     updates = [row for row in rows if row.get("loss") is not None]
-    own = [row for row in updates if int(row.get("update_step") or 0) > before]
+    own = own_updates(document, updates)
     evaluations = [row for row in rows if row.get("final_eval_perplexity") is not None]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     at_end = is_finished(document, rows) and last.get("update_step") == reached(rows)
@@ -125,6 +123,12 @@ def summary(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "states_bytes": next((value for value in reversed(states) if value is not None), None),
         "peak_memory_bytes": max((row["max_memory"] for row in own if row.get("max_memory")), default=None),
     }
+
+
+def own_updates(document: Mapping[str, Any], updates: Sequence[Row]) -> list[Row]:
+    """Returns the rows of a run's own updates; ReLoRA's record begins with those of the full-rank run that it started from."""
+    before = (document.get("warm_up") or {}).get("updates") or 0
+    return [row for row in updates if int(row.get("update_step") or 0) > before]
 
 
 def _median(rows: Sequence[Row], name: str) -> float | None:

@@ -38,6 +38,11 @@ class NothingToEvaluate(ValueError):
     """Raised when an evaluation set contains no target token."""
 
 
+def perplexity_of(loss: float) -> float:
+    """Returns exp(loss); inf instead of an overflow, NaN for NaN."""
+    return math.inf if loss >= 709 else math.exp(loss)
+
+
 @torch.no_grad()
 def evaluate(
     loss_module: nn.Module,
@@ -92,7 +97,7 @@ def evaluate(
     loss = loss_sum / tokens
     return EvalResult(
         loss=loss,
-        perplexity=math.inf if loss >= 709 else math.exp(loss),
+        perplexity=perplexity_of(loss),
         tokens=int(tokens),
         bits_per_byte=loss_sum / math.log(2) / num_bytes if num_bytes else None,
     )

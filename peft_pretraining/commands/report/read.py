@@ -14,7 +14,7 @@ from peft_pretraining.config.arguments import Arguments, as_dict
 from peft_pretraining.config.model_config import ModelConfig
 from peft_pretraining.memory.counts import paper_bytes, paper_estimate, parameter_counts
 from peft_pretraining.record import summary
-from peft_pretraining.record.summary import METRICS_FILE, Row, read_record, seconds_of
+from peft_pretraining.record.summary import METRICS_FILE, Row, own_updates, read_record, seconds_of
 
 # File of a report's figures, in its folder.
 FIGURES = "report.json"
@@ -274,15 +274,13 @@ def _notes(run: RunRecord) -> list[str]:
     skipped = max((int(row.get("skipped_updates") or 0) for row in run.rows), default=0)
     if skipped:
         notes.append(f"{skipped:,} updates were skipped (non-finite gradients or loss)")
-    # After the full-rank updates that ReLoRA may start from, which are in its record too.
-    before = (run.document.get("warm_up") or {}).get("updates") or 0
-    has_own_updates = any(int(row.get("update_step") or 0) > before for row in run.updates)
-    if has_own_updates and run.figures["states_bytes"] is None:
+    own = own_updates(run.document, run.updates)
+    if own and run.figures["states_bytes"] is None:
         notes.append(
             "recorded by an earlier version: memory by class was not measured"
             + ("" if run.predicted("peak") else ", nor the peak predicted")
         )
-    if has_own_updates and run.figures["tokens_per_second"] is None:
+    if own and run.figures["tokens_per_second"] is None:
         notes.append("no throughput is recorded, so the run is missing from plots against time")
     for change in run.document.get("changes") or ():
         name, then, now, step = (change.get(key) for key in ("name", "then", "now", "after_update"))
