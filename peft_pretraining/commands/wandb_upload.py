@@ -11,8 +11,8 @@ from typing import Any
 from peft_pretraining.commands.report.read import find_runs, load_run
 from peft_pretraining.config.arguments import TRACKERS
 from peft_pretraining.record.summary import read_stop, status, summary
-from peft_pretraining.record.tracker import Tracker, WandbTracker
-from peft_pretraining.record.wandb_run import OF_ONE_RUN, one_line, open_wandb, wandb_mode, wandb_settings
+from peft_pretraining.record.tracker import Tracker
+from peft_pretraining.record.wandb_run import OF_ONE_RUN, WandbRun, one_line, open_wandb, wandb_mode, wandb_settings
 
 HELP = "send the metrics.jsonl of runs to wandb, or trackio: the rows that it lacks, under the runs' own ids"
 
@@ -67,7 +67,7 @@ def _upload(folder: Path, mode: str | None) -> None:
 def _open(folder: Path, settings: Mapping[str, Any], mode: str | None) -> Tracker:
     """Opens the run at wandb in a mode of wandb's, or at trackio with None. Raises whatever the library raises."""
     if mode is not None:
-        return WandbTracker(open_wandb(folder, settings, mode, limit_s=None))
+        return WandbRun(open_wandb(folder, settings, mode, limit_s=None))
     from peft_pretraining.record.trackio_run import TrackioRun
 
     return TrackioRun(settings)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft_pretraining.record.wandb_run import finish_wandb, log_row, send_missing, start_wandb
+from peft_pretraining.record.wandb_run import WandbRun, start_wandb
 
 
 class Tracker(Protocol):
@@ -31,28 +31,6 @@ class Tracker(Protocol):
         """Sends the run's results (`summary` and `status`), and ends the run at the dashboard."""
 
 
-class WandbTracker:
-    """A wandb run as a Tracker."""
-
-    name = "wandb"
-
-    def __init__(self, run: Any):
-        """run: returned by wandb.init."""
-        self._run, self.run_name = run, str(getattr(run, "id", ""))
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Sends a row of metrics.jsonl."""
-        log_row(self._run, row)
-
-    def send_missing(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Sends the rows that wandb lacks; returns how many."""
-        return send_missing(self._run, rows) if rows else 0
-
-    def finish(self, figures: Mapping[str, Any], exit_code: int = 0) -> None:
-        """Writes the results to wandb's summary, and ends the wandb run."""
-        finish_wandb(self._run, figures, exit_code)
-
-
 def start_tracker(run_folder: Path, settings: Mapping[str, Any]) -> Tracker | None:
     """Returns the run at the dashboard, or None if it is disabled or fails, which prints one warning.
 
@@ -63,4 +41,4 @@ def start_tracker(run_folder: Path, settings: Mapping[str, Any]) -> Tracker | No
 
         return start_trackio(settings)
     run = start_wandb(run_folder, settings)
-    return None if run is None else WandbTracker(run)
+    return None if run is None else WandbRun(run)

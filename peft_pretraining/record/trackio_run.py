@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.record.wandb_run import ONCE, WANDB_PROJECT, one_line, shown
+from peft_pretraining.record.wandb_run import ONCE, WANDB_PROJECT, one_line, row_key, shown
 
 INSTALL = "python -m pip install trackio"
 # trackio has no summary. Keys with one value per run become bars, which compare runs, in a section of the part before the slash.
@@ -103,7 +103,7 @@ class TrackioRun:
 
     def send_missing(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Makes trackio's rows of the run equal to the record's: removes others, sends missing ones, returns their number."""
-        wanted = {_key(row) for row in rows}
+        wanted = {row_key(row) for row in rows}
         known, others = set(), []
         with self._connected() as database:
             for number, step, is_evaluation, is_summary in self._recorded(database):
@@ -117,7 +117,7 @@ class TrackioRun:
         for row in rows:
             self._once |= {key: value for key, value in row.items() if key.startswith(ONCE)}
             self._last_step = row["update_step"]
-        missing = [row for row in rows if _key(row) not in known]
+        missing = [row for row in rows if row_key(row) not in known]
         for row in missing:
             self.log(row)
         return len(missing)
@@ -157,8 +157,3 @@ class TrackioRun:
 
         tqdm.write(f"warning: {message}; training and metrics.jsonl continue", file=sys.stderr)
         return None
-
-
-def _key(row: Mapping[str, Any]) -> tuple[int, bool]:
-    """What tells a row of the record from all others: an update and the evaluation after it have the same number."""
-    return row["update_step"], "final_eval_loss" in row

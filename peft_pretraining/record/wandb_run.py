@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 WANDB_PROJECT = "SLTrain"
-
-
 # Seconds to wait for wandb's server before the run is recorded offline.
 _WANDB_TIMEOUT_S = 20
 # Each names a single run.
@@ -211,36 +209,62 @@ def wandb_config(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def log_row(run: Any, row: Mapping[str, Any]) -> None:
-    """Sends a row of metrics.jsonl to wandb, values that are logged once to the run's summary."""
-    if once := {key: value for key, value in row.items() if key.startswith(ONCE)}:
-        run.summary.update(once)
-    run.log({key: value for key, value in shown(row).items() if not key.startswith(ONCE)})
+class WandbRun:
+    """A run at wandb, as a `Tracker`."""
+
+    name = "wandb"
+
+    def __init__(self, run: Any):
+        """run: returned by `start_wandb` or `open_wandb`."""
+        self._run, self.run_name = run, str(getattr(run, "id", ""))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Sends a row of metrics.jsonl, values that are logged once to the run's summary."""
+        if once := {key: value for key, value in row.items() if key.startswith(ONCE)}:
+            self._run.summary.update(once)
+        self._run.log({key: value for key, value in shown(row).items() if not key.startswith(ONCE)})
+
+    def send_missing(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Sends the rows of the record that wandb lacks, such as the last ones before a kill; returns how many.
+
+        Of a run at wandb's server the server tells the last row, of one that is recorded offline the files on this machine.
+        """
+        run = self._run
+        if not rows:
+            return 0
+        if getattr(run, "offline", True):
+            from peft_pretraining.record.wandb_files import recorded_rows
+
+            known, last_step = recorded_rows(Path(run.settings.wandb_dir), str(run.id))
+            missing = [row for row in rows if row_key(row) not in known]
+            if last_step >= 0:
+                # wandb numbers the rows of each folder from 0; going on from earlier ones keeps them in order at the server.
+                run.log({}, step=last_step + 1, commit=False)
+        else:
+            missing = [row for row in rows if not _is_known(row, run.summary)]
+        for row in missing:
+            self.log(row)
+        return len(missing)
+
+    def finish(self, figures: Mapping[str, Any], exit_code: int = 0) -> None:
+        """Writes the run's results to wandb's summary, for tables of runs and scatter plots, and ends the wandb run."""
+        run = self._run
+        try:
+            # A run that is longer now than when it finished has a final figure there that no longer is one.
+            old = [name for name, value in figures.items() if value is None and run.summary.get(name) is not None]
+            run.summary.update({name: value for name, value in figures.items() if value is not None or name in old})
+        finally:
+            run.finish(exit_code=exit_code)
+
+
+def row_key(row: Mapping[str, Any]) -> tuple[int, bool]:
+    """What tells a row of the record from all others: an update and the evaluation after it have the same number."""
+    return row["update_step"], "final_eval_loss" in row
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a row that a dashboard gets: not those that are missing, and counts once they are not zero."""
     return {key: value for key, value in row.items() if value is not None and not (key in _USUALLY_ZERO and value == 0)}
-
-
-def send_missing(run: Any, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Sends the rows of the record that wandb lacks, such as the last ones before a kill; returns how many.
-
-    Of a run at wandb's server the server tells the last row, of one that is recorded offline the files on this machine.
-    """
-    if getattr(run, "offline", True):
-        from peft_pretraining.record.wandb_files import recorded_rows
-
-        known, last_step = recorded_rows(Path(run.settings.wandb_dir), str(run.id))
-        missing = [row for row in rows if (row["update_step"], "final_eval_loss" in row) not in known]
-        if last_step >= 0:
-            # wandb numbers the rows of each folder from 0; going on from earlier ones keeps them in order at the server.
-            run.log({}, step=last_step + 1, commit=False)
-    else:
-        missing = [row for row in rows if not _is_known(row, run.summary)]
-    for row in missing:
-        log_row(run, row)
-    return len(missing)
 
 
 def _is_known(row: Mapping[str, Any], summary: Any) -> bool:
@@ -251,13 +275,3 @@ def _is_known(row: Mapping[str, Any], summary: Any) -> bool:
     # An update and an evaluation after it have the same number.
     key = "final_eval_loss" if "final_eval_loss" in row else "loss"
     return bool(summary.get(key) == row.get(key))
-
-
-def finish_wandb(run: Any, figures: Mapping[str, Any], exit_code: int = 0) -> None:
-    """Writes the run's results to wandb's summary, for tables of runs and scatter plots, and ends the wandb run."""
-    try:
-        # A run that is longer now than when it finished has a final figure there that no longer is one.
-        old = [name for name, value in figures.items() if value is None and run.summary.get(name) is not None]
-        run.summary.update({name: value for name, value in figures.items() if value is not None or name in old})
-    finally:
-        run.finish(exit_code=exit_code)
