@@ -104,7 +104,6 @@ def build_model(
     device: torch.device | str,
     seed: int,
     reparameterize: Callable[["LlamaForCausalLM"], object] | None = None,
-    start: Callable[["LlamaForCausalLM"], object] | None = None,
     activation_checkpointing: str | None = None,
     compile: bool = False,
 ) -> "LlamaForCausalLM":
@@ -116,7 +115,6 @@ def build_model(
         device: the model's device; "meta" leaves out storage and values, for counting.
         seed: seed of the initial values; see `initialize`.
         reparameterize: changes the model in place while it is on the meta device (the method's layers, sharding).
-        start: changes the initial values in place.
         activation_checkpointing: None, "layer" (each decoder layer keeps only its input) or "selective" (also keeps attention's
             output, which is small and expensive to recompute).
         compile: compile each decoder layer by torch.compile; one compilation serves all layers.
@@ -128,8 +126,6 @@ def build_model(
     if torch.device(device).type != "meta":
         materialize(model, device)
         initialize(model, seed)
-        if start is not None:
-            start(model)
     prepare_to_train(model, activation_checkpointing, compile)
     return model
 

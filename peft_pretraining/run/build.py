@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from peft_pretraining.distributed.parallel import Sharding, settle_shards, shard
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import loss_chunk_rows
 from peft_pretraining.methods import METHODS, has_effect
-from peft_pretraining.model.llama import build_model, scale_start, start_from_svd
+from peft_pretraining.model.llama import initialize, materialize, meta_model, prepare_to_train, scale_start, start_from_svd
 from peft_pretraining.model.loss import TokenLoss
 from peft_pretraining.optim.build import build_galore, build_optimizer
 from peft_pretraining.optim.galore import Subspace
@@ -36,9 +36,6 @@ from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, Updates,
 from peft_pretraining.plan.checks import check_inputs
 from peft_pretraining.plan.plan import Plan
 from sparse_lora import kernels
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
 
 
 def default_workers(device: torch.device, world: World) -> int:
@@ -137,41 +134,29 @@ def build_token_loss(
     dtype = torch_dtype((sharded and args.compute_dtype) or plan.dtype)
     if wanted and (reason := kernels.why_unavailable(device, dtype)) is not None:
         world.say(f"notice: --kernels triton has no effect: {reason}")
-    modules: list[TokenLoss] = []
+    model = meta_model(plan.model, torch_dtype(plan.dtype))
+    METHODS[args.peft_model].apply(model, args)
+    if args.weight_dtype is not None:
+        from peft_pretraining.model.int8 import quantise_parameters
 
-    def apply_method(model: LlamaForCausalLM) -> None:
-        METHODS[args.peft_model].apply(model, args)
-        if args.weight_dtype is not None:
-            from peft_pretraining.model.int8 import quantise_parameters
-
-            quantise_parameters(model)
-        document_end = eos_id if args.packing and args.document_mask else None
-        modules.append(TokenLoss(model, loss_chunk_rows(device.type), document_end, args.head_gradient))
-        if sharded:
-            # A tied embedding is also the output head, which is not sharded separately.
-            embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
-            sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
-            shard(modules[0], [*embedding, *model.model.layers], device, sharding)
-
-    def start(model: LlamaForCausalLM) -> None:
-        if args.init == "svd" and not restored:
-            start_from_svd(model, model.config.initializer_range, args.seed, world)
-        if args.start_scale != 1 and not restored:
-            scale_start(model, METHODS[args.peft_model].start_parameters, args.start_scale)
-        if sharded:
-            settle_shards(modules[0], device)
-
-    build_model(
-        plan.model,
-        dtype=torch_dtype(plan.dtype),
-        device=device,
-        seed=args.seed,
-        reparameterize=apply_method,
-        start=start,
-        activation_checkpointing=args.activation_checkpointing,
-        compile=args.compile,
-    )
-    return modules[0]
+        quantise_parameters(model)
+    document_end = eos_id if args.packing and args.document_mask else None
+    token_loss = TokenLoss(model, loss_chunk_rows(device.type), document_end, args.head_gradient)
+    if sharded:
+        # A tied embedding is also the output head, which is not sharded separately.
+        embedding = [] if plan.model.tie_word_embeddings else [model.model.embed_tokens]
+        sharding = Sharding(_dtype(args.compute_dtype), _dtype(args.reduce_dtype), args.reshard_after_forward)
+        shard(token_loss, [*embedding, *model.model.layers], device, sharding)
+    materialize(model, device)
+    initialize(model, args.seed)
+    if args.init == "svd" and not restored:
+        start_from_svd(model, model.config.initializer_range, args.seed, world)
+    if args.start_scale != 1 and not restored:
+        scale_start(model, METHODS[args.peft_model].start_parameters, args.start_scale)
+    if sharded:
+        settle_shards(token_loss, device)
+    prepare_to_train(model, args.activation_checkpointing, args.compile)
+    return token_loss
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
