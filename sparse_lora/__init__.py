@@ -12,9 +12,7 @@ relora.py          ReLoRALinear: a frozen dense weight plus factors that are mer
 reparameterize.py  SLTrainConfig, reparameterize(model, config), attach_relora(model), merge(model), prepare_for_inference(model)
 """
 
-import importlib
-from typing import Any
-
+from .adapted import AdaptedLinear, adapter_parameters, adapter_state
 from .functional import dense_reference, sparse_lowrank_linear
 from .linear import SparseLowRankLinear
 from .relora import ReLoRALinear
@@ -37,13 +35,3 @@ __all__ = [
     "reparameterize",
     "sparse_lowrank_linear",
 ]
-
-# Names for fine-tuning; pretraining does not load their module.
-_FROM_ADAPTED = ("AdaptedLinear", "adapter_parameters", "adapter_state")
-
-
-def __getattr__(name: str) -> Any:
-    """Imports adapted.py when one of its names is first used."""
-    if name not in _FROM_ADAPTED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("sparse_lora.adapted"), name)

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import build_weight, part_of, sparse_lowrank_linear, without_autocast
 from .linear import SparseLowRankLinear, join_name
-from .reparameterize import SLTrainConfig, replace_targets
 from .support import LARGEST, generator_for
 from .uniform import UniformSupport
 
@@ -94,56 +92,15 @@ class AdaptedLinear(SparseLowRankLinear):
         if self.scaling is not None:
             yield "scaling", torch.ones(1, device="cpu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in_features) to (..., out_features)."""
-        scaling = self.effective_scaling()
-        return sparse_lowrank_linear(
-            x, self.lora_A, self.lora_B, self.sparse_value, self.support, scaling, self.bias, self.path, self.weight
-        )
-
-    def dense_weight(self) -> Tensor:
-        """Returns W0 + (alpha / rank) B A + S, (out_features, in_features), in the parameters' dtype; differentiable."""
-        part = None if self.support is None else part_of(self.support)
-        scaled_B = (self.lora_B * self.effective_scaling()).to(self.lora_B.dtype)
-        with without_autocast(scaled_B):
-            return build_weight(self.lora_A, scaled_B, self.sparse_value, part, base=self.weight)
+    def base_weight(self) -> Tensor:
+        """Returns W0."""
+        return self.weight
 
     @property
     def adapter(self) -> list[nn.Parameter]:
         """The adapter's parameters: A, B, and the sparse values and the scaling if present."""
         parameters = (self.lora_A, self.lora_B, self.sparse_value, self.scaling)
         return [parameter for parameter in parameters if parameter is not None]
-
-
-def adapt(model: nn.Module, config: SLTrainConfig) -> list[str]:
-    """Replaces the targeted linears by AdaptedLinear, in place, and freezes all other parameters if config.base is "frozen".
-
-    Called by `reparameterize`, which documents results and errors.
-    """
-    for name in config.trained_modules:
-        if name not in dict(model.named_modules()):
-            available = ", ".join(child for child, _ in model.named_children())
-            raise ValueError(f"trained_modules {name!r}: the model has no such module; its top-level modules are: {available}")
-    replaced = replace_targets(
-        model, config.target_modules, lambda linear, name: _adapted(linear, name, config), config.trained_modules
-    )
-    if config.base == "frozen":
-        freeze_but(model, config.trained_modules)
-    return replaced
-
-
-def _adapted(linear: nn.Linear, name: str, config: SLTrainConfig) -> AdaptedLinear:
-    return AdaptedLinear(
-        linear,
-        config.rank,
-        config.sparsity,
-        alpha=config.alpha,
-        support=config.support,
-        trainable_scaling=config.trainable_scaling,
-        path=config.path,
-        seed=config.seed,
-        name=name,
-    )
 
 
 def freeze_but(model: nn.Module, trained_modules: Sequence[str]) -> None:

@@ -135,7 +135,11 @@ class SparseLowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         factors = (self.lora_A, self.lora_B, self.sparse_value, self.support, self.effective_scaling())
-        return sparse_lowrank_linear(x, *factors, self.bias, self.path, weight=self.cached_weight)
+        return sparse_lowrank_linear(x, *factors, self.bias, self.path, base=self.base_weight(), weight=self.cached_weight)
+
+    def base_weight(self) -> Tensor | None:
+        """Returns a dense weight (out_features, in_features) that W is added to; None: there is none."""
+        return None
 
     def builds_weight(self, num_rows: int, width: int | None = None) -> bool:
         """Tells whether products with `num_rows` rows build W, in passes with gradients.
@@ -159,7 +163,7 @@ class SparseLowRankLinear(nn.Module):
         values = None if self.sparse_value is None else plain(self.sparse_value)
         scaled_B = (plain(self.lora_B) * self.effective_scaling()).to(self.lora_B.dtype)
         with without_autocast(scaled_B):
-            return build_weight(plain(self.lora_A), scaled_B, values, part)
+            return build_weight(plain(self.lora_A), scaled_B, values, part, base=self.base_weight())
 
     def extra_repr(self) -> str:
         scaling = f"alpha={self.alpha}" if self.scaling is None else "trainable_scaling=True"

@@ -1,6 +1,5 @@
 """Replaces a model's linears by low-rank plus sparse ones, and back."""
 
-import importlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .adapted import AdaptedLinear, freeze_but
 from .linear import SparseLowRankLinear, hyperparameter_problems
 from .relora import ReLoRALinear
 from .support import LARGEST, Support
@@ -110,10 +110,36 @@ def reparameterize(model: nn.Module, config: SLTrainConfig) -> list[str]:
             names a module that the model does not have.
     """
     if config.base is not None:
-        # Imported by name, so that pretraining does not load a module that only fine-tuning needs.
-        replaced: list[str] = importlib.import_module("sparse_lora.adapted").adapt(model, config)
-        return replaced
-    return replace_targets(model, config.target_modules, lambda linear, name: _sparse_lowrank_like(linear, name, config))
+        return _adapt(model, config)
+    return _replace_targets(model, config.target_modules, lambda linear, name: _sparse_lowrank_like(linear, name, config))
+
+
+def _adapt(model: nn.Module, config: SLTrainConfig) -> list[str]:
+    """Replaces the targeted linears by AdaptedLinear, in place, and freezes all other parameters if config.base is "frozen"."""
+    for name in config.trained_modules:
+        if name not in dict(model.named_modules()):
+            available = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(f"trained_modules {name!r}: the model has no such module; its top-level modules are: {available}")
+    replaced = _replace_targets(
+        model, config.target_modules, lambda linear, name: _adapted(linear, name, config), config.trained_modules
+    )
+    if config.base == "frozen":
+        freeze_but(model, config.trained_modules)
+    return replaced
+
+
+def _adapted(linear: nn.Linear, name: str, config: SLTrainConfig) -> AdaptedLinear:
+    return AdaptedLinear(
+        linear,
+        config.rank,
+        config.sparsity,
+        alpha=config.alpha,
+        support=config.support,
+        trainable_scaling=config.trainable_scaling,
+        path=config.path,
+        seed=config.seed,
+        name=name,
+    )
 
 
 def attach_relora(
@@ -150,10 +176,10 @@ def attach_relora(
                     layer.get_parameter(parameter_name).copy_(values)
         return layer.train(linear.training)
 
-    return replace_targets(model, DEFAULT_TARGETS, with_factors)
+    return _replace_targets(model, DEFAULT_TARGETS, with_factors)
 
 
-def replace_targets(
+def _replace_targets(
     model: nn.Module,
     targets: tuple[str, ...],
     change: Callable[[nn.Linear, str], nn.Module],
