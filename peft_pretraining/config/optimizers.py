@@ -14,7 +14,7 @@ from typing import Any
 BNB_MIN_ELEMENTS = 4096
 BNB_BLOCK_ELEMENTS = 256
 BNB_CODEBOOK_ENTRIES = 256
-# Gradient conditioning (optim.combined.Conditioned): bytes of its state of a tensor, three float32 averages; and of its
+# Gradient conditioning (optim.conditioning.Conditioned): bytes of its state of a tensor, three float32 averages; and of its
 # temporaries per element of a slice, which are absolute values, a mask, factors in float32 and in the gradient's dtype.
 CONDITIONING_BYTES = 3 * 4
 CONDITIONING_SCRATCH = 9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.arguments import Arguments
 from peft_pretraining.config.model_config import ModelConfig, linear_shapes
@@ -47,9 +47,7 @@ class GaLore(Method):
         kind = f"{args.proj_type}, recomputed every {args.update_proj_gap} updates, scale {args.galore_scale:g}"
         return f" in subspaces of rank {args.rank} ({kind})"
 
-    def linear_groups(
-        self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
-    ) -> list[TensorGroup]:
+    def linear_groups(self, shape: tuple[int, int], count: int, **_: Any) -> list[TensorGroup]:
         """Groups of dense weights that are stepped in a subspace."""
         return [TensorGroup("dense", shape, count, projected=True)]
 

@@ -85,9 +85,7 @@ class ReLoRA(Method):
         """Notices for flags about moments with an optimizer that keeps none."""
         return moments_notices(args, _MOMENT_FLAGS)
 
-    def linear_groups(
-        self, shape: tuple[int, int], count: int, *, rank: int, sparsity: float, train_scaling: bool, support: str
-    ) -> list[TensorGroup]:
+    def linear_groups(self, shape: tuple[int, int], count: int, *, rank: int, train_scaling: bool, **_: Any) -> list[TensorGroup]:
         """Groups of the frozen weight and the factors."""
         return [TensorGroup("dense", shape, count, trained=False), *factor_groups(shape, count, rank, train_scaling)]
 

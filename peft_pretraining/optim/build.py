@@ -16,11 +16,11 @@ from torch import nn
 from peft_pretraining.config.optimizers import OPTIMIZERS
 from peft_pretraining.config.parameter_groups import group_of
 from peft_pretraining.distributed.world import World
-from peft_pretraining.optim.combined import Combined, Conditioned
+from peft_pretraining.optim.conditioning import Conditioned
 from peft_pretraining.optim.galore import GaLore, Subspace
 from peft_pretraining.optim.orthogonal import Muon, Spectron, pairs_of_factors
 from peft_pretraining.optim.slices import StochasticRounding
-from peft_pretraining.optim.updates import l2_norm
+from peft_pretraining.optim.updates import Combined, l2_norm
 
 ADAM_BETA1 = 0.9
 

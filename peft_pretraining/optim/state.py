@@ -28,7 +28,7 @@ from peft_pretraining.distributed.parallel import Part, local, part_of, rows_of_
 from peft_pretraining.distributed.world import World, gather_objects
 from peft_pretraining.optim.moments import moment_slices
 from peft_pretraining.optim.slices import num_steps
-from peft_pretraining.optim.updates import HasState, PreparesStates, Updates
+from peft_pretraining.optim.updates import PreparesStates, Updates
 from sparse_lora import generator_for
 
 Scalars = dict[str, dict[str, Any]]
@@ -101,7 +101,8 @@ def load_optimizer_state(
         raise ValueError(f"optimizer state for {unknown[0]!r} ({len(unknown)} in all), which this model does not train")
     states = updates.optimizer.state
     states.clear()
-    _prepare(updates.optimizer)
+    if isinstance(updates.optimizer, PreparesStates):
+        updates.optimizer.prepare_states()
     requantised = [
         name
         for name, parts in saved.items()
@@ -126,18 +127,8 @@ def _partial_name(name: str, part: Part) -> str:
     return f"{name}@{part.rank}of{part.size}"
 
 
-def _members(optimizer: HasState) -> list[Any]:
-    return getattr(optimizer, "members", [optimizer])
-
-
-def _quantises(optimizer: HasState) -> bool:
-    return any(getattr(member, "quantises", False) for member in _members(optimizer))
-
-
-def _prepare(optimizer: HasState) -> None:
-    for member in _members(optimizer):
-        if isinstance(member, PreparesStates):
-            member.prepare_states()
+def _quantises(optimizer: torch.optim.Optimizer) -> bool:
+    return getattr(optimizer, "quantises", False)
 
 
 def _has_other_parts(updates: Updates, parameter: nn.Parameter, parts: Saved) -> bool:

@@ -1,6 +1,7 @@
 """Steps parameters: all after the backward pass (WholeUpdate), or each one during it (PerLayerUpdate).
 
-`training.update.train_step` calls both in the same way: `begin`, `before_backward` for each micro-batch, `finish`.
+`training.update.train_step` calls both in the same way: `begin`, `before_backward` for each micro-batch, then `finish`, or
+`abandon` if the update cannot be completed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -30,44 +31,12 @@ _LARGEST_NORM = 1e18
 _TRIM_ELEMENTS = 2**24
 
 
-class HasState(Protocol):
-    """The attributes of an optimizer that checkpoints and the learning rate use."""
-
-    state: Any  # parameter -> state
-    param_groups: list[dict[str, Any]]
-
-
 @runtime_checkable
 class PreparesStates(Protocol):
     """An optimizer that can create its states before its first step."""
 
     def prepare_states(self) -> None:
         """Create the states of every parameter."""
-
-
-class Updates(Protocol):
-    """Updates a model's parameters: the interface of WholeUpdate and PerLayerUpdate."""
-
-    growth: GrowthLimit | None
-    stepped: dict[str, nn.Parameter]  # by name; of sharded parameters, this process's parts
-    averages_gradients: bool  # averages over processes, so the module must not do it too
-    steps_in_backward: bool  # in the last micro-batch of an update
-
-    @property
-    def optimizer(self) -> HasState:
-        """Holds the states and learning rates."""
-
-    def begin(self, lr: float, progress: float = 0.0) -> None:
-        """Starts a new update with this learning rate; progress: share of the run that is over."""
-
-    def before_backward(self, last: bool) -> None:
-        """Called before the backward pass of each micro-batch. last: whether it is the last one of the update."""
-
-    def finish(self, loss: torch.Tensor) -> Outcome:
-        """Completes the update and frees gradients. loss: loss of the update, equal on every process."""
-
-    def abandon(self) -> Outcome:
-        """Cancels the update and frees its gradients."""
 
 
 Build = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
@@ -212,7 +181,10 @@ class PerLayerUpdate:
             for names in (together.get(name, (name,)) for name in self.stepped)
         }
         self._joint_steps = [joint_steps[together.get(name, (name,))] for name in self.stepped]
-        self.optimizer = _OptimizerSet([step.optimizer for step in joint_steps.values()])
+        self.optimizer = Combined([step.optimizer for step in joint_steps.values()])
+        # Moments created during a backward pass fragment memory between its temporaries: 0.7 GiB of 1b's peak on a CPU. torch's
+        # optimizers still create theirs in the first step.
+        self.optimizer.prepare_states()
         self.growth, self._world, self._reduce_dtype, self._armed = growth, world, reduce_dtype, False
         device = next(iter(parameters.values())).device
         self._parameters = list(parameters.values())
@@ -304,6 +276,9 @@ class PerLayerUpdate:
         return _nothing_stepped(len(self._parameters), self._skipped.device)
 
 
+Updates = WholeUpdate | PerLayerUpdate
+
+
 class Arrived(NamedTuple):
     """A parameter whose gradient is complete. norm: of the gradient after the growth limit; stepped: this process's part."""
 
@@ -341,19 +316,35 @@ class JointStep:
         self.arrived.clear()
 
 
-class _OptimizerSet:
-    """Optimizers of different parameters, with a shared state for checkpoints."""
+class Combined(torch.optim.Optimizer):
+    """Several optimizers of different parameters as one, with one state."""
 
-    def __init__(self, members: list[torch.optim.Optimizer]):
-        self.members = members
-        self.state: Any = defaultdict(dict)
-        for member in members:
+    def __init__(self, members: Sequence[torch.optim.Optimizer]):
+        super().__init__([parameter for member in members for group in member.param_groups for parameter in group["params"]], {})
+        self.members = list(members)
+        self.quantises = any(getattr(member, "quantises", False) for member in members)
+        # The members' own groups, so that whoever sets their learning rates sets the members'.
+        self.param_groups = [group for member in members for group in member.param_groups]
+        self._share_state()
+
+    def _share_state(self) -> None:
+        # Done again before every use, because whoever restores a checkpoint, or combines this with others, may replace the state.
+        for member in self.members:
             member.state = self.state
-            # Moments created during a backward pass fragment memory between its temporaries: 0.7 GiB of 1b's peak on a CPU.
-            # torch's optimizers still create theirs in the first step.
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Steps every parameter that has a gradient."""
+        self._share_state()
+        for member in self.members:
+            member.step()
+
+    def prepare_states(self) -> None:
+        """Creates the states of those members that support it now instead of in the first step."""
+        self._share_state()
+        for member in self.members:
             if isinstance(member, PreparesStates):
                 member.prepare_states()
-        self.param_groups = [group for member in members for group in member.param_groups]
 
 
 def use_in_slices(gradient: RowGradient, use: Callable[[GradientSlices], None]) -> tuple[torch.Tensor, bool]:
@@ -404,7 +395,7 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
         optimizer.step()
 
 
-def set_schedule(optimizer: HasState, lr: float, progress: float) -> None:
+def set_schedule(optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
     """Sets the learning rate of the following steps, and beta1 where it falls over the run; progress: share of the run, 0 to 1.
 
     A group's rate is `lr` times its `lr_ratio`. A group with `first_beta1` has a beta1 that falls from it to its half along half

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from peft_pretraining.distributed.parallel import local, stored_parts
-from peft_pretraining.optim.updates import HasState
 from peft_pretraining.record.summary import METRICS_FILE, keep_record, read_metrics, read_record, read_stop, status, summary
 from peft_pretraining.record.tracker import Tracker, start_tracker
 from peft_pretraining.record.wandb_run import one_line
@@ -439,7 +438,7 @@ class LateRecord:
         self._record.log_update(row)
 
 
-def measured_bytes(model: nn.Module, optimizer: HasState) -> dict[str, int]:
+def measured_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Returns bytes of parameters, support, currently allocated gradients and optimizer states.
 
     Shared storage is counted once. Of sharded parameters this process's parts are counted.

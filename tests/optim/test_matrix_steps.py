@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.distributed.world import World
 from peft_pretraining.optim.build import build_optimizer
-from peft_pretraining.optim.combined import Conditioned
+from peft_pretraining.optim.conditioning import Conditioned
 from peft_pretraining.optim.orthogonal import orthogonalised, pairs_of_factors, scale_of_shape
 from peft_pretraining.optim.state import reset_moments_
 from peft_pretraining.optim.updates import GrowthLimit, PerLayerUpdate, WholeUpdate
@@ -392,7 +392,7 @@ def test_stable_spam_makes_no_temporary_of_a_gradients_size(monkeypatch):
 
     ends = []
     for slice_elements in (1000, 8):
-        monkeypatch.setattr("peft_pretraining.optim.combined.SLICE_ELEMENTS", slice_elements)
+        monkeypatch.setattr("peft_pretraining.optim.conditioning.SLICE_ELEMENTS", slice_elements)
         gradient = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
         made.clear()
         with torch.no_grad(), Watch():

@@ -1,40 +1,13 @@
-"""Optimizers made of others: several of different parameters as one, and gradient conditioning in front of one."""
+"""Gradient conditioning, as Stable-SPAM does it, in front of an Adam."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from peft_pretraining.optim.slices import SLICE_ELEMENTS
-from peft_pretraining.optim.updates import PreparesStates, l2_norm
-
-
-class Combined(torch.optim.Optimizer):
-    """Several optimizers of different parameters as one, with one state."""
-
-    def __init__(self, members: Sequence[torch.optim.Optimizer]):
-        super().__init__([parameter for member in members for group in member.param_groups for parameter in group["params"]], {})
-        self._members = list(members)
-        self.quantises = any(getattr(member, "quantises", False) for member in members)
-        # The members' own groups, so that whoever sets their learning rates sets the members'.
-        self.param_groups = [group for member in members for group in member.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Steps every parameter that has a gradient."""
-        for member in self._members:
-            # Whoever restores a checkpoint may have replaced the state.
-            member.state = self.state
-            member.step()
-
-    def prepare_states(self) -> None:
-        """Creates the states of those members that support it now instead of in the first step."""
-        for member in self._members:
-            if isinstance(member, PreparesStates):
-                member.state = self.state
-                member.prepare_states()
+from peft_pretraining.optim.updates import Combined, l2_norm
 
 
 class Conditioned(Combined):
