@@ -47,7 +47,7 @@ from layer import SETTINGS, Passes, Shape, floor, shapes_of
 from memory import load_what_the_trainer_loads, time_steps, updater
 
 from peft_pretraining.config.model_config import linear_shapes
-from peft_pretraining.config.supports import nonzeros
+from peft_pretraining.config.supports import SUPPORTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -171,7 +171,7 @@ def floor_of_linears(config: str, method: str, rows: int, sparsity: float | None
 
 def _nnz(method: str, shape: Shape) -> int:
     kind = SUPPORT_OF[method]
-    return 0 if kind == "none" else nonzeros(kind, shape.out_features, shape.in_features, shape.sparsity)
+    return 0 if kind == "none" else SUPPORTS[kind].nonzeros(shape.out_features, shape.in_features, shape.sparsity)
 
 
 def model_flops(config: str, batch_size: int, length: int) -> float:

@@ -23,6 +23,8 @@ AO_KINDS = {4: (128, 2, 16), 8: (256, 1, 256)}
 AO_MIN_ELEMENTS = 4096
 
 Shape = tuple[int, ...]
+# Bytes of the state of a parameter, see Optimizer.
+StateBytes = Callable[[Shape, int, float, int | None], int]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Optimizer:
     parameter; beta1: as --beta1; bits: bits of its moments if they are chosen separately (embedding_bits), else None.
     """
 
-    state_bytes: Callable[[Shape, int, float, int | None], int]
+    state_bytes: StateBytes
     # Weight decay acts on the parameter directly instead of being added to the gradient.
     decoupled_decay: bool = True
     # The state is Adam's two moments and step count, so it can be converted between such optimizers. Their steps can round
@@ -57,7 +59,7 @@ class Optimizer:
     not_shardable: str | None = None
     # The matrices of attention and MLP linears are stepped along an orthogonalised momentum: bytes of the state of one, arguments
     # as for state_bytes, which is for all other parameters.
-    matrix_bytes: Callable[[Shape, int, float, int | None], int] | None = None
+    matrix_bytes: StateBytes | None = None
     # The factors of a linear are stepped together.
     steps_pairs: bool = False
     # The optimizer conditions the gradients of all parameters.
@@ -66,9 +68,10 @@ class Optimizer:
     reset_every: int | None = None
     # Why gradients of micro-batches cannot be added to its moments (--accumulate moments).
     not_accumulating: str | None = None
-    # Temporaries of a step, bytes per element of one slice of the tensor, or of the whole tensor if steps_whole.
+    # Temporaries of a step, bytes per element of one slice of the tensor, or of the whole tensor if steps_whole; whether a step
+    # on a GPU has them too.
     scratch_per_element: int = 0
-    scratch_per_element_cuda: int = 0
+    scratch_on_gpu: bool = True
     steps_whole: bool = False
     # The optimizer to suggest if memory is too small.
     smaller: str | None = None
@@ -133,17 +136,9 @@ def _muon4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
     return _adamw4bit(shape, width, beta1, 4) // 2
 
 
-def _spectron(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    """Muon's, and a float32 vector of a number per row."""
-    return _muon(shape, width, beta1, bits) + 4 * shape[0]
-
-
-def _spectron8bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    return _muon8bit(shape, width, beta1, bits) + 4 * shape[0]
-
-
-def _spectron4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
-    return _muon4bit(shape, width, beta1, bits) + 4 * shape[0]
+def _spectron(of_muon: StateBytes) -> StateBytes:
+    """Returns Spectron's bytes: Muon's, and a float32 vector of a number per row."""
+    return lambda shape, width, beta1, bits: of_muon(shape, width, beta1, bits) + 4 * shape[0]
 
 
 def _adamw4bit(shape: Shape, width: int, beta1: float, bits: int | None) -> int:
@@ -162,13 +157,18 @@ _CODE_BOOK_BYTES = 4 * BNB_CODEBOOK_ENTRIES
 
 
 # The temporaries of Adam's steps, bytes per element; on a GPU bitsandbytes' kernels need none.
-_ADAM8BIT: dict[str, Any] = {"moment_bits": 8, "shared_bytes": 2 * _CODE_BOOK_BYTES, "scratch_per_element": 24}
-_ADAMW4BIT: dict[str, Any] = {"moment_bits": 4, "scratch_per_element": 64, "scratch_per_element_cuda": 64}
+_ADAM8BIT: dict[str, Any] = {
+    "moment_bits": 8,
+    "shared_bytes": 2 * _CODE_BOOK_BYTES,
+    "scratch_per_element": 24,
+    "scratch_on_gpu": False,
+}
+_ADAMW4BIT: dict[str, Any] = {"moment_bits": 4, "scratch_per_element": 64}
 
 
 def _orthogonal(
-    matrix_bytes: Callable[[Shape, int, float, int | None], int],
-    others: Callable[[Shape, int, float, int | None], int] = _adam,
+    matrix_bytes: StateBytes,
+    others: StateBytes = _adam,
     **more: Any,
 ) -> Optimizer:
     """Muon or Spectron for the matrices of attention and MLP linears; AdamW, with states of `others`, for all else."""
@@ -194,7 +194,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
         not_shardable="its second moments are means over whole rows and columns, of which a process has a part",
         not_accumulating="it clips its step by the size of the whole gradient",
         scratch_per_element=16,
-        scratch_per_element_cuda=16,
         steps_whole=True,
     ),
     "adam8bit": Optimizer(_adam8bit, adam=True, smaller="adamw4bit", **_ADAM8BIT),
@@ -211,11 +210,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "muon": _orthogonal(_muon, smaller="muon8bit"),
     "muon8bit": _orthogonal(_muon8bit, _adam8bit, smaller="muon4bit", matrix_shared_bytes=_CODE_BOOK_BYTES, **_ADAM8BIT),
     "muon4bit": _orthogonal(_muon4bit, _adamw4bit, **_ADAMW4BIT),
-    "spectron": _orthogonal(_spectron, steps_pairs=True, smaller="spectron8bit"),
+    "spectron": _orthogonal(_spectron(_muon), steps_pairs=True, smaller="spectron8bit"),
     "spectron8bit": _orthogonal(
-        _spectron8bit, _adam8bit, steps_pairs=True, smaller="spectron4bit", matrix_shared_bytes=_CODE_BOOK_BYTES, **_ADAM8BIT
+        _spectron(_muon8bit),
+        _adam8bit,
+        steps_pairs=True,
+        smaller="spectron4bit",
+        matrix_shared_bytes=_CODE_BOOK_BYTES,
+        **_ADAM8BIT,
     ),
-    "spectron4bit": _orthogonal(_spectron4bit, _adamw4bit, steps_pairs=True, **_ADAMW4BIT),
+    "spectron4bit": _orthogonal(_spectron(_muon4bit), _adamw4bit, steps_pairs=True, **_ADAMW4BIT),
 }
 
 # Published names of optimizers -> the flags they stand for. The suffix `_per_layer` of any name means --per_layer.

@@ -91,8 +91,3 @@ SUPPORTS: dict[str, SupportKind] = {
     "uniform": SupportKind(_uniform_nonzeros, lambda sparsity: None, _uniform_fit, stored=True, reorders_outputs=False),
     "block": SupportKind(_block_nonzeros, _block_problem, _block_fit, stored=False, reorders_outputs=True),
 }
-
-
-def nonzeros(support: str, out_features: int, in_features: int, sparsity: float) -> int:
-    """Returns the number of entries of S in a weight of this shape."""
-    return SUPPORTS[support].nonzeros(out_features, in_features, sparsity)

@@ -69,10 +69,9 @@ def _perplexity(folder: Path, step: int) -> str:
             continue
         if not isinstance(row, dict):
             continue
-        for kind in ("eval", "final_eval"):
-            loss, tokens = row.get(f"{kind}_loss"), row.get(f"{kind}_tokens", 0)
-            if row.get("update_step") == step and isinstance(loss, float) and math.isfinite(loss) and type(tokens) is int:
-                text = f"{math.exp(min(loss, 700)):,.2f} over {tokens:,} tokens"
+        loss, tokens = row.get("final_eval_loss"), row.get("final_eval_tokens", 0)
+        if row.get("update_step") == step and isinstance(loss, float) and math.isfinite(loss) and type(tokens) is int:
+            text = f"{math.exp(min(loss, 700)):,.2f} over {tokens:,} tokens"
     return text or "not evaluated after this update"
 
 

@@ -323,8 +323,7 @@ def _subspace_scratch(setting: MemorySetting, shape: tuple[int, int]) -> int:
 
 def _plain_step_scratch(setting: MemorySetting, largest: int) -> int:
     optimizer = OPTIMIZERS[setting.optimizer]
-    on_gpu = setting.device_type == "cuda"
-    per_element = optimizer.scratch_per_element_cuda if on_gpu else optimizer.scratch_per_element
+    per_element = optimizer.scratch_per_element if optimizer.scratch_on_gpu or setting.device_type != "cuda" else 0
     if optimizer.steps_whole:
         return per_element * largest
     if setting.condition_gradients or optimizer.conditions_all_gradients:

@@ -234,31 +234,32 @@ def _stable_spam(parameters: Mapping[str, nn.Parameter], settings: Settings) -> 
 
 
 def _muon(parameters: Mapping[str, nn.Parameter], settings: Settings, state_bits: int | None = None) -> torch.optim.Optimizer:
-    return _orthogonal(parameters, settings, Muon, state_bits=state_bits)
+    return _orthogonal(parameters, settings, Muon, state_bits)
 
 
 def _spectron(parameters: Mapping[str, nn.Parameter], settings: Settings, state_bits: int | None = None) -> torch.optim.Optimizer:
     pairs = [(parameters[lora_A], parameters[lora_B]) for lora_A, lora_B in pairs_of_factors(parameters)]
-    return _orthogonal(parameters, settings, Spectron, state_bits=state_bits, pairs=pairs, scale=settings.factor_scale)
+    return _orthogonal(parameters, settings, Spectron, state_bits, pairs=pairs, scale=settings.factor_scale)
 
 
 def _orthogonal(
-    parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], **more: Any
+    parameters: Mapping[str, nn.Parameter], settings: Settings, kind: type[Muon], state_bits: int | None, **more: Any
 ) -> torch.optim.Optimizer:
-    """Muon or Spectron for the matrices, AdamW with moments of as many bits for all other parameters."""
-    if more["state_bits"]:
-        needed = {8: _FOR_8BIT, 4: _FOR_4BIT}[more["state_bits"]]
+    """Muon or Spectron for the matrices, AdamW with moments of as many bits for all other parameters. more: of `kind`."""
+    if state_bits:
+        needed = {8: _FOR_8BIT, 4: _FOR_4BIT}[state_bits]
         with _needing(*needed):
             import_module(needed[1])
     matrices = {name: parameter for name, parameter in parameters.items() if group_of(name, parameter.dim()) == "matrix"}
     others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
-    adam = {None: _adamw, 8: _adam8bit, 4: _adamw4bit}[more["state_bits"]]
+    adam = {None: _adamw, 8: _adam8bit, 4: _adamw4bit}[state_bits]
     members = [adam(others, settings)] if others else []
     if settings.condition_gradients:
         members = [Conditioned(member) for member in members]
     if matrices:
         more |= {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
-        members.append(kind(_groups(matrices, settings), names=_names(matrices), rounding=settings.rounding, **more))
+        more |= {"names": _names(matrices), "rounding": settings.rounding, "state_bits": state_bits}
+        members.append(kind(_groups(matrices, settings), **more))
     return members[0] if len(members) == 1 else Combined(members)
 
 

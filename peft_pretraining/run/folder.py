@@ -37,17 +37,7 @@ if TYPE_CHECKING:
     from peft_pretraining.data.tokenizer import Tokenizer
     from peft_pretraining.run.build import Data
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "bitsandbytes",
-    "torchao",
-    "triton",
-    "sentencepiece",
-    "wandb",
-    "numpy",
-)
+_PACKAGES = ("torch", "transformers", "datasets", "bitsandbytes", "torchao", "triton", "sentencepiece", "wandb", "numpy")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_pretraining.__main__ import main
 from peft_pretraining.checkpoint.step_folder import resolve
 from peft_pretraining.config.model_config import linear_shapes, load_model_config
-from peft_pretraining.config.supports import nonzeros
+from peft_pretraining.config.supports import SUPPORTS
 from peft_pretraining.export import load_factored, shards, write
 from peft_pretraining.export.load import load_model
 from peft_pretraining.export.shards import ExportError, ShardWriter
@@ -122,7 +122,7 @@ def test_a_factored_1b_model_is_half_the_dense_one() -> None:
     counts = parameter_counts(model, method="sltrain", rank=512, sparsity=0.03)
     dense = parameter_counts(model, method="full", rank=512, sparsity=0.03)
     shapes = linear_shapes(model)
-    each = [support_bytes(nonzeros("uniform", *shape, 0.03), math.prod(shape)) for shape in shapes]
+    each = [support_bytes(SUPPORTS["uniform"].nonzeros(*shape, 0.03), math.prod(shape)) for shape in shapes]
     support = model.num_hidden_layers * sum(each)
     assert (2 * counts.total + support) / (2 * dense.total) <= 0.52
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.config.arguments import PROJ_TYPES
 from peft_pretraining.config.model_config import ModelConfig, load_model_config
-from peft_pretraining.config.supports import SUPPORTS, nonzeros
+from peft_pretraining.config.supports import SUPPORTS
 from peft_pretraining.distributed.world import World
 from peft_pretraining.memory.counts import (
     activation_bytes,
@@ -304,7 +304,7 @@ def test_a_block_support_takes_no_bytes() -> None:
 def test_nonzeros_equal_those_of_the_layers_support(rows: int, columns: int, blocks: int) -> None:
     sparsity = 1 / min(blocks, rows, columns)
     for kind in SUPPORTS:
-        assert nonzeros(kind, rows, columns, sparsity) == make_support(kind, rows, columns, sparsity, "meta").nnz
+        assert SUPPORTS[kind].nonzeros(rows, columns, sparsity) == make_support(kind, rows, columns, sparsity, "meta").nnz
 
 
 @pytest.mark.parametrize(("sparsity", "bytes_per_nonzero"), [(0.05, 1.001), (0.03, 1.005), (0.01, 1.2), (1e-6, 8.0)])
